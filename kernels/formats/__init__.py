@@ -1,0 +1,1 @@
+"""Quantisation formats: one file per format, listed in `qlora_compile.kernels.registry`."""
