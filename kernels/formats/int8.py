@@ -1,0 +1,40 @@
+"""INT8: symmetric 8-bit integers, the row-wise weights of LLM.int8() (Dettmers et al. 2022).
+
+With one absmax per row, codes and absmax are bitsandbytes' CB [N, K] and SCB [N].
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.formats.base import QuantFormat
+
+_SMALLEST_ABSMAX = 64 * torch.finfo(torch.float32).tiny
+"""Keeps 127 / absmax finite."""
+
+
+class Int8Format(QuantFormat):
+    """Codes -127 … 127, value = code * (absmax / 127)."""
+
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+    has_double_quantize: ClassVar[bool] = False
+
+    def _encode(self, blocks: Tensor, absmax: Tensor, *, partial: bool) -> Tensor:
+        scales = 127.0 / absmax.clamp(min=_SMALLEST_ABSMAX)
+        return (blocks * scales.unsqueeze(1)).round_().to(torch.int8).view(-1)
+
+    def _code_values(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+    def _scales(self, absmax: Tensor) -> Tensor:
+        return absmax / 127.0
+
+    def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
+        out.copy_(codes)
+
+
+INT8 = Int8Format()

@@ -1,0 +1,209 @@
+"""`qlora_compile::qlora_linear`: quantised matmul plus LoRA as one op, forward and backward.
+
+The graph names what is computed, never how: the op picks a variant for its Problem when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.registry import UNQUANTIZED, format_named, select
+from qlora_compile.kernels.variants.base import (
+    LinearSpec,
+    LinearTensors,
+    NeedsGradient,
+)
+from qlora_compile.problem import Problem, bucket_rows
+
+
+def _problem(direction, tensors: LinearTensors, spec: LinearSpec) -> Problem:
+    return Problem(
+        direction=direction,
+        m=bucket_rows(tensors.x.shape[0]),
+        n=spec.n,
+        k=spec.k,
+        rank=0 if tensors.lora_a is None else tensors.lora_a.shape[0],
+        format=UNQUANTIZED if spec.format is None else spec.format.name,
+        block_size=spec.block_size,
+        double_quantized=len(tensors.planes) > 2,
+        x_dtype=tensors.x.dtype,
+        compute_dtype=spec.compute_dtype,
+        lora_dtype=spec.lora_dtype,
+        bias=tensors.bias is not None,
+        dropout=tensors.seed is not None,
+        device=str(tensors.x.device),
+    )
+
+
+# No defaults in the schemas: autograd of custom ops drops defaulted arguments and then miscounts
+# the tensors of a list.
+@torch.library.custom_op("qlora_compile::qlora_linear", mutates_args=())
+def qlora_linear_op(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    seed: Tensor | None,
+    format: str,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    dropout: float,
+    stream: int,
+    compute_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [..., n] = x [..., k] @ dequant(planes)ᵀ + bias + scaling * drop(x) lora_aᵀ lora_bᵀ.
+
+    planes: as `PackedWeight.planes`, or [weight] with format "none". seed: int64 [1] where the
+    adapter's input is dropped out with probability `dropout`. Dtypes as in `LinearSpec`; casts
+    happen inside, so autocast leaves the op alone.
+    """
+    spec = LinearSpec(
+        None if format == UNQUANTIZED else format_named(format),
+        n,
+        k,
+        block_size,
+        scaling,
+        dropout,
+        stream,
+        compute_dtype,
+        lora_dtype,
+        out_dtype
+    )
+    tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        y = select(_problem("forward", tensors, spec)).forward(tensors, spec)
+    return y.view(*x.shape[:-1], n)
+
+
+@qlora_linear_op.register_fake
+def _(x, planes, bias, lora_a, lora_b, seed, format, n, k, *constants):
+    return x.new_empty((*x.shape[:-1], n), dtype=constants[-1])
+
+
+@torch.library.custom_op("qlora_compile::qlora_linear_backward", mutates_args=())
+def qlora_linear_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    planes: Sequence[Tensor],
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    seed: Tensor | None,
+    needs_x: bool,
+    needs_adapter: bool,
+    needs_bias: bool,
+    format: str,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    dropout: float,
+    stream: int,
+    compute_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    """The needed ones of [grad x, grad lora_a, grad lora_b, grad bias], in that order."""
+    spec = LinearSpec(
+        None if format == UNQUANTIZED else format_named(format),
+        n,
+        k,
+        block_size,
+        scaling,
+        dropout,
+        stream,
+        compute_dtype,
+        lora_dtype,
+        out_dtype
+    )
+    tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
+    needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        variant = select(_problem("backward", tensors, spec))
+        grads = variant.backward(grad.reshape(-1, n), tensors, spec, needs)
+    grad_x = None if grads.x is None else grads.x.view(x.shape)
+    return [g for g in (grad_x, grads.lora_a, grads.lora_b, grads.bias) if g is not None]
+
+
+@qlora_linear_backward_op.register_fake
+def _(grad, x, planes, bias, lora_a, lora_b, seed, needs_x, needs_adapter, needs_bias, *constants):
+    needed = (needs_x, needs_adapter, needs_adapter, needs_bias)
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, need in zip((x, lora_a, lora_b, bias), needed, strict=True)
+        if need
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, planes, bias, lora_a, lora_b, seed, *ctx.constants = inputs
+    # x, handles to the packed weight and the small adapter: nothing else of [M, K], [M, N] or
+    # [N, K] is kept.
+    ctx.plane_count = len(planes)
+    ctx.save_for_backward(x, bias, lora_a, lora_b, seed, *planes)
+
+
+def _backward(ctx, grad):
+    x, bias, lora_a, lora_b, seed, *planes = ctx.saved_tensors
+    needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
+    needs_adapter = needs_a or needs_b
+    if not (needs_x or needs_adapter or needs_bias):
+        return (None,) * len(ctx.needs_input_grad)
+    grads = iter(
+        qlora_linear_backward_op(
+            grad,
+            x,
+            planes,
+            bias,
+            lora_a,
+            lora_b,
+            seed,
+            needs_x,
+            needs_adapter,
+            needs_bias,
+            *ctx.constants
+        )
+    )
+    grad_x = next(grads) if needs_x else None
+    grad_a, grad_b = (next(grads), next(grads)) if needs_adapter else (None, None)
+    grad_bias = next(grads) if needs_bias else None
+    frozen = [None] * ctx.plane_count
+    constants = (None,) * len(ctx.constants)
+    return (grad_x, frozen, grad_bias, grad_a, grad_b, None, *constants)
+
+
+qlora_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+QLORA_LINEAR = torch.ops.qlora_compile.qlora_linear.default
+"""The op as it appears in a graph."""
+
+
+def quantized_linear(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    bias: Tensor | None,
+    *,
+    format: str,
+    shape: tuple[int, int],
+    block_size: int,
+    compute_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y [..., N] = x [..., K] @ dequant(planes)ᵀ + bias for a packed weight of `shape` [N, K].
+
+    Without dtypes it runs and returns in x's dtype, or in autocast's where that is on, as
+    `torch.nn.functional.linear` would.
+    """
+    device = x.device.type
+    own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    compute_dtype = compute_dtype or own
+    constants = (*shape, block_size, 1.0, 0.0, 0, compute_dtype, compute_dtype, out_dtype or own)
+    return QLORA_LINEAR(x, planes, bias, None, None, None, format, *constants)

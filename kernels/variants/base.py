@@ -1,0 +1,93 @@
+"""What a variant is: one way to compute the fused linear and its gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.packed import PackedWeight
+from qlora_compile.problem import Problem
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """The constants of one fused linear.
+
+    Shapes: x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]. The base product runs
+    in `compute_dtype`, the adapter's in `lora_dtype`, the sum is returned in `out_dtype`. `stream`
+    numbers the dropout of a graph's linears so that they share one seed yet draw apart. `format` is
+    None for a weight kept in its own floating-point dtype, then its only plane.
+    """
+
+    format: QuantFormat | None
+    n: int
+    k: int
+    block_size: int
+    scaling: float
+    dropout: float
+    stream: int
+    compute_dtype: torch.dtype
+    lora_dtype: torch.dtype
+    out_dtype: torch.dtype
+
+    def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The whole weight [N, K] in `dtype`."""
+        if self.format is None:
+            return planes[0].to(dtype)
+        shape = (self.n, self.k)
+        packed = PackedWeight.from_planes(self.format.name, shape, self.block_size, planes)
+        return self.format.dequantize_rows(packed, 0, self.n, dtype)
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """The tensors of one call; `x` is [M, K], `planes` are the packed weight's."""
+
+    x: Tensor
+    planes: Sequence[Tensor]
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    seed: Tensor | None
+
+
+@dataclass(frozen=True)
+class LinearGradients:
+    """Gradients of one call, None where none was asked for; dtypes are their tensors' own."""
+
+    x: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class NeedsGradient:
+    x: bool
+    adapter: bool
+    bias: bool
+
+
+class Variant(ABC):
+    """One implementation. Stateless; tests and selection iterate the registry's tuple."""
+
+    name: str
+
+    @abstractmethod
+    def rejects(self, problem: Problem) -> list[str]:
+        """Why this variant cannot solve `problem`; empty when it can."""
+
+    @abstractmethod
+    def forward(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
+        """y [M, N] in `spec.out_dtype`."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, tensors: LinearTensors, spec: LinearSpec, needs: NeedsGradient
+    ) -> LinearGradients:
+        """Gradients for `grad` [M, N]; the base weight is frozen and gets none."""

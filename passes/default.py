@@ -1,0 +1,15 @@
+"""The pipeline: passes in the order they run. A pass is `(graph_module, context) -> rewrites`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from qlora_compile.passes.canonicalize import drop_null_casts
+from qlora_compile.passes.context import PassContext
+from qlora_compile.passes.match import match_adapters, match_linears
+
+Pass = Callable[[GraphModule, PassContext], int]
+
+PASSES: tuple[Pass, ...] = (drop_null_casts, match_linears, match_adapters)

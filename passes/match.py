@@ -1,0 +1,210 @@
+"""Matching: every frozen Linear, with the LoRA branch beside it, becomes one `qlora_linear`."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qlora_compile.kernels.op import QLORA_LINEAR, UNQUANTIZED
+from qlora_compile.passes.context import PassContext
+from qlora_compile.passes.nodes import (
+    arguments,
+    base_weight,
+    example,
+    insert_before,
+    is_cast,
+    is_linear,
+    is_qlora_linear,
+    linear_operands,
+    strip_casts,
+)
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_SEED_LIMIT = 2**62
+
+
+def match_linears(graph_module: GraphModule, context: PassContext) -> int:
+    """linear(x, frozen W, bias) at a site  ⇒  qlora_linear with an unquantised plane."""
+    rewritten = 0
+    for node in list(graph_module.graph.nodes):
+        if not is_linear(node):
+            continue
+        site = context.site_of(base_weight(node))
+        if site is None or site in context.kept:
+            continue
+        x, weight, bias = linear_operands(node)
+        fake_weight, result = example(base_weight(node)), example(node)
+        if fake_weight is None or result is None or strip_casts(weight) is not base_weight(node):
+            context.unfused[site] = "the weight is computed, not stored"
+            continue
+        if fake_weight.requires_grad:
+            context.unfused[site] = "the base weight is trained"
+            continue
+        n, k = fake_weight.shape
+        planes = [strip_casts(weight)]
+        dtypes = (result.dtype,) * 3
+        constants = (UNQUANTIZED, n, k, 0, 1.0, 0.0, 0, *dtypes)
+        new = insert_before(node, QLORA_LINEAR, (x, planes, bias, None, None, None, *constants))
+        _replace(node, new)
+        rewritten += 1
+    return rewritten
+
+
+def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
+    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B)  ⇒  one qlora_linear."""
+    graph = graph_module.graph
+    rewritten = 0
+    seeds: dict[torch.device, Node] = {}
+    for node in list(graph.nodes):
+        branch = _match_branch(node)
+        if branch is None:
+            continue
+        base = arguments(branch.base)
+        last = _trailing_cast(node)
+        result, fake_x, low_rank = example(last), example(base["x"]), example(branch.first)
+        if result is None or fake_x is None or low_rank is None:
+            continue
+        seed = None
+        if branch.dropout > 0.0:
+            if fake_x.device not in seeds:
+                seeds[fake_x.device] = _draw_seed(graph, fake_x.device)
+            seed = seeds[fake_x.device]
+        base |= {
+            "x": branch.x,
+            "lora_a": branch.lora_a,
+            "lora_b": branch.lora_b,
+            "seed": seed,
+            "scaling": branch.scaling,
+            "dropout": branch.dropout,
+            "stream": rewritten,
+            "lora_dtype": low_rank.dtype,
+            "out_dtype": result.dtype,
+        }
+        new = insert_before(last, QLORA_LINEAR, tuple(base.values()))
+        _replace(last, new)
+        rewritten += 1
+    return rewritten
+
+
+@dataclass(frozen=True)
+class _Branch:
+    base: Node
+    x: Node
+    first: Node
+    lora_a: Node
+    lora_b: Node
+    scaling: float
+    dropout: float
+
+
+def _match_branch(add: Node) -> _Branch | None:
+    """The LoRA branch that `add` joins to a `qlora_linear` without one; every value between them
+    has no other user, or the rewrite would compute it twice."""
+    if add.op != "call_function" or add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
+        return None
+    for base, scaled in (add.args, add.args[::-1]):
+        base, scaled = _strip_private(base), _strip_private(scaled)
+        if not is_qlora_linear(base) or not _is_private(base):
+            continue
+        if not isinstance(scaled, Node) or scaled.target not in (operator.mul, torch.mul):
+            continue
+        product, scaling = scaled.args
+        if isinstance(product, (int, float)):
+            product, scaling = scaling, product
+        if not isinstance(scaling, (int, float)):
+            continue
+        second = _strip_private(product)
+        if not _is_plain_linear(second):
+            continue
+        first = _strip_private(linear_operands(second)[0])
+        if not _is_plain_linear(first):
+            continue
+        adapted, lora_a, _ = linear_operands(first)
+        lora_b = linear_operands(second)[1]
+        before = _strip_private(adapted)
+        probability = _dropout_probability(before)
+        call = arguments(base)
+        x = _shared_input(call["x"], adapted if probability is None else before.args[0])
+        if x is None or call["lora_a"] is not None:
+            continue
+        probability = probability or 0.0
+        private = (scaled, second, first)
+        if all(_is_private(node) for node in private) and 0.0 <= probability < 1.0:
+            a, b = strip_casts(lora_a), strip_casts(lora_b)
+            return _Branch(base, x, first, a, b, float(scaling), probability)
+    return None
+
+
+def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
+    """What base and adapter both read, behind casts: the base's own input where the adapter's is
+    cast from it, so that no wider copy is kept for the backward."""
+    behind = adapter_x
+    while behind is not base_x and is_cast(behind):
+        behind = behind.args[0]
+    if behind is base_x:
+        return base_x
+    source = strip_casts(base_x)
+    return source if source is strip_casts(adapter_x) else None
+
+
+def _dropout_probability(node: Any) -> float | None:
+    """Of a dropout node nobody else uses; 0 outside training."""
+    if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
+        return None
+    names = ("input", "p", "training", "inplace")
+    call = {"p": 0.5, "training": True} | dict(zip(names, node.args, strict=False)) | node.kwargs
+    if not _is_private(node):
+        return None
+    return float(call["p"]) if call["training"] else 0.0
+
+
+def _draw_seed(graph: Graph, device: torch.device) -> Node:
+    """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
+    activation checkpointing, which restores the generator's state, reproduce the masks."""
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    return insert_before(
+        anchor, torch.randint, (0, _SEED_LIMIT, (1,)), dtype=torch.int64, device=device
+    )
+
+
+def _is_plain_linear(node: Any) -> bool:
+    return is_linear(node) and linear_operands(node)[2] is None
+
+
+def _is_private(node: Node) -> bool:
+    return len(node.users) == 1
+
+
+def _strip_private(node: Any) -> Any:
+    """As `strip_casts`, through values nobody else uses."""
+    while isinstance(node, Node) and _is_private(node) and strip_casts(node) is not node:
+        node = node.args[0]
+    return node
+
+
+def _trailing_cast(node: Node) -> Node:
+    """The cast that is the only user of `node`, else `node`."""
+    user = next(iter(node.users), None)
+    return user if _is_private(node) and user is not None and is_cast(user) else node
+
+
+def _replace(old: Node, new: Node) -> None:
+    """Puts `new` where `old` was and erases what only `old` needed.
+
+    Raises AssertionError when shape or dtype differ: a pass that changes either is wrong."""
+    before, after = example(old), example(new)
+    assert before is not None and after is not None
+    assert (before.shape, before.dtype) == (after.shape, after.dtype), (old, before, after)
+    old.replace_all_uses_with(new)
+    candidates = [old]
+    while candidates:
+        node = candidates.pop()
+        if node.users or node.op not in ("call_function", "call_method"):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        candidates.extend(inputs)

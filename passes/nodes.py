@@ -1,0 +1,93 @@
+"""Reading Dynamo's torch-level nodes: casts, linears, and the fake tensors they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from qlora_compile.kernels.op import QLORA_LINEAR
+
+LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
+_CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
+_COPY_METHODS = ("clone", "contiguous")
+
+
+def example(node: object) -> Tensor | None:
+    """The fake tensor Dynamo recorded for `node`, if it stands for a tensor."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def is_cast(node: object) -> bool:
+    """Whether `node` only changes a floating-point dtype (or nothing)."""
+    if not isinstance(node, Node) or node.op != "call_method" or node.target not in _CAST_METHODS:
+        return False
+    before, after = example(node.args[0]), example(node)
+    return (
+        before is not None
+        and after is not None
+        and before.device == after.device
+        and before.is_floating_point()
+        and after.is_floating_point()
+    )
+
+
+def strip_casts(node: Any) -> Any:
+    """The value behind casts and copies, each used by nobody else or not: dtype and memory may
+    differ, the mathematical value does not."""
+    while is_cast(node) or (
+        isinstance(node, Node) and node.op == "call_method" and node.target in _COPY_METHODS
+    ):
+        node = node.args[0]
+    return node
+
+
+def is_linear(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in LINEARS
+
+
+def linear_operands(node: Node) -> tuple[Any, Any, Any]:
+    """x, weight and bias (or None) of a linear node."""
+    operands = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    return operands["input"], operands["weight"], operands.get("bias")
+
+
+def is_qlora_linear(node: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target is QLORA_LINEAR
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a `qlora_linear` node by their names in the schema."""
+    names = [argument.name for argument in QLORA_LINEAR._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def base_weight(node: Node) -> Any:
+    """The placeholder of a linear's or `qlora_linear`'s weight, behind casts and views."""
+    weight = arguments(node)["planes"][0] if is_qlora_linear(node) else linear_operands(node)[1]
+    while isinstance(weight, Node) and weight.op != "placeholder" and weight.all_input_nodes:
+        weight = weight.all_input_nodes[0]
+    return weight
+
+
+def insert_before(
+    anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
+) -> Node:
+    """A call inserted before `anchor`, with the fake tensor it returns."""
+    graph = anchor.graph
+    with graph.inserting_before(anchor):
+        node = graph.call_function(target, args, kwargs)
+    examples = map_arg((args, kwargs), lambda n: n.meta["example_value"])
+    fakes = [value for n in node.all_input_nodes if (value := example(n)) is not None]
+    mode = getattr(fakes[0] if fakes else example(anchor), "fake_mode", None)
+    assert mode is not None, f"{anchor} carries no fake tensor"
+    with mode:
+        node.meta["example_value"] = target(*examples[0], **examples[1])
+    node.meta["nn_module_stack"] = anchor.meta.get("nn_module_stack", {})
+    node.meta["stack_trace"] = anchor.meta.get("stack_trace")
+    return node

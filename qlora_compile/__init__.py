@@ -1,0 +1,24 @@
+"""A compiler for QLoRA fine-tuning: every Linear and its LoRA branch becomes one fused op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_compile.api import explain, optimize
+    from qlora_compile.quantized_lora import QuantizedLoRA
+    from qlora_compile.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize"]
+
+_HOMES = {"optimize": "api", "explain": "api", "Report": "report", "QuantizedLoRA": "quantized_lora"}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: importing the package must not import transformers and PEFT.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,105 @@
+"""Adoption: quantise, attach adapters, and make every quantised layer a site of the fused op."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from qlora_compile.errors import (
+    AlreadyAdaptedError,
+    AlreadyQuantizedError,
+    MetaDeviceError,
+    NoLinearError,
+    WeightValueError,
+)
+from qlora_compile.hf import adapters
+from qlora_compile.hf.blocks import full_precision_linears, kept_linears
+from qlora_compile.kernels.formats.base import _checked_block_size as check_block_size
+from qlora_compile.kernels.registry import format_named
+from qlora_compile.quantized_linear import QuantizedLinear
+
+
+def check(
+    model: nn.Module,
+    lora: object,
+    *,
+    quantize: str | None,
+    block_size: int | Literal["row"],
+) -> None:
+    """Raises the error of everything `adopt` would stumble over; changes nothing."""
+    if quantize is not None:
+        format_named(quantize)
+        if block_size != "row":
+            check_block_size(block_size)
+    sites = adapters.linear_sites(model)
+    if not sites or isinstance(model, nn.Linear):
+        raise NoLinearError(model=type(model).__name__)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise MetaDeviceError(site=name)
+    if lora is not None and adapters.has_adapters(model):
+        raise AlreadyAdaptedError(model=type(model).__name__)
+    if quantize is not None:
+        for name, linear in sites.items():
+            if is_quantized(linear):
+                raise AlreadyQuantizedError(site=name, kind=type(linear).__name__, value=quantize)
+        for name in quantizable(model):
+            weight = sites[name].weight
+            invalid = weight.numel() - int(weight.detach().isfinite().sum())
+            if invalid:
+                raise WeightValueError(site=name, count=invalid)
+    if lora is not None:
+        adapters.check_lora_config(model, lora, quantize=quantize is not None)
+
+
+def adopt(
+    model: nn.Module,
+    lora,
+    *,
+    quantize: str | None,
+    block_size: int | Literal["row"],
+    double_quantize: bool,
+) -> nn.Module:
+    """Quantises layer by layer in place, then lets PEFT attach `lora`; returns the PeftModel if
+    one was made, else `model`."""
+    if quantize is not None:
+        double = double_quantize and format_named(quantize).has_double_quantize
+        sites = adapters.linear_sites(model)
+        for name in quantizable(model):
+            # The last reference but the model's own goes with it: one layer exists twice at a time.
+            linear = sites.pop(name)
+            packed = QuantizedLinear.from_linear(
+                linear, quantize, block_size=block_size, double_quantize=double, site=name
+            )
+            adapters.replace_base(model, name, packed)
+    if lora is not None:
+        model = adapters.attach(model, lora)
+    for module in list(model.modules()):
+        adapters.adopt_adapter_layer(module)
+        if _is_bitsandbytes(module):
+            from qlora_compile.hf import bnb_layers
+
+            bnb_layers.adopt(module)
+    return model
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    return isinstance(linear, QuantizedLinear) or _is_bitsandbytes(linear)
+
+
+def quantizable(model: nn.Module) -> list[str]:
+    """The sites `quantize` packs: every plain Linear but heads, tied weights and trained copies."""
+    left = kept_linears(model) | full_precision_linears(model) | adapters.trained_copies(model)
+    return [
+        name
+        for name, linear in adapters.linear_sites(model).items()
+        if name not in left and type(linear) is nn.Linear
+    ]
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    # Without importing it: bitsandbytes is optional and slow to import.
+    return any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__) and (
+        isinstance(module, nn.Linear)
+    )

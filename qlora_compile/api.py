@@ -1,0 +1,183 @@
+"""The user's one line: `optimize(model)`, and the report of what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from qlora_compile import adopt
+from qlora_compile.errors import (
+    AlreadyOptimizedError,
+    NoExampleInputsError,
+    NotOptimizedError,
+    OptionError,
+)
+from qlora_compile.hf import adapters
+from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
+from qlora_compile.regions import (
+    Region,
+    install,
+    new_kind,
+    region_of,
+    uninstall,
+)
+from qlora_compile.report import Report, build_report
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def optimize(
+    model: nn.Module,
+    lora: LoraConfig | None = None,
+    *,
+    quantize: Literal["nf4", "fp4", "int8"] | None = None,
+    double_quantize: bool = True,
+    block_size: int | Literal["row"] = 64,
+    strict: bool = False,
+    verify: bool = False,
+    scope: Literal["block", "model"] = "block",
+    example_inputs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
+
+    model: a PreTrainedModel, a PeftModel over plain Linears or bitsandbytes' 4- or 8-bit ones, or
+    any nn.Module. Returns the object itself, or the PeftModel PEFT made of it for `lora`.
+
+    lora: adapters to attach; None when they are there already or none are wanted.
+    quantize: the format plain Linears are packed in, layer by layer (output heads, tied weights and
+    fully trained modules stay); None keeps or adopts what is there. block_size: elements per
+    absmax, a power of two from 32 to 4096, or "row". double_quantize: quantise the absmax too
+    (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
+    strict: raise StrictError, with all reasons, when a quantised or adapted Linear is not fused.
+    verify: compare each rewritten graph with the captured one on its first real inputs, outputs and
+    all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
+    scope: compile each repeated block, or the whole model as one region.
+    example_inputs: keyword arguments of `model`, needed by strict where the model is not a
+    PreTrainedModel that knows inputs of its own.
+
+    Compilation happens on the first call of each kind of block. Raises a QloraCompileError, before
+    anything is changed, for every bad argument; a StrictError leaves the model quantised and
+    adapted but uncompiled.
+    """
+    if scope not in ("block", "model"):
+        raise OptionError(option="scope", value=scope, known="'block', 'model'")
+    if any(region_of(module) is not None for module in model.modules()):
+        raise AlreadyOptimizedError(model=type(model).__name__)
+    adopt.check(model, lora, quantize=quantize, block_size=block_size)
+    if strict:
+        _example_inputs(model, example_inputs)
+    model = adopt.adopt(
+        model, lora, quantize=quantize, block_size=block_size, double_quantize=double_quantize
+    )
+    _install_regions(model, strict=strict, verify=verify, scope=scope)
+    skip_unused_cache(model)
+    if strict:
+        try:
+            _probe(model, _example_inputs(model, example_inputs))
+        except BaseException:
+            for module in model.modules():
+                if region_of(module) is not None:
+                    uninstall(module)
+            raise
+    return model
+
+
+def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> Report:
+    """What became of every Linear of an optimised model.
+
+    Blocks that have not run yet are captured, not compiled, by one call with `example_inputs`
+    (keyword arguments of the model) or with small inputs of the model's own; where there are none,
+    their sites are reported as not run yet. Raises NotOptimizedError.
+    """
+    regions = _regions(model)
+    if not regions:
+        raise NotOptimizedError(model=type(model).__name__)
+    if any(region.graphs is None for region in regions):
+        inputs = example_inputs or example_call(adapters.base_model(model))
+        if inputs is not None:
+            _probe(model, inputs)
+    return build_report(model)
+
+
+def _regions(model: nn.Module) -> list[Region]:
+    found = (region_of(module) for module in model.modules())
+    return [region for region in found if region is not None]
+
+
+def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    inputs = given or example_call(adapters.base_model(model))
+    if inputs is None:
+        raise NoExampleInputsError(model=type(model).__name__)
+    return inputs
+
+
+def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str) -> None:
+    base = adapters.base_model(model)
+    kept = kept_linears(base) | adapters.trained_copies(base)
+    sites = {
+        name: linear
+        for name, linear in adapters.linear_sites(base).items()
+        if name not in kept or adapters.is_adapted(base, name)
+    }
+    kept = {name: reason for name, reason in kept.items() if name not in sites}
+    names = {id(module): name for name, module in base.named_modules()}
+    blocks = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
+    blocks = [b for b in blocks if _inside(b, sites)] or [""]
+    covered = {name for block in blocks for name in _inside(block, sites)}
+    # What stands outside the blocks is worth a region of its own if it is quantised or adapted.
+    singles = [
+        name
+        for name, linear in sites.items()
+        if name not in covered and (adopt.is_quantized(linear) or adapters.is_adapted(base, name))
+    ]
+    kinds = {}
+    for block in [*blocks, *singles]:
+        module = base.get_submodule(block)
+        key = type(module)
+        if key not in kinds:
+            repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
+            kinds[key] = new_kind(module, strict=strict, verify=verify, repeated=repeated)
+        local = _inside(block, {**sites, **kept})
+        install(
+            module,
+            kinds[key],
+            frozenset(local.values()),
+            {path: kept[name] for name, path in local.items() if name in kept},
+        )
+
+
+def _inside(block: str, names: Mapping[str, Any]) -> dict[str, str]:
+    """The `names` at or below `block`, each with its path inside it."""
+    prefix = f"{block}." if block else ""
+    inside = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
+    return inside | ({block: ""} if block in names else {})
+
+
+def _probe(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Calls the model once with its regions captured and rewritten but not compiled.
+
+    Training mode, so that dropout is in the graphs; buffers and random state are put back.
+    """
+    kinds = {id(region.kind): region.kind for region in _regions(model)}.values()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    for kind in kinds:
+        kind.probing = True
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            model.train()
+            model(**inputs)
+    finally:
+        for kind in kinds:
+            kind.probing = False
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,85 @@
+"""The Dynamo backend: rewrite the captured graph, then AOTAutograd and Inductor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.fx import GraphModule
+
+from qlora_compile.errors import VerificationError
+from qlora_compile.passes.context import FusedSite, PassContext
+from qlora_compile.pipeline import run_pipeline
+from qlora_compile.verification import verify_rewrite
+
+
+class RunningRegion(Protocol):
+    """What the backend reads of the region whose call is being compiled."""
+
+    sites: frozenset[str]
+    kept: dict[str, str]
+
+
+@dataclass(eq=False)
+class RegionGraph:
+    """One compiled graph and what became of its sites; calling it runs it."""
+
+    fused: dict[str, FusedSite]
+    unfused: dict[str, str]
+    run: Callable[..., Any]
+    strict: bool
+    original: GraphModule | None = None
+    rewritten: GraphModule | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.original is not None and self.rewritten is not None:
+            original, rewritten = self.original, self.rewritten
+            self.original = self.rewritten = None
+            mismatch = verify_rewrite(original, rewritten, args)
+            if mismatch is not None and self.strict:
+                raise VerificationError(problem=mismatch)
+            if mismatch is not None:
+                self.run = original
+                self.unfused |= dict.fromkeys(self.fused, mismatch)
+                self.fused = {}
+        _running[-1][1].append(self)
+        return self.run(*args)
+
+
+_running: list[tuple[RunningRegion, list[RegionGraph]]] = []
+
+
+@contextmanager
+def running(region: RunningRegion) -> Iterator[list[RegionGraph]]:
+    """Names the region whose call follows; yields the graphs that call runs."""
+    executed: list[RegionGraph] = []
+    _running.append((region, executed))
+    try:
+        yield executed
+    finally:
+        _running.pop()
+
+
+def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[..., RegionGraph]:
+    """A backend for torch.compile that rewrites the running region's graph; without `inductor` the
+    rewritten graph runs as it is, which is enough to see what becomes of each site."""
+
+    def qlora_compile_backend(
+        graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> RegionGraph:
+        region = _running[-1][0]
+        original = copy.deepcopy(graph_module) if verify and inductor else None
+        context = PassContext(region.sites, dict(region.kept))
+        run_pipeline(graph_module, context)
+        rewritten = copy.deepcopy(graph_module) if original is not None else None
+        run: Callable[..., Any] = graph_module.forward
+        if inductor:
+            from torch._inductor.compile_fx import compile_fx
+
+            run = compile_fx(graph_module, list(example_inputs))
+        return RegionGraph(context.fused, context.unfused, run, strict, original, rewritten)
+
+    return qlora_compile_backend

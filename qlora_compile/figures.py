@@ -1,0 +1,68 @@
+"""The figures of a training run: losses with their uncertainty, speed and memory."""
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of a mean, None for a single value, which shows no spread."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def held_out_figures(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Mean losses over the same sequences before and after, and the paired difference.
+
+    The sequences differ far more from each other than training changes any of them, so the
+    difference is judged by the spread of the per-sequence differences.
+    """
+    if not before:
+        return {}
+    differences = [late - early for early, late in zip(before, after, strict=True)]
+    return {
+        "sequences": len(before),
+        "before": statistics.fmean(before),
+        "before_standard_error": standard_error(before),
+        "after": statistics.fmean(after),
+        "after_standard_error": standard_error(after),
+        "difference": statistics.fmean(differences),
+        "difference_standard_error": standard_error(differences),
+    }
+
+
+def training_figures(
+    history: Sequence[dict[str, float]], step_seconds: Sequence[float], tokens_per_step: int
+) -> dict[str, Any]:
+    """Loss per step, and the speed of the steps after the first, which compiles."""
+    later = step_seconds[1:]
+    return {
+        "losses": [
+            {"step": int(entry["step"]), "loss": entry["loss"]}
+            for entry in history
+            if "loss" in entry
+        ],
+        "steps_timed": len(step_seconds),
+        "first_step_seconds": step_seconds[0] if step_seconds else None,
+        "later_step_seconds_median": statistics.median(later) if later else None,
+        "tokens_per_second_after_first_step": (
+            tokens_per_step * len(later) / sum(later) if later else None
+        ),
+    }
+
+
+def peak_memory() -> dict[str, Any]:
+    """The peak of the accelerator's memory if CUDA was used, else of the process, in bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"kind": "CUDA memory", "bytes": torch.cuda.max_memory_allocated()}
+    if sys.platform == "win32":  # it has no getrusage
+        return {"kind": "unknown", "bytes": None}
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"kind": "process memory", "bytes": peak if sys.platform == "darwin" else peak * 1024}

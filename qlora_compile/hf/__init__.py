@@ -1,0 +1,1 @@
+"""The edge to transformers, PEFT and datasets: only this folder imports them."""

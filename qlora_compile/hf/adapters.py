@@ -1,0 +1,148 @@
+"""PEFT: which Linears are adapted, attaching LoRA, and merging into a packed weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from qlora_compile.errors import AdapterConfigError, AdapterTargetError
+from qlora_compile.quantized_linear import QuantizedLinear
+
+
+class QuantizedLoraLinear(LoraLinear):
+    """PEFT's LoRA layer over a QuantizedLinear: merging unpacks and packs the base weight again,
+    as PEFT does for bitsandbytes' layers."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with _unpacked(self.get_base_layer()):
+            super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        with _unpacked(self.get_base_layer()):
+            super().unmerge()
+
+
+@contextmanager
+def _unpacked(base: nn.Module) -> Iterator[None]:
+    """`base.weight` is the dequantised weight inside, and what it has become is packed after."""
+    assert isinstance(base, QuantizedLinear)
+    codes = base.weight
+    base.weight = nn.Parameter(base.dequantize(), requires_grad=False)
+    try:
+        yield
+        merged = base.weight.data
+    finally:
+        base.weight = codes
+    base.requantize(merged)
+
+
+def linear_sites(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear of `model` by its name: an adapted one under its adapter layer's name, the
+    adapters' own and PEFT's trained copies not counted."""
+    sites: dict[str, nn.Linear] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if name.startswith(tuple(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(f"{name}." if name else "")
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            inside.append(f"{name}." if name else "")
+            module = module.original_module
+        if isinstance(module, nn.Linear):
+            sites[name] = module
+    return sites
+
+
+def is_adapted(model: nn.Module, site: str) -> bool:
+    return isinstance(model.get_submodule(site), BaseTunerLayer)
+
+
+def active_rank(model: nn.Module, site: str) -> int:
+    """The rank of the site's active adapter, summed where several are active; 0 without one."""
+    module = model.get_submodule(site)
+    if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+        return 0
+    return sum(module.r[name] for name in module.active_adapters if name in module.r)
+
+
+def trained_copies(model: nn.Module) -> dict[str, str]:
+    """Linears PEFT trains in full beside the adapters: name → reason to leave them alone."""
+    return {
+        name: "it is trained in full (modules_to_save)"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel, else the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> None:
+    """Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
+    would fail, or pass over a name, after it had begun to change the model."""
+    if not isinstance(config, LoraConfig):
+        raise AdapterConfigError(field="lora", value=config, remedy="pass a peft.LoraConfig or None")
+    if config.r <= 0:
+        raise AdapterConfigError(field="lora.r", value=config.r, remedy="use a rank of 1 or more")
+    if not 0.0 <= config.lora_dropout < 1.0:
+        remedy = "use a probability in [0, 1)"
+        raise AdapterConfigError(field="lora_dropout", value=config.lora_dropout, remedy=remedy)
+    if config.use_dora and quantize:
+        remedy = "quantise with bitsandbytes before attaching DoRA, or use plain LoRA"
+        raise AdapterConfigError(field="use_dora with quantize", value=True, remedy=remedy)
+    targets = config.target_modules
+    if targets is not None and targets != "all-linear":
+        names = [name for name, _ in model.named_modules() if name]
+        for rule in [targets] if isinstance(targets, str) else sorted(targets):
+            probe = LoraConfig(target_modules=rule if isinstance(targets, str) else [rule])
+            if not any(check_target_module_exists(probe, name) for name in names):
+                leaves = {name.rpartition(".")[2] for name in linear_sites(model)}
+                raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
+    # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
+    placeholders = {
+        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    attach(copy.deepcopy(model, placeholders), config)
+
+
+def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """The PeftModel PEFT makes of `model`, with our layer where the base is packed."""
+    config = copy.deepcopy(config)
+    config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
+    return get_peft_model(model, config)
+
+
+def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> None:
+    """Puts `linear` where the site's Linear is, under its adapter if it has one."""
+    module = model.get_submodule(site)
+    if isinstance(module, BaseTunerLayer):
+        module.base_layer = linear
+        adopt_adapter_layer(module)
+    else:
+        parent, _, leaf = site.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+
+
+def adopt_adapter_layer(module: nn.Module) -> None:
+    """Lets a stock LoRA layer over a QuantizedLinear merge into it."""
+    if type(module) is LoraLinear and isinstance(module.get_base_layer(), QuantizedLinear):
+        module.__class__ = QuantizedLoraLinear

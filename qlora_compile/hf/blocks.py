@@ -1,0 +1,139 @@
+"""The structure of a model as transformers builds it: repeated blocks, heads, tied weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, without the checkpointing transformers wraps around it."""
+    forward = type(module).forward
+    if isinstance(module, GradientCheckpointingLayer):
+        while hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__
+    return forward
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether the block's activations are to be recomputed in the backward."""
+    return (
+        isinstance(module, GradientCheckpointingLayer)
+        and module.gradient_checkpointing
+        and module.training
+    )
+
+
+def is_cached_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block is called with a key-value cache, as in generation."""
+    return any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules a model repeats: transformers' checkpointing layers, else the children of the
+    longest ModuleList of one class; outermost only, empty if there is neither."""
+    blocks: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+            blocks.append(module)
+            inside.update(id(child) for child in module.modules())
+    if blocks:
+        return blocks
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    ]
+    longest = max(lists, key=len, default=[])
+    return longest if len(longest) > 1 else []
+
+
+def kept_linears(model: nn.Module) -> dict[str, str]:
+    """Linears left alone unless an adapter targets them: name → reason."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        first = owners.setdefault(id(weight), name)
+        if first != name:
+            for tied, other in ((name, first), (first, name)):
+                if isinstance(model.get_submodule(tied), nn.Linear):
+                    reasons[tied] = f"its weight is tied to {other}"
+    for prefix, inner in model.named_modules():
+        if isinstance(inner, PreTrainedModel):
+            path = f"{prefix}." if prefix else ""
+            for name, reason in _head_linears(inner).items():
+                reasons.setdefault(path + name, reason)
+            break
+    return reasons
+
+
+def full_precision_linears(model: nn.Module) -> dict[str, str]:
+    """Linears transformers keeps in float32 whatever the model's dtype: name → reason."""
+    reasons = {}
+    for prefix, inner in model.named_modules():
+        if isinstance(inner, PreTrainedModel):
+            kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
+            for name, module in inner.named_modules(prefix=prefix):
+                if isinstance(module, nn.Linear) and not kept.isdisjoint(name.split(".")):
+                    reasons[name] = "transformers keeps its weight in float32"
+    return reasons
+
+
+def skip_unused_cache(model: nn.Module) -> None:
+    """Lets `model` build no key-value cache in calls that have no use for one.
+
+    transformers' decoders build one by default, in training too, and blocks do not run compiled
+    with a cache. A caller's own `use_cache` is respected.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is not None and "use_cache" in inspect.signature(type(inner).forward).parameters:
+        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+
+
+def _without_cache(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if module.training or kwargs.get("labels") is not None:
+        kwargs.setdefault("use_cache", False)
+    return args, kwargs
+
+
+def example_call(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs with which the model can be called, None if it does not say."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    inputs = dict(model.dummy_inputs)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    for name, value in inputs.items():
+        if name.endswith("input_ids") and vocabulary:
+            inputs[name] = value % vocabulary
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return {
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def _head_linears(model: PreTrainedModel) -> dict[str, str]:
+    head = model.get_output_embeddings()
+    body = f"{model.base_model_prefix}."
+    has_body = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
+    reasons = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if module is head:
+            reasons[name] = "it is the output head, kept in full precision"
+        elif has_body and not name.startswith(body):
+            reasons[name] = "it belongs to the head, kept in full precision"
+    return reasons

@@ -1,0 +1,99 @@
+"""bitsandbytes' quantised layers, adopted where they stand: same Parameters, same state dict.
+
+Adopting changes a layer's class to a subclass whose forward is the fused op while a block is being
+captured and bitsandbytes' own otherwise; no weight is copied.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from qlora_compile.kernels.op import quantized_linear
+from qlora_compile.packed import NESTED_BLOCK_SIZE
+
+
+class AdoptedLinear4bit(bnb.nn.Linear4bit):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        state = self.weight.quant_state
+        planes = [self.weight, state.absmax]
+        if state.nested:
+            planes += [state.state2.code, state.state2.absmax, state.offset]
+        return quantized_linear(
+            x,
+            planes,
+            self.bias,
+            format=state.quant_type,
+            shape=(self.out_features, self.in_features),
+            block_size=state.blocksize,
+            compute_dtype=_compute_dtype(x, self.compute_dtype),
+            out_dtype=x.dtype,
+        )
+
+
+class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
+    """Weight-only: unlike LLM.int8 (Dettmers et al. 2022) the fused op keeps x in full precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        return quantized_linear(
+            x,
+            [self.weight, self.state.SCB],
+            self.bias,
+            format="int8",
+            shape=(self.out_features, self.in_features),
+            block_size=self.in_features,
+            compute_dtype=_compute_dtype(x, x.dtype),
+            out_dtype=x.dtype,
+        )
+
+
+def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    # As bitsandbytes: an input it can compute in safely decides.
+    if x.dtype in (torch.float32, torch.bfloat16) or configured is None:
+        return x.dtype
+    return configured
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def adopt(module: nn.Module) -> str | None:
+    """Adopts a layer of bitsandbytes in place; returns the reason if it cannot be."""
+    if isinstance(module, bnb.nn.Linear4bit):
+        return _adopt_4bit(module)
+    assert isinstance(module, bnb.nn.Linear8bitLt)
+    if module.state.has_fp16_weights:
+        return "bitsandbytes keeps its weight in 16 bits (has_fp16_weights)"
+    if type(module) is bnb.nn.Linear8bitLt:
+        if module.weight.CB is not None:
+            module.init_8bit_state()
+        if module.state.SCB is None:
+            return "bitsandbytes has not quantised its weight yet; move the model to its device"
+        module.__class__ = AdoptedLinear8bitLt
+    return None
+
+
+def _adopt_4bit(module: bnb.nn.Linear4bit) -> str | None:
+    state = module.weight.quant_state or module.quant_state
+    if state is None:
+        return "bitsandbytes has not quantised its weight yet; move the model to its device"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has repacked its weight for AVX-512; optimise before evaluating"
+    if module.weight.dtype != torch.uint8:
+        return f"its codes are stored as {module.weight.dtype}; load with quant_storage uint8"
+    if state.nested and state.state2.blocksize != NESTED_BLOCK_SIZE:
+        return f"its nested block size is {state.state2.blocksize}, not {NESTED_BLOCK_SIZE}"
+    # In evaluation bitsandbytes would repack the codes in place for AVX-512 CPUs.
+    module.support_avx512bf16_for_cpu = False
+    module.weight.quant_state = state
+    if type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
+        module.__class__ = AdoptedLinear4bit
+    return None

@@ -1,0 +1,147 @@
+"""Loading models and tokenizers from a folder, a GGUF file or a Hub name."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively, else float32.
+
+    A CPU without native bfloat16 converts on every multiplication, ten times slower than float32.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_config(source: str | Path) -> Any:
+    """Read a model's configuration, none of its weights.
+
+    Raises:
+        ModelNotFoundError: nothing is there, or it is no model.
+    """
+    folder, options = _location(source)
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(source, error) from error
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: Any = None) -> Any:
+    """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
+
+    Raises:
+        ModelNotFoundError: nothing is there, or it is no model.
+    """
+    folder, options = _location(source)
+    config = load_config(source) if config is None else config
+    named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
+    if "gguf_file" in options:
+        # Plain weights: Trainer refuses a model that is noted as stored in GGUF's own blocks.
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        return named.from_pretrained(
+            folder, config=config, dtype=dtype or compute_dtype(), **options
+        )
+    except OSError as error:
+        raise _not_found(source, error) from error
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer that lies with a model.
+
+    Raises:
+        TokenizerMissingError: there is none.
+    """
+    if not has_tokenizer(source):
+        raise TokenizerMissingError(site=f"the data for {str(source)!r}")
+    folder, options = _location(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except OSError as error:
+        raise TokenizerMissingError(site=f"the data for {str(source)!r}") from error
+
+
+def has_tokenizer(source: str | Path) -> bool:
+    """Whether a folder holds tokenizer files; a GGUF file and a Hub name are taken to have one."""
+    path = Path(source)
+    return not path.is_dir() or any((path / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def architecture(config: Any) -> str | None:
+    """The class name a configuration was saved from; GGUF files name none."""
+    names = getattr(config, "architectures", None)
+    return names[0] if names else None
+
+
+def is_causal(class_name: str | None) -> bool:
+    """Whether a model class predicts the next token, so that its labels are its inputs."""
+    if class_name is None:
+        return True
+    known = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return known or class_name.endswith("ForCausalLM")
+
+
+def longest_sequence(config: Any) -> int | None:
+    """How many positions a model has, None where its configuration states no limit."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def _location(source: str | Path) -> tuple[str, dict[str, Any]]:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(
+                value=str(source), problem="the file does not exist", remedy="check the path"
+            )
+        if find_spec("gguf") is None:
+            raise MissingPackageError(purpose=f"reading {str(source)!r}", package="gguf")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(
+                value=str(source),
+                problem="the folder has no config.json",
+                remedy="pass a folder written by save_pretrained, or a .gguf file",
+            )
+        return str(path), {}
+    if path.is_file():
+        raise ModelNotFoundError(
+            value=str(source),
+            problem="this is a file",
+            remedy="pass the folder it lies in, or a .gguf file",
+        )
+    # A Hub name is "name" or "owner/name"; whatever else does not exist here exists nowhere.
+    text = str(source)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise ModelNotFoundError(
+            value=text, problem="the folder does not exist", remedy="check the path"
+        )
+    return text, {}
+
+
+def _not_found(source: str | Path, error: Exception) -> ModelNotFoundError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ModelNotFoundError(
+        value=str(source),
+        problem=reason,
+        remedy="pass an existing folder, a .gguf file, a Hub name, or demo",
+    )

@@ -1,0 +1,82 @@
+"""The loss curve of a training run as a PNG."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_compile.errors import MissingPackageError
+
+_SMOOTHING = 0.9  # weight of the past in the running mean: about the last ten steps
+
+
+def require_matplotlib() -> None:
+    """Check that curves can be drawn.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingPackageError(purpose="the loss curve", package="matplotlib")
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential running means, unbiased at the start."""
+    means: list[float] = []
+    total = weight = 0.0
+    for value in values:
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
+        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        means.append(total / weight)
+    return means
+
+
+def draw_loss_curve(
+    path: Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    *,
+    title: str,
+    held_out: Sequence[tuple[int, float, float | None]] = (),
+) -> None:
+    """Draw the training loss per step and held-out points of (step, loss, standard error).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, per step")
+    axes.plot(
+        steps, smoothed(losses), color="tab:blue", linewidth=2, label="training, running mean"
+    )
+    if held_out:
+        at, means, errors = zip(*held_out, strict=True)
+        axes.errorbar(
+            at,
+            means,
+            yerr=[error or 0.0 for error in errors],
+            fmt="o--",
+            color="tab:orange",
+            capsize=4,
+            linewidth=1,
+            label="held-out, mean ± standard error",
+        )
+        for step, mean in zip(at, means, strict=True):
+            axes.annotate(
+                f"{mean:.3f}",
+                (step, mean),
+                textcoords="offset points",
+                xytext=(8 if step == min(at) else -8, 8),
+                ha="left" if step == min(at) else "right",
+                color="tab:orange",
+            )
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png")

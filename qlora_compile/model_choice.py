@@ -1,0 +1,80 @@
+"""Which model the command line works on, how its weights are stored, and its adapters."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_compile.demo import demo_model_file
+from qlora_compile.errors import CausalModelError, FormatChoiceError
+
+DEMO = "demo"
+FORMATS = ("nf4", "fp4", "int8", "none")
+
+
+def check_format(name: str) -> None:
+    """Check the name of a format.
+
+    Raises:
+        FormatChoiceError: there is no such format; the message names the nearest.
+    """
+    if name not in FORMATS:
+        nearest = difflib.get_close_matches(name.lower(), FORMATS, n=2, cutoff=0.3)
+        raise FormatChoiceError(
+            value=name, closest=" or ".join(nearest) or "none", known=", ".join(FORMATS)
+        )
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, how its weights are stored, and its adapters."""
+
+    model: str
+    format: str = "nf4"
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def check(self) -> Any:
+        """Check the choice and return the model's configuration; no weights are read.
+
+        Raises:
+            FormatChoiceError, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
+            CausalModelError: a value that cannot be used.
+        """
+        check_format(self.format)
+        from qlora_compile.hf import loading, training
+
+        alpha = 1 if self.alpha is None else self.alpha
+        training.require_adapter_settings(self.rank, alpha, self.dropout)
+        config = loading.load_config(self.source)
+        name = loading.architecture(config)
+        if not loading.is_causal(name):
+            raise CausalModelError(value=self.model, model=name)
+        return config
+
+    @property
+    def source(self) -> str | Path:
+        return demo_model_file() if self.model == DEMO else self.model
+
+    def optimized(self, config: Any) -> Any:
+        """Load the model, quantise it, add adapters and compile it."""
+        from qlora_compile import api
+        from qlora_compile.hf import loading, training
+
+        model = loading.load_model(self.source, config=config)
+        lora = training.lora_config(
+            model,
+            rank=self.rank,
+            alpha=2 * self.rank if self.alpha is None else self.alpha,
+            dropout=self.dropout,
+            target_modules="all-linear",
+        )
+        return api.optimize(
+            model,
+            lora,
+            quantize=None if self.format == "none" else self.format,
+            double_quantize=self.format in ("nf4", "fp4"),
+        )

@@ -1,0 +1,103 @@
+"""Runs the passes over one captured graph: in order, checked after each, and logged."""
+
+from __future__ import annotations
+
+import logging
+
+from torch.fx import GraphModule
+
+from qlora_compile.errors import PassError
+from qlora_compile.kernels.op import UNQUANTIZED
+from qlora_compile.kernels.registry import select
+from qlora_compile.passes.context import FusedSite, PassContext
+from qlora_compile.passes.default import PASSES
+from qlora_compile.passes.nodes import (
+    arguments,
+    base_weight,
+    example,
+    is_linear,
+    is_qlora_linear,
+    linear_operands,
+)
+from qlora_compile.problem import Problem, bucket_rows
+
+logger = logging.getLogger(__name__)
+
+
+def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
+    """Rewrites `graph_module` in place and fills `context`; returns the number of rewrites.
+
+    Raises PassError when a pass loses a site: every Linear of the graph stays there, as a linear or
+    as a `qlora_linear`.
+    """
+    rewritten = 0
+    expected = _sites(graph_module, context)
+    for run in PASSES:
+        count = run(graph_module, context)
+        graph_module.graph.lint()
+        found = _sites(graph_module, context)
+        if found != expected:
+            raise PassError(name=run.__name__, lost=sorted(expected - found))
+        logger.debug("%s: %d rewrites", run.__name__, count)
+        rewritten += count
+    if rewritten:
+        graph_module.recompile()
+    _record(graph_module, context)
+    return rewritten
+
+
+def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
+    found = (
+        context.site_of(base_weight(node))
+        for node in graph_module.graph.nodes
+        if is_linear(node) or is_qlora_linear(node)
+    )
+    return {site for site in found if site is not None}
+
+
+def _record(graph_module: GraphModule, context: PassContext) -> None:
+    """Reads off the rewritten graph what became of each site, whatever the passes believed."""
+    for node in graph_module.graph.nodes:
+        site = context.site_of(base_weight(node)) if is_qlora_linear(node) else None
+        if site is not None:
+            context.fused[site] = _fused_site(arguments(node))
+    for node in graph_module.graph.nodes:
+        if is_linear(node):
+            site = context.adapter_site_of(linear_operands(node)[1])
+            if site is not None:
+                context.unfused[site] = "its adapter's computation is not plain LoRA"
+    for site in context.unfused:
+        context.fused.pop(site, None)
+    context.unfused |= context.kept
+
+
+def _fused_site(call: dict) -> FusedSite:
+    x, lora_a = example(call["x"]), example(call["lora_a"])
+    assert x is not None
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    problem = Problem(
+        direction="forward",
+        m=bucket_rows(rows) if isinstance(rows, int) else 0,
+        n=call["n"],
+        k=call["k"],
+        rank=0 if lora_a is None else lora_a.shape[0],
+        format=call["format"],
+        block_size=call["block_size"],
+        double_quantized=len(call["planes"]) > 2,
+        x_dtype=x.dtype,
+        compute_dtype=call["compute_dtype"],
+        lora_dtype=call["lora_dtype"],
+        bias=call["bias"] is not None,
+        dropout=call["seed"] is not None,
+        device=str(x.device),
+    )
+    return FusedSite(
+        n=problem.n,
+        k=problem.k,
+        rank=problem.rank,
+        format=str(x.dtype).removeprefix("torch.")
+        if problem.format == UNQUANTIZED
+        else problem.format,
+        dropout=call["dropout"],
+        variant=select(problem).name,
+    )

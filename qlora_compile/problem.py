@@ -1,0 +1,37 @@
+"""Problem: the key of one fused linear, by which implementations are chosen and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+def bucket_rows(rows: int) -> int:
+    """The smallest power of two >= `rows`, so that near row counts share one choice."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
+
+    `m` is bucketed (`bucket_rows`), everything else is exact; `rank` is 0 without an adapter;
+    `format` is "none" for a weight kept in its own floating-point dtype.
+    """
+
+    direction: Literal["forward", "backward"]
+    m: int
+    n: int
+    k: int
+    rank: int
+    format: str
+    block_size: int
+    double_quantized: bool
+    x_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    lora_dtype: torch.dtype
+    bias: bool
+    dropout: bool
+    device: str

@@ -1,0 +1,112 @@
+"""The shortest way to fine-tune: quantise, add adapters, compile, train, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_compile.errors import QuantizationBitsError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FORMATS = {4: "nf4", 8: "int8"}
+
+
+class QuantizedLoRA:
+    """A model with quantised frozen weights and trainable LoRA adapters, compiled.
+
+    `model` is a transformers model, changed in place, or the path of one, which is loaded together
+    with its tokenizer. `quantization_bits` 4 stores the weights as NF4 and 8 as INT8;
+    `double_quantize` concerns NF4 only. `alpha` is 2 * rank unless given. Further keywords
+    (`strict`, `verify`, `scope`) go to `qlora_compile.optimize`.
+
+    Raises, always before the model was changed:
+        QuantizationBitsError: neither 4 nor 8 bits.
+        OutOfRangeError: rank, alpha or dropout cannot be used.
+        ModelTypeError: the model is no transformers model.
+        AdaptersPresentError: it has adapters already.
+        ModelNotFoundError: there is no model at the path.
+        QloraCompileError: whatever `qlora_compile.optimize` finds wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        rank: int = 4,
+        quantization_bits: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: str | list[str] = "all-linear",
+        tokenizer: Any = None,
+        block_size: int = 64,
+        double_quantize: bool = True,
+        **optimize_options: Any,
+    ) -> None:
+        if isinstance(quantization_bits, bool) or quantization_bits not in _FORMATS:
+            raise QuantizationBitsError(value=quantization_bits)
+        # transformers and PEFT take seconds to import: only once they are needed.
+        from qlora_compile import api
+        from qlora_compile.hf import loading, training
+
+        training.require_adapter_settings(rank, 1 if alpha is None else alpha, dropout)
+        if isinstance(model, str | Path):
+            source = model
+            model = loading.load_model(source)
+            if tokenizer is None and loading.has_tokenizer(source):
+                tokenizer = loading.load_tokenizer(source)
+        training.require_plain_model(model)
+        lora = training.lora_config(
+            model,
+            rank=rank,
+            alpha=2 * rank if alpha is None else alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+        )
+        self.tokenizer = tokenizer
+        self.model: Any = api.optimize(
+            model,
+            lora,
+            quantize=_FORMATS[quantization_bits],
+            double_quantize=double_quantize and quantization_bits == 4,
+            block_size=block_size,
+            **optimize_options,
+        )
+
+    def train(self, dataset: Any, *, max_length: int | None = None, **options: Any) -> Any:
+        """Train the adapters and return the Trainer's TrainOutput; a second call continues.
+
+        `dataset` is a `datasets.Dataset` with a column input_ids or text, a torch Dataset of token
+        dicts, or an iterable of strings; text needs a tokenizer, is cut at `max_length` tokens (the
+        model's own limit if None), and blank texts are left out. A causal language model without
+        labels learns to predict its inputs. `options` go to `transformers.TrainingArguments`;
+        without an output_dir nothing is saved.
+
+        Raises, always before anything was trained:
+            TrainingOptionError: TrainingArguments has no such option.
+            DatasetTypeError: the dataset is of no kind that can be trained on.
+            EmptyDatasetError: it holds no examples.
+            TokenizerMissingError: it holds text, and there is no tokenizer.
+            NoLossError: the model takes no labels.
+            MissingLabelsError: the model needs labels that the dataset has not.
+        """
+        from qlora_compile.hf.training import fine_tune
+
+        output, _ = fine_tune(
+            self.model, dataset, tokenizer=self.tokenizer, max_length=max_length, options=options
+        )
+        return output
+
+    def save(self, path: str | Path) -> None:
+        """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
+
+        Raises:
+            OutputDirectoryError: the path cannot be written.
+        """
+        from qlora_compile.outputs import writable_directory
+
+        folder = writable_directory(Path(path))
+        self.model.save_pretrained(str(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))

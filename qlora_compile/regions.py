@@ -1,0 +1,165 @@
+"""Regions: blocks of a model that are compiled in place, each kind once.
+
+A region replaces its module's `forward` on the instance. Parameters, state-dict keys, classes and
+hooks stay as they are; a deep copy or a pickle of the model carries the region along and compiles
+again on its first call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_compile.backend import RegionGraph, make_backend, running
+from qlora_compile.errors import StrictError
+from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
+from qlora_compile.passes.context import FusedSite
+
+
+@dataclass
+class RegionKind:
+    """What the modules of one class in one model share: settings and the compiled forward."""
+
+    forward: Callable[..., Any]
+    strict: bool
+    verify: bool
+    repeated: bool
+    probing: bool = False
+    _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": {}, "probing": False}
+
+    def compiled(self) -> Callable[..., Any]:
+        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
+        if self.probing not in self._compiled:
+            backend = make_backend(inductor=not self.probing, verify=self.verify, strict=self.strict)
+            self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)
+        return self._compiled[self.probing]
+
+
+class Region:
+    """The forward of one compiled module."""
+
+    def __init__(
+        self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
+    ) -> None:
+        self.module = module
+        self.kind = kind
+        self.sites = sites
+        self.kept = kept
+        self.graphs: list[RegionGraph] | None = None
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"graphs": None}
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, forward = self.module, self.kind.forward
+        # Someone else's compilation inlines the block. A key-value cache changes shape at every
+        # token, so a block that sees one would recompile until Dynamo gives up.
+        if torch.compiler.is_compiling() or is_cached_call(args, kwargs):
+            return forward(module, *args, **kwargs)
+        if self.kind.repeated and module.training and torch.is_grad_enabled():
+            args, kwargs = _with_gradient(args, kwargs)
+        if checkpoints(module):
+            # The region sits inside the checkpoint: recomputation runs compiled too.
+            return module._gradient_checkpointing_func(partial(self._run, **kwargs), *args)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with running(self) as executed:
+            result = self.kind.compiled()(self.module, *args, **kwargs)
+        if executed != self.graphs:
+            self.graphs = executed
+            if self.kind.strict:
+                self.raise_unfused()
+        return result
+
+    def raise_unfused(self) -> None:
+        """Raises StrictError if a site of the last call was left alone without having to be."""
+        missing = {site: why for site, why in self.unfused().items() if site not in self.kept}
+        if missing:
+            reasons = "\n".join(f"  {site}: {why}" for site, why in sorted(missing.items()))
+            raise StrictError(count=len(missing), reasons=reasons)
+
+    def fused(self) -> dict[str, FusedSite]:
+        """Sites the last call computed by a fused op."""
+        return {site: fused for graph in self.graphs or () for site, fused in graph.fused.items()}
+
+    def unfused(self) -> dict[str, str]:
+        """All the other sites, with the reason."""
+        if self.graphs is None:
+            return dict.fromkeys(self.sites, "its block has not run yet") | self.kept
+        if not self.graphs:
+            return dict.fromkeys(self.sites, "its block ran uncompiled, Dynamo gave up on it")
+        reasons = dict.fromkeys(self.sites - self.fused().keys(), "not used in the last call")
+        for graph in self.graphs:
+            reasons |= graph.unfused
+        return reasons
+
+
+def install(
+    module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
+) -> Region:
+    region = Region(module, kind, sites, kept)
+    module.forward = region
+    return region
+
+
+def uninstall(module: nn.Module) -> None:
+    """Gives `module` back the forward of its class."""
+    del module.forward
+
+
+def region_of(module: nn.Module) -> Region | None:
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Region) else None
+
+
+def new_kind(module: nn.Module, *, strict: bool, verify: bool, repeated: bool) -> RegionKind:
+    return RegionKind(own_forward(module), strict=strict, verify=verify, repeated=repeated)
+
+
+def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of its own code that calls `forward`: Dynamo counts recompilations per code
+    object, so kinds and models do not use up each other's limit."""
+
+    def region(module, *args, **kwargs):
+        return forward(module, *args, **kwargs)
+
+    code = region.__code__.replace(co_name=f"region_{forward.__qualname__}")
+    return FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
+
+
+def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """The block's first floating-point input, requiring a gradient.
+
+    The first block's does not by itself, and Dynamo would compile that block apart from all the
+    others; the gradient it does not need costs less than that.
+    """
+
+    def needs(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point()
+
+    for index, value in enumerate(args):
+        if needs(value):
+            if not value.requires_grad:
+                fresh = value.detach().requires_grad_()
+                args = (*args[:index], fresh, *args[index + 1 :])
+            return args, kwargs
+    hidden = kwargs.get("hidden_states")
+    if needs(hidden) and not hidden.requires_grad:
+        kwargs = kwargs | {"hidden_states": hidden.detach().requires_grad_()}
+    return args, kwargs

@@ -1,0 +1,268 @@
+"""One fine-tuning run from the command line: checks, text, training, and the files it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_compile.demo import docstring_documents
+from qlora_compile.documents import Document, pack, read_documents, split
+from qlora_compile.errors import (
+    OutOfRangeError,
+    OutputDirectoryError,
+    ResumeError,
+    SequenceLengthError,
+    TokenizerVocabularyError,
+    TooLittleTextError,
+)
+from qlora_compile.figures import held_out_figures, peak_memory, training_figures
+from qlora_compile.loss_curve import draw_loss_curve, require_matplotlib
+from qlora_compile.model_choice import DEMO, ModelChoice, check_format
+from qlora_compile.outputs import check_writable, writable_directory
+
+if TYPE_CHECKING:
+    from qlora_compile.hf.training import StepObserver
+
+_HELD_OUT_SEQUENCES = 64  # enough for a small standard error, few enough to evaluate in a moment
+_SETTINGS_FILE = "settings.json"
+# What a resumed run may change: where it is written, how far and how often it is saved.
+_MAY_CHANGE = frozenset({"output", "resume", "overwrite", "steps", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The settings of one run."""
+
+    choice: ModelChoice
+    data: str
+    output: Path
+    steps: int
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    held_out: float
+    checkpoint_every: int
+    resume: bool = False
+    overwrite: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {**values.pop("choice"), **values, "output": str(self.output)}
+
+    def check(self) -> Any:
+        """Check everything that can be without reading text or weights; returns the configuration.
+
+        Raises:
+            QloraCompileError: a value that cannot be used; see the class for which.
+        """
+        check_format(self.choice.format)
+        for name, value, fine, allowed in (
+            ("--steps", self.steps, self.steps >= 1, "1 or more"),
+            ("--sequence-length", self.sequence_length, self.sequence_length >= 2, "2 or more"),
+            ("--batch-size", self.batch_size, self.batch_size >= 1, "1 or more"),
+            ("--seed", self.seed, 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+            ("--held-out", self.held_out, 0 <= self.held_out < 1, "a fraction from 0 to below 1"),
+            ("--checkpoint-every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
+            (
+                "--learning-rate",
+                self.learning_rate,
+                self.learning_rate > 0 and math.isfinite(self.learning_rate),
+                "a number above 0",
+            ),
+        ):
+            if not fine:
+                raise OutOfRangeError(name=name, value=value, allowed=allowed)
+        require_matplotlib()
+        check_writable(self.output)
+        self._check_earlier_run()
+        if self.data != DEMO:
+            read_documents(Path(self.data))
+        config = self.choice.check()
+        from qlora_compile.hf.loading import longest_sequence
+
+        limit = longest_sequence(config)
+        if limit is not None and self.sequence_length > limit:
+            raise SequenceLengthError(
+                value=self.sequence_length, model=self.choice.model, limit=limit
+            )
+        return config
+
+    def _check_earlier_run(self) -> None:
+        from qlora_compile.hf.training import last_checkpoint
+
+        checkpoint = last_checkpoint(self.output)
+        where = str(self.output)
+        if not self.resume:
+            if checkpoint and not self.overwrite:
+                raise OutputDirectoryError(
+                    value=where,
+                    problem="it holds the checkpoints of an earlier run",
+                    remedy="--resume continues that run, --overwrite replaces it",
+                )
+            return
+        if self.overwrite:
+            raise ResumeError(
+                value=where,
+                problem="--overwrite would remove what --resume continues",
+                remedy="pass one of the two",
+            )
+        if checkpoint is None:
+            raise ResumeError(
+                value=where, problem="it holds no checkpoint", remedy="train without --resume first"
+            )
+        if (done := int(checkpoint.name.rpartition("-")[2])) >= self.steps:
+            raise ResumeError(
+                value=where,
+                problem=f"step {done} of {self.steps} is done already",
+                remedy=f"pass --steps above {done}",
+            )
+        file = self.output / _SETTINGS_FILE
+        earlier = json.loads(file.read_text()) if file.is_file() else {}
+        for name, value in self.settings().items():
+            if name not in _MAY_CHANGE and name in earlier and earlier[name] != value:
+                raise ResumeError(
+                    value=where,
+                    problem=f"the run had {name}={earlier[name]!r}, not {value!r}",
+                    remedy="pass what the run had, or choose another directory",
+                )
+
+    def documents(self) -> list[Document]:
+        """The text to train on and to hold out."""
+        return docstring_documents() if self.data == DEMO else read_documents(Path(self.data))
+
+    def sequences(self, tokenizer: Any, config: Any) -> tuple[list[list[int]], list[list[int]]]:
+        """Token sequences to train on and held-out ones, from different documents.
+
+        Raises:
+            TooLittleTextError: there is not one full sequence.
+            TokenizerVocabularyError: the tokenizer is another model's.
+        """
+        documents = self.documents()
+        training_documents, held_out_documents = split(documents, self.held_out, self.seed)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        packed = []
+        for purpose, part in (("training", training_documents), ("held-out", held_out_documents)):
+            sequences = pack(part, encode, tokenizer.eos_token_id, self.sequence_length)
+            if part and not sequences:
+                raise TooLittleTextError(
+                    value=self.data,
+                    count="less than one sequence",
+                    unit=f"of {self.sequence_length} tokens",
+                    purpose=f"{purpose} text",
+                    needed="one or more",
+                    option="--sequence-length",
+                )
+            packed.append(sequences)
+        training, held_out = packed
+        largest = config.get_text_config().vocab_size - 1
+        highest = max(max(sequence) for sequence in [*training, *held_out])
+        if highest > largest:
+            raise TokenizerVocabularyError(site=self.data, value=highest, largest=largest)
+        if len(held_out) > _HELD_OUT_SEQUENCES:
+            held_out = random.Random(self.seed).sample(held_out, _HELD_OUT_SEQUENCES)
+        return training, held_out
+
+    def execute(
+        self, announce: Callable[[str], None], observer: StepObserver
+    ) -> tuple[dict[str, Any], Any]:
+        """Train and write every file; returns the figures of metrics.json and the report.
+
+        Raises:
+            QloraCompileError: see `check` and `sequences`; before anything was trained.
+        """
+        from qlora_compile import api
+        from qlora_compile.hf import loading, training
+
+        announce("checking")
+        config = self.check()
+        announce("reading text")
+        tokenizer = loading.load_tokenizer(self.choice.source)
+        train_sequences, held_out = self.sequences(tokenizer, config)
+        announce(f"loading {self.choice.model}")
+        training.seed_everything(self.seed)
+        model = self.choice.optimized(config)
+        report = api.explain(model)
+        self._prepare_output()
+        announce(f"held-out loss before training ({len(held_out)} sequences)")
+        before = training.sequence_losses(model, held_out, self.batch_size)
+        announce("training; the first step compiles")
+        checkpoint = training.last_checkpoint(self.output) if self.resume else None
+        _, history = training.fine_tune(
+            model,
+            [{"input_ids": sequence} for sequence in train_sequences],
+            tokenizer=tokenizer,
+            observer=observer,
+            options={
+                "output_dir": str(self.output),
+                "resume_from_checkpoint": checkpoint,
+                "max_steps": self.steps,
+                "per_device_train_batch_size": self.batch_size,
+                "learning_rate": self.learning_rate,
+                "lr_scheduler_type": "linear",
+                "warmup_steps": 0.1,
+                "logging_steps": 1,
+                "logging_nan_inf_filter": False,
+                "save_steps": self.checkpoint_every,
+                "save_total_limit": 2,
+                "seed": self.seed,
+                "disable_tqdm": True,
+            },
+        )
+        announce(f"held-out loss after training ({len(held_out)} sequences)")
+        after = training.sequence_losses(model, held_out, self.batch_size)
+        metrics = {
+            "settings": self.settings(),
+            "held_out": held_out_figures(before, after),
+            "training": training_figures(
+                history, observer.seconds, self.batch_size * self.sequence_length
+            ),
+            "peak_memory": peak_memory(),
+            "sites": {
+                "fused": sum(bool(site.fused) for site in report.sites),
+                "total": len(report.sites),
+            },
+        }
+        self._write(model, tokenizer, metrics, report)
+        return metrics, report
+
+    def _prepare_output(self) -> None:
+        writable_directory(self.output)
+        if not self.resume:
+            for checkpoint in self.output.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        _write_json(self.output / _SETTINGS_FILE, self.settings())
+
+    def _write(self, model: Any, tokenizer: Any, metrics: dict[str, Any], report: Any) -> None:
+        model.save_pretrained(str(self.output))
+        tokenizer.save_pretrained(str(self.output))
+        _write_json(self.output / "metrics.json", metrics)
+        (self.output / "report.json").write_text(report.to_json(), encoding="utf-8")
+        held_out = metrics["held_out"]
+        losses = metrics["training"]["losses"]
+        points = held_out and [
+            (0, held_out["before"], held_out["before_standard_error"]),
+            (self.steps, held_out["after"], held_out["after_standard_error"]),
+        ]
+        draw_loss_curve(
+            self.output / "loss.png",
+            [entry["step"] for entry in losses],
+            [entry["loss"] for entry in losses],
+            title=f"{self.choice.model} on {Path(self.data).name}, {self.choice.format}, "
+            f"rank {self.choice.rank}",
+            held_out=points or (),
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
