@@ -63,6 +63,13 @@ def running(region: RunningRegion) -> Iterator[list[RegionGraph]]:
         _running.pop()
 
 
+def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """AOTAutograd and Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, example_inputs)
+
+
 def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[..., RegionGraph]:
     """A backend for torch.compile that rewrites the running region's graph; without `inductor` the
     rewritten graph runs as it is, which is enough to see what becomes of each site."""
@@ -77,9 +84,7 @@ def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[...,
         rewritten = copy.deepcopy(graph_module) if original is not None else None
         run: Callable[..., Any] = graph_module.forward
         if inductor:
-            from torch._inductor.compile_fx import compile_fx
-
-            run = compile_fx(graph_module, list(example_inputs))
+            run = compile_inner(graph_module, list(example_inputs))
         return RegionGraph(context.fused, context.unfused, run, strict, original, rewritten)
 
     return qlora_compile_backend
