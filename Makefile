@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 .PHONY: demo test lint bench wheel setup clean
 
 demo: setup
-	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output
+	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -28,7 +28,7 @@ _QUANTIZE_CHUNK = 1 << 18
 """Elements quantised at a time: the temporaries then stay far below one copy of a layer."""
 
 
-_CPU_CHUNK = 1 << 18
+_CPU_CHUNK = 1 << 19
 """Elements dequantised at a time on CPU: few enough that the temporaries stay in its caches, and
 enough to hide what starting an operator on all threads costs."""
 

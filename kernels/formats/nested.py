@@ -75,11 +75,13 @@ def block_absmax(packed: PackedWeight, start: int, stop: int) -> Tensor:
     absmax = packed.absmax.reshape(-1)[start:stop]
     if packed.nested_codebook is None:
         return absmax
-    assert packed.nested_absmax is not None and packed.nested_offset is not None
+    assert packed.nested_absmax is not None
+    assert packed.nested_offset is not None
     first = start // NESTED_BLOCK_SIZE
     last = -(-stop // NESTED_BLOCK_SIZE)
     scales = packed.nested_absmax.reshape(-1)[first:last].unsqueeze(1)
     scales = scales.expand(-1, NESTED_BLOCK_SIZE).reshape(-1)
     shift = first * NESTED_BLOCK_SIZE
-    decoded = packed.nested_codebook.reshape(-1)[absmax.to(torch.int64)]
+    codebook = packed.nested_codebook.reshape(-1)
+    decoded = codebook.index_select(0, absmax.to(torch.int32))
     return decoded.mul_(scales[start - shift : stop - shift]).add_(packed.nested_offset)

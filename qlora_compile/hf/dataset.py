@@ -15,6 +15,7 @@ from qlora_compile.errors import (
     EmptyDatasetError,
     MissingLabelsError,
     NoLossError,
+    OutOfRangeError,
     TokenizerMissingError,
 )
 from qlora_compile.hf.adapters import base_model
@@ -65,15 +66,19 @@ def prepare(
     Texts are cut at `max_length` tokens (the model's own limit if None), blank ones are left out.
 
     Raises:
+        OutOfRangeError: max_length is below 1.
         DatasetTypeError: the dataset is of no kind that can be trained on.
         EmptyDatasetError: it holds no examples.
         TokenizerMissingError: it holds text, and there is no tokenizer.
         NoLossError: the model takes no labels.
         MissingLabelsError: the model needs labels that the dataset has not.
     """
-    limit = max_length or longest_sequence(model.config)
+    if max_length is not None and max_length < 1:
+        raise OutOfRangeError(name="max_length", value=max_length, allowed="1 or more")
+    limit = longest_sequence(model.config) if max_length is None else max_length
     rows = _rows(dataset, tokenizer, limit)
-    example = rows[0] if hasattr(rows, "__getitem__") else next(iter(rows), None)
+    # A stream has a __getitem__ too, which only raises.
+    example = next(iter(rows), None) if isinstance(rows, IterableDataset) else rows[0]
     if example is None:
         raise EmptyDatasetError(site="the dataset")
     if not isinstance(example, Mapping) or "input_ids" not in example:

@@ -1,0 +1,58 @@
+"""What every test gets: no network, the same seeds, NaN in fresh memory, a clean Dynamo."""
+
+import os
+
+# Read by huggingface_hub and transformers when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import random
+import sys
+import zlib
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+# torch.empty & co. give NaN (integers: their maximum), so that code which reads memory it never
+# wrote fails. The filling is tied to deterministic mode; warn_only, because there an op without a
+# deterministic implementation (put_) would raise. Memory that compiled code allocates for its own
+# buffers is not filled.
+torch.use_deterministic_algorithms(True, warn_only=True)
+assert torch.empty(1).isnan()
+
+# Deadlines fail on compile time and on busy machines; CI must not fail on luck.
+hypothesis.settings.register_profile(
+    "qlora_compile", deadline=None, print_blob=True, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("qlora_compile")
+
+
+class _TorchRandom:
+    """torch's generator in the interface of `random.Random`: hypothesis seeds it per example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_torch_random = _TorchRandom()  # hypothesis holds it by a weak reference
+hypothesis.register_random(_torch_random)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device and torch sees none")
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget compiled code, so that recompile limits and graph counts start afresh."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

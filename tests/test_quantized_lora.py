@@ -1,0 +1,295 @@
+"""QuantizedLoRA: every kind of dataset, every bad input, saving and going on."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, BertModel
+
+from qlora_compile import api, errors
+from qlora_compile.hf.dataset import Batching
+from qlora_compile.quantized_lora import QuantizedLoRA
+from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+
+TEXTS = ["a first text", "and a second, longer one", " ", "a third"] * 4
+OPTIONS: dict[str, Any] = {"max_steps": 2, "disable_tqdm": True}
+
+
+class TokenDicts(Dataset):
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class TokenStream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(token_rows())
+
+
+def token_rows() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.arange(length) % 90} for length in (5, 9, 9, 7)] * 4
+
+
+def text_table(**columns: list[Any]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": TEXTS, **columns})
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Adapters by PEFT, nothing quantised or compiled: what is under test is around that."""
+    calls: list[dict[str, Any]] = []
+
+    def optimize(model: Any, lora: Any, **options: Any) -> Any:
+        calls.append(options)
+        return peft.get_peft_model(model, lora)
+
+    monkeypatch.setattr(api, "optimize", optimize)
+    return calls
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Toy matrices are multiplied faster than threads are woken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: Any, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+DATASETS: dict[str, Callable[[], Any]] = {
+    "strings": lambda: TEXTS,
+    "generator of strings": lambda: (text for text in TEXTS),
+    "torch dataset of strings": lambda: TokenDicts(TEXTS),
+    "table of text": text_table,
+    "table of text and more": lambda: text_table(source=["x"] * len(TEXTS)),
+    "table of tokens": lambda: datasets.Dataset.from_list(
+        [{"input_ids": row["input_ids"].tolist()} for row in token_rows()]
+    ),
+    "torch dataset": lambda: TokenDicts(token_rows()),
+    "torch stream": TokenStream,
+    "list of token dicts": token_rows,
+    "token dicts with labels": lambda: TokenDicts(
+        [{**row, "labels": row["input_ids"]} for row in token_rows()]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_a_causal_model_trains_on(kind: str, stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    before = weights(q.model)
+    output = q.train(DATASETS[kind](), **OPTIONS)
+    assert output.global_step == 2
+    assert 4 < output.training_loss < 6
+    changed = {n for n, t in q.model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_bits_become_formats(stock: list[dict[str, Any]]) -> None:
+    QuantizedLoRA(toy_llama(), quantization_bits=4, block_size=128, strict=True)
+    QuantizedLoRA(toy_llama())
+    common = {"double_quantize": True, "block_size": 128, "strict": True}
+    assert stock[0] == {"quantize": "nf4", **common}
+    assert stock[1] == {"quantize": "int8", "double_quantize": False, "block_size": 64}
+
+
+def test_alpha_is_twice_the_rank_unless_given(stock: list[dict[str, Any]]) -> None:
+    assert QuantizedLoRA(toy_llama(), 3).model.peft_config["default"].lora_alpha == 6
+    q = QuantizedLoRA(toy_llama(), 3, alpha=5, dropout=0.1, target_modules=["q_proj"])
+    config = q.model.peft_config["default"]
+    assert (config.lora_alpha, config.lora_dropout) == (5, 0.1)
+    assert config.target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_a_classifier_trains_with_its_own_labels(name: str, stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_bert(), tokenizer=toy_tokenizer())
+    head = q.model.base_model.model.classifier.modules_to_save["default"]
+    before = head.weight.clone()
+    output = q.train(text_table(**{name: [0, 1] * (len(TEXTS) // 2)}), **OPTIONS)
+    assert output.global_step == 2
+    assert not torch.equal(head.weight, before)
+
+
+def test_training_goes_on_where_it_stopped(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    settings = {"max_steps": 20, "learning_rate": 1e-2, "disable_tqdm": True}
+    first = q.train(TEXTS, **settings).training_loss
+    assert q.train(TEXTS, **settings).training_loss < first - 0.2
+
+
+def test_texts_are_cut_at_the_length_asked_for(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    assert q.train(["x" * (LONGEST + 9)] * 8, **OPTIONS).global_step == 2
+    with pytest.raises(errors.OutOfRangeError, match="max_length=0"):
+        q.train(TEXTS, max_length=0, **OPTIONS)
+
+
+def test_batches_are_padded_by_position() -> None:
+    batch = Batching(pad_token=7, add_labels=True)(
+        [{"input_ids": [1, 2, 7]}, {"input_ids": torch.tensor([3])}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 7], [3, 7, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 7], [3, -100, -100]]
+    labelled = Batching(pad_token=0, add_labels=False)(
+        [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3], "labels": [3]}]
+    )
+    assert labelled["labels"].tolist() == [[1, 2], [3, -100]]
+    equal = Batching(pad_token=0, add_labels=True)([{"input_ids": [1, 2]}] * 2)
+    assert set(equal) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"quantization_bits": 3}, errors.QuantizationBitsError, "quantization_bits=3"),
+        ({"quantization_bits": True}, errors.QuantizationBitsError, "pass 4"),
+        ({"rank": 0}, errors.OutOfRangeError, "rank=0"),
+        ({"rank": 2.5}, errors.OutOfRangeError, "rank=2.5"),
+        ({"alpha": -1}, errors.OutOfRangeError, "alpha=-1"),
+        ({"dropout": 1.0}, errors.OutOfRangeError, "dropout=1.0"),
+        ({"target_modules": ["no_such"]}, errors.QloraCompileError, "no_such"),
+        ({"block_size": 63}, errors.BlockSizeError, "63"),
+    ],
+)
+def test_a_bad_setting_leaves_the_model_alone(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = toy_llama()
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        QuantizedLoRA(model, **arguments)
+    assert_unchanged(model, before)
+
+
+def test_a_model_must_be_a_plain_transformers_model(tmp_path: Path) -> None:
+    module: Any = torch.nn.Linear(4, 4)
+    with pytest.raises(errors.ModelTypeError, match="Linear"):
+        QuantizedLoRA(module)
+    adapted: Any = peft.get_peft_model(toy_llama(), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(errors.AdaptersPresentError, match="PeftModel"):
+        QuantizedLoRA(adapted)
+    with pytest.raises(errors.ModelNotFoundError, match="does not exist"):
+        QuantizedLoRA(tmp_path / "absent" / "model")
+    with pytest.raises(errors.ModelNotFoundError, match=r"no config\.json"):
+        QuantizedLoRA(tmp_path)
+
+
+BAD_DATASETS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "empty list": (list, errors.EmptyDatasetError, "no examples"),
+    "empty torch dataset": (lambda: TokenDicts([]), errors.EmptyDatasetError, "no examples"),
+    "empty table": (lambda: text_table().select([]), errors.EmptyDatasetError, "no examples"),
+    "blank strings": (lambda: [" ", "\n"], errors.EmptyDatasetError, "no examples"),
+    "one string": (lambda: "text", errors.DatasetTypeError, "a str"),
+    "a number": (lambda: 3, errors.DatasetTypeError, "an? int"),
+    "table without text": (
+        lambda: datasets.Dataset.from_dict({"prompt": ["a"]}),
+        errors.DatasetTypeError,
+        "prompt",
+    ),
+    "mixed": (lambda: ["a", 3], errors.DatasetTypeError, "example 1 is a int"),
+    "no input_ids": (lambda: [{"ids": [1]}], errors.DatasetTypeError, "with keys ids"),
+    "splits": (
+        lambda: datasets.DatasetDict({"train": text_table()}),
+        errors.DatasetTypeError,
+        "with keys train",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATASETS)
+def test_a_bad_dataset_leaves_the_model_alone(kind: str, stock: list[dict[str, Any]]) -> None:
+    dataset, error, message = BAD_DATASETS[kind]
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    before = weights(q.model)
+    with pytest.raises(error, match=message):
+        q.train(dataset(), **OPTIONS)
+    assert_unchanged(q.model, before)
+
+
+@pytest.mark.parametrize("dataset", [TEXTS, text_table()])
+def test_text_without_a_tokenizer_is_an_error(dataset: Any, stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama())
+    with pytest.raises(errors.TokenizerMissingError, match="tokenizer="):
+        q.train(dataset, **OPTIONS)
+
+
+def test_an_encoder_without_labels_is_an_error(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_bert(), tokenizer=toy_tokenizer())
+    before = weights(q.model)
+    with pytest.raises(errors.MissingLabelsError, match="BertForSequenceClassification was called"):
+        q.train(TEXTS, **OPTIONS)
+    assert_unchanged(q.model, before)
+    headless = QuantizedLoRA(BertModel(toy_bert().config), tokenizer=toy_tokenizer())
+    with pytest.raises(errors.NoLossError, match="BertModel"):
+        headless.train(TEXTS, **OPTIONS)
+
+
+def test_an_unknown_option_names_the_nearest(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    with pytest.raises(errors.TrainingOptionError, match="'learningrate'.*learning_rate"):
+        q.train(TEXTS, learningrate=1e-3)
+    with pytest.raises(errors.TrainingOptionError, match="its documentation"):
+        q.train(TEXTS, zzzz=1)
+
+
+def test_nothing_is_written_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    q.train(TEXTS, **OPTIONS)
+    assert not list(tmp_path.iterdir())
+    q.train(TEXTS, output_dir="run", **OPTIONS)
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_saving_where_nothing_can_be_written(tmp_path: Path, stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama())
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.OutputDirectoryError, match="this is a file"):
+        q.save(tmp_path / "file")
+    with pytest.raises(errors.OutputDirectoryError, match="is a file"):
+        q.save(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_from_a_path_through_the_compiler_to_stock_peft(bits: int, tmp_path: Path) -> None:
+    toy_llama().save_pretrained(tmp_path / "base")
+    toy_tokenizer().save_pretrained(tmp_path / "base")
+    q = QuantizedLoRA(tmp_path / "base", 4, bits)
+    options = {**OPTIONS, "max_steps": 4, "learning_rate": 1e-2}
+    # One length, so that one graph is compiled.
+    output = q.train(["sixteen letters."] * 8, **options)
+    assert output.global_step == 4
+    q.save(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ours = peft.get_peft_model_state_dict(q.model)
+    theirs = peft.get_peft_model_state_dict(loaded)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
+    assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
+    assert all(site.fused for site in api.explain(q.model).sites if "lm_head" not in site.name)

@@ -1,0 +1,94 @@
+"""Small models of real architectures, and stock quantised versions of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+VOCABULARY = 128
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3": {},
+    "Gemma3": {"class": "Gemma3ForCausalLM", "config": "Gemma3TextConfig", "sliding_window": 16},
+    "Mistral": {},
+    "Phi3": {"without": ("head_dim",)},
+    "GPTNeoX": {"without": ("num_key_value_heads", "head_dim")},
+    "Bert": {
+        "class": "BertForMaskedLM",
+        "without": ("num_key_value_heads", "head_dim"),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}
+
+
+def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any):
+    """The architecture with two layers of width 64, seeded weights."""
+    recipe = dict(ARCHITECTURES[architecture])
+    model_class = recipe.pop("class", f"{architecture}ForCausalLM")
+    config_class = recipe.pop("config", f"{architecture}Config")
+    without = recipe.pop("without", ())
+    arguments = {k: v for k, v in _SMALL.items() if k not in without} | recipe | options
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**arguments)
+    model: PreTrainedModel = getattr(transformers, model_class)(config)
+    # A bias of zero would hide a bias that is dropped.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.02)
+    return model.to(dtype)
+
+
+def with_bitsandbytes(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """Replaces the model's Linears, but for its head, as transformers does when it loads."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is model.get_output_embeddings():
+            continue
+        size, weight = (linear.in_features, linear.out_features), linear.weight.data
+        bias = linear.bias is not None
+        if bits == 4:
+            layer = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
+            layer.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4")
+        else:
+            layer = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
+            layer.weight = bnb.nn.Int8Params(weight, False)
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.to("cpu"))
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 16) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def ignore_peft_warnings() -> None:
+    warnings.filterwarnings("ignore", module="peft")
