@@ -15,7 +15,7 @@ from qlora_compile.errors import (
 )
 from qlora_compile.hf import adapters
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears
-from qlora_compile.kernels.formats.base import _checked_block_size as check_block_size
+from qlora_compile.kernels.formats.base import check_block_size
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.quantized_linear import QuantizedLinear
 

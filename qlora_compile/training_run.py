@@ -189,6 +189,7 @@ class TrainingRun:
         announce("reading text")
         tokenizer = loading.load_tokenizer(self.choice.source)
         train_sequences, held_out = self.sequences(tokenizer, config)
+        writable_directory(self.output)
         announce(f"loading {self.choice.model}")
         training.seed_everything(self.seed)
         model = self.choice.optimized(config)
@@ -237,7 +238,6 @@ class TrainingRun:
         return metrics, report
 
     def _prepare_output(self) -> None:
-        writable_directory(self.output)
         if not self.resume:
             for checkpoint in self.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)

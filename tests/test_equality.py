@@ -21,7 +21,7 @@ from qlora_compile.quantized_linear import QuantizedLinear
 from tests.toy_models import gradients, tokens, toy, with_bitsandbytes
 
 BASES = ("plain", "bnb-4bit", "bnb-8bit", "nf4", "fp4", "int8")
-SHAPES = ((2, 16), (1, 2), (3, 7))
+SHAPES = ((2, 16), (3, 7))
 
 BF16_FACTOR = 1.5
 """Ours may be this much farther from the float32 run than stock's bfloat16 run is."""
@@ -133,8 +133,9 @@ def replay(stock: nn.Module, optimized: nn.Module, masks: dict[int, Tensor], p: 
     assert replayed == len(masks) > 0
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize(
+    ("bias", "dropout"), [(False, 0.0), (True, 0.1)], ids=["plain", "bias-dropout"]
+)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.usefixtures("without_inductor")
 def test_float32_step_equals_stock(base: str, bias: bool, dropout: float) -> None:

@@ -249,7 +249,7 @@ def test_an_encoder_without_labels_is_an_error(stock: list[dict[str, Any]]) -> N
 
 def test_an_unknown_option_names_the_nearest(stock: list[dict[str, Any]]) -> None:
     q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
-    with pytest.raises(errors.TrainingOptionError, match="'learningrate'.*learning_rate"):
+    with pytest.raises(errors.TrainingOptionError, match=r"'learningrate'.*learning_rate"):
         q.train(TEXTS, learningrate=1e-3)
     with pytest.raises(errors.TrainingOptionError, match="its documentation"):
         q.train(TEXTS, zzzz=1)

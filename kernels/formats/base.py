@@ -69,7 +69,7 @@ class QuantFormat(ABC):
         if double_quantize and not self.has_double_quantize:
             raise DoubleQuantizeError(format=self.name)
         rows, columns = weight.shape
-        size = columns if block_size == "row" else _checked_block_size(block_size)
+        size = columns if block_size == "row" else check_block_size(block_size)
         with torch.no_grad():
             codes, absmax = self._quantize_flat(weight.detach().reshape(-1), size)
             if not bool(absmax.isfinite().all()):
@@ -204,7 +204,7 @@ def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> None:
         values[full * block_size :].mul_(scales[full])
 
 
-def _checked_block_size(block_size: object) -> int:
+def check_block_size(block_size: object) -> int:
     problem = None
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         problem = "is not an integer"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
@@ -121,7 +122,9 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
         else tensor.to("meta")
         for tensor in (*model.parameters(), *model.buffers())
     }
-    attach(copy.deepcopy(model, placeholders), config)
+    # The adapters' initialisation must find the random state as the user left it.
+    with torch.random.fork_rng():
+        attach(copy.deepcopy(model, placeholders), config)
 
 
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:

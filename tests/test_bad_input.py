@@ -1,0 +1,148 @@
+"""Each mistake is one clear error, raised before anything was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import qlora_compile
+from qlora_compile import errors
+from tests.toy_models import toy, with_bitsandbytes
+
+
+def _poisoned(value: float) -> nn.Module:
+    model = toy()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    return model
+
+
+def _lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear"} | options)
+
+
+def _adapted() -> nn.Module:
+    return get_peft_model(toy(), _lora())
+
+
+def _rank_zero() -> LoraConfig:
+    config = _lora()
+    config.r = 0
+    return config
+
+
+Case = tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], tuple[str, ...]]
+
+CASES: dict[str, Case] = {
+    "unknown format": (toy, {"quantize": "nf3"}, errors.UnknownFormatError, ("'nf3'", "'nf4'")),
+    "block size": (
+        toy,
+        {"quantize": "nf4", "block_size": 96},
+        errors.BlockSizeError,
+        ("96", "power of two"),
+    ),
+    "rank 0": (toy, {"lora": _rank_zero()}, errors.AdapterConfigError, ("r=0", "1 or more")),
+    "dropout 1": (
+        toy,
+        {"lora": _lora(lora_dropout=1.0)},
+        errors.AdapterConfigError,
+        ("lora_dropout=1.0",),
+    ),
+    "not a config": (toy, {"lora": 16}, errors.AdapterConfigError, ("16", "LoraConfig")),
+    "no Linear": (
+        lambda: nn.Sequential(nn.Conv1d(2, 2, 1)),
+        {"quantize": "nf4"},
+        errors.NoLinearError,
+        ("Sequential",),
+    ),
+    "a lone Linear": (lambda: nn.Linear(4, 4), {"quantize": "nf4"}, errors.NoLinearError, ()),
+    "no target": (
+        toy,
+        {"lora": _lora(target_modules=["q_proj", "qproj"]), "quantize": "nf4"},
+        errors.AdapterTargetError,
+        ("'qproj'", "q_proj"),
+    ),
+    "NaN": (
+        lambda: _poisoned(float("nan")),
+        {"quantize": "nf4", "lora": _lora()},
+        errors.WeightValueError,
+        ("model.layers.1.mlp.up_proj", "1 NaN"),
+    ),
+    "infinity": (
+        lambda: _poisoned(float("inf")),
+        {"quantize": "int8"},
+        errors.WeightValueError,
+        ("model.layers.1.mlp.up_proj",),
+    ),
+    "optimised twice": (
+        lambda: qlora_compile.optimize(_adapted()),
+        {},
+        errors.AlreadyOptimizedError,
+        ("PeftModel",),
+    ),
+    "meta device": (
+        lambda: toy().to("meta"),
+        {"quantize": "nf4"},
+        errors.MetaDeviceError,
+        ("model.embed_tokens.weight",),
+    ),
+    "adapters twice": (_adapted, {"lora": _lora()}, errors.AlreadyAdaptedError, ("lora=None",)),
+    "quantised twice": (
+        lambda: with_bitsandbytes(toy(), 4),
+        {"quantize": "nf4"},
+        errors.AlreadyQuantizedError,
+        ("model.layers.0.self_attn.q_proj", "quantize=None"),
+    ),
+    "scope": (toy, {"scope": "layer"}, errors.OptionError, ("'layer'", "'block'")),
+    "strict without inputs": (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        {"strict": True, "quantize": "nf4"},
+        errors.NoExampleInputsError,
+        ("example_inputs",),
+    ),
+    "DoRA on a packed base": (
+        toy,
+        {"lora": _lora(use_dora=True), "quantize": "nf4"},
+        errors.AdapterConfigError,
+        ("use_dora",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_changes_nothing(case: str) -> None:
+    make, arguments, error, words = CASES[case]
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = list(model.named_modules())
+    instance = {name: dict(module.__dict__) for name, module in modules}
+    random_state = torch.get_rng_state()
+    with pytest.raises(error) as raised:
+        qlora_compile.optimize(model, **arguments)
+    for word in words:
+        assert word in str(raised.value)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        if value.device.type != "meta":
+            assert torch.equal(value.nan_to_num(), after[name].nan_to_num())
+    assert list(model.named_modules()) == modules
+    assert {name: dict(module.__dict__) for name, module in modules} == instance
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_explain_wants_an_optimised_model() -> None:
+    with pytest.raises(errors.NotOptimizedError, match="optimize"):
+        qlora_compile.explain(toy())
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = errors.UnknownFormatError(value="nf3", known="'nf4'")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -1,0 +1,262 @@
+"""The command line: what a run leaves behind, resuming, and every bad input in one line."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from qlora_compile import api, loss_curve, training_run
+from qlora_compile.cli import app
+from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass
+class NothingFused:
+    sites: list[Any] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return "{}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Toy matrices are multiplied faster than threads are woken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters by PEFT, nothing quantised or compiled: what is under test is around that."""
+
+    def optimize(model: Any, lora: Any, **options: Any) -> Any:
+        return peft.get_peft_model(model, lora)
+
+    monkeypatch.setattr(api, "optimize", optimize)
+    monkeypatch.setattr(api, "explain", lambda model: NothingFused())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a classifier and a text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    toy_llama().save_pretrained(folder / "model")
+    toy_tokenizer().save_pretrained(folder / "model")
+    toy_bert().save_pretrained(folder / "classifier")
+    paragraphs = [f"{n} brown foxes jump over {n + 1} lazy dogs. " * 4 for n in range(40)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs))
+    return folder
+
+
+def arguments(inputs: Path, output: Path | str, **changed: Any) -> list[str]:
+    options = {
+        "model": inputs / "model",
+        "data": inputs / "text.txt",
+        "output": output,
+        "rank": 4,
+        "steps": 6,
+        "sequence-length": 32,
+        "batch-size": 2,
+        "learning-rate": 1e-2,
+        **{name.replace("_", "-"): value for name, value in changed.items()},
+    }
+    given = ["train"]
+    for name, value in options.items():
+        if value is True:
+            given.append(f"--{name}")
+        elif value is not None:
+            given += [f"--{name}", str(value)]
+    return given
+
+
+def losses(output: Path) -> list[float]:
+    figures = json.loads((output / "metrics.json").read_text())["training"]
+    assert [entry["step"] for entry in figures["losses"]] == list(
+        range(1, len(figures["losses"]) + 1)
+    )
+    return [entry["loss"] for entry in figures["losses"]]
+
+
+def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "run"
+    result = CliRunner().invoke(app, arguments(inputs, output, steps=12))
+    assert result.exit_code == 0, result.output
+    for row in ("held-out loss", "→", "tokens per second, first step left out", "14 of 15"):
+        assert row in result.stdout
+    assert "Traceback" not in result.stderr
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    held_out = metrics["held_out"]
+    assert held_out["difference"] < -5 * held_out["difference_standard_error"]
+    assert len(losses(output)) == 12
+    assert metrics["peak_memory"]["bytes"] > 2**27
+    report = json.loads((output / "report.json").read_text())
+    assert sum(site["fused"] for site in report["sites"]) == metrics["sites"]["fused"] == 14
+
+    png = (output / "loss.png").read_bytes()
+    assert png.startswith(PNG_SIGNATURE)
+    assert len(png) > 10_000
+    assert AutoTokenizer.from_pretrained(output).eos_token == toy_tokenizer().eos_token
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    adapted = peft.PeftModel.from_pretrained(base, str(output)).eval()
+    ids = torch.tensor([toy_tokenizer()("3 brown foxes jump over 4 lazy dogs.")["input_ids"]])
+    with torch.no_grad():
+        loss = adapted(input_ids=ids, labels=ids).loss
+        with adapted.disable_adapter():
+            assert loss < adapted(input_ids=ids, labels=ids).loss - 0.5
+
+
+@pytest.mark.usefixtures("stock")
+def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: Path) -> None:
+    changed = {"steps": 10, "dropout": 0.1, "checkpoint_every": 5, "format": "none"}
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    assert CliRunner().invoke(app, arguments(inputs, whole, **changed)).exit_code == 0
+    shutil.copytree(whole, interrupted)
+    shutil.rmtree(interrupted / "checkpoint-10")
+    (interrupted / "metrics.json").unlink()
+    result = CliRunner().invoke(app, arguments(inputs, interrupted, resume=True, **changed))
+    assert result.exit_code == 0, result.output
+    assert losses(interrupted) == losses(whole)
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (whole, interrupted)]
+    assert figures[0]["held_out"] == figures[1]["held_out"]
+    assert figures[1]["training"]["steps_timed"] == 5
+
+
+@pytest.mark.usefixtures("stock")
+def test_a_finished_run_goes_on_or_is_replaced_only_when_asked(
+    inputs: Path, tmp_path: Path
+) -> None:
+    def run(**changed: Any) -> Any:
+        return CliRunner().invoke(app, arguments(inputs, tmp_path, **changed))
+
+    assert run(steps=2).exit_code == 0
+    for changed, problem in (
+        ({}, "--resume continues that run, --overwrite replaces it"),
+        ({"resume": True}, "step 2 of 2 is done already"),
+        ({"resume": True, "rank": 8, "steps": 4}, "the run had rank=4, not 8"),
+        ({"resume": True, "overwrite": True, "steps": 4}, "pass one of the two"),
+    ):
+        refused = run(**{"steps": 2, **changed})
+        assert refused.exit_code == 2
+        assert problem in refused.stderr
+    assert run(steps=4, resume=True).exit_code == 0
+    assert len(losses(tmp_path)) == 4
+    assert run(steps=2, overwrite=True, rank=8).exit_code == 0
+    assert len(losses(tmp_path)) == 2
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+@pytest.mark.usefixtures("stock")
+def test_the_same_seed_gives_the_same_losses(inputs: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        changed = {"seed": seed, "steps": 3, "held_out": 0}
+        result = CliRunner().invoke(app, arguments(inputs, tmp_path / name, **changed))
+        assert result.exit_code == 0, result.output
+        assert "held-out" not in result.stdout
+        runs[name] = losses(tmp_path / name)
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing text": ({"data": "absent.txt"}, "'absent.txt': the file does not exist"),
+    "text is a directory": ({"data": "{inputs}"}, "this is a directory"),
+    "empty text": ({"data": "{tmp}/empty.txt"}, "it holds no text"),
+    "too little text": ({"data": "{tmp}/short.txt"}, "smaller --sequence-length"),
+    "one document": ({"data": "{tmp}/one.txt"}, "--held-out (0 for none)"),
+    "missing model": ({"model": "./absent"}, "'./absent': the folder does not exist"),
+    "missing gguf": ({"model": "absent.gguf"}, "the file does not exist"),
+    "model is a file": ({"model": "{inputs}/text.txt"}, "this is a file"),
+    "folder without model": ({"model": "{inputs}"}, "no config.json"),
+    "a classifier": ({"model": "{inputs}/classifier"}, "BertForSequenceClassification"),
+    "model without tokenizer": ({"model": "{tmp}/bare"}, "no tokenizer"),
+    "output is a file": ({"output": "{inputs}/text.txt"}, "this is a file"),
+    "output below a file": ({"output": "{inputs}/text.txt/run"}, "is a file"),
+    "output on a kernel file system": ({"output": "/proc/run"}, "cannot write to '/proc/run'"),
+    "format misspelt": ({"format": "nf-4"}, "nearest is nf4 or fp4; choose one of nf4, fp4, int8"),
+    "format unlike any": ({"format": "q"}, "the nearest is none;"),
+    "rank": ({"rank": 0}, "rank=0 is out of range"),
+    "alpha": ({"alpha": 0}, "alpha=0.0 is out of range"),
+    "dropout": ({"dropout": 1}, "dropout=1.0 is out of range"),
+    "steps": ({"steps": 0}, "--steps=0 is out of range"),
+    "batch size": ({"batch_size": 0}, "--batch-size=0"),
+    "learning rate": ({"learning_rate": "nan"}, "--learning-rate=nan"),
+    "held-out": ({"held_out": 1}, "--held-out=1.0"),
+    "seed": ({"seed": -1}, "--seed=-1"),
+    "sequence too long": ({"sequence_length": LONGEST + 1}, f"use at most {LONGEST}"),
+    "sequence too short": ({"sequence_length": 1}, "--sequence-length=1"),
+    "nothing to resume": ({"resume": True}, "it holds no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_bad_input_is_one_line_and_changes_nothing(
+    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("qlora_compile.hf.loading.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("a\n\nb\n\nc")
+    (tmp_path / "one.txt").write_text("word " * 200)
+    shutil.copytree(inputs / "model", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    changed, message = BAD_INPUTS[name]
+    filled = {
+        option: value.format(inputs=inputs, tmp=tmp_path) if isinstance(value, str) else value
+        for option, value in changed.items()
+    }
+    output = filled.pop("output", tmp_path / "run")
+    result = CliRunner().invoke(app, arguments(inputs, output, **filled))
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert message in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_real_bug_keeps_its_traceback(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(training_run, "split", broken)
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_without_matplotlib_nothing_starts(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_curve, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
+    assert result.exit_code == 2
+    assert "pip install 'qlora-compile[demo]'" in result.stderr
+
+
+def test_explain_prints_the_report_without_training(inputs: Path) -> None:
+    given = ["explain", "--model", str(inputs / "model"), "--format", "int8", "--rank", "2"]
+    table = CliRunner().invoke(app, given)
+    assert table.exit_code == 0, table.output
+    assert "layers.1.mlp.down_proj" in table.stdout
+    report = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
+    assert {site["format"] for site in report["sites"] if site["fused"]} == {"int8"}
+    bad = CliRunner().invoke(app, [*given[:3], "--format", "int9"])
+    assert bad.exit_code == 2
+    assert "the nearest is int8" in bad.stderr
