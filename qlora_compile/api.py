@@ -19,8 +19,8 @@ from qlora_compile.hf import adapters
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
 from qlora_compile.regions import (
     Region,
+    RegionKind,
     install,
-    new_kind,
     region_of,
     uninstall,
 )
@@ -118,12 +118,13 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
 def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str) -> None:
     base = adapters.base_model(model)
     kept = kept_linears(base) | adapters.trained_copies(base)
+    linears = adapters.linear_sites(base)
     sites = {
         name: linear
-        for name, linear in adapters.linear_sites(base).items()
+        for name, linear in linears.items()
         if name not in kept or adapters.is_adapted(base, name)
     }
-    kept = {name: reason for name, reason in kept.items() if name not in sites}
+    kept = {name: kept[name] for name in linears if name not in sites}
     names = {id(module): name for name, module in base.named_modules()}
     blocks = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
     blocks = [b for b in blocks if _inside(b, sites)] or [""]
@@ -140,7 +141,7 @@ def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str
         key = type(module)
         if key not in kinds:
             repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
-            kinds[key] = new_kind(module, strict=strict, verify=verify, repeated=repeated)
+            kinds[key] = RegionKind(key, strict, verify, repeated)
         local = _inside(block, {**sites, **kept})
         install(
             module,

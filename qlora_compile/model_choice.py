@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_compile.demo import demo_model_file
 from qlora_compile.errors import CausalModelError, FormatChoiceError
 
 DEMO = "demo"
-FORMATS = ("nf4", "fp4", "int8", "none")
+_QUANTIZE: dict[str, Literal["nf4", "fp4", "int8"] | None] = {
+    "nf4": "nf4",
+    "fp4": "fp4",
+    "int8": "int8",
+    "none": None,
+}
+FORMATS = tuple(_QUANTIZE)
 
 
 def check_format(name: str) -> None:
@@ -75,6 +81,6 @@ class ModelChoice:
         return api.optimize(
             model,
             lora,
-            quantize=None if self.format == "none" else self.format,
+            quantize=_QUANTIZE[self.format],
             double_quantize=self.format in ("nf4", "fp4"),
         )

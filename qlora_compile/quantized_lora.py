@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_compile.errors import QuantizationBitsError
 
 if TYPE_CHECKING:
     from torch import nn
 
-_FORMATS = {4: "nf4", 8: "int8"}
+_FORMATS: dict[int, Literal["nf4", "int8"]] = {4: "nf4", 8: "int8"}
 
 
 class QuantizedLoRA:
@@ -51,14 +51,14 @@ class QuantizedLoRA:
         from qlora_compile.hf import loading, training
 
         training.require_adapter_settings(rank, 1 if alpha is None else alpha, dropout)
+        plain: Any = model
         if isinstance(model, str | Path):
-            source = model
-            model = loading.load_model(source)
-            if tokenizer is None and loading.has_tokenizer(source):
-                tokenizer = loading.load_tokenizer(source)
-        training.require_plain_model(model)
+            plain = loading.load_model(model)
+            if tokenizer is None and loading.has_tokenizer(model):
+                tokenizer = loading.load_tokenizer(model)
+        training.require_plain_model(plain)
         lora = training.lora_config(
-            model,
+            plain,
             rank=rank,
             alpha=2 * rank if alpha is None else alpha,
             dropout=dropout,
@@ -66,7 +66,7 @@ class QuantizedLoRA:
         )
         self.tokenizer = tokenizer
         self.model: Any = api.optimize(
-            model,
+            plain,
             lora,
             quantize=_FORMATS[quantization_bits],
             double_quantize=double_quantize and quantization_bits == 4,

@@ -27,7 +27,7 @@ from qlora_compile.passes.context import FusedSite
 class RegionKind:
     """What the modules of one class in one model share: settings and the compiled forward."""
 
-    forward: Callable[..., Any]
+    module_class: type[nn.Module]
     strict: bool
     verify: bool
     repeated: bool
@@ -36,6 +36,10 @@ class RegionKind:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": {}, "probing": False}
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return own_forward(self.module_class)
 
     def compiled(self) -> Callable[..., Any]:
         """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
@@ -126,10 +130,6 @@ def uninstall(module: nn.Module) -> None:
 def region_of(module: nn.Module) -> Region | None:
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, Region) else None
-
-
-def new_kind(module: nn.Module, *, strict: bool, verify: bool, repeated: bool) -> RegionKind:
-    return RegionKind(own_forward(module), strict=strict, verify=verify, repeated=repeated)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:

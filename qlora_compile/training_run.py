@@ -193,7 +193,6 @@ class TrainingRun:
         announce(f"loading {self.choice.model}")
         training.seed_everything(self.seed)
         model = self.choice.optimized(config)
-        report = api.explain(model)
         self._prepare_output()
         announce(f"held-out loss before training ({len(held_out)} sequences)")
         before = training.sequence_losses(model, held_out, self.batch_size)
@@ -206,7 +205,7 @@ class TrainingRun:
             observer=observer,
             options={
                 "output_dir": str(self.output),
-                "resume_from_checkpoint": checkpoint,
+                "resume_from_checkpoint": checkpoint and str(checkpoint),
                 "max_steps": self.steps,
                 "per_device_train_batch_size": self.batch_size,
                 "learning_rate": self.learning_rate,
@@ -220,6 +219,7 @@ class TrainingRun:
                 "disable_tqdm": True,
             },
         )
+        report = api.explain(model)  # of the last step, not of a trial call
         announce(f"held-out loss after training ({len(held_out)} sequences)")
         after = training.sequence_losses(model, held_out, self.batch_size)
         metrics = {

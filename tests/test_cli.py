@@ -115,7 +115,7 @@ def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_p
     with torch.no_grad():
         loss = adapted(input_ids=ids, labels=ids).loss
         with adapted.disable_adapter():
-            assert loss < adapted(input_ids=ids, labels=ids).loss - 0.5
+            assert loss < adapted(input_ids=ids, labels=ids).loss - 0.2
 
 
 @pytest.mark.usefixtures("stock")

@@ -35,8 +35,8 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:
-    options = {"target_modules": "all-linear", "init_lora_weights": False} | options
-    return LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, **options)
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    return LoraConfig(lora_dropout=dropout, **(defaults | options))
 
 
 def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: Any):

@@ -55,6 +55,5 @@ def toy_bert() -> BertForSequenceClassification:
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=LONGEST,
-            num_labels=2,
         )
     )

@@ -5,6 +5,7 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -18,11 +19,19 @@ from qlora_compile.kernels.variants.base import (
     NeedsGradient,
     Variant,
 )
+from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
-ROW_BLOCK = 256
-"""Rows converted at a time where an operand's dtype differs from the GEMM's: such a block stays in
-a CPU's L2 cache at usual widths, and no [M, K] or [M, N] copy is made."""
+ROW_BLOCK = 512
+"""Rows of x converted or dropped out at a time, so that no [M, K] or [M, N] copy is made."""
+
+WEIGHT_BLOCK = 1 << 20
+"""Weights dequantised at a time on CPU: 4 MB stay in its caches and are not fresh memory for every
+call, and larger GEMMs gain nothing."""
+
+REDECODED_BLOCKS = 4
+"""Above this many row blocks, dequantising the whole weight once costs less than block by block
+for every one of them."""
 
 
 @cache
@@ -40,19 +49,54 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _row_blocks(rows: int, whole: bool) -> list[tuple[int, int]]:
+def _row_blocks(rows: int, whole: bool) -> list[slice]:
     step = max(rows, 1) if whole else ROW_BLOCK
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _adapter_input(tensors: LinearTensors, spec: LinearSpec, rows: tuple[int, int], dtype):
-    """Rows of drop(x) in `dtype`, and the factors the dropout applied (None without dropout)."""
-    x = tensors.x[rows[0] : rows[1]].to(dtype)
+def _weight_blocks(
+    planes: Sequence[Tensor], spec: LinearSpec, dtype: torch.dtype, passes: int
+) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+    """What goes through the weight once: pairs (n, W[n] in `dtype`), to be called `passes` times.
+
+    A block is valid until the next one is taken.
+    """
+    spec_format, rows = spec.format, spec.n
+    if spec_format is not None and planes[0].device.type == "cpu" and passes <= REDECODED_BLOCKS:
+        shape = (spec.n, spec.k)
+        packed = PackedWeight.from_planes(spec_format.name, shape, spec.block_size, planes)
+        alignment = spec_format.row_alignment(packed)
+        rows = max(WEIGHT_BLOCK // spec.k // alignment, 1) * alignment
+        if rows < spec.n:
+            buffer = planes[0].new_empty(rows, spec.k, dtype=dtype)
+
+            def blocks() -> Iterator[tuple[slice, Tensor]]:
+                for start in range(0, spec.n, rows):
+                    stop = min(start + rows, spec.n)
+                    block = buffer[: stop - start]
+                    yield (
+                        slice(start, stop),
+                        spec_format.dequantize_rows(packed, start, stop, dtype, block),
+                    )
+
+            return blocks
+    whole = (slice(0, spec.n), spec.dequantize(planes, dtype))
+    return lambda: iter((whole,))
+
+
+def _keep_mask(
+    tensors: LinearTensors, spec: LinearSpec, rows: slice, dtype: torch.dtype
+) -> Tensor | None:
     if tensors.seed is None:
-        return x, None
-    keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
-    factors = keep.to(dtype).mul_(1.0 / (1.0 - spec.dropout))
-    return x * factors, factors
+        return None
+    bounds = (rows.start, rows.stop)
+    return keep_mask(tensors.seed, spec.stream, spec.dropout, bounds, spec.k, dtype)
+
+
+def _adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:
+    """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
+    instead of one of [M, K]."""
+    return spec.scaling if tensors.seed is None else spec.scaling / (1.0 - spec.dropout)
 
 
 class Dense(Variant):
@@ -62,98 +106,107 @@ class Dense(Variant):
         return []
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
-        x, device = tensors.x, tensors.x.device
-        base_dtype = gemm_dtype(spec.compute_dtype, device)
-        lora_dtype = gemm_dtype(spec.lora_dtype, device)
-        weight = spec.dequantize(tensors.planes, base_dtype).t()
+        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
+        base_dtype = gemm_dtype(spec.compute_dtype, x.device)
+        lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
+        scaling = _adapter_scaling(tensors, spec)
         bias = None if tensors.bias is None else tensors.bias.to(base_dtype)
-        if tensors.lora_a is not None and tensors.lora_b is not None:
-            lora_a = tensors.lora_a.to(lora_dtype).t()
-            lora_b = tensors.lora_b.to(lora_dtype).t()
-        else:
-            lora_a = lora_b = None
-
-        def block(rows: tuple[int, int]) -> Tensor:
-            base_x = x[rows[0] : rows[1]].to(base_dtype)
-            y = base_x @ weight if bias is None else torch.addmm(bias, base_x, weight)
-            if lora_a is None or lora_b is None:
-                return y
-            low_rank = _adapter_input(tensors, spec, rows, lora_dtype)[0] @ lora_a
-            if y.dtype == lora_dtype:
-                return y.addmm_(low_rank, lora_b, alpha=spec.scaling)
-            return (low_rank @ lora_b).mul_(spec.scaling).add_(y)
-
-        converts = {x.dtype, base_dtype, spec.out_dtype} != {base_dtype}
-        adapter_converts = lora_a is not None and (
-            lora_dtype != base_dtype or tensors.seed is not None
-        )
-        blocks = _row_blocks(x.shape[0], whole=not (converts or adapter_converts))
-        if len(blocks) == 1:
-            return block(blocks[0]).to(spec.out_dtype)
+        if a is not None and b is not None:
+            a, b = a.to(lora_dtype), b.to(lora_dtype)
+        plain = {x.dtype, spec.out_dtype, base_dtype} == {base_dtype}
+        adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
+        blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
+        weight = _weight_blocks(tensors.planes, spec, base_dtype, len(blocks))
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
-        for rows in blocks:
-            y[rows[0] : rows[1]] = block(rows)
+        for m in blocks:
+            base_x = x[m].to(base_dtype)
+            low_rank = None
+            if a is not None:
+                adapter_x = base_x if lora_dtype == base_dtype else x[m].to(lora_dtype)
+                keep = _keep_mask(tensors, spec, m, lora_dtype)
+                low_rank = (adapter_x if keep is None else keep.mul_(adapter_x)) @ a.t()
+            for n, block in weight():
+                part = target = y[m, n]
+                if y.dtype != base_dtype:
+                    part = torch.empty_like(target, dtype=base_dtype)
+                if bias is None:
+                    torch.mm(base_x, block.t(), out=part)
+                else:
+                    torch.addmm(bias[n], base_x, block.t(), out=part)
+                if low_rank is not None and b is not None:
+                    part = _add_product(part, low_rank, b[n].t(), scaling)
+                if part is not target:
+                    target.copy_(part)
         return y
 
     def backward(
         self, grad: Tensor, tensors: LinearTensors, spec: LinearSpec, needs: NeedsGradient
     ) -> LinearGradients:
         x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
-        device = x.device
-        base_dtype = gemm_dtype(spec.compute_dtype, device)
-        lora_dtype = gemm_dtype(spec.lora_dtype, device)
-        weight = spec.dequantize(tensors.planes, base_dtype) if needs.x else None
+        base_dtype = gemm_dtype(spec.compute_dtype, x.device)
+        lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
+        scaling = _adapter_scaling(tensors, spec)
+        lora_a = lora_b = total_a = total_b = None
         if a is not None and b is not None:
             lora_a, lora_b = a.to(lora_dtype), b.to(lora_dtype)
-            # Block sums are accumulated in at least float32.
-            grad_a, grad_b = (
-                torch.zeros_like(t, dtype=torch.promote_types(torch.float32, t.dtype))
-                for t in (a, b)
-            )
-        else:
-            lora_a = lora_b = grad_a = grad_b = None
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs.x else None
-
-        same_dtype = {x.dtype, grad.dtype, base_dtype} == {base_dtype}
-        adapter_plain = lora_a is None or (lora_dtype == base_dtype and tensors.seed is None)
-        for rows in _row_blocks(x.shape[0], whole=same_dtype and adapter_plain):
-            block = slice(*rows)
-            grad_y = grad[block]
-            block_x = grad_y.to(base_dtype) @ weight if weight is not None else None
-            if lora_a is not None and lora_b is not None:
-                adapter_grad = grad_y.to(lora_dtype)
-                grad_low_rank = (adapter_grad @ lora_b).mul_(spec.scaling)
-                if needs.adapter and grad_a is not None and grad_b is not None:
-                    dropped, factors = _adapter_input(tensors, spec, rows, lora_dtype)
-                    low_rank = (dropped @ lora_a.t()).mul_(spec.scaling)
-                    _accumulate(grad_a, grad_low_rank, dropped)
-                    _accumulate(grad_b, adapter_grad, low_rank)
-                elif tensors.seed is not None and block_x is not None:
-                    factors = _adapter_input(tensors, spec, rows, lora_dtype)[1]
-                else:
-                    factors = None
-                if block_x is not None:
-                    if factors is None and block_x.dtype == lora_dtype:
-                        block_x.addmm_(grad_low_rank, lora_a)
-                    else:
-                        adapter_x = grad_low_rank @ lora_a
-                        if factors is not None:
-                            adapter_x.mul_(factors)
-                        block_x = adapter_x.add_(block_x)
-            if grad_x is not None and block_x is not None:
-                grad_x[block] = block_x
+            if needs.adapter:
+                # Block sums are accumulated in at least float32.
+                total_a, total_b = (
+                    torch.zeros_like(t, dtype=torch.promote_types(torch.float32, t.dtype))
+                    for t in (a, b)
+                )
+        plain = {x.dtype, grad.dtype, base_dtype} == {base_dtype}
+        adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
+        blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
+        weight = grad_x = None
+        if needs.x:
+            weight = _weight_blocks(tensors.planes, spec, base_dtype, len(blocks))
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for m in blocks:
+            base_grad = grad[m].to(base_dtype)
+            target = part = None
+            if weight is not None and grad_x is not None:
+                part = target = grad_x[m]
+                if x.dtype != base_dtype:
+                    part = torch.empty_like(target, dtype=base_dtype)
+                for n, block in weight():
+                    beta = 0 if n.start == 0 else 1
+                    torch.addmm(part, base_grad[:, n], block, beta=beta, out=part)
+            if lora_a is not None and lora_b is not None and (needs.x or needs.adapter):
+                adapter_grad = base_grad if lora_dtype == base_dtype else grad[m].to(lora_dtype)
+                grad_low_rank = (adapter_grad @ lora_b).mul_(scaling)
+                keep = _keep_mask(tensors, spec, m, lora_dtype)
+                if total_a is not None and total_b is not None:
+                    adapter_x = x[m].to(lora_dtype)
+                    if keep is not None:
+                        adapter_x = adapter_x * keep
+                    _accumulate(total_a, grad_low_rank, adapter_x)
+                    _accumulate(total_b, adapter_grad, (adapter_x @ lora_a.t()).mul_(scaling))
+                if part is not None and keep is None:
+                    part = _add_product(part, grad_low_rank, lora_a)
+                elif part is not None and keep is not None:
+                    product = grad_low_rank @ lora_a
+                    same = part.dtype == product.dtype
+                    part = torch.addcmul(part, product, keep, out=part if same else None)
+            if target is not None and part is not None and part is not target:
+                target.copy_(part)
+        grad_bias = None
+        if needs.bias and tensors.bias is not None:
+            total = grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype))
+            grad_bias = total.to(tensors.bias.dtype)
         return LinearGradients(
             x=grad_x,
-            lora_a=grad_a.to(a.dtype) if needs.adapter and a is not None else None,
-            lora_b=grad_b.to(b.dtype) if needs.adapter and b is not None else None,
-            bias=(
-                grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype)).to(
-                    tensors.bias.dtype
-                )
-                if needs.bias and tensors.bias is not None
-                else None
-            ),
+            lora_a=None if a is None or total_a is None else total_a.to(a.dtype),
+            lora_b=None if b is None or total_b is None else total_b.to(b.dtype),
+            bias=grad_bias,
         )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """total + alpha * left @ right: in place, or in the wider of two dtypes."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right, alpha=alpha)
+    return torch.add(total, left @ right, alpha=alpha)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:

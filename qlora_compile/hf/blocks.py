@@ -11,10 +11,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the module's class, without the checkpointing transformers wraps around it."""
-    forward = type(module).forward
-    if isinstance(module, GradientCheckpointingLayer):
+def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a module's class, without the checkpointing transformers wraps around it."""
+    forward = module_class.forward
+    if issubclass(module_class, GradientCheckpointingLayer):
         while hasattr(forward, "__wrapped__"):
             forward = forward.__wrapped__
     return forward
@@ -55,7 +55,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def kept_linears(model: nn.Module) -> dict[str, str]:
-    """Linears left alone unless an adapter targets them: name → reason."""
+    """Linears never quantised, and left alone unless an adapter targets them: site → reason."""
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -66,14 +66,19 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
         if first != name:
             for tied, other in ((name, first), (first, name)):
                 if isinstance(model.get_submodule(tied), nn.Linear):
-                    reasons[tied] = f"its weight is tied to {other}"
+                    reasons[_site(tied)] = f"its weight is tied to {other}"
     for prefix, inner in model.named_modules():
         if isinstance(inner, PreTrainedModel):
             path = f"{prefix}." if prefix else ""
             for name, reason in _head_linears(inner).items():
-                reasons.setdefault(path + name, reason)
+                reasons.setdefault(_site(path + name), reason)
             break
     return reasons
+
+
+def _site(name: str) -> str:
+    """The name a Linear goes by: its adapter layer's where PEFT has wrapped it."""
+    return name.removesuffix(".base_layer")
 
 
 def full_precision_linears(model: nn.Module) -> dict[str, str]:
@@ -84,7 +89,7 @@ def full_precision_linears(model: nn.Module) -> dict[str, str]:
             kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
             for name, module in inner.named_modules(prefix=prefix):
                 if isinstance(module, nn.Linear) and not kept.isdisjoint(name.split(".")):
-                    reasons[name] = "transformers keeps its weight in float32"
+                    reasons[_site(name)] = "transformers keeps its weight in float32"
     return reasons
 
 

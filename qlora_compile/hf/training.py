@@ -179,6 +179,8 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     # PEFT asks for an attribute that transformers is renaming; nobody at the terminal can help it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # Beside a GGUF file there is no config.json; and no embedding was resized, as PEFT supposes.
+    warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
 
 
 class StepObserver(TrainerCallback):

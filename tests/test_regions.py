@@ -1,0 +1,187 @@
+"""Regions: one graph per kind of block, few graphs over many lengths, one call per fused site."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch._dynamo.utils import counters
+
+import qlora_compile
+from qlora_compile import errors
+from qlora_compile.kernels.variants.dense import Dense
+from qlora_compile.regions import region_of
+from tests.test_equality import lora, step, without_inductor
+from tests.toy_models import tokens, toy
+
+__all__ = ["without_inductor"]
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the fused op ran, forward and backward."""
+    count = {"forward": 0, "backward": 0}
+    for name in count:
+        original = getattr(Dense, name)
+
+        def counting(self, *args, _name=name, _original=original):
+            count[_name] += 1
+            return _original(self, *args)
+
+        monkeypatch.setattr(Dense, name, counting)
+    return count
+
+
+def test_twenty_lengths_make_two_graphs_and_one_call_per_site(calls: dict[str, int]) -> None:
+    model = qlora_compile.optimize(toy(num_hidden_layers=4), lora(0.1), quantize="nf4").train()
+    counters.clear()
+    for length in range(5, 25):
+        calls.update(forward=0, backward=0)
+        step(model, tokens(2, length))
+        assert calls == {"forward": 28, "backward": 28}
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+    assert qlora_compile.explain(model).fused == 28
+
+
+def test_compiling_is_flat_in_depth() -> None:
+    graphs = []
+    for layers in (2, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        model = qlora_compile.optimize(toy(num_hidden_layers=layers), lora(), quantize="nf4")
+        step(model.train(), tokens())
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1]
+
+
+def test_evaluation_without_a_cache_runs_compiled(calls: dict[str, int]) -> None:
+    model = qlora_compile.optimize(toy(), lora(), quantize="nf4").eval()
+    ids = tokens()
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert calls["forward"] == 14
+
+
+def test_whole_model_scope_is_one_region() -> None:
+    model = qlora_compile.optimize(toy(), lora(), quantize="nf4", scope="model").train()
+    blocks = [module for module in model.modules() if region_of(module) is not None]
+    assert blocks == [model.get_base_model()]
+    step(model, tokens())
+    report = qlora_compile.explain(model)
+    assert report.fused == 14
+    assert [s.reason for s in report.sites if not s.fused] == [
+        "it is the output head, kept in full precision"
+    ]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList([Residual() for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_any_module_can_be_optimised(calls: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = Tower()
+    config = LoraConfig(r=2, target_modules=["up", "embed"], init_lora_weights=False)
+    model = qlora_compile.optimize(
+        model, config, quantize="int8", example_inputs={"x": torch.randn(3, 4)}, strict=True
+    )
+    x = torch.randn(5, 4, requires_grad=True)
+    calls.update(forward=0, backward=0)
+    model(x).sum().backward()
+    report = qlora_compile.explain(model)
+    assert report.fused == len(report.sites) == 7
+    assert calls == {"forward": 7, "backward": 7}
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_frozen_unquantised_linears_are_fused_and_trained_ones_named() -> None:
+    model = Tower()
+    model.blocks.requires_grad_(False)
+    model = qlora_compile.optimize(model)
+    model(torch.randn(2, 4))
+    sites = {site.name: site for site in qlora_compile.explain(model).sites}
+    assert sites["blocks.0.up"].fused
+    assert sites["blocks.0.up"].format == "float32"
+    assert sites["embed"].reason is not None
+    trained = qlora_compile.optimize(Tower(), scope="model")
+    trained(torch.randn(2, 4))
+    assert {s.reason for s in qlora_compile.explain(trained).sites} == {
+        "the base weight is trained"
+    }
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.first(x), self.second.weight * 2)
+
+
+def test_strict_names_what_is_not_fused() -> None:
+    model = Broken().requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=["first", "second"])
+    with pytest.raises(errors.StrictError, match="second"):
+        qlora_compile.optimize(
+            model, config, strict=True, example_inputs={"x": torch.randn(2, 4)}
+        )
+    assert all(region_of(module) is None for module in model.modules())
+
+
+def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = qlora_compile.optimize(toy(), lora(0.1), quantize="nf4", verify=True).train()
+    expected = step(model, tokens())["loss"]
+    assert qlora_compile.explain(model).fused == 14
+    assert torch.isfinite(expected).all()
+
+    def wrong(graph_module, context):
+        from qlora_compile.passes.nodes import arguments, is_qlora_linear
+
+        for node in graph_module.graph.nodes:
+            if is_qlora_linear(node):
+                node.args = tuple((arguments(node) | {"scaling": 1.25}).values())
+        return 1
+
+    import qlora_compile.pipeline as pipeline
+
+    monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES, wrong))
+    model = qlora_compile.optimize(toy(), lora(), quantize="nf4", verify=True).train()
+    step(model, tokens())
+    report = qlora_compile.explain(model)
+    assert report.fused == 0
+    assert "differs by" in (report.sites[0].reason or "")
+    model = qlora_compile.optimize(toy(), lora(), quantize="nf4")
+    for module in model.modules():
+        region = region_of(module)
+        if region is not None:
+            region.kind.verify = region.kind.strict = True
+    with pytest.raises(Exception, match="differs by"):
+        step(model.train(), tokens())
