@@ -75,7 +75,7 @@ def qlora_linear_op(
         stream,
         compute_dtype,
         lora_dtype,
-        out_dtype
+        out_dtype,
     )
     tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
     with torch.autocast(x.device.type, enabled=False):
@@ -122,7 +122,7 @@ def qlora_linear_backward_op(
         stream,
         compute_dtype,
         lora_dtype,
-        out_dtype
+        out_dtype,
     )
     tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
     needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
@@ -169,7 +169,7 @@ def _backward(ctx, grad):
             needs_x,
             needs_adapter,
             needs_bias,
-            *ctx.constants
+            *ctx.constants,
         )
     )
     grad_x = next(grads) if needs_x else None
@@ -203,7 +203,9 @@ def quantized_linear(
     `torch.nn.functional.linear` would.
     """
     device = x.device.type
-    own = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # Autocast leaves float64 alone.
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    own = torch.get_autocast_dtype(device) if casts else x.dtype
     compute_dtype = compute_dtype or own
     constants = (*shape, block_size, 1.0, 0.0, 0, compute_dtype, compute_dtype, out_dtype or own)
     return QLORA_LINEAR(x, planes, bias, None, None, None, format, *constants)

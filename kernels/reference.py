@@ -20,11 +20,12 @@ def qlora_linear_reference(
     """y = x Wᵀ + bias + scaling * (keep ⊙ x / (1 - dropout)) Aᵀ Bᵀ  (LoRA, Hu et al. 2021).
 
     x [..., K], weight [N, K] (dequantised), lora_a [R, K], lora_b [N, R], keep bool [..., K]. Every
-    product runs in the dtype of its operands: pass float64 for a reference, a low precision for the
-    plain computation whose error bounds a variant's.
+    product runs in the dtype of its weights and the sum in the wider one, as in PEFT: pass float64
+    for a reference, low precisions for the plain computation whose error bounds a variant's.
     """
     y = torch.nn.functional.linear(x, weight, bias)
     if lora_a is None or lora_b is None:
         return y
-    dropped = x if keep is None else x * keep / (1.0 - dropout)
-    return y + scaling * (dropped.to(lora_a.dtype) @ lora_a.T @ lora_b.T)
+    adapter_x = x.to(lora_a.dtype)
+    dropped = adapter_x if keep is None else adapter_x * keep / (1.0 - dropout)
+    return y + scaling * (dropped @ lora_a.T @ lora_b.T)

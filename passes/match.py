@@ -156,7 +156,8 @@ def _dropout_probability(node: Any) -> float | None:
     if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
         return None
     names = ("input", "p", "training", "inplace")
-    call = {"p": 0.5, "training": True} | dict(zip(names, node.args, strict=False)) | node.kwargs
+    call: dict[str, Any] = {"p": 0.5, "training": True}
+    call |= dict(zip(names, node.args, strict=False)) | node.kwargs
     if not _is_private(node):
         return None
     return float(call["p"]) if call["training"] else 0.0
@@ -197,7 +198,8 @@ def _replace(old: Node, new: Node) -> None:
 
     Raises AssertionError when shape or dtype differ: a pass that changes either is wrong."""
     before, after = example(old), example(new)
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     assert (before.shape, before.dtype) == (after.shape, after.dtype), (old, before, after)
     old.replace_all_uses_with(new)
     candidates = [old]

@@ -12,7 +12,6 @@ from torch.fx.node import map_arg
 
 from qlora_compile.kernels.op import QLORA_LINEAR
 
-LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
 _COPY_METHODS = ("clone", "contiguous")
 
@@ -48,7 +47,11 @@ def strip_casts(node: Any) -> Any:
 
 
 def is_linear(node: object) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target in LINEARS
+    return (
+        isinstance(node, Node)
+        and node.op == "call_function"
+        and node.target is torch.nn.functional.linear
+    )
 
 
 def linear_operands(node: Node) -> tuple[Any, Any, Any]:

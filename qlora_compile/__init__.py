@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize"]
 
-_HOMES = {"optimize": "api", "explain": "api", "Report": "report", "QuantizedLoRA": "quantized_lora"}
+_HOMES = {
+    "optimize": "api",
+    "explain": "api",
+    "Report": "report",
+    "QuantizedLoRA": "quantized_lora",
+}
 
 
 def __getattr__(name: str) -> Any:

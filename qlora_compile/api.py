@@ -41,7 +41,7 @@ def optimize(
     verify: bool = False,
     scope: Literal["block", "model"] = "block",
     example_inputs: Mapping[str, Any] | None = None,
-) -> nn.Module:
+) -> Any:
     """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
 
     model: a PreTrainedModel, a PeftModel over plain Linears or bitsandbytes' 4- or 8-bit ones, or

@@ -67,7 +67,9 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
     """AOTAutograd and Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, example_inputs)
+    compiled = compile_fx(graph_module, example_inputs)
+    assert callable(compiled)
+    return compiled
 
 
 def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[..., RegionGraph]:

@@ -23,11 +23,16 @@ def _rebuild(cls: type[QloraCompileError], fields: dict[str, object]) -> QloraCo
 
 
 class UnknownFormatError(QloraCompileError, ValueError):
-    template = "unknown quantisation format {value!r}; choose one of {known}, or None to keep the weights as they are"
+    template = (
+        "unknown quantisation format {value!r}; choose one of {known}, "
+        "or None to keep the weights as they are"
+    )
 
 
 class BlockSizeError(QloraCompileError, ValueError):
-    template = "block_size={value!r} {problem}; use a power of two from {smallest} to {largest}{extra}"
+    template = (
+        "block_size={value!r} {problem}; use a power of two from {smallest} to {largest}{extra}"
+    )
 
 
 class DoubleQuantizeError(QloraCompileError, ValueError):
@@ -42,7 +47,9 @@ class WeightValueError(QloraCompileError, ValueError):
 
 
 class WeightShapeError(QloraCompileError, ValueError):
-    template = "{site}: expected a floating-point weight of shape [N, K] with N, K >= 1, got {value}"
+    template = (
+        "{site}: expected a floating-point weight of shape [N, K] with N, K >= 1, got {value}"
+    )
 
 
 class PackedWeightError(QloraCompileError, ValueError):
@@ -212,9 +219,7 @@ class NoLinearError(QloraCompileError, ValueError):
 
 
 class MetaDeviceError(QloraCompileError, ValueError):
-    template = (
-        "{site} is on the meta device and holds no data; load or materialise the model first"
-    )
+    template = "{site} is on the meta device and holds no data; load or materialise the model first"
 
 
 class AlreadyAdaptedError(QloraCompileError, ValueError):

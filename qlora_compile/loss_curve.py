@@ -58,25 +58,30 @@ def draw_loss_curve(
             at,
             means,
             yerr=[error or 0.0 for error in errors],
-            fmt="o--",
+            fmt="o",
             color="tab:orange",
             capsize=4,
-            linewidth=1,
+            zorder=3,
             label="held-out, mean ± standard error",
         )
         for step, mean in zip(at, means, strict=True):
+            first = step == min(at)
             axes.annotate(
                 f"{mean:.3f}",
                 (step, mean),
                 textcoords="offset points",
-                xytext=(8 if step == min(at) else -8, 8),
-                ha="left" if step == min(at) else "right",
+                xytext=(10 if first else -10, 0),
+                ha="left" if first else "right",
+                va="center",
                 color="tab:orange",
+                weight="bold",
+                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
+                zorder=4,
             )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

@@ -55,7 +55,9 @@ class PackedWeight:
         elif any(t is None for t in nested) and any(t is not None for t in nested):
             problem = "double quantisation needs nested_codebook, nested_absmax and nested_offset"
         elif self.absmax.dtype != (torch.uint8 if self.double_quantized else torch.float32):
-            problem = f"absmax must be float32, or uint8 when doubly quantised, got {self.absmax.dtype}"
+            problem = (
+                f"absmax must be float32, or uint8 when doubly quantised, got {self.absmax.dtype}"
+            )
         if problem is not None:
             raise PackedWeightError(format=self.format, shape=self.shape, problem=problem)
 
@@ -68,7 +70,8 @@ class PackedWeight:
         """The tensors in the order `from_planes` takes them: two, or five when doubly quantised."""
         if self.nested_codebook is None:
             return [self.codes, self.absmax]
-        assert self.nested_absmax is not None and self.nested_offset is not None
+        assert self.nested_absmax is not None
+        assert self.nested_offset is not None
         return [
             self.codes,
             self.absmax,

@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Linear):
         double_quantize: bool = False,
         site: str = "weight",
     ) -> QuantizedLinear:
-        """Packs `linear`'s weight; its bias Parameter is shared. Raises as `QuantFormat.quantize`."""
+        """Packs `linear`'s weight and shares its bias; raises as `QuantFormat.quantize`."""
         packed = format_named(format).quantize(
             linear.weight, block_size=block_size, double_quantize=double_quantize, site=site
         )
@@ -87,9 +87,9 @@ class QuantizedLinear(nn.Linear):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return quantized_linear(
-            x,
+            input,
             self.planes,
             self.bias,
             format=self.format,

@@ -44,7 +44,9 @@ class RegionKind:
     def compiled(self) -> Callable[..., Any]:
         """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
         if self.probing not in self._compiled:
-            backend = make_backend(inductor=not self.probing, verify=self.verify, strict=self.strict)
+            backend = make_backend(
+                inductor=not self.probing, verify=self.verify, strict=self.strict
+            )
             self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)
         return self._compiled[self.probing]
 
@@ -79,7 +81,8 @@ class Region:
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
             # The region sits inside the checkpoint: recomputation runs compiled too.
-            return module._gradient_checkpointing_func(partial(self._run, **kwargs), *args)
+            checkpoint: Any = module._gradient_checkpointing_func
+            return checkpoint(partial(self._run, **kwargs), *args)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,16 +153,14 @@ def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     others; the gradient it does not need costs less than that.
     """
 
-    def needs(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.is_floating_point()
-
-    for index, value in enumerate(args):
-        if needs(value):
-            if not value.requires_grad:
-                fresh = value.detach().requires_grad_()
-                args = (*args[:index], fresh, *args[index + 1 :])
-            return args, kwargs
-    hidden = kwargs.get("hidden_states")
-    if needs(hidden) and not hidden.requires_grad:
-        kwargs = kwargs | {"hidden_states": hidden.detach().requires_grad_()}
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(key, str) and key != "hidden_states":
+            continue
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.requires_grad:
+                break
+            fresh = value.detach().requires_grad_()
+            if isinstance(key, str):
+                return args, kwargs | {key: fresh}
+            return (*args[:key], fresh, *args[key + 1 :]), kwargs
     return args, kwargs

@@ -55,11 +55,10 @@ class Report:
     def __str__(self) -> str:
         header = ("site", "fused", "variant", "format", "N", "K", "rank", "reason")
         rows = [
-            (s.name, "yes" if s.fused else "no", s.variant or "-", s.format, s.n, s.k, s.rank)
-            + (s.reason or "",)
+            (s.name, "yes" if s.fused else "no", s.variant, s.format, s.n, s.k, s.rank, s.reason)
             for s in self.sites
         ]
-        cells = [header, *(tuple(str(cell) for cell in row) for row in rows)]
+        cells = [header, *(tuple("-" if c is None else str(c) for c in row) for row in rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -87,7 +86,7 @@ def build_report(model: nn.Module) -> Report:
         rank = adapters.active_rank(model, name)
         fused = None
         if found is None:
-            reason = kept.get(name) or "it is outside the compiled blocks, neither quantised nor adapted"
+            reason = kept.get(name, "outside the blocks, and neither quantised nor adapted")
         else:
             prefix, region = found
             local = name[len(prefix) :].lstrip(".")

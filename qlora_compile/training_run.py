@@ -258,10 +258,14 @@ class TrainingRun:
             self.output / "loss.png",
             [entry["step"] for entry in losses],
             [entry["loss"] for entry in losses],
-            title=f"{self.choice.model} on {Path(self.data).name}, {self.choice.format}, "
-            f"rank {self.choice.rank}",
+            title=self._title(),
             held_out=points or (),
         )
+
+    def _title(self) -> str:
+        data = "standard-library docstrings" if self.data == DEMO else Path(self.data).name
+        model = Path(self.choice.source).stem if self.choice.model == DEMO else self.choice.model
+        return f"{Path(model).name} on {data}, {self.choice.format}, rank {self.choice.rank}"
 
 
 def _write_json(path: Path, value: Any) -> None:

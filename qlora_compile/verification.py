@@ -61,7 +61,7 @@ def _undropped(graph_module: GraphModule) -> GraphModule:
             assert node.target is QLORA_LINEAR
         elif node.target is torch.nn.functional.dropout:
             node.args, node.kwargs = node.args[:1], {"p": 0.0}
-        elif node.target is torch._C._nn.scaled_dot_product_attention:
+        elif node.target is torch.nn.functional.scaled_dot_product_attention:
             node.kwargs = dict(node.kwargs) | {"dropout_p": 0.0}
     graph_module.recompile()
     return graph_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.toy_models import ARCHITECTURES, tokens, toy
 __all__ = ["without_inductor"]
 
 
-def losses(model, folder: Path, data: list[dict[str, torch.Tensor]]) -> list[float]:
+def losses(model, folder: Path, data: Any) -> list[float]:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=3,

@@ -39,9 +39,9 @@ def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:
     return LoraConfig(lora_dropout=dropout, **(defaults | options))
 
 
-def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: Any):
+def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: Any) -> list[Any]:
     """A stock PeftModel, and the optimised one with the same weights."""
-    models = []
+    models: list[Any] = []
     for optimized in (False, True):
         model = toy("Llama", dtype, attention_bias=bias, mlp_bias=bias)
         if base.startswith("bnb"):
@@ -121,7 +121,7 @@ class ReplayDropout(nn.Module):
         return x * self.keep.view(x.shape) / (1.0 - self.probability)
 
 
-def replay(stock: nn.Module, optimized: nn.Module, masks: dict[int, Tensor], p: float) -> None:
+def replay(stock: Any, optimized: Any, masks: dict[int, Tensor], p: float) -> None:
     """Makes the stock model drop exactly what the optimised one dropped."""
     layers = dict(stock.named_modules())
     replayed = 0
@@ -197,10 +197,10 @@ def test_bfloat16_error_is_within_a_factor_of_stock(base: str, autocast: bool) -
             assert mine**0.5 <= BF16_FACTOR * theirs**0.5, group
 
 
-def _widen(model: nn.Module) -> None:
+def _widen(model: Any) -> None:
     """The same weights, all arithmetic in float32; bitsandbytes' layers are replaced."""
     for module in list(model.modules()):
-        base = getattr(module, "base_layer", None)
+        base: Any = getattr(module, "base_layer", None)
         if base is not None and type(base).__module__.startswith("bitsandbytes"):
             from peft.utils.integrations import dequantize_bnb_weight
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
 
 import qlora_compile
 from qlora_compile.quantized_linear import QuantizedLinear
@@ -26,7 +27,7 @@ BASES = ("plain", "bnb-4bit", "nf4")
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits
 
 
@@ -50,7 +51,7 @@ def test_adapter_switches_agree_with_stock(base: str, tmp_path: Path) -> None:
     with stock.disable_adapter(), ours.disable_adapter():
         seen.append(logits(ours, ids))
         assert_close(seen[2], logits(stock, ids))
-    assert not any(torch.allclose(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.allclose(a, b) for a, b in pairwise(seen))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -125,7 +126,7 @@ def test_generate_agrees_with_stock(base: str) -> None:
 
 
 def test_the_model_stays_what_it_was() -> None:
-    model = get_peft_model(toy(), lora())
+    model: Any = get_peft_model(toy(), lora())
     keys, signature = list(model.state_dict()), inspect.signature(model.forward)
     classes = [type(module) for module in model.modules()]
     weights = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -152,7 +153,7 @@ def test_bitsandbytes_weights_are_adopted_without_a_copy(bits: int) -> None:
 
 
 def test_moving_to_another_dtype_keeps_the_planes() -> None:
-    model = qlora_compile.optimize(toy(), quantize="nf4")
+    model: Any = qlora_compile.optimize(toy(), quantize="nf4")
     layer = model.model.layers[0].mlp.up_proj
     before = layer.dequantize(torch.float32)
     model.to(torch.bfloat16)

@@ -88,7 +88,6 @@ class Residual(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-
 class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -148,9 +147,7 @@ def test_strict_names_what_is_not_fused() -> None:
     model = Broken().requires_grad_(False)
     config = LoraConfig(r=2, target_modules=["first", "second"])
     with pytest.raises(errors.StrictError, match="second"):
-        qlora_compile.optimize(
-            model, config, strict=True, example_inputs={"x": torch.randn(2, 4)}
-        )
+        qlora_compile.optimize(model, config, strict=True, example_inputs={"x": torch.randn(2, 4)})
     assert all(region_of(module) is None for module in model.modules())
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 VOCABULARY = 128
 
@@ -42,7 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any):
+def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The architecture with two layers of width 64, seeded weights."""
     recipe = dict(ARCHITECTURES[architecture])
     model_class = recipe.pop("class", f"{architecture}ForCausalLM")
@@ -51,7 +49,7 @@ def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **optio
     arguments = {k: v for k, v in _SMALL.items() if k not in without} | recipe | options
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**arguments)
-    model: PreTrainedModel = getattr(transformers, model_class)(config)
+    model: Any = getattr(transformers, model_class)(config)
     # A bias of zero would hide a bias that is dropped.
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -59,7 +57,7 @@ def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **optio
     return model.to(dtype)
 
 
-def with_bitsandbytes(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+def with_bitsandbytes(model: Any, bits: int) -> Any:
     """Replaces the model's Linears, but for its head, as transformers does when it loads."""
     import bitsandbytes as bnb
 
@@ -69,8 +67,9 @@ def with_bitsandbytes(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         size, weight = (linear.in_features, linear.out_features), linear.weight.data
         bias = linear.bias is not None
         if bits == 4:
-            layer = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
-            layer.weight = bnb.nn.Params4bit(weight, False, quant_type="nf4")
+            layer: Any = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
+            parameter: Any = bnb.nn.Params4bit
+            layer.weight = parameter(weight, requires_grad=False, quant_type="nf4")
         else:
             layer = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
             layer.weight = bnb.nn.Int8Params(weight, False)
@@ -88,7 +87,3 @@ def tokens(batch: int = 2, length: int = 16) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def ignore_peft_warnings() -> None:
-    warnings.filterwarnings("ignore", module="peft")

@@ -98,7 +98,9 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
     """Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
     would fail, or pass over a name, after it had begun to change the model."""
     if not isinstance(config, LoraConfig):
-        raise AdapterConfigError(field="lora", value=config, remedy="pass a peft.LoraConfig or None")
+        raise AdapterConfigError(
+            field="lora", value=config, remedy="pass a peft.LoraConfig or None"
+        )
     if config.r <= 0:
         raise AdapterConfigError(field="lora.r", value=config.r, remedy="use a rank of 1 or more")
     if not 0.0 <= config.lora_dropout < 1.0:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a module's class, without the checkpointing transformers wraps around it."""
-    forward = module_class.forward
+    forward: Any = module_class.forward
     if issubclass(module_class, GradientCheckpointingLayer):
         while hasattr(forward, "__wrapped__"):
             forward = forward.__wrapped__
@@ -86,7 +86,10 @@ def full_precision_linears(model: nn.Module) -> dict[str, str]:
     reasons = {}
     for prefix, inner in model.named_modules():
         if isinstance(inner, PreTrainedModel):
-            kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
+            kept = {
+                *(inner._keep_in_fp32_modules or ()),
+                *(inner._keep_in_fp32_modules_strict or ()),
+            }
             for name, module in inner.named_modules(prefix=prefix):
                 if isinstance(module, nn.Linear) and not kept.isdisjoint(name.split(".")):
                     reasons[_site(name)] = "transformers keeps its weight in float32"

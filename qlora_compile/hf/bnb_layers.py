@@ -6,6 +6,8 @@ captured and bitsandbytes' own otherwise; no weight is copied.
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from qlora_compile.packed import NESTED_BLOCK_SIZE
 
 
 class AdoptedLinear4bit(bnb.nn.Linear4bit):
+    weight: Any
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
@@ -35,11 +39,14 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
 
 
 class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
-    """Weight-only: unlike LLM.int8 (Dettmers et al. 2022) the fused op keeps x in full precision."""
+    """Weight-only: unlike LLM.int8 (Dettmers et al. 2022) the fused op does not quantise x."""
+
+    weight: Any
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
+        assert self.state.SCB is not None
         return quantized_linear(
             x,
             [self.weight, self.state.SCB],
@@ -65,7 +72,7 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def adopt(module: nn.Module) -> str | None:
+def adopt(module: Any) -> str | None:
     """Adopts a layer of bitsandbytes in place; returns the reason if it cannot be."""
     if isinstance(module, bnb.nn.Linear4bit):
         return _adopt_4bit(module)
@@ -81,7 +88,7 @@ def adopt(module: nn.Module) -> str | None:
     return None
 
 
-def _adopt_4bit(module: bnb.nn.Linear4bit) -> str | None:
+def _adopt_4bit(module: Any) -> str | None:
     state = module.weight.quant_state or module.quant_state
     if state is None:
         return "bitsandbytes has not quantised its weight yet; move the model to its device"

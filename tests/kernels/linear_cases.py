@@ -1,0 +1,207 @@
+"""One call of the fused linear with everything it is held against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels import op
+from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.reference import qlora_linear_reference
+from qlora_compile.kernels.registry import UNQUANTIZED, format_named
+from qlora_compile.kernels.variants.base import LinearSpec, Variant
+from qlora_compile.packed import PackedWeight
+
+STREAM = 9
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Of x and grad x, the base product, the adapter's product, y, and lora_a and lora_b."""
+
+    x: torch.dtype
+    compute: torch.dtype
+    lora: torch.dtype
+    out: torch.dtype
+    parameter: torch.dtype
+
+    @property
+    def lowest(self) -> torch.dtype:
+        dtypes = (self.x, self.compute, self.lora, self.out, self.parameter)
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+DTYPES = (
+    Dtypes(F64, F64, F64, F64, F64),
+    Dtypes(F32, F32, F32, F32, F32),
+    Dtypes(BF16, BF16, F32, BF16, F32),  # PEFT: adapters stay in float32
+    Dtypes(F16, F16, F32, F16, F32),
+    Dtypes(BF16, BF16, BF16, BF16, BF16),  # PEFT with autocast_adapter_dtype=False
+    Dtypes(F16, F16, F16, F16, F16),
+    Dtypes(F32, BF16, BF16, BF16, F32),  # a float32 model under autocast
+    Dtypes(F32, F32, BF16, F32, BF16),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rank` 0 is no adapter, `dropout` None no seed; batch, n and k are the shapes' dimensions."""
+
+    batch: tuple[int, ...] = (5,)
+    n: int = 24
+    k: int = 40
+    rank: int = 3
+    format: str = "nf4"
+    block_size: int | Literal["row"] = 64
+    double_quantize: bool = False
+    dtypes: Dtypes = DTYPES[1]
+    bias: bool = False
+    dropout: float | None = None
+    scaling: float = 1.5
+    contiguous: bool = True
+    seed: int = 0
+
+    def build(self) -> Call:
+        generator = torch.Generator().manual_seed(self.seed)
+        d = self.dtypes
+
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=F64).mul_(scale).to(dtype)
+
+        def strided(width: int, dtype: torch.dtype) -> Tensor:
+            if self.contiguous:
+                return normal(*self.batch, width, dtype=dtype)
+            return normal(width + 1, *self.batch, 2, dtype=dtype)[1:, ..., 1].movedim(0, -1)
+
+        weight = normal(self.n, self.k, dtype=F32, scale=0.3)
+        packed, planes = None, [weight.to(d.compute)]
+        if self.format != UNQUANTIZED:
+            packed = format_named(self.format).quantize(
+                weight, block_size=self.block_size, double_quantize=self.double_quantize
+            )
+            planes = packed.planes
+        lora_a = lora_b = seed = keep = None
+        if self.rank:
+            lora_a = normal(self.rank, self.k, dtype=d.parameter, scale=self.k**-0.5)
+            lora_b = normal(self.n, self.rank, dtype=d.parameter, scale=self.rank**-0.5)
+            if self.dropout is not None:
+                seed = torch.tensor([self.seed * 2**40 + 12345])
+                rows = math.prod(self.batch)
+                keep = keep_mask(seed, STREAM, self.dropout, (0, rows), self.k)
+                keep = keep.view(*self.batch, self.k)
+        return Call(
+            case=self,
+            x=strided(self.k, d.x),
+            grad=strided(self.n, d.out),
+            planes=planes,
+            packed=packed,
+            bias=normal(self.n, dtype=d.compute) if self.bias else None,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            seed=seed,
+            keep=keep,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    case: Case
+    x: Tensor
+    grad: Tensor
+    planes: list[Tensor]
+    packed: PackedWeight | None
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    seed: Tensor | None
+    keep: Tensor | None
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        if self.packed is None:
+            return self.planes[0].to(dtype)
+        return format_named(self.packed.format).dequantize(self.packed, dtype)
+
+    @property
+    def spec(self) -> LinearSpec:
+        case, d = self.case, self.case.dtypes
+        return LinearSpec(
+            format=None if self.packed is None else format_named(self.packed.format),
+            n=case.n,
+            k=case.k,
+            block_size=0 if self.packed is None else self.packed.block_size,
+            scaling=case.scaling,
+            dropout=case.dropout or 0.0,
+            stream=STREAM,
+            compute_dtype=d.compute,
+            lora_dtype=d.lora,
+            out_dtype=d.out,
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As the op takes them."""
+        tensors = (self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
+        constants = [getattr(self.spec, each.name) for each in fields(LinearSpec)]
+        return (*tensors, self.case.format, *constants[1:])
+
+    def fused(self, variant: Variant, wanted: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """y and the gradients of `wanted` (every tensor that can have one) through the op."""
+        with mock.patch.object(op, "select", return_value=variant):
+            arguments = list(self.arguments)
+            positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
+            leaves = {}
+            for name, position in positions.items():
+                tensor = arguments[position]
+                if tensor is not None and (wanted is None or name in wanted):
+                    leaves[name] = arguments[position] = tensor.detach().requires_grad_()
+            return _results(op.QLORA_LINEAR(*arguments), leaves, self.grad)
+
+    def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
+        """y and all gradients by the specification: in float64, or `plain` in the case's dtypes.
+
+        magnitudes: of the absolute values of all operands, the scale of rounding errors.
+        """
+        d = self.case.dtypes if plain else Dtypes(F64, F64, F64, F64, F64)
+        sources = {
+            "x": (self.x, d.x, d.compute),
+            "bias": (self.bias, d.compute, d.compute),
+            "lora_a": (self.lora_a, d.parameter, d.lora),
+            "lora_b": (self.lora_b, d.parameter, d.lora),
+        }
+        weight = self.weight(d.compute if plain else F32).to(d.compute)
+        grad = self.grad.to(d.out)
+        if magnitudes:
+            weight, grad = weight.abs(), grad.abs()
+        leaves, operands = {}, {}
+        for name, (tensor, leaf_dtype, operand_dtype) in sources.items():
+            operands[name] = None
+            if tensor is not None:
+                leaf = tensor.detach().to(leaf_dtype)
+                leaves[name] = (leaf.abs() if magnitudes else leaf).requires_grad_()
+                operands[name] = leaves[name].to(operand_dtype)
+        y = qlora_linear_reference(
+            operands["x"],
+            weight,
+            operands["bias"],
+            operands["lora_a"],
+            operands["lora_b"],
+            scaling=self.case.scaling,
+            dropout=self.case.dropout or 0.0,
+            keep=self.keep,
+        )
+        return _results(y.to(d.out), leaves, grad)
+
+
+def _results(y: Tensor, leaves: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    results = {"y": y.detach()}
+    if leaves:
+        grads = torch.autograd.grad(y, list(leaves.values()), grad)
+        results |= {f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return results

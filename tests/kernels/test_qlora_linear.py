@@ -1,0 +1,269 @@
+"""The fused op, by every variant, against the specification in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlora_compile.kernels import op
+from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
+from qlora_compile.kernels.variants import dense
+from qlora_compile.kernels.variants.base import Variant
+from tests.kernels.linear_cases import BF16, DTYPES, F16, F32, F64, Call, Case
+
+FACTOR = 1.5
+"""A variant's error may be this many times that of the plain computation in the same dtypes."""
+
+FORMAT_NAMES = (UNQUANTIZED, *(quant_format.name for quant_format in FORMATS))
+by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+
+
+def assert_no_worse_than_plain(call: Call, actual: dict[str, Tensor]) -> None:
+    exact, plain = call.reference(), call.reference(plain=True)
+    magnitudes = call.reference(magnitudes=True)
+    assert actual.keys() == exact.keys()
+    accumulation = torch.finfo(torch.promote_types(F32, call.case.dtypes.lowest)).eps
+    lowest = torch.finfo(call.case.dtypes.lowest).eps
+    for name, value in actual.items():
+        assert value.dtype == plain[name].dtype, name
+        assert value.shape == exact[name].shape, name
+        if value.numel() == 0:
+            continue
+        error, plain_error = (
+            (each[name].double() - exact[name]).norm() for each in (actual, plain)
+        )
+        # The last rounding and the order of a sum are a matter of luck, and among few elements so
+        # is everything else.
+        rounding = exact[name].norm() * torch.finfo(value.dtype).eps / 2
+        luck = magnitudes[name].norm() * max(accumulation, lowest / value.numel() ** 0.5)
+        allowed = FACTOR * plain_error.maximum(rounding) + luck
+        assert error <= allowed, f"{name}: {error:.2e}, plain {plain_error:.2e}, {allowed=:.2e}"
+
+
+@st.composite
+def cases(draw: st.DrawFn, format: str) -> Case:
+    rows = draw(st.sampled_from([0, 1, 3, 17, 257, 600]))
+    batch = draw(st.sampled_from([(rows,), (rows, 1), (1, 1, rows), (2, rows)]))
+    return Case(
+        batch=batch,
+        n=draw(st.sampled_from([1, 2, 13, 64, 97])),
+        k=draw(st.sampled_from([1, 7, 40, 64, 100, 129])),
+        rank=draw(st.sampled_from([0, 1, 3, 16, 64, 100])),
+        format=format,
+        block_size=draw(st.sampled_from([32, 64, 256, "row"])),
+        double_quantize=format in ("nf4", "fp4") and draw(st.booleans()),
+        dtypes=draw(st.sampled_from(DTYPES)),
+        bias=draw(st.booleans()),
+        dropout=draw(st.sampled_from([None, None, 0.0, 0.1, 0.5])),
+        scaling=draw(st.sampled_from([0.25, 1.0, 2.0])),
+        contiguous=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+@by_variant
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.DataObject) -> None:
+    call = data.draw(cases(format)).build()
+    # Small blocks, and a CPU that multiplies low precisions natively, on any CPU.
+    row_block = data.draw(st.sampled_from([dense.ROW_BLOCK, 64]))
+    weight_block = data.draw(st.sampled_from([dense.WEIGHT_BLOCK, 512]))
+    multiplies = data.draw(st.sampled_from([dense._cpu_multiplies, mock.Mock(return_value=True)]))
+    with (
+        mock.patch.object(dense, "ROW_BLOCK", row_block),
+        mock.patch.object(dense, "WEIGHT_BLOCK", weight_block),
+        mock.patch.object(dense, "_cpu_multiplies", multiplies),
+    ):
+        actual = call.fused(variant)
+    assert_no_worse_than_plain(call, actual)
+
+
+def test_the_bound_rejects_a_wrong_result() -> None:
+    for dtypes in DTYPES:
+        call = Case((64,), n=48, k=64, dtypes=dtypes, dropout=0.1, bias=True).build()
+        right = call.reference(plain=True)
+        assert_no_worse_than_plain(call, right)
+        for name, value in right.items():
+            # The order of a sum makes up a few roundings where all of them are that small.
+            units = 8 if dtypes.lowest in (BF16, F16) else 100
+            worse = value.double() * (1 + units * torch.finfo(dtypes.lowest).eps)
+            with pytest.raises(AssertionError, match=name):
+                assert_no_worse_than_plain(call, right | {name: worse.to(value.dtype)})
+
+
+@by_variant
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_one_hot_rows_give_the_decoded_weight(
+    variant: Variant, format: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    drawn = data.draw(cases(format))
+    dtypes = next(each for each in DTYPES if each.x == each.compute == each.out == dtype)
+    case = replace(drawn, batch=(drawn.k,), rank=0, bias=False, dropout=None, dtypes=dtypes)
+    call = replace(case.build(), x=torch.eye(case.k, dtype=dtype))
+    with mock.patch.object(dense, "WEIGHT_BLOCK", data.draw(st.sampled_from([256, 2**21]))):
+        results = call.fused(variant)
+    assert torch.equal(results["y"].t(), call.weight(dtype))
+
+    back = replace(
+        call, x=torch.zeros(case.n, case.k, dtype=dtype), grad=torch.eye(case.n).to(dtype)
+    )
+    assert torch.equal(back.fused(variant)["grad x"], call.weight(dtype))
+
+
+EXAMPLES = {
+    "adapter": Case(),
+    "dropout": Case(dropout=0.25, bias=True, batch=(2, 3)),
+    "bfloat16": Case(dtypes=DTYPES[2], dropout=0.1, double_quantize=True),
+    "base": Case(rank=0, bias=True, format="int8", block_size="row"),
+    "unquantised": Case(format=UNQUANTIZED),
+}
+by_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES.keys())
+
+
+@by_example
+def test_opcheck(case: Case) -> None:
+    call = case.build()
+    arguments = list(call.arguments)
+    for position in (0, 2, 3, 4):
+        if arguments[position] is not None:
+            arguments[position] = arguments[position].detach().requires_grad_()
+    utilities = (
+        *("test_schema", "test_autograd_registration", "test_faketensor"),
+        *("test_aot_dispatch_static", "test_aot_dispatch_dynamic"),
+    )
+    torch.library.opcheck(QLORA_LINEAR, tuple(arguments), test_utils=utilities)
+
+
+@by_example
+def test_opcheck_backward(case: Case) -> None:
+    call = case.build()
+    tensors, constants = call.arguments[:6], call.arguments[6:]
+    for needs in itertools.product([True, False], repeat=3):
+        needs_x, needs_adapter, needs_bias = needs
+        needed = (needs_x, needs_adapter and case.rank > 0, needs_bias and case.bias)
+        arguments = (call.grad, *tensors, *needed, *constants)
+        backward = torch.ops.qlora_compile.qlora_linear_backward.default
+        torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_gradients_have_the_strides_the_fake_promises() -> None:
+    call = Case(rank=4).build()
+    assert call.lora_a is not None
+    assert call.lora_b is not None
+    transposed = replace(
+        call,
+        x=call.x.t().contiguous().t(),
+        lora_a=call.lora_a.t().contiguous().t(),
+        lora_b=call.lora_b.t().contiguous().t(),
+    )
+    tensors, constants = transposed.arguments[:6], transposed.arguments[6:]
+    arguments = (call.grad, *tensors, True, True, False, *constants)
+    backward = torch.ops.qlora_compile.qlora_linear_backward.default
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@by_variant
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        (),
+        ("x",),
+        ("lora_a",),
+        ("lora_b",),
+        ("bias",),
+        ("lora_a", "lora_b"),
+        ("x", "bias"),
+        ("x", "lora_b"),
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("dropout", [None, 0.3])
+def test_gradients_of_what_is_trained(
+    variant: Variant, wanted: tuple[str, ...], dropout: float | None
+) -> None:
+    call = Case((3, 7), bias=True, dropout=dropout).build()
+    every = call.fused(variant)
+    some = call.fused(variant, wanted)
+    assert some.keys() == {"y", *(f"grad {name}" for name in wanted)}
+    for name, value in some.items():
+        assert torch.equal(value, every[name]), name
+
+
+def test_the_weight_is_not_decoded_for_the_adapters_gradients() -> None:
+    call = Case().build()
+    leaf = call.lora_a.detach().requires_grad_() if call.lora_a is not None else None
+    y = QLORA_LINEAR(*call.arguments[:3], leaf, *call.arguments[4:])
+    quant_format = call.spec.format
+    assert quant_format is not None
+    with mock.patch.object(
+        type(quant_format), "dequantize_rows", side_effect=AssertionError("decoded")
+    ):
+        y.backward(call.grad)
+    assert leaf is not None
+    assert leaf.grad is not None
+
+
+@by_example
+def test_autocast_around_the_op_changes_nothing(case: Case) -> None:
+    call = case.build()
+    outside = call.fused(VARIANTS[0])
+    with torch.autocast("cpu", BF16):
+        inside = call.fused(VARIANTS[0])
+    assert inside.keys() == outside.keys()
+    for name, value in outside.items():
+        assert value.dtype == inside[name].dtype
+        assert torch.equal(value, inside[name]), name
+
+
+@pytest.mark.parametrize("x_dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("autocast", [None, BF16, F16], ids=str)
+def test_quantized_linear_returns_the_dtype_of_linear(
+    x_dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    call = Case(rank=0, bias=True).build()
+    assert call.packed is not None
+    assert call.bias is not None
+    x, shape = call.x.to(x_dtype), call.packed.shape
+    weight, bias = call.weight(x_dtype), call.bias.to(x_dtype)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        expected = torch.nn.functional.linear(x, weight, bias)
+        y = quantized_linear(x, call.planes, bias, format="nf4", shape=shape, block_size=64)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=8 * torch.finfo(y.dtype).eps, atol=0.05)
+
+
+@by_variant
+def test_an_expanded_gradient(variant: Variant) -> None:
+    call = Case(bias=True, dropout=0.5).build()
+    call = replace(call, grad=torch.ones(()).expand(call.grad.shape))
+    assert_no_worse_than_plain(call, call.fused(variant))
+
+
+def test_the_op_takes_the_selected_variant() -> None:
+    call = Case().build()
+    problems = []
+
+    def spy(problem):
+        problems.append(problem)
+        return VARIANTS[0]
+
+    with mock.patch.object(op, "select", spy):
+        leaf = call.x.detach().requires_grad_()
+        QLORA_LINEAR(leaf, *call.arguments[1:]).backward(call.grad)
+    forward, backward = problems
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    assert (forward.m, forward.n, forward.k, forward.rank) == (8, 24, 40, 3)
+    assert replace(backward, direction="forward") == forward
