@@ -8,6 +8,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from bench.stock import with_bitsandbytes
+
+__all__ = ["ARCHITECTURES", "gradients", "tokens", "toy", "with_bitsandbytes"]
+
 VOCABULARY = 128
 
 _SMALL: dict[str, Any] = {
@@ -55,30 +59,6 @@ def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **optio
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.02)
     return model.to(dtype)
-
-
-def with_bitsandbytes(model: Any, bits: int) -> Any:
-    """Replaces the model's Linears, but for its head, as transformers does when it loads."""
-    import bitsandbytes as bnb
-
-    for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or linear is model.get_output_embeddings():
-            continue
-        size, weight = (linear.in_features, linear.out_features), linear.weight.data
-        bias = linear.bias is not None
-        if bits == 4:
-            layer: Any = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
-            parameter: Any = bnb.nn.Params4bit
-            layer.weight = parameter(weight, requires_grad=False, quant_type="nf4")
-        else:
-            layer = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
-            layer.weight = bnb.nn.Int8Params(weight, False)
-        if linear.bias is not None:
-            layer.bias = linear.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.to("cpu"))
-    setattr(model, f"is_loaded_in_{bits}bit", True)
-    return model
 
 
 def tokens(batch: int = 2, length: int = 16) -> Tensor:

@@ -45,7 +45,8 @@ def kept_by_integers(seed: int, stream: int, probability: float, element: int) -
 @pytest.mark.parametrize(("words", "key", "expected"), KNOWN_ANSWERS)
 def test_known_answers(words: tuple[int, ...], key: int, expected: tuple[int, ...]) -> None:
     assert philox_of_integers(words, key, 10) == expected
-    assert tuple(int(word) % WORD for word in philox4x32(words, key, 10)) == expected
+    as_integers = philox4x32(words, key, 10)
+    assert tuple(int(word) % WORD for word in as_integers) == expected
     counters = [torch.tensor([word, 0, word]) for word in words]
     lanes = philox4x32(counters, key, 10)
     assert tuple(int(word[2]) % WORD for word in lanes) == expected
