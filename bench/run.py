@@ -50,11 +50,15 @@ def models(rank: int) -> dict[str, Any]:
     made = {}
     for name in ("stock", "stock reordered", "qlora_compile"):
         model = copy.deepcopy(base)
-        torch.manual_seed(0)
-        if name == "qlora_compile":
-            model = qlora_compile.optimize(model, config, quantize="nf4")
-        else:
-            model = get_peft_model(with_bitsandbytes(model, 4), config)
+        ours = name == "qlora_compile"
+        if not ours:
+            with_bitsandbytes(model, 4)
+        torch.manual_seed(0)  # of the adapters' initialisation
+        model = (
+            qlora_compile.optimize(model, config, quantize="nf4")
+            if ours
+            else get_peft_model(model, config)
+        )
         made[name] = model.train()
     return made
 

@@ -111,7 +111,9 @@ class Region:
             return dict.fromkeys(self.sites, "its block has not run yet") | self.kept
         if not self.graphs:
             return dict.fromkeys(self.sites, "its block ran uncompiled, Dynamo gave up on it")
-        reasons = dict.fromkeys(self.sites - self.fused().keys(), "not used in the last call")
+        broken = f"graph breaks split its block into {len(self.graphs)} graphs"
+        missing = broken if len(self.graphs) > 1 else "not used in the last call"
+        reasons = dict.fromkeys(self.sites - self.fused().keys(), missing)
         for graph in self.graphs:
             reasons |= graph.unfused
         return reasons

@@ -55,14 +55,14 @@ def _row_blocks(rows: int, whole: bool) -> list[slice]:
 
 
 def _weight_blocks(
-    planes: Sequence[Tensor], spec: LinearSpec, dtype: torch.dtype, passes: int
+    planes: Sequence[Tensor], spec: LinearSpec, dtype: torch.dtype, cut: bool
 ) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """What goes through the weight once: pairs (n, W[n] in `dtype`), to be called `passes` times.
+    """What goes through the weight once: pairs (n, W[n] in `dtype`), a single one unless `cut`.
 
     A block is valid until the next one is taken.
     """
     spec_format, rows = spec.format, spec.n
-    if spec_format is not None and planes[0].device.type == "cpu" and passes <= REDECODED_BLOCKS:
+    if spec_format is not None and planes[0].device.type == "cpu" and cut:
         shape = (spec.n, spec.k)
         packed = PackedWeight.from_planes(spec_format.name, shape, spec.block_size, planes)
         alignment = spec_format.row_alignment(packed)
@@ -116,7 +116,9 @@ class Dense(Variant):
         plain = {x.dtype, spec.out_dtype, base_dtype} == {base_dtype}
         adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
         blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
-        weight = _weight_blocks(tensors.planes, spec, base_dtype, len(blocks))
+        weight = _weight_blocks(
+            tensors.planes, spec, base_dtype, cut=len(blocks) <= REDECODED_BLOCKS
+        )
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
         for m in blocks:
             base_x = x[m].to(base_dtype)
@@ -160,7 +162,9 @@ class Dense(Variant):
         blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
         weight = grad_x = None
         if needs.x:
-            weight = _weight_blocks(tensors.planes, spec, base_dtype, len(blocks))
+            # A low-precision sum over blocks would be rounded after each of them.
+            cut = len(blocks) <= REDECODED_BLOCKS and base_dtype.itemsize >= 4
+            weight = _weight_blocks(tensors.planes, spec, base_dtype, cut)
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         for m in blocks:
             base_grad = grad[m].to(base_dtype)

@@ -18,6 +18,15 @@ from qlora_compile.kernels.variants.base import LinearTensors, NeedsGradient
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second one, very long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dropout", [None, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d.x}-{d.lora}")
 @pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -26,6 +27,15 @@ FORMAT_NAMES = (UNQUANTIZED, *(quant_format.name for quant_format in FORMATS))
 by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for a second one, very long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Bound:
     exact: Tensor
@@ -43,8 +53,9 @@ def bounds(call: Call) -> dict[str, Bound]:
     """Of y and every gradient, from the plain computation."""
     exact, plain = call.reference(), call.reference(plain=True)
     magnitudes = call.reference(magnitudes=True)
-    accumulation = torch.finfo(torch.promote_types(F32, call.case.dtypes.lowest)).eps
     lowest = torch.finfo(call.case.dtypes.lowest).eps
+    # In float64 the reference is no more exact than what is held against it.
+    accumulation = 16 * lowest if call.case.dtypes.lowest == F64 else torch.finfo(F32).eps
     result = {}
     for name, value in plain.items():
         plain_error = float((value.double() - exact[name]).norm())
@@ -87,7 +98,7 @@ def cases(draw: st.DrawFn, format: str) -> Case:
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=25)
+@settings(max_examples=1500)
 @given(data=st.data())
 def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
@@ -108,7 +119,7 @@ def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.D
 def test_the_bound_rejects_a_wrong_result(dtypes: Dtypes) -> None:
     call = Case((64,), n=48, k=64, dtypes=dtypes, dropout=0.1, bias=True).build()
     # The order of a sum makes up a few roundings where all of them are that small.
-    units = 8 if dtypes.lowest in (BF16, F16) else 100
+    units = 8 if dtypes.lowest in (BF16, F16) else 1000
     for name, bound in bounds(call).items():
         bound.check(name, bound.exact.to(bound.dtype))
         worse = bound.exact * (1 + units * torch.finfo(dtypes.lowest).eps)

@@ -1,0 +1,207 @@
+"""What the passes fuse, what they leave with a reason, and that neither changes a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import qlora_compile
+from qlora_compile.passes.nodes import is_qlora_linear
+from qlora_compile.report import Report
+from tests.test_equality import without_inductor
+
+__all__ = ["without_inductor"]
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+class Pair(nn.Module):
+    """Two linears and what a case does between them."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def chain(m: Any, x: Tensor) -> Tensor:
+    return m.second(torch.tanh(m.first(x)))
+
+
+def siblings(m: Any, x: Tensor) -> Tensor:
+    return m.first(x) * m.second(x)
+
+
+def residual(m: Any, x: Tensor) -> Tensor:
+    return x + m.second(x + m.first(x))
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    y += x
+    return m.second(y) + y
+
+
+def reshaped(m: Any, x: Tensor) -> Tensor:
+    return m.second(m.first(x.view(2, -1, 8)).transpose(0, 1)).reshape(-1, 8)
+
+
+def output_used_twice(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y) + torch.relu(y) * y
+
+
+def called_twice(m: Any, x: Tensor) -> Tensor:
+    return m.second(m.second(m.first(x)))
+
+
+def casts(m: Any, x: Tensor) -> Tensor:
+    return m.second(m.first(x.double().float().to(torch.float32)).to(torch.float64).float())
+
+
+def dead_branch(m: Any, x: Tensor) -> Tensor:
+    _ = m.first(x) * 3
+    return m.second(m.first(x))
+
+
+def dropped_outside(m: Any, x: Tensor) -> Tensor:
+    return m.second(nn.functional.dropout(m.first(x), 0.5, training=False))
+
+
+BODIES = (
+    chain,
+    siblings,
+    residual,
+    in_place,
+    reshaped,
+    output_used_twice,
+    called_twice,
+    casts,
+    dead_branch,
+    dropped_outside,
+)
+
+
+def compare(
+    body: Callable[[Any, Tensor], Tensor],
+    *,
+    bias: bool = False,
+    adjust: Callable[[Any], None] = lambda model: None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Report:
+    """Trains one step stock and optimised, asserts equality, returns the report."""
+    results, model = [], None
+    for optimized in (False, True):
+        torch.manual_seed(0)
+        base = Pair(body, bias).to(dtype)
+        defaults = {"r": 2, "target_modules": ["first", "second"], "init_lora_weights": False}
+        model = get_peft_model(base, LoraConfig(**(defaults | options)))
+        adjust(model)
+        if optimized:
+            model = qlora_compile.optimize(model)
+        x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+        y = model.train()(x)
+        y.square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({"y": y, "x": x.grad} | grads)
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
+    return qlora_compile.explain(model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("body", BODIES)
+def test_every_shape_of_module_is_fused_and_equal(body: Any, bias: bool) -> None:
+    report = compare(body, bias=bias)
+    assert report.fused == len(report.sites) == 2, str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rslora_ranks_and_scaling(dtype: torch.dtype) -> None:
+    report = compare(
+        chain, dtype=dtype, use_rslora=True, rank_pattern={"first": 3}, alpha_pattern={"first": 5}
+    )
+    assert report.fused == 2
+    assert sorted(site.rank for site in report.sites) == [2, 3]
+
+
+PARTIAL = "its adapter's computation is not plain LoRA"
+
+
+def _second_adapter(model: Any) -> None:
+    model.add_adapter(
+        "b", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+    )
+    model.base_model.set_adapter(["default", "b"])
+
+
+@pytest.mark.parametrize(
+    ("options", "adjust", "reason"),
+    [
+        ({"use_dora": True}, lambda model: None, "graph breaks split its block into 4 graphs"),
+        ({"lora_bias": True}, lambda model: None, PARTIAL),
+        ({}, _second_adapter, PARTIAL),
+    ],
+    ids=["dora", "lora_bias", "two adapters"],
+)
+def test_what_is_not_plain_lora_is_left_exact_with_a_reason(
+    options: Any, adjust: Any, reason: str
+) -> None:
+    report = compare(chain, bias=True, adjust=adjust, **options)
+    assert report.fused == 0
+    assert {site.reason for site in report.sites} == {reason}
+
+
+def test_casts_clones_and_dropouts_of_the_branch_disappear(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_compile import backend
+
+    graphs = []
+    inner = backend.compile_inner
+
+    def keeping(graph_module: Any, example_inputs: Any) -> Any:
+        graphs.append(graph_module)
+        return inner(graph_module, example_inputs)
+
+    monkeypatch.setattr(backend, "compile_inner", keeping)
+    from bench.stock import with_bitsandbytes
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x))
+
+    base = with_bitsandbytes(Model().to(torch.bfloat16), 4)
+    config = LoraConfig(r=2, target_modules=["proj"], lora_dropout=0.1)
+    model = qlora_compile.optimize(get_peft_model(base, config)).train()
+    model(torch.randn(3, 64, dtype=torch.bfloat16)).sum().backward()
+    (graph_module,) = graphs
+    calls = [n for n in graph_module.graph.nodes if n.op in ("call_function", "call_method")]
+    kept = [node.target for node in calls if not is_qlora_linear(node)]
+    assert kept == [torch.randint]
+    assert len(calls) == 2
