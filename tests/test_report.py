@@ -1,0 +1,87 @@
+"""The report: every Linear once, in words and as data; quantising holds one layer twice at most."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_compile
+from qlora_compile.quantized_linear import QuantizedLinear
+from tests.test_equality import lora, without_inductor
+from tests.toy_models import toy
+
+__all__ = ["without_inductor"]
+
+
+def test_every_linear_appears_once_with_what_was_done() -> None:
+    config = lora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    model = qlora_compile.optimize(toy(), config, quantize="nf4")
+    report = qlora_compile.explain(model)
+    names = [site.name.removeprefix("base_model.model.") for site in report.sites]
+    plain = [name for name, module in toy().named_modules() if isinstance(module, nn.Linear)]
+    assert names == plain
+    for site in report.sites:
+        if site.name.endswith("lm_head"):
+            assert not site.fused
+            assert site.reason == "it is trained in full (modules_to_save)"
+            continue
+        assert site.fused
+        assert (site.format, site.variant, site.reason) == ("nf4", "dense", None)
+        assert site.rank == (4 if site.name.endswith(("q_proj", "v_proj")) else 0)
+    up_proj = next(site for site in report.sites if site.name.endswith("up_proj"))
+    assert (up_proj.n, up_proj.k) == (96, 64)
+    data = json.loads(report.to_json())
+    assert data == report.to_dict()
+    assert data["fused"] == report.fused == 14
+    text = str(report)
+    assert all(site.name in text for site in report.sites)
+    assert "14 of 15 linears fused" in text
+
+
+def test_tied_heads_are_named() -> None:
+    model = qlora_compile.optimize(toy(tie_word_embeddings=True), lora(), quantize="int8")
+    head = qlora_compile.explain(model).sites[-1]
+    assert head.name.endswith("lm_head")
+    assert "tied to" in (head.reason or "")
+    assert head.format == "float32"
+
+
+def test_explaining_leaves_the_model_and_the_random_state_alone() -> None:
+    model = qlora_compile.optimize(toy(), lora(0.5), quantize="nf4").eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    qlora_compile.explain(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_module_without_inputs_of_its_own_says_what_has_not_run() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = qlora_compile.optimize(model, quantize="int8", block_size="row")
+    report = qlora_compile.explain(model)
+    assert {site.reason for site in report.sites} == {"its block has not run yet"}
+    model(torch.randn(3, 8))
+    assert qlora_compile.explain(model).fused == 2
+
+
+def test_quantising_frees_each_weight_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy()
+    packed: list[weakref.ref[Any]] = []
+    original = QuantizedLinear.from_linear.__func__
+
+    def watching(cls: Any, linear: nn.Linear, *args: Any, **options: Any) -> QuantizedLinear:
+        assert all(weight() is None for weight in packed)
+        packed.append(weakref.ref(linear.weight))
+        return original(cls, linear, *args, **options)
+
+    monkeypatch.setattr(QuantizedLinear, "from_linear", classmethod(watching))
+    qlora_compile.optimize(model, quantize="nf4")
+    assert len(packed) == 14
