@@ -1,6 +1,5 @@
 """Output directories: whether one can be written, checked before long work starts."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -19,8 +18,13 @@ def check_writable(path: Path) -> None:
     if not existing.is_dir():
         problem = "this is a file" if existing == path.absolute() else f"{existing} is a file"
         raise _unwritable(path, problem)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"no permission to write in {existing}")
+    try:
+        # An anonymous file: permissions say nothing of file systems that take no files.
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
+        problem = f"cannot write in {existing}: {error.strerror or type(error).__name__}"
+        raise _unwritable(path, problem) from error
 
 
 def writable_directory(path: Path) -> Path:
@@ -32,10 +36,9 @@ def writable_directory(path: Path) -> Path:
     check_writable(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
     except OSError as error:
         raise _unwritable(path, error.strerror or type(error).__name__) from error
+    return path
 
 
 def _unwritable(path: Path, problem: str) -> OutputDirectoryError:

@@ -98,7 +98,7 @@ def cases(draw: st.DrawFn, format: str) -> Case:
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=1500)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
