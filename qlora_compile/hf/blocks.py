@@ -14,18 +14,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a module's class, without the checkpointing transformers wraps around it."""
     forward: Any = module_class.forward
-    if issubclass(module_class, GradientCheckpointingLayer):
-        while hasattr(forward, "__wrapped__"):
-            forward = forward.__wrapped__
+    # Older transformers checkpoint in __call__, which is outside the forward already.
+    while getattr(forward, "__code__", None) and (
+        forward.__code__.co_name == "forward_with_checkpointing"
+    ):
+        forward = forward.__wrapped__
     return forward
 
 
 def checkpoints(module: nn.Module) -> bool:
-    """Whether the block's activations are to be recomputed in the backward."""
+    """Whether the forward of the block's class would checkpoint it, which `own_forward` does not."""
     return (
         isinstance(module, GradientCheckpointingLayer)
         and module.gradient_checkpointing
         and module.training
+        and own_forward(type(module)) is not type(module).forward
     )
 
 
