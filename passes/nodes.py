@@ -89,7 +89,8 @@ def insert_before(
     fakes = [value for n in node.all_input_nodes if (value := example(n)) is not None]
     mode = getattr(fakes[0] if fakes else example(anchor), "fake_mode", None)
     assert mode is not None, f"{anchor} carries no fake tensor"
-    with mode:
+    # Without autograd: a checkpoint that is under way would count what it saves.
+    with mode, torch.no_grad():
         node.meta["example_value"] = target(*examples[0], **examples[1])
     node.meta["nn_module_stack"] = anchor.meta.get("nn_module_stack", {})
     node.meta["stack_trace"] = anchor.meta.get("stack_trace")

@@ -23,7 +23,7 @@ def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
 
 
 def checkpoints(module: nn.Module) -> bool:
-    """Whether the forward of the block's class would checkpoint it, which `own_forward` does not."""
+    """Whether the class's forward would checkpoint the block now, as `own_forward` does not."""
     return (
         isinstance(module, GradientCheckpointingLayer)
         and module.gradient_checkpointing
