@@ -214,6 +214,32 @@ def _widen(model: Any) -> None:
     model.float()
 
 
+@pytest.mark.usefixtures("without_inductor")
+def test_thirty_steps_follow_stock_peft_and_bitsandbytes() -> None:
+    """Our NF4 against stock PEFT over bitsandbytes' NF4; the order of a batch's rows is how far two
+    valid runs of stock differ."""
+    stock = build("bnb-4bit", torch.float32, 0.0, False)[0]
+    reordered = build("bnb-4bit", torch.float32, 0.0, False)[0]
+    ours = build("nf4", torch.float32, 0.0, False)[1]
+    runs = {"stock": stock, "reordered": reordered, "ours": ours}
+    optimizers = {
+        name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3)
+        for name, m in runs.items()
+    }
+    data = [tokens(3, 16) for _ in range(4)]
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(30):
+        for name, model in runs.items():
+            ids = data[index % 4]
+            loss = step(model, ids.flip(0) if name == "reordered" else ids)["loss"]
+            optimizers[name].step()
+            losses[name].append(float(loss))
+    assert losses["ours"][-1] < losses["ours"][2]
+    spread = max(abs(a - b) for a, b in zip(losses["reordered"], losses["stock"], strict=True))
+    error = max(abs(a - b) for a, b in zip(losses["ours"], losses["stock"], strict=True))
+    assert error <= max(4 * spread, 1e-5)
+
+
 def test_through_inductor_equals_stock() -> None:
     stock, ours = build("nf4", torch.float32, 0.1, True)
     ids = tokens()

@@ -68,6 +68,9 @@ def test_saved_adapters_are_stock_peft_files(base: str, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "ours")
     ids = tokens()
     assert_close(logits(loaded, ids), logits(stock, ids))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    written = [m.generate(input_ids=ids, **arguments) for m in (loaded, stock)]
+    assert torch.equal(*written)
     files = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("stock", "ours")]
     assert files[0] == files[1]
 

@@ -182,3 +182,11 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
             region.kind.verify = region.kind.strict = True
     with pytest.raises(Exception, match="differs by"):
         step(model.train(), tokens())
+
+
+def test_ragged_lengths_under_checkpointing_recompute_the_graph_they_ran() -> None:
+    model = qlora_compile.optimize(toy(), lora(0.1), quantize="nf4").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for length in (5, 9, 5, 12, 9):
+        assert torch.isfinite(step(model, tokens(2, length))["loss"]).all()
+    assert qlora_compile.explain(model).fused == 14

@@ -25,6 +25,9 @@ from qlora_compile.problem import Problem
 ROW_BLOCK = 512
 """Rows of x converted or dropped out at a time, so that no [M, K] or [M, N] copy is made."""
 
+DEVICE_ROW_BLOCKS = 8
+"""CPU row blocks in one of another device, where each costs a dozen kernel launches."""
+
 WEIGHT_BLOCK = 1 << 21
 """Weights dequantised at a time on CPU: 8 MB of float32 stay in its last cache and in memory the
 allocator keeps, and GEMMs this large lose nothing by being cut."""
@@ -49,8 +52,10 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _row_blocks(rows: int, whole: bool) -> list[slice]:
-    step = max(rows, 1) if whole else ROW_BLOCK
+def _row_blocks(x: Tensor, whole: bool) -> list[slice]:
+    rows = x.shape[0]
+    block = ROW_BLOCK if x.device.type == "cpu" else ROW_BLOCK * DEVICE_ROW_BLOCKS
+    step = max(rows, 1) if whole else block
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -115,7 +120,7 @@ class Dense(Variant):
             a, b = a.to(lora_dtype), b.to(lora_dtype)
         plain = {x.dtype, spec.out_dtype, base_dtype} == {base_dtype}
         adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
-        blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
+        blocks = _row_blocks(x, whole=plain and adapter_plain)
         weight = _weight_blocks(
             tensors.planes, spec, base_dtype, cut=len(blocks) <= REDECODED_BLOCKS
         )
@@ -159,7 +164,7 @@ class Dense(Variant):
                 )
         plain = {x.dtype, grad.dtype, base_dtype} == {base_dtype}
         adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
-        blocks = _row_blocks(x.shape[0], whole=plain and adapter_plain)
+        blocks = _row_blocks(x, whole=plain and adapter_plain)
         weight = grad_x = None
         if needs.x:
             # A low-precision sum over blocks would be rounded after each of them.
@@ -198,7 +203,7 @@ class Dense(Variant):
         if needs.bias and tensors.bias is not None:
             total = grad.new_zeros(spec.n, dtype=torch.promote_types(torch.float32, grad.dtype))
             # torch sums in another dtype by way of a copy of the whole.
-            for m in _row_blocks(grad.shape[0], whole=grad.dtype == total.dtype):
+            for m in _row_blocks(grad, whole=grad.dtype == total.dtype):
                 total += grad[m].sum(0, dtype=total.dtype)
             grad_bias = total.to(tensors.bias.dtype)
         return LinearGradients(
