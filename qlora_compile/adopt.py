@@ -11,6 +11,7 @@ from qlora_compile.errors import (
     AlreadyQuantizedError,
     MetaDeviceError,
     NoLinearError,
+    StrictError,
     WeightValueError,
 )
 from qlora_compile.hf import adapters
@@ -26,6 +27,7 @@ def check(
     *,
     quantize: str | None,
     block_size: int | Literal["row"],
+    strict: bool,
 ) -> None:
     """Raises the error of everything `adopt` would stumble over; changes nothing."""
     if quantize is not None:
@@ -38,6 +40,10 @@ def check(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise MetaDeviceError(site=name)
+    obstacles = unadoptable(model)
+    if strict and obstacles:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in obstacles.items())
+        raise StrictError(count=len(obstacles), reasons=reasons)
     if lora is not None and adapters.has_adapters(model):
         raise AlreadyAdaptedError(model=type(model).__name__)
     if quantize is not None:
@@ -77,11 +83,25 @@ def adopt(
         model = adapters.attach(model, lora)
     for module in list(model.modules()):
         adapters.adopt_adapter_layer(module)
-        if _is_bitsandbytes(module):
+    left = unadoptable(model)
+    for name, linear in adapters.linear_sites(model).items():
+        if _is_bitsandbytes(linear) and name not in left:
             from qlora_compile.hf import bnb_layers
 
-            bnb_layers.adopt(module)
+            bnb_layers.adopt(linear)
     return model
+
+
+def unadoptable(model: nn.Module) -> dict[str, str]:
+    """Sites of bitsandbytes' that stay bitsandbytes', with the reason."""
+    reasons = {}
+    for name, linear in adapters.linear_sites(model).items():
+        if _is_bitsandbytes(linear):
+            from qlora_compile.hf import bnb_layers
+
+            if (reason := bnb_layers.obstacle(linear)) is not None:
+                reasons[name] = reason
+    return reasons
 
 
 def is_quantized(linear: nn.Module) -> bool:

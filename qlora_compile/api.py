@@ -67,7 +67,7 @@ def optimize(
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
     if any(region_of(module) is not None for module in model.modules()):
         raise AlreadyOptimizedError(model=type(model).__name__)
-    adopt.check(model, lora, quantize=quantize, block_size=block_size)
+    adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict)
     if strict:
         _example_inputs(model, example_inputs)
     model = adopt.adopt(
@@ -117,14 +117,13 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
 
 def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str) -> None:
     base = adapters.base_model(model)
-    kept = kept_linears(base) | adapters.trained_copies(base)
     linears = adapters.linear_sites(base)
-    sites = {
-        name: linear
-        for name, linear in linears.items()
-        if name not in kept or adapters.is_adapted(base, name)
-    }
-    kept = {name: kept[name] for name in linears if name not in sites}
+    kept = {
+        name: reason
+        for name, reason in (kept_linears(base) | adapters.trained_copies(base)).items()
+        if name in linears and not adapters.is_adapted(base, name)
+    } | adopt.unadoptable(base)
+    sites = {name: linear for name, linear in linears.items() if name not in kept}
     names = {id(module): name for name, module in base.named_modules()}
     blocks = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
     blocks = [b for b in blocks if _inside(b, sites)] or [""]

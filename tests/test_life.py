@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import qlora_compile
+from qlora_compile.errors import StrictError
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import region_of
 from tests.test_equality import build, lora, step, without_inductor
@@ -153,6 +154,20 @@ def test_bitsandbytes_weights_are_adopted_without_a_copy(bits: int) -> None:
     step(qlora_compile.optimize(model).train(), tokens())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
     assert list(model.state_dict()) == keys
+
+
+def test_what_bitsandbytes_keeps_is_named() -> None:
+    import bitsandbytes as bnb
+
+    model = get_peft_model(with_bitsandbytes(toy(), 8), lora())
+    mlp = model.base_model.model.model.layers[1].mlp
+    mlp.up_proj.base_layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=True)
+    with pytest.raises(StrictError, match=r"layers\.1\.mlp\.up_proj: .* in 16 bits"):
+        qlora_compile.optimize(model, strict=True)
+    report = qlora_compile.explain(qlora_compile.optimize(model))
+    left = {site.name.removeprefix("base_model.model."): site.reason for site in report.sites}
+    assert "in 16 bits" in (left["model.layers.1.mlp.up_proj"] or "")
+    assert report.fused == 13
 
 
 def test_moving_to_another_dtype_keeps_the_planes() -> None:

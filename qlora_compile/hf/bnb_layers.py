@@ -10,7 +10,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_compile.kernels.op import quantized_linear
 from qlora_compile.packed import NESTED_BLOCK_SIZE
@@ -68,39 +68,39 @@ def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
     return configured
 
 
-def is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
-
-
-def adopt(module: Any) -> str | None:
-    """Adopts a layer of bitsandbytes in place; returns the reason if it cannot be."""
-    if isinstance(module, bnb.nn.Linear4bit):
-        return _adopt_4bit(module)
-    assert isinstance(module, bnb.nn.Linear8bitLt)
-    if module.state.has_fp16_weights:
-        return "bitsandbytes keeps its weight in 16 bits (has_fp16_weights)"
-    if type(module) is bnb.nn.Linear8bitLt:
-        if module.weight.CB is not None:
-            module.init_8bit_state()
-        if module.state.SCB is None:
-            return "bitsandbytes has not quantised its weight yet; move the model to its device"
-        module.__class__ = AdoptedLinear8bitLt
-    return None
-
-
-def _adopt_4bit(module: Any) -> str | None:
-    state = module.weight.quant_state or module.quant_state
+def obstacle(module: Any) -> str | None:
+    """Why a layer of bitsandbytes cannot be adopted, None if it can."""
+    unquantized = "bitsandbytes has not quantised its weight yet; move the model to its device"
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        if module.state.has_fp16_weights:
+            return "bitsandbytes keeps its weight in 16 bits (has_fp16_weights)"
+        quantized = module.weight.SCB is not None or module.state.SCB is not None
+        return None if quantized else unquantized
+    state = _quant_state(module)
     if state is None:
-        return "bitsandbytes has not quantised its weight yet; move the model to its device"
+        return unquantized
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has repacked its weight for AVX-512; optimise before evaluating"
     if module.weight.dtype != torch.uint8:
         return f"its codes are stored as {module.weight.dtype}; load with quant_storage uint8"
     if state.nested and state.state2.blocksize != NESTED_BLOCK_SIZE:
         return f"its nested block size is {state.state2.blocksize}, not {NESTED_BLOCK_SIZE}"
+    return None
+
+
+def adopt(module: Any) -> None:
+    """Adopts in place a layer without an obstacle."""
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        if module.weight.CB is not None:
+            module.init_8bit_state()
+        module.__class__ = AdoptedLinear8bitLt
+        return
     # In evaluation bitsandbytes would repack the codes in place for AVX-512 CPUs.
     module.support_avx512bf16_for_cpu = False
-    module.weight.quant_state = state
-    if type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
-        module.__class__ = AdoptedLinear4bit
-    return None
+    module.weight.quant_state = _quant_state(module)
+    module.__class__ = AdoptedLinear4bit
+
+
+def _quant_state(module: Any) -> Any:
+    # FSDP2 replaces the Parameter and with it the state that hangs on it.
+    return module.weight.quant_state or module.quant_state
