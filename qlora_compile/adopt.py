@@ -11,6 +11,7 @@ from qlora_compile.errors import (
     AlreadyQuantizedError,
     MetaDeviceError,
     NoLinearError,
+    ReplacedForwardError,
     StrictError,
     WeightValueError,
 )
@@ -44,13 +45,16 @@ def check(
     if strict and obstacles:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in obstacles.items())
         raise StrictError(count=len(obstacles), reasons=reasons)
+    for name, module in model.named_modules():
+        if name and "forward" in module.__dict__:
+            raise ReplacedForwardError(site=name)
     if lora is not None and adapters.has_adapters(model):
         raise AlreadyAdaptedError(model=type(model).__name__)
     if quantize is not None:
         for name, linear in sites.items():
             if is_quantized(linear):
                 raise AlreadyQuantizedError(site=name, kind=type(linear).__name__, value=quantize)
-        for name in quantizable(model):
+        for name in quantizable(model, lora):
             weight = sites[name].weight
             invalid = weight.numel() - int(weight.detach().isfinite().sum())
             if invalid:
@@ -72,7 +76,7 @@ def adopt(
     if quantize is not None:
         double = double_quantize and format_named(quantize).has_double_quantize
         sites = adapters.linear_sites(model)
-        for name in quantizable(model):
+        for name in quantizable(model, lora):
             # The last reference but the model's own goes with it: one layer exists twice at a time.
             linear = sites.pop(name)
             packed = QuantizedLinear.from_linear(
@@ -108,9 +112,11 @@ def is_quantized(linear: nn.Module) -> bool:
     return isinstance(linear, QuantizedLinear) or _is_bitsandbytes(linear)
 
 
-def quantizable(model: nn.Module) -> list[str]:
-    """The sites `quantize` packs: every plain Linear but heads, tied weights and trained copies."""
-    left = kept_linears(model) | full_precision_linears(model) | adapters.trained_copies(model)
+def quantizable(model: nn.Module, lora: object) -> list[str]:
+    """The sites `quantize` packs: every plain Linear but heads, tied weights and what is trained
+    in full."""
+    left = {*kept_linears(model), *full_precision_linears(model), *adapters.trained_copies(model)}
+    left |= adapters.to_be_trained(model, lora)
     return [
         name
         for name, linear in adapters.linear_sites(model).items()

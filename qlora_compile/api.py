@@ -74,11 +74,13 @@ def optimize(
         model, lora, quantize=quantize, block_size=block_size, double_quantize=double_quantize
     )
     _install_regions(model, strict=strict, verify=verify, scope=scope)
-    skip_unused_cache(model)
+    cache_hook = skip_unused_cache(model)
     if strict:
         try:
             _probe(model, _example_inputs(model, example_inputs))
         except BaseException:
+            if cache_hook is not None:
+                cache_hook.remove()
             for module in model.modules():
                 if region_of(module) is not None:
                     uninstall(module)
@@ -96,10 +98,12 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -
     regions = _regions(model)
     if not regions:
         raise NotOptimizedError(model=type(model).__name__)
-    if any(region.graphs is None for region in regions):
-        inputs = example_inputs or example_call(adapters.base_model(model))
-        if inputs is not None:
-            _probe(model, inputs)
+    inputs = example_inputs or example_call(adapters.base_model(model))
+    if inputs is not None and any(region.graphs is None for region in regions):
+        real = [(region, region.graphs) for region in regions if region.graphs is not None]
+        _probe(model, inputs)
+        for region, graphs in real:
+            region.graphs = graphs
     return build_report(model)
 
 

@@ -36,15 +36,14 @@ class RegionGraph:
 
     def __call__(self, *args: Any) -> Any:
         if self.original is not None and self.rewritten is not None:
-            original, rewritten = self.original, self.rewritten
-            self.original = self.rewritten = None
-            mismatch = verify_rewrite(original, rewritten, args)
-            if mismatch is not None and self.strict:
-                raise VerificationError(problem=mismatch)
+            mismatch = verify_rewrite(self.original, self.rewritten, args)
             if mismatch is not None:
-                self.run = original
+                if self.strict:
+                    raise VerificationError(problem=mismatch)
+                self.run = self.original
                 self.unfused |= dict.fromkeys(self.fused, mismatch)
                 self.fused = {}
+            self.original = self.rewritten = None
         _running[-1][1].append(self)
         return self.run(*args)
 

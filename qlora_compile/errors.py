@@ -254,3 +254,10 @@ class AdapterConfigError(QloraCompileError, ValueError):
 
 class AdapterTargetError(QloraCompileError, ValueError):
     template = "target_modules: {rule!r} matches no module of the model; its linears are {known}"
+
+
+class ReplacedForwardError(QloraCompileError, ValueError):
+    template = (
+        "{site} has a forward of its own on the instance, as accelerate's hooks set it; load "
+        "the model on one device, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+    )

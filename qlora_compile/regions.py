@@ -16,11 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as _dynamo_config
 
 from qlora_compile.backend import RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.passes.context import FusedSite
+
+_DYNAMO_SETTINGS = {
+    # A scaling that differs between layers is a constant of each layer's graph, not an input.
+    "specialize_float": True,
+    # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
+    "recompile_limit": 64,
+}
 
 
 @dataclass
@@ -72,11 +80,11 @@ class Region:
         return "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, forward = self.module, self.kind.forward
+        module = self.module
         # Someone else's compilation inlines the block. A key-value cache changes shape at every
         # token, so a block that sees one would recompile until Dynamo gives up.
         if torch.compiler.is_compiling() or is_cached_call(args, kwargs):
-            return forward(module, *args, **kwargs)
+            return self.kind.module_class.forward(module, *args, **kwargs)
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
@@ -86,7 +94,7 @@ class Region:
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with running(self) as executed:
+        with running(self) as executed, _dynamo_config.patch(_DYNAMO_SETTINGS):
             result = self.kind.compiled()(self.module, *args, **kwargs)
         if executed != self.graphs:
             self.graphs = executed
@@ -161,7 +169,8 @@ def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
         if isinstance(value, Tensor) and value.is_floating_point():
             if value.requires_grad:
                 break
-            fresh = value.detach().requires_grad_()
+            # Not the leaf itself: the block may write to its input.
+            fresh = value.detach().requires_grad_().clone()
             if isinstance(key, str):
                 return args, kwargs | {key: fresh}
             return (*args[:key], fresh, *args[key + 1 :]), kwargs

@@ -30,6 +30,14 @@ def _adapted() -> nn.Module:
     return get_peft_model(toy(), _lora())
 
 
+def _hooked() -> nn.Module:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = toy()
+    add_hook_to_module(model.model.layers[1].mlp, ModelHook())
+    return model
+
+
 def _rank_zero() -> LoraConfig:
     config = _lora()
     config.r = 0
@@ -104,6 +112,24 @@ CASES: dict[str, Case] = {
         {"strict": True, "quantize": "nf4"},
         errors.NoExampleInputsError,
         ("example_inputs",),
+    ),
+    "an initialisation that reads the weight": (
+        toy,
+        {"lora": _lora(init_lora_weights="orthogonal"), "quantize": "nf4"},
+        errors.AdapterConfigError,
+        ("'orthogonal'",),
+    ),
+    "a replaced forward": (
+        _hooked,
+        {"quantize": "nf4"},
+        errors.ReplacedForwardError,
+        ("model.layers.1.mlp", "remove_hook_from_submodules"),
+    ),
+    "bitsandbytes and a wrong target": (
+        lambda: with_bitsandbytes(toy(), 4),
+        {"lora": _lora(target_modules=["qproj"])},
+        errors.AdapterTargetError,
+        ("'qproj'",),
     ),
     "DoRA on a packed base": (
         toy,

@@ -17,7 +17,7 @@ import qlora_compile
 from qlora_compile.errors import StrictError
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import region_of
-from tests.test_equality import build, lora, step, without_inductor
+from tests.test_equality import build, distance, lora, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["without_inductor"]
@@ -154,6 +154,20 @@ def test_bitsandbytes_weights_are_adopted_without_a_copy(bits: int) -> None:
     step(qlora_compile.optimize(model).train(), tokens())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_are_attached_to_a_bitsandbytes_model(bits: int) -> None:
+    models: list[Any] = [with_bitsandbytes(toy(), bits) for _ in range(2)]
+    torch.manual_seed(1)
+    stock = get_peft_model(models[0], lora())
+    torch.manual_seed(1)
+    ours = qlora_compile.optimize(models[1], lora())
+    ids = tokens()
+    tolerance = 1e-5 if bits == 4 else 2e-2
+    for group, error in distance(step(ours.train(), ids), step(stock.train(), ids)).items():
+        assert error < tolerance, group
+    assert qlora_compile.explain(ours).fused == 14
 
 
 def test_what_bitsandbytes_keeps_is_named() -> None:

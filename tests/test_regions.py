@@ -184,6 +184,48 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
         step(model.train(), tokens())
 
 
+def test_scalings_may_differ_between_layers() -> None:
+    config = lora(alpha_pattern={"layers.1": 16, "layers.2": 32})
+    model = qlora_compile.optimize(toy(num_hidden_layers=4), config, quantize="nf4").train()
+    assert torch.isfinite(step(model, tokens())["loss"]).all()
+    assert qlora_compile.explain(model).fused == 28
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x *= 2
+        return x + self.inner(x)
+
+
+def test_a_block_may_write_to_its_input() -> None:
+    tower = Tower()
+    tower.blocks = nn.ModuleList([InPlace() for _ in range(3)])
+    tower.embed.requires_grad_(False)
+    config = LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+    tower = qlora_compile.optimize(tower, config).train()
+    tower(torch.randn(2, 4)).sum().backward()
+    assert qlora_compile.explain(tower).fused == 3
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = toy()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.language_model(input_ids=input_ids, labels=input_ids).loss
+
+
+def test_a_module_around_a_language_model_trains() -> None:
+    model = qlora_compile.optimize(Wrapper(), lora(), quantize="nf4").train()
+    model(tokens()).backward()
+    assert qlora_compile.explain(model).fused == 14
+
+
 def test_ragged_lengths_under_checkpointing_recompute_the_graph_they_ran() -> None:
     model = qlora_compile.optimize(toy(), lora(0.1), quantize="nf4").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})

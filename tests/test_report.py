@@ -43,6 +43,15 @@ def test_every_linear_appears_once_with_what_was_done() -> None:
     assert "14 of 15 linears fused" in text
 
 
+def test_what_is_trained_in_full_is_listed_and_not_quantised() -> None:
+    config = lora(target_modules=["q_proj"], modules_to_save=["mlp"])
+    report = qlora_compile.explain(qlora_compile.optimize(toy(), config, quantize="nf4"))
+    assert len(report.sites) == 15
+    reasons = {site.name: site.reason for site in report.sites if ".mlp." in site.name}
+    assert len(reasons) == 6
+    assert set(reasons.values()) == {"it is trained in full (modules_to_save)"}
+
+
 def test_tied_heads_are_named() -> None:
     model = qlora_compile.optimize(toy(tie_word_embeddings=True), lora(), quantize="int8")
     head = qlora_compile.explain(model).sites[-1]

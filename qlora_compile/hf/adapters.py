@@ -57,20 +57,31 @@ def linear_sites(model: nn.Module) -> dict[str, nn.Linear]:
             inside.append(f"{name}." if name else "")
             module = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            inside.append(f"{name}." if name else "")
-            module = module.original_module
+            inside.append(f"{name}.")
+            for part, linear in module.original_module.named_modules(prefix=name):
+                if isinstance(linear, nn.Linear):
+                    sites[part] = linear
         if isinstance(module, nn.Linear):
             sites[name] = module
     return sites
 
 
 def is_adapted(model: nn.Module, site: str) -> bool:
-    return isinstance(model.get_submodule(site), BaseTunerLayer)
+    return isinstance(_wrapper(model, site), BaseTunerLayer)
+
+
+def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
+    """The module at a site's name; None inside what PEFT trains in full, where PEFT's own names
+    come between."""
+    try:
+        return model.get_submodule(site)
+    except AttributeError:
+        return None
 
 
 def active_rank(model: nn.Module, site: str) -> int:
     """The rank of the site's active adapter, summed where several are active; 0 without one."""
-    module = model.get_submodule(site)
+    module = _wrapper(model, site)
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return 0
     return sum(module.r[name] for name in module.active_adapters if name in module.r)
@@ -78,11 +89,20 @@ def active_rank(model: nn.Module, site: str) -> int:
 
 def trained_copies(model: nn.Module) -> dict[str, str]:
     """Linears PEFT trains in full beside the adapters: name → reason to leave them alone."""
+    wrappers = tuple(
+        name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+    )
     return {
         name: "it is trained in full (modules_to_save)"
-        for name, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
+        for name in linear_sites(model)
+        if any(name == wrapper or name.startswith(f"{wrapper}.") for wrapper in wrappers)
     }
+
+
+def to_be_trained(model: nn.Module, config: object) -> set[str]:
+    """Sites that `config` asks PEFT to train in full."""
+    modules = tuple(getattr(config, "modules_to_save", None) or ())
+    return {name for name in linear_sites(model) if not set(modules).isdisjoint(name.split("."))}
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -109,6 +129,10 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
     if config.use_dora and quantize:
         remedy = "quantise with bitsandbytes before attaching DoRA, or use plain LoRA"
         raise AdapterConfigError(field="use_dora with quantize", value=True, remedy=remedy)
+    if quantize and config.init_lora_weights not in (True, False, "gaussian"):
+        remedy = "initialise from the full-precision weights first, then optimise the PeftModel"
+        field = "init_lora_weights with quantize"
+        raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
     targets = config.target_modules
     if targets is not None and targets != "all-linear":
         names = [name for name, _ in model.named_modules() if name]
@@ -118,15 +142,26 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
                 leaves = {name.rpartition(".")[2] for name in linear_sites(model)}
                 raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
-    placeholders = {
-        id(tensor): nn.Parameter(tensor.to("meta"), requires_grad=False)
-        if isinstance(tensor, nn.Parameter)
-        else tensor.to("meta")
-        for tensor in (*model.parameters(), *model.buffers())
-    }
     # The adapters' initialisation must find the random state as the user left it.
     with torch.random.fork_rng():
-        attach(copy.deepcopy(model, placeholders), config)
+        attach(_without_data(model), config)
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device that shares what bitsandbytes has packed: its
+    Parameters carry their own state, and moving them would move the model's."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        shared = [getattr(module, name, None) for name in ("state", "quant_state")]
+        memo |= {id(value): value for value in shared if value is not None}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (nn.Parameter, torch.Tensor):
+            empty = torch.empty_like(tensor.data, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        else:
+            memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
 
 
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -61,7 +63,7 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
     """Linears never quantised, and left alone unless an adapter targets them: site → reason."""
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
             continue
@@ -99,15 +101,19 @@ def full_precision_linears(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def skip_unused_cache(model: nn.Module) -> None:
-    """Lets `model` build no key-value cache in calls that have no use for one.
+def skip_unused_cache(model: nn.Module) -> RemovableHandle | None:
+    """Lets `model` build no key-value cache in calls that have no use for one; None if it has none.
 
     transformers' decoders build one by default, in training too, and blocks do not run compiled
     with a cache. A caller's own `use_cache` is respected.
     """
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is not None and "use_cache" in inspect.signature(type(inner).forward).parameters:
-        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    if inner is None or "use_cache" not in inspect.signature(type(inner).forward).parameters:
+        return None
+    # A PeftModel may call the forward of the model inside, past its hooks; it passes keywords on.
+    direct = isinstance(model, PeftModel) and model.get_base_model() is inner
+    caller = model if direct else inner
+    return caller.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
 
 def _without_cache(
