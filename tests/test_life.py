@@ -173,7 +173,7 @@ def test_adapters_are_attached_to_a_bitsandbytes_model(bits: int) -> None:
 def test_what_bitsandbytes_keeps_is_named() -> None:
     import bitsandbytes as bnb
 
-    model = get_peft_model(with_bitsandbytes(toy(), 8), lora())
+    model: Any = get_peft_model(with_bitsandbytes(toy(), 8), lora())
     mlp = model.base_model.model.model.layers[1].mlp
     mlp.up_proj.base_layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=True)
     with pytest.raises(StrictError, match=r"layers\.1\.mlp\.up_proj: .* in 16 bits"):

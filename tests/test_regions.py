@@ -223,7 +223,8 @@ class Wrapper(nn.Module):
 def test_a_module_around_a_language_model_trains() -> None:
     model = qlora_compile.optimize(Wrapper(), lora(), quantize="nf4").train()
     model(tokens()).backward()
-    assert qlora_compile.explain(model).fused == 14
+    # PEFT takes the head of a model it does not know for any other Linear.
+    assert qlora_compile.explain(model).fused == 15
 
 
 def test_ragged_lengths_under_checkpointing_recompute_the_graph_they_ran() -> None:

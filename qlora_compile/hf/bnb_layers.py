@@ -71,7 +71,7 @@ def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
 def obstacle(module: Any) -> str | None:
     """Why a layer of bitsandbytes cannot be adopted, None if it can."""
     unquantized = "bitsandbytes has not quantised its weight yet; move the model to its device"
-    if isinstance(module, bnb.nn.Linear8bitLt):
+    if _is_8bit(module):
         if module.state.has_fp16_weights:
             return "bitsandbytes keeps its weight in 16 bits (has_fp16_weights)"
         quantized = module.weight.SCB is not None or module.state.SCB is not None
@@ -90,7 +90,7 @@ def obstacle(module: Any) -> str | None:
 
 def adopt(module: Any) -> None:
     """Adopts in place a layer without an obstacle."""
-    if isinstance(module, bnb.nn.Linear8bitLt):
+    if _is_8bit(module):
         if module.weight.CB is not None:
             module.init_8bit_state()
         module.__class__ = AdoptedLinear8bitLt
@@ -99,6 +99,10 @@ def adopt(module: Any) -> None:
     module.support_avx512bf16_for_cpu = False
     module.weight.quant_state = _quant_state(module)
     module.__class__ = AdoptedLinear4bit
+
+
+def _is_8bit(module: Any) -> bool:
+    return isinstance(module, bnb.nn.Linear8bitLt)
 
 
 def _quant_state(module: Any) -> Any:
