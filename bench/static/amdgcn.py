@@ -1,0 +1,71 @@
+"""The same figures from AMD's assembly text: the compiler's own metadata, and the opcodes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from bench.static.resources import Resources
+
+_METADATA = re.compile(r"^\s*\.(\w+):\s+(\d+)\s*$", re.MULTILINE)
+_OPCODE = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
+_GLOBAL = re.compile(r"(?:global|buffer|flat)_(load|store|atomic)_(\w+)")
+_BITS = {
+    **{"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8},
+    **{"b128": 128, "b96": 96, "b64": 64, "b32": 32, "b16": 16, "b8": 8},
+}
+_NEEDED = (
+    *("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count"),
+    *("private_segment_fixed_size",),
+)
+
+
+class AssemblyError(RuntimeError):
+    """AMD assembly text without the metadata or with an access that this parser does not know."""
+
+
+def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
+    """Registers, spills and accesses of the one kernel in `text`.
+
+    Scratch counts as spilling: a kernel of ours has no other use for it. Raises AssemblyError.
+    """
+    metadata = {name: int(value) for name, value in _METADATA.findall(text)}
+    missing = [name for name in _NEEDED if name not in metadata]
+    if missing:
+        raise AssemblyError(f"no .{missing[0]} in the assembly's metadata")
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    tensor: Counter[str] = Counter()
+    scratch = 0
+    for opcode in _OPCODE.findall(text):
+        if found := _GLOBAL.fullmatch(opcode):
+            (loads if found.group(1) == "load" else stores)[_bits(opcode, found.group(2))] += 1
+        elif opcode.startswith("v_mfma"):
+            tensor[opcode] += 1
+        elif opcode.startswith("scratch_"):
+            scratch += 1
+    return Resources(
+        registers=metadata["vgpr_count"],
+        stack_bytes=metadata["private_segment_fixed_size"],
+        spills=scratch + metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
+        shared_bytes=shared_bytes,
+        warps=warps,
+        loads=loads,
+        stores=stores,
+        tensor=tensor,
+        accumulators=metadata.get("agpr_count", 0),
+        scalars=metadata["sgpr_count"],
+    )
+
+
+def _bits(opcode: str, suffix: str) -> int:
+    """Bits per lane: the widest size that the suffix names (ubyte_d16, lds_dwordx4, add_f32)."""
+    for part in suffix.split("_"):
+        for name, bits in _BITS.items():
+            if part in (name, f"u{name}", f"s{name}"):
+                return bits
+        if found := re.fullmatch(r"(?:pk)?[fiu](16|32|64)|bf16|x2", part):
+            return int(found.group(1) or 32)
+    if suffix in ("add", "cmpswap", "swap", "or", "and", "umax", "smax", "umin", "smin"):
+        return 32
+    raise AssemblyError(f"unknown width of a global access: {opcode}")

@@ -1,0 +1,66 @@
+"""What a kernel takes and how it touches memory: read off the binary, nothing modelled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bench.static.mix import TENSOR, access_bits, instruction_class
+from bench.static.sass import Instruction
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers, stack_bytes, and how many instructions spill. Per CTA: shared_bytes,
+    warps. loads, stores: global accesses by bits per lane, asynchronous copies being loads and
+    tensor-descriptor copies (which have no lanes) counted as 0 bits. tensor: tensor-core
+    instructions by opcode. accumulators: AMD's AGPRs, 0 elsewhere; scalars: its SGPRs.
+    """
+
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    warps: int
+    loads: Counter[int] = field(default_factory=Counter)
+    stores: Counter[int] = field(default_factory=Counter)
+    tensor: Counter[str] = field(default_factory=Counter)
+    accumulators: int = 0
+    scalars: int = 0
+
+    @property
+    def spilled(self) -> bool:
+        return self.spills > 0 or self.stack_bytes > 0
+
+
+def sass_resources(
+    code: Sequence[Instruction], usage: dict[str, int], *, shared_bytes: int, warps: int
+) -> Resources:
+    """From the instructions and cuobjdump's usage line (see `sass.resource_usage`)."""
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    tensor: Counter[str] = Counter()
+    spills = 0
+    for instruction in code:
+        kind = instruction_class(instruction.opcode)
+        if kind in ("global load", "asynchronous copy"):
+            loads[access_bits(instruction)] += 1
+        elif kind == "global store":
+            stores[access_bits(instruction)] += 1
+        elif kind == "bulk copy" and instruction.base in ("UTMALDG", "UTMASTG"):
+            (loads if instruction.base == "UTMALDG" else stores)[0] += 1
+        elif kind == "spill":
+            spills += 1
+        elif kind in TENSOR:
+            tensor[instruction.base] += 1
+    return Resources(
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        spills=spills,
+        shared_bytes=shared_bytes,
+        warps=warps,
+        loads=loads,
+        stores=stores,
+        tensor=tensor,
+    )
