@@ -1,0 +1,190 @@
+"""How Triton's interpreter launches a kernel: arguments, language, loops, integers, errors.
+
+Upstream patches `triton.language` anew for each launch and for each call of a device function,
+which costs more than a small kernel itself. Here the patches are collected once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import (
+    FunctionRewriter,
+    GridExecutor,
+    InterpretedFunction,
+    TensorHandle,
+    interpreter_builder,
+    interpreter_semantic,
+)
+from triton.runtime.jit import TensorWrapper
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.interpreter.loops import RANGE_NAME, LoopTransformer, loop_range
+from tests.interpreter.memory import InvalidAccess, MemoryGuard
+from tests.interpreter.ptx_operands import PtxError
+from tests.interpreter.replacement import replaced
+
+_rewritten: dict[Callable, Callable] = {}
+
+
+class IntegerOverflow(RuntimeError):
+    """A signed addition, subtraction or product that does not fit its type."""
+
+
+@functools.cache
+def _language_patches() -> list[tuple[object, dict[str, object]]]:
+    """What upstream replaces in `triton.language` while a kernel runs, by owner."""
+    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    scope = interpreter._patch_lang(everything)
+    patches: dict[int, tuple[object, dict[str, object]]] = {}
+    for owner, name, _ in scope._changes:
+        patches.setdefault(id(owner), (owner, {}))[1][name] = vars(owner)[name]
+    scope.restore()
+    for module in (tl, tl.core):
+        patches[id(module)][1]["range"] = loop_range
+    return list(patches.values())
+
+
+def check_overflow(left: Any, right: Any, operation: Callable) -> None:
+    """In place of upstream's check, which computes in int64 and then throws the answer away.
+
+    Unsigned arithmetic, and `tl.add`, … with `sanitize_overflow=False`, may wrap.
+    """
+    dtype = left.type.scalar
+    if dtype.int_bitwidth >= 64 or not dtype.is_int_signed():
+        return
+    exact = getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply"}[operation.__name__])
+    a, b = _distinct(left.handle.data), _distinct(right.handle.data)
+    corners = exact.outer(_extremes(a), _extremes(b))
+    limits = np.iinfo(left.handle.data.dtype)
+    if limits.min <= corners.min() and corners.max() <= limits.max:
+        return
+    values = exact(left.handle.data, right.handle.data, dtype=np.int64)
+    wrong = (values < limits.min) | (values > limits.max)
+    if wrong.any():
+        raise IntegerOverflow(
+            f"{dtype} overflow: {operation.__name__} gives {values[wrong][0]}; cast an operand to "
+            "tl.int64 first"
+        )
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Without the repetitions that broadcasting made."""
+    return values[tuple(slice(None) if stride else 0 for stride in values.strides)]
+
+
+def _extremes(values: np.ndarray) -> np.ndarray:
+    return np.array([values.min(), values.max()], np.int64)
+
+
+class _Arguments:
+    """Turns what the caller passed into what a kernel sees, as a compiled launch does."""
+
+    def __init__(self, guard: MemoryGuard) -> None:
+        self.guard = guard
+
+    def convert(self, value: Any, name: str) -> Any:
+        if isinstance(value, float):
+            # Upstream leaves a float a Python number, which adapts to any tensor's dtype.
+            return tl.tensor(TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+        if isinstance(value, tuple):
+            parts = (self.convert(part, f"{name}[{n}]") for n, part in enumerate(value))
+            return interpreter._tuple_create(value, parts)
+        if isinstance(value, TensorDescriptor):
+            return self.descriptor(value, name)
+        converted = interpreter._implicit_cvt(value)
+        if hasattr(value, "data_ptr"):
+            tensor = value.base if isinstance(value, TensorWrapper) else value
+            address = self.guard.tagged_address(tensor, f"{name} {list(tensor.shape)}")
+            converted.handle.data[0] = address
+        return converted
+
+    def descriptor(self, value: TensorDescriptor, name: str) -> Any:
+        strides = [self.convert(int(stride), name) for stride in value.strides[:-1]]
+        descriptor = interpreter_semantic.make_tensor_descriptor(
+            base=self.convert(value.base, name),
+            shape=[self.convert(int(size), name) for size in value.shape],
+            strides=[*strides, tl.constexpr(value.strides[-1])],
+            block_shape=[tl.constexpr(size) for size in value.block_shape],
+            padding_option=value.padding,
+        )
+        descriptor.handle.round_f32_to_tf32 = value.round_f32_to_tf32
+        return descriptor
+
+
+@contextlib.contextmanager
+def honest_launches(guard: MemoryGuard) -> Iterator[None]:
+    """While active, kernels launch as described in this module, their memory under `guard`.
+
+    A kernel's `InvalidAccess`, `IntegerOverflow` and `PtxError` reach the caller as they are; other
+    errors come as Triton's `InterpreterError`. Floating-point warnings of numpy are silent.
+    """
+    patches = _language_patches()
+    running = 0
+
+    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not running:
+            raise RuntimeError(f"{self.fn.__name__} is called from outside of a kernel")
+        return self.rewrite()(*args, **kwargs)
+
+    def rewrite(self: Any) -> Callable:
+        if self.fn not in _rewritten:
+            _rewritten[self.fn] = self.rewriter.rewrite_ast()
+        return _rewritten[self.fn]
+
+    def execute(executor: Any, *args_dev: Any, **kwargs: Any) -> None:
+        nonlocal running
+        kwargs = {name: value for name, value in kwargs.items() if name in executor.arg_names}
+        args_hst, kwargs_hst = executor._init_args_hst(args_dev, kwargs)
+        for hook in executor.pre_run_hooks:
+            hook(*args_hst, **kwargs_hst)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(np.errstate(all="ignore"))
+            stack.enter_context(guard.launch())
+            for owner, values in patches:
+                stack.enter_context(replaced(owner, **values))
+            running += 1
+            try:
+                _run_grid(executor, args_hst, kwargs_hst)
+            finally:
+                running -= 1
+        executor._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)
+
+    def _run_grid(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+        convert = _Arguments(guard).convert
+        values = {
+            name: value if name in executor.constexprs else convert(value, name)
+            for name, value in inspect.getcallargs(executor.fn, *args, **kwargs).items()
+        }
+        grid: Any = executor.grid(values) if callable(executor.grid) else executor.grid
+        if len(grid) > 3:
+            raise ValueError(f"a grid has at most 3 dimensions, not {len(grid)}")
+        grid = tuple(int(size) for size in grid) + (1,) * (3 - len(grid))
+        interpreter_builder.set_grid_dim(*grid)
+        for program in np.ndindex(*grid):
+            interpreter_builder.set_grid_idx(*program)
+            try:
+                executor.fn(**values)
+            except (InvalidAccess, IntegerOverflow, PtxError) as error:
+                where = f"in program {program} of {executor.fn.__name__}"
+                raise type(error)(f"{error}; {where}") from error
+            except Exception as error:
+                raise InterpreterError(repr(error)) from error
+
+    with (
+        replaced(InterpretedFunction, __call__=call_device_function, rewrite=rewrite),
+        replaced(FunctionRewriter, ast_transformer=LoopTransformer()),
+        replaced(GridExecutor, __call__=execute),
+        replaced(interpreter, **{RANGE_NAME: loop_range}),
+        replaced(interpreter_semantic, binary_op_sanitize_overflow_impl=check_overflow),
+    ):
+        yield

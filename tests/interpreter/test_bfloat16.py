@@ -1,0 +1,345 @@
+"""bfloat16 in the interpreter: casts, elementwise operations, data movement, atomics."""
+
+# Kernels annotate parameters tl.constexpr and are launched with plain values:
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from tests.interpreter.bfloat16 import decode, encode, multiply_add
+from tests.interpreter.exact_rounding import BFLOAT16, nearest
+
+ALL = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+SPECIAL = torch.tensor(
+    [
+        *(0x0000, 0x0001, 0x0002, 0x007F, 0x0080, 0x0081, 0x0100, 0x1F80, 0x2000, 0x3B80, 0x3B81),
+        *(0x3C00, 0x3DCC, 0x3E80, 0x3F7F, 0x3F80, 0x3F81, 0x3FC0, 0x4000, 0x4049, 0x42C8, 0x437F),
+        *(0x4380, 0x4381, 0x4B00, 0x5F00, 0x7E80, 0x7F00, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0),
+    ],
+    dtype=torch.int32,
+).to(torch.int16)
+SPECIAL = torch.cat([SPECIAL, SPECIAL | -(1 << 15)]).view(torch.bfloat16)  # 64 values
+LEFT, RIGHT = SPECIAL.repeat_interleave(64), SPECIAL.repeat(64)
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, N: tl.constexpr, TO: tl.constexpr, ROUNDING: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i).to(TO, fp_downcast_rounding=ROUNDING))
+
+
+@triton.jit
+def binary_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    y = tl.load(y_ptr + i)
+    if OP == "add":
+        out = x + y
+    elif OP == "sub":
+        out = x - y
+    elif OP == "mul":
+        out = x * y
+    elif OP == "div":
+        out = x / y
+    elif OP == "maximum":
+        out = tl.maximum(x, y)
+    elif OP == "minimum":
+        out = tl.minimum(x, y)
+    elif OP == "maximum_nan":
+        out = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    elif OP == "lt":
+        out = x < y
+    elif OP == "le":
+        out = x <= y
+    elif OP == "gt":
+        out = x > y
+    elif OP == "ge":
+        out = x >= y
+    elif OP == "eq":
+        out = x == y
+    elif OP == "ne":
+        out = x != y
+    elif OP == "both":
+        out = (x > y) & (y > 0.0)
+    elif OP == "select":
+        out = tl.where(x > y, x, y)
+    else:  # count
+        out = (x > y).to(tl.bfloat16) + (x < y).to(tl.bfloat16)
+    tl.store(out_ptr + i, out)
+
+
+@triton.jit
+def unary_kernel(x_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    if OP == "neg":
+        out = -x
+    elif OP == "abs":
+        out = tl.abs(x)
+    elif OP == "clamp":
+        out = tl.clamp(x, -1.5, 100.0)
+    elif OP == "constant":
+        out = x * 0.1 + 3
+    elif OP == "relu":
+        out = tl.where(x > 0, x, 0.0)
+    else:  # bits
+        out = x.to(tl.uint16, bitcast=True)
+    tl.store(out_ptr + i, out)
+
+
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
+
+
+@triton.jit
+def movement_kernel(x_ptr, index_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + i)
+    if OP == "trans":
+        x = x.T
+    elif OP == "permute":
+        x = tl.reshape(tl.permute(tl.reshape(x, (2, N // 2, N)), (1, 0, 2)), (N, N))
+    elif OP == "join_split":
+        low, high = tl.split(tl.reshape(x, (N, N // 2, 2)))
+        x = tl.reshape(tl.join(high, low), (N, N))
+    elif OP == "gather":
+        x = tl.gather(x, tl.load(index_ptr + i), 0)
+    elif OP == "broadcast":
+        x = tl.broadcast_to(tl.load(x_ptr + tl.arange(0, N))[:, None], (N, N))
+    elif OP == "full":
+        x = tl.full((N, N), 0.1, tl.bfloat16)
+    tl.store(out_ptr + i, x)
+
+
+@triton.jit
+def masked_kernel(x_ptr, out_ptr, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n, other=0.1))
+
+
+@triton.jit
+def atomic_kernel(x_ptr, sums_ptr, old_ptr, n, N: tl.constexpr, OP: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    if OP == "add":
+        old = tl.atomic_add(sums_ptr + i % 3, x, mask=i < n)
+        tl.store(old_ptr + i, old, mask=i < n)
+    else:
+        tl.atomic_max(sums_ptr + i % 3, x, mask=i < n)
+
+
+def assert_same(actual: Tensor, expected: Tensor, *, zeros: bool = True) -> None:
+    """Equal bits, but any NaN equals any NaN; `zeros` says whether -0 must not be +0."""
+    assert actual.dtype == expected.dtype
+    if actual.dtype.is_floating_point:
+        nan = expected.isnan()
+        assert torch.equal(actual.isnan(), nan)
+        actual, expected = actual.masked_fill(nan, 0), expected.masked_fill(nan, 0)
+        if zeros:
+            assert torch.equal(actual.signbit(), expected.signbit())
+    assert torch.equal(actual, expected)
+
+
+def float32_values() -> Tensor:
+    """Near the middle between bfloat16 neighbours, and every sort of special value."""
+    middles = ALL.view(torch.int16).to(torch.int32) << 16
+    around = torch.tensor([0x7FFF, 0x8000, 0x8001, 0xFFFF, 1])
+    return (middles[::4, None] | around).to(torch.int32).flatten()[: 1 << 16].view(torch.float32)
+
+
+def number(x: Tensor, y: Tensor, both: Tensor) -> Tensor:
+    """The operand that is not NaN, or `both` where both are."""
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, both))
+
+
+def cast(values: Tensor, dtype: torch.dtype, rounding: str | None = None) -> Tensor:
+    out = torch.empty(len(values), dtype=dtype)
+    to = tl.int1 if dtype == torch.bool else getattr(tl, str(dtype).removeprefix("torch."))
+    cast_kernel[(1,)](values, out, len(values), to, rounding)
+    return out
+
+
+def test_to_bfloat16_rounds_to_nearest_even() -> None:
+    assert_same(cast(float32_values(), torch.bfloat16), float32_values().to(torch.bfloat16))
+    halves = ALL.view(torch.float16)
+    assert_same(cast(halves, torch.bfloat16), halves.to(torch.bfloat16))
+
+
+def test_to_bfloat16_toward_zero_on_request() -> None:
+    values = float32_values()
+    truncated = (values.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    truncated = torch.where(values.isnan(), values, truncated).to(torch.bfloat16)
+    assert_same(cast(values, torch.bfloat16, "rtz"), truncated)
+
+
+def test_to_float16_toward_zero_on_request() -> None:
+    values = torch.cat([torch.linspace(-70000, 70000, 4095), torch.tensor([1e-7])])
+    expected = values.half()
+    too_far = expected.float().abs() > values.abs()
+    expected.view(torch.int16)[too_far] -= 1
+    assert_same(cast(values, torch.float16, "rtz"), expected)
+    assert too_far.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_from_bfloat16_to_other_floats(dtype: torch.dtype) -> None:
+    assert_same(cast(ALL, dtype), ALL.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool], ids=str
+)
+def test_integers_to_bfloat16_and_back(dtype: torch.dtype) -> None:
+    values = torch.arange(-(1 << 15), 1 << 15) * 65537
+    values = values.to(dtype)
+    assert_same(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+    floats = torch.arange(-128, 128).to(dtype).to(torch.bfloat16)
+    assert_same(cast(floats, dtype), floats.to(dtype))
+
+
+@given(st.lists(st.floats(width=64, allow_nan=False, allow_infinity=False), min_size=1))
+def test_float64_is_rounded_once(values: list[float]) -> None:
+    expected = [nearest(Fraction(value), BFLOAT16) for value in values]
+    with np.errstate(over="ignore"):
+        assert decode(encode(np.array(values))).tolist() == expected
+
+
+@pytest.mark.parametrize("value", [1 + 2**-8 + 2**-40, 2.0**-134 + 2.0**-170, 3.39617e38])
+def test_float64_just_above_a_middle_is_rounded_up(value: float) -> None:
+    assert cast(torch.tensor([value], dtype=torch.float64), torch.bfloat16) == nearest(
+        Fraction(value), BFLOAT16
+    )
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        ("add", torch.add),
+        ("sub", torch.sub),
+        ("mul", torch.mul),
+        # Not torch.fmax, which lets a signalling NaN through.
+        ("maximum", lambda x, y: number(x, y, torch.maximum(x, y))),
+        ("minimum", lambda x, y: number(x, y, torch.minimum(x, y))),
+        ("maximum_nan", torch.maximum),
+        ("lt", torch.lt),
+        ("le", torch.le),
+        ("gt", torch.gt),
+        ("ge", torch.ge),
+        ("eq", torch.eq),
+        ("ne", torch.ne),
+        ("both", lambda x, y: (x > y) & (y > 0)),
+        ("select", lambda x, y: torch.where(x > y, x, y)),
+        ("count", lambda x, y: (x > y).bfloat16() + (x < y).bfloat16()),
+        ("div", lambda x, y: x.float() / y.float()),
+    ],
+)
+def test_binary(operation: str, reference) -> None:
+    expected = reference(LEFT, RIGHT)
+    out = torch.empty_like(expected)
+    binary_kernel[(1,)](LEFT, RIGHT, out, len(LEFT), operation)
+    # IEEE leaves the sign of max(+0, -0) open.
+    assert_same(out, expected, zeros=not operation.startswith("m") or operation == "mul")
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        ("neg", torch.neg),
+        ("abs", torch.abs),
+        ("clamp", lambda x: torch.where(x.isnan(), -1.5, x).clamp(-1.5, 100.0)),
+        # Constants take the dtype of the tensor.
+        ("constant", lambda x: x * torch.tensor(0.1).bfloat16() + torch.tensor(3).bfloat16()),
+        ("relu", lambda x: torch.where(x > 0, x, 0.0)),
+        ("bits", lambda x: x.view(torch.uint16)),
+    ],
+)
+def test_unary(operation: str, reference) -> None:
+    expected = reference(ALL)
+    out = torch.empty_like(expected)
+    unary_kernel[(1,)](ALL, out, len(ALL), operation)
+    assert_same(out, expected)
+
+
+finite_bits = st.integers(0, 0x7F7F) | st.integers(0x8000, 0xFF7F)
+
+
+@given(st.lists(st.tuples(finite_bits, finite_bits, finite_bits), min_size=1, max_size=20))
+def test_fma_rounds_once(triples: list[tuple[int, int, int]]) -> None:
+    bits = np.array(triples, np.uint16)
+    with np.errstate(over="ignore"):
+        actual = decode(multiply_add(bits[:, 0], bits[:, 1], bits[:, 2])).tolist()
+    assert actual == [
+        nearest(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)), BFLOAT16)
+        for a, b, c in decode(bits)
+    ]
+
+
+def test_fma_in_a_kernel() -> None:
+    # 255 × 257 = 65535, and 1.0078125² lies on a middle: the addend decides.
+    x = torch.tensor([1.0078125, 1.0078125, math.inf, 3.0]).bfloat16()
+    y = torch.tensor([1.0078125, 1.0078125, 0.0, -2.0]).bfloat16()
+    z = torch.tensor([2.0**-100, -(2.0**-100), 1.0, math.nan]).bfloat16()
+    out = torch.empty_like(x)
+    fma_kernel[(1,)](x, y, z, out, 4)
+    tie = Fraction(1.0078125) ** 2
+    assert out[0] == nearest(tie + Fraction(2) ** -100, BFLOAT16)
+    assert out[1] == nearest(tie - Fraction(2) ** -100, BFLOAT16)
+    assert out[2:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        ("copy", lambda x, index: x),
+        ("trans", lambda x, index: x.T),
+        ("permute", lambda x, index: x.view(2, 8, 16).permute(1, 0, 2).reshape(16, 16)),
+        ("join_split", lambda x, index: x.view(16, 8, 2).flip(2).reshape(16, 16)),
+        ("gather", lambda x, index: x.gather(0, index.long())),
+        ("broadcast", lambda x, index: x[0][:, None].expand(16, 16)),
+        ("full", lambda x, index: torch.full_like(x, 0.1)),
+    ],
+)
+def test_movement_keeps_bits(operation: str, reference) -> None:
+    x = ALL[torch.randperm(len(ALL))[:256]].view(16, 16)
+    index = torch.randint(0, 16, (16, 16), dtype=torch.int32)
+    out = torch.empty_like(x)
+    movement_kernel[(1,)](x, index, out, 16, operation)
+    assert torch.equal(out.view(torch.int16), reference(x, index).contiguous().view(torch.int16))
+
+
+def test_other_of_a_masked_load() -> None:
+    x, out = torch.randn(16).bfloat16(), torch.empty(16).bfloat16()
+    masked_kernel[(1,)](x, out, 5, 16)
+    assert_same(out, torch.cat([x[:5], torch.full((11,), 0.1).bfloat16()]))
+
+
+def test_atomic_add() -> None:
+    x = torch.randn(16).bfloat16()
+    sums, old = torch.ones(3).bfloat16(), torch.empty(16).bfloat16()
+    expected, before = sums.clone(), old.clone()
+    for i in range(13):
+        before[i] = expected[i % 3]
+        expected[i % 3] += x[i]
+    atomic_kernel[(1,)](x, sums, old, 13, 16, "add")
+    assert_same(sums, expected)
+    assert_same(old, before)
+
+
+def test_other_atomics_raise() -> None:
+    x = torch.ones(4).bfloat16()
+    with pytest.raises(InterpreterError, match="does not support bf16"):
+        atomic_kernel[(1,)](x, torch.zeros(3).bfloat16(), x, 4, 4, "max")
