@@ -10,9 +10,13 @@ from tests.interpreter.memory import MemoryGuard
 
 
 @pytest.fixture(autouse=True)
-def guard() -> Iterator[MemoryGuard]:
-    """Every test here runs inside `honest_interpreter`."""
+def interpreting() -> None:
     if not knobs.runtime.interpret:
         pytest.skip("Triton compiles kernels here: TRITON_INTERPRET=1 was not set when it loaded")
+
+
+@pytest.fixture
+def guard(interpreting: None) -> Iterator[MemoryGuard]:
+    """The test runs inside `honest_interpreter`."""
     with honest_interpreter() as guard:
         yield guard

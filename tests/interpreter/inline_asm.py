@@ -114,7 +114,10 @@ def from_registers(
         if word.itemsize > register.dtype.itemsize or (
             word.itemsize < register.dtype.itemsize and not dtype.scalar.is_int()
         ):
-            raise PtxError(f"{register.dtype} register for {each} elements of {dtype}")
+            raise PtxError(
+                f"a result of {each} × {dtype.scalar} in a register of "
+                f"{register.dtype.itemsize * 8} bits"
+            )
         bits = register.astype(word, copy=False)
         if bits.shape[1] == WARP:
             if (bits == bits[:, :1]).all():

@@ -82,8 +82,8 @@ class _Parser:
         for number, width in enumerate(arguments):
             self.declare(f"${number}", width)
         outputs = range(len(self.output_widths))
-        inputs = range(len(outputs), len(arguments))
-        self.written.update(inputs)
+        self.inputs = range(len(outputs), len(arguments))
+        self.written.update(self.inputs)
         text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", assembly, flags=re.DOTALL).strip()
         while text:
             if text[0] in "{}":
@@ -105,7 +105,7 @@ class _Parser:
         for output in outputs:
             if output not in self.written:
                 raise PtxError(f"the output ${output} is never written")
-        return Program(len(self.widths), tuple(inputs), tuple(outputs), tuple(self.steps))
+        return Program(len(self.widths), tuple(self.inputs), tuple(outputs), tuple(self.steps))
 
     def declare(self, name: str, width: int) -> None:
         self.scopes[-1][name] = len(self.widths)
@@ -123,6 +123,9 @@ class _Parser:
             step, targets = self.instruction(mnemonic, [operand.strip() for operand in operands])
         except PtxError as error:
             raise PtxError(f"{error}, in `{text}`") from None
+        for target in targets:
+            if target in self.inputs:
+                raise PtxError(f"the input ${target} is overwritten, in `{text}`")
         self.written.update(targets)
         self.steps.append((text, step, targets))
 
