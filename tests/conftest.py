@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
+import logging
 import random
 import sys
 import zlib
@@ -15,7 +16,12 @@ import numpy
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Toy matrices are multiplied faster than threads are woken, and `make test` has a worker per core.
+torch.set_num_threads(1)
+
+# pytest gives every logger that does not propagate a handler of its own, and given one, this logger
+# writes down all of every compilation: a tenth of the time, and failures drown in it.
+logging.getLogger("torch.__trace").propagate = True
 
 # torch.empty & co. give NaN (integers: their maximum), so that code which reads memory it never
 # wrote fails. The filling is tied to deterministic mode; warn_only, because there an op without a

@@ -14,10 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import qlora_compile
-from qlora_compile.errors import StrictError
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import region_of
-from tests.test_equality import build, distance, lora, step, without_inductor
+from tests.test_equality import build, lora, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["without_inductor"]
@@ -144,46 +143,6 @@ def test_the_model_stays_what_it_was() -> None:
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
     assert inspect.signature(block.forward) == block_signature
     assert region_of(block) is not None
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_weights_are_adopted_without_a_copy(bits: int) -> None:
-    model = get_peft_model(with_bitsandbytes(toy(), bits), lora())
-    weights = {name: p.data_ptr() for name, p in model.named_parameters()}
-    keys = list(model.state_dict())
-    step(qlora_compile.optimize(model).train(), tokens())
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
-    assert list(model.state_dict()) == keys
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_are_attached_to_a_bitsandbytes_model(bits: int) -> None:
-    models: list[Any] = [with_bitsandbytes(toy(), bits) for _ in range(2)]
-    torch.manual_seed(1)
-    stock = get_peft_model(models[0], lora())
-    torch.manual_seed(1)
-    ours = qlora_compile.optimize(models[1], lora())
-    ids = tokens()
-    tolerance = 1e-5 if bits == 4 else 2e-2
-    for group, error in distance(step(ours.train(), ids), step(stock.train(), ids)).items():
-        assert error < tolerance, group
-    assert qlora_compile.explain(ours).fused == 14
-
-
-def test_what_bitsandbytes_keeps_is_named() -> None:
-    import bitsandbytes as bnb
-
-    model: Any = get_peft_model(with_bitsandbytes(toy(), 8), lora())
-    mlp = model.base_model.model.model.layers[1].mlp
-    mlp.up_proj.base_layer = bnb.nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=True)
-    with pytest.raises(StrictError, match=r"layers\.1\.mlp\.up_proj: .* in 16 bits"):
-        qlora_compile.optimize(model, strict=True)
-    report = qlora_compile.explain(qlora_compile.optimize(model))
-    left = {site.name.removeprefix("base_model.model."): site.reason for site in report.sites}
-    assert "in 16 bits" in (left["model.layers.1.mlp.up_proj"] or "")
-    # That layer's own code breaks the graph of its block, and of no other.
-    assert all(site.fused or site.reason for site in report.sites)
-    assert all(site.fused for site in report.sites if ".layers.0." in site.name)
 
 
 def test_moving_to_another_dtype_keeps_the_planes() -> None:

@@ -34,7 +34,7 @@ def test_every_linear_appears_once_with_what_was_done() -> None:
         assert (site.format, site.variant, site.reason) == ("nf4", "dense", None)
         assert site.rank == (4 if site.name.endswith(("q_proj", "v_proj")) else 0)
     up_proj = next(site for site in report.sites if site.name.endswith("up_proj"))
-    assert (up_proj.n, up_proj.k) == (96, 64)
+    assert (up_proj.n, up_proj.k) == (128, 64)
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert data["fused"] == report.fused == 14

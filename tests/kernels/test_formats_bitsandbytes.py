@@ -40,9 +40,13 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 def reference_dequantize(packed: PackedWeight, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     codes = packed.codes.view(-1, 1)
+    rows, columns = packed.shape
+    # As one row, where that may be: on AVX-512 CPUs bitsandbytes 0.50.2 gives blocks that straddle
+    # rows a wrong absmax, off by up to a quarter of the weight's norm.
+    shape = packed.shape if columns % 2 else (1, rows * columns)
     return torch.ops.bitsandbytes.dequantize_4bit(
-        codes, absmax, packed.block_size, packed.format, packed.shape, dtype
-    )
+        codes, absmax, packed.block_size, packed.format, shape, dtype
+    ).view(packed.shape)
 
 
 def assert_equal_both_ways(
@@ -73,9 +77,9 @@ def assert_equal_both_ways(
             quant_format.dequantize(adopted, dtype),
             quant_format.dequantize_rows(adopted, 0, shape[0], dtype),
         ):
-            if shape[1] % 2:
-                # Its fallback for odd K reads FP4's code 8 as 0.0 where its native code has -0.0.
-                assert torch.equal(values.view(-1), expected.view(-1))
+            if quant_format.name == "fp4":
+                # Its scalar code reads code 8 as -0.0, as we do; AVX-512 and torch code as 0.0.
+                assert torch.equal(values, expected)
             else:
                 assert same_bits(values, expected)
 
