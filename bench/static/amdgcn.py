@@ -7,7 +7,7 @@ from collections import Counter
 
 from bench.static.resources import Resources
 
-_METADATA = re.compile(r"^\s*\.(\w+):\s+(\d+)\s*$", re.MULTILINE)
+_METADATA = re.compile(r"^\s*(?:-\s+)?\.(\w+):\s+(\d+)\s*$", re.MULTILINE)
 _OPCODE = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
 _GLOBAL = re.compile(r"(?:global|buffer|flat)_(load|store|atomic)_(\w+)")
 _BITS = {
@@ -50,9 +50,9 @@ def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
         spills=scratch + metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
         shared_bytes=shared_bytes,
         warps=warps,
-        loads=loads,
-        stores=stores,
-        tensor=tensor,
+        loads=dict(loads),
+        stores=dict(stores),
+        tensor=dict(tensor),
         accumulators=metadata.get("agpr_count", 0),
         scalars=metadata["sgpr_count"],
     )

@@ -7,11 +7,16 @@ asks at launch, so the binary is the one that a device of that architecture woul
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -60,11 +65,15 @@ class InterpretedKernelError(RuntimeError):
     """A kernel that was decorated for Triton's interpreter cannot be compiled."""
 
 
+class CompilationError(RuntimeError):
+    """The compiler reported an error and yet returned a binary."""
+
+
 def compile_launch(launch: Launch, arch: str) -> CompiledKernel:
     """Compiles for `arch`, a key of TARGETS.
 
     Raises InterpretedKernelError where TRITON_INTERPRET was set when the kernel was decorated,
-    and what Triton raises for a kernel that it cannot compile.
+    CompilationError where LLVM printed an error, and what Triton itself raises.
     """
     if not isinstance(launch.kernel, JITFunction):
         setting = os.environ.get("TRITON_INTERPRET")
@@ -76,7 +85,14 @@ def compile_launch(launch: Launch, arch: str) -> CompiledKernel:
     target = TARGETS[arch]
     source, options = _bind(launch, target)
     start = time.perf_counter()
-    compiled = triton.compile(source, target=target, options=options)
+    with _diagnostics() as diagnostics, knobs.compilation.scope():
+        # LLVM prints an error for inline assembly that AMD does not know, and goes on without it;
+        # a kernel from the cache would not say so again.
+        knobs.compilation.always_compile = target.backend == "hip"
+        compiled = triton.compile(source, target=target, options=options)
+    errors = [line for line in diagnostics if line.startswith("error:")]
+    if errors:
+        raise CompilationError(f"{compiled.metadata.name} for {arch}: {'; '.join(set(errors))}")
     seconds = time.perf_counter() - start
     return CompiledKernel(
         arch=arch,
@@ -87,6 +103,26 @@ def compile_launch(launch: Launch, arch: str) -> CompiledKernel:
         amdgcn=compiled.asm.get("amdgcn", ""),
         seconds=seconds,
     )
+
+
+@contextmanager
+def _diagnostics() -> Iterator[list[str]]:
+    """Collects the lines that native code prints to standard error, and passes them on."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+            lines += text.splitlines()
+            sys.stderr.write(text)
 
 
 def _bind(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:

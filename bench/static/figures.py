@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from bench.static import sass
@@ -33,11 +32,15 @@ class Figures:
 
     resources: Resources
     ctas: int
-    loop: Counter[str]
+    loop: dict[str, int]
     utilization: Utilization | None
     decode: dict[str, float]
     traffic: Traffic | None
     seconds: float
+
+    @property
+    def loop_instructions(self) -> int:
+        return sum(self.loop.values())
 
     @property
     def decode_instructions(self) -> float:
@@ -58,7 +61,7 @@ def figures(
     if not is_nvidia(arch):
         resources = amdgcn_resources(compiled.amdgcn, shared_bytes=shared, warps=warps)
         ctas = ctas_per_sm(resources, arch)
-        return Figures(resources, ctas, Counter(), None, {}, None, compiled.seconds)
+        return Figures(resources, ctas, {}, None, {}, None, compiled.seconds)
     code = sass.parse(sass.disassemble(compiled.cubin))
     usage = sass.resource_usage(compiled.cubin)
     resources = sass_resources(code, usage, shared_bytes=shared, warps=warps)
@@ -75,4 +78,6 @@ def figures(
             weights = macs_per_iteration // launch.constexprs["BM"] * utilization.iterations
             words_per_thread = weights / CODES_PER_WORD / (LANES * warps)
             decode = {k: n / words_per_thread for k, n in decode_mix(route.loop).items()}
-    return Figures(resources, ctas, mix(route.loop), utilization, decode, moved, compiled.seconds)
+    return Figures(
+        resources, ctas, dict(mix(route.loop)), utilization, decode, moved, compiled.seconds
+    )

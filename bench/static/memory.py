@@ -25,8 +25,7 @@ from bench.static.sm_step import LANES
 from bench.static.sm_table import ACHIEVABLE_BANDWIDTH, CARDS, MULTIPROCESSORS
 
 WIDE = 128
-PROGRAMS_IN_A_ROW = 8
-"""How many programs each slot of the SM runs one after the other in the model."""
+PROGRAMS_IN_TURN = 8
 
 
 @dataclass(frozen=True)
@@ -73,13 +72,10 @@ def traffic(route: Path, launch: Launch, arch: str, *, warps: int, ctas: int) ->
     moved = loads[WIDE] * programs + max(0, sum(rest) - beyond_codes)
     moved += stores.total() * programs
     wide = loads[WIDE] * programs >= codes and stores.total() == stores[WIDE]
-    period = simulate(
-        Path((), route.before, ()),
-        MULTIPROCESSORS[arch],
-        warps=warps,
-        ctas=ctas,
-        iterations=PROGRAMS_IN_A_ROW,
-    ).period
+    # Each slot of the SM runs one program after the other.
+    in_turn = Path((), route.before, ())
+    sm = MULTIPROCESSORS[arch]
+    period = simulate(in_turn, sm, warps=warps, ctas=ctas, iterations=PROGRAMS_IN_TURN).period
     bounds = {
         name: Bound(
             sm_cycles=period / ctas,

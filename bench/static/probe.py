@@ -38,7 +38,7 @@ def describe(found: Figures, arch: str) -> str:
         f"loads {_widths(taken.loads)} stores {_widths(taken.stores)} tensor {dict(taken.tensor)}",
     ]
     if found.loop:
-        parts.append(f"loop {found.loop.total()}: {dict(found.loop.most_common())}")
+        parts.append(f"loop {found.loop_instructions}: {found.loop}")
     if found.decode:
         split = {kind: round(count, 2) for kind, count in found.decode.items()}
         parts.append(f"decode per 8 weights {found.decode_instructions:.2f}: {split}")

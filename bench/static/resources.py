@@ -23,9 +23,9 @@ class Resources:
     spills: int
     shared_bytes: int
     warps: int
-    loads: Counter[int] = field(default_factory=Counter)
-    stores: Counter[int] = field(default_factory=Counter)
-    tensor: Counter[str] = field(default_factory=Counter)
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
+    tensor: dict[str, int] = field(default_factory=dict)
     accumulators: int = 0
     scalars: int = 0
 
@@ -60,7 +60,7 @@ def sass_resources(
         spills=spills,
         shared_bytes=shared_bytes,
         warps=warps,
-        loads=loads,
-        stores=stores,
-        tensor=tensor,
+        loads=dict(loads),
+        stores=dict(stores),
+        tensor=dict(tensor),
     )

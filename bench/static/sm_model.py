@@ -19,8 +19,7 @@ from bench.static.sm_table import CTA_STAGGER, SUBCORES, Multiprocessor
 
 NEVER = math.inf
 SCOREBOARDS = 6
-SETTLED = 0.5
-"""The share of the iterations that are left out of the period as the start."""
+ITERATIONS = 16
 
 
 class StuckError(RuntimeError):
@@ -176,16 +175,18 @@ class _Machine:
             warp.marks.append(time)
             if warp.iteration < self.iterations:
                 warp.index = self.loop_start
-        if warp.index == len(self.code):
-            warp.earliest = NEVER
-            self.running -= 1
-        elif warp.waiting:
+        if warp.waiting:
             warp.earliest = NEVER
         else:
             self._settle(warp)
 
     def _settle(self, warp: _Warp) -> None:
-        """When the warp's own waits are over: stall, scoreboards, outstanding groups."""
+        """When the warp's own waits are over: stall, scoreboards, outstanding groups; never at the
+        end of the program."""
+        if warp.index == len(self.code):
+            warp.earliest = NEVER
+            self.running -= 1
+            return
         step = self.code[warp.index]
         earliest = warp.ready
         for board in step.waits:
@@ -206,7 +207,7 @@ def _outstanding(ends: list[float], left: int) -> tuple[list[float], float]:
 
 
 def simulate(
-    path: Path, sm: Multiprocessor, *, warps: int, ctas: int, iterations: int = 12
+    path: Path, sm: Multiprocessor, *, warps: int, ctas: int, iterations: int = ITERATIONS
 ) -> Timeline:
     """Runs `ctas` CTAs of `warps` warps side by side on one SM; the loop `iterations` times.
 
@@ -214,8 +215,10 @@ def simulate(
     """
     machine = _Machine(path, sm, warps, ctas, iterations)
     total = machine.run()
-    first, last = int(machine.iterations * SETTLED) - 1, machine.iterations - 2
-    if not path.loop or last <= first:
+    if not path.loop:
         return Timeline(total, 0.0)
+    # After the start has settled and before the first CTA leaves the others alone; of the usual
+    # sixteen iterations six, so that bursts of two or three count whole.
+    first, last = iterations // 2 - 1, iterations - 3
     spans = [(warp.marks[last] - warp.marks[first]) / (last - first) for warp in machine.warps]
     return Timeline(total, sum(spans) / len(spans))

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from bench.static.flow import Path
 from bench.static.mix import TENSOR, instruction_class, macs
 from bench.static.sass import Instruction
-from bench.static.sm_model import simulate
+from bench.static.sm_model import ITERATIONS, simulate
 from bench.static.sm_table import MULTIPROCESSORS
 
 MODELLED_CTAS = 4
 """More CTAs than this change the period per CTA no further, and cost time to simulate."""
-ITERATIONS = 12
 
 
 class LoopError(ValueError):
@@ -67,10 +66,10 @@ def tensor_utilization(
             f"the main loop does {done} multiply-accumulates, the tile has {macs_per_iteration}"
         )
     resident = max(1, min(ctas, MODELLED_CTAS))
-    alone = simulate(path, sm, warps=warps, ctas=1, iterations=ITERATIONS)
+    alone = simulate(path, sm, warps=warps, ctas=1)
     timeline = alone
     if resident > 1:
-        timeline = simulate(path, sm, warps=warps, ctas=resident, iterations=ITERATIONS)
+        timeline = simulate(path, sm, warps=warps, ctas=resident)
     ideal = done / sm.macs_per_cycle
     return Utilization(
         tensor=ideal * resident / timeline.period,

@@ -1,0 +1,75 @@
+"""The ahead-of-time gate: compiles every shipped launch for every target, reads, reports, judges.
+
+Needs no device. Exits with 1 if a launch does not compile or spills, or if a gate is not met.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from bench.static.compile import InterpretedKernelError
+from bench.static.gates import Result, evaluate
+from bench.static.report import as_json, markdown
+from bench.static.shipped import Row, measure_all
+from bench.static.targets import TARGETS
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="a target such as sm_90; again for more")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="a kernel such as dequantize; again for more")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+) -> None:
+    """Writes bench/results/static.md and static.json when nothing is left out."""
+    archs = arch or list(TARGETS)
+    unknown = [name for name in archs if name not in TARGETS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(TARGETS)}", param_hint="arch")
+    try:
+        count, rows = measure_all(archs, kernel, jobs)
+    except InterpretedKernelError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not count:
+        raise typer.BadParameter(f"no shipped launch of {kernel} for {archs}", param_hint="kernel")
+    done = sorted(tqdm(rows, total=count, unit="launch"), key=lambda row: _order(archs, row))
+    results = evaluate(done, archs, kernel)
+    if arch is None and kernel is None:
+        (RESULTS / "static.md").write_text(markdown(done, results))
+        (RESULTS / "static.json").write_text(as_json(done, results))
+    raise typer.Exit(1 if _print(results, whole=arch is None and kernel is None) else 0)
+
+
+def _order(archs: list[str], row: Row) -> tuple[int, str]:
+    return archs.index(row.arch), row.name
+
+
+def _print(results: list[Result], *, whole: bool) -> int:
+    """Prints every gate that is not met; returns how many those are."""
+    console = Console(soft_wrap=True)
+    failed = [result for result in results if not result.verdict.passed]
+    for result in failed:
+        verdict = result.verdict
+        console.print(
+            f"NOT MET {result.arch} {result.gate}: {verdict.value} ({verdict.limit})"
+            f" {verdict.launch}",
+            markup=False,
+            highlight=False,
+        )
+    written = f"; see {RESULTS.name}/static.md" if whole else ""
+    console.print(f"{len(results) - len(failed)} gates met, {len(failed)} not met{written}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,62 @@
+"""Which of the shipped launches stand for a kernel when kernels are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.static.shipped import Row
+
+REDUCTION = 4096
+"""K of the layer for which the modelled time of a whole kernel is stated."""
+SMALLEST_M_TILE = 128
+
+
+def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None) -> Row | None:
+    """The launch of `kernel` with an adapter, in bfloat16, that uses the tensor cores most: NF4
+    where it decodes, BM at least SMALLEST_M_TILE; None if there is none.
+
+    rows: of one architecture. double_quantized: None for either.
+    """
+    found = [row for row in rows if _comparable(row, kernel, double_quantized) and row.rank > 0]
+    return max(found, key=_utilization, default=None)
+
+
+def at_rank(rows: Sequence[Row], like: Row, rank: int) -> Row | None:
+    """The launch that differs from `like` in its rank alone."""
+    for row in rows:
+        if (
+            row.rank == rank
+            and _comparable(row, like.kernel, like.double_quantized)
+            and (row.config, row.decoder) == (like.config, like.decoder)
+        ):
+            return row
+    return None
+
+
+def kernel_cycles(row: Row) -> float:
+    """Modelled cycles per CTA: its start, REDUCTION / BR iterations, its end.
+
+    row: with a tile and a modelled utilization.
+    """
+    assert row.figures is not None
+    assert row.tile is not None
+    use = row.figures.utilization
+    assert use is not None
+    return use.cycles(-(-REDUCTION // row.tile[2])) / use.ctas
+
+
+def _comparable(row: Row, kernel: str, double_quantized: bool | None) -> bool:
+    return (
+        row.kernel == kernel
+        and row.dtype == "bfloat16"
+        and row.format in ("", "dense", "nf4")
+        and row.tile is not None
+        and row.tile[0] >= SMALLEST_M_TILE
+        and row.figures is not None
+        and row.figures.utilization is not None
+        and double_quantized in (None, row.double_quantized)
+    )
+
+
+def _utilization(row: Row) -> float:
+    return row.figures.utilization.tensor if row.figures and row.figures.utilization else 0.0

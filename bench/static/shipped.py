@@ -1,0 +1,133 @@
+"""Every shipped launch, compiled and read: one row each, over as many processes as asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from bench.static.compile import InterpretedKernelError, Launch
+from bench.static.figures import Figures, figures
+
+
+class ShippedLaunch(Protocol):
+    """What is read of `qlora_compile.kernels.gpu.shipped.ShippedLaunch`."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def format(self) -> str | None: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def decoder(self) -> str | None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def double_quantized(self) -> bool: ...
+    @property
+    def config(self) -> str: ...
+    @property
+    def launch(self) -> Launch: ...
+    @property
+    def macs_per_iteration(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shipped launch on one architecture. dtype: such as "bfloat16". tile: (BM, BC, BR) of
+    the main loop, None without one. error: why there are no figures, else None."""
+
+    arch: str
+    kernel: str
+    format: str
+    dtype: str
+    decoder: str
+    rank: int
+    double_quantized: bool
+    config: str
+    tile: tuple[int, int, int] | None
+    figures: Figures | None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells this launch from the others on its architecture."""
+        parts = [self.kernel, self.format, self.dtype, self.decoder, self.config, f"r{self.rank}"]
+        return " ".join([p for p in parts if p] + ["double"] * self.double_quantized)
+
+
+@cache
+def launches(arch: str) -> tuple[ShippedLaunch, ...]:
+    """In the order in which the package gives them, the same in every process."""
+    from qlora_compile.kernels.gpu.shipped import shipped_launches
+
+    return tuple(shipped_launches(arch))
+
+
+def measure(arch: str, index: int) -> Row:
+    """Compiles and reads the launch number `index` of `arch`. Raises what `figures` raises."""
+    shipped = launches(arch)[index]
+    decodes = bool(shipped.decoder) and shipped.kernel.startswith("fused")
+    found = figures(shipped.launch, arch, shipped.macs_per_iteration, decodes=decodes)
+    return row(arch, shipped, found)
+
+
+def row(arch: str, shipped: ShippedLaunch, found: Figures | None, error: str | None = None) -> Row:
+    sizes = shipped.launch.constexprs
+    tiled = shipped.macs_per_iteration is not None and all(n in sizes for n in ("BM", "BC", "BR"))
+    return Row(
+        arch=arch,
+        kernel=shipped.kernel,
+        format=shipped.format or "",
+        dtype=str(shipped.dtype).removeprefix("torch."),
+        decoder=shipped.decoder or "",
+        rank=shipped.rank,
+        double_quantized=shipped.double_quantized,
+        config=shipped.config,
+        tile=(sizes["BM"], sizes["BC"], sizes["BR"]) if tiled else None,
+        figures=found,
+        error=error,
+    )
+
+
+def measure_all(
+    archs: Sequence[str], kernels: Sequence[str] | None, jobs: int
+) -> tuple[int, Iterator[Row]]:
+    """How many rows there will be, and the rows as they come; `kernels`: None for all.
+
+    A launch that does not compile becomes a row with its error. Raises InterpretedKernelError if
+    TRITON_INTERPRET is set: the kernels are then imported for the interpreter.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise InterpretedKernelError(
+            f"TRITON_INTERPRET is {os.environ['TRITON_INTERPRET']!r}: unset it, or the kernels are "
+            "interpreted and nothing can be compiled"
+        )
+    work = [
+        (arch, index)
+        for arch in archs
+        for index, shipped in enumerate(launches(arch))
+        if kernels is None or shipped.kernel in kernels
+    ]
+    return len(work), _rows(work, jobs)
+
+
+def _rows(work: Sequence[tuple[str, int]], jobs: int) -> Iterator[Row]:
+    # Spawned and not forked: torch and LLVM have threads, which a fork would lose.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        asked: dict[Future[Row], tuple[str, int]] = {
+            pool.submit(measure, arch, index): (arch, index) for arch, index in work
+        }
+        for future in as_completed(asked):
+            arch, index = asked[future]
+            if error := future.exception():
+                text = f"{type(error).__name__}: {error}"
+                yield row(arch, launches(arch)[index], None, text)
+            else:
+                yield future.result()

@@ -1,0 +1,73 @@
+"""What the binaries of the toy kernels hold, as JSON on standard output.
+
+A process of its own, because the tests' process may have its kernels decorated for Triton's
+interpreter, and then nothing can be compiled in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments` with TRITON_INTERPRET unset unless it is given."""
+    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def records(module: str, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON that the module prints; its standard error in the failure if it fails."""
+    done = run(module, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    from bench.static import sass
+    from bench.static.compile import compile_launch
+    from bench.static.figures import figures
+    from bench.static.resources import sass_resources
+    from bench.static.scoreboards import check_scoreboards
+    from bench.static.targets import is_nvidia
+    from tests.bench import toy_kernels as toys
+
+    found = []
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        launch = toys.product_launch()
+        tile = toys.BM * toys.BC * toys.BR
+        record = {"arch": arch, "kernel": "product"}
+        record |= dataclasses.asdict(figures(launch, arch, tile))
+        if is_nvidia(arch):
+            code = sass.parse(sass.disassemble(compile_launch(launch, arch).cubin))
+            check = check_scoreboards(code)
+            record |= {"guarded": check.guarded, "violations": len(check.violations)}
+        found.append(record)
+    for kernel in (toys.widen, toys.widen_badly):
+        record = {"arch": "sm_80", "kernel": kernel.__name__}
+        found.append(record | dataclasses.asdict(figures(toys.widen_launch(kernel), "sm_80", None)))
+    crowded = compile_launch(toys.crowded_launch(), "sm_80")
+    code = sass.parse(sass.disassemble(crowded.cubin))
+    usage = sass.resource_usage(crowded.cubin)
+    resources = sass_resources(code, usage, shared_bytes=crowded.shared_bytes, warps=crowded.warps)
+    record = {"arch": "sm_80", "kernel": "crowded", "resources": dataclasses.asdict(resources)}
+    found.append(record)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

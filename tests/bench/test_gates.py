@@ -1,0 +1,244 @@
+"""Gates judged on rows made by hand, and the report of them."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from bench.static.figures import Figures
+from bench.static.gates import GATES, Result, evaluate
+from bench.static.memory import Bound, Traffic
+from bench.static.report import as_json, markdown
+from bench.static.resources import Resources
+from bench.static.selection import at_rank, best, kernel_cycles
+from bench.static.shipped import Row
+from bench.static.utilization import Utilization
+
+Changes = dict[str, Any]
+
+TAKEN = Resources(
+    registers=128,
+    stack_bytes=0,
+    spills=0,
+    shared_bytes=32768,
+    warps=8,
+    loads={128: 8},
+    stores={128: 8},
+    tensor={"HMMA": 64},
+)
+USE = Utilization(tensor=0.99, alone=0.8, ctas=2, period=1000.0, iterations=1, overhead=5000.0)
+FIGURES = Figures(TAKEN, 2, {"mma": 64}, USE, {"alu": 20.0, "float": 8.0}, None, 1.5)
+ROW = Row(
+    arch="sm_90",
+    kernel="fused_forward",
+    format="nf4",
+    dtype="bfloat16",
+    decoder="shuffle",
+    rank=16,
+    double_quantized=False,
+    config="128x128x64",
+    tile=(128, 128, 64),
+    figures=FIGURES,
+)
+STREAM = Traffic(1000, 1000, True, {"H100 SXM": Bound(sm_cycles=10.0, dram_cycles=20.0)})
+
+
+def changed(
+    row: Row = ROW,
+    *,
+    use: Changes | None = None,
+    taken: Changes | None = None,
+    figures: Changes | None = None,
+    **own: Any,
+) -> Row:
+    """`row` with other values of its own, of its figures, its utilization, its resources."""
+    before = row.figures
+    assert before is not None
+    if use:
+        assert before.utilization is not None
+        before = dataclasses.replace(
+            before, utilization=dataclasses.replace(before.utilization, **use)
+        )
+    if taken:
+        before = dataclasses.replace(
+            before, resources=dataclasses.replace(before.resources, **taken)
+        )
+    return dataclasses.replace(row, figures=dataclasses.replace(before, **(figures or {})), **own)
+
+
+def full(arch: str = "sm_90") -> list[Row]:
+    """Rows that hold every gate on `arch`."""
+    rows = [
+        changed(arch=arch, kernel=kernel, rank=rank)
+        for kernel in ("fused_forward", "fused_backward", "tail_forward", "tail_backward")
+        for rank in (0, 16, 64)
+    ]
+    streams: Changes = {"traffic": STREAM, "utilization": None}
+    return [*rows, changed(arch=arch, kernel="dequantize", tile=None, figures=streams)]
+
+
+def failed(rows: Sequence[Row], archs: Sequence[str] = ("sm_90",)) -> list[Result]:
+    return [result for result in evaluate(rows, archs, None) if not result.verdict.passed]
+
+
+def test_rows_that_hold_every_gate() -> None:
+    assert failed(full()) == []
+    assert {result.gate for result in evaluate(full(), ["sm_90"], None)} == {
+        gate.name for gate in GATES
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "gate"),
+    [
+        (changed(config="bad", taken={"spills": 1}), "zero spills"),
+        (changed(config="bad", taken={"stack_bytes": 8}), "zero spills"),
+        (changed(config="bad", taken={"tensor": {}}), "tensor cores"),
+        (changed(config="bad", figures={"ctas": 0}), "fits on an SM"),
+    ],
+)
+def test_one_bad_launch_fails_what_every_launch_has_to_hold(bad: Row, gate: str) -> None:
+    (result,) = failed([*full(), bad])
+    assert result.gate == gate
+    assert "bad" in result.verdict.launch
+
+
+def test_a_launch_that_does_not_compile() -> None:
+    broken = dataclasses.replace(ROW, figures=None, error="PTXASError: no", config="broken")
+    (result,) = failed([*full(), broken])
+    assert (result.gate, result.verdict.value) == ("compiles", "PTXASError: no")
+
+
+def replaced(
+    rows: Sequence[Row], kernel: str, ranks: Sequence[int], **changes: object
+) -> list[Row]:
+    return [
+        changed(row, **changes) if row.kernel == kernel and row.rank in ranks else row
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "gates"),
+    [
+        (
+            "fused_backward",
+            {"use": {"tensor": 0.93}},
+            {"fused dX near forward, modelled utilization"},
+        ),
+        ("tail_forward", {"use": {"tensor": 0.94}}, {"tail forward, modelled utilization"}),
+        (
+            "tail_backward",
+            {"use": {"tensor": 0.90}},
+            {"tail dX near forward, modelled utilization"},
+        ),
+        (
+            "fused_forward",
+            {"figures": {"decode": {"alu": 30.0, "shuffle": 2.5}}},
+            {"instructions per 8 decoded weights"},
+        ),
+    ],
+)
+def test_the_best_launch_has_to_hold_the_rest(
+    kernel: str, changes: Changes, gates: set[str]
+) -> None:
+    rows = replaced(full(), kernel, (0, 16, 64), **changes)
+    assert {result.gate for result in failed(rows)} == gates
+
+
+def test_the_forward_limit_differs_by_architecture() -> None:
+    for arch, least in (("sm_80", 0.85), ("sm_89", 0.95), ("sm_90", 0.80), ("sm_120", 0.95)):
+        for use, bad in ((least, False), (least - 0.01, True)):
+            rows = full(arch)
+            for kernel in ("fused_forward", "fused_backward"):
+                rows = replaced(rows, kernel, (0, 16, 64), use={"tensor": use})
+            names = {result.gate for result in failed(rows, [arch])}
+            assert ("fused forward, modelled utilization" in names) == bad, (arch, use)
+
+
+def test_the_adapter_costs_at_most_a_twentieth() -> None:
+    whole = 5000 + 64 * 1000
+    for overhead, bad in ((5000 + 0.04 * whole, False), (5000 + 0.06 * whole, True)):
+        rows = replaced(full(), "tail_forward", (64,), use={"overhead": overhead})
+        names = {result.gate for result in failed(rows)}
+        assert ("adapter of rank 64, tail_forward, modelled time" in names) == bad
+
+
+@pytest.mark.parametrize(
+    ("stream", "text"),
+    [
+        (dataclasses.replace(STREAM, moved=1011), "bytes +1.1%"),
+        (dataclasses.replace(STREAM, wide=False), "loads {128: 8}"),
+        (dataclasses.replace(STREAM, bounds={"B200": Bound(21.0, 20.0)}), "B200: SM 21"),
+        (None, "it has a loop"),
+    ],
+)
+def test_dequantise_has_to_stream(stream: Traffic | None, text: str) -> None:
+    (result,) = failed(replaced(full(), "dequantize", (16,), figures={"traffic": stream}))
+    assert result.gate == "dequantise streams"
+    assert text in result.verdict.value
+
+
+def test_a_kernel_that_is_not_shipped_is_not_met() -> None:
+    rows = [row for row in full() if not row.kernel.startswith("tail")]
+    gates = {result.gate for result in failed(rows)}
+    assert "tail forward, modelled utilization" in gates
+    assert "adapter of rank 16, tail_backward, modelled time" in gates
+    assert failed([]) == evaluate([], ["sm_90"], None)
+
+
+def test_only_the_gates_of_the_kernels_asked_for() -> None:
+    rows = [row for row in full() if row.kernel == "dequantize"]
+    results = evaluate(rows, ["sm_90"], ["dequantize"])
+    assert "dequantise streams" in {result.gate for result in results}
+    assert not {gate for gate in (result.gate for result in results) if "tail" in gate}
+
+
+def test_the_best_launch() -> None:
+    rows = [
+        changed(use={"tensor": 0.7}, config="slow"),
+        changed(use={"tensor": 0.9}, config="fast"),
+        changed(use={"tensor": 0.95}, config="without adapter", rank=0),
+        changed(use={"tensor": 0.99}, config="small", tile=(64, 128, 64)),
+        changed(use={"tensor": 0.99}, config="half", dtype="float16"),
+        changed(use={"tensor": 0.8}, config="double", double_quantized=True),
+    ]
+    chosen = best(rows, "fused_forward")
+    assert chosen is not None
+    assert chosen.config == "fast"
+    double = best(rows, "fused_forward", double_quantized=True)
+    assert double is not None
+    assert double.config == "double"
+    assert best(rows, "tail_forward") is None
+    assert at_rank(rows, chosen, 64) is None
+    assert at_rank([*rows, changed(chosen, rank=64)], chosen, 64) is not None
+
+
+def test_modelled_time_of_a_whole_kernel() -> None:
+    assert kernel_cycles(ROW) == (5000 + 4096 / 64 * 1000) / 2
+
+
+def test_report() -> None:
+    rows = [*full(), *full("sm_100")]
+    rows = [
+        changed(row, figures={"utilization": None}) if row.arch == "sm_100" and row.tile else row
+        for row in rows
+    ]
+    spilling = dataclasses.replace(changed(taken={"spills": 3}), config="bad|name")
+    results = evaluate([*rows, spilling], ["sm_90", "sm_100"], None)
+    text = markdown([*rows, spilling], results)
+    assert "1 not met" in text
+    assert "3 spill instructions" in text
+    assert "bad/name" in text  # a bar would end the cell
+    assert "not modelled" in text
+    widths = {line.count("|") for line in text.split("## sm_90")[1].splitlines() if "|" in line}
+    assert len(widths) == 1
+    record = json.loads(as_json([*rows, spilling], results))
+    assert len(record["launches"]) == len(rows) + 1
+    first = record["launches"][0]
+    assert first["figures"]["resources"]["loads"] == {"128": 8}
+    assert first["figures"]["utilization"]["tensor"] == 0.99
+    assert "seconds" not in first["figures"]
+    assert [gate["passed"] for gate in record["gates"]].count(False) == 1
