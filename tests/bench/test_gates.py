@@ -111,9 +111,7 @@ def test_a_launch_that_does_not_compile() -> None:
     assert (result.gate, result.verdict.value) == ("compiles", "PTXASError: no")
 
 
-def replaced(
-    rows: Sequence[Row], kernel: str, ranks: Sequence[int], **changes: object
-) -> list[Row]:
+def replaced(rows: Sequence[Row], kernel: str, ranks: Sequence[int], **changes: Any) -> list[Row]:
     return [
         changed(row, **changes) if row.kernel == kernel and row.rank in ranks else row
         for row in rows
