@@ -10,9 +10,16 @@ from typing import Any
 import triton
 
 from bench.static.gates import Result
-from bench.static.selection import REDUCTION, SMALLEST_M_TILE, at_rank, best, kernel_cycles
+from bench.static.selection import (
+    REDUCTION,
+    SMALLEST_M_TILE,
+    at_rank,
+    best,
+    kernel_cycles,
+    l2_need,
+)
 from bench.static.shipped import Row
-from bench.static.sm_table import CARDS, CTA_STAGGER, MULTIPROCESSORS, Card
+from bench.static.sm_table import CARDS, CTA_STAGGER, MULTIPROCESSORS
 from bench.static.targets import TARGETS
 
 PREFACE = f"""# Compiled kernels, read without a device
@@ -32,6 +39,8 @@ their halved bfloat16 rate. tcgen05, the tensor core of sm_100, and AMD's units 
   not the loads, not addresses, not synchronisation.
 - *time*: modelled cycles of a CTA from its first instruction to its last, at K = {REDUCTION},
   divided by the CTAs that share the SM.
+- *L2 need*: what the card's second-level cache would have to deliver for the modelled pace, its
+  bandwidth not being part of the model: above what it has, the kernel is slower than modelled.
 - *moved*: bytes of all 128-bit accesses and of all stores, plus each remaining byte once, over the
   bytes of all tensors.
 """
@@ -120,7 +129,7 @@ def _summary(rows: Sequence[Row], archs: Sequence[str]) -> str:
                     lines.append(_summary_line(here, chosen))
     head = f"## Best launch of each kernel (bfloat16, NF4, BM ≥ {SMALLEST_M_TILE}; modelled)\n"
     columns = ("target", "kernel", "config", "absmax", "decoder", "registers", "CTAs")
-    columns += ("utilization", "alone", "decode", "time r=0", "r=16", "r=64")
+    columns += ("utilization", "alone", "decode", "time r=0", "r=16", "r=64", "L2 need / has, TB/s")
     return f"{head}\n{_table(columns, lines)}"
 
 
@@ -144,20 +153,21 @@ def _summary_line(rows: Sequence[Row], chosen: Row) -> tuple[str, ...]:
         f"{figures.decode_instructions:.1f}" if figures.decode else "",
         f"{without:.0f}" if without else "",
         *(f"{time / without - 1:+.1%}" if time and without else "" for time in cycles[1:]),
+        "; ".join(
+            f"{name} {l2_need(chosen, card) / 1e12:.1f} / {card.l2_bandwidth / 1e12:.1f}"
+            for name, card in CARDS.items()
+            if card.arch == chosen.arch
+        ),
     )
 
 
 def _architecture(arch: str, rows: Sequence[Row]) -> str:
-    cards = ", ".join(name for name, card in CARDS.items() if _of(card, arch))
+    cards = ", ".join(name for name, card in CARDS.items() if card.arch == arch)
     target = TARGETS[arch]
     head = f"## {arch}{f' ({cards})' if cards else ''}, {target.backend}\n"
     columns = ("launch", "registers", "spills", "shared KiB", "CTAs", "tensor", "loads", "stores")
     columns += ("loop", "utilization", "alone", "decode", "moved", "SM / DRAM cycles")
     return f"{head}\n{_table(columns, (_line(row) for row in rows))}"
-
-
-def _of(card: Card, arch: str) -> bool:
-    return card.arch == arch
 
 
 def _line(row: Row) -> tuple[str, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.static.shipped import Row
+from bench.static.sm_table import Card
 
 REDUCTION = 4096
 """K of the layer for which the modelled time of a whole kernel is stated."""
 SMALLEST_M_TILE = 128
+STORED_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0625}
+"""Per weight, a float32 absmax per 64 included; other weights are stored in x's dtype."""
 
 
 def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None) -> Row | None:
@@ -43,6 +46,23 @@ def kernel_cycles(row: Row) -> float:
     use = row.figures.utilization
     assert use is not None
     return use.cycles(-(-REDUCTION // row.tile[2])) / use.ctas
+
+
+def l2_need(row: Row, card: Card) -> float:
+    """Bytes per second that `card` would have to read from its second-level cache to keep the
+    modelled pace on all SMs: each CTA its tiles of x and of W, as stored, in every iteration.
+
+    row: with a tile and a modelled utilization.
+    """
+    assert row.figures is not None
+    assert row.tile is not None
+    use = row.figures.utilization
+    assert use is not None
+    bm, bc, br = row.tile
+    activation = 4.0 if row.dtype == "float32" else 2.0
+    weight = STORED_BYTES.get(row.format, activation)
+    tiles = br * (bm * activation + bc * weight) * use.iterations * use.ctas
+    return tiles / use.period * card.sms * card.clock
 
 
 def _comparable(row: Row, kernel: str, double_quantized: bool | None) -> bool:

@@ -12,8 +12,9 @@ from bench.static.gates import GATES, Result, evaluate
 from bench.static.memory import Bound, Traffic
 from bench.static.report import as_json, markdown
 from bench.static.resources import Resources
-from bench.static.selection import at_rank, best, kernel_cycles
+from bench.static.selection import at_rank, best, kernel_cycles, l2_need
 from bench.static.shipped import Row
+from bench.static.sm_table import Card
 from bench.static.utilization import Utilization
 
 Changes = dict[str, Any]
@@ -216,6 +217,14 @@ def test_the_best_launch() -> None:
 
 def test_modelled_time_of_a_whole_kernel() -> None:
     assert kernel_cycles(ROW) == (5000 + 4096 / 64 * 1000) / 2
+
+
+def test_second_level_cache_traffic() -> None:
+    card = Card("sm_90", sms=100, clock=1e9, bandwidth=1e12, l2_bandwidth=5e12)
+    x_tile, packed, dense = 128 * 64 * 2, 128 * 64 * 0.5625, 128 * 64 * 2
+    per_second = 2 / 1000 * 100 * 1e9
+    assert l2_need(ROW, card) == pytest.approx((x_tile + packed) * per_second)
+    assert l2_need(changed(format=""), card) == pytest.approx((x_tile + dense) * per_second)
 
 
 def test_report() -> None:
