@@ -21,6 +21,7 @@ from qlora_compile.passes.nodes import (
     is_qlora_linear,
     linear_operands,
     strip_casts,
+    uncast,
 )
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -55,13 +56,17 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
 
 
 def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
-    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B)  ⇒  one qlora_linear."""
+    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B)  ⇒  one qlora_linear.
+
+    A and B that are the weights of sites themselves, as in a low-rank branch of the model's own,
+    stay linears.
+    """
     graph = graph_module.graph
     rewritten = 0
     seeds: dict[torch.device, Node] = {}
     for node in list(graph.nodes):
         branch = _match_branch(node)
-        if branch is None:
+        if branch is None or any(map(context.site_of, (branch.lora_a, branch.lora_b))):
             continue
         base = arguments(branch.base)
         last = _trailing_cast(node)
@@ -181,9 +186,9 @@ def _is_private(node: Node) -> bool:
 
 
 def _strip_private(node: Any) -> Any:
-    """As `strip_casts`, through values nobody else uses."""
-    while isinstance(node, Node) and _is_private(node) and strip_casts(node) is not node:
-        node = node.args[0]
+    """The value behind casts and copies that nobody else uses."""
+    while (source := uncast(node)) is not None and _is_private(node):
+        node = source
     return node
 
 

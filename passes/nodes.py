@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,13 @@ from qlora_compile.kernels.op import QLORA_LINEAR
 
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
 _COPY_METHODS = ("clone", "contiguous")
+_WRITES = (
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.setitem,
+)
 
 
 def example(node: object) -> Tensor | None:
@@ -26,6 +35,8 @@ def is_cast(node: object) -> bool:
     """Whether `node` only changes a floating-point dtype (or nothing)."""
     if not isinstance(node, Node) or node.op != "call_method" or node.target not in _CAST_METHODS:
         return False
+    if node.kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
+        return False
     before, after = example(node.args[0]), example(node)
     return (
         before is not None
@@ -36,14 +47,33 @@ def is_cast(node: object) -> bool:
     )
 
 
+def uncast(node: Any) -> Node | None:
+    """What `node` is a cast or a copy of: dtype and memory may differ, the mathematical value does
+    not. None for every other node."""
+    if not isinstance(node, Node) or node.op != "call_method":
+        return None
+    source = node.args[0] if node.target in _COPY_METHODS or is_cast(node) else None
+    return source if isinstance(source, Node) else None
+
+
 def strip_casts(node: Any) -> Any:
-    """The value behind casts and copies, each used by nobody else or not: dtype and memory may
-    differ, the mathematical value does not."""
-    while is_cast(node) or (
-        isinstance(node, Node) and node.op == "call_method" and node.target in _COPY_METHODS
-    ):
-        node = node.args[0]
+    """The value behind casts and copies, used by others too or not, as long as nobody writes to it
+    or to them."""
+    while (source := uncast(node)) is not None and not (is_written(node) or is_written(source)):
+        node = source
     return node
+
+
+def is_written(node: Node) -> bool:
+    """Whether a user of `node` changes it in place."""
+    return any(
+        user.args[:1] == (node,)
+        and (
+            user.target in _WRITES
+            or (user.op == "call_method" and re.fullmatch(r"\w*[^_]_", str(user.target)))
+        )
+        for user in node.users
+    )
 
 
 def is_linear(node: object) -> bool:

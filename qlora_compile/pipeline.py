@@ -65,7 +65,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
         if is_linear(node):
             site = context.adapter_site_of(linear_operands(node)[1])
             if site is not None:
-                context.unfused[site] = "its adapter's computation is not plain LoRA"
+                context.unfused[site] = (
+                    "its adapter's computation is not plain LoRA; the base product alone is fused"
+                )
     for site in context.unfused:
         context.fused.pop(site, None)
     context.unfused |= context.kept
