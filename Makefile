@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench wheel setup clean
+.PHONY: demo test lint bench bench-static wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -23,6 +23,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.run
+
+bench-static: setup
+	$(BIN)/python -m bench.static.run
 
 wheel: setup
 	rm -rf build dist
