@@ -178,7 +178,6 @@ def _inline_asm(
 def inline_assembly() -> Iterator[None]:
     """While active, `tl.inline_asm_elementwise` runs its PTX; see the module."""
     splat, broadcast = InterpreterBuilder.create_splat, InterpreterBuilder.create_broadcast
-    expand = InterpreterBuilder.create_expand_dims
 
     def lane_splat(builder: Any, result_type: Any, operand: TensorHandle) -> TensorHandle:
         if isinstance(operand, LaneVarying):
@@ -190,18 +189,10 @@ def inline_assembly() -> Iterator[None]:
             return LaneVarying(operand.lanes, operand.dtype, tuple(shape))
         return broadcast(builder, operand, shape)
 
-    def lane_expand(builder: Any, operand: TensorHandle, axis: int) -> TensorHandle:
-        if isinstance(operand, LaneVarying):
-            shape = list(operand.shape)
-            shape.insert(axis, 1)
-            return LaneVarying(operand.lanes, operand.dtype, tuple(shape))
-        return expand(builder, operand, axis)
-
     with replaced(
         InterpreterBuilder,
         create_inline_asm=_inline_asm,
         create_splat=lane_splat,
         create_broadcast=lane_broadcast,
-        create_expand_dims=lane_expand,
     ):
         yield

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -86,6 +85,8 @@ def unary_kernel(x_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
         out = tl.abs(x)
     elif OP == "clamp":
         out = tl.clamp(x, -1.5, 100.0)
+    elif OP == "clamp_nan":
+        out = tl.clamp(x, -1.5, 100.0, propagate_nan=tl.PropagateNan.ALL)
     elif OP == "constant":
         out = x * 0.1 + 3
     elif OP == "relu":
@@ -97,7 +98,7 @@ def unary_kernel(x_ptr, out_ptr, N: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.arange(0, N) % 5
     tl.store(out_ptr + i, tl.fma(tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)))
 
 
@@ -179,6 +180,7 @@ def test_binary(operation: str, reference) -> None:
         ("neg", torch.neg),
         ("abs", torch.abs),
         ("clamp", lambda x: torch.where(x.isnan(), -1.5, x).clamp(-1.5, 100.0)),
+        ("clamp_nan", lambda x: x.clamp(-1.5, 100.0)),
         # Constants take the dtype of the tensor.
         ("constant", lambda x: x * torch.tensor(0.1).bfloat16() + torch.tensor(3).bfloat16()),
         ("relu", lambda x: torch.where(x > 0, x, 0.0)),
@@ -207,16 +209,14 @@ def test_fma_rounds_once(triples: list[tuple[int, int, int]]) -> None:
 
 
 def test_fma_in_a_kernel() -> None:
-    # 255 × 257 = 65535, and 1.0078125² lies on a middle: the addend decides.
-    x = torch.tensor([1.0078125, 1.0078125, math.inf, 3.0]).bfloat16()
-    y = torch.tensor([1.0078125, 1.0078125, 0.0, -2.0]).bfloat16()
-    z = torch.tensor([2.0**-100, -(2.0**-100), 1.0, math.nan]).bfloat16()
+    # The products lie on middles, and float64 has no room for the addends that decide.
+    x = torch.tensor([1 + 2**-7, 1 + 3 * 2**-7, 1 + 2**-7, torch.inf, 3.0]).bfloat16()
+    y = torch.tensor([1.5, 1.5, 1.5, 0.0, -2.0]).bfloat16()
+    z = torch.tensor([-(2.0**-100), 2.0**-100, 0.0, 1.0, torch.nan]).bfloat16()
     out = torch.empty_like(x)
-    fma_kernel[(1,)](x, y, z, out, 4)
-    tie = Fraction(1.0078125) ** 2
-    assert out[0] == nearest(tie + Fraction(2) ** -100, BFLOAT16)
-    assert out[1] == nearest(tie - Fraction(2) ** -100, BFLOAT16)
-    assert out[2:].isnan().all()
+    fma_kernel[(1,)](x, y, z, out, 8)
+    assert out[:3].tolist() == [1.5 + 2**-7, 1.5 + 5 * 2**-7, 1.5 + 2 * 2**-7]
+    assert out[3:].isnan().all()
 
 
 @pytest.mark.parametrize(

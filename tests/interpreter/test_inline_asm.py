@@ -27,7 +27,7 @@ LANE_TABLE = """{
     mad.wide.u32 address, lane, 4, $1;
     ld.global.nc.b32 $0, [address];
 }"""
-LOOK_UP = "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;"
+LOOK_UP = "shfl.sync.idx.b32 $0, $1, $3, 0x100f, 0xffffffff;"
 
 
 @triton.jit
@@ -65,7 +65,8 @@ def table_kernel(
     i = tl.arange(0, N)
     at = i[:, None] * N + i[None, :]
     index, scale = tl.load(index_ptr + at), tl.load(scale_ptr + i)[:, None]
-    out = tl.inline_asm_elementwise(ASM, "=f,r,r,f", [table, index, scale], tl.float32, True, 1)
+    # The table is splatted to the shape of `scale` first, and then broadcast.
+    out = tl.inline_asm_elementwise(ASM, "=f,r,f,r", [table, scale, index], tl.float32, True, 1)
     tl.store(out_ptr + at, out)
 
 
@@ -184,7 +185,7 @@ def test_a_table_with_an_entry_per_lane() -> None:
     # shfl reads the low bits of the index only.
     index = torch.randint(-(1 << 31), 1 << 31, (16, 16), dtype=torch.int32)
     out = torch.empty(16, 16)
-    assembly = f"{{ .reg .b32 v; {LOOK_UP.replace('$0', 'v')} mul.rn.f32 $0, v, $3; }}"
+    assembly = f"{{ .reg .b32 v; {LOOK_UP.replace('$0', 'v')} mul.rn.f32 $0, v, $2; }}"
     table_kernel[(1,)](table, index, scale, out, LANE_TABLE, assembly, 16)
     assert torch.equal(out, table[index & 15] * scale[:, None])
 
