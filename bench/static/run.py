@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bench.static.compile import InterpretedKernelError
 from bench.static.gates import Result, evaluate
+from bench.static.probe import describe
 from bench.static.report import as_json, markdown
 from bench.static.shipped import Row, measure_all
 from bench.static.targets import TARGETS
@@ -31,7 +32,7 @@ def main(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
 ) -> None:
-    """Writes bench/results/static.md and static.json when nothing is left out."""
+    """Writes bench/results/static.md and static.json; of a part asked for, prints figures only."""
     archs = arch or list(TARGETS)
     unknown = [name for name in archs if name not in TARGETS]
     if unknown:
@@ -44,10 +45,15 @@ def main(
         raise typer.BadParameter(f"no shipped launch of {kernel} for {archs}", param_hint="kernel")
     done = sorted(tqdm(rows, total=count, unit="launch"), key=lambda row: _order(archs, row))
     results = evaluate(done, archs, kernel)
-    if arch is None and kernel is None:
+    if arch or kernel:
+        for row in done:
+            print(
+                row.arch, row.name, "\n   ", describe(row.figures, row.arch) if row.figures else ""
+            )
+    else:
         (RESULTS / "static.md").write_text(markdown(done, results))
         (RESULTS / "static.json").write_text(as_json(done, results))
-    raise typer.Exit(1 if _print(results, whole=arch is None and kernel is None) else 0)
+    raise typer.Exit(1 if _print(results, whole=not (arch or kernel)) else 0)
 
 
 def _order(archs: list[str], row: Row) -> tuple[int, str]:

@@ -72,7 +72,7 @@ def launches(arch: str) -> tuple[ShippedLaunch, ...]:
 def measure(arch: str, index: int) -> Row:
     """Compiles and reads the launch number `index` of `arch`. Raises what `figures` raises."""
     shipped = launches(arch)[index]
-    decodes = bool(shipped.decoder) and shipped.kernel.startswith("fused")
+    decodes = bool(shipped.decoder) and shipped.macs_per_iteration is not None
     found = figures(shipped.launch, arch, shipped.macs_per_iteration, decodes=decodes)
     return row(arch, shipped, found)
 

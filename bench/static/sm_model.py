@@ -85,7 +85,6 @@ class _Machine:
     def run(self) -> float:
         time = 0.0
         while self.running:
-            following = NEVER
             for subcore in range(SUBCORES):
                 if self.wake[subcore] <= time:
                     self.wake[subcore] = self._issue(subcore, time)

@@ -52,16 +52,16 @@ def tensor_weight(code: Sequence[Instruction]) -> tuple[int, int]:
 def tensor_utilization(
     path: Path, arch: str, *, warps: int, ctas: int, macs_per_iteration: int
 ) -> Utilization | None:
-    """None where `arch` has no model of its tensor cores (sm_100).
+    """None where `arch` has no model of its tensor cores (sm_100), and for a loop without them.
 
-    macs_per_iteration: BM·BN·BK. ctas: that fit on the SM. Raises LoopError if the loop does not
-    multiply a whole number of such tiles.
+    macs_per_iteration: BM·BN·BK. ctas: that fit on the SM. Raises LoopError if the loop multiplies
+    other than a whole number of such tiles.
     """
     sm = MULTIPROCESSORS[arch]
-    if not sm.macs_per_cycle:
-        return None
     done = loop_macs(path, warps)
-    if not done or done % macs_per_iteration:
+    if not sm.macs_per_cycle or not done:
+        return None
+    if done % macs_per_iteration:
         raise LoopError(
             f"the main loop does {done} multiply-accumulates, the tile has {macs_per_iteration}"
         )

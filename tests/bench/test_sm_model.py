@@ -141,6 +141,11 @@ def test_utilization_refuses_another_loop() -> None:
         tensor_utilization(path, "sm_80", warps=4, ctas=1, macs_per_iteration=1000)
 
 
+def test_a_loop_without_tensor_cores_does_not_use_them() -> None:
+    path = Path((), tuple(program(*["FFMA R0, R1, R2, R0"] * 8)), ())
+    assert tensor_utilization(path, "sm_80", warps=4, ctas=1, macs_per_iteration=2048) is None
+
+
 def test_sm_100_is_not_modelled() -> None:
     path = Path((), multiplications(16), ())
     assert tensor_utilization(path, "sm_100", warps=4, ctas=1, macs_per_iteration=2048) is None
