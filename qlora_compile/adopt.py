@@ -16,7 +16,7 @@ from qlora_compile.errors import (
     WeightValueError,
 )
 from qlora_compile.hf import adapters
-from qlora_compile.hf.blocks import full_precision_linears, kept_linears
+from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.kernels.formats.base import check_block_size
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.quantized_linear import QuantizedLinear
@@ -29,6 +29,7 @@ def check(
     quantize: str | None,
     block_size: int | Literal["row"],
     strict: bool,
+    scope: str,
 ) -> None:
     """Raises the error of everything `adopt` would stumble over; changes nothing."""
     if quantize is not None:
@@ -45,9 +46,10 @@ def check(
     if strict and obstacles:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in obstacles.items())
         raise StrictError(count=len(obstacles), reasons=reasons)
+    whole = scope == "model" or not repeated_blocks(model)
     for name, module in model.named_modules():
-        if name and "forward" in module.__dict__:
-            raise ReplacedForwardError(site=name)
+        if (name or whole) and "forward" in module.__dict__:
+            raise ReplacedForwardError(site=name or type(model).__name__)
     if lora is not None and adapters.has_adapters(model):
         raise AlreadyAdaptedError(model=type(model).__name__)
     if quantize is not None:

@@ -67,7 +67,7 @@ def optimize(
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
     if any(region_of(module) is not None for module in model.modules()):
         raise AlreadyOptimizedError(model=type(model).__name__)
-    adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict)
+    adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope)
     if strict:
         _example_inputs(model, example_inputs)
     model = adopt.adopt(
@@ -101,9 +101,11 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -
     inputs = example_inputs or example_call(adapters.base_model(model))
     if inputs is not None and any(region.graphs is None for region in regions):
         real = [(region, region.graphs) for region in regions if region.graphs is not None]
-        _probe(model, inputs)
-        for region, graphs in real:
-            region.graphs = graphs
+        try:
+            _probe(model, inputs)
+        finally:
+            for region, graphs in real:
+                region.graphs = graphs
     return build_report(model)
 
 

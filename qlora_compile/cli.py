@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,8 @@ def _choice(model: str, format: str, rank: int, alpha: float | None, dropout: fl
     check_format(format)  # before transformers is imported, which takes seconds
     # Without this, tokenizers warns about forks that it saw coming.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its import advises another package, which nothing here would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from qlora_compile.hf.training import quiet
 
     quiet()

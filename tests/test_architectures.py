@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import qlora_compile
+from qlora_compile.quantized_linear import QuantizedLinear
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import ARCHITECTURES, tokens, toy
 
@@ -39,18 +42,23 @@ def losses(model, folder: Path, data: Any) -> list[float]:
 @pytest.mark.usefixtures("without_inductor")
 def test_trains_under_trainer_with_every_target_fused(architecture: str, tmp_path: Path) -> None:
     data = [{"input_ids": row, "labels": row} for row in tokens(6, 12)]
-    runs = []
-    for optimized in (False, True):
-        model = toy(architecture)
-        torch.manual_seed(1)
-        model = get_peft_model(model, lora())
-        if optimized:
-            model = qlora_compile.optimize(model)
-        runs.append(losses(model, tmp_path, data))
-    assert len(runs[1]) == 3
-    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
-    report = qlora_compile.explain(model)
-    adapted = [site for site in report.sites if site.rank]
-    assert adapted
-    assert all(site.fused for site in adapted), str(report)
+    torch.manual_seed(1)
+    ours = qlora_compile.optimize(toy(architecture), lora(), quantize="nf4")
+    torch.manual_seed(1)
+    stock = get_peft_model(toy(architecture), lora())
+    with_decoded_weights(stock, ours)
+    expected = losses(stock, tmp_path, data)
+    assert len(expected) == 3
+    assert losses(ours, tmp_path, data) == pytest.approx(expected, rel=1e-4)
+    report = qlora_compile.explain(ours)
+    targets = [name for name, module in stock.named_modules() if isinstance(module, LoraLayer)]
+    assert [site.name for site in report.sites if site.fused and site.rank] == targets
+    assert {site.format for site in report.sites if ".layer" in site.name} == {"nf4"}
     assert all(site.fused or site.reason for site in report.sites)
+
+
+def with_decoded_weights(stock: nn.Module, ours: nn.Module) -> None:
+    """Gives `stock` the values that `ours` decodes."""
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantizedLinear):
+            stock.get_submodule(name).weight.data = module.dequantize()

@@ -38,6 +38,12 @@ def _hooked() -> nn.Module:
     return model
 
 
+def _root_hooked() -> nn.Module:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    return add_hook_to_module(nn.Sequential(nn.Linear(4, 4)), ModelHook())
+
+
 def _rank_zero() -> LoraConfig:
     config = _lora()
     config.r = 0
@@ -53,6 +59,18 @@ CASES: dict[str, Case] = {
         {"quantize": "nf4", "block_size": 96},
         errors.BlockSizeError,
         ("96", "power of two"),
+    ),
+    "block size 16": (
+        toy,
+        {"quantize": "int8", "block_size": 16},
+        errors.BlockSizeError,
+        ("16", "out of range"),
+    ),
+    "block size in words": (
+        toy,
+        {"quantize": "nf4", "block_size": "column"},
+        errors.BlockSizeError,
+        ("'column'", "'row'"),
     ),
     "rank 0": (toy, {"lora": _rank_zero()}, errors.AdapterConfigError, ("r=0", "1 or more")),
     "dropout 1": (
@@ -74,6 +92,18 @@ CASES: dict[str, Case] = {
         {"lora": _lora(target_modules=["q_proj", "qproj"]), "quantize": "nf4"},
         errors.AdapterTargetError,
         ("'qproj'", "q_proj"),
+    ),
+    "a pattern that matches nothing": (
+        toy,
+        {"lora": _lora(target_modules=r".*\.query"), "quantize": "nf4"},
+        errors.AdapterTargetError,
+        (r"'.*\\.query'", "q_proj"),
+    ),
+    "layers that are not there": (
+        toy,
+        {"lora": _lora(target_modules=["q_proj"], layers_to_transform=[7]), "quantize": "nf4"},
+        ValueError,
+        ("layers_to_transform",),
     ),
     "NaN": (
         lambda: _poisoned(float("nan")),
@@ -124,6 +154,12 @@ CASES: dict[str, Case] = {
         {"quantize": "nf4"},
         errors.ReplacedForwardError,
         ("model.layers.1.mlp", "remove_hook_from_submodules"),
+    ),
+    "a replaced forward of the model itself": (
+        _root_hooked,
+        {"quantize": "nf4"},
+        errors.ReplacedForwardError,
+        ("Sequential", "remove_hook_from_submodules"),
     ),
     "bitsandbytes and a wrong target": (
         lambda: with_bitsandbytes(toy(), 4),

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -138,13 +139,13 @@ def recorded_masks() -> Iterator[dict[int, Tensor]]:
     masks: dict[int, Tensor] = {}
     forward = Dense.forward
 
-    def recording(self, tensors, spec):
+    def recording(self, tensors, spec, config):
         if tensors.seed is not None and tensors.lora_a is not None:
             rows = (0, tensors.x.shape[0])
             keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
             previous = masks.setdefault(tensors.lora_a.data_ptr(), keep)
             assert torch.equal(previous, keep), "recomputation drew another mask"
-        return forward(self, tensors, spec)
+        return forward(self, tensors, spec, config)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dense, "forward", recording)
@@ -239,9 +240,9 @@ def _widen(model: Any) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_thirty_steps_follow_stock_peft_and_bitsandbytes() -> None:
+def test_thirty_steps_follow_stock_peft_and_bitsandbytes(tmp_path: Path) -> None:
     """Our NF4 against stock PEFT over bitsandbytes' NF4; the order of a batch's rows is how far two
-    valid runs of stock differ."""
+    valid runs of stock differ. What was trained writes the same in stock PEFT."""
     stock = build("bnb-4bit", torch.float32, 0.0, False)[0]
     reordered = build("bnb-4bit", torch.float32, 0.0, False)[0]
     ours = build("nf4", torch.float32, 0.0, False)[1]
@@ -261,7 +262,16 @@ def test_thirty_steps_follow_stock_peft_and_bitsandbytes() -> None:
     assert losses["ours"][-1] < losses["ours"][2]
     spread = max(abs(a - b) for a, b in zip(losses["reordered"], losses["stock"], strict=True))
     error = max(abs(a - b) for a, b in zip(losses["ours"], losses["stock"], strict=True))
-    assert error <= max(4 * spread, 1e-5)
+    # At toy size the spread is one rounding of the loss; two or three of them tell nothing.
+    assert error <= max(spread, 4 * torch.finfo(torch.float32).eps * losses["stock"][0])
+
+    ours.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(with_bitsandbytes(toy(), 4), tmp_path)
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    written, expected = (
+        model.eval().generate(input_ids=data[0], **arguments) for model in (fresh, ours)
+    )
+    assert torch.equal(written, expected)
 
 
 def test_through_inductor_equals_stock() -> None:

@@ -180,7 +180,7 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
         region = region_of(module)
         if region is not None:
             region.kind.verify = region.kind.strict = True
-    with pytest.raises(Exception, match="differs by"):
+    with pytest.raises(errors.VerificationError, match="differs by"):
         step(model.train(), tokens())
 
 
