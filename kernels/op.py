@@ -6,6 +6,7 @@ The graph names what is computed, never how: the op picks a variant for its Prob
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,21 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     NeedsGradient,
 )
-from qlora_compile.problem import Problem, bucket_rows
+from qlora_compile.problem import Direction, Problem, bucket_rows
 
 
-def _problem(direction, tensors: LinearTensors, spec: LinearSpec) -> Problem:
+def linear_spec(format: str, *constants: Any) -> LinearSpec:
+    """The spec of a call, from `qlora_linear`'s arguments behind its tensors."""
+    return LinearSpec(None if format == UNQUANTIZED else format_named(format), *constants)
+
+
+def linear_problem(
+    direction: Direction, rows: int, tensors: LinearTensors, spec: LinearSpec
+) -> Problem:
+    """The key of a call with so many rows, whatever shape `tensors.x` has."""
     return Problem(
         direction=direction,
-        m=bucket_rows(tensors.x.shape[0]),
+        m=bucket_rows(rows),
         n=spec.n,
         k=spec.k,
         rank=0 if tensors.lora_a is None else tensors.lora_a.shape[0],
@@ -65,8 +74,8 @@ def qlora_linear_op(
     adapter's input is dropped out with probability `dropout`. Dtypes as in `LinearSpec`; casts
     happen inside, so autocast leaves the op alone.
     """
-    spec = LinearSpec(
-        None if format == UNQUANTIZED else format_named(format),
+    spec = linear_spec(
+        format,
         n,
         k,
         block_size,
@@ -79,7 +88,8 @@ def qlora_linear_op(
     )
     tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
     with torch.autocast(x.device.type, enabled=False):
-        y = select(_problem("forward", tensors, spec)).forward(tensors, spec)
+        choice = select(linear_problem("forward", tensors.x.shape[0], tensors, spec))
+        y = choice.variant.forward(tensors, spec, choice.config)
     return y.view(*x.shape[:-1], n)
 
 
@@ -112,8 +122,8 @@ def qlora_linear_backward_op(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     """The needed ones of [grad x, grad lora_a, grad lora_b, grad bias], in that order."""
-    spec = LinearSpec(
-        None if format == UNQUANTIZED else format_named(format),
+    spec = linear_spec(
+        format,
         n,
         k,
         block_size,
@@ -127,8 +137,8 @@ def qlora_linear_backward_op(
     tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
     needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
     with torch.autocast(x.device.type, enabled=False):
-        variant = select(_problem("backward", tensors, spec))
-        grads = variant.backward(grad.reshape(-1, n), tensors, spec, needs)
+        choice = select(linear_problem("backward", tensors.x.shape[0], tensors, spec))
+        grads = choice.variant.backward(grad.reshape(-1, n), tensors, spec, needs, choice.config)
     grad_x = None if grads.x is None else grads.x.view(x.shape)
     return [g for g in (grad_x, grads.lora_a, grads.lora_b, grads.bias) if g is not None]
 

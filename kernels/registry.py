@@ -1,42 +1,52 @@
-"""The literal tuples of what there is to choose from. A new format is one file and one line."""
+"""The literal tuples of what there is to choose from, and the choice."""
 
 from __future__ import annotations
 
-from qlora_compile.errors import NoVariantError, UnknownFormatError
-from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.fp4 import FP4
-from qlora_compile.kernels.formats.int8 import INT8
-from qlora_compile.kernels.formats.nf4 import NF4
-from qlora_compile.kernels.variants.base import Variant
+import functools
+from dataclasses import dataclass
+
+from qlora_compile.errors import NoVariantError
+from qlora_compile.kernels.device_model import device_model
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
+from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.variants.augmented import Augmented
+from qlora_compile.kernels.variants.base import Config, Variant
 from qlora_compile.kernels.variants.dense import Dense
+from qlora_compile.kernels.variants.fused import Fused, Skinny
+from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.problem import Problem
 
-FORMATS: tuple[QuantFormat, ...] = (NF4, FP4, INT8)
+__all__ = ["FORMATS", "UNQUANTIZED", "VARIANTS", "Choice", "format_named", "select"]
+
+VARIANTS: tuple[Variant, ...] = (Dense(), Tail(), Augmented(), Fused(), Skinny())
 
 
-def format_named(name: str) -> QuantFormat:
-    """The format whose `name` is `name`. Raises UnknownFormatError."""
-    for quant_format in FORMATS:
-        if quant_format.name == name:
-            return quant_format
-    known = ", ".join(repr(quant_format.name) for quant_format in FORMATS)
-    raise UnknownFormatError(value=name, known=known)
+@dataclass(frozen=True)
+class Choice:
+    """A variant, one of its configs, and what the cost model makes of it: modelled seconds."""
+
+    variant: Variant
+    config: Config
+    seconds: float
 
 
-UNQUANTIZED = "none"
-"""Format name of a weight kept in its own floating-point dtype."""
-
-VARIANTS: tuple[Variant, ...] = (Dense(),)
-
-
-def select(problem: Problem) -> Variant:
-    """The variant that computes `problem`: the first that does not reject it.
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem) -> Choice:
+    """The variant and config with the least modelled cost among those that do not reject `problem`.
 
     Raises NoVariantError with every variant's reasons when all do.
     """
-    reasons = {variant.name: variant.rejects(problem) for variant in VARIANTS}
+    model = device_model(problem.device, target_of(problem.device))
+    reasons: dict[str, list[str]] = {}
+    choices = []
     for variant in VARIANTS:
+        reasons[variant.name] = variant.rejects(problem)
         if not reasons[variant.name]:
-            return variant
+            choices += [
+                Choice(variant, config, variant.cost(problem, config, model))
+                for config in variant.configs(problem)
+            ]
+    if choices:
+        return min(choices, key=lambda choice: choice.seconds)
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
     raise NoVariantError(problem=problem, reasons=listed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch.fx import GraphModule
 
 from qlora_compile.errors import PassError
-from qlora_compile.kernels.op import UNQUANTIZED
-from qlora_compile.kernels.registry import select
+from qlora_compile.kernels.op import linear_problem, linear_spec
+from qlora_compile.kernels.registry import UNQUANTIZED, select
+from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
 from qlora_compile.passes.nodes import (
@@ -19,9 +21,10 @@ from qlora_compile.passes.nodes import (
     is_qlora_linear,
     linear_operands,
 )
-from qlora_compile.problem import Problem, bucket_rows
 
 logger = logging.getLogger(__name__)
+
+_TENSORS = ("x", "planes", "bias", "lora_a", "lora_b", "seed")
 
 
 def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
@@ -74,32 +77,20 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
 
 
 def _fused_site(call: dict) -> FusedSite:
-    x, lora_a = example(call["x"]), example(call["lora_a"])
+    x, bias, lora_a, lora_b, seed = (example(call[name]) for name in _TENSORS if name != "planes")
     assert x is not None
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    problem = Problem(
-        direction="forward",
-        m=bucket_rows(rows) if isinstance(rows, int) else 0,
-        n=call["n"],
-        k=call["k"],
-        rank=0 if lora_a is None else lora_a.shape[0],
-        format=call["format"],
-        block_size=call["block_size"],
-        double_quantized=len(call["planes"]) > 2,
-        x_dtype=x.dtype,
-        compute_dtype=call["compute_dtype"],
-        lora_dtype=call["lora_dtype"],
-        bias=call["bias"] is not None,
-        dropout=call["seed"] is not None,
-        device=str(x.device),
-    )
+    tensors = LinearTensors(x, call["planes"], bias, lora_a, lora_b, seed)
+    spec = linear_spec(*list(call.values())[len(_TENSORS) :])
+    rows: Any = x.numel() // spec.k if spec.k else 0
+    # A dynamic dimension stands for many; what it was when the graph was captured is one of them.
+    rows = rows if isinstance(rows, int) else rows.node.hint or 0
+    problem = linear_problem("forward", rows, tensors, spec)
+    unquantized = problem.format == UNQUANTIZED
     return FusedSite(
         n=problem.n,
         k=problem.k,
         rank=problem.rank,
-        format=str(x.dtype).removeprefix("torch.")
-        if problem.format == UNQUANTIZED
-        else problem.format,
-        dropout=call["dropout"],
-        variant=select(problem).name,
+        format=str(problem.x_dtype).removeprefix("torch.") if unquantized else problem.format,
+        dropout=spec.dropout,
+        variant=select(problem).variant.name,
     )

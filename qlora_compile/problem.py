@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 
 
+Direction = Literal["forward", "backward"]
+
+
 def bucket_rows(rows: int) -> int:
     """The smallest power of two >= `rows`, so that near row counts share one choice."""
     return 1 << max(rows - 1, 0).bit_length()
@@ -21,7 +24,7 @@ class Problem:
     `format` is "none" for a weight kept in its own floating-point dtype.
     """
 
-    direction: Literal["forward", "backward"]
+    direction: Direction
     m: int
     n: int
     k: int

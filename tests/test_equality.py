@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import qlora_compile
+from bench.agreement import Errors, distance, training_step
 from qlora_compile import backend
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.quantized_linear import QuantizedLinear
-from tests.toy_models import gradients, tokens, toy, with_bitsandbytes
+from tests.toy_models import tokens, toy, with_bitsandbytes
 
 
 class Setting(NamedTuple):
@@ -109,28 +110,8 @@ def _round_trip(model: nn.Module, format: str) -> None:
 
 
 def step(model: nn.Module, ids: Tensor, autocast: bool = False) -> dict[str, Tensor]:
-    """Loss, logits and gradients of one training step, in float32."""
-    model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model(input_ids=ids, labels=ids)
-    output.loss.backward()
-    results = {"loss": output.loss.detach()[None], "logits": output.logits.detach()}
-    return {name: value.float() for name, value in (results | gradients(model)).items()}
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distance, per group: loss, logits, all gradients of A, all of B."""
-    assert one.keys() == other.keys()
-    groups: dict[str, list[str]] = {}
-    for name in one:
-        group = name if name in ("loss", "logits") else name.rsplit(".", 2)[0].rsplit(".", 1)[-1]
-        groups.setdefault(group, []).append(name)
-    distances = {}
-    for group, names in groups.items():
-        left = torch.cat([one[name].flatten() for name in names])
-        right = torch.cat([other[name].flatten() for name in names])
-        distances[group] = float((left - right).norm() / right.norm())
-    return distances
+        return training_step(model, ids)
 
 
 @contextmanager
@@ -194,7 +175,7 @@ def test_a_training_step_equals_stock(setting: Setting) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     exact = build(setting.base, dtype, setting.dropout, setting.bias)[0]
     _widen(exact)
-    errors: dict[str, list[float]] = {}
+    errors = Errors()
     counters.clear()
     for shape in SHAPES[:2] if setting.precision == "float32" else SHAPES:
         ids = tokens(*shape)
@@ -208,15 +189,10 @@ def test_a_training_step_equals_stock(setting: Setting) -> None:
             for group, error in distance(actual, expected).items():
                 assert error < FLOAT32_TOLERANCE, group
             continue
-        reference = step(exact, ids)
-        stock_error = distance(expected, reference)
-        for group, error in distance(actual, reference).items():
-            pair = errors.setdefault(group, [0.0, 0.0])
-            pair[0] += error**2
-            pair[1] += stock_error[group] ** 2
-    for group, (mine, theirs) in errors.items():
+        errors.add(actual, expected, step(exact, ids))
+    for group, (mine, theirs) in errors.by_group().items():
         if group != "loss":  # one number: the two errors' ratio is luck
-            assert mine**0.5 <= BF16_FACTOR * theirs**0.5, group
+            assert mine <= BF16_FACTOR * theirs, group
     assert not counters["graph_break"]
     report = qlora_compile.explain(ours)
     assert report.fused == len(report.sites) - 1, str(report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from qlora_compile.errors import (
 )
 from qlora_compile.kernels.formats.nested import block_absmax, quantize_absmax
 from qlora_compile.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Decoder
 
 SMALLEST_BLOCK_SIZE = 32
 LARGEST_BLOCK_SIZE = 4096
@@ -46,6 +49,8 @@ class QuantFormat(ABC):
     name: ClassVar[str]
     bits: ClassVar[int]
     has_double_quantize: ClassVar[bool]
+    absmax_divisor: ClassVar[float] = 1.0
+    """A code's value is multiplied with absmax / absmax_divisor, itself rounded to float32."""
 
     def quantize(
         self,
@@ -190,9 +195,17 @@ class QuantFormat(ABC):
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         """Like `_code_values`, written to `out`, float32 [elements] and contiguous; fast."""
 
+    @abstractmethod
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        """How a Triton kernel may decode it, the one that runs everywhere first. Imports Triton."""
+
+    def device_tables(self, device: torch.device) -> Tensor | None:
+        """What the decoders read besides the packed weight: float32, shared, on `device`."""
+        return None
+
     def _scales(self, absmax: Tensor) -> Tensor:
         """What a code's value is multiplied with; float32, same shape."""
-        return absmax
+        return absmax if self.absmax_divisor == 1.0 else absmax / self.absmax_divisor
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Decoder
 
 _SMALLEST_ABSMAX = 1e-38
 """bitsandbytes divides by no less than this, so that a block of zeros does not give NaN."""
@@ -32,6 +35,14 @@ class CodebookFormat(QuantFormat):
     def codebook_on(self, device: torch.device) -> Tensor:
         """`codebook` as a shared float32 [16] tensor on `device`; not to be written to."""
         return _codebook(self.codebook, device)
+
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        from qlora_compile.kernels.gpu.decoders import codebook_decoders
+
+        return codebook_decoders(self.codebook)
+
+    def device_tables(self, device: torch.device) -> Tensor | None:
+        return self.codebook_on(device)
 
     def _encode(self, blocks: Tensor, absmax: Tensor, *, partial: bool) -> Tensor:
         # bitsandbytes multiplies whole blocks by the reciprocal but divides the partial one, and

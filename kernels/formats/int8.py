@@ -5,12 +5,15 @@ With one absmax per row, codes and absmax are bitsandbytes' CB [N, K] and SCB [N
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Decoder
 
 _SMALLEST_ABSMAX = 64 * torch.finfo(torch.float32).tiny
 """Keeps 127 / absmax finite."""
@@ -22,6 +25,7 @@ class Int8Format(QuantFormat):
     name: ClassVar[str] = "int8"
     bits: ClassVar[int] = 8
     has_double_quantize: ClassVar[bool] = False
+    absmax_divisor: ClassVar[float] = 127.0
 
     def _encode(self, blocks: Tensor, absmax: Tensor, *, partial: bool) -> Tensor:
         scales = 127.0 / absmax.clamp(min=_SMALLEST_ABSMAX)
@@ -30,11 +34,13 @@ class Int8Format(QuantFormat):
     def _code_values(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float32)
 
-    def _scales(self, absmax: Tensor) -> Tensor:
-        return absmax / 127.0
-
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         out.copy_(codes)
+
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        from qlora_compile.kernels.gpu.decoders import INT8_DECODERS
+
+        return INT8_DECODERS
 
 
 INT8 = Int8Format()

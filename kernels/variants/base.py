@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
@@ -73,6 +74,19 @@ class NeedsGradient:
     bias: bool
 
 
+@dataclass(frozen=True)
+class Config:
+    """How a variant is tiled and compiled; this one is of variants that have nothing to choose."""
+
+    @property
+    def label(self) -> str:
+        """Short, and unique among a variant's configs."""
+        return "-"
+
+
+NO_CONFIG = Config()
+
+
 class Variant(ABC):
     """One implementation. Stateless; tests and selection iterate the registry's tuple."""
 
@@ -82,12 +96,36 @@ class Variant(ABC):
     def rejects(self, problem: Problem) -> list[str]:
         """Why this variant cannot solve `problem`; empty when it can."""
 
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        """What there is to choose from for a problem it does not reject; never empty then."""
+        return (NO_CONFIG,)
+
     @abstractmethod
-    def forward(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        """Modelled seconds, never measured ones: good for ranking variants and configs."""
+
+    @abstractmethod
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         """y [M, N] in `spec.out_dtype`."""
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, tensors: LinearTensors, spec: LinearSpec, needs: NeedsGradient
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
     ) -> LinearGradients:
         """Gradients for `grad` [M, N]; the base weight is frozen and gets none."""
+
+
+def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:
+    """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
+    instead of one of [M, K]."""
+    return spec.scaling if tensors.seed is None else spec.scaling / (1.0 - spec.dropout)
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype."""
+    return grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype)).to(bias.dtype)

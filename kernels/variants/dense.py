@@ -11,13 +11,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.variants.base import (
+    Config,
     LinearGradients,
     LinearSpec,
     LinearTensors,
     NeedsGradient,
     Variant,
+    adapter_scaling,
 )
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
@@ -98,23 +102,30 @@ def _keep_mask(
     return keep_mask(tensors.seed, spec.stream, spec.dropout, bounds, spec.k, dtype)
 
 
-def _adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:
-    """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
-    instead of one of [M, K]."""
-    return spec.scaling if tensors.seed is None else spec.scaling / (1.0 - spec.dropout)
-
-
 class Dense(Variant):
     name = "dense"
 
     def rejects(self, problem: Problem) -> list[str]:
         return []
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        m, n, k = problem.m, problem.n, problem.k
+        total = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
+        if problem.format != UNQUANTIZED:
+            # torch's own operators: codes widened, looked up, scaled and rounded one after another.
+            total += device.stream_seconds(n * k * 30) + 12 * LAUNCH_SECONDS
+        if problem.rank:
+            # x is read and y or dX updated once more for the adapter, dropout by ten operators.
+            total += device.stream_seconds(2 * m * (k + 2 * n)) + 4 * LAUNCH_SECONDS
+        if problem.dropout:
+            total += device.stream_seconds(m * k * 20) + 60 * LAUNCH_SECONDS
+        return total
+
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
         base_dtype = gemm_dtype(spec.compute_dtype, x.device)
         lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
-        scaling = _adapter_scaling(tensors, spec)
+        scaling = adapter_scaling(tensors, spec)
         bias = None if tensors.bias is None else tensors.bias.to(base_dtype)
         if a is not None and b is not None:
             a, b = a.to(lora_dtype), b.to(lora_dtype)
@@ -147,12 +158,17 @@ class Dense(Variant):
         return y
 
     def backward(
-        self, grad: Tensor, tensors: LinearTensors, spec: LinearSpec, needs: NeedsGradient
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
     ) -> LinearGradients:
         x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
         base_dtype = gemm_dtype(spec.compute_dtype, x.device)
         lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
-        scaling = _adapter_scaling(tensors, spec)
+        scaling = adapter_scaling(tensors, spec)
         lora_a = lora_b = total_a = total_b = None
         if a is not None and b is not None:
             lora_a, lora_b = a.to(lora_dtype), b.to(lora_dtype)

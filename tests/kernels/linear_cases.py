@@ -13,8 +13,8 @@ from torch import Tensor
 from qlora_compile.kernels import op
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.reference import qlora_linear_reference
-from qlora_compile.kernels.registry import UNQUANTIZED, format_named
-from qlora_compile.kernels.variants.base import LinearSpec, Variant
+from qlora_compile.kernels.registry import UNQUANTIZED, Choice, format_named
+from qlora_compile.kernels.variants.base import NO_CONFIG, Config, LinearSpec, Variant
 from qlora_compile.packed import PackedWeight
 
 STREAM = 9
@@ -151,9 +151,15 @@ class Call:
         constants = [getattr(self.spec, each.name) for each in fields(LinearSpec)]
         return (*tensors, self.case.format, *constants[1:])
 
-    def fused(self, variant: Variant, wanted: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    def fused(
+        self,
+        variant: Variant,
+        wanted: tuple[str, ...] | None = None,
+        config: Config = NO_CONFIG,
+    ) -> dict[str, Tensor]:
         """y and the gradients of `wanted` (every tensor that can have one) through the op."""
-        with mock.patch.object(op, "select", return_value=variant):
+        choice = Choice(variant, config, 0.0)
+        with mock.patch.object(op, "select", return_value=choice):
             arguments = list(self.arguments)
             positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
             leaves = {}

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from qlora_compile.kernels.variants import dense
-from qlora_compile.kernels.variants.base import LinearTensors, NeedsGradient
+from qlora_compile.kernels.variants.base import NO_CONFIG, LinearTensors, NeedsGradient
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 
@@ -79,13 +79,13 @@ def _walk(events: list[Any]) -> Iterator[Any]:
 
 def forward(call: Call) -> Callable[[], Any]:
     tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
-    return lambda: dense.Dense().forward(tensors, call.spec)
+    return lambda: dense.Dense().forward(tensors, call.spec, NO_CONFIG)
 
 
 def backward(call: Call) -> Callable[[], Any]:
     tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
     needs = NeedsGradient(True, True, True)
-    return lambda: dense.Dense().backward(call.grad, tensors, call.spec, needs)
+    return lambda: dense.Dense().backward(call.grad, tensors, call.spec, needs, NO_CONFIG)
 
 
 def test_allocations_are_counted() -> None:

@@ -1,0 +1,75 @@
+"""What the cost model knows of a device. Data sheets' figures: a model, never a measurement."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """target: as of `target_of`. flops: dense 16-bit tensor-core operations a second with float32
+    accumulation. bandwidth: bytes a second of its memory. vendor_efficiency: the part of `flops`
+    the vendor's GEMM reaches on large problems."""
+
+    name: str
+    target: str
+    flops: float
+    bandwidth: float
+    vendor_efficiency: float
+
+    def gemm_seconds(self, m: int, n: int, k: int, efficiency: float) -> float:
+        """Of a product [M, K] x [K, N] whose operands come from memory once."""
+        moved = 2 * (m * k + n * k + m * n)
+        # Tensor cores work on no fewer than sixteen rows.
+        return max(2 * max(m, 16) * n * k / (self.flops * efficiency), self.stream_seconds(moved))
+
+    def stream_seconds(self, moved: float) -> float:
+        """Of moving so many bytes at the usual fraction of the memory's bandwidth."""
+        return moved / (0.92 * self.bandwidth)
+
+
+LAUNCH_SECONDS = 4e-6
+"""Of one kernel between others."""
+
+DEVICE_MODELS = (
+    DeviceModel("A100", "sm_80", 312e12, 2.04e12, 0.80),
+    DeviceModel("A10", "sm_86", 125e12, 0.60e12, 0.85),
+    DeviceModel("RTX 3090", "sm_86", 71e12, 0.94e12, 0.92),
+    DeviceModel("RTX 4090", "sm_89", 165e12, 1.01e12, 0.92),
+    DeviceModel("L40", "sm_89", 181e12, 0.86e12, 0.85),
+    DeviceModel("L4", "sm_89", 121e12, 0.30e12, 0.60),
+    DeviceModel("H200", "sm_90", 989e12, 4.80e12, 0.72),
+    DeviceModel("H100", "sm_90", 989e12, 3.35e12, 0.70),
+    DeviceModel("B200", "sm_100", 2250e12, 8.00e12, 0.72),
+    DeviceModel("RTX 5090", "sm_120", 210e12, 1.79e12, 0.92),
+    DeviceModel("MI300X", "gfx942", 1307e12, 5.30e12, 0.50),
+    DeviceModel("MI350", "gfx950", 2300e12, 8.00e12, 0.50),
+)
+
+CPU = DeviceModel("cpu", "cpu", 1e12, 5e10, 0.7)
+"""Only one variant runs there, so that its figures rank nothing."""
+
+
+@functools.cache
+def device_model(device: str, target: str | None) -> DeviceModel:
+    """The card's model, or that of another card of its target, or of the nearest generation."""
+    if target is None:
+        return CPU
+    name = torch.cuda.get_device_name(device)
+    for model in DEVICE_MODELS:
+        if model.name in name:
+            return model
+    return model_of_target(target)
+
+
+def model_of_target(target: str) -> DeviceModel:
+    """The first card listed for `target`, else for the nearest generation of the same vendor."""
+    vendor, number = target[:3], int(target.lstrip("smgfx_"), 16)
+
+    def distance(model: DeviceModel) -> tuple[bool, int]:
+        return model.target[:3] != vendor, abs(int(model.target.lstrip("smgfx_"), 16) - number)
+
+    return min(DEVICE_MODELS, key=distance)

@@ -1,0 +1,1 @@
+"""Triton kernels, and the host code that launches them."""

@@ -1,0 +1,110 @@
+"""Configs: how a Triton kernel is tiled and compiled. Data only, no Triton here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qlora_compile.kernels.variants.base import Config
+
+
+@dataclass(frozen=True)
+class GemmConfig(Config):
+    """Of the GEMM kernel.
+
+    block_m: rows of x; block_c: columns of the output; block_r: the reduction. decoder: how W is
+    decoded in the loop, None for a dense W. loop_stages: software pipelining of the loads in the
+    loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
+    comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
+    registers. inline_absmax: doubly quantised absmax is decoded in the loop, else once before it.
+    splits: programs that share one reduction. largest_rank, masks: beyond that rank, or where the
+    output is masked (backward with dropout), the config would spill registers.
+    """
+
+    block_m: int
+    block_c: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    decoder: str | None = None
+    loop_stages: int | None = None
+    weight_left: bool = False
+    descriptor: bool = False
+    prefetch: bool = False
+    inline_absmax: bool = False
+    splits: int = 1
+    largest_rank: int = 1 << 30
+    masks: bool = True
+    max_registers: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Short and unique among shipped configs."""
+        parts = [
+            self.decoder or "dense",
+            f"{self.block_m}x{self.block_c}x{self.block_r}",
+            f"w{self.num_warps}",
+            f"s{self.num_stages}" + (f"/{self.loop_stages}" if self.loop_stages else ""),
+            "left" if self.weight_left else "right",
+        ]
+        flags = (
+            ("descriptor", self.descriptor),
+            ("prefetch", self.prefetch),
+            ("inline", self.inline_absmax),
+        )
+        parts += [name for name, on in flags if on]
+        parts += [f"split{self.splits}"] if self.splits > 1 else []
+        parts += [f"r{self.max_registers}"] if self.max_registers else []
+        return " ".join(parts)
+
+
+_SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
+_SM89 = GemmConfig(
+    128, 128, 32, 8, 3, "shfl", 3, weight_left=True, max_registers=128, largest_rank=16, masks=False
+)
+_SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", weight_left=True, descriptor=True, prefetch=True)
+
+FUSED: dict[str, tuple[GemmConfig, ...]] = {
+    "sm_80": (_SM80,),
+    "sm_89": (_SM89, replace(_SM80, block_m=64)),
+    "sm_90": (_SM90,),
+    "sm_100": (_SM90,),
+    "gfx942": (GemmConfig(128, 128, 64, 8, 2, "plain"),),
+    "gfx950": (GemmConfig(128, 128, 64, 8, 2, "plain"),),
+}
+
+TAIL: dict[str, tuple[GemmConfig, ...]] = {
+    "sm_80": (GemmConfig(128, 128, 64, 4, 3),),
+    "sm_89": (GemmConfig(128, 128, 32, 8, 4, max_registers=128),),
+    "sm_90": (GemmConfig(256, 128, 64, 8, 3, weight_left=True, descriptor=True),),
+    "sm_100": (GemmConfig(128, 128, 64, 4, 4, descriptor=True),),
+    "gfx942": (GemmConfig(128, 128, 64, 8, 2),),
+    "gfx950": (GemmConfig(128, 128, 64, 8, 2),),
+}
+
+_SKINNY = tuple(
+    GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline_absmax=True, splits=splits)
+    for splits in (1, 4, 16)
+)
+
+SKINNY: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), _SKINNY),
+    **dict.fromkeys(("gfx942", "gfx950"), tuple(replace(c, decoder="plain") for c in _SKINNY)),
+}
+
+DEQUANTIZE_DECODER = "prmt"
+"""Of the standalone dequantisation on NVIDIA's cards; elsewhere it decodes in plain Triton."""
+
+FUSED_UTILIZATION = {
+    "sm_80": 0.93,
+    "sm_86": 1.0,
+    "sm_89": 1.0,
+    "sm_90": 0.84,
+    "sm_100": 0.55,
+    "sm_120": 1.0,
+    "gfx942": 0.3,
+    "gfx950": 0.3,
+}
+"""Tensor utilisation of the fused main loop against a plain one: modelled, bench/results/static.md
+says how; a guess for sm_100 and gfx, whose tensor cores are not modelled."""
+
+TAIL_UTILIZATION = 0.98

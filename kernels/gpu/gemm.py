@@ -1,0 +1,291 @@
+"""The GEMM of the fused linear: W decoded in the loop or dense, the adapter's product in the
+accumulator's start, forward or input gradient."""
+
+# Inside kernels constexprs are plain values and tensors take operators: not as typed.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+from qlora_compile.kernels.gpu.adapter_start import adapter_start
+from qlora_compile.kernels.gpu.weight import (
+    edge,
+    load_absmax,
+    load_dense,
+    load_words,
+    scales_of,
+)
+
+
+@triton.jit
+def _place(c0, step, BC: tl.constexpr, BR: tl.constexpr, BACKWARD: tl.constexpr):
+    """Row and column of W at which the tile of output columns c0 … and step `step` begins."""
+    if BACKWARD:
+        n0, k0 = step * BR, c0
+    else:
+        n0, k0 = c0, step * BR
+    return n0, k0
+
+
+@triton.jit
+def _load_x(
+    x,
+    x_tile,
+    m0,
+    step,
+    reduction,
+    BR: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN_R: tl.constexpr,
+):
+    """[BM, BR] of x, zero past the end of the reduction."""
+    if DESCRIPTOR:
+        xs = x.load([m0, step * BR])
+    elif EVEN_R:
+        xs = tl.load(x_tile + step * BR)
+    else:
+        inside = step * BR + tl.arange(0, BR) < reduction
+        xs = tl.load(x_tile + step * BR, mask=inside[None, :], other=0.0)
+    return xs
+
+
+# fmt: off
+@triton.jit
+def gemm_kernel(
+    x, x_stride,
+    weight, weight_stride, absmax, nested_codebook, nested_absmax, nested_offset, tables,
+    row_words, row_blocks,
+    bias, low, up, up_stride_c, up_stride_r, bits,
+    out, out_stride, out_stride_split,
+    M, N, K, rank,
+    DECODE: tl.constexpr, PREPARE: tl.constexpr, PROGRAM: tl.constexpr, PER_WORD: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr, GROUP: tl.constexpr, DIVISOR: tl.constexpr,
+    DTYPE: tl.constexpr, LORA: tl.constexpr, BACKWARD: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    BRANK: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, DESCRIPTOR: tl.constexpr, PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+):
+    # fmt: on
+    """Forward: out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward: out [M, K] = x [M, N] W +
+    mask ⊙ low upᵀ.
+
+    weight: int32 words of the packed codes, or W itself where DECODE is None. low: float32
+    [M, rank], the scaling in it; up: [C, rank] with strides, C the output's columns. x: a tensor
+    with row stride, or with DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each
+    of SPLITS programs sums a part of the reduction into its own float32 plane of out.
+
+    The decoded tile is carried: tile k + 1 is decoded after the product with tile k was issued, so
+    that the two overlap; with PREFETCH its words were loaded one iteration earlier still.
+    """
+    if BACKWARD:
+        columns, reduction = K, N
+        EVEN_C: tl.constexpr = EVEN_K
+        EVEN_R: tl.constexpr = EVEN_N
+        ROWS: tl.constexpr = BR
+        COLUMNS: tl.constexpr = BC
+    else:
+        columns, reduction = N, K
+        EVEN_C: tl.constexpr = EVEN_N
+        EVEN_R: tl.constexpr = EVEN_K
+        ROWS: tl.constexpr = BC
+        COLUMNS: tl.constexpr = BR
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    # Programs of a group share their columns of W and their rows of x in the second-level cache.
+    across = tl.cdiv(columns, BC)
+    group = pid // (GROUP_M * across)
+    height = tl.minimum(tl.cdiv(M, BM) - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * across)
+    m0 = (group * GROUP_M + within % height) * BM
+    c0 = (within // height) * BC
+
+    acc = tl.zeros((BC, BM), tl.float32) if WEIGHT_LEFT else tl.zeros((BM, BC), tl.float32)
+    if low is not None:
+        # Before the loop: after it, the adapter's product would serialise the loop's last ones.
+        if DECODE is None:
+            # A branch around it would serialise them all.
+            acc = adapter_start(
+                low,
+                up,
+                up_stride_c,
+                up_stride_r,
+                bits,
+                m0,
+                c0,
+                M,
+                columns,
+                rank,
+                BM,
+                BC,
+                BRANK,
+                CHUNKS,
+                LORA,
+                WEIGHT_LEFT,
+                EVEN_C,
+            )
+        else:
+            # Without one, ptxas schedules the loop's decoding where no product overlaps with it.
+            if split == 0:
+                acc = adapter_start(
+                    low,
+                    up,
+                    up_stride_c,
+                    up_stride_r,
+                    bits,
+                    m0,
+                    c0,
+                    M,
+                    columns,
+                    rank,
+                    BM,
+                    BC,
+                    BRANK,
+                    CHUNKS,
+                    LORA,
+                    WEIGHT_LEFT,
+                    EVEN_C,
+                )
+
+    steps = tl.cdiv(reduction, BR)
+    first = 0
+    last = steps
+    if SPLITS > 1:
+        part = tl.cdiv(steps, SPLITS)
+        first = split * part
+        last = tl.minimum(first + part, steps)
+    rows = edge(m0, M, BM, False)
+    x_tile = x
+    if not DESCRIPTOR:
+        x_tile = x + tl.cast(m0, tl.int64) * x_stride + rows[:, None] * x_stride
+        x_tile += tl.arange(0, BR)[None, :]
+
+    if DECODE is not None:
+        state = PREPARE(tables, PROGRAM)
+        offset = 0.0
+        if nested_offset is not None:
+            offset = tl.load(nested_offset)
+        # What a tile needs, in the order it is asked for: absmax, words, and, where the absmax is
+        # quantised, its value one iteration after its code.
+        at = tl.minimum(first, steps - 1)
+        n0, k0 = _place(c0, at, BC, BR, BACKWARD)
+        words = load_words(weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K)
+        values, nested = load_absmax(
+            absmax,
+            nested_absmax,
+            n0,
+            k0,
+            N,
+            K,
+            row_blocks,
+            ROWS,
+            COLUMNS,
+            BLOCK_SHIFT,
+            GROUP,
+            EVEN_N,
+            EVEN_K,
+        )
+        scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+        tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
+        n0, k0 = _place(c0, tl.minimum(first + 1, steps - 1), BC, BR, BACKWARD)
+        if PREFETCH:
+            words = load_words(
+                weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
+            )
+        if AHEAD > 0:
+            values, nested = load_absmax(
+                absmax,
+                nested_absmax,
+                n0,
+                k0,
+                N,
+                K,
+                row_blocks,
+                ROWS,
+                COLUMNS,
+                BLOCK_SHIFT,
+                GROUP,
+                EVEN_N,
+                EVEN_K,
+            )
+        if AHEAD == 2:
+            scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+            n0, k0 = _place(c0, tl.minimum(first + 2, steps - 1), BC, BR, BACKWARD)
+            values, nested = load_absmax(
+                absmax,
+                nested_absmax,
+                n0,
+                k0,
+                N,
+                K,
+                row_blocks,
+                ROWS,
+                COLUMNS,
+                BLOCK_SHIFT,
+                GROUP,
+                EVEN_N,
+                EVEN_K,
+            )
+
+    for step in tl.range(first, last, num_stages=STAGES):
+        xs = _load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
+        if DECODE is None:
+            n0, k0 = _place(c0, step, BC, BR, BACKWARD)
+            tile = load_dense(weight, weight_stride, n0, k0, N, K, ROWS, COLUMNS, EVEN_N, EVEN_K)
+        else:
+            n0, k0 = _place(c0, tl.minimum(step + 1 + PREFETCH, steps - 1), BC, BR, BACKWARD)
+            next_words = load_words(
+                weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
+            )
+            n0, k0 = _place(c0, tl.minimum(step + 1 + AHEAD, steps - 1), BC, BR, BACKWARD)
+            next_values, next_nested = load_absmax(
+                absmax,
+                nested_absmax,
+                n0,
+                k0,
+                N,
+                K,
+                row_blocks,
+                ROWS,
+                COLUMNS,
+                BLOCK_SHIFT,
+                GROUP,
+                EVEN_N,
+                EVEN_K,
+            )
+            if AHEAD == 0:
+                scales = scales_of(next_values, next_nested, nested_codebook, offset, DIVISOR)
+            elif AHEAD == 1:
+                scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+            else:
+                next_scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+        if WEIGHT_LEFT:
+            acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
+        else:
+            acc = tl.dot(xs, tile, acc) if BACKWARD else tl.dot(xs, tile.T, acc)
+        if DECODE is not None:
+            if PREFETCH:
+                tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
+                words = next_words
+            else:
+                tile = DECODE(next_words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
+            if AHEAD > 0:
+                values = next_values
+                nested = next_nested
+            if AHEAD == 2:
+                scales = next_scales
+
+    cs = tl.arange(0, BC)
+    if bias is not None:
+        terms = tl.load(bias + c0 + edge(c0, columns, BC, EVEN_C)).to(tl.float32)
+        if SPLITS > 1:
+            terms = tl.where(split == 0, terms, 0.0)
+        acc += terms[:, None] if WEIGHT_LEFT else terms[None, :]
+    result = acc.to(out.dtype.element_ty)
+    result = result.T if WEIGHT_LEFT else result
+    target = out + tl.cast(split, tl.int64) * out_stride_split
+    target += tl.cast(m0, tl.int64) * out_stride + c0
+    target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
+    stored = (m0 + tl.arange(0, BM) < M)[:, None]
+    if not EVEN_C:
+        stored = stored & (c0 + cs < columns)[None, :]
+    tl.store(target, result, mask=stored)

@@ -1,0 +1,133 @@
+"""One launch of the GEMM kernel: output, grid and arguments for either direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.gemm import gemm_kernel
+from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
+from qlora_compile.kernels.gpu.packed_operand import (
+    NO_PACKED_ARGUMENTS,
+    NO_PACKED_CONSTEXPRS,
+    decoder_named,
+    packed_operand,
+)
+from qlora_compile.kernels.gpu.products import decoded_absmax
+from qlora_compile.kernels.variants.base import LinearSpec
+
+_GROUP_M = 8
+_RANK_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class AdapterStart:
+    """What the accumulator starts at: low [M, rank] float32, the scaling in it, times up [C, rank]
+    of any strides, in `dtype`; bits: the dropout mask of the output, packed, or None."""
+
+    low: Tensor
+    up: Tensor
+    dtype: torch.dtype
+    bits: Tensor | None = None
+
+
+def gemm(
+    x: Tensor,
+    planes: list[Tensor],
+    spec: LinearSpec,
+    config: GemmConfig,
+    out: Tensor,
+    *,
+    backward: bool = False,
+    bias: Tensor | None = None,
+    adapter: AdapterStart | None = None,
+) -> None:
+    """out = x Wᵀ + bias + adapter, or backward out = x W + adapter.
+
+    x: [M, R], R = K forward and N backward, contiguous rows. planes: the packed weight's, or
+    [W] where the config has no decoder. out: [M, C], contiguous rows.
+    """
+    rows, columns = out.shape
+    reduction = x.shape[1]
+    tile_rows = config.block_r if backward else config.block_c
+    tile_columns = config.block_c if backward else config.block_r
+    if config.decoder is None:
+        weight, packed, constexprs = planes[0], NO_PACKED_ARGUMENTS, NO_PACKED_CONSTEXPRS
+    else:
+        decoder = decoder_named(spec, config.decoder)
+        planes = planes if config.inline_absmax else decoded_absmax(planes)
+        weight, packed, constexprs = packed_operand(
+            planes, spec, decoder, spec.compute_dtype, tile_columns
+        )
+    x = with_contiguous_rows(x)
+    descriptor = config.descriptor and x.dtype == spec.compute_dtype
+    # A descriptor's rows begin at multiples of 16 bytes.
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() % 8 == 0
+    if descriptor and not aligned:
+        x = x.clone(memory_format=torch.contiguous_format)
+    target = out
+    if config.splits > 1:
+        target = out.new_empty(config.splits, rows, columns, dtype=torch.float32)
+    tiles = -(-rows // config.block_m) * -(-columns // config.block_c)
+    nested = packed["nested_codebook"] is not None
+    arguments: dict[str, Any] = {
+        "x": x,
+        "x_stride": x.stride(0),
+        "weight": weight,
+        "weight_stride": weight.stride(0) if config.decoder is None else None,
+        **packed,
+        "bias": bias,
+        "low": None if adapter is None else adapter.low,
+        "up": None if adapter is None else adapter.up,
+        "up_stride_c": None if adapter is None else adapter.up.stride(0),
+        "up_stride_r": None if adapter is None else adapter.up.stride(1),
+        "bits": None if adapter is None else adapter.bits,
+        "out": target,
+        "out_stride": target.stride(-2),
+        "out_stride_split": target.stride(0) if config.splits > 1 else 0,
+        "M": rows,
+        "N": spec.n,
+        "K": spec.k,
+        "rank": 0 if adapter is None else adapter.low.shape[1],
+    }
+    if descriptor:
+        arguments["x"] = TensorDescriptor(
+            x, [rows, reduction], [x.stride(0), 1], [config.block_m, config.block_r]
+        )
+    constexprs = {
+        **constexprs,
+        "DTYPE": TRITON_DTYPES[spec.compute_dtype],
+        "LORA": TRITON_DTYPES[torch.float32 if adapter is None else adapter.dtype],
+        "BACKWARD": backward,
+        "BM": config.block_m,
+        "BC": config.block_c,
+        "BR": config.block_r,
+        "BRANK": _RANK_BLOCK,
+        "CHUNKS": 0 if adapter is None else -(-adapter.low.shape[1] // _RANK_BLOCK),
+        "GROUP_M": _GROUP_M,
+        "SPLITS": config.splits,
+        "WEIGHT_LEFT": config.weight_left,
+        "DESCRIPTOR": descriptor,
+        "PREFETCH": config.prefetch,
+        "AHEAD": 2 if nested else int(config.prefetch),
+        "EVEN_N": spec.n % tile_rows == 0,
+        "EVEN_K": spec.k % tile_columns == 0,
+        "STAGES": config.loop_stages,
+    }
+    options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    Launch(
+        gemm_kernel,
+        (tiles, config.splits),
+        arguments,
+        constexprs,
+        config.num_warps,
+        config.num_stages,
+        options,
+    ).run()
+    if config.splits > 1:
+        out.copy_(target.sum(0))

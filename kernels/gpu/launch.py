@@ -1,0 +1,66 @@
+"""Launch: one call of a Triton kernel as data, so that it can be run, recorded and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import language as tl
+
+TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel[grid](**arguments, **constexprs)` with its compile options.
+
+    arguments: tensors, ints, floats, tensor descriptors and None, by parameter name; the tensors
+    may be on the meta device where the launch is only compiled.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        if _recorded is not None:
+            _recorded.append(self)
+        elif all(self.grid):
+            # Contracting a product and a sum to one rounding changes decoded weights; Triton's
+            # default differs between its versions.
+            options = {"enable_fp_fusion": False} | self.options
+            options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            device = next(t.device for t in self.arguments.values() if torch.is_tensor(t))
+            with torch.cuda.device(device if device.type == "cuda" else -1):
+                self.kernel[self.grid](**self.arguments, **self.constexprs, **options)
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches of what runs inside instead of running them."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """x itself, or a copy where elements of a row do not lie side by side or rows overlap."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

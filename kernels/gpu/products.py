@@ -1,0 +1,173 @@
+"""Launches of the thin products, the dropout mask and the standalone dequantisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.dropout import LANES, ROUNDS, dropout_threshold
+from qlora_compile.kernels.gpu.absmax import absmax_kernel
+from qlora_compile.kernels.gpu.adapter_gradient import adapter_gradient_kernel
+from qlora_compile.kernels.gpu.dequantize import dequantize_kernel
+from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
+from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
+from qlora_compile.kernels.gpu.packed_operand import decoder_named, packed_operand
+from qlora_compile.kernels.gpu.philox import keep_bits_kernel
+from qlora_compile.kernels.variants.base import LinearSpec
+
+_PROGRAMS = 256
+"""Programs that fill any of today's cards about twice over."""
+
+
+def keep_bits(seed: Tensor, spec: LinearSpec, rows: int) -> Tensor:
+    """The dropout mask of the adapter's input [rows, K], packed: uint8 [rows * K / 8]."""
+    count, size = rows * spec.k // LANES, 1024
+    bits = torch.empty(count, dtype=torch.uint8, device=seed.device)
+    arguments = {
+        "seed": seed,
+        "stream": spec.stream,
+        "threshold": dropout_threshold(spec.dropout),
+        "bits": bits,
+        "count": count,
+    }
+    constexprs = {"SIZE": size, "ROUNDS": ROUNDS}
+    Launch(keep_bits_kernel, (-(-count // size),), arguments, constexprs).run()
+    return bits
+
+
+def decoded_absmax(planes: list[Tensor]) -> list[Tensor]:
+    """The planes with float32 absmax, decoded where they are doubly quantised."""
+    if len(planes) == 2:
+        return planes
+    codes, quantized, *nested = planes
+    blocks, size = quantized.numel(), 1024
+    absmax = torch.empty(blocks, dtype=torch.float32, device=codes.device)
+    names = ("nested_codebook", "nested_absmax", "nested_offset")
+    arguments = {
+        "codes": quantized,
+        **dict(zip(names, nested, strict=True)),
+        "out": absmax,
+        "blocks": blocks,
+    }
+    Launch(absmax_kernel, (-(-blocks // size),), arguments, {"SIZE": size}).run()
+    return [codes, absmax]
+
+
+def low_rank(
+    x: Tensor, factor: Tensor, dtype: torch.dtype, scaling: float, bits: Tensor | None = None
+) -> Tensor:
+    """scaling * drop(x) [M, K] @ factor [rank, K]ᵀ as float32 [M, rank]; the product in `dtype`."""
+    x = with_contiguous_rows(x)
+    (rows, k), rank = x.shape, factor.shape[0]
+    block_m, block_k, block_rank = 64, 64, min(64, _padded(rank))
+    grid = (-(-rows // block_m), -(-rank // block_rank))
+    splits = _splits(grid[0] * grid[1], -(-k // block_k))
+    out = x.new_empty(splits, rows, rank, dtype=torch.float32)
+    arguments = {
+        "x": x,
+        "x_stride": x.stride(0),
+        "factor": factor,
+        "factor_stride_r": factor.stride(0),
+        "factor_stride_k": factor.stride(1),
+        "bits": bits,
+        "scaling": scaling,
+        "out": out,
+        "out_stride_split": out.stride(0),
+        "M": rows,
+        "K": k,
+        "rank": rank,
+    }
+    constexprs = {
+        "LORA": TRITON_DTYPES[dtype],
+        "BM": block_m,
+        "BK": block_k,
+        "BRANK": block_rank,
+        "SPLITS": splits,
+        "EVEN_K": k % block_k == 0,
+    }
+    Launch(low_rank_kernel, (*grid, splits), arguments, constexprs).run()
+    return out[0] if splits == 1 else out.sum(0)
+
+
+def adapter_gradient(
+    z: Tensor, low: Tensor, dtype: torch.dtype, out: Tensor, bits: Tensor | None = None
+) -> None:
+    """out [C, rank] (any strides and dtype) = drop(z) [M, C]ᵀ @ low [M, rank], product in `dtype`.
+
+    Partial sums are float32 and added in a fixed order: the same bits every time.
+    """
+    z = with_contiguous_rows(z)
+    (rows, columns), rank = z.shape, low.shape[1]
+    block_m, block_c, block_rank = 64, 64, min(64, _padded(rank))
+    grid = (-(-columns // block_c), -(-rank // block_rank))
+    splits = _splits(grid[0] * grid[1], -(-rows // block_m))
+    parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
+    arguments = {
+        "z": z,
+        "z_stride": z.stride(0),
+        "low": low,
+        "bits": bits,
+        "out": parts,
+        "out_stride_split": parts.stride(0),
+        "out_stride_c": parts.stride(1),
+        "out_stride_r": parts.stride(2),
+        "M": rows,
+        "C": columns,
+        "rank": rank,
+    }
+    constexprs = {
+        "LORA": TRITON_DTYPES[dtype],
+        "BM": block_m,
+        "BC": block_c,
+        "BRANK": block_rank,
+        "SPLITS": splits,
+        "EVEN_C": columns % block_c == 0,
+    }
+    Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs).run()
+    out.copy_(parts[0] if splits == 1 else parts.sum(0))
+
+
+def dequantize(
+    planes: list[Tensor],
+    spec: LinearSpec,
+    dtype: torch.dtype,
+    decoder_name: str,
+    up: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank]."""
+    decoder = decoder_named(spec, decoder_name)
+    tile_rows, tile_columns = 16, 256
+    rank = 0 if up is None else up.shape[1]
+    codes, arguments, constexprs = packed_operand(planes, spec, decoder, dtype, tile_columns)
+    out = torch.empty(spec.n, spec.k + rank, dtype=dtype, device=codes.device)
+    arguments |= {
+        "codes": codes,
+        "up": None if up is None else up.contiguous(),
+        "scaling": scaling,
+        "out": out,
+        "out_stride": out.stride(0),
+        "N": spec.n,
+        "K": spec.k,
+        "rank": rank,
+    }
+    constexprs |= {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "ROWS": tile_rows,
+        "COLUMNS": tile_columns,
+        "EVEN_N": spec.n % tile_rows == 0,
+        "EVEN_K": spec.k % tile_columns == 0,
+    }
+    grid = (-(-spec.n // tile_rows), -(-spec.k // tile_columns) + -(-rank // tile_columns))
+    Launch(dequantize_kernel, grid, arguments, constexprs).run()
+    return out
+
+
+def _padded(rank: int) -> int:
+    """The tensor cores' 16, or the next power of two."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _splits(programs: int, steps: int) -> int:
+    """Into how many parts a reduction of `steps` is cut so that the programs fill a card."""
+    return max(1, min(_PROGRAMS // programs, steps // 4))

@@ -1,0 +1,39 @@
+"""Which compile target a device is; no Triton here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+
+@functools.cache
+def target_of(device: str) -> str | None:
+    """ "sm_90", "gfx942", … of a torch device's name; None where Triton has no target for it."""
+    kind = torch.device(device).type
+    if kind != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def tuned_target(target: str) -> str | None:
+    """The target whose configs serve `target`: itself, or the nearest of its kind; None if its
+    tensor cores lack bfloat16."""
+    if not target.startswith("sm_"):
+        return "gfx950" if target == "gfx950" else "gfx942" if target.startswith("gfx9") else None
+    capability = int(target.removeprefix("sm_"))
+    if capability < 80:
+        return None
+    if capability in (80, 87):
+        return "sm_80"
+    return (
+        "sm_89"
+        if capability < 90 or capability >= 120
+        else "sm_90"
+        if capability < 100
+        else ("sm_100")
+    )

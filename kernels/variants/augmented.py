@@ -1,0 +1,98 @@
+"""augmented: one vendor GEMM with W and the adapter side by side in one workspace [N, K + rank].
+
+Forward [x | x Aᵀ] [W | s B]ᵀ; backward dY [W | s B] gives the base's dX and dY B s together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.variants.base import (
+    Config,
+    LinearGradients,
+    LinearSpec,
+    LinearTensors,
+    NeedsGradient,
+    bias_gradient,
+)
+from qlora_compile.kernels.variants.tail import dequantize_cost, dequantize_decoder
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from qlora_compile.problem import Problem
+
+
+class Augmented(TritonVariant):
+    name = "augmented"
+
+    def rejects_on(self, target: str, problem: Problem) -> list[str]:
+        reasons = super().rejects_on(target, problem)
+        if not problem.rank:
+            reasons.append("there is no adapter to put beside W")
+        if problem.dropout:
+            reasons.append("dropout's mask would come between the two products")
+        if problem.rank and not (problem.lora_dtype == problem.compute_dtype == problem.x_dtype):
+            reasons.append("adapter, base and activations differ in dtype")
+        return reasons
+
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        m, n, k = problem.m, problem.n, problem.k + problem.rank
+        gemm = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
+        # Forward copies x; backward leaves dX in rows of K + rank and writes it anew.
+        copied = device.stream_seconds(4 * m * problem.k) + LAUNCH_SECONDS
+        return gemm + copied + dequantize_cost(problem, device) + self.adapter_cost(problem, device)
+
+    def _workspace(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
+        from qlora_compile.kernels.gpu.products import dequantize
+
+        decoder = dequantize_decoder(tensors.x)
+        planes = list(tensors.planes)
+        return dequantize(planes, spec, spec.compute_dtype, decoder, tensors.lora_b, spec.scaling)
+
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        from qlora_compile.kernels.gpu.products import low_rank
+
+        x, a = tensors.x, tensors.lora_a
+        assert a is not None
+        wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
+        wide[:, : spec.k] = x
+        wide[:, spec.k :] = low_rank(x, a, spec.lora_dtype, 1.0)
+        weight = self._workspace(tensors, spec).t()
+        if tensors.bias is None:
+            y = wide @ weight
+        else:
+            y = torch.addmm(tensors.bias.to(wide.dtype), wide, weight)
+        return y.to(spec.out_dtype)
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
+    ) -> LinearGradients:
+        from qlora_compile.kernels.gpu.products import adapter_gradient, low_rank
+
+        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
+        assert a is not None
+        assert b is not None
+        grad = grad.to(spec.compute_dtype)
+        grad_x = grad_a = grad_b = None
+        if needs.x:
+            wide = grad @ self._workspace(tensors, spec)
+            grad_low = wide[:, spec.k :]
+            grad_x = torch.addmm(wide[:, : spec.k], grad_low, a.to(wide.dtype))
+        else:
+            grad_low = low_rank(grad, b.t(), spec.lora_dtype, spec.scaling)
+        if needs.adapter:
+            grad_a, grad_b = (
+                torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
+            )
+            adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
+            low = low_rank(x, a, spec.lora_dtype, spec.scaling)
+            adapter_gradient(grad, low, spec.lora_dtype, grad_b)
+        grad_bias = None
+        if needs.bias and tensors.bias is not None:
+            grad_bias = bias_gradient(grad, tensors.bias)
+        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)

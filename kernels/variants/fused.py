@@ -1,0 +1,60 @@
+"""fused: W is decoded in the GEMM's loop and never written to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.gpu.configs import FUSED, FUSED_UTILIZATION, SKINNY, GemmConfig
+from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
+from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.problem import Problem
+
+
+class Fused(GemmVariant):
+    name = "fused"
+
+    def shipped(self, target: str) -> Sequence[GemmConfig]:
+        return FUSED[target]
+
+    def product(
+        self,
+        x: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        config: GemmConfig,
+        out: Tensor,
+        **options: Any,
+    ) -> None:
+        from qlora_compile.kernels.gpu.gemm_launch import gemm
+
+        gemm(x, list(tensors.planes), spec, config, out, **options)
+
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        assert isinstance(config, GemmConfig)
+        m, n, k = problem.m, problem.n, problem.k
+        # A tile computes its padding too, and a last wave of programs rarely fills the card.
+        padded = -(-m // config.block_m) * config.block_m
+        efficiency = device.vendor_efficiency * FUSED_UTILIZATION[device.target]
+        weight = n * k * (0.5 if problem.format != "int8" else 1.0) + 4 * n * k / problem.block_size
+        compute = 2 * padded * n * k / (device.flops * efficiency)
+        moved = device.stream_seconds(weight + 2 * m * (n + k))
+        return max(compute, moved) + LAUNCH_SECONDS + self.adapter_cost(problem, device)
+
+
+class Skinny(Fused):
+    """fused for a few rows: sixteen rows of x a tile, and programs that share a reduction."""
+
+    name = "skinny"
+
+    def shipped(self, target: str) -> Sequence[GemmConfig]:
+        return SKINNY[target]
+
+    def rejects_on(self, target: str, problem: Problem) -> list[str]:
+        reasons = super().rejects_on(target, problem)
+        if problem.m > 16:
+            reasons.append(f"{problem.m} rows, more than 16")
+        return reasons

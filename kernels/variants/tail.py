@@ -1,0 +1,71 @@
+"""tail: W is decoded to memory, then multiplied by a Triton GEMM that starts at the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.gpu.configs import DEQUANTIZE_DECODER, TAIL, TAIL_UTILIZATION, GemmConfig
+from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
+from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.problem import Problem
+
+
+class Tail(GemmVariant):
+    name = "tail"
+    takes_unquantized = True
+
+    def shipped(self, target: str) -> Sequence[GemmConfig]:
+        return TAIL[target]
+
+    def product(
+        self,
+        x: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        config: GemmConfig,
+        out: Tensor,
+        **options: Any,
+    ) -> None:
+        from qlora_compile.kernels.gpu.gemm_launch import gemm
+        from qlora_compile.kernels.gpu.launch import with_contiguous_rows
+        from qlora_compile.kernels.gpu.products import dequantize
+
+        planes = list(tensors.planes)
+        if spec.format is None:
+            weight = with_contiguous_rows(planes[0].to(spec.compute_dtype))
+        else:
+            decoder = dequantize_decoder(x)
+            weight = dequantize(planes, spec, spec.compute_dtype, decoder)
+        gemm(x, [weight], spec, config, out, **options)
+
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        assert isinstance(config, GemmConfig)
+        padded = -(-problem.m // config.block_m) * config.block_m
+        efficiency = device.vendor_efficiency * TAIL_UTILIZATION
+        gemm = device.gemm_seconds(padded, problem.n, problem.k, efficiency)
+        return (
+            gemm
+            + LAUNCH_SECONDS
+            + dequantize_cost(problem, device)
+            + self.adapter_cost(problem, device)
+        )
+
+
+def dequantize_cost(problem: Problem, device: DeviceModel) -> float:
+    """Modelled seconds of decoding W to memory once."""
+    if problem.format == UNQUANTIZED:
+        return 0.0
+    packed = (0.5 if problem.format != "int8" else 1.0) + 4 / problem.block_size
+    return device.stream_seconds(problem.n * problem.k * (packed + 2)) + LAUNCH_SECONDS
+
+
+def dequantize_decoder(x: Tensor) -> str:
+    """The decoder the standalone dequantisation uses where `x` is."""
+    target = target_of(str(x.device))
+    return DEQUANTIZE_DECODER if target is not None and target.startswith("sm_") else "plain"

@@ -1,0 +1,192 @@
+"""What the Triton variants share: the adapter's thin products around one GEMM with W."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.target import target_of, tuned_target
+from qlora_compile.kernels.variants.base import (
+    NO_CONFIG,
+    Config,
+    LinearGradients,
+    LinearSpec,
+    LinearTensors,
+    NeedsGradient,
+    Variant,
+    adapter_scaling,
+    bias_gradient,
+)
+from qlora_compile.problem import Problem
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
+
+_LARGEST_BLOCK_COUNT = 2**31
+
+
+class TritonVariant(Variant):
+    """What needs a Triton target. Modules that import Triton are imported once a kernel is needed,
+    so that those without it can still ask."""
+
+    takes_unquantized = False
+
+    def rejects(self, problem: Problem) -> list[str]:
+        target = target_of(problem.device)
+        if target is None:
+            missing = importlib.util.find_spec("triton") is None
+            return ["Triton is not installed" if missing else f"no Triton on {problem.device}"]
+        reasons = self.rejects_on(target, problem)
+        if not reasons and not self.configs_on(target, problem):
+            reasons.append(f"no config for {target}")
+        return reasons
+
+    def rejects_on(self, target: str, problem: Problem) -> list[str]:
+        """Why it cannot solve `problem` on `target`, wherever the problem's own device is."""
+        reasons = []
+        if tuned_target(target) is None:
+            reasons.append(f"{target} has no tensor cores for bfloat16")
+        if problem.format == UNQUANTIZED and not self.takes_unquantized:
+            reasons.append("the weight is not packed")
+        if problem.k % 8:
+            reasons.append(f"K = {problem.k} is not a multiple of 8")
+        if problem.compute_dtype not in (torch.bfloat16, torch.float16):
+            reasons.append(f"{problem.compute_dtype} products are left to the vendor's GEMM")
+        if problem.rank and problem.lora_dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        ):
+            reasons.append(f"the adapter's product is in {problem.lora_dtype}")
+        if problem.rank and problem.lora_dtype == problem.x_dtype == torch.float32:
+            reasons.append("a float32 adapter over float32 activations")
+        if problem.format != UNQUANTIZED:
+            blocks = problem.n * problem.k // problem.block_size
+            if blocks >= _LARGEST_BLOCK_COUNT:
+                reasons.append(f"{blocks} blocks of absmax, more than {_LARGEST_BLOCK_COUNT - 1}")
+        return reasons
+
+    def configs(self, problem: Problem) -> Sequence[Config]:
+        target = target_of(problem.device)
+        return () if target is None else self.configs_on(target, problem)
+
+    def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
+        """The shipped configs that fit `problem` on `target`."""
+        return (NO_CONFIG,)
+
+    def adapter_cost(self, problem: Problem, device: DeviceModel) -> float:
+        """Modelled seconds of the thin products: each reads a tall operand once."""
+        if not problem.rank:
+            return 0.0
+        x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n
+        if problem.direction == "forward":
+            return device.stream_seconds(x) + LAUNCH_SECONDS * (1 + problem.dropout)
+        return device.stream_seconds(2 * x + 2 * y) + LAUNCH_SECONDS * (4 + problem.dropout)
+
+
+class GemmVariant(TritonVariant):
+    """y = x Wᵀ + bias + low Bᵀ with low = s drop(x) Aᵀ, and the gradients, all in Triton; a
+    subclass says how W enters the product."""
+
+    @abstractmethod
+    def shipped(self, target: str) -> Sequence[GemmConfig]:
+        """Configs for `tuned_target(target)`."""
+
+    @abstractmethod
+    def product(
+        self,
+        x: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        config: GemmConfig,
+        out: Tensor,
+        *,
+        backward: bool,
+        bias: Tensor | None,
+        adapter: AdapterStart | None,
+    ) -> None:
+        """out = x Wᵀ + bias + adapter, or backward x W + adapter."""
+
+    def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
+        tuned = tuned_target(target)
+        return [] if tuned is None else [c for c in self.shipped(tuned) if self._fits(c, problem)]
+
+    def _fits(self, config: GemmConfig, problem: Problem) -> bool:
+        masked = problem.dropout and problem.direction == "backward"
+        if problem.rank > config.largest_rank or (masked and not config.masks):
+            return False
+        if config.decoder is None:
+            return True
+        from qlora_compile.kernels.gpu.packed_operand import decoder_names
+
+        return config.decoder in decoder_names(problem.format)
+
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        assert isinstance(config, GemmConfig)
+        x, rows = tensors.x, tensors.x.shape[0]
+        adapter = None
+        if tensors.lora_a is not None and tensors.lora_b is not None:
+            from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
+            from qlora_compile.kernels.gpu.products import low_rank
+
+            bits = _keep_bits(tensors, spec)
+            scaling = adapter_scaling(tensors, spec)
+            low = low_rank(x, tensors.lora_a, spec.lora_dtype, scaling, bits)
+            adapter = AdapterStart(low, tensors.lora_b, spec.lora_dtype)
+        y = x.new_empty(rows, spec.n, dtype=spec.out_dtype)
+        self.product(
+            x, tensors, spec, config, y, backward=False, bias=tensors.bias, adapter=adapter
+        )
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
+    ) -> LinearGradients:
+        assert isinstance(config, GemmConfig)
+        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
+        adapter = grad_x = grad_a = grad_b = None
+        if a is not None and b is not None and (needs.x or needs.adapter):
+            from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
+            from qlora_compile.kernels.gpu.products import adapter_gradient, low_rank
+
+            bits = _keep_bits(tensors, spec)
+            scaling, dtype = adapter_scaling(tensors, spec), spec.lora_dtype
+            grad_low = low_rank(grad, b.t(), dtype, scaling)
+            if needs.adapter:
+                grad_a, grad_b = (
+                    torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
+                )
+                low = low_rank(x, a, dtype, scaling, bits)
+                adapter_gradient(x, grad_low, dtype, grad_a.t(), bits)
+                adapter_gradient(grad, low, dtype, grad_b)
+            adapter = AdapterStart(grad_low, a.t(), dtype, bits)
+        if needs.x:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self.product(
+                grad, tensors, spec, config, grad_x, backward=True, bias=None, adapter=adapter
+            )
+        grad_bias = None
+        if needs.bias and tensors.bias is not None:
+            grad_bias = bias_gradient(grad, tensors.bias)
+        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+
+
+def _keep_bits(tensors: LinearTensors, spec: LinearSpec) -> Any:
+    if tensors.seed is None:
+        return None
+    from qlora_compile.kernels.gpu.products import keep_bits
+
+    return keep_bits(tensors.seed, spec, tensors.x.shape[0])
