@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -89,36 +90,70 @@ def _extremes(values: np.ndarray) -> np.ndarray:
 class _Arguments:
     """Turns what the caller passed into what a kernel sees, as a compiled launch does."""
 
-    def __init__(self, guard: MemoryGuard) -> None:
+    def __init__(self, guard: MemoryGuard, not_specialized: set[str]) -> None:
         self.guard = guard
+        self.not_specialized = not_specialized
 
     def convert(self, value: Any, name: str) -> Any:
+        """A Python integer 1 stays one, unless `name` is exempt: compiled, it is a constexpr."""
         if isinstance(value, float):
             # Upstream leaves a float a Python number, which adapts to any tensor's dtype.
             return tl.tensor(TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
         if isinstance(value, tuple):
-            parts = (self.convert(part, f"{name}[{n}]") for n, part in enumerate(value))
-            return interpreter._tuple_create(value, parts)
+            return interpreter._tuple_create(value, (self.convert(part, name) for part in value))
         if isinstance(value, TensorDescriptor):
             return self.descriptor(value, name)
+        if type(value) is int and value == 1 and name not in self.not_specialized:
+            return value
         converted = interpreter._implicit_cvt(value)
-        if hasattr(value, "data_ptr"):
+        if isinstance(value, (torch.Tensor, TensorWrapper)):
             tensor = value.base if isinstance(value, TensorWrapper) else value
             address = self.guard.tagged_address(tensor, f"{name} {list(tensor.shape)}")
             converted.handle.data[0] = address
         return converted
 
     def descriptor(self, value: TensorDescriptor, name: str) -> Any:
-        strides = [self.convert(int(stride), name) for stride in value.strides[:-1]]
         descriptor = interpreter_semantic.make_tensor_descriptor(
             base=self.convert(value.base, name),
-            shape=[self.convert(int(size), name) for size in value.shape],
-            strides=[*strides, tl.constexpr(value.strides[-1])],
+            shape=[interpreter._implicit_cvt(int(size)) for size in value.shape],
+            strides=[
+                *(interpreter._implicit_cvt(int(stride)) for stride in value.strides[:-1]),
+                tl.constexpr(value.strides[-1]),
+            ],
             block_shape=[tl.constexpr(size) for size in value.block_shape],
             padding_option=value.padding,
         )
         descriptor.handle.round_f32_to_tf32 = value.round_f32_to_tf32
         return descriptor
+
+
+def _not_specialized(function: InterpretedFunction) -> set[str]:
+    """Names of the arguments whose values a compiled launch does not look at."""
+    exempt = function.kwargs.get("do_not_specialize") or ()
+    return {function.arg_names[key] if isinstance(key, int) else key for key in exempt}
+
+
+def _run_grid(
+    executor: Any, arguments: _Arguments, args: list[Any], kwargs: dict[str, Any]
+) -> None:
+    values = {
+        name: value if name in executor.constexprs else arguments.convert(value, name)
+        for name, value in inspect.getcallargs(executor.fn, *args, **kwargs).items()
+    }
+    grid: Any = executor.grid(values) if callable(executor.grid) else executor.grid
+    if len(grid) > 3:
+        raise ValueError(f"a grid has at most 3 dimensions, not {len(grid)}")
+    grid = tuple(int(size) for size in grid) + (1,) * (3 - len(grid))
+    interpreter_builder.set_grid_dim(*grid)
+    for program in np.ndindex(*grid):
+        interpreter_builder.set_grid_idx(*program)
+        try:
+            executor.fn(**values)
+        except (InvalidAccess, IntegerOverflow, PtxError) as error:
+            where = f"in program {program} of {executor.fn.__name__}"
+            raise type(error)(f"{error}; {where}") from error
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
 
 
 @contextlib.contextmanager
@@ -129,7 +164,7 @@ def honest_launches(guard: MemoryGuard) -> Iterator[None]:
     errors come as Triton's `InterpreterError`. Floating-point warnings of numpy are silent.
     """
     patches = _language_patches()
-    running = 0
+    running = False
 
     def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not running:
@@ -141,49 +176,31 @@ def honest_launches(guard: MemoryGuard) -> Iterator[None]:
             _rewritten[self.fn] = self.rewriter.rewrite_ast()
         return _rewritten[self.fn]
 
-    def execute(executor: Any, *args_dev: Any, **kwargs: Any) -> None:
+    def run(self: Any, *args_dev: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         nonlocal running
-        kwargs = {name: value for name, value in kwargs.items() if name in executor.arg_names}
+        if warmup:
+            return
+        executor = GridExecutor(self.rewrite(), self.arg_names, grid)
+        # Options such as num_warps are for the compiler.
+        kwargs = {name: value for name, value in kwargs.items() if name in self.arg_names}
         args_hst, kwargs_hst = executor._init_args_hst(args_dev, kwargs)
-        for hook in executor.pre_run_hooks:
+        for hook in self.pre_run_hooks:
             hook(*args_hst, **kwargs_hst)
         with contextlib.ExitStack() as stack:
             stack.enter_context(np.errstate(all="ignore"))
             stack.enter_context(guard.launch())
             for owner, values in patches:
                 stack.enter_context(replaced(owner, **values))
-            running += 1
+            running = True
             try:
-                _run_grid(executor, args_hst, kwargs_hst)
+                _run_grid(executor, _Arguments(guard, _not_specialized(self)), args_hst, kwargs_hst)
             finally:
-                running -= 1
+                running = False
         executor._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)
 
-    def _run_grid(executor: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
-        convert = _Arguments(guard).convert
-        values = {
-            name: value if name in executor.constexprs else convert(value, name)
-            for name, value in inspect.getcallargs(executor.fn, *args, **kwargs).items()
-        }
-        grid: Any = executor.grid(values) if callable(executor.grid) else executor.grid
-        if len(grid) > 3:
-            raise ValueError(f"a grid has at most 3 dimensions, not {len(grid)}")
-        grid = tuple(int(size) for size in grid) + (1,) * (3 - len(grid))
-        interpreter_builder.set_grid_dim(*grid)
-        for program in np.ndindex(*grid):
-            interpreter_builder.set_grid_idx(*program)
-            try:
-                executor.fn(**values)
-            except (InvalidAccess, IntegerOverflow, PtxError) as error:
-                where = f"in program {program} of {executor.fn.__name__}"
-                raise type(error)(f"{error}; {where}") from error
-            except Exception as error:
-                raise InterpreterError(repr(error)) from error
-
     with (
-        replaced(InterpretedFunction, __call__=call_device_function, rewrite=rewrite),
+        replaced(InterpretedFunction, __call__=call_device_function, rewrite=rewrite, run=run),
         replaced(FunctionRewriter, ast_transformer=LoopTransformer()),
-        replaced(GridExecutor, __call__=execute),
         replaced(interpreter, **{RANGE_NAME: loop_range}),
         replaced(interpreter_semantic, binary_op_sanitize_overflow_impl=check_overflow),
     ):

@@ -2,7 +2,7 @@
 
 Most of the time of a small kernel goes into building a block type for every intermediate tensor,
 its name, its shape as constexprs, and into comparing shapes. All of these depend on the shape
-alone and are kept here. On a 32×32×32-tiled matrix product it saves half of the time.
+alone and are kept here, which saves 40 % of the time of a matrix product in 32×32×32 tiles.
 """
 
 from __future__ import annotations

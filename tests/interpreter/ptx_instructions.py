@@ -38,17 +38,23 @@ def lop3(a: Values, b: Values, c: Values, table: Values) -> Values:
 
 def prmt(a: Values, b: Values, selector: Values) -> Values:
     """Four bytes of {b, a}, each picked by 3 bits of `selector`; its 4th bit asks for the sign."""
+    shape = np.broadcast(a, b, selector).shape
     both = (b.astype(np.uint64) << np.uint64(32)) | a
-    result = np.uint32(0)
-    for position in range(4):
-        nibble = (selector >> np.uint32(4 * position)) & np.uint32(15)
-        byte = (both >> ((nibble & np.uint32(7)) << np.uint32(3)).astype(np.uint64)).astype(
-            np.uint8
-        )
-        sign = (byte.view(np.int8) >> 7).view(np.uint8)
-        byte = np.where(nibble >= 8, sign, byte)
-        result = result | (byte.astype(np.uint32) << np.uint32(8 * position))
-    return result
+    if both.size > 1 and selector.size > 1:
+        both, selector = np.broadcast_arrays(both, selector)
+    pool = np.ascontiguousarray(both).view(np.uint8).reshape(-1, 8)
+    pairs = selector.astype(np.uint16).view(np.uint8).reshape(-1, 2)
+    nibbles = np.stack([pairs & 15, pairs >> 4], axis=2).reshape(-1, 4)
+    which = nibbles & 7
+    if len(pool) == 1:
+        picked = pool[0][which]
+    elif len(which) == 1:
+        picked = pool[:, which[0]]
+    else:
+        picked = np.take_along_axis(pool, which, axis=1)
+    if (nibbles >= 8).any():
+        picked = np.where(nibbles >= 8, (picked.view(np.int8) >> 7).view(np.uint8), picked)
+    return np.ascontiguousarray(picked).view(np.uint32).reshape(shape)
 
 
 def shift(numpy_function: Callable[..., Values], value: Values, amount: Values) -> Values:

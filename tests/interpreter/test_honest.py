@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from triton.runtime import interpreter
 
 from tests.interpreter.honest import check_version, honest_interpreter
 from tests.interpreter.memory import InvalidAccess
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def test_triton_must_have_been_imported_for_interpretation() -> None:
         "from tests.interpreter.honest import honest_interpreter\nwith honest_interpreter(): pass"
     )
     process = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
     )
     assert "set TRITON_INTERPRET=1 in the environment before triton is imported" in process.stderr
 

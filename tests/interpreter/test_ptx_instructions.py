@@ -144,6 +144,14 @@ def test_integers_of_three(mnemonic: str, cases: list[tuple[int, int, int]]) -> 
     assert execute(f"{mnemonic} $0, $1, $2, $3", *columns) == [expected]
 
 
+@given(words, words, st.lists(words, min_size=2))
+def test_byte_permutation_of_and_by_literals(a: int, b: int, many: list[int]) -> None:
+    expected = [byte_permute(a, b, selector) for selector in many]
+    assert execute(f"prmt.b32 $0, {a}, {b}, $1", many) == [expected]
+    expected = [byte_permute(word, b, a) for word in many]
+    assert execute(f"prmt.b32 $0, $1, {b}, {a}", many) == [expected]
+
+
 @given(words, words, words, st.integers(0, 255), amounts, amounts)
 def test_not_lop3_and_bfi(a: int, b: int, c: int, table: int, position: int, length: int) -> None:
     assert execute("not.b32 $0, $1", [a]) == [[~a & MASK]]
