@@ -28,6 +28,8 @@ class Figures:
     loop or on AMD. utilization: *modelled*; None for a kernel without a tensor loop and for an
     architecture without a model. decode: instructions per eight decoded weights, by class; empty
     where nothing is decoded in the loop. traffic: of kernels without a tensor loop.
+    unguarded: instructions that the control words, as read, let run before their operands are there:
+    anything but 0 means that the words were misread.
     """
 
     resources: Resources
@@ -36,6 +38,7 @@ class Figures:
     utilization: Utilization | None
     decode: dict[str, float]
     traffic: Traffic | None
+    unguarded: int
     seconds: float
 
     @property
@@ -61,7 +64,7 @@ def figures(
     if not is_nvidia(arch):
         resources = amdgcn_resources(compiled.amdgcn, shared_bytes=shared, warps=warps)
         ctas = ctas_per_sm(resources, arch)
-        return Figures(resources, ctas, {}, None, {}, None, compiled.seconds)
+        return Figures(resources, ctas, {}, None, {}, None, 0, compiled.seconds)
     code = sass.parse(sass.disassemble(compiled.cubin))
     usage = sass.resource_usage(compiled.cubin)
     resources = sass_resources(code, usage, shared_bytes=shared, warps=warps)

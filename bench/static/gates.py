@@ -14,6 +14,7 @@ from bench.static.verdicts import (
     Verdict,
     adapter_costs,
     compiles,
+    control_words_agree,
     decode_instructions,
     fits,
     moves_the_minimum,
@@ -43,6 +44,7 @@ GATES = (
     Gate("compiles", compiles),
     Gate("fits on an SM", fits),
     Gate("zero spills", never_spills),
+    Gate("control words agree", control_words_agree),
     Gate("tensor cores", uses_tensor_cores),
     Gate(
         "fused forward, modelled utilization",

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.static.mix import instruction_class
 from bench.static.operands import reads, writes
 from bench.static.sass import BRANCHES, NO_SCOREBOARD, Instruction
+
+# These wait in one queue with the instruction that still has to read, and so cannot overtake it.
+_IN_ORDER = frozenset({"shared load", "global load", "shuffle", "spill", "constant"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ def check_scoreboards(code: Sequence[Instruction]) -> ScoreboardCheck:
             for register in [r for r, board in pending.items() if instruction.wait >> board & 1]:
                 del pending[register]
         sources, results = reads(instruction), writes(instruction)
-        if (sources | results) & written.keys() or results & being_read.keys():
+        overwritten = results & being_read.keys()
+        if instruction_class(instruction.opcode) in _IN_ORDER:
+            overwritten.clear()
+        if (sources | results) & written.keys() or overwritten:
             violations.append(instruction)
         for register in results:
             written.pop(register, None)
@@ -47,7 +54,8 @@ def check_scoreboards(code: Sequence[Instruction]) -> ScoreboardCheck:
             written |= dict.fromkeys(results, instruction.write)
             guarded += len(results)
         if instruction.read != NO_SCOREBOARD and not never:
-            late = [r for r in sources if "P" not in r]  # predicates are read at issue
+            # Predicates and uniform registers are read at issue.
+            late = [register for register in sources if register.startswith("R")]
             being_read |= dict.fromkeys(late, instruction.read)
             guarded += len(late)
         if instruction.base in BRANCHES or instruction.base in ("EXIT", "RET", "BSYNC", "BSSY"):

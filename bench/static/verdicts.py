@@ -34,6 +34,10 @@ def never_spills(_: str, rows: Sequence[Row]) -> Iterator[Verdict]:
     yield from _every(rows, _spill, "no spill, no stack")
 
 
+def control_words_agree(_: str, rows: Sequence[Row]) -> Iterator[Verdict]:
+    yield from _every(rows, _misread, "every late operand is waited for")
+
+
 def uses_tensor_cores(_: str, rows: Sequence[Row]) -> Iterator[Verdict]:
     yield from _every(rows, _without_tensor_cores, "present")
 
@@ -145,6 +149,12 @@ def _spill(row: Row) -> str | None:
         return None
     taken = row.figures.resources
     return f"{taken.spills} spill instructions, {taken.stack_bytes} bytes of stack"
+
+
+def _misread(row: Row) -> str | None:
+    if row.figures is None or not row.figures.unguarded:
+        return None
+    return f"{row.figures.unguarded} instructions run too early"
 
 
 def _without_tensor_cores(row: Row) -> str | None:

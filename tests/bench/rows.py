@@ -24,7 +24,7 @@ TAKEN = Resources(
     tensor={"HMMA": 64},
 )
 USE = Utilization(tensor=0.99, alone=0.8, ctas=2, period=1000.0, iterations=1, overhead=5000.0)
-FIGURES = Figures(TAKEN, 2, {"mma": 64}, USE, {"alu": 20.0, "float": 8.0}, None, 1.5)
+FIGURES = Figures(TAKEN, 2, {"mma": 64}, USE, {"alu": 20.0, "float": 8.0}, None, 0, 1.5)
 ROW = Row(
     arch="sm_90",
     kernel="fused_forward",

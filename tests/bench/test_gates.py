@@ -34,6 +34,7 @@ def test_rows_that_hold_every_gate() -> None:
         (changed(config="bad", taken={"stack_bytes": 8}), "zero spills"),
         (changed(config="bad", taken={"tensor": {}}), "tensor cores"),
         (changed(config="bad", figures={"ctas": 0}), "fits on an SM"),
+        (changed(config="bad", figures={"unguarded": 1}), "control words agree"),
     ],
 )
 def test_one_bad_launch_fails_what_every_launch_has_to_hold(bad: Row, gate: str) -> None:
