@@ -63,28 +63,35 @@ def check_overflow(left: Any, right: Any, operation: Callable) -> None:
     dtype = left.type.scalar
     if dtype.int_bitwidth >= 64 or not dtype.is_int_signed():
         return
-    exact = getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply"}[operation.__name__])
-    a, b = _distinct(left.handle.data), _distinct(right.handle.data)
-    corners = exact.outer(_extremes(a), _extremes(b))
-    limits = np.iinfo(left.handle.data.dtype)
-    if limits.min <= corners.min() and corners.max() <= limits.max:
+    name = operation.__name__
+    lowest, highest = _bounds(name, _extremes(left.handle.data), _extremes(right.handle.data))
+    limits = dtype.get_int_min_value(), dtype.get_int_max_value()
+    if limits[0] <= lowest and highest <= limits[1]:
         return
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
     values = exact(left.handle.data, right.handle.data, dtype=np.int64)
-    wrong = (values < limits.min) | (values > limits.max)
+    wrong = (values < limits[0]) | (values > limits[1])
     if wrong.any():
         raise IntegerOverflow(
-            f"{dtype} overflow: {operation.__name__} gives {values[wrong][0]}; cast an operand to "
-            "tl.int64 first"
+            f"{dtype} overflow: {name} gives {values[wrong][0]}; cast an operand to tl.int64 first"
         )
 
 
-def _distinct(values: np.ndarray) -> np.ndarray:
-    """Without the repetitions that broadcasting made."""
-    return values[tuple(slice(None) if stride else 0 for stride in values.strides)]
+def _extremes(values: np.ndarray) -> tuple[int, int]:
+    # One along an axis that broadcasting repeated.
+    distinct = values[tuple(slice(None) if stride else 0 for stride in values.strides)]
+    lowest = int(distinct.min())
+    return lowest, lowest if distinct.size == 1 else int(distinct.max())
 
 
-def _extremes(values: np.ndarray) -> np.ndarray:
-    return np.array([values.min(), values.max()], np.int64)
+def _bounds(name: str, a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """Between which integers all results of an operation on two ranges lie."""
+    if name == "add":
+        return a[0] + b[0], a[1] + b[1]
+    if name == "sub":
+        return a[0] - b[1], a[1] - b[0]
+    corners = [x * y for x in a for y in b]
+    return min(corners), max(corners)
 
 
 class _Arguments:

@@ -27,6 +27,7 @@ class _Shape(NamedTuple):
     constexpr_numel: tl.constexpr
 
 
+_SCALAR = _Shape(tl.core.tuple([]), "()", tl.core.tuple([]), 1, tl.constexpr(1))
 _shapes: dict[tuple[int, ...], _Shape] = {}
 _numpy_dtypes: dict[str, np.dtype] = {}
 _UPSTREAM_BLOCK_INIT = tl.block_type.__init__
@@ -54,11 +55,12 @@ def _block_init(self: Any, element_ty: Any, shape: Any) -> None:
 
 
 def _tensor_init(self: Any, handle: Any, type: Any) -> None:
-    known = getattr(type, "known_shape", None)
-    if known is None:
+    if not type.is_block():
+        known = _SCALAR
+    elif (known := getattr(type, "known_shape", None)) is None:  # made outside of this context
         _UPSTREAM_TENSOR_INIT(self, handle, type)
         return
-    self.handle, self.type, self.dtype = handle, type, type.element_ty
+    self.handle, self.type, self.dtype = handle, type, type.scalar
     self.shape, self.numel = known.constexprs, known.constexpr_numel
 
 
