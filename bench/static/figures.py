@@ -13,6 +13,7 @@ from bench.static.memory import Traffic, traffic
 from bench.static.mix import mix
 from bench.static.occupancy import ctas_per_sm
 from bench.static.resources import Resources, sass_resources
+from bench.static.scoreboards import check_scoreboards
 from bench.static.sm_step import LANES
 from bench.static.targets import is_nvidia
 from bench.static.utilization import Utilization, tensor_utilization, tensor_weight
@@ -28,8 +29,8 @@ class Figures:
     loop or on AMD. utilization: *modelled*; None for a kernel without a tensor loop and for an
     architecture without a model. decode: instructions per eight decoded weights, by class; empty
     where nothing is decoded in the loop. traffic: of kernels without a tensor loop.
-    unguarded: instructions that the control words, as read, let run before their operands are there:
-    anything but 0 means that the words were misread.
+    unguarded: instructions that the control words, as read, let run before their operands are
+    there; other than 0 means that the words were misread.
     """
 
     resources: Resources
@@ -81,6 +82,6 @@ def figures(
             weights = macs_per_iteration // launch.constexprs["BM"] * utilization.iterations
             words_per_thread = weights / CODES_PER_WORD / (LANES * warps)
             decode = {k: n / words_per_thread for k, n in decode_mix(route.loop).items()}
-    return Figures(
-        resources, ctas, dict(mix(route.loop)), utilization, decode, moved, compiled.seconds
-    )
+    loop = dict(mix(route.loop))
+    unguarded = len(check_scoreboards(code).violations)
+    return Figures(resources, ctas, loop, utilization, decode, moved, unguarded, compiled.seconds)
