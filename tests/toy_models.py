@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from bench import stock
 
-__all__ = ["ARCHITECTURES", "gradients", "tokens", "toy", "with_bitsandbytes"]
-
 VOCABULARY = 128
 
 _SMALL: dict[str, Any] = {
@@ -75,7 +73,3 @@ def with_bitsandbytes(model: Any, bits: int) -> Any:
 
 def tokens(batch: int = 2, length: int = 16) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, length))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
