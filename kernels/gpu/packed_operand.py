@@ -56,7 +56,7 @@ def packed_operand(
     return codes.reshape(-1).view(torch.int32), arguments, constexprs
 
 
-NO_PACKED_ARGUMENTS = dict.fromkeys(
+NO_PACKED_ARGUMENTS: dict[str, Any] = dict.fromkeys(
     (
         *("absmax", "nested_codebook", "nested_absmax", "nested_offset", "tables"),
         *("row_words", "row_blocks"),

@@ -1,0 +1,237 @@
+"""Every launch the configs give, for compiling them ahead of time: real arguments, no memory.
+
+Launches are recorded over meta tensors of a typical layer, through the same code that runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
+from qlora_compile.kernels.gpu.configs import DEQUANTIZE_DECODER, GemmConfig
+from qlora_compile.kernels.gpu.gemm_launch import AdapterStart, gemm
+from qlora_compile.kernels.gpu.launch import Launch, recording
+from qlora_compile.kernels.gpu.products import (
+    adapter_gradient,
+    decoded_absmax,
+    dequantize,
+    keep_bits,
+    low_rank,
+)
+from qlora_compile.kernels.registry import format_named
+from qlora_compile.kernels.variants.base import LinearSpec
+from qlora_compile.kernels.variants.fused import Fused, Skinny
+from qlora_compile.kernels.variants.tail import Tail
+from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.problem import Direction, Problem
+
+ROWS, WIDTH, BLOCK_SIZE = 4096, 4096, 64
+_FEW_ROWS = 16
+
+
+@dataclass(frozen=True)
+class ShippedLaunch:
+    """kernel: such as "fused_forward". config: its label and what is unusual about the launch.
+    macs_per_iteration: of the main loop, None without one."""
+
+    kernel: str
+    format: str
+    dtype: torch.dtype
+    decoder: str
+    rank: int
+    double_quantized: bool
+    config: str
+    launch: Launch
+    macs_per_iteration: int | None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One specialisation of the GEMM kernels."""
+
+    format: str = "nf4"
+    dtype: torch.dtype = torch.bfloat16
+    rank: int = 16
+    double_quantized: bool = False
+    lora_dtype: torch.dtype = torch.float32
+    bias: bool = False
+    dropout: bool = False
+    note: str = ""
+
+    def problem(self, direction: Direction, rows: int) -> Problem:
+        return Problem(
+            direction=direction,
+            m=rows,
+            n=WIDTH,
+            k=WIDTH,
+            rank=self.rank,
+            format=self.format,
+            block_size=BLOCK_SIZE,
+            double_quantized=self.double_quantized,
+            x_dtype=self.dtype,
+            compute_dtype=self.dtype,
+            lora_dtype=self.lora_dtype,
+            bias=self.bias,
+            dropout=self.dropout,
+            device="meta",
+        )
+
+    @property
+    def spec(self) -> LinearSpec:
+        return LinearSpec(
+            format=None if self.format in (UNQUANTIZED, "dense") else format_named(self.format),
+            n=WIDTH,
+            k=WIDTH,
+            block_size=BLOCK_SIZE,
+            scaling=2.0,
+            dropout=0.1 if self.dropout else 0.0,
+            stream=0,
+            compute_dtype=self.dtype,
+            lora_dtype=self.lora_dtype,
+            out_dtype=self.dtype,
+        )
+
+
+_CASES = (
+    _Case(),
+    _Case(rank=0),
+    _Case(rank=64),
+    _Case(double_quantized=True),
+    _Case(dtype=torch.float16),
+    _Case(format="fp4"),
+    _Case(format="int8"),
+    _Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
+    _Case(bias=True, note="bias"),
+    _Case(rank=100, double_quantized=True, dropout=True, note="dropout"),
+    _Case(dropout=True, note="dropout"),
+)
+
+
+def shipped_launches(target: str) -> Iterator[ShippedLaunch]:
+    """For one of Triton's targets, "sm_90" or "gfx942". Needs Triton to compile, not interpret."""
+    for variant in (Fused(), Skinny(), Tail()):
+        for case in _CASES:
+            for direction in ("forward", "backward"):
+                yield from _products(variant, target, direction, case)
+    yield from _dequantisations(target)
+    yield from _thin_products()
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _planes(case: _Case) -> list[Tensor]:
+    spec = case.spec
+    assert spec.format is not None
+    blocks = WIDTH * WIDTH // BLOCK_SIZE
+    codes = _meta(WIDTH * WIDTH * spec.format.bits // 8, dtype=torch.uint8)
+    if not case.double_quantized:
+        return [codes, _meta(blocks, dtype=torch.float32)]
+    nested = [_meta(*s, dtype=torch.float32) for s in ((256,), (blocks // 256,), ())]
+    return [codes, _meta(blocks, dtype=torch.uint8), *nested]
+
+
+def _products(
+    variant: GemmVariant, target: str, direction: Direction, case: _Case
+) -> Iterator[ShippedLaunch]:
+    rows = _FEW_ROWS if variant.name == "skinny" else ROWS
+    backward = direction == "backward"
+    if variant.name == "tail":
+        # What it multiplies with is dense, however it was stored.
+        if case.double_quantized or case.format != "nf4":
+            return
+        case = replace(case, format=UNQUANTIZED)
+    dtype, spec = case.dtype, case.spec
+    planes = [_meta(WIDTH, WIDTH, dtype=dtype)] if spec.format is None else _planes(case)
+    adapter = None
+    if case.rank:
+        low = _meta(rows, case.rank, dtype=torch.float32)
+        up = _meta(WIDTH, case.rank, dtype=case.lora_dtype)
+        if backward:
+            up = _meta(case.rank, WIDTH, dtype=case.lora_dtype).t()
+        masked = backward and case.dropout
+        bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
+        adapter = AdapterStart(low, up, case.lora_dtype, bits)
+    x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
+    bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
+    for config in variant.configs_on(target, case.problem(direction, rows)):
+        assert isinstance(config, GemmConfig)
+        with recording() as launches:
+            gemm(x, planes, spec, config, out, backward=backward, bias=bias, adapter=adapter)
+        name = f"{variant.name}_{direction}" if variant.name != "skinny" else "skinny"
+        note = f"{direction} {case.note}" if variant.name == "skinny" else case.note
+        yield ShippedLaunch(
+            kernel=name,
+            format="dense" if spec.format is None else case.format,
+            dtype=dtype,
+            decoder=config.decoder or "-",
+            rank=case.rank,
+            double_quantized=case.double_quantized,
+            config=", ".join(filter(None, (config.label, note.strip()))),
+            launch=launches[-1],
+            macs_per_iteration=config.block_m * config.block_c * config.block_r,
+        )
+
+
+def _streaming(
+    kernel: str, case: _Case, decoder: str, config: str, launch: Launch
+) -> ShippedLaunch:
+    return ShippedLaunch(
+        kernel=kernel,
+        format=case.format,
+        dtype=case.dtype,
+        decoder=decoder,
+        rank=case.rank,
+        double_quantized=case.double_quantized,
+        config=config,
+        launch=launch,
+        macs_per_iteration=None,
+    )
+
+
+def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
+    for quant_format in FORMATS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for double in {False, quant_format.has_double_quantize}:
+                for rank in (0, 16):
+                    case = _Case(quant_format.name, dtype, rank, double)
+                    fast = target.startswith("sm_") and dtype != torch.float32
+                    decoder = DEQUANTIZE_DECODER if fast else "plain"
+                    up = _meta(WIDTH, rank, dtype=dtype) if rank else None
+                    with recording() as launches:
+                        dequantize(_planes(case), case.spec, dtype, decoder, up)
+                    kernel = "dequantize_augmented" if rank else "dequantize"
+                    yield _streaming(kernel, case, decoder, "-", launches[-1])
+    double = _Case(double_quantized=True, rank=0, dtype=torch.float32)
+    with recording() as launches:
+        decoded_absmax(_planes(double))
+    yield _streaming("absmax", double, "-", "-", launches[-1])
+
+
+def _thin_products() -> Iterator[ShippedLaunch]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for lora_dtype in (torch.float32, dtype):
+            for rank in (16, 64):
+                for dropout in (False, True):
+                    case = _Case("dense", dtype, rank, lora_dtype=lora_dtype, dropout=dropout)
+                    x = _meta(ROWS, WIDTH, dtype=dtype)
+                    bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
+                    factor = _meta(rank, WIDTH, dtype=torch.float32)
+                    low = _meta(ROWS, rank, dtype=torch.float32)
+                    gradient = _meta(WIDTH, rank, dtype=torch.float32)
+                    with recording() as launches:
+                        low_rank(x, factor, lora_dtype, 2.0, bits)
+                        adapter_gradient(x, low, lora_dtype, gradient, bits)
+                    note = f"adapter {lora_dtype}".replace("torch.", "")
+                    note += ", dropout" if dropout else ""
+                    yield _streaming("low_rank", case, "-", note, launches[0])
+                    yield _streaming("adapter_gradient", case, "-", note, launches[1])
+    case = _Case("dense", rank=0, dropout=True)
+    with recording() as launches:
+        keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)
+    yield _streaming("keep_bits", case, "-", "-", launches[0])
