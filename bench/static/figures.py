@@ -28,7 +28,7 @@ class Figures:
     ctas: that fit on an SM. loop: the main loop's instructions by class, empty where there is no
     loop or on AMD. utilization: *modelled*; None for a kernel without a tensor loop and for an
     architecture without a model. decode: instructions per eight decoded weights, by class; empty
-    where nothing is decoded in the loop. traffic: of kernels without a tensor loop.
+    where nothing is decoded in the loop. traffic: of kernels that stream.
     unguarded: instructions that the control words, as read, let run before their operands are
     there; other than 0 means that the words were misread.
     """
@@ -52,13 +52,19 @@ class Figures:
 
 
 def figures(
-    launch: Launch, arch: str, macs_per_iteration: int | None, *, decodes: bool = False
+    launch: Launch,
+    arch: str,
+    macs_per_iteration: int | None,
+    *,
+    decodes: bool = False,
+    streams: bool = False,
 ) -> Figures:
     """Compiles `launch` for `arch` and reads the binary.
 
     macs_per_iteration: BM·BN·BK of a kernel with a tensor loop, else None. decodes: codes become
-    weights in that loop, BM being its constexpr of that name. Raises LoopError where the loop
-    found does not fit the tile.
+    weights in that loop, BM being its constexpr of that name. streams: every program does the
+    same, without a loop, so that bytes can be counted. Raises LoopError where the loop found does
+    not fit the tile.
     """
     compiled = compile_launch(launch, arch)
     shared, warps = compiled.shared_bytes, compiled.warps
@@ -72,9 +78,9 @@ def figures(
     ctas = ctas_per_sm(resources, arch)
     route = path(code, tensor_weight)
     utilization, decode, moved = None, {}, None
-    if macs_per_iteration is None:
+    if streams:
         moved = traffic(route, launch, arch, warps=warps, ctas=ctas)
-    else:
+    if macs_per_iteration is not None:
         utilization = tensor_utilization(
             route, arch, warps=warps, ctas=ctas, macs_per_iteration=macs_per_iteration
         )

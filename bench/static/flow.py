@@ -1,7 +1,8 @@
 """Control flow of SASS: natural loops, and the path that a warp takes when nothing is special.
 
-The path follows a conditional branch only where it closes the main loop; every other one is a
-slow path (waiting again for a barrier, a ragged tile, a division's exact tail) and falls through.
+The path follows a conditional branch where it closes the main loop, or where only its target leads
+over tensor-core work (an adapter's product that was placed out of line); every other one is a slow
+path (waiting again for a barrier, a ragged tile, a division's exact tail) and falls through.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bench.static.mix import TENSOR, instruction_class
 from bench.static.sass import Instruction
 
 ENDS = frozenset({"EXIT", "RET"})
@@ -85,14 +87,24 @@ def path(
     if best is None:
         return Path(tuple(code[i] for i in _walk(successors, 0, everything)), (), ())
     _, body, inside = best
-    before = _walk(successors, 0, _reaching(inside[0], successors) - body)
+    multiplying = frozenset(
+        index for index, i in enumerate(code) if instruction_class(i.opcode) in TENSOR
+    )
+    leading = _reachable(inside[0], _predecessors(successors), everything)
+    before = _walk(successors, 0, leading - body, multiplying)
     leaving = [n for i in reversed(inside) for n in successors[i] if n not in body]
     after = _walk(successors, leaving[0], everything - body) if leaving else []
     return Path(*(tuple(code[i] for i in steps) for steps in (before, inside, after)))
 
 
-def _walk(successors: list[tuple[int, ...]], start: int, allowed: frozenset[int]) -> list[int]:
-    """From `start` by falling through; a branch is taken where only its target is `allowed`.
+def _walk(
+    successors: list[tuple[int, ...]],
+    start: int,
+    allowed: frozenset[int],
+    sought: frozenset[int] = frozenset(),
+) -> list[int]:
+    """From `start` by falling through; a branch is taken where only its target is `allowed`, or
+    where only it leads over some of what is `sought`.
 
     Ends where nothing allowed and new follows.
     """
@@ -102,17 +114,22 @@ def _walk(successors: list[tuple[int, ...]], start: int, allowed: frozenset[int]
     while following is not None:
         steps.append(following)
         seen.add(following)
-        following = next((n for n in successors[following] if n in allowed and n not in seen), None)
+        choices = [n for n in successors[following] if n in allowed and n not in seen]
+        if len(choices) > 1 and sought:
+            found = [sought & _reachable(n, successors, allowed - seen) for n in choices]
+            choices = [n for n, f in zip(choices, found, strict=True) if f - found[0]] or choices
+        following = next(iter(choices), None)
     return steps
 
 
-def _reaching(goal: int, successors: list[tuple[int, ...]]) -> frozenset[int]:
-    """All indices from which `goal` can be reached, itself included."""
-    predecessors = _predecessors(successors)
-    reached = {goal}
-    waiting = [goal]
+def _reachable(
+    start: int, edges: Sequence[Sequence[int]], allowed: frozenset[int] | set[int]
+) -> frozenset[int]:
+    """All indices among `allowed` that `edges` lead to from `start`, itself included."""
+    reached = {start}
+    waiting = [start]
     while waiting:
-        new = [p for p in predecessors[waiting.pop()] if p not in reached]
+        new = [n for n in edges[waiting.pop()] if n in allowed and n not in reached]
         reached.update(new)
         waiting += new
     return frozenset(reached)

@@ -24,7 +24,7 @@ def probe(
     launch: Launch, arch: str, macs: int | None = None, *, decodes: bool = True, label: str = ""
 ) -> Figures:
     """Prints the figures of `launch` and returns them. macs: BM·BN·BK; None: no tensor loop."""
-    found = figures(launch, arch, macs, decodes=decodes)
+    found = figures(launch, arch, macs, decodes=decodes, streams=macs is None)
     print(f"{arch} {label} {describe(found, arch)}", flush=True)
     return found
 

@@ -13,10 +13,10 @@ from bench.static.gates import Result
 from bench.static.selection import (
     REDUCTION,
     SMALLEST_M_TILE,
-    at_rank,
     best,
-    kernel_cycles,
+    fastest,
     l2_need,
+    output_cycles,
 )
 from bench.static.shipped import Row
 from bench.static.sm_table import CARDS, CTA_STAGGER, MULTIPROCESSORS
@@ -37,8 +37,8 @@ their halved bfloat16 rate. tcgen05, the tensor core of sm_100, and AMD's units 
 - *decode*: instructions per 8 decoded weights in the main loop. Everything that depends on loaded
   codes or scales, up to the tensor cores or shared memory, and what prepares constants for it;
   not the loads, not addresses, not synchronisation.
-- *time*: modelled cycles of a CTA from its first instruction to its last, at K = {REDUCTION},
-  divided by the CTAs that share the SM.
+- *time*: modelled cycles of an SM for 128 x 128 elements of the output at K = {REDUCTION}, from a
+  CTA's first instruction to its last, of the fastest launch at each rank.
 - *L2 need*: what the card's second-level cache would have to deliver for the modelled pace, its
   bandwidth not being part of the model: above what it has, the kernel is slower than modelled.
 - *moved*: bytes of all 128-bit accesses and of all stores, plus each remaining byte once, over the
@@ -137,8 +137,11 @@ def _summary_line(rows: Sequence[Row], chosen: Row) -> tuple[str, ...]:
     figures = chosen.figures
     assert figures is not None
     assert figures.utilization is not None
-    times = [at_rank(rows, chosen, rank) for rank in (0, 16, 64)]
-    cycles = [kernel_cycles(row) if row else None for row in times]
+    times = [
+        fastest(rows, chosen.kernel, rank, double_quantized=chosen.double_quantized)
+        for rank in (0, 16, 64)
+    ]
+    cycles = [output_cycles(row) * 128 * 128 if row else None for row in times]
     without = cycles[0]
     return (
         chosen.arch,

@@ -15,8 +15,8 @@ STORED_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0625}
 
 
 def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None) -> Row | None:
-    """The launch of `kernel` with an adapter, in bfloat16, that uses the tensor cores most: NF4
-    where it decodes, BM at least SMALLEST_M_TILE; None if there is none.
+    """The usual launch of `kernel` with an adapter, in bfloat16, that uses the tensor cores most:
+    NF4 where it decodes, BM at least SMALLEST_M_TILE; None if there is none.
 
     rows: of one architecture. double_quantized: None for either.
     """
@@ -24,20 +24,18 @@ def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = No
     return max(found, key=_utilization, default=None)
 
 
-def at_rank(rows: Sequence[Row], like: Row, rank: int) -> Row | None:
-    """The launch that differs from `like` in its rank alone."""
-    for row in rows:
-        if (
-            row.rank == rank
-            and _comparable(row, like.kernel, like.double_quantized)
-            and (row.config, row.decoder) == (like.config, like.decoder)
-        ):
-            return row
-    return None
+def fastest(
+    rows: Sequence[Row], kernel: str, rank: int, *, double_quantized: bool = False
+) -> Row | None:
+    """The usual launch of `kernel` at `rank` with the least modelled time per output element;
+    None if there is none. rows: of one architecture."""
+    found = [row for row in rows if _comparable(row, kernel, double_quantized) and row.rank == rank]
+    return min(found, key=output_cycles, default=None)
 
 
-def kernel_cycles(row: Row) -> float:
-    """Modelled cycles per CTA: its start, REDUCTION / BR iterations, its end.
+def output_cycles(row: Row) -> float:
+    """Modelled cycles of an SM per element of the output: a CTA's start, REDUCTION / BR iterations
+    and its end, over the CTAs side by side and over BM·BC.
 
     row: with a tile and a modelled utilization.
     """
@@ -45,7 +43,8 @@ def kernel_cycles(row: Row) -> float:
     assert row.tile is not None
     use = row.figures.utilization
     assert use is not None
-    return use.cycles(-(-REDUCTION // row.tile[2])) / use.ctas
+    bm, bc, br = row.tile
+    return use.cycles(-(-REDUCTION // br)) / use.ctas / (bm * bc)
 
 
 def l2_need(row: Row, card: Card) -> float:
@@ -70,6 +69,7 @@ def _comparable(row: Row, kernel: str, double_quantized: bool | None) -> bool:
         row.kernel == kernel
         and row.dtype == "bfloat16"
         and row.format in ("", "dense", "nf4")
+        and not row.note
         and row.tile is not None
         and row.tile[0] >= SMALLEST_M_TILE
         and row.figures is not None

@@ -15,7 +15,9 @@ from bench.static.figures import Figures, figures
 
 
 class ShippedLaunch(Protocol):
-    """What is read of `qlora_compile.kernels.gpu.shipped.ShippedLaunch`."""
+    """What is read of `qlora_compile.kernels.gpu.shipped.ShippedLaunch`.
+
+    config: the label and, after a comma, what is unusual about the launch."""
 
     @property
     def kernel(self) -> str: ...
@@ -39,8 +41,9 @@ class ShippedLaunch(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One shipped launch on one architecture. dtype: such as "bfloat16". tile: (BM, BC, BR) of
-    the main loop, None without one. error: why there are no figures, else None."""
+    """One shipped launch on one architecture. dtype: such as "bfloat16". config: its label. note:
+    what is unusual about the launch, "" for the usual one. tile: (BM, BC, BR) of the main loop,
+    None without one. error: why there are no figures, else None."""
 
     arch: str
     kernel: str
@@ -50,6 +53,7 @@ class Row:
     rank: int
     double_quantized: bool
     config: str
+    note: str
     tile: tuple[int, int, int] | None
     figures: Figures | None
     error: str | None = None
@@ -57,8 +61,24 @@ class Row:
     @property
     def name(self) -> str:
         """What tells this launch from the others on its architecture."""
-        parts = [self.kernel, self.format, self.dtype, self.decoder, self.config, f"r{self.rank}"]
-        return " ".join([p for p in parts if p] + ["double"] * self.double_quantized)
+        decoder = "" if self.config.startswith(self.decoder) else self.decoder
+        absmax = "double" if self.double_quantized else ""
+        rank = f"r={self.rank}"
+        parts = (
+            self.kernel,
+            self.format,
+            self.dtype,
+            decoder,
+            self.config,
+            rank,
+            absmax,
+            self.note,
+        )
+        return " ".join(filter(None, parts))
+
+
+STREAMS = ("dequantize",)
+"""The kernels whose bytes are counted: every program of theirs does the same."""
 
 
 @cache
@@ -72,27 +92,39 @@ def launches(arch: str) -> tuple[ShippedLaunch, ...]:
 def measure(arch: str, index: int) -> Row:
     """Compiles and reads the launch number `index` of `arch`. Raises what `figures` raises."""
     shipped = launches(arch)[index]
-    decodes = bool(shipped.decoder) and shipped.macs_per_iteration is not None
-    found = figures(shipped.launch, arch, shipped.macs_per_iteration, decodes=decodes)
+    found = figures(
+        shipped.launch,
+        arch,
+        shipped.macs_per_iteration,
+        decodes=bool(_given(shipped.decoder)),
+        streams=shipped.kernel in STREAMS,
+    )
     return row(arch, shipped, found)
 
 
 def row(arch: str, shipped: ShippedLaunch, found: Figures | None, error: str | None = None) -> Row:
+    config, _, note = shipped.config.partition(", ")
     sizes = shipped.launch.constexprs
     tiled = shipped.macs_per_iteration is not None and all(n in sizes for n in ("BM", "BC", "BR"))
     return Row(
         arch=arch,
         kernel=shipped.kernel,
-        format=shipped.format or "",
+        format=_given(shipped.format),
         dtype=str(shipped.dtype).removeprefix("torch."),
-        decoder=shipped.decoder or "",
+        decoder=_given(shipped.decoder),
         rank=shipped.rank,
         double_quantized=shipped.double_quantized,
-        config=shipped.config,
+        config=_given(config),
+        note=note,
         tile=(sizes["BM"], sizes["BC"], sizes["BR"]) if tiled else None,
         figures=found,
         error=error,
     )
+
+
+def _given(name: str | None) -> str:
+    """The package writes "-" where there is nothing to name."""
+    return "" if name in (None, "-") else name
 
 
 def measure_all(

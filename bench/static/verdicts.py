@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.static.selection import at_rank, best, kernel_cycles
+from bench.static.selection import best, fastest, output_cycles
 from bench.static.shipped import Row
 from bench.static.targets import is_nvidia
 
@@ -71,18 +71,21 @@ def utilization_near(kernel: str, reference: str, margin: float) -> Judge:
 
 
 def adapter_costs(kernel: str, rank: int, most: float) -> Judge:
-    """*Modelled* time of the whole kernel with an adapter of `rank`, over that without."""
+    """*Modelled* time of the whole kernel with an adapter of `rank`, over that without: the fastest
+    launch of each, singly and doubly quantised apart."""
 
     def judge(_: str, rows: Sequence[Row]) -> Iterator[Verdict]:
         limit = f"≤ {most:+.1%}"
-        chosen = best(rows, kernel)
-        with_adapter = chosen and at_rank(rows, chosen, rank)
-        without = chosen and at_rank(rows, chosen, 0)
-        if with_adapter is None or without is None:
+        judged = False
+        for double in (False, True):
+            with_adapter = fastest(rows, kernel, rank, double_quantized=double)
+            without = fastest(rows, kernel, 0, double_quantized=double)
+            if with_adapter and without:
+                judged = True
+                cost = output_cycles(with_adapter) / output_cycles(without) - 1
+                yield Verdict(cost <= most, f"{cost:+.1%}", limit, with_adapter.name)
+        if not judged:
             yield Verdict(False, f"not shipped at rank {rank} and rank 0", limit, "")
-            return
-        cost = kernel_cycles(with_adapter) / kernel_cycles(without) - 1
-        yield Verdict(cost <= most, f"{cost:+.1%}", limit, with_adapter.name)
 
     return judge
 

@@ -59,7 +59,10 @@ def main() -> None:
         found.append(record)
     for kernel in (toys.widen, toys.widen_badly):
         record = {"arch": "sm_80", "kernel": kernel.__name__}
-        found.append(record | dataclasses.asdict(figures(toys.widen_launch(kernel), "sm_80", None)))
+        found.append(
+            record
+            | dataclasses.asdict(figures(toys.widen_launch(kernel), "sm_80", None, streams=True))
+        )
     crowded = compile_launch(toys.crowded_launch(), "sm_80")
     code = sass.parse(sass.disassemble(crowded.cubin))
     usage = sass.resource_usage(crowded.cubin)

@@ -34,6 +34,7 @@ ROW = Row(
     rank=16,
     double_quantized=False,
     config="128x128x64",
+    note="",
     tile=(128, 128, 64),
     figures=FIGURES,
 )

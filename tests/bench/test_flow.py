@@ -83,3 +83,22 @@ def test_of_nested_loops_the_inner_one() -> None:
     )
     assert [header for header, _ in natural_loops(code)] == [1, 2]
     assert innermost_loops(code) == [(2, frozenset({2, 3}))]
+
+
+def test_a_branch_is_taken_where_only_its_target_multiplies() -> None:
+    code = program(
+        "MOV R0, RZ",
+        "@P0 BRA 0x80",
+        "MOV R1, RZ",
+        "FADD R1, R1, R2",  # 0x30, the loop's header
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "@P1 BRA 0x30",
+        "STG [R2], R0",
+        "EXIT",
+        "HMMA.16816.F32.BF16 R16, R8, R12, R16",  # 0x80, the adapter's product out of line
+        "BRA 0x30",
+    )
+    route = path(code, tensor_weight)
+    assert opcodes(route.before) == ["MOV", "BRA", "HMMA", "BRA"]
+    assert opcodes(route.loop) == ["FADD", "HMMA", "BRA"]
+    assert opcodes(route.after) == ["STG", "EXIT"]

@@ -10,7 +10,7 @@ import pytest
 from bench.static.gates import GATES, Result, evaluate
 from bench.static.memory import Bound, Traffic
 from bench.static.report import as_json, markdown
-from bench.static.selection import at_rank, best, kernel_cycles, l2_need
+from bench.static.selection import best, fastest, l2_need, output_cycles
 from bench.static.shipped import Row
 from bench.static.sm_table import Card
 from tests.bench.rows import ROW, STREAM, Changes, changed, full
@@ -102,6 +102,16 @@ def test_the_adapter_costs_at_most_a_twentieth() -> None:
         assert ("adapter of rank 64, tail_forward, modelled time" in names) == bad
 
 
+def test_a_doubly_quantised_weight_has_a_cost_of_its_own() -> None:
+    double = [
+        changed(kernel="fused_forward", double_quantized=True, rank=rank, use={"period": period})
+        for rank, period in ((0, 1000.0), (16, 1100.0))
+    ]
+    (result,) = failed([*full(), *double])
+    assert result.gate == "adapter of rank 16, fused_forward, modelled time"
+    assert "double" in result.verdict.launch
+
+
 @pytest.mark.parametrize(
     ("stream", "text"),
     [
@@ -139,6 +149,7 @@ def test_the_best_launch() -> None:
         changed(use={"tensor": 0.95}, config="without adapter", rank=0),
         changed(use={"tensor": 0.99}, config="small", tile=(64, 128, 64)),
         changed(use={"tensor": 0.99}, config="half", dtype="float16"),
+        changed(use={"tensor": 0.99}, config="fast", note="bias"),
         changed(use={"tensor": 0.8}, config="double", double_quantized=True),
     ]
     chosen = best(rows, "fused_forward")
@@ -148,12 +159,21 @@ def test_the_best_launch() -> None:
     assert double is not None
     assert double.config == "double"
     assert best(rows, "tail_forward") is None
-    assert at_rank(rows, chosen, 64) is None
-    assert at_rank([*rows, changed(chosen, rank=64)], chosen, 64) is not None
 
 
 def test_modelled_time_of_a_whole_kernel() -> None:
-    assert kernel_cycles(ROW) == (5000 + 4096 / 64 * 1000) / 2
+    assert output_cycles(ROW) == (5000 + 4096 / 64 * 1000) / 2 / (128 * 128)
+
+
+def test_the_fastest_launch_of_a_rank() -> None:
+    wide = changed(config="wide", tile=(128, 256, 64), use={"period": 1500.0})
+    slow = changed(config="slow", use={"overhead": 90000.0})
+    rows = [slow, wide, ROW, changed(use={"period": 1.0}, rank=0)]
+    chosen = fastest(rows, "fused_forward", 16)
+    assert chosen is not None
+    assert chosen.config == "wide"  # more cycles, but for twice the output
+    assert fastest(rows, "fused_forward", 64) is None
+    assert fastest(rows, "fused_forward", 16, double_quantized=True) is None
 
 
 def test_second_level_cache_traffic() -> None:
