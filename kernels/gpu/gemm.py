@@ -54,25 +54,24 @@ def gemm_kernel(
     x, x_stride,
     weight, weight_stride, absmax, nested_codebook, nested_absmax, nested_offset, tables,
     row_words, row_blocks,
-    bias, low, up, up_stride_c, up_stride_r, bits,
+    bias, low, low_scale, up, up_scale, bits,
     out, out_stride, out_stride_split,
-    M, N, K, rank,
+    M, N, K, width,
     DECODE: tl.constexpr, PREPARE: tl.constexpr, PROGRAM: tl.constexpr, PER_WORD: tl.constexpr,
     BLOCK_SHIFT: tl.constexpr, GROUP: tl.constexpr, DIVISOR: tl.constexpr,
-    DTYPE: tl.constexpr, LORA: tl.constexpr, BACKWARD: tl.constexpr,
+    DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-    BRANK: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
+    BWIDTH: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, DESCRIPTOR: tl.constexpr, PREFETCH: tl.constexpr,
     AHEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
 ):
-    # fmt: on
     """Forward: out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward: out [M, K] = x [M, N] W +
-    mask ⊙ low upᵀ.
+    mask ⊙ low upᵀ, the scales in low and up.
 
-    weight: int32 words of the packed codes, or W itself where DECODE is None. low: float32
-    [M, rank], the scaling in it; up: [C, rank] with strides, C the output's columns. x: a tensor
-    with row stride, or with DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each
-    of SPLITS programs sums a part of the reduction into its own float32 plane of out.
+    weight: int32 words of the packed codes, or W itself where DECODE is None. low … up_scale: as
+    `adapter_start` takes them, C the output's columns. x: a tensor with row stride, or with
+    DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each of SPLITS programs sums a
+    part of the reduction into its own float32 plane of out.
 
     The decoded tile is carried: tile k + 1 is decoded after the product with tile k was issued, so
     that the two overlap; with PREFETCH its words were loaded one iteration earlier still.
@@ -105,45 +104,15 @@ def gemm_kernel(
         if DECODE is None:
             # A branch around it would serialise them all.
             acc = adapter_start(
-                low,
-                up,
-                up_stride_c,
-                up_stride_r,
-                bits,
-                m0,
-                c0,
-                M,
-                columns,
-                rank,
-                BM,
-                BC,
-                BRANK,
-                CHUNKS,
-                LORA,
-                WEIGHT_LEFT,
-                EVEN_C,
+                low, low_scale, up, up_scale, bits, m0, c0, M, columns, width,
+                BM, BC, BWIDTH, CHUNKS, WEIGHT_LEFT, EVEN_C,
             )
         else:
             # Without one, ptxas schedules the loop's decoding where no product overlaps with it.
             if split == 0:
                 acc = adapter_start(
-                    low,
-                    up,
-                    up_stride_c,
-                    up_stride_r,
-                    bits,
-                    m0,
-                    c0,
-                    M,
-                    columns,
-                    rank,
-                    BM,
-                    BC,
-                    BRANK,
-                    CHUNKS,
-                    LORA,
-                    WEIGHT_LEFT,
-                    EVEN_C,
+                    low, low_scale, up, up_scale, bits, m0, c0, M, columns, width,
+                    BM, BC, BWIDTH, CHUNKS, WEIGHT_LEFT, EVEN_C,
                 )
 
     steps = tl.cdiv(reduction, BR)
@@ -170,19 +139,8 @@ def gemm_kernel(
         n0, k0 = _place(c0, at, BC, BR, BACKWARD)
         words = load_words(weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K)
         values, nested = load_absmax(
-            absmax,
-            nested_absmax,
-            n0,
-            k0,
-            N,
-            K,
-            row_blocks,
-            ROWS,
-            COLUMNS,
-            BLOCK_SHIFT,
-            GROUP,
-            EVEN_N,
-            EVEN_K,
+            absmax, nested_absmax, n0, k0, N, K, row_blocks,
+            ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
         )
         scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
         tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
@@ -193,37 +151,15 @@ def gemm_kernel(
             )
         if AHEAD > 0:
             values, nested = load_absmax(
-                absmax,
-                nested_absmax,
-                n0,
-                k0,
-                N,
-                K,
-                row_blocks,
-                ROWS,
-                COLUMNS,
-                BLOCK_SHIFT,
-                GROUP,
-                EVEN_N,
-                EVEN_K,
+                absmax, nested_absmax, n0, k0, N, K, row_blocks,
+                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
             )
         if AHEAD == 2:
             scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
             n0, k0 = _place(c0, tl.minimum(first + 2, steps - 1), BC, BR, BACKWARD)
             values, nested = load_absmax(
-                absmax,
-                nested_absmax,
-                n0,
-                k0,
-                N,
-                K,
-                row_blocks,
-                ROWS,
-                COLUMNS,
-                BLOCK_SHIFT,
-                GROUP,
-                EVEN_N,
-                EVEN_K,
+                absmax, nested_absmax, n0, k0, N, K, row_blocks,
+                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
             )
 
     for step in tl.range(first, last, num_stages=STAGES):
@@ -238,19 +174,8 @@ def gemm_kernel(
             )
             n0, k0 = _place(c0, tl.minimum(step + 1 + AHEAD, steps - 1), BC, BR, BACKWARD)
             next_values, next_nested = load_absmax(
-                absmax,
-                nested_absmax,
-                n0,
-                k0,
-                N,
-                K,
-                row_blocks,
-                ROWS,
-                COLUMNS,
-                BLOCK_SHIFT,
-                GROUP,
-                EVEN_N,
-                EVEN_K,
+                absmax, nested_absmax, n0, k0, N, K, row_blocks,
+                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
             )
             if AHEAD == 0:
                 scales = scales_of(next_values, next_nested, nested_codebook, offset, DIVISOR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
@@ -18,22 +18,11 @@ from qlora_compile.kernels.gpu.packed_operand import (
     decoder_named,
     packed_operand,
 )
-from qlora_compile.kernels.gpu.products import decoded_absmax
+from qlora_compile.kernels.gpu.products import AdapterStart, decoded_absmax
 from qlora_compile.kernels.variants.base import LinearSpec
 
 _GROUP_M = 8
-_RANK_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class AdapterStart:
-    """What the accumulator starts at: low [M, rank] float32, the scaling in it, times up [C, rank]
-    of any strides, in `dtype`; bits: the dropout mask of the output, packed, or None."""
-
-    low: Tensor
-    up: Tensor
-    dtype: torch.dtype
-    bits: Tensor | None = None
+_LARGEST_WIDTH_BLOCK = 64
 
 
 def gemm(
@@ -75,6 +64,7 @@ def gemm(
         target = out.new_empty(config.splits, rows, columns, dtype=torch.float32)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_c)
     nested = packed["nested_codebook"] is not None
+    width = 0 if adapter is None else adapter.low.values.shape[1]
     arguments: dict[str, Any] = {
         "x": x,
         "x_stride": x.stride(0),
@@ -82,33 +72,30 @@ def gemm(
         "weight_stride": weight.stride(0) if config.decoder is None else None,
         **packed,
         "bias": bias,
-        "low": None if adapter is None else adapter.low,
-        "up": None if adapter is None else adapter.up,
-        "up_stride_c": None if adapter is None else adapter.up.stride(0),
-        "up_stride_r": None if adapter is None else adapter.up.stride(1),
-        "bits": None if adapter is None else adapter.bits,
+        **_adapter_arguments(adapter),
         "out": target,
         "out_stride": target.stride(-2),
         "out_stride_split": target.stride(0) if config.splits > 1 else 0,
         "M": rows,
         "N": spec.n,
         "K": spec.k,
-        "rank": 0 if adapter is None else adapter.low.shape[1],
+        "width": width,
     }
     if descriptor:
         arguments["x"] = TensorDescriptor(
             x, [rows, reduction], [x.stride(0), 1], [config.block_m, config.block_r]
         )
+    # Its padding makes every width a multiple of sixteen.
+    width_block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
     constexprs = {
         **constexprs,
         "DTYPE": TRITON_DTYPES[spec.compute_dtype],
-        "LORA": TRITON_DTYPES[torch.float32 if adapter is None else adapter.dtype],
         "BACKWARD": backward,
         "BM": config.block_m,
         "BC": config.block_c,
         "BR": config.block_r,
-        "BRANK": _RANK_BLOCK,
-        "CHUNKS": 0 if adapter is None else -(-adapter.low.shape[1] // _RANK_BLOCK),
+        "BWIDTH": width_block,
+        "CHUNKS": width // width_block,
         "GROUP_M": _GROUP_M,
         "SPLITS": config.splits,
         "WEIGHT_LEFT": config.weight_left,
@@ -131,3 +118,15 @@ def gemm(
     ).run()
     if config.splits > 1:
         out.copy_(target.sum(0))
+
+
+def _adapter_arguments(adapter: AdapterStart | None) -> dict[str, Any]:
+    if adapter is None:
+        return dict.fromkeys(("low", "low_scale", "up", "up_scale", "bits"))
+    return {
+        "low": adapter.low.values,
+        "low_scale": adapter.low.scale,
+        "up": adapter.up.values,
+        "up_scale": adapter.up.scale,
+        "bits": adapter.bits,
+    }

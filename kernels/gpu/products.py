@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.dropout import LANES, ROUNDS, dropout_threshold
 from qlora_compile.kernels.gpu.absmax import absmax_kernel
 from qlora_compile.kernels.gpu.adapter_gradient import adapter_gradient_kernel
+from qlora_compile.kernels.gpu.adapter_operand import adapter_operand_kernel
 from qlora_compile.kernels.gpu.dequantize import dequantize_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
@@ -56,7 +59,10 @@ def decoded_absmax(planes: list[Tensor]) -> list[Tensor]:
 def low_rank(
     x: Tensor, factor: Tensor, dtype: torch.dtype, scaling: float, bits: Tensor | None = None
 ) -> Tensor:
-    """scaling * drop(x) [M, K] @ factor [rank, K]ᵀ as float32 [M, rank]; the product in `dtype`."""
+    """scaling * drop(x) [M, K] @ factor [rank, K]ᵀ; the product in `dtype`.
+
+    As float32 planes [splits, M, rank], to be added up: parts of one sum.
+    """
     x = with_contiguous_rows(x)
     (rows, k), rank = x.shape, factor.shape[0]
     block_m, block_k, block_rank = 64, 64, min(64, _padded(rank))
@@ -86,7 +92,68 @@ def low_rank(
         "EVEN_K": k % block_k == 0,
     }
     Launch(low_rank_kernel, (*grid, splits), arguments, constexprs).run()
-    return out[0] if splits == 1 else out.sum(0)
+    return out
+
+
+@dataclass(frozen=True)
+class AdapterOperand:
+    """A thin factor for tensor cores: values [rows, width], 16-bit, width a multiple of 16, and the
+    float32 scale [rows] its rows were divided by, if they were."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class AdapterStart:
+    """What an accumulator starts at: low [M, rank] times up [C, rank], transposed, where `bits`, a
+    packed dropout mask of that output, keeps it."""
+
+    low: AdapterOperand
+    up: AdapterOperand
+    bits: Tensor | None = None
+
+
+def adapter_operand(
+    source: Tensor, dtype: torch.dtype, result: torch.dtype, *, up: bool, total: bool = False
+) -> tuple[AdapterOperand, Tensor | None]:
+    """(operand, float32 sum [rows, rank] if `total`) of source [planes, rows, rank], any strides.
+
+    dtype: of the adapter's product. A float32 one becomes float16 relative to each row's largest
+    element: 11 bits where the `result` is rounded to bfloat16's 8; to float16's 11, a second half
+    as well.
+    """
+    splits, rows, rank = source.shape
+    normalized = dtype == torch.float32
+    terms = 3 if normalized and result != torch.bfloat16 else 1
+    width = -(-terms * rank // 16) * 16
+    out_dtype = torch.float16 if normalized else dtype
+    values = source.new_empty(rows, width, dtype=out_dtype)
+    scale = source.new_empty(rows, dtype=torch.float32) if normalized else None
+    summed = source.new_empty(rows, rank, dtype=torch.float32) if total else None
+    block = 16
+    arguments = {
+        "source": source,
+        "stride_split": source.stride(0),
+        "stride_row": source.stride(1),
+        "stride_rank": source.stride(2),
+        "out": values,
+        "scale": scale,
+        "total": summed,
+        "rows": rows,
+        "rank": rank,
+        "width": width,
+    }
+    constexprs = {
+        "OUT": TRITON_DTYPES[out_dtype],
+        "SPLITS": splits,
+        "TERMS": terms,
+        "UP": up,
+        "ROWS": block,
+        "BRANK": _padded(rank),
+    }
+    Launch(adapter_operand_kernel, (-(-rows // block),), arguments, constexprs).run()
+    return AdapterOperand(values, scale), summed
 
 
 def adapter_gradient(

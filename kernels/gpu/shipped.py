@@ -13,10 +13,12 @@ from torch import Tensor
 
 from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
 from qlora_compile.kernels.gpu.configs import DEQUANTIZE_DECODER, GemmConfig
-from qlora_compile.kernels.gpu.gemm_launch import AdapterStart, gemm
+from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.products import (
+    AdapterStart,
     adapter_gradient,
+    adapter_operand,
     decoded_absmax,
     dequantize,
     keep_bits,
@@ -150,13 +152,16 @@ def _products(
     planes = [_meta(WIDTH, WIDTH, dtype=dtype)] if spec.format is None else _planes(case)
     adapter = None
     if case.rank:
-        low = _meta(rows, case.rank, dtype=torch.float32)
-        up = _meta(WIDTH, case.rank, dtype=case.lora_dtype)
-        if backward:
-            up = _meta(case.rank, WIDTH, dtype=case.lora_dtype).t()
+        low = _meta(1, rows, case.rank, dtype=torch.float32)
+        up = _meta(1, WIDTH, case.rank, dtype=case.lora_dtype)
         masked = backward and case.dropout
         bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
-        adapter = AdapterStart(low, up, case.lora_dtype, bits)
+        with recording():
+            (low, _), (up, _) = (
+                adapter_operand(source, case.lora_dtype, dtype, up=is_up)
+                for source, is_up in ((low, False), (up, True))
+            )
+        adapter = AdapterStart(low, up, bits)
     x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
     bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
     for config in variant.configs_on(target, case.problem(direction, rows)):
@@ -225,12 +230,14 @@ def _thin_products() -> Iterator[ShippedLaunch]:
                     low = _meta(ROWS, rank, dtype=torch.float32)
                     gradient = _meta(WIDTH, rank, dtype=torch.float32)
                     with recording() as launches:
-                        low_rank(x, factor, lora_dtype, 2.0, bits)
+                        planes = low_rank(x, factor, lora_dtype, 2.0, bits)
+                        adapter_operand(planes, lora_dtype, dtype, up=False, total=True)
                         adapter_gradient(x, low, lora_dtype, gradient, bits)
                     note = f"adapter {lora_dtype}".replace("torch.", "")
                     note += ", dropout" if dropout else ""
                     yield _streaming("low_rank", case, "-", note, launches[0])
-                    yield _streaming("adapter_gradient", case, "-", note, launches[1])
+                    yield _streaming("adapter_operand", case, "-", note, launches[1])
+                    yield _streaming("adapter_gradient", case, "-", note, launches[2])
     case = _Case("dense", rank=0, dropout=True)
     with recording() as launches:
         keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)

@@ -56,7 +56,7 @@ class Augmented(TritonVariant):
         assert a is not None
         wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
         wide[:, : spec.k] = x
-        wide[:, spec.k :] = low_rank(x, a, spec.lora_dtype, 1.0)
+        wide[:, spec.k :] = low_rank(x, a, spec.lora_dtype, 1.0).sum(0)
         weight = self._workspace(tensors, spec).t()
         if tensors.bias is None:
             y = wide @ weight
@@ -84,13 +84,13 @@ class Augmented(TritonVariant):
             grad_low = wide[:, spec.k :]
             grad_x = torch.addmm(wide[:, : spec.k], grad_low, a.to(wide.dtype))
         else:
-            grad_low = low_rank(grad, b.t(), spec.lora_dtype, spec.scaling)
+            grad_low = low_rank(grad, b.t(), spec.lora_dtype, spec.scaling).sum(0)
         if needs.adapter:
             grad_a, grad_b = (
                 torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
             )
             adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
-            low = low_rank(x, a, spec.lora_dtype, spec.scaling)
+            low = low_rank(x, a, spec.lora_dtype, spec.scaling).sum(0)
             adapter_gradient(grad, low, spec.lora_dtype, grad_b)
         grad_bias = None
         if needs.bias and tensors.bias is not None:

@@ -28,7 +28,7 @@ from qlora_compile.kernels.variants.base import (
 from qlora_compile.problem import Problem
 
 if TYPE_CHECKING:
-    from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
+    from qlora_compile.kernels.gpu.products import AdapterStart
 
 _LARGEST_BLOCK_COUNT = 2**31
 
@@ -134,13 +134,15 @@ class GemmVariant(TritonVariant):
         x, rows = tensors.x, tensors.x.shape[0]
         adapter = None
         if tensors.lora_a is not None and tensors.lora_b is not None:
-            from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
-            from qlora_compile.kernels.gpu.products import low_rank
+            from qlora_compile.kernels.gpu.products import AdapterStart, adapter_operand, low_rank
 
             bits = _keep_bits(tensors, spec)
-            scaling = adapter_scaling(tensors, spec)
+            scaling, dtypes = adapter_scaling(tensors, spec), (spec.lora_dtype, spec.compute_dtype)
             low = low_rank(x, tensors.lora_a, spec.lora_dtype, scaling, bits)
-            adapter = AdapterStart(low, tensors.lora_b, spec.lora_dtype)
+            adapter = AdapterStart(
+                adapter_operand(low, *dtypes, up=False)[0],
+                adapter_operand(tensors.lora_b[None], *dtypes, up=True)[0],
+            )
         y = x.new_empty(rows, spec.n, dtype=spec.out_dtype)
         self.product(
             x, tensors, spec, config, y, backward=False, bias=tensors.bias, adapter=adapter
@@ -159,20 +161,29 @@ class GemmVariant(TritonVariant):
         x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
         adapter = grad_x = grad_a = grad_b = None
         if a is not None and b is not None and (needs.x or needs.adapter):
-            from qlora_compile.kernels.gpu.gemm_launch import AdapterStart
-            from qlora_compile.kernels.gpu.products import adapter_gradient, low_rank
+            from qlora_compile.kernels.gpu.products import (
+                AdapterStart,
+                adapter_gradient,
+                adapter_operand,
+                low_rank,
+            )
 
             bits = _keep_bits(tensors, spec)
             scaling, dtype = adapter_scaling(tensors, spec), spec.lora_dtype
-            grad_low = low_rank(grad, b.t(), dtype, scaling)
+            dtypes = (dtype, spec.compute_dtype)
+            planes = low_rank(grad, b.t(), dtype, scaling)
+            grad_low, total = adapter_operand(planes, *dtypes, up=False, total=needs.adapter)
             if needs.adapter:
                 grad_a, grad_b = (
                     torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
                 )
-                low = low_rank(x, a, dtype, scaling, bits)
-                adapter_gradient(x, grad_low, dtype, grad_a.t(), bits)
+                assert total is not None
+                low = low_rank(x, a, dtype, scaling, bits).sum(0)
+                adapter_gradient(x, total, dtype, grad_a.t(), bits)
                 adapter_gradient(grad, low, dtype, grad_b)
-            adapter = AdapterStart(grad_low, a.t(), dtype, bits)
+            if needs.x:
+                up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
+                adapter = AdapterStart(grad_low, up, bits)
         if needs.x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             self.product(

@@ -1,0 +1,49 @@
+"""A thin factor of an adapter as tensor cores take it: 16-bit, no less accurate than the result."""
+
+# Inside kernels constexprs are plain values and tensors take operators: not as typed.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+
+# fmt: off
+@triton.jit
+def adapter_operand_kernel(
+    source, stride_split, stride_row, stride_rank, out, scale, total, rows, rank, width,
+    OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, UP: tl.constexpr,
+    ROWS: tl.constexpr, BRANK: tl.constexpr,
+):
+    # fmt: on
+    """out [rows, width] of OUT, from the sum of SPLITS planes of source, each [rows, rank].
+
+    With `scale` [rows], float32, rows are divided by their largest magnitude, which goes there, so
+    that float16 holds 11 bits of every element that counts. TERMS 1: width is the rank padded with
+    zeros. TERMS 3: [high | low | high], or with UP [high | high | low], so that the product of two
+    operands has the three largest of the four products of their halves. total [rows, rank]: the
+    float32 sum itself, where it is wanted.
+    """
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, BRANK)
+    inside = (at < rows)[:, None] & (ranks < rank)[None, :]
+    base = source + tl.cast(at, tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank
+    values = tl.zeros((ROWS, BRANK), tl.float32)
+    for split in tl.static_range(SPLITS):
+        values += tl.load(base + split * stride_split, mask=inside, other=0.0).to(tl.float32)
+    if total is not None:
+        flat = tl.cast(at, tl.int64)[:, None] * rank + ranks[None, :]
+        tl.store(total + flat, values, mask=inside)
+    if scale is not None:
+        largest = tl.maximum(tl.max(tl.abs(values), axis=1), 1e-30)
+        tl.store(scale + at, largest, mask=at < rows)
+        values = values / largest[:, None]
+    high = values.to(OUT)
+    target = out + tl.cast(at, tl.int64)[:, None] * width + ranks[None, :]
+    if TERMS == 1:
+        tl.store(target, high, mask=(at < rows)[:, None] & (ranks < width)[None, :])
+    else:
+        low = (values - high.to(tl.float32)).to(OUT)
+        tl.store(target, high, mask=inside)
+        tl.store(target + rank, high if UP else low, mask=inside)
+        tl.store(target + 2 * rank, low if UP else high, mask=inside)
+        padding = (at < rows)[:, None] & (3 * rank + ranks < width)[None, :]
+        tl.store(target + 3 * rank, tl.zeros_like(high), mask=padding)
