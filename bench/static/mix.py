@@ -27,7 +27,7 @@ CLASSES = {
         *("UTMACCTL", "PREEXIT"),
     },
     "shuffle": {"SHFL", "REDUX", "MATCH"},
-    "special function": {"MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"},
+    "special function": {"MUFU", "I2F", "F2I", "F2F", "FRND", "FCHK", "POPC", "FLO", "BREV"},
     "control": {
         *("BRA", "BRX", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "NOP", "BREAK", "NANOSLEEP", "JMP"),
         *("YIELD", "PLOP3", "VOTE", "VOTEU", "ELECT", "R2UR", "USETMAXREG"),

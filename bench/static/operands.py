@@ -45,7 +45,7 @@ def _split(instruction: Instruction) -> tuple[list[str], list[str]]:
     count = 1
     if re.fullmatch(r"U?P[T0-9]", operands[0]):
         # ISETP P0, PT, …  LOP3 P0, R1, …  SHFL PT, R1, …; but SYNCS and VOTE have one result.
-        count = 1 if instruction.base in ("SYNCS", "VOTE", "VOTEU", "ELECT", "R2P") else 2
+        count = 1 if instruction.base in ("SYNCS", "VOTE", "VOTEU", "ELECT", "R2P", "FCHK") else 2
     elif instruction.base in _CARRY and len(operands) > 1:
         while count < len(operands) and re.fullmatch(r"U?P[T0-9]", operands[count]):
             count += 1

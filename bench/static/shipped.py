@@ -159,7 +159,9 @@ def _rows(work: Sequence[tuple[str, int]], jobs: int) -> Iterator[Row]:
         for future in as_completed(asked):
             arch, index = asked[future]
             if error := future.exception():
-                text = f"{type(error).__name__}: {error}"
+                # Triton prints the kernel's source first and the reason last.
+                reason = str(error).strip().splitlines()[-1:] or ["no message"]
+                text = f"{type(error).__name__}: {reason[0]}"
                 yield row(arch, launches(arch)[index], None, text)
             else:
                 yield future.result()

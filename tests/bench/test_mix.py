@@ -97,6 +97,7 @@ def named(kind: str, first: int, count: int) -> set[str]:
             named("R", 24, 8),
             named("R", 4, 4) | {"UR8"} | named("R", 24, 8),
         ),
+        ("FCHK P0, R87, 127", {"P0"}, {"R87"}),
         ("R2UR UR4, R5", {"UR4"}, {"R5"}),
         ("BAR.SYNC.DEFER_BLOCKING 0x0", set(), set()),
         ("BRA.U UP0, 0x40", set(), {"UP0"}),
