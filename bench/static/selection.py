@@ -20,7 +20,14 @@ def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = No
 
     rows: of one architecture. double_quantized: None for either.
     """
-    found = [row for row in rows if _comparable(row, kernel, double_quantized) and row.rank > 0]
+    found = [
+        row
+        for row in rows
+        if _comparable(row, kernel, double_quantized)
+        and row.rank > 0
+        and row.tile is not None
+        and row.tile[0] >= SMALLEST_M_TILE
+    ]
     return max(found, key=_utilization, default=None)
 
 
@@ -71,7 +78,6 @@ def _comparable(row: Row, kernel: str, double_quantized: bool | None) -> bool:
         and row.format in ("", "dense", "nf4")
         and not row.note
         and row.tile is not None
-        and row.tile[0] >= SMALLEST_M_TILE
         and row.figures is not None
         and row.figures.utilization is not None
         and double_quantized in (None, row.double_quantized)

@@ -36,18 +36,24 @@ class Timeline:
 
 
 class _Warp:
+    """Where one warp is: `step` is what it issues next, not before `earliest`, which depends on
+    this warp alone, and, unless `unit` is NONE, not before that unit is free."""
+
     __slots__ = (
-        *("subcore", "cta", "index", "iteration", "earliest", "ready", "boards", "copies"),
-        *("open_copy", "wgmmas", "marks", "waiting"),
+        *("subcore", "cta", "index", "iteration", "step", "earliest", "unit", "ready", "boards"),
+        *("copies", "open_copy", "wgmmas", "marks", "waiting"),
     )
+
+    step: Step
+    unit: Unit
+    earliest: float
 
     def __init__(self, subcore: int, cta: int, start: float) -> None:
         self.subcore = subcore
         self.cta = cta
         self.index = 0
         self.iteration = 0
-        self.ready = start  # by its stall count
-        self.earliest = start  # by all that depends on this warp alone
+        self.ready = start  # by its last stall or barrier
         self.boards = [0.0] * SCOREBOARDS
         self.copies: list[float] = []
         self.open_copy = 0.0
@@ -57,7 +63,8 @@ class _Warp:
 
 
 class _Machine:
-    """The state of the SM; `run` moves it from start to end."""
+    """The state of the SM; `run` moves it from start to end. Called once per instruction of every
+    warp, its inner functions compare instead of calling max and min, which take twice the time."""
 
     def __init__(
         self, path: Path, sm: Multiprocessor, warps: int, ctas: int, iterations: int
@@ -67,20 +74,20 @@ class _Machine:
         self.iterations = iterations if path.loop else 0
         self.code: Sequence[Step] = steps([*path.before, *path.loop, *path.after], sm)
         self.loop_start = len(path.before)
-        self.loop_end = self.loop_start + len(path.loop)
+        self.loop_end = self.loop_start + len(path.loop) if path.loop else -1
         self.subcores: list[list[_Warp]] = [[] for _ in range(SUBCORES)]
-        self.turn = [0] * SUBCORES
         self.free = [[0.0] * len(Unit) for _ in range(SUBCORES)]
         self.memory_free = 0.0
         self.arrived: dict[tuple[int, str], list[_Warp]] = {}
         self.wake = [0.0] * SUBCORES
         self.warps: list[_Warp] = []
+        self.running = ctas * warps
         for cta in range(ctas):
             for number in range(warps):
                 warp = _Warp(number % SUBCORES, cta, float(cta * CTA_STAGGER))
+                self._settle(warp)
                 self.subcores[warp.subcore].append(warp)
                 self.warps.append(warp)
-        self.running = len(self.warps)
 
     def run(self) -> float:
         time = 0.0
@@ -97,58 +104,64 @@ class _Machine:
         return time
 
     def _issue(self, subcore: int, time: float) -> float:
-        """Issues of one warp what can be issued now; the time of the sub-core's next chance."""
+        """Issues of one warp what can be issued now; the time of the sub-core's next chance.
+
+        The warps take turns: the one that issued goes to the end of the queue, with those that
+        could not before it.
+        """
         warps = self.subcores[subcore]
         free = self.free[subcore]
-        count = len(warps)
-        first = self.turn[subcore]
         chance = NEVER
-        for offset in range(count):
-            position = (first + offset) % count
-            warp = warps[position]
+        for position, warp in enumerate(warps):
             earliest = warp.earliest
-            if earliest == NEVER:
-                continue
-            step = self.code[warp.index]
-            if step.unit >= 0 and step.effect != Effect.WGMMA and free[step.unit] > earliest:
-                earliest = free[step.unit]
+            if warp.unit >= 0 and free[warp.unit] > earliest:
+                earliest = free[warp.unit]
             if earliest <= time:
-                self.turn[subcore] = (position + 1) % count
-                self._execute(warp, step, free, time)
+                self.subcores[subcore] = warps[position + 1 :] + warps[: position + 1]
+                self._execute(warp, free, time)
                 return time + 1.0
-            chance = min(chance, earliest)
+            if earliest < chance:
+                chance = earliest
         return chance
 
-    def _execute(self, warp: _Warp, step: Step, free: list[float], time: float) -> None:
-        released = time
-        done = time + step.latency
+    def _execute(self, warp: _Warp, free: list[float], time: float) -> None:
+        step = warp.step
         effect = step.effect
-        if effect == Effect.WGMMA:
-            self.memory_free = max(self.memory_free, time) + step.memory
-            end = max(max(free[Unit.TENSOR], time) + step.busy, self.memory_free)
+        released = time
+        if effect is Effect.WGMMA:
+            released = self._occupy_memory(step.memory, time)
+            end = max(max(free[Unit.TENSOR], time) + step.busy, released)
             free[Unit.TENSOR] = end
             if step.group_end:
                 warp.wgmmas.append(end + step.latency)
-        else:
-            if step.unit >= 0:
-                free[step.unit] = time + step.busy
-            if effect == Effect.MEMORY or effect == Effect.ASYNCHRONOUS_COPY:
-                self.memory_free = released = max(self.memory_free, time) + step.memory
-                done = released + step.latency
-                if effect == Effect.ASYNCHRONOUS_COPY:
-                    warp.open_copy = max(warp.open_copy, done)
-            elif effect == Effect.CLOSE_COPIES:
-                warp.copies.append(max(warp.open_copy, time))
-                warp.open_copy = 0.0
-        if step.write < SCOREBOARDS:
-            warp.boards[step.write] = max(warp.boards[step.write], done)
+        elif step.unit >= 0:
+            free[step.unit] = time + step.busy
+        if effect is Effect.MEMORY:
+            released = self._occupy_memory(step.memory, time)
+        elif effect is Effect.ASYNCHRONOUS_COPY:
+            released = self._occupy_memory(step.memory, time)
+            warp.open_copy = max(warp.open_copy, released + step.latency)
+        elif effect is Effect.CLOSE_COPIES:
+            warp.copies.append(max(warp.open_copy, time))
+            warp.open_copy = 0.0
+        done = released + step.latency
+        boards = warp.boards
+        if step.write < SCOREBOARDS and boards[step.write] < done:
+            boards[step.write] = done
         if step.read < SCOREBOARDS:
             read = min(done, released + self.sm.read_latency)
-            warp.boards[step.read] = max(warp.boards[step.read], read)
+            if boards[step.read] < read:
+                boards[step.read] = read
         warp.ready = time + step.stall
-        if effect == Effect.BARRIER:
+        if effect is Effect.BARRIER:
             self._arrive(warp, step, time)
         self._advance(warp, time)
+
+    def _occupy_memory(self, cycles: float, time: float) -> float:
+        """When the SM's memory path has served this and all before it."""
+        start = self.memory_free if self.memory_free > time else time
+        self.memory_free = start + cycles
+        return self.memory_free
 
     def _arrive(self, warp: _Warp, step: Step, time: float) -> None:
         key = (warp.cta, step.barrier)
@@ -169,7 +182,7 @@ class _Machine:
 
     def _advance(self, warp: _Warp, time: float) -> None:
         warp.index += 1
-        if warp.index == self.loop_end and self.loop_end > self.loop_start:
+        if warp.index == self.loop_end:
             warp.iteration += 1
             warp.marks.append(time)
             if warp.iteration < self.iterations:
@@ -186,10 +199,12 @@ class _Machine:
             warp.earliest = NEVER
             self.running -= 1
             return
-        step = self.code[warp.index]
+        step = warp.step = self.code[warp.index]
+        warp.unit = Unit.NONE if step.effect is Effect.WGMMA else step.unit
         earliest = warp.ready
         for board in step.waits:
-            earliest = max(earliest, warp.boards[board])
+            if warp.boards[board] > earliest:
+                earliest = warp.boards[board]
         if step.copies_left >= 0:
             warp.copies, until = _outstanding(warp.copies, step.copies_left)
             earliest = max(earliest, until)
