@@ -27,7 +27,10 @@ def scaled_table(codebook: tuple[float, ...], dtype: str) -> str:
     text = "{\n.reg .f32 t0, t1, t2, t3;\n.reg .b32 p0, p1;\n"
     for group in range(4):
         for j, value in enumerate(codebook[4 * group : 4 * group + 4]):
-            text += f"mul.rn.f32 t{j}, $8, {_float(value)};\n"
+            # A scale is not negative, so that zeros keep their sign.
+            trivial = {1.0: "$8", 0.0: _float(value)}.get(value)
+            product = f"mul.rn.f32 t{j}, $8, {_float(value)};\n"
+            text += f"mov.f32 t{j}, {trivial};\n" if trivial else product
         text += f"{_PACK[dtype]} p0, t1, t0;\n{_PACK[dtype]} p1, t3, t2;\n"
         text += f"prmt.b32 ${group}, p0, p1, 0x6420;\nprmt.b32 ${4 + group}, p0, p1, 0x7531;\n"
     return text + "}"

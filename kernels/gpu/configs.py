@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora_compile.kernels.variants.base import Config
+from qlora_compile.problem import Direction
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class GemmConfig(Config):
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
     comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
     registers. inline_absmax: doubly quantised absmax is decoded in the loop, else once before it.
-    splits: programs that share one reduction. largest_rank, masks: beyond that rank, or where the
-    output is masked (backward with dropout), the config would spill registers.
+    splits: programs that share one reduction. direction, largest_rank, masks: in the other
+    direction, beyond that rank, or where the output is masked (backward with dropout), the config
+    would spill registers or overlap less.
     """
 
     block_m: int
@@ -32,6 +34,7 @@ class GemmConfig(Config):
     prefetch: bool = False
     inline_absmax: bool = False
     splits: int = 1
+    direction: Direction | None = None
     largest_rank: int = 1 << 30
     masks: bool = True
     max_registers: int | None = None
@@ -58,15 +61,28 @@ class GemmConfig(Config):
 
 
 _SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
-_SM89 = GemmConfig(
-    128, 128, 32, 8, 3, "shfl", 3, weight_left=True, max_registers=128, largest_rank=16, masks=False
-)
-_SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", weight_left=True, descriptor=True, prefetch=True)
+_SM89 = replace(_SM80, num_warps=8, decoder="shfl", max_registers=128, largest_rank=64)
+_SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", descriptor=True, prefetch=True)
 
 FUSED: dict[str, tuple[GemmConfig, ...]] = {
     "sm_80": (_SM80,),
-    "sm_89": (_SM89, replace(_SM80, block_m=64)),
-    "sm_90": (_SM90,),
+    "sm_89": (
+        replace(_SM89, direction="forward"),
+        replace(_SM80, direction="backward", largest_rank=64, masks=False),
+        replace(_SM80, block_m=64),
+    ),
+    "sm_90": (
+        _SM90,
+        replace(
+            _SM90,
+            num_stages=4,
+            loop_stages=4,
+            weight_left=True,
+            max_registers=128,
+            direction="backward",
+            masks=False,
+        ),
+    ),
     "sm_100": (_SM90,),
     "gfx942": (GemmConfig(128, 128, 64, 8, 2, "plain"),),
     "gfx950": (GemmConfig(128, 128, 64, 8, 2, "plain"),),

@@ -100,20 +100,14 @@ def gemm_kernel(
 
     acc = tl.zeros((BC, BM), tl.float32) if WEIGHT_LEFT else tl.zeros((BM, BC), tl.float32)
     if low is not None:
-        # Before the loop: after it, the adapter's product would serialise the loop's last ones.
-        if DECODE is None:
-            # A branch around it would serialise them all.
-            acc = adapter_start(
-                low, low_scale, up, up_scale, bits, m0, c0, M, columns, width,
-                BM, BC, BWIDTH, CHUNKS, WEIGHT_LEFT, EVEN_C,
-            )
-        else:
-            # Without one, ptxas schedules the loop's decoding where no product overlaps with it.
-            if split == 0:
-                acc = adapter_start(
-                    low, low_scale, up, up_scale, bits, m0, c0, M, columns, width,
-                    BM, BC, BWIDTH, CHUNKS, WEIGHT_LEFT, EVEN_C,
-                )
+        # Before the loop: after it, the adapter's product would serialise the loop's last ones. A
+        # branch around it would serialise them all; only the first split adds more than zeros.
+        acc = adapter_start(
+            low, low_scale, up, up_scale, bits, m0, c0, M, columns, width,
+            BM, BC, BWIDTH, CHUNKS, WEIGHT_LEFT, EVEN_C,
+        )
+        if SPLITS > 1:
+            acc = tl.where(split == 0, acc, 0.0)
 
     steps = tl.cdiv(reduction, BR)
     first = 0

@@ -42,6 +42,8 @@ def gemm(
     [W] where the config has no decoder. out: [M, C], contiguous rows.
     """
     rows, columns = out.shape
+    if not rows:
+        return
     reduction = x.shape[1]
     tile_rows = config.block_r if backward else config.block_c
     tile_columns = config.block_c if backward else config.block_r
@@ -54,8 +56,8 @@ def gemm(
             planes, spec, decoder, spec.compute_dtype, tile_columns
         )
     x = with_contiguous_rows(x)
-    descriptor = config.descriptor and x.dtype == spec.compute_dtype
     # A descriptor's rows begin at multiples of 16 bytes.
+    descriptor = config.descriptor and x.dtype == spec.compute_dtype and reduction % 8 == 0
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() % 8 == 0
     if descriptor and not aligned:
         x = x.clone(memory_format=torch.contiguous_format)

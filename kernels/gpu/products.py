@@ -237,4 +237,4 @@ def _padded(rank: int) -> int:
 
 def _splits(programs: int, steps: int) -> int:
     """Into how many parts a reduction of `steps` is cut so that the programs fill a card."""
-    return max(1, min(_PROGRAMS // programs, steps // 4))
+    return max(1, min(_PROGRAMS // max(programs, 1), steps // 4))

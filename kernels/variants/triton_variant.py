@@ -123,6 +123,8 @@ class GemmVariant(TritonVariant):
         masked = problem.dropout and problem.direction == "backward"
         if problem.rank > config.largest_rank or (masked and not config.masks):
             return False
+        if config.direction not in (None, problem.direction):
+            return False
         if config.decoder is None:
             return True
         from qlora_compile.kernels.gpu.packed_operand import decoder_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 from unittest import mock
 
@@ -14,8 +14,15 @@ from qlora_compile.kernels import op
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import UNQUANTIZED, Choice, format_named
-from qlora_compile.kernels.variants.base import NO_CONFIG, Config, LinearSpec, Variant
+from qlora_compile.kernels.variants.base import (
+    NO_CONFIG,
+    Config,
+    LinearSpec,
+    LinearTensors,
+    Variant,
+)
 from qlora_compile.packed import PackedWeight
+from qlora_compile.problem import Direction, Problem
 
 STREAM = 9
 
@@ -122,6 +129,26 @@ class Call:
     lora_b: Tensor | None
     seed: Tensor | None
     keep: Tensor | None
+
+    def on(self, device: torch.device | str) -> Call:
+        """The same call with its tensors on `device`; the packed weight and the mask stay."""
+
+        def moved(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            # Strides are part of the case.
+            storage = tensor.untyped_storage().to(device=torch.device(device))
+            target = torch.empty(0, dtype=tensor.dtype, device=device)
+            return target.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+        names = ("x", "grad", "bias", "lora_a", "lora_b", "seed")
+        tensors = {name: moved(getattr(self, name)) for name in names}
+        return replace(self, planes=[moved(plane) for plane in self.planes], **tensors)
+
+    def problem(self, direction: Direction) -> Problem:
+        """The key of the call in one direction."""
+        tensors = LinearTensors(self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
+        return op.linear_problem(direction, math.prod(self.case.batch), tensors, self.spec)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         if self.packed is None:

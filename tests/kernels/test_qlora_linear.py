@@ -15,16 +15,19 @@ from torch import Tensor
 
 from qlora_compile.kernels import op
 from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
-from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, Choice
 from qlora_compile.kernels.variants import dense
-from qlora_compile.kernels.variants.base import Variant
+from qlora_compile.kernels.variants.base import NO_CONFIG, Variant
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.linear_cases import BF16, DTYPES, F16, F32, F64, Call, Case, Dtypes
 
 FACTOR = 1.5
 """A variant's error may be this many times that of the plain computation in the same dtypes."""
 
 FORMAT_NAMES = (UNQUANTIZED, *(quant_format.name for quant_format in FORMATS))
-by_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+NATIVE = [variant for variant in VARIANTS if not isinstance(variant, TritonVariant)]
+"""The others run in tests/kernels/test_triton_variants.py."""
+by_variant = pytest.mark.parametrize("variant", NATIVE, ids=lambda variant: variant.name)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -284,7 +287,7 @@ def test_the_op_takes_the_selected_variant() -> None:
 
     def spy(problem):
         problems.append(problem)
-        return VARIANTS[0]
+        return Choice(VARIANTS[0], NO_CONFIG, 0.0)
 
     with mock.patch.object(op, "select", spy):
         leaf = call.x.detach().requires_grad_()

@@ -1,0 +1,99 @@
+"""Every Triton variant in the interpreter, against the specification in float64.
+
+The interpreter computes bfloat16, PTX and the tensor cores' accumulation as a GPU does and raises
+on every access outside of a launch's tensors (tests/interpreter). Fresh memory holds NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton import knobs
+
+from qlora_compile.kernels.formats.formats import FORMATS, format_named
+from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
+from tests.interpreter.honest import honest_interpreter
+from tests.kernels.linear_cases import DTYPES, Case
+from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
+from tests.kernels.triton_cases import PAIR_IDS, PAIRS, TRITON_VARIANTS, calls, configs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreting() -> Iterator[None]:
+    if not knobs.runtime.interpret:
+        pytest.skip("Triton compiles kernels here; tests/gpu runs them on the device")
+    with honest_interpreter():
+        yield
+
+
+@pytest.mark.parametrize(("variant", "format"), PAIRS, ids=PAIR_IDS)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_error_of_output_and_gradients(
+    variant: TritonVariant, format: str, data: st.DataObject
+) -> None:
+    call = data.draw(calls(variant, format))
+    config = data.draw(st.sampled_from(configs(variant, format)))
+    assert_no_worse_than_plain(call, call.fused(variant, config=config))
+
+
+GEMM_CONFIGS = [
+    (variant, format, config)
+    for variant, format in PAIRS
+    if isinstance(variant, GemmVariant)
+    for config in configs(variant, format)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "format", "config"),
+    GEMM_CONFIGS,
+    ids=[f"{v.name}-{f}-{c.label}".replace(" ", "-") for v, f, c in GEMM_CONFIGS],
+)
+def test_one_hot_rows_give_the_decoded_weight(
+    variant: TritonVariant, format: str, config: GemmConfig, dtype: torch.dtype
+) -> None:
+    """Every config's decoder, to the last bit: one product with 1 and otherwise zeros."""
+    dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == dtype)
+    double = format in ("nf4", "fp4")
+    size = 16 if variant.name == "skinny" else 72
+    case = Case((size,), 80, 72, 0, format, 64, double, dtypes, contiguous=True)
+    call = case.build()
+    x = torch.eye(72, dtype=dtype)[:size]
+    results = replace(call, x=x).fused(variant, config=config)
+    assert torch.equal(results["y"], call.weight(dtype)[:, :size].t())
+    grad = torch.eye(80, dtype=dtype)[:size]
+    results = replace(call, x=x * 0, grad=grad).fused(variant, config=config)
+    assert torch.equal(results["grad x"], call.weight(dtype)[:size])
+
+
+@pytest.mark.parametrize("variant", TRITON_VARIANTS, ids=lambda v: v.name)
+def test_repeated_calls_give_the_same_bits(variant: TritonVariant) -> None:
+    """Partial sums of splits are added in a fixed order."""
+    rows = 16 if variant.name == "skinny" else 40
+    dropout = None if variant.name == "augmented" else 0.3
+    call = Case((rows,), 72, 1024, 5, dtypes=DTYPES[4], dropout=dropout, bias=True).build()
+    config = configs(variant, "nf4")[-1]
+    first, second = (call.fused(variant, config=config) for _ in range(2))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("format", [f.name for f in FORMATS])
+def test_there_is_a_decoder_for_every_target(format: str) -> None:
+    decoders = format_named(format).device_decoders()
+    assert not decoders[0].rejects("gfx942", torch.float32)
+    names = [decoder.name for decoder in decoders]
+    assert len(set(names)) == len(names)
+    for decoder in decoders[1:]:
+        assert decoder.rejects("gfx942", torch.bfloat16)
+        assert decoder.rejects("sm_90", torch.float32)
+        assert not decoder.rejects("sm_90", torch.bfloat16)

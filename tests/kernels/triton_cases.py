@@ -1,0 +1,72 @@
+"""Properties of the Triton variants, for whatever computes them: the interpreter or a device."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
+from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.packed_operand import decoder_names
+from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.kernels.variants.base import NO_CONFIG, Config
+from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
+from tests.kernels.linear_cases import DTYPES, Call, Case
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+TRITON_VARIANTS = [variant for variant in VARIANTS if isinstance(variant, TritonVariant)]
+FORMAT_NAMES = (UNQUANTIZED, *(quant_format.name for quant_format in FORMATS))
+SIXTEEN_BIT = [d for d in DTYPES if d.compute in (torch.bfloat16, torch.float16)]
+
+
+def configs(variant: TritonVariant, format: str) -> list[Config]:
+    """Every config of `variant` for any target that can decode `format`."""
+    if not isinstance(variant, GemmVariant):
+        return [NO_CONFIG]
+    shipped = dict.fromkeys(itertools.chain(*(variant.shipped(target) for target in TARGETS)))
+    known = decoder_names(format) if format != UNQUANTIZED else set()
+    return [config for config in shipped if config.decoder is None or config.decoder in known]
+
+
+PAIRS = [
+    (variant, format)
+    for variant in TRITON_VARIANTS
+    for format in FORMAT_NAMES
+    if configs(variant, format) and (format != UNQUANTIZED or variant.takes_unquantized)
+]
+PAIR_IDS = [f"{variant.name}-{format}" for variant, format in PAIRS]
+
+
+@st.composite
+def calls(draw: st.DrawFn, variant: TritonVariant, format: str, target: str = "sm_90") -> Call:
+    """A call `variant` does not reject: ragged rows, N and K off the tiles, every option."""
+    case = Case(
+        batch=draw(st.sampled_from([(0,), (1,), (3, 1), (2, 5), (16,), (131,)])),
+        n=draw(st.sampled_from([1, 13, 72, 136])),
+        k=draw(st.sampled_from([8, 40, 64, 136, 320])),
+        rank=draw(st.sampled_from([0, 1, 3, 16, 64, 100])),
+        format=format,
+        block_size=draw(st.sampled_from([32, 64, 256, 4096, "row"])),
+        double_quantize=format in ("nf4", "fp4") and draw(st.booleans()),
+        dtypes=draw(st.sampled_from(SIXTEEN_BIT)),
+        bias=draw(st.booleans()),
+        dropout=draw(st.sampled_from([None, None, 0.1, 0.5])),
+        scaling=draw(st.sampled_from([0.25, 1.0, 2.0])),
+        contiguous=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**20)),
+    )
+    if variant.name == "skinny":
+        case = replace(case, batch=draw(st.sampled_from([(1,), (2, 3), (16,)])))
+    if variant.name == "augmented":
+        case = replace(case, rank=case.rank or 5, dropout=None, dtypes=DTYPES[4])
+    call = case.build()
+    reasons = variant.rejects_on(target, call.problem("forward"))
+    assert not reasons, reasons
+    return call
+
+
+def config_labels(config: Config) -> str:
+    return config.label if isinstance(config, GemmConfig) else "-"
