@@ -47,7 +47,7 @@ def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
     return Resources(
         registers=metadata["vgpr_count"],
         stack_bytes=metadata["private_segment_fixed_size"],
-        spills=scratch + metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
+        spills=scratch + metadata["vgpr_spill_count"],
         shared_bytes=shared_bytes,
         warps=warps,
         loads=dict(loads),
@@ -55,6 +55,7 @@ def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
         tensor=dict(tensor),
         accumulators=metadata.get("agpr_count", 0),
         scalars=metadata["sgpr_count"],
+        parked_scalars=metadata["sgpr_spill_count"],
     )
 
 

@@ -19,7 +19,7 @@ from bench.static.selection import (
     output_cycles,
 )
 from bench.static.shipped import Row
-from bench.static.sm_table import CARDS, CTA_STAGGER, MULTIPROCESSORS
+from bench.static.sm_table import CARDS, COMPUTE_UNITS, CTA_STAGGER, MULTIPROCESSORS
 from bench.static.targets import TARGETS
 
 PREFACE = f"""# Compiled kernels, read without a device
@@ -41,6 +41,8 @@ their halved bfloat16 rate. tcgen05, the tensor core of sm_100, and AMD's units 
   CTA's first instruction to its last, of the fastest launch at each rank.
 - *L2 need*: what the card's second-level cache would have to deliver for the modelled pace, its
   bandwidth not being part of the model: above what it has, the kernel is slower than modelled.
+- *registers*: per thread. AMD's vector registers include its accumulation registers (acc); parked
+  scalars are kept in lanes of vector registers, which costs moves and no memory.
 - *moved*: bytes of all 128-bit accesses and of all stores, plus each remaining byte once, over the
   bytes of all tensors.
 """
@@ -178,7 +180,11 @@ def _line(row: Row) -> tuple[str, ...]:
     if found is None:
         return (row.name, f"**{row.error}**", *[""] * 12)
     taken, use, moved = found.resources, found.utilization, found.traffic
-    registers = f"{taken.registers}" + (f"+{taken.accumulators}" if taken.accumulators else "")
+    registers = f"{taken.registers}"
+    if row.arch in COMPUTE_UNITS:
+        registers += f" ({taken.accumulators} acc), {taken.scalars} scalar"
+    if taken.parked_scalars:
+        registers += f" ({taken.parked_scalars} parked)"
     return (
         row.name,
         registers,

@@ -15,7 +15,8 @@ class Resources:
     """Per thread: registers, stack_bytes, and how many instructions spill. Per CTA: shared_bytes,
     warps. loads, stores: global accesses by bits per lane, asynchronous copies being loads and
     tensor-descriptor copies (which have no lanes) counted as 0 bits. tensor: tensor-core
-    instructions by opcode. accumulators: AMD's AGPRs, 0 elsewhere; scalars: its SGPRs.
+    instructions by opcode. Of AMD alone: accumulators, its AGPRs; scalars, its SGPRs;
+    parked_scalars, those kept in lanes of vector registers: moves, but no memory, so no spills.
     """
 
     registers: int
@@ -28,6 +29,7 @@ class Resources:
     tensor: dict[str, int] = field(default_factory=dict)
     accumulators: int = 0
     scalars: int = 0
+    parked_scalars: int = 0
 
     @property
     def spilled(self) -> bool:

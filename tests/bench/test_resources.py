@@ -56,6 +56,12 @@ def test_amd_spills(before: str, after: str) -> None:
     assert amdgcn_resources(AMD.replace(before, after), shared_bytes=0, warps=4).spilled
 
 
+def test_amd_scalars_parked_in_vector_registers_are_no_spills() -> None:
+    text = AMD.replace(".sgpr_spill_count: 0", ".sgpr_spill_count: 5")
+    found = amdgcn_resources(text, shared_bytes=0, warps=4)
+    assert (found.parked_scalars, found.spilled) == (5, False)
+
+
 def test_amd_assembly_that_is_not_understood() -> None:
     with pytest.raises(AssemblyError, match=r"no \.vgpr_count"):
         amdgcn_resources(AMD.replace(".vgpr_count", ".other"), shared_bytes=0, warps=4)
