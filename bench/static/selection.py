@@ -14,13 +14,15 @@ STORED_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0625}
 """Per weight, a float32 absmax per 64 included; other weights are stored in x's dtype."""
 
 
-def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None) -> Row | None:
-    """The usual launch of `kernel` with an adapter, in bfloat16, that uses the tensor cores most:
-    NF4 where it decodes, BM at least SMALLEST_M_TILE; None if there is none.
+def candidates(
+    rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None
+) -> list[Row]:
+    """The usual launches of `kernel` with an adapter, in bfloat16: NF4 where it decodes, BM at
+    least SMALLEST_M_TILE.
 
     rows: of one architecture. double_quantized: None for either.
     """
-    found = [
+    return [
         row
         for row in rows
         if _comparable(row, kernel, double_quantized)
@@ -28,6 +30,11 @@ def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = No
         and row.tile is not None
         and row.tile[0] >= SMALLEST_M_TILE
     ]
+
+
+def best(rows: Sequence[Row], kernel: str, *, double_quantized: bool | None = None) -> Row | None:
+    """The candidate that uses the tensor cores most; None if there is none."""
+    found = candidates(rows, kernel, double_quantized=double_quantized)
     return max(found, key=_utilization, default=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.static.selection import best, fastest, output_cycles
+from bench.static.selection import best, candidates, fastest, output_cycles
 from bench.static.shipped import Row
 from bench.static.targets import is_nvidia
 
@@ -91,16 +91,17 @@ def adapter_costs(kernel: str, rank: int, most: float) -> Judge:
 
 
 def decode_instructions(kernel: str, most: Mapping[str, float]) -> Judge:
-    """Instructions per eight decoded weights in the main loop of the best launch."""
+    """Instructions per eight decoded weights, copies between registers included, in the shortest
+    main loop among the launches that `best` chooses from: every decoder is exact."""
 
     def judge(arch: str, rows: Sequence[Row]) -> Iterator[Verdict]:
         limit = f"≤ {most[arch]:.0f}"
-        chosen = best(rows, kernel)
-        if chosen is None or chosen.figures is None or not chosen.figures.decode:
+        decoding = [row for row in candidates(rows, kernel) if row.figures and row.figures.decode]
+        if not decoding:
             yield Verdict(False, "no launch that decodes", limit, "")
             return
-        count = chosen.figures.decode_instructions
-        yield Verdict(count <= most[arch], f"{count:.1f}", limit, chosen.name)
+        count, name = min((row.figures.decode_instructions, row.name) for row in decoding)  # pyright: ignore[reportOptionalMemberAccess]
+        yield Verdict(count <= most[arch], f"{count:.1f}", limit, name)
 
     return judge
 

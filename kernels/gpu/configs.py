@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from qlora_compile.kernels.variants.base import Config
 from qlora_compile.problem import Direction
 
@@ -17,9 +19,9 @@ class GemmConfig(Config):
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
     comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
     registers. inline_absmax: doubly quantised absmax is decoded in the loop, else once before it.
-    splits: programs that share one reduction. direction, largest_rank, masks: in the other
-    direction, beyond that rank, or where the output is masked (backward with dropout), the config
-    would spill registers or overlap less.
+    splits: programs that share one reduction. direction, largest_width, masks: in the other
+    direction, beyond that width of the adapter's operands, or where the output is masked (backward
+    with dropout), the config would spill registers or overlap less.
     """
 
     block_m: int
@@ -35,7 +37,7 @@ class GemmConfig(Config):
     inline_absmax: bool = False
     splits: int = 1
     direction: Direction | None = None
-    largest_rank: int = 1 << 30
+    largest_width: int = 1 << 30
     masks: bool = True
     max_registers: int | None = None
 
@@ -61,36 +63,47 @@ class GemmConfig(Config):
 
 
 _SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
-_SM89 = replace(_SM80, num_warps=8, decoder="shfl", max_registers=128, largest_rank=64)
+_ROOMY = replace(_SM80, block_m=64)
 _SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", descriptor=True, prefetch=True)
+_PLAIN = GemmConfig(128, 128, 64, 8, 2, "plain")
 
 FUSED: dict[str, tuple[GemmConfig, ...]] = {
-    "sm_80": (_SM80,),
+    "sm_80": (replace(_SM80, masks=False), _ROOMY),
     "sm_89": (
-        replace(_SM89, direction="forward"),
-        replace(_SM80, direction="backward", largest_rank=64, masks=False),
-        replace(_SM80, block_m=64),
+        replace(
+            _SM80,
+            num_warps=8,
+            decoder="shfl",
+            max_registers=128,
+            direction="forward",
+            largest_width=16,
+        ),
+        replace(_SM80, direction="backward", largest_width=64, masks=False),
+        _ROOMY,
     ),
     "sm_90": (
         _SM90,
+        replace(_SM90, num_stages=2, weight_left=True, direction="backward"),
         replace(
             _SM90,
-            num_stages=4,
-            loop_stages=4,
+            block_m=256,
+            decoder="shfl",
             weight_left=True,
-            max_registers=128,
-            direction="backward",
-            masks=False,
+            prefetch=False,
+            direction="forward",
         ),
     ),
     "sm_100": (_SM90,),
-    "gfx942": (GemmConfig(128, 128, 64, 8, 2, "plain"),),
-    "gfx950": (GemmConfig(128, 128, 64, 8, 2, "plain"),),
+    "gfx942": (_PLAIN,),
+    "gfx950": (_PLAIN,),
 }
 
 TAIL: dict[str, tuple[GemmConfig, ...]] = {
-    "sm_80": (GemmConfig(128, 128, 64, 4, 3),),
-    "sm_89": (GemmConfig(128, 128, 32, 8, 4, max_registers=128),),
+    "sm_80": (
+        GemmConfig(128, 128, 64, 4, 3, weight_left=True, direction="forward"),
+        GemmConfig(128, 128, 64, 4, 3, direction="backward"),
+    ),
+    "sm_89": (GemmConfig(128, 128, 32, 4, 3),),
     "sm_90": (GemmConfig(256, 128, 64, 8, 3, weight_left=True, descriptor=True),),
     "sm_100": (GemmConfig(128, 128, 64, 4, 4, descriptor=True),),
     "gfx942": (GemmConfig(128, 128, 64, 8, 2),),
@@ -106,6 +119,18 @@ SKINNY: dict[str, tuple[GemmConfig, ...]] = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), _SKINNY),
     **dict.fromkeys(("gfx942", "gfx950"), tuple(replace(c, decoder="plain") for c in _SKINNY)),
 }
+
+
+def adapter_terms(lora_dtype: torch.dtype, result: torch.dtype) -> int:
+    """How many 16-bit halves stand for an adapter's factor: one, or three products' worth of two
+    where float32 must not be rounded to float16's own bits."""
+    return 3 if lora_dtype == torch.float32 and result != torch.bfloat16 else 1
+
+
+def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> int:
+    """Columns of an adapter's operands: padded to what a tensor core takes."""
+    return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
+
 
 DEQUANTIZE_DECODER = "prmt"
 """Of the standalone dequantisation on NVIDIA's cards; elsewhere it decodes in plain Triton."""

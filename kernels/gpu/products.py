@@ -11,6 +11,7 @@ from qlora_compile.kernels.dropout import LANES, ROUNDS, dropout_threshold
 from qlora_compile.kernels.gpu.absmax import absmax_kernel
 from qlora_compile.kernels.gpu.adapter_gradient import adapter_gradient_kernel
 from qlora_compile.kernels.gpu.adapter_operand import adapter_operand_kernel
+from qlora_compile.kernels.gpu.configs import adapter_terms, adapter_width
 from qlora_compile.kernels.gpu.dequantize import dequantize_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
@@ -125,8 +126,7 @@ def adapter_operand(
     """
     splits, rows, rank = source.shape
     normalized = dtype == torch.float32
-    terms = 3 if normalized and result != torch.bfloat16 else 1
-    width = -(-terms * rank // 16) * 16
+    terms, width = adapter_terms(dtype, result), adapter_width(rank, dtype, result)
     out_dtype = torch.float16 if normalized else dtype
     values = source.new_empty(rows, width, dtype=out_dtype)
     scale = source.new_empty(rows, dtype=torch.float32) if normalized else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
@@ -121,7 +121,8 @@ class GemmVariant(TritonVariant):
 
     def _fits(self, config: GemmConfig, problem: Problem) -> bool:
         masked = problem.dropout and problem.direction == "backward"
-        if problem.rank > config.largest_rank or (masked and not config.masks):
+        width = adapter_width(problem.rank, problem.lora_dtype, problem.compute_dtype)
+        if width > config.largest_width or (masked and not config.masks):
             return False
         if config.direction not in (None, problem.direction):
             return False
