@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from filelock import FileLock
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,11 +33,21 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
     )
 
 
-def records(module: str, *arguments: str) -> list[dict[str, Any]]:
-    """The JSON that the module prints; its standard error in the failure if it fails."""
-    done = run(module, *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def records(module: str, *arguments: str, session: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The JSON that the module prints; its standard error in the failure if it fails.
+
+    Once per test session: its processes share what the first of them got.
+    """
+    folder = session.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    kept = folder / f"{'-'.join((module, *arguments))}.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            done = run(module, *arguments)
+            assert done.returncode == 0, done.stderr
+            kept.write_text(done.stdout)
+    return json.loads(kept.read_text())
 
 
 def main() -> None:

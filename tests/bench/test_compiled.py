@@ -13,11 +13,10 @@ MODELLED = ("sm_80", "sm_90", "sm_120")
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], dict[str, Any]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """By (architecture, kernel)."""
-    return {
-        (record["arch"], record["kernel"]): record for record in records("tests.bench.compiled")
-    }
+    found = records("tests.bench.compiled", session=tmp_path_factory)
+    return {(record["arch"], record["kernel"]): record for record in found}
 
 
 @pytest.mark.parametrize("arch", NVIDIA)

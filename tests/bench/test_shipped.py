@@ -12,9 +12,12 @@ TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "gfx942": "v_mfma"}
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def shipped(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
+def shipped(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[dict[str, Any]]]:
     """(architecture, rows)."""
-    return request.param, records("tests.bench.shipped_subset", request.param)
+    arch = request.param
+    return arch, records("tests.bench.shipped_subset", arch, session=tmp_path_factory)
 
 
 def test_every_kernel_is_shipped(shipped: Any) -> None:
