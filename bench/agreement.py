@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bench.stock import with_bitsandbytes
+from bench.stock import with_bitsandbytes, without_repacking
 from qlora_compile.quantized_linear import QuantizedLinear
 
 
@@ -64,7 +64,7 @@ class Errors:
 
 def stock_twin(base: Any, adapter: Path) -> Any:
     """Stock PEFT over bitsandbytes' NF4 of `base`, with a saved adapter to train on."""
-    model = with_bitsandbytes(copy.deepcopy(base), 4)
+    model = without_repacking(with_bitsandbytes(copy.deepcopy(base), 4))
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=True).train()
 
 

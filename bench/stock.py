@@ -30,3 +30,12 @@ def with_bitsandbytes(model: Any, bits: int) -> Any:
         setattr(model.get_submodule(parent), leaf, layer.to(linear.weight.device))
     setattr(model, f"is_loaded_in_{bits}bit", True)
     return model
+
+
+def without_repacking(model: Any) -> Any:
+    """Keeps bitsandbytes from changing 4-bit weights in evaluation: on CPUs that multiply bfloat16
+    it would round absmax and inputs to it, in place."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

@@ -63,12 +63,7 @@ def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **optio
 
 def with_bitsandbytes(model: Any, bits: int) -> Any:
     """The Linears of a model, but for its head, as bitsandbytes' 4- or 8-bit ones."""
-    model = stock.with_bitsandbytes(model, bits)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Where the CPU multiplies bfloat16, evaluation would round absmax and inputs to it.
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return stock.without_repacking(stock.with_bitsandbytes(model, bits))
 
 
 def tokens(batch: int = 2, length: int = 16) -> Tensor:
