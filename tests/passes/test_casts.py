@@ -14,28 +14,14 @@ from torch.fx import GraphModule
 
 import qlora_compile
 from bench.stock import with_bitsandbytes
-from qlora_compile import backend
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.passes.nodes import is_qlora_linear
+from tests.passes.rewritten import rewritten_graphs
 from tests.test_equality import without_inductor
 
-__all__ = ["without_inductor"]
+__all__ = ["rewritten_graphs", "without_inductor"]
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
-
-
-@pytest.fixture
-def rewritten_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
-    """What the passes made of every graph captured from now on."""
-    graphs: list[GraphModule] = []
-    inner = backend.compile_inner
-
-    def keeping(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(graph_module)
-        return inner(graph_module, example_inputs)
-
-    monkeypatch.setattr(backend, "compile_inner", keeping)
-    return graphs
 
 
 class Branched(nn.Module):

@@ -1,0 +1,25 @@
+"""The graphs as the passes leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.fx import GraphModule
+
+from qlora_compile import backend
+
+
+@pytest.fixture
+def rewritten_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """What the passes made of every graph captured from now on."""
+    graphs: list[GraphModule] = []
+    inner = backend.compile_inner
+
+    def keeping(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph_module)
+        return inner(graph_module, example_inputs)
+
+    monkeypatch.setattr(backend, "compile_inner", keeping)
+    return graphs
