@@ -79,8 +79,8 @@ def dequantize_kernel(
     else:
         if up is not None:
             ranks = (column - tiles) * COLUMNS + tl.arange(0, COLUMNS)
-            stored = inside[:, None] & (ranks < rank)[None, :]
+            scaled_inside = inside[:, None] & (ranks < rank)[None, :]
             base = up + tl.cast(n0, tl.int64) * rank
             at = edge(n0, N, ROWS, EVEN_N)[:, None] * rank + ranks[None, :]
-            scaled = tl.load(base + at, mask=stored, other=0.0).to(tl.float32) * scaling
-            tl.store(target + (K + ranks)[None, :], scaled.to(DTYPE), mask=stored)
+            scaled = tl.load(base + at, mask=scaled_inside, other=0.0).to(tl.float32) * scaling
+            tl.store(target + (K + ranks)[None, :], scaled.to(DTYPE), mask=scaled_inside)

@@ -19,6 +19,9 @@ from qlora_compile.kernels.gpu.packed_operand import decoder_named, packed_opera
 from qlora_compile.kernels.gpu.philox import keep_bits_kernel
 from qlora_compile.kernels.variants.base import LinearSpec
 
+_LARGEST_RANK_BLOCK = 32
+"""Beyond it, the three halves of a float32 factor spill registers."""
+
 _PROGRAMS = 256
 """Programs that fill any of today's cards about twice over."""
 
@@ -66,7 +69,7 @@ def low_rank(
     """
     x = with_contiguous_rows(x)
     (rows, k), rank = x.shape, factor.shape[0]
-    block_m, block_k, block_rank = 64, 64, min(64, _padded(rank))
+    block_m, block_k, block_rank = 64, 64, min(_LARGEST_RANK_BLOCK, _padded(rank))
     grid = (-(-rows // block_m), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-k // block_k))
     out = x.new_empty(splits, rows, rank, dtype=torch.float32)
@@ -92,7 +95,7 @@ def low_rank(
         "SPLITS": splits,
         "EVEN_K": k % block_k == 0,
     }
-    Launch(low_rank_kernel, (*grid, splits), arguments, constexprs).run()
+    Launch(low_rank_kernel, (*grid, splits), arguments, constexprs, num_warps=8).run()
     return out
 
 
@@ -165,7 +168,7 @@ def adapter_gradient(
     """
     z = with_contiguous_rows(z)
     (rows, columns), rank = z.shape, low.shape[1]
-    block_m, block_c, block_rank = 64, 64, min(64, _padded(rank))
+    block_m, block_c, block_rank = 64, 64, min(_LARGEST_RANK_BLOCK, _padded(rank))
     grid = (-(-columns // block_c), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-rows // block_m))
     parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
@@ -190,7 +193,7 @@ def adapter_gradient(
         "SPLITS": splits,
         "EVEN_C": columns % block_c == 0,
     }
-    Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs).run()
+    Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs, num_warps=8).run()
     out.copy_(parts[0] if splits == 1 else parts.sum(0))
 
 
@@ -204,7 +207,7 @@ def dequantize(
 ) -> Tensor:
     """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank]."""
     decoder = decoder_named(spec, decoder_name)
-    tile_rows, tile_columns = 16, 256
+    tile_rows, tile_columns = 32, 256
     rank = 0 if up is None else up.shape[1]
     codes, arguments, constexprs = packed_operand(planes, spec, decoder, dtype, tile_columns)
     out = torch.empty(spec.n, spec.k + rank, dtype=dtype, device=codes.device)

@@ -208,12 +208,11 @@ def _streaming(
 
 def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
     for quant_format in FORMATS:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16):
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
                     case = _Case(quant_format.name, dtype, rank, double)
-                    fast = target.startswith("sm_") and dtype != torch.float32
-                    decoder = DEQUANTIZE_DECODER if fast else "plain"
+                    decoder = DEQUANTIZE_DECODER if target.startswith("sm_") else "plain"
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     with recording() as launches:
                         dequantize(_planes(case), case.spec, dtype, decoder, up)
