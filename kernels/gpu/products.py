@@ -19,9 +19,6 @@ from qlora_compile.kernels.gpu.packed_operand import decoder_named, packed_opera
 from qlora_compile.kernels.gpu.philox import keep_bits_kernel
 from qlora_compile.kernels.variants.base import LinearSpec
 
-_LARGEST_RANK_BLOCK = 32
-"""Beyond it, the three halves of a float32 factor spill registers."""
-
 _PROGRAMS = 256
 """Programs that fill any of today's cards about twice over."""
 
@@ -69,7 +66,7 @@ def low_rank(
     """
     x = with_contiguous_rows(x)
     (rows, k), rank = x.shape, factor.shape[0]
-    block_m, block_k, block_rank = 64, 64, min(_LARGEST_RANK_BLOCK, _padded(rank))
+    block_m, block_k, block_rank = 64, 64, _rank_block(rank, x.dtype)
     grid = (-(-rows // block_m), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-k // block_k))
     out = x.new_empty(splits, rows, rank, dtype=torch.float32)
@@ -168,7 +165,7 @@ def adapter_gradient(
     """
     z = with_contiguous_rows(z)
     (rows, columns), rank = z.shape, low.shape[1]
-    block_m, block_c, block_rank = 64, 64, min(_LARGEST_RANK_BLOCK, _padded(rank))
+    block_m, block_c, block_rank = 64, 64, _rank_block(rank, z.dtype)
     grid = (-(-columns // block_c), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-rows // block_m))
     parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
@@ -231,6 +228,12 @@ def dequantize(
     grid = (-(-spec.n // tile_rows), -(-spec.k // tile_columns) + -(-rank // tile_columns))
     Launch(dequantize_kernel, grid, arguments, constexprs).run()
     return out
+
+
+def _rank_block(rank: int, x_dtype: torch.dtype) -> int:
+    """Ranks a program takes: with more, the halves of a float32 factor, and of a float16 x, spill
+    registers."""
+    return min(16 if x_dtype == torch.float16 else 32, _padded(rank))
 
 
 def _padded(rank: int) -> int:
