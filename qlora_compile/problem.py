@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-
 Direction = Literal["forward", "backward"]
 
 
