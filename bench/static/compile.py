@@ -36,11 +36,7 @@ class Launch(Protocol):
     @property
     def constexprs(self) -> dict[str, Any]: ...
     @property
-    def num_warps(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
-    @property
-    def options(self) -> dict[str, Any]: ...
+    def compile_options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -129,11 +125,10 @@ def _bind(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]
     """What the JIT makes of the arguments: the source to compile and the full options."""
     backend = make_backend(target)
     kernel = launch.kernel
-    # As Launch.run passes them: contracting a product and a sum would change decoded weights.
-    given = {"enable_fp_fusion": False} | launch.options
-    given |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = binder(**launch.arguments, **launch.constexprs, **given)
+    bound, specialization, rest = binder(
+        **launch.arguments, **launch.constexprs, **launch.compile_options
+    )
     options, signature, constants, attributes = kernel._pack_args(
         backend, rest, bound, specialization, rest
     )

@@ -96,11 +96,15 @@ def decode_instructions(kernel: str, most: Mapping[str, float]) -> Judge:
 
     def judge(arch: str, rows: Sequence[Row]) -> Iterator[Verdict]:
         limit = f"≤ {most[arch]:.0f}"
-        decoding = [row for row in candidates(rows, kernel) if row.figures and row.figures.decode]
-        if not decoding:
+        counted = [
+            (row.figures.decode_instructions, row.name)
+            for row in candidates(rows, kernel)
+            if row.figures and row.figures.decode
+        ]
+        if not counted:
             yield Verdict(False, "no launch that decodes", limit, "")
             return
-        count, name = min((row.figures.decode_instructions, row.name) for row in decoding)  # pyright: ignore[reportOptionalMemberAccess]
+        count, name = min(counted)
         yield Verdict(count <= most[arch], f"{count:.1f}", limit, name)
 
     return judge

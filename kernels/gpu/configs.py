@@ -132,8 +132,10 @@ def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> in
     return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
 
 
-DEQUANTIZE_DECODER = "prmt"
-"""Of the standalone dequantisation on NVIDIA's cards; elsewhere it decodes in plain Triton."""
+def dequantize_decoder(target: str | None) -> str:
+    """Of the standalone dequantisation; None is no device, hence the interpreter."""
+    return "prmt" if target is not None and target.startswith("sm_") else "plain"
+
 
 FUSED_UTILIZATION = {
     "sm_80": 0.93,

@@ -115,17 +115,8 @@ def decode_codebook_prmt(
         is_pure=True,
         pack=1,
     )
-    values = join8(
-        w0.to(DTYPE, bitcast=True),
-        w1.to(DTYPE, bitcast=True),
-        w2.to(DTYPE, bitcast=True),
-        w3.to(DTYPE, bitcast=True),
-        w4.to(DTYPE, bitcast=True),
-        w5.to(DTYPE, bitcast=True),
-        w6.to(DTYPE, bitcast=True),
-        w7.to(DTYPE, bitcast=True),
-    )
-    return tl.reshape(values, (ROWS, COLUMNS))
+    bits = join8(w0, w1, w2, w3, w4, w5, w6, w7)
+    return tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -148,17 +139,8 @@ def decode_codebook_shfl(
         is_pure=True,
         pack=1,
     )
-    values = join8(
-        w0.to(DTYPE, bitcast=True),
-        w1.to(DTYPE, bitcast=True),
-        w2.to(DTYPE, bitcast=True),
-        w3.to(DTYPE, bitcast=True),
-        w4.to(DTYPE, bitcast=True),
-        w5.to(DTYPE, bitcast=True),
-        w6.to(DTYPE, bitcast=True),
-        w7.to(DTYPE, bitcast=True),
-    )
-    return tl.reshape(values, (ROWS, COLUMNS))
+    bits = join8(w0, w1, w2, w3, w4, w5, w6, w7)
+    return tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
 
 
 @triton.jit

@@ -19,8 +19,7 @@ class Decoder:
     """One exact way to decode tiles of one format on the device.
 
     function, prepare: as in `kernels/gpu/decode.py`. programs: from a PTX dtype to the inline
-    assembly, None for plain Triton, which decodes to any dtype on any target. codebook: sixteen
-    values handed to the kernel as `tables`, or none.
+    assembly, None for plain Triton, which decodes to any dtype on any target.
     """
 
     name: str

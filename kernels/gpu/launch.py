@@ -34,17 +34,21 @@ class Launch:
     num_stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """All that the compiler is told beside the arguments."""
+        # Contracting a product and a sum to one rounding changes decoded weights; Triton's default
+        # differs between its versions.
+        counts = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"enable_fp_fusion": False} | self.options | counts
+
     def run(self) -> None:
         if _recorded is not None:
             _recorded.append(self)
         elif all(self.grid):
-            # Contracting a product and a sum to one rounding changes decoded weights; Triton's
-            # default differs between its versions.
-            options = {"enable_fp_fusion": False} | self.options
-            options |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
             device = next(t.device for t in self.arguments.values() if torch.is_tensor(t))
             with torch.cuda.device(device if device.type == "cuda" else -1):
-                self.kernel[self.grid](**self.arguments, **self.constexprs, **options)
+                self.kernel[self.grid](**self.arguments, **self.constexprs, **self.compile_options)
 
 
 _recorded: list[Launch] | None = None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.kernels.gpu.decoders import Decoder
 from qlora_compile.kernels.variants.base import LinearSpec
 
@@ -16,10 +15,6 @@ from qlora_compile.kernels.variants.base import LinearSpec
 def decoder_named(spec: LinearSpec, name: str) -> Decoder:
     assert spec.format is not None
     return next(d for d in spec.format.device_decoders() if d.name == name)
-
-
-def decoder_names(format: str) -> set[str]:
-    return {decoder.name for decoder in format_named(format).device_decoders()}
 
 
 def packed_operand(

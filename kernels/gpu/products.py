@@ -96,6 +96,11 @@ def low_rank(
     return out
 
 
+def added_up(planes: Tensor) -> Tensor:
+    """The sum of the first dimension, in a fixed order, without a launch where it has one plane."""
+    return planes[0] if planes.shape[0] == 1 else planes.sum(0)
+
+
 @dataclass(frozen=True)
 class AdapterOperand:
     """A thin factor for tensor cores: values [rows, width], 16-bit, width a multiple of 16, and the
@@ -191,7 +196,29 @@ def adapter_gradient(
         "EVEN_C": columns % block_c == 0,
     }
     Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs, num_warps=8).run()
-    out.copy_(parts[0] if splits == 1 else parts.sum(0))
+    out.copy_(added_up(parts))
+
+
+def adapter_gradients(
+    x: Tensor,
+    grad: Tensor,
+    grad_low: Tensor,
+    factors: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    scaling: float,
+    bits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of lora_a [rank, K] and lora_b [N, rank], the `factors`, in their own dtypes.
+
+    grad_low [M, rank] float32: of drop(x) lora_aᵀ, `scaling` included.
+    """
+    grad_a, grad_b = (
+        torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors
+    )
+    low = added_up(low_rank(x, factors[0], dtype, scaling, bits))
+    adapter_gradient(x, grad_low, dtype, grad_a.t(), bits)
+    adapter_gradient(grad, low, dtype, grad_b)
+    return grad_a, grad_b
 
 
 def dequantize(

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import DEQUANTIZE_DECODER, GemmConfig
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
+from qlora_compile.kernels.gpu.configs import GemmConfig, dequantize_decoder
 from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.products import (
@@ -24,7 +24,6 @@ from qlora_compile.kernels.gpu.products import (
     keep_bits,
     low_rank,
 )
-from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.variants.base import LinearSpec
 from qlora_compile.kernels.variants.fused import Fused, Skinny
 from qlora_compile.kernels.variants.tail import Tail
@@ -83,9 +82,13 @@ class _Case:
         )
 
     @property
+    def format_name(self) -> str:
+        return "dense" if self.format == UNQUANTIZED else self.format
+
+    @property
     def spec(self) -> LinearSpec:
         return LinearSpec(
-            format=None if self.format in (UNQUANTIZED, "dense") else format_named(self.format),
+            format=None if self.format == UNQUANTIZED else format_named(self.format),
             n=WIDTH,
             k=WIDTH,
             block_size=BLOCK_SIZE,
@@ -179,7 +182,7 @@ def _products(
         note = f"{direction} {case.note}" if variant.name == "skinny" else case.note
         yield ShippedLaunch(
             kernel=name,
-            format="dense" if spec.format is None else case.format,
+            format=case.format_name,
             dtype=dtype,
             decoder=config.decoder or "-",
             rank=case.rank,
@@ -195,7 +198,7 @@ def _streaming(
 ) -> ShippedLaunch:
     return ShippedLaunch(
         kernel=kernel,
-        format=case.format,
+        format=case.format_name,
         dtype=case.dtype,
         decoder=decoder,
         rank=case.rank,
@@ -212,7 +215,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
                     case = _Case(quant_format.name, dtype, rank, double)
-                    decoder = DEQUANTIZE_DECODER if target.startswith("sm_") else "plain"
+                    decoder = dequantize_decoder(target)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     with recording() as launches:
                         dequantize(_planes(case), case.spec, dtype, decoder, up)
@@ -226,7 +229,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
 
 def _thin_products() -> Iterator[ShippedLaunch]:
     for dtype, lora_dtype, rank, dropout in _THIN_CASES:
-        case = _Case("dense", dtype, rank, lora_dtype=lora_dtype, dropout=dropout)
+        case = _Case(UNQUANTIZED, dtype, rank, lora_dtype=lora_dtype, dropout=dropout)
         x = _meta(ROWS, WIDTH, dtype=dtype)
         bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
         factor = _meta(rank, WIDTH, dtype=torch.float32)
@@ -241,7 +244,7 @@ def _thin_products() -> Iterator[ShippedLaunch]:
         names = ("low_rank", "adapter_operand", "adapter_gradient")
         for name, launch in zip(names, launches, strict=True):
             yield _streaming(name, case, "-", note, launch)
-    case = _Case("dense", rank=0, dropout=True)
+    case = _Case(UNQUANTIZED, rank=0, dropout=True)
     with recording() as launches:
         keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)
     yield _streaming("keep_bits", case, "-", "-", launches[0])

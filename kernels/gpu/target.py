@@ -30,10 +30,6 @@ def tuned_target(target: str) -> str | None:
         return None
     if capability in (80, 87):
         return "sm_80"
-    return (
-        "sm_89"
-        if capability < 90 or capability >= 120
-        else "sm_90"
-        if capability < 100
-        else ("sm_100")
-    )
+    if capability < 90 or capability >= 120:
+        return "sm_89"
+    return "sm_90" if capability < 100 else "sm_100"

@@ -36,16 +36,3 @@ def dot_float32_right(left, right, acc):
         acc = tl.dot(l1, r0, acc)
         acc = tl.dot(l0, r0, acc)
     return acc
-
-
-@triton.jit
-def dot_float32(left, right, acc):
-    """acc + left @ right for float32 operands to 16 bits each: enough for a result that is rounded
-    to 16 bits or fewer."""
-    l0, rest = _bf16_term(left)
-    l1, _ = _bf16_term(rest)
-    r0, rest = _bf16_term(right)
-    r1, _ = _bf16_term(rest)
-    acc = tl.dot(l1, r0, acc)
-    acc = tl.dot(l0, r1, acc)
-    return tl.dot(l0, r0, acc)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.gpu.configs import dequantize_decoder
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearGradients,
@@ -17,7 +19,7 @@ from qlora_compile.kernels.variants.base import (
     NeedsGradient,
     bias_gradient,
 )
-from qlora_compile.kernels.variants.tail import dequantize_cost, dequantize_decoder
+from qlora_compile.kernels.variants.tail import dequantize_cost
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.problem import Problem
 
@@ -45,18 +47,18 @@ class Augmented(TritonVariant):
     def _workspace(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         from qlora_compile.kernels.gpu.products import dequantize
 
-        decoder = dequantize_decoder(tensors.x)
+        decoder = dequantize_decoder(target_of(str(tensors.x.device)))
         planes = list(tensors.planes)
         return dequantize(planes, spec, spec.compute_dtype, decoder, tensors.lora_b, spec.scaling)
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        from qlora_compile.kernels.gpu.products import low_rank
+        from qlora_compile.kernels.gpu.products import added_up, low_rank
 
         x, a = tensors.x, tensors.lora_a
         assert a is not None
         wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
         wide[:, : spec.k] = x
-        wide[:, spec.k :] = low_rank(x, a, spec.lora_dtype, 1.0).sum(0)
+        wide[:, spec.k :] = added_up(low_rank(x, a, spec.lora_dtype, 1.0))
         weight = self._workspace(tensors, spec).t()
         if tensors.bias is None:
             y = wide @ weight
@@ -72,7 +74,7 @@ class Augmented(TritonVariant):
         needs: NeedsGradient,
         config: Config,
     ) -> LinearGradients:
-        from qlora_compile.kernels.gpu.products import adapter_gradient, low_rank
+        from qlora_compile.kernels.gpu.products import adapter_gradients, added_up, low_rank
 
         x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
         assert a is not None
@@ -84,14 +86,11 @@ class Augmented(TritonVariant):
             grad_low = wide[:, spec.k :]
             grad_x = torch.addmm(wide[:, : spec.k], grad_low, a.to(wide.dtype))
         else:
-            grad_low = low_rank(grad, b.t(), spec.lora_dtype, spec.scaling).sum(0)
+            grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype, spec.scaling))
         if needs.adapter:
-            grad_a, grad_b = (
-                torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
+            grad_a, grad_b = adapter_gradients(
+                x, grad, grad_low.float(), (a, b), spec.lora_dtype, spec.scaling
             )
-            adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
-            low = low_rank(x, a, spec.lora_dtype, spec.scaling).sum(0)
-            adapter_gradient(grad, low, spec.lora_dtype, grad_b)
         grad_bias = None
         if needs.bias and tensors.bias is not None:
             grad_bias = bias_gradient(grad, tensors.bias)

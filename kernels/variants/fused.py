@@ -10,7 +10,7 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.gpu.configs import FUSED, FUSED_UTILIZATION, SKINNY, GemmConfig
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
-from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.kernels.variants.triton_variant import GemmVariant, packed_bytes
 from qlora_compile.problem import Problem
 
 
@@ -36,12 +36,12 @@ class Fused(GemmVariant):
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, GemmConfig)
         m, n, k = problem.m, problem.n, problem.k
-        # A tile computes its padding too, and a last wave of programs rarely fills the card.
+        # A tile computes its padding too. That programs may be too few to fill the card is not
+        # modelled.
         padded = -(-m // config.block_m) * config.block_m
         efficiency = device.vendor_efficiency * FUSED_UTILIZATION[device.target]
-        weight = n * k * (0.5 if problem.format != "int8" else 1.0) + 4 * n * k / problem.block_size
         compute = 2 * padded * n * k / (device.flops * efficiency)
-        moved = device.stream_seconds(weight + 2 * m * (n + k))
+        moved = device.stream_seconds(packed_bytes(problem) + 2 * m * (n + k))
         return max(compute, moved) + LAUNCH_SECONDS + self.adapter_cost(problem, device)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import DEQUANTIZE_DECODER, TAIL, TAIL_UTILIZATION, GemmConfig
+from qlora_compile.kernels.gpu.configs import TAIL, TAIL_UTILIZATION, GemmConfig, dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
-from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.kernels.variants.triton_variant import GemmVariant, packed_bytes
 from qlora_compile.problem import Problem
 
 
@@ -40,7 +40,7 @@ class Tail(GemmVariant):
         if spec.format is None:
             weight = with_contiguous_rows(planes[0].to(spec.compute_dtype))
         else:
-            decoder = dequantize_decoder(x)
+            decoder = dequantize_decoder(target_of(str(x.device)))
             weight = dequantize(planes, spec, spec.compute_dtype, decoder)
         gemm(x, [weight], spec, config, out, **options)
 
@@ -61,11 +61,5 @@ def dequantize_cost(problem: Problem, device: DeviceModel) -> float:
     """Modelled seconds of decoding W to memory once."""
     if problem.format == UNQUANTIZED:
         return 0.0
-    packed = (0.5 if problem.format != "int8" else 1.0) + 4 / problem.block_size
-    return device.stream_seconds(problem.n * problem.k * (packed + 2)) + LAUNCH_SECONDS
-
-
-def dequantize_decoder(x: Tensor) -> str:
-    """The decoder the standalone dequantisation uses where `x` is."""
-    target = target_of(str(x.device))
-    return DEQUANTIZE_DECODER if target is not None and target.startswith("sm_") else "plain"
+    moved = packed_bytes(problem) + 2 * problem.n * problem.k
+    return device.stream_seconds(moved) + LAUNCH_SECONDS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.variants.base import (
@@ -117,9 +117,11 @@ class GemmVariant(TritonVariant):
 
     def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
         tuned = tuned_target(target)
-        return [] if tuned is None else [c for c in self.shipped(tuned) if self._fits(c, problem)]
+        if tuned is None:
+            return []
+        return [config for config in self.shipped(tuned) if self._fits(config, target, problem)]
 
-    def _fits(self, config: GemmConfig, problem: Problem) -> bool:
+    def _fits(self, config: GemmConfig, target: str, problem: Problem) -> bool:
         masked = problem.dropout and problem.direction == "backward"
         width = adapter_width(problem.rank, problem.lora_dtype, problem.compute_dtype)
         if width > config.largest_width or (masked and not config.masks):
@@ -128,9 +130,10 @@ class GemmVariant(TritonVariant):
             return False
         if config.decoder is None:
             return True
-        from qlora_compile.kernels.gpu.packed_operand import decoder_names
-
-        return config.decoder in decoder_names(problem.format)
+        return any(
+            decoder.name == config.decoder and not decoder.rejects(target, problem.compute_dtype)
+            for decoder in format_named(problem.format).device_decoders()
+        )
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         assert isinstance(config, GemmConfig)
@@ -166,7 +169,7 @@ class GemmVariant(TritonVariant):
         if a is not None and b is not None and (needs.x or needs.adapter):
             from qlora_compile.kernels.gpu.products import (
                 AdapterStart,
-                adapter_gradient,
+                adapter_gradients,
                 adapter_operand,
                 low_rank,
             )
@@ -177,13 +180,8 @@ class GemmVariant(TritonVariant):
             planes = low_rank(grad, b.t(), dtype, scaling)
             grad_low, total = adapter_operand(planes, *dtypes, up=False, total=needs.adapter)
             if needs.adapter:
-                grad_a, grad_b = (
-                    torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a, b)
-                )
                 assert total is not None
-                low = low_rank(x, a, dtype, scaling, bits).sum(0)
-                adapter_gradient(x, total, dtype, grad_a.t(), bits)
-                adapter_gradient(grad, low, dtype, grad_b)
+                grad_a, grad_b = adapter_gradients(x, grad, total, (a, b), dtype, scaling, bits)
             if needs.x:
                 up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
                 adapter = AdapterStart(grad_low, up, bits)
@@ -196,6 +194,12 @@ class GemmVariant(TritonVariant):
         if needs.bias and tensors.bias is not None:
             grad_bias = bias_gradient(grad, tensors.bias)
         return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+
+
+def packed_bytes(problem: Problem) -> float:
+    """Of W's codes and absmax, the latter taken for float32."""
+    bits = format_named(problem.format).bits
+    return problem.n * problem.k * (bits / 8 + 4 / problem.block_size)
 
 
 def _keep_bits(tensors: LinearTensors, spec: LinearSpec) -> Any:

@@ -17,7 +17,7 @@ from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.registry import FORMATS, select
-from qlora_compile.kernels.variants.base import LinearSpec
+from qlora_compile.kernels.variants.base import Config, LinearSpec
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.linear_cases import DTYPES, Call, Case
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
@@ -35,8 +35,11 @@ def target() -> str:
     return found
 
 
-def on_device(call: Call, variant: TritonVariant, config) -> dict[str, Tensor]:
-    return {n: v.cpu() for n, v in call.on(DEVICE).fused(variant, config=config).items()}
+def on_device(
+    call: Call, variant: TritonVariant, config: Config, backward_config: Config | None = None
+) -> dict[str, Tensor]:
+    results = call.on(DEVICE).fused(variant, None, config, backward_config)
+    return {name: value.cpu() for name, value in results.items()}
 
 
 @pytest.mark.parametrize(("variant", "format"), PAIRS, ids=PAIR_IDS)
@@ -46,17 +49,11 @@ def test_error_of_output_and_gradients(
     variant: TritonVariant, format: str, data: st.DataObject
 ) -> None:
     call = data.draw(calls(variant, format, target()))
-    problems = [call.problem(direction) for direction in ("forward", "backward")]
-    shared = [
-        config
-        for config in variant.configs_on(target(), problems[0])
-        if config in variant.configs_on(target(), problems[1])
-    ]
-    if not shared:
-        # Forward and backward choose apart: what both would choose is run by `test_the_op`.
-        return
-    config = data.draw(st.sampled_from(shared))
-    assert_no_worse_than_plain(call, on_device(call, variant, config))
+    forward, backward = (
+        data.draw(st.sampled_from(variant.configs_on(target(), call.problem(direction))))
+        for direction in ("forward", "backward")
+    )
+    assert_no_worse_than_plain(call, on_device(call, variant, forward, backward))
 
 
 @settings(max_examples=100)

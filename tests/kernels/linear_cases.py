@@ -183,10 +183,18 @@ class Call:
         variant: Variant,
         wanted: tuple[str, ...] | None = None,
         config: Config = NO_CONFIG,
+        backward_config: Config | None = None,
     ) -> dict[str, Tensor]:
-        """y and the gradients of `wanted` (every tensor that can have one) through the op."""
-        choice = Choice(variant, config, 0.0)
-        with mock.patch.object(op, "select", return_value=choice):
+        """y and the gradients of `wanted` (every tensor that can have one) through the op.
+
+        config: of both directions, unless backward has its own.
+        """
+
+        def choose(problem: Problem) -> Choice:
+            own = backward_config if problem.direction == "backward" else None
+            return Choice(variant, own or config, 0.0)
+
+        with mock.patch.object(op, "select", side_effect=choose):
             arguments = list(self.arguments)
             positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
             leaves = {}

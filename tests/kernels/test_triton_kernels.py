@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton import knobs
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS
@@ -27,17 +24,11 @@ from qlora_compile.kernels.gpu.products import (
 )
 from qlora_compile.kernels.gpu.weight import load_absmax, load_words
 from qlora_compile.kernels.variants.base import LinearSpec
-from tests.interpreter.honest import honest_interpreter
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def interpreting() -> Iterator[None]:
-    if not knobs.runtime.interpret:
-        pytest.skip("Triton compiles kernels here; tests/gpu runs them on the device")
-    with honest_interpreter():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreting")
 
 
 def spec_of(format, n: int, k: int, block_size: int, dropout: float = 0.0, stream: int = 0):

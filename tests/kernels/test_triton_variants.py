@@ -6,30 +6,21 @@ on every access outside of a launch's tensors (tests/interpreter). Fresh memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton import knobs
 
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
-from tests.interpreter.honest import honest_interpreter
 from tests.kernels.linear_cases import DTYPES, Case
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, TRITON_VARIANTS, calls, configs
 
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreting() -> Iterator[None]:
-    if not knobs.runtime.interpret:
-        pytest.skip("Triton compiles kernels here; tests/gpu runs them on the device")
-    with honest_interpreter():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreting")
 
 
 @pytest.mark.parametrize(("variant", "format"), PAIRS, ids=PAIR_IDS)

@@ -8,9 +8,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import GemmConfig
-from qlora_compile.kernels.gpu.packed_operand import decoder_names
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import NO_CONFIG, Config
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
@@ -27,8 +25,9 @@ def configs(variant: TritonVariant, format: str) -> list[Config]:
     if not isinstance(variant, GemmVariant):
         return [NO_CONFIG]
     shipped = dict.fromkeys(itertools.chain(*(variant.shipped(target) for target in TARGETS)))
-    known = decoder_names(format) if format != UNQUANTIZED else set()
-    return [config for config in shipped if config.decoder is None or config.decoder in known]
+    decoders = format_named(format).device_decoders() if format != UNQUANTIZED else ()
+    known = {None, *(decoder.name for decoder in decoders)}
+    return [config for config in shipped if config.decoder in known]
 
 
 PAIRS = [
@@ -66,7 +65,3 @@ def calls(draw: st.DrawFn, variant: TritonVariant, format: str, target: str = "s
     reasons = variant.rejects_on(target, call.problem("forward"))
     assert not reasons, reasons
     return call
-
-
-def config_labels(config: Config) -> str:
-    return config.label if isinstance(config, GemmConfig) else "-"
