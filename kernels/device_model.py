@@ -31,6 +31,31 @@ class DeviceModel:
         return moved / (0.92 * self.bandwidth)
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class CpuModel(DeviceModel):
+    """Of torch's operators on a CPU's threads; each tuple is for float64, float32, bfloat16 and
+    float16. gemm: operations a second of large products. thin: of products with a dimension of
+    sixteen. decode: seconds per weight. operator: seconds of starting one. dropout: seconds per
+    element of a mask."""
+
+    gemm: tuple[float, ...]
+    thin: tuple[float, ...]
+    decode: tuple[float, ...]
+    operator: float
+    dropout: float
+
+    def of(self, figures: tuple[float, ...], dtype: torch.dtype) -> float:
+        """The one of `figures` for `dtype`."""
+        return figures[_DTYPES.index(dtype)]
+
+    def move_seconds(self, moved: float) -> float:
+        """Of an operator that moves so many bytes."""
+        return moved / self.bandwidth + self.operator
+
+
 LAUNCH_SECONDS = 4e-6
 """Of one kernel between others."""
 
@@ -49,15 +74,36 @@ DEVICE_MODELS = (
     DeviceModel("MI350", "gfx950", 2300e12, 8.00e12, 0.50),
 )
 
-CPU = DeviceModel("cpu", "cpu", 1e12, 5e10, 0.7)
-"""Only one variant runs there, so that its figures rank nothing."""
+CPU = CpuModel(
+    name="cpu",
+    target="cpu",
+    flops=1e12,
+    bandwidth=1.5e10,
+    vendor_efficiency=1.0,
+    gemm=(6e10, 1.2e11, 2.4e11, 2e10),
+    thin=(2e10, 4e10, 5e10, 1e10),
+    decode=(1.5e-9, 0.8e-9, 1.0e-9, 1.5e-9),
+    operator=1e-5,
+    dropout=2e-9,
+)
+"""A guess at a few cores, until `use_cpu_model` is given what was measured."""
+
+_cpu = CPU
+
+
+def use_cpu_model(model: CpuModel) -> None:
+    """From now on CPU problems are modelled by `model`."""
+    global _cpu
+    _cpu = model
+
+
+def device_model(device: str, target: str | None) -> DeviceModel:
+    """The card's model, or that of another card of its target, or of the nearest generation."""
+    return _cpu if target is None else _card_model(device, target)
 
 
 @functools.cache
-def device_model(device: str, target: str | None) -> DeviceModel:
-    """The card's model, or that of another card of its target, or of the nearest generation."""
-    if target is None:
-        return CPU
+def _card_model(device: str, target: str) -> DeviceModel:
     name = torch.cuda.get_device_name(device)
     for model in DEVICE_MODELS:
         if model.name in name:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.registry import UNQUANTIZED, format_named, select
+from qlora_compile.kernels.registry import UNQUANTIZED, format_named
+from qlora_compile.kernels.selection import current_source, keeps_low_rank, select
 from qlora_compile.kernels.variants.base import (
     LinearSpec,
     LinearTensors,
@@ -41,16 +42,17 @@ def linear_problem(
         x_dtype=tensors.x.dtype,
         compute_dtype=spec.compute_dtype,
         lora_dtype=spec.lora_dtype,
+        out_dtype=spec.out_dtype,
         bias=tensors.bias is not None,
         dropout=tensors.seed is not None,
+        keeps_low_rank=tensors.low_rank is not None,
         device=str(tensors.x.device),
     )
 
 
 # No defaults in the schemas: autograd of custom ops drops defaulted arguments and then miscounts
 # the tensors of a list.
-@torch.library.custom_op("qlora_compile::qlora_linear", mutates_args=())
-def qlora_linear_op(
+def qlora_linear(
     x: Tensor,
     planes: Sequence[Tensor],
     bias: Tensor | None,
@@ -74,32 +76,81 @@ def qlora_linear_op(
     adapter's input is dropped out with probability `dropout`. Dtypes as in `LinearSpec`; casts
     happen inside, so autocast leaves the op alone.
     """
-    spec = linear_spec(
-        format,
-        n,
-        k,
-        block_size,
-        scaling,
-        dropout,
-        stream,
-        compute_dtype,
-        lora_dtype,
-        out_dtype,
+    constants = (
+        *(format, n, k, block_size, scaling, dropout, stream),
+        *(compute_dtype, lora_dtype, out_dtype),
     )
-    tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
+    keeps, source = False, current_source()
+    trained = any(factor is not None and factor.requires_grad for factor in (lora_a, lora_b))
+    if trained and torch.is_grad_enabled():
+        rows = x.numel() // k if k else 0
+        # A dynamic dimension stands for many; what it was at capture is one of them.
+        rows = rows if isinstance(rows, int) else rows.node.hint or 0
+        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, seed)
+        problem = linear_problem("forward", rows, tensors, linear_spec(*constants))
+        keeps = keeps_low_rank(problem, source)
+    y, _ = qlora_linear_forward(x, planes, bias, lora_a, lora_b, seed, keeps, source, *constants)
+    return y
+
+
+# An op of its own in the graphs that the passes see, and nothing but the next one to autograd.
+_LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
+_LIBRARY.define("qlora_linear" + torch.library.infer_schema(qlora_linear, mutates_args=()))
+_LIBRARY.impl("qlora_linear", qlora_linear, "CompositeImplicitAutograd")
+
+QLORA_LINEAR = torch.ops.qlora_compile.qlora_linear.default
+"""The op as it appears in a graph."""
+
+
+@torch.library.custom_op("qlora_compile::qlora_linear_forward", mutates_args=())
+def qlora_linear_forward(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    seed: Tensor | None,
+    keeps: bool,
+    source: str,
+    format: str,
+    n: int,
+    k: int,
+    block_size: int,
+    scaling: float,
+    dropout: float,
+    stream: int,
+    compute_dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y of `qlora_linear` and, if it `keeps`, S = scaling / (1 - dropout) * drop(x) lora_aᵀ
+    [M, rank] in `lora_dtype`, else an empty tensor. source: of records, as in `selection`."""
+    spec = linear_spec(
+        *(format, n, k, block_size, scaling, dropout, stream),
+        *(compute_dtype, lora_dtype, out_dtype),
+    )
+    x_rows = x.reshape(-1, k)
+    low_rank = None
+    if keeps and lora_a is not None:
+        low_rank = x.new_empty(x_rows.shape[0], lora_a.shape[0], dtype=lora_dtype)
+    tensors = LinearTensors(x_rows, planes, bias, lora_a, lora_b, seed, low_rank)
     with torch.autocast(x.device.type, enabled=False):
-        choice = select(linear_problem("forward", tensors.x.shape[0], tensors, spec))
+        choice = select(linear_problem("forward", x_rows.shape[0], tensors, spec), source)
         y = choice.variant.forward(tensors, spec, choice.config)
-    return y.view(*x.shape[:-1], n)
+    return y.view(*x.shape[:-1], n), x.new_empty(0) if low_rank is None else low_rank
 
 
-@qlora_linear_op.register_fake
-def _(x, planes, bias, lora_a, lora_b, seed, format, n, k, *constants):
-    return x.new_empty((*x.shape[:-1], n), dtype=constants[-1])
+@qlora_linear_forward.register_fake
+def _(x, planes, bias, lora_a, lora_b, seed, keeps, source, format, n, k, *constants):
+    y = x.new_empty((*x.shape[:-1], n), dtype=constants[-1])
+    if not keeps:
+        return y, x.new_empty(0)
+    rows = x.numel() // k if k else 0
+    return y, x.new_empty((rows, lora_a.shape[0]), dtype=constants[-2])
 
 
 @torch.library.custom_op("qlora_compile::qlora_linear_backward", mutates_args=())
-def qlora_linear_backward_op(
+def qlora_linear_backward(
     grad: Tensor,
     x: Tensor,
     planes: Sequence[Tensor],
@@ -107,9 +158,11 @@ def qlora_linear_backward_op(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     seed: Tensor | None,
+    low_rank: Tensor | None,
     needs_x: bool,
     needs_adapter: bool,
     needs_bias: bool,
+    source: str,
     format: str,
     n: int,
     k: int,
@@ -123,28 +176,21 @@ def qlora_linear_backward_op(
 ) -> list[Tensor]:
     """The needed ones of [grad x, grad lora_a, grad lora_b, grad bias], in that order."""
     spec = linear_spec(
-        format,
-        n,
-        k,
-        block_size,
-        scaling,
-        dropout,
-        stream,
-        compute_dtype,
-        lora_dtype,
-        out_dtype,
+        *(format, n, k, block_size, scaling, dropout, stream),
+        *(compute_dtype, lora_dtype, out_dtype),
     )
-    tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed)
+    tensors = LinearTensors(x.reshape(-1, k), planes, bias, lora_a, lora_b, seed, low_rank)
     needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
     with torch.autocast(x.device.type, enabled=False):
-        choice = select(linear_problem("backward", tensors.x.shape[0], tensors, spec))
+        choice = select(linear_problem("backward", tensors.x.shape[0], tensors, spec), source)
         grads = choice.variant.backward(grad.reshape(-1, n), tensors, spec, needs, choice.config)
     grad_x = None if grads.x is None else grads.x.view(x.shape)
     return [g for g in (grad_x, grads.lora_a, grads.lora_b, grads.bias) if g is not None]
 
 
-@qlora_linear_backward_op.register_fake
-def _(grad, x, planes, bias, lora_a, lora_b, seed, needs_x, needs_adapter, needs_bias, *constants):
+@qlora_linear_backward.register_fake
+def _(grad, x, planes, bias, lora_a, lora_b, seed, low_rank, *constants):
+    needs_x, needs_adapter, needs_bias = constants[:3]
     needed = (needs_x, needs_adapter, needs_adapter, needs_bias)
     return [
         tensor.new_empty(tensor.shape)
@@ -154,21 +200,24 @@ def _(grad, x, planes, bias, lora_a, lora_b, seed, needs_x, needs_adapter, needs
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, planes, bias, lora_a, lora_b, seed, *ctx.constants = inputs
-    # x, handles to the packed weight and the small adapter: nothing else of [M, K], [M, N] or
-    # [N, K] is kept.
+    x, planes, bias, lora_a, lora_b, seed, keeps, *ctx.constants = inputs
+    # x, handles to the packed weight, the small adapter and perhaps S [M, rank]: nothing else of
+    # [M, K], [M, N] or [N, K] is kept.
     ctx.plane_count = len(planes)
-    ctx.save_for_backward(x, bias, lora_a, lora_b, seed, *planes)
+    low_rank = output[1] if keeps else None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, bias, lora_a, lora_b, seed, low_rank, *planes)
 
 
-def _backward(ctx, grad):
-    x, bias, lora_a, lora_b, seed, *planes = ctx.saved_tensors
+def _backward(ctx, grad, _):
+    x, bias, lora_a, lora_b, seed, low_rank, *planes = ctx.saved_tensors
     needs_x, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:5]
     needs_adapter = needs_a or needs_b
-    if not (needs_x or needs_adapter or needs_bias):
+    if grad is None or not (needs_x or needs_adapter or needs_bias):
         return (None,) * len(ctx.needs_input_grad)
     grads = iter(
-        qlora_linear_backward_op(
+        qlora_linear_backward(
             grad,
             x,
             planes,
@@ -176,6 +225,7 @@ def _backward(ctx, grad):
             lora_a,
             lora_b,
             seed,
+            low_rank,
             needs_x,
             needs_adapter,
             needs_bias,
@@ -186,14 +236,12 @@ def _backward(ctx, grad):
     grad_a, grad_b = (next(grads), next(grads)) if needs_adapter else (None, None)
     grad_bias = next(grads) if needs_bias else None
     frozen = [None] * ctx.plane_count
-    constants = (None,) * len(ctx.constants)
-    return (grad_x, frozen, grad_bias, grad_a, grad_b, None, *constants)
+    # Those of seed, keeps and the constants.
+    constants = (None,) * (2 + len(ctx.constants))
+    return (grad_x, frozen, grad_bias, grad_a, grad_b, *constants)
 
 
-qlora_linear_op.register_autograd(_backward, setup_context=_setup_context)
-
-QLORA_LINEAR = torch.ops.qlora_compile.qlora_linear.default
-"""The op as it appears in a graph."""
+qlora_linear_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def quantized_linear(

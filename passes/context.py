@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from qlora_compile.problem import Problem
+
 _MODULE = re.compile(r"_modules\['([^']*)'\]")
 
 
 @dataclass(frozen=True)
 class FusedSite:
-    """One Linear that became a `qlora_linear`: weight [n, k] in `format`, adapter of `rank` (0:
-    none), dropout probability of the adapter's input, and the variant that computes it."""
+    """One Linear that became a `qlora_linear`: its forward as it was captured, the dropout
+    probability of the adapter's input, and whether a backward follows."""
 
-    n: int
-    k: int
-    rank: int
-    format: str
+    forward: Problem
     dropout: float
-    variant: str
+    trains: bool
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,7 @@ from qlora_compile.regions import (
     uninstall,
 )
 from qlora_compile.report import Report, build_report
+from qlora_compile.tuning.modes import check_mode
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -40,6 +42,7 @@ def optimize(
     strict: bool = False,
     verify: bool = False,
     scope: Literal["block", "model"] = "block",
+    tune: str | os.PathLike[str] = "auto",
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
@@ -56,6 +59,10 @@ def optimize(
     verify: compare each rewritten graph with the captured one on its first real inputs, outputs and
     all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
     scope: compile each repeated block, or the whole model as one region.
+    tune: how the implementation of every fused op is chosen. "auto": by records of earlier
+    measurements in the cache folder; what has none is measured on first use, for a minute at most,
+    and remembered. "off": by the same records, but nothing is measured. "model": by the cost model
+    alone. A path: by the records of that file or folder. What has no record is modelled.
     example_inputs: keyword arguments of `model`, needed by strict where the model is not a
     PreTrainedModel that knows inputs of its own.
 
@@ -67,13 +74,14 @@ def optimize(
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
     if any(region_of(module) is not None for module in model.modules()):
         raise AlreadyOptimizedError(model=type(model).__name__)
+    tune = check_mode(tune)
     adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope)
     if strict:
         _example_inputs(model, example_inputs)
     model = adopt.adopt(
         model, lora, quantize=quantize, block_size=block_size, double_quantize=double_quantize
     )
-    _install_regions(model, strict=strict, verify=verify, scope=scope)
+    _install_regions(model, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model)
     if strict:
         try:
@@ -121,7 +129,9 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
     return inputs
 
 
-def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str) -> None:
+def _install_regions(
+    model: nn.Module, *, strict: bool, verify: bool, scope: str, tune: str
+) -> None:
     base = adapters.base_model(model)
     linears = adapters.linear_sites(base)
     kept = {
@@ -146,7 +156,7 @@ def _install_regions(model: nn.Module, *, strict: bool, verify: bool, scope: str
         key = type(module)
         if key not in kinds:
             repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
-            kinds[key] = RegionKind(key, strict, verify, repeated)
+            kinds[key] = RegionKind(key, strict, verify, repeated, tune)
         local = _inside(block, {**sites, **kept})
         install(
             module,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch.compiler.config as compiler_config
 from torch.fx import GraphModule
 
 from qlora_compile.errors import VerificationError
+from qlora_compile.kernels import op
+from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.pipeline import run_pipeline
+from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verification import verify_rewrite
 
 
@@ -62,18 +69,33 @@ def running(region: RunningRegion) -> Iterator[list[RegionGraph]]:
         _running.pop()
 
 
-def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """AOTAutograd and Inductor."""
+def compile_inner(
+    graph_module: GraphModule, example_inputs: list[Any], baked: Sequence[object] = ()
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor; baked: what else the result depends on."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled = compile_fx(graph_module, example_inputs)
+    # Their caches on disk know the graph, not what its ops decompose to.
+    parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
+    tag = hashlib.sha256(repr(parts).encode()).hexdigest()
+    with compiler_config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
+        compiled = compile_fx(graph_module, example_inputs)
     assert callable(compiled)
     return compiled
 
 
-def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[..., RegionGraph]:
+@functools.cache
+def _sources_digest() -> str:
+    """Of what `qlora_linear` becomes and saves in a compiled graph."""
+    return hashlib.sha256(Path(op.__file__).read_bytes()).hexdigest()
+
+
+def make_backend(
+    *, inductor: bool, verify: bool, strict: bool, tuner: Tuner | None
+) -> Callable[..., RegionGraph]:
     """A backend for torch.compile that rewrites the running region's graph; without `inductor` the
-    rewritten graph runs as it is, which is enough to see what becomes of each site."""
+    rewritten graph runs as it is, which is enough to see what becomes of each site. The `tuner`
+    sees to the graph's problems first."""
 
     def qlora_compile_backend(
         graph_module: GraphModule, example_inputs: Sequence[Any]
@@ -85,7 +107,16 @@ def make_backend(*, inductor: bool, verify: bool, strict: bool) -> Callable[...,
         rewritten = copy.deepcopy(graph_module) if original is not None else None
         run: Callable[..., Any] = graph_module.forward
         if inductor:
-            run = compile_inner(graph_module, list(example_inputs))
+            sites = context.fused.values()
+            if tuner is not None:
+                tuner.ensure(
+                    problem
+                    for site in sites
+                    for problem in problems_of_call(site.forward, trains=site.trains)
+                )
+            source = current_source()
+            keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
+            run = compile_inner(graph_module, list(example_inputs), [source, keeping])
         return RegionGraph(context.fused, context.unfused, run, strict, original, rewritten)
 
     return qlora_compile_backend

@@ -1,23 +1,19 @@
-"""The command line: `qlora-compile train` and `qlora-compile explain`."""
+"""The command line: `qlora-compile train`, `explain` and `records`."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlora_compile.errors import QloraCompileError
-
-if TYPE_CHECKING:
-    from qlora_compile.model_choice import ModelChoice
+from qlora_compile.bad_input import bad_input_in_one_line
+from qlora_compile.build_command import build
+from qlora_compile.model_choice import quiet_choice
+from qlora_compile.records_command import records
 
 app = typer.Typer(
     help="Fine-tune quantised models with LoRA through a compiler.",
@@ -26,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_BAD_INPUT = 2  # what click itself exits with on a bad option
+app.add_typer(records, name="records")
+app.command()(build)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A model's folder, .gguf file or Hub name, or: demo.")
@@ -75,11 +72,11 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a causal language model; write adapter, loss curve, report and figures."""
-    with _bad_input_in_one_line():
+    with bad_input_in_one_line():
         from qlora_compile.training_run import TrainingRun
 
         run = TrainingRun(
-            choice=_choice(model, format, rank, alpha, dropout),
+            choice=quiet_choice(model, format, rank, alpha, dropout),
             data=data,
             output=output,
             steps=steps,
@@ -106,8 +103,8 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show for every linear layer how it would be computed, or why it is left alone."""
-    with _bad_input_in_one_line():
-        choice = _choice(model, format, rank, alpha, dropout)
+    with bad_input_in_one_line():
+        choice = quiet_choice(model, format, rank, alpha, dropout)
         config = choice.check()
         from qlora_compile import api
 
@@ -150,20 +147,6 @@ def _with_error(figures: dict[str, Any], name: str, form: str = ".4f") -> str:
     return f"{figures[name]:{form}} ± {'unknown' if error is None else f'{error:.4f}'}"
 
 
-def _choice(model: str, format: str, rank: int, alpha: float | None, dropout: float) -> ModelChoice:
-    from qlora_compile.model_choice import ModelChoice, check_format
-
-    check_format(format)  # before transformers is imported, which takes seconds
-    # Without this, tokenizers warns about forks that it saw coming.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Its import advises another package, which nothing here would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from qlora_compile.hf.training import quiet
-
-    quiet()
-    return ModelChoice(model, format, rank, alpha, dropout)
-
-
 def _execute(run: Any) -> dict[str, Any]:
     from qlora_compile.hf.training import StepObserver
 
@@ -184,15 +167,6 @@ def _execute(run: Any) -> dict[str, Any]:
 
         metrics, _ = run.execute(progress.console.print, StepObserver(on_step))
     return metrics
-
-
-@contextlib.contextmanager
-def _bad_input_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except QloraCompileError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(_BAD_INPUT) from error
 
 
 if __name__ == "__main__":

@@ -261,3 +261,34 @@ class ReplacedForwardError(QloraCompileError, ValueError):
         "{site} has a forward of its own on the instance, as accelerate's hooks set it; load "
         "the model on one device, or call accelerate.hooks.remove_hook_from_submodules(model) first"
     )
+
+
+class InterpretedKernelError(QloraCompileError):
+    template = (
+        "{site} cannot be compiled: TRITON_INTERPRET is {value!r} and must be unset before the "
+        "kernels are imported"
+    )
+
+
+class CompilationError(QloraCompileError):
+    template = "{site} does not compile for {value}: {problem}"
+
+
+class ArchitectureError(QloraCompileError, ValueError):
+    template = "--arch {value!r} is unknown; choose one of {known}"
+
+
+class ModelOrShapesError(QloraCompileError, ValueError):
+    template = "{value} given; pass one of --model and --shapes"
+
+
+class ShapeError(QloraCompileError, ValueError):
+    template = "--shapes: {value!r} {problem}; write MxNxKxR, such as 4096x4096x4096x16"
+
+
+class NoKernelsError(QloraCompileError, ValueError):
+    template = "{value} needs no Triton kernel on {target}: {problem}"
+
+
+class TritonMissingError(QloraCompileError, ImportError):
+    template = "{purpose} needs Triton, which is not installed; pip install triton"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,3 +86,22 @@ class ModelChoice:
             quantize=_QUANTIZE[self.format],
             double_quantize=self.format in ("nf4", "fp4"),
         )
+
+
+def quiet_choice(
+    model: str, format: str, rank: int, alpha: float | None, dropout: float
+) -> ModelChoice:
+    """A choice for the command line, with what the libraries would print switched off.
+
+    Raises:
+        FormatChoiceError: there is no such format.
+    """
+    check_format(format)  # before transformers is imported, which takes seconds
+    # Without this, tokenizers warns about forks that it saw coming.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its import advises another package, which nothing here would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from qlora_compile.hf.training import quiet
+
+    quiet()
+    return ModelChoice(model, format, rank, alpha, dropout)

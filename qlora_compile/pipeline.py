@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from qlora_compile.errors import PassError
 from qlora_compile.kernels.op import linear_problem, linear_spec
-from qlora_compile.kernels.registry import UNQUANTIZED, select
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
@@ -84,13 +84,8 @@ def _fused_site(call: dict) -> FusedSite:
     rows: Any = x.numel() // spec.k if spec.k else 0
     # A dynamic dimension stands for many; what it was when the graph was captured is one of them.
     rows = rows if isinstance(rows, int) else rows.node.hint or 0
-    problem = linear_problem("forward", rows, tensors, spec)
-    unquantized = problem.format == UNQUANTIZED
     return FusedSite(
-        n=problem.n,
-        k=problem.k,
-        rank=problem.rank,
-        format=str(problem.x_dtype).removeprefix("torch.") if unquantized else problem.format,
+        forward=linear_problem("forward", rows, tensors, spec),
         dropout=spec.dropout,
-        variant=select(problem).variant.name,
+        trains=torch.is_grad_enabled(),
     )

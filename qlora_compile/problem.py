@@ -20,7 +20,8 @@ class Problem:
     """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
 
     `m` is bucketed (`bucket_rows`), everything else is exact; `rank` is 0 without an adapter;
-    `format` is "none" for a weight kept in its own floating-point dtype.
+    `format` is "none" for a weight kept in its own floating-point dtype. `keeps_low_rank`: the
+    forward returns scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
     """
 
     direction: Direction
@@ -34,6 +35,8 @@ class Problem:
     x_dtype: torch.dtype
     compute_dtype: torch.dtype
     lora_dtype: torch.dtype
+    out_dtype: torch.dtype
     bias: bool
     dropout: bool
+    keeps_low_rank: bool
     device: str

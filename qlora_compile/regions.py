@@ -21,7 +21,9 @@ from torch._dynamo import config as _dynamo_config
 from qlora_compile.backend import RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
+from qlora_compile.kernels.selection import MODELLED, choosing_from
 from qlora_compile.passes.context import FusedSite
+from qlora_compile.tuning.modes import tuner_of
 
 _DYNAMO_SETTINGS = {
     # A scaling that differs between layers is a constant of each layer's graph, not an input.
@@ -39,6 +41,7 @@ class RegionKind:
     strict: bool
     verify: bool
     repeated: bool
+    tune: str
     probing: bool = False
     _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
@@ -53,7 +56,10 @@ class RegionKind:
         """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
         if self.probing not in self._compiled:
             backend = make_backend(
-                inductor=not self.probing, verify=self.verify, strict=self.strict
+                inductor=not self.probing,
+                verify=self.verify,
+                strict=self.strict,
+                tuner=tuner_of(self.tune),
             )
             self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)
         return self._compiled[self.probing]
@@ -94,13 +100,27 @@ class Region:
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with running(self) as executed, _dynamo_config.patch(_DYNAMO_SETTINGS):
+        tuner = tuner_of(self.kind.tune)
+        if tuner is not None and not self.kind.probing:
+            tuner.ensure_missed()
+        with (
+            # What is probed is not what will run: nothing is looked up, or measured later, for it.
+            choosing_from(MODELLED if self.kind.probing else self.source),
+            running(self) as executed,
+            _dynamo_config.patch(_DYNAMO_SETTINGS),
+        ):
             result = self.kind.compiled()(self.module, *args, **kwargs)
         if executed != self.graphs:
             self.graphs = executed
             if self.kind.strict:
                 self.raise_unfused()
         return result
+
+    @property
+    def source(self) -> str:
+        """Of the records that this region's choices come from."""
+        tuner = tuner_of(self.kind.tune)
+        return MODELLED if tuner is None else tuner.source
 
     def raise_unfused(self) -> None:
         """Raises StrictError if a site of the last call was left alone without having to be."""

@@ -4,31 +4,79 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from qlora_compile.hf import adapters
 from qlora_compile.hf.blocks import kept_linears
+from qlora_compile.kernels import selection
+from qlora_compile.passes.context import FusedSite
+from qlora_compile.problem import Problem
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import Region, region_of
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What computes one direction of a fused site whose rows are about `rows`.
+
+    `measured`: whether it was timed on this device, against the others; else the cost model took
+    it. Then `seconds` are the median, `gain` is how many times as fast as the standard *dense* it
+    was, and `runner_up` the second best, as fast as it by a factor of `margin`; else the seconds
+    are modelled and the rest is None.
+    """
+
+    rows: int
+    variant: str
+    config: str
+    measured: bool
+    seconds: float
+    gain: float | None
+    runner_up: str | None
+    margin: float | None
+
+    @classmethod
+    def of(cls, problem: Problem, source: str) -> Chosen:
+        choice = selection.look_up(problem, source)
+        told = choice.measured
+        return cls(
+            rows=problem.m,
+            variant=choice.variant.name,
+            config=choice.config.label,
+            measured=told is not None,
+            seconds=choice.seconds,
+            gain=told and told.gain,
+            runner_up=told and told.runner_up,
+            margin=told and told.margin,
+        )
+
+
+@dataclass(frozen=True)
 class Site:
     """One Linear: weight [n, k] stored in `format` (its dtype where it is not quantised), with an
-    adapter of `rank` (0: none). `variant` computes it if it is `fused`, else `reason` says why not.
+    adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
+    `backward` its gradients; else `reason` says why not. `keeps_low_rank`: the forward keeps
+    S = x Aᵀ for the backward.
     """
 
     name: str
     fused: bool
-    variant: str | None
     format: str
     n: int
     k: int
     rank: int
     reason: str | None
+    forward: Chosen | None = None
+    backward: Chosen | None = None
+    keeps_low_rank: bool = False
+
+    @property
+    def variant(self) -> str | None:
+        """Of the forward."""
+        return self.forward.variant if self.forward else None
 
 
 @dataclass(frozen=True)
@@ -53,21 +101,54 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        header = ("site", "fused", "variant", "format", "N", "K", "rank", "reason")
+        header = ("site", "fused", "forward", "backward", "format", "N", "K", "rank", "reason")
         rows = [
-            (s.name, "yes" if s.fused else "no", s.variant, s.format, s.n, s.k, s.rank, s.reason)
+            (
+                *(s.name, "yes" if s.fused else "no"),
+                *(c and c.variant for c in (s.forward, s.backward)),
+                *(s.format, s.n, s.k, s.rank, s.reason),
+            )
             for s in self.sites
-        ]
-        cells = [header, *(tuple("-" if c is None else str(c) for c in row) for row in rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in cells
         ]
         left = Counter(site.reason for site in self.sites if not site.fused)
         summary = [f"{self.fused} of {len(self.sites)} linears fused"]
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
-        return "\n".join([*lines, "", *summary])
+        choices = self._choices()
+        return "\n".join([*_table(header, rows), "", *choices, *([""] * bool(choices)), *summary])
+
+    def _choices(self) -> list[str]:
+        """One line for each distinct choice: sites of one shape share theirs."""
+        count: Counter[tuple[Any, ...]] = Counter()
+        for site in self.sites:
+            for direction in ("forward", "backward"):
+                c: Chosen | None = getattr(site, direction)
+                if c is not None:
+                    shape = (direction, c.rows, site.n, site.k, site.rank, site.format)
+                    count[(*shape, site.keeps_low_rank, c)] += 1
+        header = (
+            *("direction", "M", "N", "K", "rank", "format", "sites", "variant", "config", "S"),
+            *("chosen by", "ms", "gain over dense", "runner-up"),
+        )
+        rows = [
+            (
+                *(*key[:6], sites),
+                *(c.variant, c.config, "kept" if keeps else "recomputed" if key[4] else None),
+                *("measurement" if c.measured else "cost model", f"{c.seconds * 1e3:.3g}"),
+                c.gain and f"{c.gain:.2f}x",
+                c.runner_up and f"{c.runner_up}, {c.margin:.2f}x",
+            )
+            for (*key, keeps, c), sites in sorted(count.items(), key=lambda item: item[0][:6])
+        ]
+        return _table(header, rows) if rows else []
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = [header, *(tuple("-" if c is None else str(c) for c in row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
 
 
 def build_report(model: nn.Module) -> Report:
@@ -84,17 +165,29 @@ def build_report(model: nn.Module) -> Report:
         format = _format(linear)
         n, k = linear.out_features, linear.in_features
         rank = adapters.active_rank(model, name)
-        fused = None
+        fused, source = None, selection.MODELLED
         if found is None:
             reason = kept.get(name, "outside the blocks, and neither quantised nor adapted")
         else:
             prefix, region = found
             local = name[len(prefix) :].lstrip(".")
-            fused = region.fused().get(local)
+            fused, source = region.fused().get(local), region.source
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
-        variant = fused.variant if fused else None
-        sites.append(Site(name, fused is not None, variant, format, n, k, rank, reason))
+        chosen = _chosen(fused, source) if fused else {}
+        sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
     return Report(tuple(sites))
+
+
+def _chosen(site: FusedSite, source: str) -> dict[str, Any]:
+    keeps = bool(site.trains and site.forward.rank)
+    keeps = keeps and selection.prefers_keeping(site.forward, source)
+    forward = replace(site.forward, keeps_low_rank=keeps)
+    backward = replace(forward, direction="backward") if site.trains else None
+    return {
+        "forward": Chosen.of(forward, source),
+        "backward": backward and Chosen.of(backward, source),
+        "keeps_low_rank": keeps,
+    }
 
 
 def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | None:

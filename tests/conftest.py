@@ -8,13 +8,18 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import logging
 import random
+import shutil
 import sys
+import tempfile
 import zlib
 
 import hypothesis
 import numpy
 import pytest
 import torch
+
+from qlora_compile.kernels import selection
+from qlora_compile.tuning import modes
 
 # Kernels run in Triton's interpreter where there is no device to compile them for. One process
 # does either, as Triton read this variable when it was imported.
@@ -42,6 +47,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qlora_compile")
 
 
+# Tests that measure say so; the others choose by the cost model, and none sees the user's records.
+os.environ["QLORA_COMPILE_CACHE"] = tempfile.mkdtemp(prefix="qlora_compile_tests_")
+modes.AUTO_BUDGET = 0.0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["QLORA_COMPILE_CACHE"], ignore_errors=True)
+
+
 class _TorchRandom:
     """torch's generator in the interface of `random.Random`: hypothesis seeds it per example."""
 
@@ -64,6 +79,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Forget compiled code, so that recompile limits and graph counts start afresh."""
+    """Forget choices and compiled code: recompile limits and graph counts start afresh."""
+    selection.forget()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

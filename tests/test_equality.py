@@ -19,7 +19,7 @@ import qlora_compile
 from bench.agreement import Errors, distance, training_step
 from qlora_compile import backend
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.variants.dense import Dense
+from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.quantized_linear import QuantizedLinear
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
@@ -66,7 +66,7 @@ BF16_FACTOR = 1.5
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 
-    monkeypatch.setattr(backend, "compile_inner", aot_eager)
+    monkeypatch.setattr(backend, "compile_inner", lambda graph, inputs, _: aot_eager(graph, inputs))
 
 
 def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:
@@ -118,18 +118,21 @@ def step(model: nn.Module, ids: Tensor, autocast: bool = False) -> dict[str, Ten
 def recorded_masks() -> Iterator[dict[int, Tensor]]:
     """Dropout masks of the fused calls, by the address of their lora_a."""
     masks: dict[int, Tensor] = {}
-    forward = Dense.forward
 
-    def recording(self, tensors, spec, config):
-        if tensors.seed is not None and tensors.lora_a is not None:
-            rows = (0, tensors.x.shape[0])
-            keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
-            previous = masks.setdefault(tensors.lora_a.data_ptr(), keep)
-            assert torch.equal(previous, keep), "recomputation drew another mask"
-        return forward(self, tensors, spec, config)
+    def recorded(forward: Any) -> Any:
+        def recording(self, tensors, spec, config):
+            if tensors.seed is not None and tensors.lora_a is not None:
+                rows = (0, tensors.x.shape[0])
+                keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
+                previous = masks.setdefault(tensors.lora_a.data_ptr(), keep)
+                assert torch.equal(previous, keep), "recomputation drew another mask"
+            return forward(self, tensors, spec, config)
+
+        return recording
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dense, "forward", recording)
+        for variant in map(type, VARIANTS):
+            patch.setattr(variant, "forward", recorded(variant.forward))
         yield masks
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "packed": ("errors",),
     "kernels": ("errors", "problem", "packed", "kernels"),
     "passes": ("errors", "problem", "packed", "passes", "kernels.op", "kernels.registry"),
+    "tuning": ("errors", "problem", "packed", "kernels", "tuning"),
 }
 HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}
 

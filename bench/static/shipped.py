@@ -137,8 +137,7 @@ def measure_all(
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise InterpretedKernelError(
-            f"TRITON_INTERPRET is {os.environ['TRITON_INTERPRET']!r}: unset it, or the kernels are "
-            "interpreted and nothing can be compiled"
+            site="what is imported for the interpreter", value=os.environ["TRITON_INTERPRET"]
         )
     work = [
         (arch, index)

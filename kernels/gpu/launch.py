@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from triton import language as tl
 
+from qlora_compile.kernels.gpu.built_cache import use_built_cache
+
+use_built_cache()
+
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,

@@ -16,13 +16,13 @@ def _bit(word, SHIFT: tl.constexpr, threshold, LANE: tl.constexpr):
     return (((word >> SHIFT) & 0xFFFF) >= threshold).to(tl.int32) << LANE
 
 
-@triton.jit(do_not_specialize=["stream", "threshold"])
+@triton.jit(do_not_specialize=["subsequence", "threshold"])
 def keep_bits_kernel(
-    seed, stream, threshold, bits, count, SIZE: tl.constexpr, ROUNDS: tl.constexpr
+    seed, subsequence, threshold, bits, count, SIZE: tl.constexpr, ROUNDS: tl.constexpr
 ):
     """bits: uint8 [count]; bit j of byte i is 1 where element 8 i + j of the input is kept.
 
-    seed: int64 [1]. Philox4x32 with counter (i, stream) and the seed as key; a lane below
+    seed: int64 [1]. Philox4x32 with counter (i, subsequence) and the seed as key; a lane below
     `threshold` drops its element.
     """
     index = tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -31,7 +31,7 @@ def keep_bits_kernel(
     key1 = (key >> 32).to(tl.uint32)
     c0 = index.to(tl.uint32)
     c1 = (index >> 32).to(tl.uint32)
-    c2 = tl.full(c0.shape, stream, tl.uint32)
+    c2 = tl.full(c0.shape, subsequence, tl.uint32)
     c3 = tl.zeros_like(c0)
     first = tl.full(c0.shape, 0xD2511F53, tl.uint32)
     second = tl.full(c0.shape, 0xCD9E8D57, tl.uint32)

@@ -18,6 +18,7 @@ from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
 from qlora_compile.kernels.gpu.packed_operand import decoder_named, packed_operand
 from qlora_compile.kernels.gpu.philox import keep_bits_kernel
 from qlora_compile.kernels.variants.base import LinearSpec
+from qlora_compile.kernels.workspace import workspace
 
 _PROGRAMS = 256
 """Programs that fill any of today's cards about twice over."""
@@ -29,7 +30,8 @@ def keep_bits(seed: Tensor, spec: LinearSpec, rows: int) -> Tensor:
     bits = torch.empty(count, dtype=torch.uint8, device=seed.device)
     arguments = {
         "seed": seed,
-        "stream": spec.stream,
+        # Triton's JIT takes no argument named "stream".
+        "subsequence": spec.stream,
         "threshold": dropout_threshold(spec.dropout),
         "bits": bits,
         "count": count,
@@ -207,17 +209,20 @@ def adapter_gradients(
     dtype: torch.dtype,
     scaling: float,
     bits: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of lora_a [rank, K] and lora_b [N, rank], the `factors`, in their own dtypes.
 
-    grad_low [M, rank] float32: of drop(x) lora_aᵀ, `scaling` included.
+    grad_low [M, rank] float32: of drop(x) lora_aᵀ, `scaling` included. low [M, rank]: scaling *
+    drop(x) lora_aᵀ, where the forward kept it.
     """
     grad_a, grad_b = (
         torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors
     )
-    low = added_up(low_rank(x, factors[0], dtype, scaling, bits))
+    if low is None:
+        low = added_up(low_rank(x, factors[0], dtype, scaling, bits))
     adapter_gradient(x, grad_low, dtype, grad_a.t(), bits)
-    adapter_gradient(grad, low, dtype, grad_b)
+    adapter_gradient(grad, low.float(), dtype, grad_b)
     return grad_a, grad_b
 
 
@@ -229,12 +234,13 @@ def dequantize(
     up: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank]."""
+    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank]; in the
+    workspace."""
     decoder = decoder_named(spec, decoder_name)
     tile_rows, tile_columns = 32, 256
     rank = 0 if up is None else up.shape[1]
     codes, arguments, constexprs = packed_operand(planes, spec, decoder, dtype, tile_columns)
-    out = torch.empty(spec.n, spec.k + rank, dtype=dtype, device=codes.device)
+    out = workspace(spec.n, spec.k + rank, dtype=dtype, device=codes.device)
     arguments |= {
         "codes": codes,
         "up": None if up is None else up.contiguous(),

@@ -76,8 +76,10 @@ class _Case:
             x_dtype=self.dtype,
             compute_dtype=self.dtype,
             lora_dtype=self.lora_dtype,
+            out_dtype=self.dtype,
             bias=self.bias,
             dropout=self.dropout,
+            keeps_low_rank=False,
             device="meta",
         )
 

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+_assumed: tuple[str, str] | None = None
 
-@functools.cache
+
+@contextmanager
+def assuming(target: str, kind: str = "meta") -> Iterator[None]:
+    """Inside, torch devices of this kind count as a device of `target`, so that what would be
+    launched on one can be recorded where there is none."""
+    global _assumed
+    before, _assumed = _assumed, (kind, target)
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def target_of(device: str) -> str | None:
     """ "sm_90", "gfx942", … of a torch device's name; None where Triton has no target for it."""
+    if _assumed is not None and torch.device(device).type == _assumed[0]:
+        return _assumed[1]
+    return _present_target(device)
+
+
+@functools.cache
+def _present_target(device: str) -> str | None:
     kind = torch.device(device).type
     if kind != "cuda" or importlib.util.find_spec("triton") is None:
         return None

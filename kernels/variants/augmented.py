@@ -58,7 +58,10 @@ class Augmented(TritonVariant):
         assert a is not None
         wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
         wide[:, : spec.k] = x
-        wide[:, spec.k :] = added_up(low_rank(x, a, spec.lora_dtype, 1.0))
+        low = added_up(low_rank(x, a, spec.lora_dtype, 1.0))
+        wide[:, spec.k :] = low
+        if tensors.low_rank is not None:
+            tensors.low_rank.copy_(low.mul_(spec.scaling))
         weight = self._workspace(tensors, spec).t()
         if tensors.bias is None:
             y = wide @ weight
@@ -89,7 +92,13 @@ class Augmented(TritonVariant):
             grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype, spec.scaling))
         if needs.adapter:
             grad_a, grad_b = adapter_gradients(
-                x, grad, grad_low.float(), (a, b), spec.lora_dtype, spec.scaling
+                x,
+                grad,
+                grad_low.float(),
+                (a, b),
+                spec.lora_dtype,
+                spec.scaling,
+                low=tensors.low_rank,
             )
         grad_bias = None
         if needs.bias and tensors.bias is not None:

@@ -14,6 +14,10 @@ from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
+ROW_BLOCK = 512
+"""Rows of x that torch's own operators convert or drop out at a time on CPU, so that no [M, K] or
+[M, N] copy is made."""
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -47,7 +51,11 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """The tensors of one call; `x` is [M, K], `planes` are the packed weight's."""
+    """The tensors of one call; `x` is [M, K], `planes` are the packed weight's.
+
+    low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's `lora_dtype`. A
+    forward that is given one writes it, a backward reads it instead of computing it again.
+    """
 
     x: Tensor
     planes: Sequence[Tensor]
@@ -55,6 +63,7 @@ class LinearTensors:
     lora_a: Tensor | None
     lora_b: Tensor | None
     seed: Tensor | None
+    low_rank: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class NeedsGradient:
 
 @dataclass(frozen=True)
 class Config:
-    """How a variant is tiled and compiled; this one is of variants that have nothing to choose."""
+    """How a variant goes about it; this one is of variants that have nothing to choose."""
 
     @property
     def label(self) -> str:
@@ -91,6 +100,9 @@ class Variant(ABC):
     """One implementation. Stateless; tests and selection iterate the registry's tuple."""
 
     name: str
+
+    isolated: bool = False
+    """Whether a mistake in it could take the process down, so that another one measures it."""
 
     @abstractmethod
     def rejects(self, problem: Problem) -> list[str]:
@@ -128,4 +140,10 @@ def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype."""
-    return grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype)).to(bias.dtype)
+    wide = torch.promote_types(torch.float32, grad.dtype)
+    # On CPU torch sums in another dtype by way of a copy of the whole.
+    copies = grad.device.type == "cpu" and grad.dtype != wide
+    total = grad.new_zeros(grad.shape[1], dtype=wide)
+    for part in grad.split(ROW_BLOCK if copies else max(grad.shape[0], 1)):
+        total += part.sum(0, dtype=wide)
+    return total.to(bias.dtype)

@@ -6,13 +6,12 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.variants.base import (
     Config,
@@ -21,85 +20,44 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     NeedsGradient,
     Variant,
-    adapter_scaling,
+    bias_gradient,
 )
+from qlora_compile.kernels.variants.cpu_cost import dense_seconds
+from qlora_compile.kernels.variants.native_adapter import (
+    NativeAdapter,
+    add_product,
+    native_dtypes,
+    row_blocks,
+)
+from qlora_compile.kernels.workspace import workspace
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
-ROW_BLOCK = 512
-"""Rows of x converted or dropped out at a time, so that no [M, K] or [M, N] copy is made."""
 
-DEVICE_ROW_BLOCKS = 8
-"""CPU row blocks in one of another device, where each costs a dozen kernel launches."""
+@dataclass(frozen=True)
+class DenseConfig(Config):
+    """weight_block: about how many weights are decoded at a time, None for all of W. gemm_dtype:
+    what W and x are multiplied in. merged: s B A is added to the decoded weight, so that the
+    adapter costs N * K * rank instead of M * (N + K) * rank (RunLoRA, Cherniuk et al. 2023)."""
 
-WEIGHT_BLOCK = 1 << 21
-"""Weights dequantised at a time on CPU: 8 MB of float32 stay in its last cache and in memory the
-allocator keeps, and GEMMs this large lose nothing by being cut."""
+    gemm_dtype: torch.dtype
+    weight_block: int | None = None
+    merged: bool = False
 
-REDECODED_BLOCKS = 4
-"""Above this many row blocks, dequantising the whole weight once costs less than block by block
-for every one of them."""
-
-
-@cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    # Without native support torch multiplies bfloat16 about ten times slower than float32, and
-    # float16 on any CPU several times slower.
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    @property
+    def label(self) -> str:
+        block = "whole" if self.weight_block is None else f"{self.weight_block >> 10}k"
+        parts = [block, str(self.gemm_dtype).removeprefix("torch.")]
+        return " ".join(parts + ["merged"] * self.merged)
 
 
-def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which `device` multiplies `dtype` operands without loss of accuracy or speed."""
-    low_precision = dtype in (torch.bfloat16, torch.float16)
-    if device.type == "cpu" and low_precision and not _cpu_multiplies(dtype):
-        return torch.float32
-    return dtype
+WEIGHT_BLOCKS = (1 << 19, 1 << 21)
+"""Sizes to choose from on CPU: 2 and 8 MB of float32, for its caches. With 0.5 MB, starting the
+operators for each block cost more than the smaller cache gains, at every shape measured."""
 
-
-def _row_blocks(x: Tensor, whole: bool) -> list[slice]:
-    rows = x.shape[0]
-    block = ROW_BLOCK if x.device.type == "cpu" else ROW_BLOCK * DEVICE_ROW_BLOCKS
-    step = max(rows, 1) if whole else block
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _weight_blocks(
-    planes: Sequence[Tensor], spec: LinearSpec, dtype: torch.dtype, cut: bool
-) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """What goes through the weight once: pairs (n, W[n] in `dtype`), a single one unless `cut`.
-
-    A block is valid until the next one is taken.
-    """
-    spec_format, rows = spec.format, spec.n
-    if spec_format is not None and planes[0].device.type == "cpu" and cut:
-        shape = (spec.n, spec.k)
-        packed = PackedWeight.from_planes(spec_format.name, shape, spec.block_size, planes)
-        alignment = spec_format.row_alignment(packed)
-        rows = max(WEIGHT_BLOCK // spec.k // alignment, 1) * alignment
-        if rows < spec.n:
-            buffer = planes[0].new_empty(rows, spec.k, dtype=dtype)
-
-            def blocks() -> Iterator[tuple[slice, Tensor]]:
-                for start in range(0, spec.n, rows):
-                    stop = min(start + rows, spec.n)
-                    block = buffer[: stop - start]
-                    yield (
-                        slice(start, stop),
-                        spec_format.dequantize_rows(packed, start, stop, dtype, block),
-                    )
-
-            return blocks
-    whole = (slice(0, spec.n), spec.dequantize(planes, dtype))
-    return lambda: iter((whole,))
-
-
-def _keep_mask(
-    tensors: LinearTensors, spec: LinearSpec, rows: slice, dtype: torch.dtype
-) -> Tensor | None:
-    if tensors.seed is None:
-        return None
-    bounds = (rows.start, rows.stop)
-    return keep_mask(tensors.seed, spec.stream, spec.dropout, bounds, spec.k, dtype)
+_MERGED_DTYPES = (torch.float32, torch.float64)
+"""Those in which the sum of weight and adapter loses nothing of either: an adapter's share of a
+weight is often smaller than what bfloat16 resolves."""
 
 
 class Dense(Variant):
@@ -108,7 +66,41 @@ class Dense(Variant):
     def rejects(self, problem: Problem) -> list[str]:
         return []
 
+    def configs(self, problem: Problem) -> Sequence[DenseConfig]:
+        """The first is the standard one: all of W, in the problem's own dtype."""
+        own = problem.compute_dtype
+        if torch.device(problem.device).type != "cpu":
+            return (DenseConfig(own),)
+        dtypes = native_dtypes(own)
+        configs = []
+        for dtype in dtypes:
+            blocks = [None, *self._cuts(problem, dtype)]
+            configs += [DenseConfig(dtype, block) for block in blocks]
+            if self._merges(problem, dtype):
+                configs += [DenseConfig(dtype, block, merged=True) for block in blocks]
+        return configs
+
+    def _cuts(self, problem: Problem, dtype: torch.dtype) -> list[int]:
+        if problem.format == UNQUANTIZED:
+            return []
+        # The gradient of x is a sum over the blocks: in a narrower dtype it would be rounded after
+        # each of them, or need a copy of x's size.
+        if problem.direction == "backward" and (
+            dtype not in _MERGED_DTYPES or problem.x_dtype != dtype
+        ):
+            return []
+        return [block for block in WEIGHT_BLOCKS if 2 * block <= problem.n * problem.k]
+
+    def _merges(self, problem: Problem, dtype: torch.dtype) -> bool:
+        exact = dtype in _MERGED_DTYPES and problem.lora_dtype.itemsize <= dtype.itemsize
+        return bool(exact and problem.rank and not problem.dropout)
+
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        assert isinstance(config, DenseConfig)
+        if isinstance(device, CpuModel):
+            return dense_seconds(
+                problem, device, config.gemm_dtype, config.weight_block, config.merged
+            )
         m, n, k = problem.m, problem.n, problem.k
         total = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
         if problem.format != UNQUANTIZED:
@@ -122,37 +114,31 @@ class Dense(Variant):
         return total
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
-        base_dtype = gemm_dtype(spec.compute_dtype, x.device)
-        lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
-        scaling = adapter_scaling(tensors, spec)
-        bias = None if tensors.bias is None else tensors.bias.to(base_dtype)
-        if a is not None and b is not None:
-            a, b = a.to(lora_dtype), b.to(lora_dtype)
-        plain = {x.dtype, spec.out_dtype, base_dtype} == {base_dtype}
-        adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
-        blocks = _row_blocks(x, whole=plain and adapter_plain)
-        weight = _weight_blocks(
-            tensors.planes, spec, base_dtype, cut=len(blocks) <= REDECODED_BLOCKS
-        )
+        assert isinstance(config, DenseConfig)
+        x, dtype = tensors.x, config.gemm_dtype
+        bias = None if tensors.bias is None else tensors.bias.to(dtype)
+        adapter = NativeAdapter.of(tensors, spec, dtype)
+        low_rank = None
+        if adapter is not None and (not config.merged or tensors.low_rank is not None):
+            low_rank = adapter.low_rank(x)
+            if tensors.low_rank is not None:
+                tensors.low_rank.copy_(low_rank)
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
-        for m in blocks:
-            base_x = x[m].to(base_dtype)
-            low_rank = None
-            if a is not None:
-                adapter_x = base_x if lora_dtype == base_dtype else x[m].to(lora_dtype)
-                keep = _keep_mask(tensors, spec, m, lora_dtype)
-                low_rank = (adapter_x if keep is None else keep.mul_(adapter_x)) @ a.t()
-            for n, block in weight():
+        merged = adapter if config.merged else None
+        separate = None if config.merged else adapter
+        plain = {x.dtype, spec.out_dtype, separate.dtype if separate else dtype} == {dtype}
+        blocks = row_blocks(x, whole=plain)
+        for n, weight in _weight_blocks(tensors.planes, spec, config, merged)():
+            for m in blocks:
                 part = target = y[m, n]
-                if y.dtype != base_dtype:
-                    part = torch.empty_like(target, dtype=base_dtype)
+                if y.dtype != dtype:
+                    part = torch.empty_like(target, dtype=dtype)
                 if bias is None:
-                    torch.mm(base_x, block.t(), out=part)
+                    torch.mm(x[m].to(dtype), weight.t(), out=part)
                 else:
-                    torch.addmm(bias[n], base_x, block.t(), out=part)
-                if low_rank is not None and b is not None:
-                    part = _add_product(part, low_rank, b[n].t(), scaling)
+                    torch.addmm(bias[n], x[m].to(dtype), weight.t(), out=part)
+                if separate is not None and low_rank is not None:
+                    part = add_product(part, low_rank[m], separate.b[n].t())
                 if part is not target:
                     target.copy_(part)
         return y
@@ -165,81 +151,80 @@ class Dense(Variant):
         needs: NeedsGradient,
         config: Config,
     ) -> LinearGradients:
-        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
-        base_dtype = gemm_dtype(spec.compute_dtype, x.device)
-        lora_dtype = gemm_dtype(spec.lora_dtype, x.device)
-        scaling = adapter_scaling(tensors, spec)
-        lora_a = lora_b = total_a = total_b = None
-        if a is not None and b is not None:
-            lora_a, lora_b = a.to(lora_dtype), b.to(lora_dtype)
-            if needs.adapter:
-                # Block sums are accumulated in at least float32.
-                total_a, total_b = (
-                    t.new_zeros(t.shape, dtype=torch.promote_types(torch.float32, t.dtype))
-                    for t in (a, b)
-                )
-        plain = {x.dtype, grad.dtype, base_dtype} == {base_dtype}
-        adapter_plain = a is None or (lora_dtype == base_dtype and tensors.seed is None)
-        blocks = _row_blocks(x, whole=plain and adapter_plain)
-        weight = grad_x = None
+        assert isinstance(config, DenseConfig)
+        x, dtype = tensors.x, config.gemm_dtype
+        adapter = NativeAdapter.of(tensors, spec, dtype)
+        plain = {x.dtype, grad.dtype} == {dtype}
+        blocks = row_blocks(x, whole=plain and (adapter is None or adapter.plain(x)))
+        grad_x = weight = None
         if needs.x:
-            # A low-precision sum over blocks would be rounded after each of them.
-            cut = len(blocks) <= REDECODED_BLOCKS and base_dtype.itemsize >= 4
-            weight = _weight_blocks(tensors.planes, spec, base_dtype, cut)
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            merged = adapter if config.merged else None
+            passes = _weight_blocks(tensors.planes, spec, config, merged)
+            if config.weight_block is None:
+                ((_, weight),) = passes()
+            else:
+                for n, block in passes():
+                    for m in blocks:
+                        beta = 0 if n.start == 0 else 1
+                        part = grad[m, n].to(dtype)
+                        torch.addmm(grad_x[m], part, block, beta=beta, out=grad_x[m])
+        totals = None
+        if adapter is not None and needs.adapter:
+            totals = adapter.totals()
         for m in blocks:
-            base_grad = grad[m].to(base_dtype)
+            base_grad = grad[m].to(dtype)
             target = part = None
-            if weight is not None and grad_x is not None:
+            if grad_x is not None:
                 part = target = grad_x[m]
-                if x.dtype != base_dtype:
-                    part = torch.empty_like(target, dtype=base_dtype)
-                for n, block in weight():
-                    beta = 0 if n.start == 0 else 1
-                    torch.addmm(part, base_grad[:, n], block, beta=beta, out=part)
-            if lora_a is not None and lora_b is not None and (needs.x or needs.adapter):
-                adapter_grad = base_grad if lora_dtype == base_dtype else grad[m].to(lora_dtype)
-                grad_low_rank = (adapter_grad @ lora_b).mul_(scaling)
-                keep = _keep_mask(tensors, spec, m, lora_dtype)
-                if total_a is not None and total_b is not None:
-                    adapter_x = x[m].to(lora_dtype)
-                    if keep is not None:
-                        adapter_x = adapter_x * keep
-                    _accumulate(total_a, grad_low_rank, adapter_x)
-                    _accumulate(total_b, adapter_grad, (adapter_x @ lora_a.t()).mul_(scaling))
-                if part is not None and keep is None:
-                    part = _add_product(part, grad_low_rank, lora_a)
-                elif part is not None and keep is not None:
-                    product = grad_low_rank @ lora_a
-                    same = part.dtype == product.dtype
-                    part = torch.addcmul(part, product, keep, out=part if same else None)
+                if x.dtype != dtype:
+                    part = torch.empty_like(target, dtype=dtype)
+                if weight is not None:
+                    torch.mm(base_grad, weight, out=part)
+            if adapter is not None and (totals is not None or (needs.x and not config.merged)):
+                adapter_grad = grad[m].to(adapter.dtype) if dtype != adapter.dtype else base_grad
+                grad_low = (adapter_grad @ adapter.b).mul_(adapter.scaling)
+                keep = adapter.keep(m)
+                if totals is not None:
+                    adapter.accumulate(totals, m, adapter_grad, grad_low, keep)
+                if part is not None and not config.merged:
+                    part = adapter.add_to_input_gradient(part, grad_low, keep)
             if target is not None and part is not None and part is not target:
                 target.copy_(part)
         grad_bias = None
         if needs.bias and tensors.bias is not None:
-            total = grad.new_zeros(spec.n, dtype=torch.promote_types(torch.float32, grad.dtype))
-            # torch sums in another dtype by way of a copy of the whole.
-            for m in _row_blocks(grad, whole=grad.dtype == total.dtype):
-                total += grad[m].sum(0, dtype=total.dtype)
-            grad_bias = total.to(tensors.bias.dtype)
-        return LinearGradients(
-            x=grad_x,
-            lora_a=None if a is None or total_a is None else total_a.to(a.dtype),
-            lora_b=None if b is None or total_b is None else total_b.to(b.dtype),
-            bias=grad_bias,
-        )
+            grad_bias = bias_gradient(grad, tensors.bias)
+        grad_a, grad_b = (None, None) if adapter is None else adapter.gradients(totals)
+        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """total + alpha * left @ right: in place, or in the wider of two dtypes."""
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right, alpha=alpha)
-    return torch.add(total, left @ right, alpha=alpha)
+def _weight_blocks(
+    planes: Sequence[Tensor], spec: LinearSpec, config: DenseConfig, merged: NativeAdapter | None
+) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+    """What goes through the weight once: pairs (n, W[n] in the config's dtype, with the `merged`
+    adapter added). A block is valid until the next one is taken."""
+    dtype, device = config.gemm_dtype, planes[0].device
+    packed, rows = None, spec.n
+    if spec.format is not None:
+        shape = (spec.n, spec.k)
+        packed = PackedWeight.from_planes(spec.format.name, shape, spec.block_size, planes)
+        if config.weight_block is not None:
+            alignment = spec.format.row_alignment(packed)
+            rows = max(config.weight_block // spec.k // alignment, 1) * alignment
 
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, spec.n, rows):
+            stop = min(start + rows, spec.n)
+            if packed is None or spec.format is None:
+                block = planes[0].to(dtype)
+            else:
+                block = workspace(stop - start, spec.k, dtype=dtype, device=device)
+                spec.format.dequantize_rows(packed, start, stop, dtype, block)
+            if merged is not None:
+                # An unquantised weight is the model's own.
+                out = None if block is planes[0] else block
+                left, right = merged.b[start:stop].to(dtype), merged.a.to(dtype)
+                block = torch.addmm(block, left, right, alpha=merged.scaling, out=out)
+            yield slice(start, stop), block
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ @ right."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total.add_(left.t() @ right)
+    return blocks

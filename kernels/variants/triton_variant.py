@@ -38,6 +38,7 @@ class TritonVariant(Variant):
     so that those without it can still ask."""
 
     takes_unquantized = False
+    isolated = True
 
     def rejects(self, problem: Problem) -> list[str]:
         target = target_of(problem.device)
@@ -145,10 +146,12 @@ class GemmVariant(TritonVariant):
             bits = _keep_bits(tensors, spec)
             scaling, dtypes = adapter_scaling(tensors, spec), (spec.lora_dtype, spec.compute_dtype)
             low = low_rank(x, tensors.lora_a, spec.lora_dtype, scaling, bits)
-            adapter = AdapterStart(
-                adapter_operand(low, *dtypes, up=False)[0],
-                adapter_operand(tensors.lora_b[None], *dtypes, up=True)[0],
-            )
+            kept = tensors.low_rank
+            operand, total = adapter_operand(low, *dtypes, up=False, total=kept is not None)
+            if kept is not None and total is not None:
+                kept.copy_(total)
+            up, _ = adapter_operand(tensors.lora_b[None], *dtypes, up=True)
+            adapter = AdapterStart(operand, up)
         y = x.new_empty(rows, spec.n, dtype=spec.out_dtype)
         self.product(
             x, tensors, spec, config, y, backward=False, bias=tensors.bias, adapter=adapter
@@ -181,7 +184,9 @@ class GemmVariant(TritonVariant):
             grad_low, total = adapter_operand(planes, *dtypes, up=False, total=needs.adapter)
             if needs.adapter:
                 assert total is not None
-                grad_a, grad_b = adapter_gradients(x, grad, total, (a, b), dtype, scaling, bits)
+                grad_a, grad_b = adapter_gradients(
+                    x, grad, total, (a, b), dtype, scaling, bits, tensors.low_rank
+                )
             if needs.x:
                 up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
                 adapter = AdapterStart(grad_low, up, bits)

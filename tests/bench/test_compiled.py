@@ -81,5 +81,5 @@ def test_interpreted_kernels_are_refused() -> None:
 
 def test_the_gate_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(InterpretedKernelError, match="unset it"):
+    with pytest.raises(InterpretedKernelError, match="must be unset"):
         measure_all(["sm_80"], None, 1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.op import QLORA_LINEAR
-from qlora_compile.kernels.registry import FORMATS, select
+from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.kernels.selection import select
 from qlora_compile.kernels.variants.base import Config, LinearSpec
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.linear_cases import DTYPES, Call, Case

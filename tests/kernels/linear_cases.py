@@ -13,7 +13,8 @@ from torch import Tensor
 from qlora_compile.kernels import op
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.reference import qlora_linear_reference
-from qlora_compile.kernels.registry import UNQUANTIZED, Choice, format_named
+from qlora_compile.kernels.registry import UNQUANTIZED, format_named
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
     Config,
@@ -150,6 +151,15 @@ class Call:
         tensors = LinearTensors(self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
         return op.linear_problem(direction, math.prod(self.case.batch), tensors, self.spec)
 
+    @property
+    def low_rank(self) -> Tensor:
+        """S, as a forward would have kept it."""
+        assert self.lora_a is not None
+        x = self.x.reshape(-1, self.case.k).to(F64)
+        if self.keep is not None:
+            x = x * self.keep.view(x.shape) / (1.0 - self.spec.dropout)
+        return (self.case.scaling * x @ self.lora_a.t().to(F64)).to(self.case.dtypes.lora)
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         if self.packed is None:
             return self.planes[0].to(dtype)
@@ -182,19 +192,23 @@ class Call:
         self,
         variant: Variant,
         wanted: tuple[str, ...] | None = None,
-        config: Config = NO_CONFIG,
+        config: Config | None = None,
         backward_config: Config | None = None,
+        keeps: bool = False,
     ) -> dict[str, Tensor]:
         """y and the gradients of `wanted` (every tensor that can have one) through the op.
 
-        config: of both directions, unless backward has its own.
+        config: of both directions, unless backward has its own; the variant's first where None.
+        keeps: whether the forward keeps S for the backward.
         """
 
-        def choose(problem: Problem) -> Choice:
+        def choose(problem: Problem, source: str) -> Choice:
             own = backward_config if problem.direction == "backward" else None
-            return Choice(variant, own or config, 0.0)
+            first = next(iter(variant.configs(problem)), NO_CONFIG)
+            return Choice(variant, own or config or first, 0.0)
 
-        with mock.patch.object(op, "select", side_effect=choose):
+        keeping = mock.patch.object(op, "keeps_low_rank", return_value=keeps)
+        with mock.patch.object(op, "select", side_effect=choose), keeping:
             arguments = list(self.arguments)
             positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
             leaves = {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from qlora_compile.kernels import op, workspace
+from qlora_compile.kernels.formats import base as formats
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
-from qlora_compile.kernels.variants import dense
-from qlora_compile.kernels.variants.base import NO_CONFIG, LinearTensors, NeedsGradient
+from qlora_compile.kernels.variants import dense, native_adapter
+from qlora_compile.kernels.variants.base import Config, LinearTensors, NeedsGradient
+from qlora_compile.problem import Direction
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 
@@ -27,10 +30,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("dropout", [None, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d.x}-{d.lora}")
 @pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])
-def test_only_inputs_are_saved(format: str, dtypes: Any, dropout: float | None) -> None:
+def test_only_inputs_are_saved(
+    format: str, dtypes: Any, dropout: float | None, keeps: bool
+) -> None:
+    """And x Aᵀ [M, rank], if it is kept."""
     case = Case((2, 3), format=format, dtypes=dtypes, bias=True, dropout=dropout)
     call = case.build()
     tensors = [call.x, call.bias, call.lora_a, call.lora_b, call.seed, *call.planes]
@@ -40,12 +47,18 @@ def test_only_inputs_are_saved(format: str, dtypes: Any, dropout: float | None) 
     saved = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.data_ptr())
+        saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        mock.patch.object(op, "keeps_low_rank", return_value=keeps),
+    ):
         y = QLORA_LINEAR(*arguments)
-    assert sorted(saved) == sorted(each.data_ptr() for each in tensors if each is not None)
+    known = {each.data_ptr() for each in tensors if each is not None}
+    others = [tensor for tensor in saved if tensor.data_ptr() not in known]
+    assert len(saved) - len(others) == len(known)
+    assert [(t.shape, t.dtype) for t in others] == [((6, case.rank), dtypes.lora)] * keeps
     y.backward(call.grad)
 
 
@@ -77,15 +90,16 @@ def _walk(events: list[Any]) -> Iterator[Any]:
         yield from _walk(event.children)
 
 
-def forward(call: Call) -> Callable[[], Any]:
-    tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
-    return lambda: dense.Dense().forward(tensors, call.spec, NO_CONFIG)
-
-
-def backward(call: Call) -> Callable[[], Any]:
+def runs(call: Call, direction: Direction) -> Iterator[tuple[Config, Callable[[], Any]]]:
+    """One direction of the call by every config of dense."""
     tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
     needs = NeedsGradient(True, True, True)
-    return lambda: dense.Dense().backward(call.grad, tensors, call.spec, needs, NO_CONFIG)
+    variant = dense.Dense()
+    for config in variant.configs(call.problem(direction)):
+        if direction == "forward":
+            yield config, lambda c=config: variant.forward(tensors, call.spec, c)
+        else:
+            yield config, lambda c=config: variant.backward(call.grad, tensors, call.spec, needs, c)
 
 
 def test_allocations_are_counted() -> None:
@@ -98,53 +112,67 @@ def test_allocations_are_counted() -> None:
     assert 8_000_000 <= most < 8_100_000
 
 
-@pytest.mark.parametrize("direction", [forward, backward])
+by_direction = pytest.mark.parametrize("direction", ["forward", "backward"])
+
+
+@by_direction
 @pytest.mark.parametrize("dropout", [None, 0.1])
 @pytest.mark.parametrize(
-    ("dtypes", "native"),
-    [
-        (DTYPES[1], False),
-        *itertools.product((DTYPES[2], DTYPES[4], DTYPES[6]), (True, False)),
-    ],
-    ids=lambda value: f"{value.x}-{value.lora}" if isinstance(value, Dtypes) else f"{value}",
+    "dtypes", [DTYPES[i] for i in (1, 2, 4, 6)], ids=lambda d: f"{d.x}-{d.lora}"
 )
 def test_nothing_grows_with_the_rows_but_the_output(
-    direction: Callable[[Call], Callable[[], Any]], dropout: float | None, dtypes: Any, native: bool
+    direction: Direction, dropout: float | None, dtypes: Dtypes
 ) -> None:
     # So many that a copy dwarfs oneDNN's scratch for bfloat16, which does not grow with them.
     rows, width = 6144, 64
     call = Case((rows,), width, width, rank=4, dtypes=dtypes, dropout=dropout, bias=True).build()
-    with (
-        mock.patch.object(dense, "ROW_BLOCK", 64),
-        mock.patch.object(dense, "_cpu_multiplies", return_value=native),
-    ):
-        sizes, most = allocations(direction(call))
-    output = rows * width * (dtypes.out if direction is forward else dtypes.x).itemsize
+    output = rows * width * (dtypes.out if direction == "forward" else dtypes.x).itemsize
     copy = rows * width * dtypes.lowest.itemsize
-    assert output in sizes
-    sizes.remove(output)
-    assert max(sizes) < copy / 2
-    assert most - output < copy
+    with mock.patch.object(native_adapter, "ROW_BLOCK", 64):
+        for config, run in runs(call, direction):
+            sizes, most = allocations(run)
+            assert output in sizes
+            sizes.remove(output)
+            assert max(sizes) < copy / 2, config
+            assert most - output < copy, config
 
 
-@pytest.mark.parametrize("direction", [forward, backward])
-@pytest.mark.parametrize("row_blocks", [1, dense.REDECODED_BLOCKS, dense.REDECODED_BLOCKS + 1])
-def test_one_decoded_weight_at_a_time(
-    direction: Callable[[Call], Callable[[], Any]], row_blocks: int
-) -> None:
-    n, k, row_block = 1024, 1024, 4
-    call = Case((row_block * row_blocks,), n, k, dtypes=DTYPES[2]).build()
-    weight = n * k * torch.float32.itemsize
+@by_direction
+@pytest.mark.parametrize("dtypes", [DTYPES[1], DTYPES[2]], ids=lambda d: f"{d.x}-{d.lora}")
+def test_no_decoded_weight_is_allocated(direction: Direction, dtypes: Dtypes) -> None:
+    """Once the workspace has grown to it."""
+    n, k = 1024, 1024
+    call = Case((4,), n, k, dtypes=dtypes).build()
     with (
-        mock.patch.object(dense, "ROW_BLOCK", row_block),
-        mock.patch.object(dense, "_cpu_multiplies", return_value=False),
+        mock.patch.object(dense, "WEIGHT_BLOCKS", (1 << 16,)),
+        mock.patch.object(formats, "_CPU_CHUNK", 1 << 14),
     ):
-        sizes, most = allocations(direction(call))
-        assert sizes.count(weight) == 1
-        assert most < 2 * weight
-        with mock.patch.object(dense, "WEIGHT_BLOCK", 1 << 16):
-            sizes, most = allocations(direction(call))
-    if row_blocks <= dense.REDECODED_BLOCKS:
-        assert most < weight / 2
-    else:
-        assert sizes.count(weight) == 1
+        for config, run in runs(call, direction):
+            _, most = allocations(run)
+            assert most < n * k * torch.bfloat16.itemsize, config
+
+
+def test_blocks_need_a_workspace_of_one_block() -> None:
+    call = Case((4,), 1024, 1024).build()
+    with (
+        mock.patch.object(dense, "WEIGHT_BLOCKS", (1 << 16,)),
+        mock.patch.object(workspace, "_buffers", workspace._Buffers()),
+    ):
+        for config, run in runs(call, "forward"):
+            assert isinstance(config, dense.DenseConfig)
+            if config.weight_block is not None:
+                run()
+        (buffer,) = workspace._buffers.by_stream.values()
+    assert buffer.numel() == (1 << 16) * torch.float32.itemsize
+
+
+def test_threads_have_workspaces_of_their_own() -> None:
+    def address() -> int:
+        made = workspace.workspace(3, 5, dtype=torch.float32, device=torch.device("cpu"))
+        assert made.shape == (3, 5)
+        assert made.isnan().all()  # as torch.empty in this mode
+        return made.data_ptr()
+
+    with ThreadPoolExecutor(1) as other:
+        assert address() == address()
+        assert other.submit(address).result() != address()

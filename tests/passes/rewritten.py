@@ -17,9 +17,9 @@ def rewritten_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
     graphs: list[GraphModule] = []
     inner = backend.compile_inner
 
-    def keeping(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def keeping(graph_module: GraphModule, *rest: Any) -> Callable[..., Any]:
         graphs.append(graph_module)
-        return inner(graph_module, example_inputs)
+        return inner(graph_module, *rest)
 
     monkeypatch.setattr(backend, "compile_inner", keeping)
     return graphs

@@ -1,0 +1,69 @@
+"""A folder that `qlora-compile build` wrote, as Triton's cache on another machine.
+
+Triton notes where the files of a kernel lie by absolute path, and takes the kernel for unknown
+where nothing is left there. Here the names alone count, so that a folder may be moved, mounted
+read-only, or shared by many processes; rewriting the notes would need a command after every move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from triton import knobs
+from triton.runtime.cache import FileCacheManager, triton_key
+
+MANIFEST = "build.json"
+
+logger = logging.getLogger(__name__)
+
+
+class BuiltCache(FileCacheManager):
+    """Triton's file cache, but a kernel's files are those that lie together, wherever that is."""
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        noted = self.get_file(f"__grp__{filename}")
+        if noted is None:
+            return None
+        try:
+            names = json.loads(Path(noted).read_text())["child_paths"]
+        except json.JSONDecodeError:  # cut off when it was copied: compiled again, as by Triton
+            return None
+        found = {name: self.get_file(name) for name in names}
+        complete = {name: path for name, path in found.items() if path is not None}
+        return complete if len(complete) == len(found) else None
+
+
+def builder() -> dict[str, str]:
+    """Digests of what kernels are compiled by and from: Triton knows them under no other."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    return {
+        "Triton": hashlib.sha256(triton_key().encode()).hexdigest(),
+        "qlora_compile": sources.hexdigest(),
+    }
+
+
+def use_built_cache() -> None:
+    """Makes Triton find the kernels in its cache folder where `qlora-compile build` wrote that.
+
+    Elsewhere, and where another cache manager is set, nothing changes. Logs a warning where the
+    kernels were built with other versions: Triton does not find them, then.
+    """
+    manifest = Path(knobs.cache.dir) / MANIFEST
+    if knobs.cache.manager_class is not None or not manifest.is_file():
+        return
+    knobs.cache.manager_class = BuiltCache
+    built = json.loads(manifest.read_text())["builder"]
+    here = builder()
+    differing = [name for name in here if built[name] != here[name]]
+    if differing:
+        logger.warning(
+            "the kernels in %s were built with another %s, so that some or all are compiled again; "
+            "build them with what is installed here",
+            manifest.parent,
+            " and another ".join(differing),
+        )

@@ -1,0 +1,218 @@
+"""Every Triton kernel that a Problem can need on a target, found without compiling any.
+
+Launches are recorded over meta tensors, through the variants' own forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels import selection
+from qlora_compile.kernels.device_model import DEVICE_MODELS, model_of_target
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.gpu.ahead_of_time import TARGETS, cache_key
+from qlora_compile.kernels.gpu.launch import Launch, recording
+from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.variants.base import (
+    Config,
+    LinearSpec,
+    LinearTensors,
+    NeedsGradient,
+)
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from qlora_compile.packed import NESTED_BLOCK_SIZE
+from qlora_compile.problem import Problem
+
+_ROW_BLOCK = 64
+"""Launches follow the row count's number of such blocks, the rest only by what divides it."""
+
+_RESTS = (0, 8, 4, 2, 1)
+"""Taken off a multiple of 64, rows that 64, 8, 4, 2 and nothing divides: Triton's JIT asks of each
+integer argument, a multiple of the rows or not, whether 16 divides it."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a variant over meta tensors: `rows` of the problem's bucket; dtypes that a
+    Problem does not tell are of the adapter's factors and of the bias."""
+
+    variant: TritonVariant
+    config: Config
+    problem: Problem
+    rows: int
+    factor_dtype: torch.dtype
+    bias_dtype: torch.dtype
+
+    def launches(self, target: str) -> list[Launch]:
+        problem, spec = self.problem, _spec(self.problem)
+        tensors = self._tensors(spec)
+        with assuming(target), recording() as launches:
+            if problem.direction == "forward":
+                self.variant.forward(tensors, spec, self.config)
+            else:
+                grad = _meta(self.rows, problem.n, dtype=problem.out_dtype)
+                needs = NeedsGradient(True, bool(problem.rank), problem.bias)
+                self.variant.backward(grad, tensors, spec, needs, self.config)
+        return launches
+
+    def _tensors(self, spec: LinearSpec) -> LinearTensors:
+        problem, rank = self.problem, self.problem.rank
+        low_rank = lora_a = lora_b = seed = None
+        if rank:
+            lora_a = _meta(rank, problem.k, dtype=self.factor_dtype)
+            lora_b = _meta(problem.n, rank, dtype=self.factor_dtype)
+            if problem.dropout:
+                seed = _meta(1, dtype=torch.int64)
+            if problem.keeps_low_rank:
+                low_rank = _meta(self.rows, rank, dtype=problem.lora_dtype)
+        return LinearTensors(
+            x=_meta(self.rows, problem.k, dtype=problem.x_dtype),
+            planes=_planes(problem),
+            bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            seed=seed,
+            low_rank=low_rank,
+        )
+
+
+@dataclass(frozen=True)
+class NeededKernel:
+    """A kernel by the key Triton caches it under: the launch number `position` of `call`, which is
+    one of those that need it; `variants` are all that do."""
+
+    key: str
+    name: str
+    call: Call
+    position: int
+    variants: tuple[str, ...]
+
+    def launch(self, target: str) -> Launch:
+        return self.call.launches(target)[self.position]
+
+
+def needed_kernels(
+    problems: Iterable[Problem], target: str, limit: int | None
+) -> list[NeededKernel]:
+    """What the best `limit` candidates for each problem on `target` launch, each kernel once.
+
+    target: a key of `ahead_of_time.TARGETS`. limit: of a problem's candidates by the cost model of
+    every card of the target; None for all. Raises as `ahead_of_time.cache_key`.
+    """
+    found: dict[str, NeededKernel] = {}
+    for problem in dict.fromkeys(replace(problem, device="meta") for problem in problems):
+        for variant, config in _candidates(problem, target, limit):
+            for call in _calls(variant, config, problem, target):
+                for position, (key, name) in enumerate(_keys(call, target)):
+                    known = found.get(key)
+                    if known is None:
+                        found[key] = NeededKernel(key, name, call, position, (variant.name,))
+                    elif variant.name not in known.variants:
+                        names = (*known.variants, variant.name)
+                        found[key] = replace(known, variants=names)
+    return list(found.values())
+
+
+def _candidates(
+    problem: Problem, target: str, limit: int | None
+) -> list[tuple[TritonVariant, Config]]:
+    cards = [model for model in DEVICE_MODELS if model.target == target]
+    best: dict[tuple[TritonVariant, Config], None] = {}
+    for card in cards or [model_of_target(target)]:
+        with assuming(target):
+            choices = selection.candidates(problem, card)
+        pairs = [
+            (choice.variant, choice.config)
+            for choice in choices
+            if isinstance(choice.variant, TritonVariant)
+        ]
+        best |= dict.fromkeys(pairs[:limit])
+    return list(best)
+
+
+def _calls(variant: TritonVariant, config: Config, problem: Problem, target: str) -> Iterator[Call]:
+    """Calls that launch all that any number of rows in the problem's bucket does."""
+    # A float32 adapter's product is of float32 factors; a narrower one may be of either, as PEFT
+    # keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
+    factors = dict.fromkeys((problem.lora_dtype, torch.float32)) if problem.rank else ()
+    biases = dict.fromkeys((problem.x_dtype, problem.compute_dtype)) if problem.bias else ()
+    unused = (problem.compute_dtype,)
+    for factor, bias in itertools.product(factors or unused, biases or unused):
+        call = Call(variant, config, problem, problem.m, factor, bias)
+        lowest = problem.m // 2 + 1
+        if problem.m <= _ROW_BLOCK:
+            yield from (replace(call, rows=rows) for rows in range(lowest, problem.m + 1))
+        else:
+            first, last = -(-lowest // _ROW_BLOCK), problem.m // _ROW_BLOCK
+            for block in _distinct_blocks(call, target, first, last):
+                rows = block * _ROW_BLOCK
+                yield from (replace(call, rows=rows - rest) for rest in _RESTS)
+
+
+def _distinct_blocks(call: Call, target: str, first: int, last: int) -> list[int]:
+    """Numbers of row blocks from `first` to `last` that differ in what they launch.
+
+    Into how many parts a reduction is cut rises or falls with the rows, never both, so that
+    between two that launch the same kernels nothing else is launched.
+    """
+
+    @functools.cache
+    def keys(block: int) -> list[tuple[str, str]]:
+        return _keys(replace(call, rows=block * _ROW_BLOCK), target)
+
+    found: dict[int, None] = {}
+    spans = [(first, last)]
+    while spans:
+        low, high = spans.pop()
+        found |= dict.fromkeys((low,) if keys(low) == keys(high) else (low, high))
+        if keys(low) != keys(high) and high - low > 1:
+            middle = (low + high) // 2
+            spans += [(low, middle), (middle, high)]
+    return list(found)
+
+
+def _keys(call: Call, target: str) -> list[tuple[str, str]]:
+    """Key and name of every launch of a call, in order."""
+    return [
+        (cache_key(launch, TARGETS[target]), launch.kernel.__name__)
+        for launch in call.launches(target)
+    ]
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _planes(problem: Problem) -> list[Tensor]:
+    count = problem.n * problem.k
+    if problem.format == UNQUANTIZED:
+        return [_meta(problem.n, problem.k, dtype=problem.compute_dtype)]
+    codes = _meta(-(-count * format_named(problem.format).bits // 8), dtype=torch.uint8)
+    blocks = -(-count // problem.block_size)
+    if not problem.double_quantized:
+        return [codes, _meta(blocks, dtype=torch.float32)]
+    nested = ((256,), (-(-blocks // NESTED_BLOCK_SIZE),), ())
+    planes = [codes, _meta(blocks, dtype=torch.uint8)]
+    return planes + [_meta(*shape, dtype=torch.float32) for shape in nested]
+
+
+def _spec(problem: Problem) -> LinearSpec:
+    """Its scaling, probability and stream are numbers that no kernel is compiled for."""
+    return LinearSpec(
+        format=None if problem.format == UNQUANTIZED else format_named(problem.format),
+        n=problem.n,
+        k=problem.k,
+        block_size=problem.block_size,
+        scaling=2.0,
+        dropout=0.1 if problem.dropout else 0.0,
+        stream=2,
+        compute_dtype=problem.compute_dtype,
+        lora_dtype=problem.lora_dtype,
+        out_dtype=problem.out_dtype,
+    )

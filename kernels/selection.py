@@ -1,0 +1,170 @@
+"""Which variant solves a problem: the measured one where there is a record, else the modelled one.
+
+Records come by the name of their source ("cache", or the path of a file), which a compiled graph
+carries, so that models with different sources run side by side. The tuner fills them in; kernels
+only look them up.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from qlora_compile.errors import NoVariantError
+from qlora_compile.kernels import registry
+from qlora_compile.kernels.device_model import DeviceModel, device_model
+from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.variants.base import Config, Variant
+from qlora_compile.problem import Direction, Problem
+
+MODELLED = ""
+"""The source without records."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring told of a choice: how many times as fast as the standard *dense* it is, and as
+    the second best; None where these were not right themselves."""
+
+    gain: float | None
+    runner_up: str | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A variant, one of its configs, and the seconds it takes: measured, or else modelled."""
+
+    variant: Variant
+    config: Config
+    seconds: float
+    measured: Measured | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name} {self.config.label}".removesuffix(" -")
+
+
+def choose(problem: Problem, records: Mapping[Problem, Choice], model: DeviceModel) -> Choice:
+    """The recorded choice for `problem`, else the one with the least modelled cost.
+
+    A pure function of its arguments. Raises NoVariantError as `candidates` does.
+    """
+    return records.get(problem) or candidates(problem, model)[0]
+
+
+def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
+    """Every config of every variant that does not reject `problem`, by modelled cost.
+
+    Raises NoVariantError with every variant's reasons when all reject it.
+    """
+    reasons: dict[str, list[str]] = {}
+    choices = []
+    for variant in registry.VARIANTS:
+        reasons[variant.name] = variant.rejects(problem)
+        if not reasons[variant.name]:
+            choices += [
+                Choice(variant, config, variant.cost(problem, config, model))
+                for config in variant.configs(problem)
+            ]
+    if choices:
+        return sorted(choices, key=lambda choice: choice.seconds)
+    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
+    raise NoVariantError(problem=problem, reasons=listed)
+
+
+_records: dict[str, dict[Problem, Choice]] = {}
+_missed: dict[str, dict[Problem, None]] = {}
+_keeping: dict[tuple[Problem, str], bool] = {}
+_source: ContextVar[str] = ContextVar("source", default=MODELLED)
+
+
+def select(problem: Problem, source: str = MODELLED) -> Choice:
+    """`choose` among the records of `source`; a miss is noted for `take_missed`."""
+    if source != MODELLED and recorded(source, problem) is None:
+        _missed.setdefault(source, {})[problem] = None
+    return look_up(problem, source)
+
+
+def look_up(problem: Problem, source: str = MODELLED) -> Choice:
+    """As `select`, for whoever only wants to know."""
+    model = device_model(problem.device, target_of(problem.device))
+    return recorded(source, problem) or _modelled(problem, model)
+
+
+@functools.lru_cache(maxsize=4096)
+def _modelled(problem: Problem, model: DeviceModel) -> Choice:
+    return choose(problem, {}, model)
+
+
+def keeps_low_rank(problem: Problem, source: str = MODELLED) -> bool:
+    """Whether the forward `problem` had better keep S for its backward than compute it again.
+
+    The first answer stays: a checkpoint's recomputation must save what its forward saved.
+    """
+    key = replace(problem, keeps_low_rank=False), source
+    if key not in _keeping:
+        _keeping.setdefault(key, prefers_keeping(problem, source))
+    return _keeping[key]
+
+
+def prefers_keeping(problem: Problem, source: str = MODELLED) -> bool:
+    """What `keeps_low_rank` has answered or, asked now, would answer."""
+    key = replace(problem, keeps_low_rank=False), source
+    if key in _keeping or not problem.rank:
+        return _keeping.get(key, False)
+    seconds = {True: 0.0, False: 0.0}
+    for each in problems_of_call(problem, trains=True):
+        seconds[each.keeps_low_rank] += look_up(each, source).seconds
+    return seconds[True] < seconds[False]
+
+
+def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
+    """What has to be chosen for a call whose forward is `forward`, with S kept and without."""
+    directions: tuple[Direction, ...] = ("forward", "backward") if trains else ("forward",)
+    keeping = (False, True) if trains and forward.rank else (False,)
+    return tuple(
+        replace(forward, direction=direction, keeps_low_rank=keeps)
+        for keeps in keeping
+        for direction in directions
+    )
+
+
+def remember(source: str, problem: Problem, choice: Choice) -> None:
+    """Makes `choice` the answer of `source` for `problem`."""
+    _records.setdefault(source, {})[problem] = choice
+    _missed.get(source, {}).pop(problem, None)
+
+
+def recorded(source: str, problem: Problem) -> Choice | None:
+    return _records.get(source, {}).get(problem)
+
+
+def take_missed(source: str) -> list[Problem]:
+    """The problems that `source` was asked for and had no record of, once each."""
+    return list(_missed.pop(source, {}))
+
+
+def forget() -> None:
+    """Everything found out so far: records, misses and decisions."""
+    for known in (_records, _missed, _keeping):
+        known.clear()
+    _modelled.cache_clear()
+
+
+def current_source() -> str:
+    """The source that calls made now will carry."""
+    return _source.get()
+
+
+@contextmanager
+def choosing_from(source: str) -> Iterator[None]:
+    """Calls that run, or are compiled, inside carry `source`."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)

@@ -1,0 +1,118 @@
+"""Modelled seconds of the native variants on a CPU, by the operators they call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qlora_compile.kernels.device_model import CpuModel
+from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.problem import Problem
+
+_DECODE_OPERATORS = 5
+"""Operators that decode a block: widen, look up, scale, round, double quantisation."""
+
+
+def dense_seconds(
+    problem: Problem, cpu: CpuModel, dtype: torch.dtype, weight_block: int | None, merged: bool
+) -> float:
+    """Of `dense`: W decoded in blocks of so many weights, multiplied in `dtype`."""
+    m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
+    blocks = 1 if weight_block is None else math.ceil(n * k / weight_block)
+    backward = problem.direction == "backward"
+    seconds = _decode_seconds(problem, cpu, dtype, blocks) + _product_seconds(problem, cpu, dtype)
+    # Every block converts its operands anew; those of the gradient add to the same sum.
+    seconds += blocks * _cast_seconds(problem, cpu, dtype) + blocks * cpu.operator
+    if backward:
+        seconds += (blocks - 1) * cpu.move_seconds(2 * m * k * dtype.itemsize)
+    if not rank:
+        return seconds
+    if merged:
+        seconds += 2 * n * k * rank / cpu.of(cpu.thin, dtype)
+        seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
+    else:
+        columns = k if backward else n
+        seconds += _thin_seconds(problem, cpu, dtype, columns)
+        seconds += blocks * cpu.move_seconds(2 * m * columns * dtype.itemsize / blocks)
+    return seconds + _adapter_seconds(problem, cpu, dtype, needs_low=not merged)
+
+
+def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
+    """Of `augmented_native`: W and B side by side in one matrix of `dtype`."""
+    m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
+    seconds = _decode_seconds(problem, cpu, dtype, 1) + _product_seconds(problem, cpu, dtype)
+    # W goes through a buffer, x or dX through rows of K + rank.
+    seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
+    seconds += 2 * cpu.move_seconds(2 * m * (k + rank) * dtype.itemsize)
+    if problem.direction == "backward":
+        seconds += _thin_seconds(problem, cpu, dtype, k)
+    return seconds + _adapter_seconds(problem, cpu, dtype, needs_low=True)
+
+
+def _decode_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, blocks: int) -> float:
+    if problem.format == UNQUANTIZED:
+        same = dtype == problem.compute_dtype
+        return 0.0 if same else cpu.move_seconds(6 * problem.n * problem.k)
+    decode = problem.n * problem.k * cpu.of(cpu.decode, dtype)
+    if blocks == 1:
+        # What leaves the cache has to come back for the product.
+        outside = max(problem.n * problem.k * dtype.itemsize - _CACHE_BYTES, 0)
+        decode += 2 * outside / cpu.bandwidth
+    return decode + blocks * _DECODE_OPERATORS * cpu.operator
+
+
+_CACHE_BYTES = 16 << 20
+"""Of a last-level cache, of which torch does not tell the size."""
+
+
+def _product_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
+    operations = 2 * problem.m * problem.n * problem.k
+    # The product's operands are read at least once, which is what counts for a few rows.
+    moved = problem.n * problem.k * dtype.itemsize
+    return max(operations / cpu.of(cpu.gemm, dtype), moved / cpu.bandwidth)
+
+
+def _cast_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
+    m, n, k = problem.m, problem.n, problem.k
+    forward = problem.direction == "forward"
+    source, result = (k, n) if forward else (n, k)
+    dtypes = (problem.x_dtype, problem.out_dtype)
+    source_dtype, result_dtype = dtypes if forward else dtypes[::-1]
+    seconds = 0.0
+    for columns, other in ((source, source_dtype), (result, result_dtype)):
+        if other != dtype:
+            seconds += cpu.move_seconds(m * columns * (other.itemsize + dtype.itemsize))
+    return seconds
+
+
+def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: int) -> float:
+    """Of one product [M, columns] with [columns, rank], in the adapter's dtype."""
+    wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
+    rate = cpu.of(cpu.thin, wide)
+    return 2 * problem.m * columns * problem.rank / rate + cpu.operator
+
+
+def _adapter_seconds(
+    problem: Problem, cpu: CpuModel, dtype: torch.dtype, *, needs_low: bool
+) -> float:
+    """What the variants share: S, the gradients of A and B, conversions and masks."""
+    m, n, k = problem.m, problem.n, problem.k
+    wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
+    seconds = 0.0
+    if problem.dropout:
+        seconds += m * k * cpu.dropout
+    if problem.direction == "forward":
+        if needs_low or problem.keeps_low_rank:
+            seconds += _thin_seconds(problem, cpu, dtype, k)
+            if wide != problem.x_dtype:
+                seconds += cpu.move_seconds(m * k * (wide.itemsize + problem.x_dtype.itemsize))
+        return seconds
+    # dY B, dYᵀ S, (dY B)ᵀ x, and S again unless it was kept.
+    seconds += 2 * _thin_seconds(problem, cpu, dtype, n) + _thin_seconds(problem, cpu, dtype, k)
+    if not problem.keeps_low_rank:
+        seconds += _thin_seconds(problem, cpu, dtype, k)
+    for columns, other in ((n, problem.out_dtype), (k, problem.x_dtype)):
+        if wide != other:
+            seconds += cpu.move_seconds(m * columns * (wide.itemsize + other.itemsize))
+    return seconds

@@ -1,0 +1,142 @@
+"""augmented_native: `augmented` in torch's own operators, where there is no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import CpuModel, DeviceModel
+from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.variants.base import (
+    Config,
+    LinearGradients,
+    LinearSpec,
+    LinearTensors,
+    NeedsGradient,
+    Variant,
+    bias_gradient,
+)
+from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
+from qlora_compile.kernels.variants.dense import DenseConfig
+from qlora_compile.kernels.variants.native_adapter import NativeAdapter, native_dtypes, row_blocks
+from qlora_compile.kernels.workspace import workspace
+from qlora_compile.packed import PackedWeight
+from qlora_compile.problem import Problem
+
+_DECODED = 1 << 17
+"""Weights decoded at a time, in cache, before they are put into the workspace's longer rows."""
+
+
+class NativeAugmented(Variant):
+    """y = [x | S] [W | B]ᵀ with S = s drop(x) Aᵀ; backward dY [W | B] gives dX and dS / s."""
+
+    name = "augmented_native"
+
+    def rejects(self, problem: Problem) -> list[str]:
+        reasons = []
+        if target_of(problem.device) is not None:
+            reasons.append("augmented does it with Triton's decoders")
+        if not problem.rank:
+            reasons.append("there is no adapter to put beside W")
+        elif not self.configs(problem):
+            reasons.append(f"the adapter's {problem.lora_dtype} is more than the GEMM's dtype")
+        return reasons
+
+    def configs(self, problem: Problem) -> Sequence[DenseConfig]:
+        return [
+            DenseConfig(dtype)
+            for dtype in native_dtypes(problem.compute_dtype)
+            if problem.lora_dtype.itemsize <= dtype.itemsize
+        ]
+
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        assert isinstance(config, DenseConfig)
+        if not isinstance(device, CpuModel):
+            # Without Triton an accelerator decodes by a dozen of torch's operators.
+            return device.stream_seconds(30 * problem.n * problem.k) + device.gemm_seconds(
+                problem.m, problem.n, problem.k, device.vendor_efficiency
+            )
+        return augmented_seconds(problem, device, config.gemm_dtype)
+
+    def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
+        """[W | B] as [N, K + rank]."""
+        tensors, spec = adapter.tensors, adapter.spec
+        n, k, rank = spec.n, spec.k, adapter.b.shape[1]
+        device = tensors.planes[0].device
+        wide = workspace(n, k + rank, dtype=dtype, device=device)
+        wide[:, k:] = adapter.b
+        if spec.format is None:
+            wide[:, :k] = tensors.planes[0]
+            return wide
+        packed = PackedWeight.from_planes(spec.format.name, (n, k), spec.block_size, tensors.planes)
+        alignment = spec.format.row_alignment(packed)
+        rows = max(_DECODED // k // alignment, 1) * alignment
+        buffer = torch.empty(min(rows, n), k, dtype=dtype, device=device)
+        for start in range(0, n, rows):
+            stop = min(start + rows, n)
+            block = buffer[: stop - start]
+            wide[start:stop, :k] = spec.format.dequantize_rows(packed, start, stop, dtype, block)
+        return wide
+
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        assert isinstance(config, DenseConfig)
+        x, dtype = tensors.x, config.gemm_dtype
+        adapter = NativeAdapter.of(tensors, spec, dtype)
+        assert adapter is not None
+        low_rank = adapter.low_rank(x)
+        if tensors.low_rank is not None:
+            tensors.low_rank.copy_(low_rank)
+        bias = None if tensors.bias is None else tensors.bias.to(dtype)
+        weight = self._weight(adapter, dtype).t()
+        y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
+        for m in row_blocks(x, whole=False):
+            wide = torch.cat((x[m].to(dtype), low_rank[m]), dim=1)
+            out = y[m] if y.dtype == dtype else None
+            if bias is None:
+                part = torch.mm(wide, weight, out=out)
+            else:
+                part = torch.addmm(bias, wide, weight, out=out)
+            if out is None:
+                y[m] = part
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
+    ) -> LinearGradients:
+        assert isinstance(config, DenseConfig)
+        x, dtype = tensors.x, config.gemm_dtype
+        adapter = NativeAdapter.of(tensors, spec, dtype)
+        assert adapter is not None
+        weight = self._weight(adapter, dtype) if needs.x else adapter.b
+        first = weight.shape[1] - adapter.b.shape[1]
+        grad_x = None
+        if needs.x:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        totals = adapter.totals() if needs.adapter else None
+        if needs.x or needs.adapter:
+            for m in row_blocks(x, whole=False):
+                part = grad[m].to(dtype)
+                wide = part @ weight
+                grad_low = wide[:, first:] * adapter.scaling
+                keep = adapter.keep(m)
+                if totals is not None:
+                    adapter.accumulate(totals, m, part, grad_low, keep)
+                if grad_x is not None:
+                    out = grad_x[m] if x.dtype == dtype else None
+                    if keep is None:
+                        total = torch.addmm(wide[:, :first], grad_low, adapter.a, out=out)
+                    else:
+                        total = torch.addcmul(wide[:, :first], grad_low @ adapter.a, keep, out=out)
+                    if out is None:
+                        grad_x[m] = total
+        grad_bias = None
+        if needs.bias and tensors.bias is not None:
+            grad_bias = bias_gradient(grad, tensors.bias)
+        return LinearGradients(grad_x, *adapter.gradients(totals), grad_bias)

@@ -1,0 +1,54 @@
+"""Scratch memory that a decoded weight passes through: one buffer per device and stream.
+
+All layers share it, nothing in it outlives the op that asked for it, and it is never saved for the
+backward.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+
+class _Buffers(threading.local):
+    """Of one thread: two threads that launch on one stream would overwrite each other's weight."""
+
+    def __init__(self) -> None:
+        self.by_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory of `shape`, contiguous, valid until this thread asks again.
+
+    Every call returns the same memory, which grows to the largest request and stays.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    stream = 0
+    if device.type == "cuda":
+        # A graph replays into the memory it was captured with, long after a larger request has
+        # replaced this one.
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(shape, dtype=dtype, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    size = math.prod(shape) * dtype.itemsize
+    buffer = _buffers.by_stream.get((device, stream))
+    if buffer is None or buffer.numel() < size:
+        # The old one is freed before the new one is made.
+        _buffers.by_stream.pop((device, stream), None)
+        del buffer
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        _buffers.by_stream[device, stream] = buffer
+    view = buffer[:size].view(dtype).view(shape)
+    poisoned = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    if poisoned and torch.are_deterministic_algorithms_enabled():
+        # What torch.empty would hold in this mode.
+        view.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+    return view

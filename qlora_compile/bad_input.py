@@ -1,0 +1,26 @@
+"""How the command line answers bad input: one line on stderr, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import typer
+
+from qlora_compile.errors import QloraCompileError
+
+_BAD_INPUT = 2  # what click itself exits with on a bad option
+
+
+@contextlib.contextmanager
+def bad_input_in_one_line() -> Iterator[None]:
+    """Turn an error of ours into one line and an exit; any other is a bug and passes through.
+
+    Raises:
+        typer.Exit: in place of a QloraCompileError.
+    """
+    try:
+        yield
+    except QloraCompileError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(_BAD_INPUT) from error

@@ -1,0 +1,161 @@
+"""Compiles the Triton kernels that problems need for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import qlora_compile
+from qlora_compile.errors import ArchitectureError, NoKernelsError, TritonMissingError
+from qlora_compile.outputs import writable_directory
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.tuner import HANDFUL
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.needed import NeededKernel
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """key: what Triton's cache knows it by. variants: which need it. seconds: of compiling it,
+    nearly none where the folder had it. size: bytes of its files."""
+
+    key: str
+    name: str
+    variants: tuple[str, ...]
+    seconds: float
+    size: int
+
+
+def build(
+    problems: Sequence[Problem],
+    arch: str,
+    output: Path,
+    *,
+    limit: int | None = HANDFUL,
+    jobs: int = 1,
+    on_kernel: Callable[[int, int], None] | None = None,
+) -> list[BuiltKernel]:
+    """Compiles for `arch` what the best `limit` candidates for each problem launch (None: all), by
+    default those that the tuner would measure.
+
+    output: becomes a folder in the form of Triton's cache, for a machine with the same Triton and
+    the same qlora_compile; what it holds already is not compiled again. jobs: processes.
+    on_kernel: told how many kernels of how many are done.
+
+    Raises:
+        ArchitectureError, TritonMissingError, OutputDirectoryError, NoKernelsError: nothing can be
+            built; nothing was.
+        InterpretedKernelError: Triton was imported for its interpreter.
+        CompilationError, and what Triton raises: a kernel does not compile; the others before it
+            stay in `output`.
+    """
+    check_arch(arch)
+    from qlora_compile.kernels.gpu.needed import needed_kernels
+
+    writable_directory(output)
+    needed = needed_kernels(problems, arch, limit)
+    if not needed:
+        raise NoKernelsError(
+            value=f"what is asked for ({len(problems)} problems)",
+            target=arch,
+            problem="the vendor's GEMM computes all of it",
+        )
+    kernels: list[BuiltKernel] = []
+    for kernel in _compiled(needed, arch, output.absolute(), jobs):
+        kernels.append(kernel)
+        if on_kernel is not None:
+            on_kernel(len(kernels), len(needed))
+    _write_manifest(output, arch, limit, kernels, problems)
+    return kernels
+
+
+def check_arch(arch: str) -> None:
+    """Raises TritonMissingError, or ArchitectureError where kernels cannot be built for `arch`."""
+    if importlib.util.find_spec("triton") is None:
+        raise TritonMissingError(purpose="building kernels")
+    from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
+
+    if arch not in TARGETS:
+        raise ArchitectureError(value=arch, known=", ".join(TARGETS))
+
+
+def _compiled(
+    needed: Sequence[NeededKernel], arch: str, folder: Path, jobs: int
+) -> Iterator[BuiltKernel]:
+    one = partial(_build_kernel, arch=arch, folder=folder)
+    if jobs == 1:
+        yield from map(one, needed)
+        return
+    # Spawned and not forked: torch and LLVM have threads, which a fork would lose.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(needed)), mp_context=context) as pool:
+        try:
+            for future in as_completed([pool.submit(one, kernel) for kernel in needed]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _build_kernel(kernel: NeededKernel, arch: str, folder: Path) -> BuiltKernel:
+    from triton import knobs
+
+    from qlora_compile.kernels.gpu.ahead_of_time import TARGETS, compile_launch
+
+    start = time.perf_counter()
+    with knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dir = str(folder)
+        # The stages before the binary are most of the bytes, and no launch reads them.
+        knobs.compilation.store_binary_only = True
+        compiled = compile_launch(kernel.launch(arch), TARGETS[arch])
+    assert compiled.hash == kernel.key
+    seconds = time.perf_counter() - start
+    size = sum(os.path.getsize(path) for path in compiled.metadata_group.values())
+    return BuiltKernel(kernel.key, kernel.name, kernel.variants, seconds, size)
+
+
+def _write_manifest(
+    output: Path,
+    arch: str,
+    limit: int | None,
+    kernels: Iterable[BuiltKernel],
+    problems: Iterable[Problem],
+) -> None:
+    import triton
+    from triton.compiler import make_backend
+
+    from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
+    from qlora_compile.kernels.gpu.built_cache import MANIFEST, builder
+
+    manifest = {
+        "arch": arch,
+        "qlora_compile": qlora_compile.__version__,
+        "triton": triton.__version__,
+        "compiler": make_backend(TARGETS[arch]).hash(),
+        "builder": builder(),
+        "candidates_per_problem": limit,
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
+        "problems": [_plain(problem) for problem in problems],
+    }
+    (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _plain(problem: Problem) -> dict[str, object]:
+    fields = dataclasses.asdict(problem)
+    del fields["device"]
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in fields.items()
+    }

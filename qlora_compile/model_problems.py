@@ -1,0 +1,36 @@
+"""The Problems of a model's fused sites, as training it on a GPU would pose them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qlora_compile import api
+from qlora_compile.problem import Problem, bucket_rows
+from qlora_compile.regions import region_of
+from qlora_compile.training_problems import training_problems
+
+
+def problems_of_model(
+    model: nn.Module, rows: Iterable[int], dtype: torch.dtype | None = None
+) -> list[Problem]:
+    """Those of an optimised model's fused sites, each once, for each number of rows.
+
+    The model may be on the CPU. dtype: what it computes in on the GPU, None for what it does here.
+    Raises NotOptimizedError.
+    """
+    api.explain(model)
+    regions = [region_of(module) for module in model.modules()]
+    sites = [site for region in regions if region is not None for site in region.fused().values()]
+    problems: dict[Problem, None] = {}
+    for m in rows:
+        for captured in dict.fromkeys(site.forward for site in sites):
+            forward = replace(captured, m=bucket_rows(m), device="cuda")
+            if dtype is not None:
+                # An adapter's dtype is its own: PEFT keeps it apart from the model's.
+                forward = replace(forward, x_dtype=dtype, compute_dtype=dtype, out_dtype=dtype)
+            problems |= dict.fromkeys(training_problems(forward))
+    return list(problems)

@@ -1,0 +1,178 @@
+"""The command line's `records`: measured choices to look at, ship, take over and clear away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qlora_compile.bad_input import bad_input_in_one_line
+
+if TYPE_CHECKING:
+    from qlora_compile.problem import Problem
+    from qlora_compile.tuning.fingerprint import Fingerprint
+    from qlora_compile.tuning.record import Record, Timing
+    from qlora_compile.tuning.store import RecordStore
+
+records = typer.Typer(
+    help="What was measured, in $QLORA_COMPILE_CACHE or the user's cache folder.",
+    no_args_is_help=True,
+)
+
+_KEY_DIGITS = 8
+_PROBLEM_COLUMNS = ("direction", "M", "N", "K", "r", "format", "dtypes", "with")
+_COLUMNS = ("device", "fastest", "ms", "× dense", "× second", "fits")
+
+
+@records.command("list")
+def list_records() -> None:
+    """Show every record, and whether it is of this machine as it is now."""
+    with bad_input_in_one_line():
+        store = _store()
+        found = store.read()
+        if not found:
+            typer.echo(f"no records in {store.folder}")
+            return
+        from qlora_compile.tuning.fingerprint import fingerprints_here
+        from qlora_compile.tuning.record import key_digest
+
+        here = fingerprints_here()
+        rows = sorted((_cells(record, here), key_digest(key)) for key, record in found.items())
+    table = Table(title=f"Records in {store.folder}")
+    for column in ("key", *_PROBLEM_COLUMNS, *_COLUMNS):
+        table.add_column(column, overflow="fold")
+    for cells, digest in rows:
+        table.add_row(digest[:_KEY_DIGITS], *cells)
+    Console().print(table)
+
+
+@records.command()
+def show(
+    key: Annotated[str, typer.Argument(help="A record's key, or enough of its first digits.")],
+) -> None:
+    """Show everything one record holds."""
+    with bad_input_in_one_line():
+        digest, record = _chosen(_store(), key)
+    typer.echo(f"key {digest}\n{as_text(record)}")
+
+
+@records.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files that `export` wrote.")],
+) -> None:
+    """Take over the records of other files; of two with one key the one measured later."""
+    with bad_input_in_one_line():
+        store = _store()
+        count = store.merge(files)
+    typer.echo(f"{count} records taken over into {store.folder}")
+
+
+@records.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],
+    all: Annotated[bool, typer.Option("--all", help="Other machines' records too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write the records of this machine as it is now to one file that can be shipped."""
+    with bad_input_in_one_line():
+        count = _store().export(file, None if all else _fingerprints(), overwrite=overwrite)
+    typer.echo(f"{count} records in {file}")
+
+
+@records.command()
+def prune() -> None:
+    """Remove unreadable lines, and records of other kernels, another torch or another Triton."""
+    with bad_input_in_one_line():
+        store = _store()
+        count = store.prune(_fingerprints())
+    typer.echo(f"{count} lines removed from {store.folder}")
+
+
+def as_text(record: Record) -> str:
+    """Everything a record holds, a line per fact."""
+    from dataclasses import fields
+
+    lines = [f"measured at {record.measured_at}"]
+    for title, part in (("problem", record.problem), ("fingerprint", record.fingerprint)):
+        lines.append(title)
+        lines += [f"  {field.name}: {getattr(part, field.name)}" for field in fields(part)]
+    lines.append("timings: median, interquartile range")
+    lines += [f"  {_timed(timing)}" for timing in record.timings]
+    if record.baseline is not None:
+        lines.append(f"baseline\n  {_timed(record.baseline)}")
+    second = "none" if record.margin is None else f"{record.margin:.3f} times"
+    gain = "none" if record.gain is None else f"{record.gain:.3f} times"
+    lines.append(f"fastest against dense: {gain}, against the second: {second}")
+    lines.append("rejected" if record.rejected else "rejected: none")
+    lines += [f"  {candidate}: {reason}" for candidate, reason in record.rejected]
+    return "\n".join(lines)
+
+
+def _timed(timing: Timing) -> str:
+    milliseconds = f"{timing.seconds * 1e3:.4f} ms, {timing.spread * 1e3:.4f} ms"
+    return f"{timing.variant} {timing.config}: {milliseconds}"
+
+
+def _cells(record: Record, here: set[Fingerprint]) -> tuple[str, ...]:
+    problem = record.problem
+    return (
+        problem.direction,
+        *(str(size) for size in (problem.m, problem.n, problem.k, problem.rank)),
+        f"{problem.format}/{problem.block_size}",
+        *_dtypes_and_flags(problem),
+        f"{problem.device}: {record.fingerprint.device}",
+        f"{record.winner.variant} {record.winner.config}",
+        f"{record.winner.seconds * 1e3:.4f}",
+        "-" if record.gain is None else f"{record.gain:.2f}",
+        "" if record.margin is None else f"{record.margin:.2f}",
+        "yes" if record.fingerprint in here else "no",
+    )
+
+
+def _dtypes_and_flags(problem: Problem) -> tuple[str, str]:
+    """The problem's dtypes, in one word where all are one, and its flags that are set."""
+    import dataclasses
+
+    import torch
+
+    values = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    dtypes = {
+        name.removesuffix("_dtype"): str(value).removeprefix("torch.")
+        for name, value in values.items()
+        if isinstance(value, torch.dtype)
+    }
+    if len(set(dtypes.values())) == 1:
+        dtypes = {"all": next(iter(dtypes.values()))}
+    flags = [name for name, value in values.items() if value is True]
+    return ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()), ", ".join(flags)
+
+
+def _store() -> RecordStore:
+    from qlora_compile.tuning.store import RecordStore, cache_folder
+
+    return RecordStore(cache_folder())
+
+
+def _fingerprints() -> set[Fingerprint]:
+    """This machine's. Raises FingerprintError where not even its CPU has one."""
+    from qlora_compile.tuning.fingerprint import established, fingerprints_here
+
+    return {established("cpu"), *fingerprints_here()}
+
+
+def _chosen(store: RecordStore, prefix: str) -> tuple[str, Record]:
+    """The one record whose key starts with `prefix`. Raises RecordKeyError for none or several."""
+    from qlora_compile.tuning.errors import RecordKeyError
+    from qlora_compile.tuning.record import key_digest
+
+    digests = {key_digest(key): record for key, record in store.read().items()}
+    matching = [digest for digest in digests if digest.startswith(prefix.lower())]
+    if not matching:
+        raise RecordKeyError(value=prefix, problem="no key starts with that")
+    if len(matching) > 1:
+        problem = f"{len(matching)} keys start with that, pass more digits"
+        raise RecordKeyError(value=prefix, problem=problem)
+    return matching[0], digests[matching[0]]

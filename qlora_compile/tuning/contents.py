@@ -1,0 +1,87 @@
+"""FolderContents: the records of a folder's files, each file read again only once it changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_compile.tuning.files import read_lines, records_of
+from qlora_compile.tuning.record import Key, Record
+from qlora_compile.tuning.warning import warn_of_file, warn_of_folder
+
+
+class _Stamp(NamedTuple):
+    """What of a file changes whenever its content does."""
+
+    modified: int
+    size: int
+    inode: int
+
+
+class _Contents(NamedTuple):
+    """What was read of each file, and of all in one."""
+
+    stamps: dict[Path, _Stamp]
+    files: dict[Path, dict[Key, Record]]
+    records: dict[Key, Record]
+
+
+class FolderContents:
+    """The records in the *.jsonl files directly in `folder`, sorted by name, but `last` at the end.
+
+    Of records with one key the last wins. A folder that is not there is empty. Warns once a process
+    of whatever cannot be read, and raises nothing.
+    """
+
+    def __init__(self, folder: Path, last: str) -> None:
+        self._folder = folder
+        self._last = last
+        self._contents = _Contents({}, {}, {})
+
+    def paths(self) -> list[Path]:
+        """The files in the order they are read."""
+        try:
+            paths = [path for path in self._folder.iterdir() if path.suffix == ".jsonl"]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            warn_of_folder(self._folder, error)
+            return []
+        return sorted(paths, key=lambda path: (path.name == self._last, path.name))
+
+    def records(self) -> dict[Key, Record]:
+        """The records by key; not to be changed."""
+        # Stamps come first: what changes after them is read again next time.
+        stamps = self._stamps()
+        before = self._contents
+        if stamps == before.stamps:
+            return before.records
+        files = {}
+        for path, stamp in stamps.items():
+            if before.stamps.get(path) == stamp:
+                files[path] = before.files[path]
+                continue
+            files[path] = {}
+            try:
+                files[path] = {record.key: record for record in records_of(read_lines(path))}
+            except FileNotFoundError:
+                pass  # gone since it was listed
+            except OSError as error:
+                warn_of_file(path, error)
+        records = {key: record for found in files.values() for key, record in found.items()}
+        # In one assignment, as other threads read without a lock.
+        self._contents = _Contents(stamps, files, records)
+        return records
+
+    def _stamps(self) -> dict[Path, _Stamp]:
+        stamps = {}
+        for path in self.paths():
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                warn_of_file(path, error)
+                continue
+            stamps[path] = _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+        return stamps

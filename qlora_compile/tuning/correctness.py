@@ -1,0 +1,61 @@
+"""Whether a candidate's results are right: no candidate is timed before they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.selection import Choice
+from qlora_compile.tuning.operands import Operands
+
+FACTOR = 2.0
+"""A candidate's error may be this many times that of the plain computation in the same dtypes."""
+
+
+_EXACT = 64 * torch.finfo(torch.float64).eps
+"""What the exact results themselves may be off by."""
+
+WRONG = "wrong result"
+"""How the reason of a candidate begins whose numbers were wrong."""
+
+
+class Correctness:
+    """What `operands` must give, and how exactly."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self._rows = operands.checked
+        self._exact = operands.expected(exact=True)
+        plain = operands.expected(exact=False)
+        problem = operands.problem
+        dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype, problem.x_dtype)
+        lowest = max(torch.finfo(dtype).eps for dtype in dtypes)
+        # The order of a sum and the last rounding are a matter of luck.
+        self.allowed = {
+            name: FACTOR * max(_error(plain[name], exact), lowest / 4) + _EXACT
+            for name, exact in self._exact.items()
+        }
+
+    def problem_with(self, choice: Choice) -> str | None:
+        """Runs the choice; None if its results are right, else which is not and by how much."""
+        results = self.operands.run(choice.variant, choice.config)
+        for name, exact in self._exact.items():
+            if name not in results:
+                return f"{WRONG}: it gives no {name}"
+            value = results[name]
+            if name in ("y", "grad x"):
+                value = value[self._rows.to(value.device)]
+            if value.shape != exact.shape:
+                return f"{WRONG}: {name} is {list(value.shape)}, not {list(exact.shape)}"
+            error = _error(value, exact)
+            if not error <= self.allowed[name]:
+                return (
+                    f"{WRONG}: {name} is off by {error:.1e} of its norm, "
+                    f"allowed {self.allowed[name]:.1e}"
+                )
+        return None
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    scale = float(exact.norm()) or 1.0
+    return float((value.to(exact.dtype) - exact).norm()) / scale

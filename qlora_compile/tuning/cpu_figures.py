@@ -1,0 +1,133 @@
+"""What the cost model needs to know of this machine's CPU: measured once, in about a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_compile.kernels.device_model import CPU, CpuModel, use_cpu_model
+from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.formats.formats import format_named
+from qlora_compile.tuning.files import replace_file
+from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
+from qlora_compile.tuning.warning import warn_of_folder
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ROWS, _WIDTH, _RANK = 256, 1024, 16
+_REPEATS = 5
+
+
+def measure_cpu() -> CpuModel:
+    """The CPU as torch's present number of threads uses it; the best of a few runs each."""
+    gemm, thin, decode = [], [], []
+    weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0))
+    quant_format = format_named("nf4")
+    packed = quant_format.quantize(weight, double_quantize=True)
+    for dtype in _DTYPES:
+        x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype), weight.to(dtype)
+        out, low = x @ w, x[:, :_RANK].contiguous()
+        a = w[:_RANK]
+        gemm.append(
+            2 * _ROWS * _WIDTH**2 / _best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out))
+        )
+        seconds = _best(lambda x=x, a=a: x @ a.t()) + _best(lambda x=x, low=low: low.t() @ x)
+        thin.append(4 * _ROWS * _WIDTH * _RANK / seconds)
+        decoded = torch.empty(_WIDTH, _WIDTH, dtype=dtype)
+        seconds = _best(
+            lambda dtype=dtype, decoded=decoded: quant_format.dequantize_rows(
+                packed, 0, _WIDTH, dtype, decoded
+            )
+        )
+        decode.append(seconds / _WIDTH**2)
+    source, target = torch.ones(1 << 23), torch.empty(1 << 23)
+    small, seed = torch.ones(64, 1024), torch.tensor([1])
+    copy = _best(lambda: target.copy_(source))
+    mask = _best(lambda: keep_mask(seed, 0, 0.1, (0, _ROWS), _WIDTH, torch.float32))
+    return CpuModel(
+        name="cpu",
+        target=CPU.target,
+        flops=max(gemm),
+        bandwidth=2 * 4 * source.numel() / copy,
+        vendor_efficiency=1.0,
+        gemm=tuple(gemm),
+        thin=tuple(thin),
+        decode=tuple(decode),
+        operator=_best(lambda: small.add_(1.0)),
+        dropout=mask / (_ROWS * _WIDTH),
+    )
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Least seconds of a few runs, of one where it takes long."""
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        best = min(best, seconds)
+        if seconds > 0.05:
+            break
+    return best
+
+
+_used: set[tuple[Path | None, int]] = set()
+
+
+def use_measured_cpu(folder: Path | None, *, measures: bool = True) -> None:
+    """Has the cost model use this machine's figures: those kept in `folder`, else, if it
+    `measures`, new ones, which it keeps there."""
+    known = (folder, torch.get_num_threads())
+    if known in _used:
+        return
+    here = fingerprint("cpu")
+    path = None if folder is None or here is None else folder / f"cpu-{_digest(here)}.json"
+    model = None if path is None else _read(path)
+    if model is None:
+        if not measures:
+            return
+        model = measure_cpu()
+        if path is not None:
+            _keep(path, model)
+    use_cpu_model(model)
+    _used.clear()
+    _used.add(known)
+
+
+def _digest(here: Fingerprint) -> str:
+    return hashlib.sha256(repr(here).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> CpuModel | None:
+    """None where there is no such file, or one that this version would not have written."""
+    try:
+        figures: dict[str, Any] = json.loads(path.read_bytes())
+        parts: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in figures.items()
+        }
+        model = CpuModel(**parts)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    numbers = [model.bandwidth, model.operator, model.dropout]
+    for each in (model.gemm, model.thin, model.decode):
+        if not isinstance(each, tuple) or len(each) != len(_DTYPES):
+            return None
+        numbers += each
+    whole = all(isinstance(n, float) and 0 < n < math.inf for n in numbers)
+    return model if whole else None
+
+
+def _keep(path: Path, model: CpuModel) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, [json.dumps(dataclasses.asdict(model)).encode()], "writing-")
+    except OSError as error:
+        warn_of_folder(path.parent, error)

@@ -1,0 +1,251 @@
+"""Fingerprint: everything but the problem that decides whether a measured choice still holds.
+
+It fails closed. What cannot be established is never guessed: there is no fingerprint then, and
+nothing measured is kept or found.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+import re
+import subprocess
+from abc import ABC
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_compile.kernels import registry
+from qlora_compile.kernels.variants.base import Variant
+from qlora_compile.tuning.errors import FingerprintError
+
+CPUINFO = Path("/proc/cpuinfo")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+AMD_DRIVER = Path("/sys/module/amdgpu/version")
+
+# x86 and ARM name a core by different lines. Some clouds' model name is just "AMD EPYC".
+_CORE_LINES = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "CPU revision",
+)
+# Of the flags only vector and bit instructions: a new kernel release shows others, no new speed.
+_ISA_FLAG = re.compile(
+    r"s?sse|avx|fma|f16c|amx|bmi|abm|popcnt|vaes|gfni|sve|sme(?!p)|neon|asimd|fphp|bf16|i8mm|fcma"
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`kernels` is a digest of the kernels' sources; `triton` and `driver` are "none" where there
+    is none; `threads` is torch's thread count on a CPU, 0 on a GPU."""
+
+    kernels: str
+    torch: str
+    triton: str
+    driver: str
+    device: str
+    threads: int
+
+
+def fingerprint(device: str) -> Fingerprint | None:
+    """The fingerprint of a torch device as it is now; None where it cannot be established."""
+    result = fingerprint_or_reason(device)
+    return None if isinstance(result, str) else result
+
+
+def fingerprint_or_reason(device: str) -> Fingerprint | str:
+    """The fingerprint of a torch device as it is now, or why there is none."""
+    try:
+        return established(device)
+    except FingerprintError as error:
+        return str(error)
+
+
+def fingerprints_here() -> set[Fingerprint]:
+    """Those of this machine's devices that have one."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {found for found in map(fingerprint, devices) if found is not None}
+
+
+def established(device: str) -> Fingerprint:
+    """The fingerprint of a torch device as it is now.
+
+    Raises:
+        FingerprintError: a part of it cannot be established.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise FingerprintError(device=device, problem="torch knows no such device") from error
+    try:
+        if kind == "cpu":
+            name, driver, threads = _cpu_name(CPUINFO), "none", torch.get_num_threads()
+        elif kind == "cuda":
+            name, driver, threads = _gpu_name(device), _gpu_driver(), 0
+        else:
+            raise _Unestablished("fingerprints are of cpu and cuda devices")
+        found = Fingerprint(
+            kernels=_kernels_digest(registry.VARIANTS),
+            torch=f"{torch.__version__} cuda={torch.version.cuda} hip={torch.version.hip}",
+            triton=_triton_version(),
+            driver=driver,
+            device=name,
+            threads=threads,
+        )
+    except _Unestablished as error:
+        raise FingerprintError(device=device, problem=str(error)) from error
+    if "" in astuple(found):
+        raise FingerprintError(device=device, problem=f"a part of {found} is empty")
+    return found
+
+
+class _Unestablished(Exception):
+    """Why a part cannot be established; the device is known further up."""
+
+
+@functools.cache
+def _kernels_digest(variants: tuple[Variant, ...]) -> str:
+    folder = Path(str(registry.__file__)).resolve().parent
+    sources = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    if not sources:
+        raise _Unestablished(f"the kernels' sources are not in {folder}")
+    for variant in variants:
+        for cls in type(variant).__mro__:
+            if cls not in (object, ABC):
+                path = _source_of(cls)
+                if not path.is_relative_to(folder):
+                    # By module, as where a package is installed differs between machines.
+                    sources[f"{cls.__module__}:{path.name}"] = path
+    digest = hashlib.sha256()
+    for name, path in sorted(sources.items()):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _Unestablished(f"cannot read {path}: {error.strerror}") from error
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _source_of(cls: type) -> Path:
+    try:
+        path = inspect.getsourcefile(cls)
+    except (TypeError, OSError):  # a class typed into a prompt, or of a compiled module
+        path = None
+    if path is None:
+        raise _Unestablished(f"class {cls.__module__}.{cls.__qualname__} has no source file")
+    return Path(path).resolve()
+
+
+@functools.cache
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Slow, a third of a second: ROCm's and Windows' builds come in packages of other names.
+        packages = sorted(set(importlib.metadata.packages_distributions().get("triton", ())))
+    if not packages:
+        raise _Unestablished("triton is there, and no installed package says which version")
+    return " ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def _gpu_name(device: str) -> str:
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        raise _Unestablished(f"torch sees {torch.cuda.device_count()} GPUs")
+    try:
+        return torch.cuda.get_device_name(device)
+    except RuntimeError as error:
+        raise _Unestablished(f"the driver does not answer: {error}") from error
+
+
+def _gpu_driver() -> str:
+    # torch tells the driver's API level only, which many drivers share.
+    return _amd_driver(AMD_DRIVER) if torch.version.hip else _nvidia_driver(NVIDIA_DRIVER)
+
+
+@functools.cache
+def _nvidia_driver(path: Path) -> str:
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+[\d.]*)\s", _text(path), re.MULTILINE)
+    if found is None:
+        raise _Unestablished(f"{path} names no driver version")
+    return found[1]
+
+
+@functools.cache
+def _amd_driver(path: Path) -> str:
+    if path.exists():
+        return _text(path).strip()
+    # The kernel's own driver has no version but the kernel's.
+    if path.parent.exists() and platform.release():
+        return f"linux {platform.release()}"
+    raise _Unestablished(f"there is no {path.parent}, and so no driver version")
+
+
+@functools.cache
+def _cpu_name(cpuinfo: Path) -> str:
+    system = platform.system()
+    if system == "Linux":
+        name = cpu_named(_text(cpuinfo))
+    elif system == "Darwin":
+        name = _sysctl("machdep.cpu.brand_string")
+    else:
+        name = platform.processor()
+    if not name:
+        raise _Unestablished("the system does not name its CPU")
+    # What torch's kernels make of it, which ATEN_CPU_CAPABILITY can lower.
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu_named(cpuinfo: str) -> str:
+    """A CPU's name from the text of /proc/cpuinfo, "" where it says too little.
+
+    It holds the model's name, every line that tells cores apart, for each kind of core the machine
+    has, and a digest of the vector instructions.
+    """
+    cores: set[str] = set()
+    flags: set[str] = set()
+    for processor in cpuinfo.split("\n\n"):
+        lines = dict(
+            (name.strip(), value.strip())
+            for name, _, value in (line.partition(":") for line in processor.splitlines())
+        )
+        told = [f"{name} {lines[name]}" for name in _CORE_LINES if lines.get(name)]
+        if lines.get("model name") or lines.get("CPU part"):
+            cores.add(", ".join(told))
+        flags.update((lines.get("flags") or lines.get("Features") or "").split())
+    if not cores:
+        return ""
+    isa = " ".join(sorted(flag for flag in flags if _ISA_FLAG.match(flag)))
+    return f"{'; '.join(sorted(cores))}, isa {hashlib.sha256(isa.encode()).hexdigest()[:12]}"
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(
+            ["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _Unestablished(f"sysctl does not tell {name}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _Unestablished(f"cannot read {path}: {error.strerror}") from error

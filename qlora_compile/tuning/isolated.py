@@ -1,0 +1,89 @@
+"""Measuring in another process, where a candidate may take the process down or never return."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import torch
+
+from qlora_compile.kernels.selection import Choice
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.errors import TuningProcessError
+from qlora_compile.tuning.measure import Measurement
+
+_WORKER = "qlora_compile.tuning.worker"
+
+
+class IsolatedMeasurement:
+    """One worker process, started on first use and again after each death."""
+
+    def __init__(self, limit: float = 120.0) -> None:
+        """limit: seconds one candidate may take, compiling included."""
+        self.limit = limit
+        self._worker: tuple[subprocess.Popen, Connection, Connection] | None = None
+
+    def measure(
+        self, problem: Problem, candidates: Sequence[Choice], seconds: float
+    ) -> Measurement:
+        """As `measure.measure`; a candidate that kills the process, or hangs, is rejected.
+
+        Raises TuningProcessError if the process dies before any candidate ran.
+        """
+        lost: dict[int, str] = {}
+        while True:
+            _, requests, replies = self._started()
+            threads = torch.get_num_threads()
+            running: int | None = None
+            try:
+                requests.send((threads, problem, tuple(candidates), seconds, tuple(lost)))
+                while replies.poll(self.limit + seconds):
+                    reply = replies.recv()
+                    if isinstance(reply, Measurement):
+                        reply.rejected |= lost
+                        return reply
+                    running = reply
+                reason = f"it did not return within {self.limit:.0f} s"
+                self.close()
+            except (EOFError, BrokenPipeError):
+                reason = f"it took its process down ({self.close()})"
+            if running is None:
+                raise TuningProcessError(problem=reason)
+            lost[running] = reason
+
+    def close(self) -> str:
+        """Ends the process; returns how it ended."""
+        if self._worker is None:
+            return "not running"
+        process, requests, replies = self._worker
+        self._worker = None
+        requests.close()
+        replies.close()
+        try:
+            code = process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+    def _started(self) -> tuple[subprocess.Popen, Connection, Connection]:
+        if self._worker is None:
+            (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
+            # It imports what this process could import.
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            command = [sys.executable, "-m", _WORKER, str(their_read), str(their_write)]
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=(their_read, their_write),
+                stdin=subprocess.DEVNULL,
+            )
+            os.close(their_read)
+            os.close(their_write)
+            ends = Connection(our_write, readable=False), Connection(our_read, writable=False)
+            self._worker = process, *ends
+        return self._worker

@@ -1,0 +1,141 @@
+"""Measuring candidates for one problem: correct first, then timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qlora_compile.kernels.selection import Choice
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.correctness import Correctness
+from qlora_compile.tuning.operands import Operands, operands
+
+_ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""More than any last-level cache: each run finds its operands in memory."""
+
+_LARGEST_ROTATION = 8
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
+_FEWEST_UNDISTURBED, _PATIENCE = 4, 3
+"""Timings each candidate should have that nothing disturbed; for them it may take so many times as
+long as it was given."""
+
+_DISTURBED = 2.0
+_CLEARLY_WORSE = 1.25
+"""A candidate whose best time is above this many medians of the fastest is timed no more."""
+
+REJECTED = (torch.OutOfMemoryError, MemoryError, RuntimeError)
+"""What a candidate may raise and be rejected for it: torch's and Triton's own errors. Anything else
+is a mistake in a variant and goes on to the caller."""
+
+
+@dataclass
+class Measurement:
+    """seconds: every timing of each correct candidate, by its index. rejected: the other
+    candidates' reasons."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    rejected: dict[int, str] = field(default_factory=dict)
+
+    def undisturbed(self, index: int) -> list[float]:
+        """The timings of a candidate less those in which something else had the machine: it only
+        ever adds, and on a busy CPU it adds many times what is measured."""
+        limit = _DISTURBED * min(self.seconds[index])
+        return [taken for taken in self.seconds[index] if taken <= limit]
+
+    def median(self, index: int) -> float:
+        return statistics.median(self.undisturbed(index))
+
+    def spread(self, index: int) -> float:
+        """The interquartile range, seconds."""
+        taken = self.undisturbed(index)
+        if len(taken) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(taken, n=4)
+        return high - low
+
+    @property
+    def ranking(self) -> list[int]:
+        """The correct candidates, fastest first."""
+        return sorted(self.seconds, key=self.median)
+
+
+def measure(
+    problem: Problem,
+    candidates: Sequence[Choice],
+    seconds: float,
+    on_run: Callable[[int], None] = lambda index: None,
+    skipped: Sequence[int] = (),
+) -> Measurement:
+    """Times the candidates that give right results, for about so many `seconds`.
+
+    Interleaved, so that what slows the machine slows all of them, and over rotated operands. Those
+    that are clearly slower are dropped on the way. on_run is called with a candidate's index before
+    each of its runs; `skipped` ones do not run.
+    """
+    result = Measurement()
+    tried = [index for index in range(len(candidates)) if index not in skipped]
+    try:
+        rotation = _rotation(problem)
+        correctness = Correctness(rotation[0])
+    except torch.OutOfMemoryError as error:
+        result.rejected = dict.fromkeys(tried, f"no memory for its operands: {_first_line(error)}")
+        return result
+    for index in tried:
+        choice = candidates[index]
+        on_run(index)
+        try:
+            wrong = correctness.problem_with(choice)
+            _timed(rotation[-1], choice)
+        except REJECTED as error:
+            wrong = _first_line(error)
+        if wrong is None:
+            result.seconds[index] = []
+        else:
+            result.rejected[index] = wrong
+    alive = list(result.seconds)
+    start = time.monotonic()
+    for turn in range(_MOST_ROUNDS):
+        spent = time.monotonic() - start
+        quiet = all(len(result.undisturbed(i)) >= _FEWEST_UNDISTURBED for i in alive if turn)
+        enough = spent > seconds or len(alive) < 2
+        if turn >= _FEWEST_ROUNDS and enough and (quiet or spent > _PATIENCE * seconds):
+            break
+        # Nobody always runs behind the same neighbour.
+        first = turn % max(len(alive), 1)
+        for index in alive[first:] + alive[:first]:
+            on_run(index)
+            taken = _timed(rotation[turn % len(rotation)], candidates[index])
+            result.seconds[index].append(taken)
+        if turn >= 1 and alive:
+            limit = _CLEARLY_WORSE * min(map(result.median, alive))
+            alive = [index for index in alive if min(result.seconds[index]) <= limit]
+    return result
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+
+
+def _rotation(problem: Problem) -> list[Operands]:
+    first = operands(problem)
+    limit = _ROTATED_BYTES.get(torch.device(problem.device).type, 0)
+    copies = max(2, min(_LARGEST_ROTATION, limit // max(first.nbytes, 1)))
+    return [first, *(operands(problem, seed) for seed in range(1, copies))]
+
+
+def _timed(call: Operands, choice: Choice) -> float:
+    """Seconds of one run; events on an accelerator, whose launches return at once."""
+    if call.tensors.x.device.type != "cuda":
+        start = time.perf_counter()
+        call.run(choice.variant, choice.config)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call.run(choice.variant, choice.config)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

@@ -1,0 +1,236 @@
+"""Record: what was measured for one problem on one machine, and the JSON line it is kept as.
+
+A line is data, never code, and is read strictly: whatever `to_line` would not have written,
+byte for byte, is no record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
+from qlora_compile.tuning.fingerprint import Fingerprint
+
+VERSION = 1
+BASELINE = "dense"
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""By name: a dtype in a line is looked up here, never in torch."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_VERSION_KEY = "qlora_compile_record"
+_DIGEST_KEY = "sha256"
+
+Key = tuple[Problem, Fingerprint]
+"""The key of a record: its portable problem and its fingerprint."""
+
+
+def portable(problem: Problem) -> Problem:
+    """`problem` with its device reduced to the type: ranks on cuda:0 and cuda:3 share records."""
+    return dataclasses.replace(problem, device=torch.device(problem.device).type)
+
+
+def key_digest(key: Key) -> str:
+    """Hex digits that name a key: in files, and for people."""
+    return hashlib.sha256(_json([_plain(part) for part in key]).encode()).hexdigest()
+
+
+def utc_now() -> str:
+    """The present as `Record.measured_at` has it."""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one candidate and the interquartile range; `config` is its label."""
+
+    variant: str
+    config: str
+    seconds: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        # An int, or NumPy's median, would be written as a line that is then not read as a float.
+        object.__setattr__(self, "seconds", float(self.seconds))
+        object.__setattr__(self, "spread", float(self.spread))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured for a portable `problem`.
+
+    `timings` are of the candidates that computed correctly, fastest first, at least one;
+    `baseline` is of the variant *dense* in its standard config, in the same run, None where that
+    was not among them; `rejected` holds
+    candidate and reason; `measured_at` is ISO 8601 in UTC.
+
+    Raises InvalidRecordError where any of that does not hold.
+    """
+
+    problem: Problem
+    fingerprint: Fingerprint
+    timings: tuple[Timing, ...]
+    baseline: Timing | None
+    rejected: tuple[tuple[str, str], ...]
+    measured_at: str
+
+    def __post_init__(self) -> None:
+        if self.problem.device != torch.device(self.problem.device).type:
+            raise _invalid("problem.device", self.problem.device, "record.portable(problem)")
+        for field in dataclasses.fields(self.problem):
+            value = getattr(self.problem, field.name)
+            if isinstance(value, torch.dtype) and value not in _DTYPE_NAMES:
+                raise _invalid(f"problem.{field.name}", value, f"one of {', '.join(DTYPES)}")
+        if not self.timings:
+            raise _invalid("timings", self.timings, "the timing of at least one candidate")
+        for timing in filter(None, (self.baseline, *self.timings)):
+            if not (math.isfinite(timing.seconds) and timing.seconds > 0):
+                raise _invalid("seconds", timing.seconds, "a finite number > 0")
+            if not (math.isfinite(timing.spread) and timing.spread >= 0):
+                raise _invalid("spread", timing.spread, "a finite number >= 0")
+        seconds = [timing.seconds for timing in self.timings]
+        if seconds != sorted(seconds):
+            raise _invalid("timings", seconds, "timings in order, fastest first")
+        if self.baseline is not None and self.baseline.variant != BASELINE:
+            raise _invalid("baseline", self.baseline.variant, f"the variant {BASELINE}")
+        _ = self.measured  # raises, as nothing could tell which of two such records is newer
+
+    @property
+    def key(self) -> Key:
+        return self.problem, self.fingerprint
+
+    @property
+    def measured(self) -> datetime:
+        """`measured_at`, comparable."""
+        try:
+            time = datetime.fromisoformat(self.measured_at)
+        except ValueError:
+            time = None
+        if time is None or not self.measured_at.endswith("+00:00"):
+            raise _invalid("measured_at", self.measured_at, "2026-01-31T12:00:00+00:00, in UTC")
+        return time
+
+    @property
+    def winner(self) -> Timing:
+        return self.timings[0]
+
+    @property
+    def runner_up(self) -> Timing | None:
+        return self.timings[1] if len(self.timings) > 1 else None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the baseline; None without one."""
+        return None if self.baseline is None else self.baseline.seconds / self.winner.seconds
+
+    @property
+    def margin(self) -> float | None:
+        """How many times as fast as the second best; None without one."""
+        return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds
+
+
+def _invalid(field: str, value: object, allowed: str) -> InvalidRecordError:
+    return InvalidRecordError(field=field, value=value, allowed=allowed)
+
+
+def to_line(record: Record) -> str:
+    """A record as one line of JSON, ASCII, without the newline."""
+    body = _plain(record)
+    return _json({_VERSION_KEY: VERSION, _DIGEST_KEY: _digest(body), **body})
+
+
+def from_line(line: str) -> Record:
+    """The record of a line; a newline at its end does not matter.
+
+    Raises:
+        RecordLineError: `line` is anything but what `to_line` makes of a record; it says what.
+    """
+    try:
+        body = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordLineError(problem=f"not JSON, or truncated ({error})") from error
+    if not isinstance(body, dict) or _VERSION_KEY not in body:
+        raise RecordLineError(problem="JSON of something else")
+    version = body.pop(_VERSION_KEY)
+    if type(version) is not int or version != VERSION:
+        raise RecordLineError(problem=f"it is of version {version!r:.40}, this is {VERSION}")
+    if body.pop(_DIGEST_KEY, None) != _digest(body):
+        raise RecordLineError(problem="its content does not match its digest")
+    try:
+        record = _decoded(Record, body, "the record")
+    except InvalidRecordError as error:
+        raise RecordLineError(problem=str(error)) from error
+    # Reading JSON forgives spaces, repeated names and other ways to write a number or a letter,
+    # where a digest of what was read cannot notice.
+    if to_line(record) != line.rstrip("\r\n"):
+        raise RecordLineError(problem="it was edited, its digest is of another spelling")
+    return record
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def _digest(body: object) -> str:
+    try:
+        return hashlib.sha256(_json(body).encode()).hexdigest()
+    except (ValueError, RecursionError) as error:  # NaN, Infinity, or nested beyond reason
+        raise RecordLineError(problem=str(error)) from error
+
+
+def _plain(value: object) -> Any:
+    """`value` in the terms of JSON."""
+    if isinstance(value, torch.dtype):
+        return _DTYPE_NAMES[value]
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    return value
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _decoded(kind: Any, value: Any, site: str) -> Any:
+    """The `kind` that `_plain` made `value` of. Raises RecordLineError where it made no such."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        types = _types(kind)
+        if not isinstance(value, dict) or value.keys() != types.keys():
+            held = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            problem = f"{site} holds {held:.200}, and should hold {', '.join(types)}"
+            raise RecordLineError(problem=problem)
+        return kind(**{name: _decoded(types[name], value[name], name) for name in types})
+    items = get_args(kind)
+    if type(None) in items:
+        return None if value is None else _decoded(items[0], value, site)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if len(items) == len(value):
+            return tuple(_decoded(*pair, site) for pair in zip(items, value, strict=True))
+    if kind is torch.dtype and isinstance(value, str) and value in DTYPES:
+        return DTYPES[value]
+    named = get_origin(kind) is Literal and isinstance(value, str) and value in items
+    if named or type(value) is kind:
+        return value
+    raise RecordLineError(problem=f"{site} cannot be {value!r:.80}")

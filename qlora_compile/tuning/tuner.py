@@ -1,0 +1,230 @@
+"""Tuner: sees to it that problems have a measured choice, found in records or measured now."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from qlora_compile.kernels import registry, selection
+from qlora_compile.kernels.device_model import device_model
+from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.selection import Choice, Measured
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.correctness import WRONG
+from qlora_compile.tuning.cpu_figures import use_measured_cpu
+from qlora_compile.tuning.errors import NoCorrectVariantError
+from qlora_compile.tuning.files import read_lines, records_of
+from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
+from qlora_compile.tuning.isolated import IsolatedMeasurement
+from qlora_compile.tuning.measure import Measurement, measure
+from qlora_compile.tuning.record import BASELINE, Record, Timing, portable, utc_now
+from qlora_compile.tuning.store import RecordStore
+
+logger = logging.getLogger(__name__)
+
+HANDFUL = 5
+"""Candidates measured for a problem, the cost model's best, beside the standard *dense*."""
+
+AUTO_BUDGET = 60.0
+"""Seconds that one model's problems may take to measure without anyone asking for it."""
+
+_SECONDS_EACH = 1.0
+"""Of timing one problem where the budget does not allow for more or less."""
+
+_WAIT = 180.0
+"""Seconds to wait for another process that measures the same problem."""
+
+
+class WrongResultWarning(UserWarning):
+    """A variant computed wrong numbers and will not be chosen: a bug of this package."""
+
+
+class Records(Protocol):
+    """Where records are looked up."""
+
+    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None: ...
+
+
+class RecordFile:
+    """The records of one file, as `qlora-compile records export` writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._records = {record.key: record for record in records_of(read_lines(path))}
+
+    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None:
+        return self._records.get((portable(problem), fingerprint))
+
+
+class Tuner:
+    """Fills the records of `source` (see kernels/selection.py) for the problems it is given.
+
+    store: where records are found and, if it is a RecordStore, kept. budget: seconds it may spend
+    measuring in all; 0 measures nothing. `measurements` counts the problems it measured.
+    """
+
+    def __init__(
+        self, source: str, store: Records, budget: float, *, each: float | None = _SECONDS_EACH
+    ) -> None:
+        self.source = source
+        self.store = store
+        self.budget = budget
+        self.each = each
+        self.measurements = 0
+        self._modelled: set[Problem] = set()
+        self._isolated = IsolatedMeasurement()
+
+    def ensure(
+        self,
+        problems: Iterable[Problem],
+        on_record: Callable[[Problem, Choice | None], None] = lambda problem, choice: None,
+    ) -> None:
+        """Finds or measures a choice for each problem; those the budget does not reach stay
+        modelled. on_record is told of each.
+
+        Raises NoCorrectVariantError where no candidate gives right results.
+        """
+        left = list(dict.fromkeys(problems))
+        try:
+            while left:
+                problem = left.pop(0)
+                if problem not in self._modelled and not selection.recorded(self.source, problem):
+                    self._ensure(problem, 1 + len(left))
+                on_record(problem, selection.recorded(self.source, problem))
+        finally:
+            self._isolated.close()
+
+    def ensure_missed(self) -> None:
+        """What calls have asked for and nobody had measured, unless autograd is waiting for us."""
+        if torch._C._current_graph_task_id() == -1:
+            self.ensure(selection.take_missed(self.source))
+
+    def _ensure(self, problem: Problem, remaining: int) -> None:
+        here = fingerprint(problem.device)
+        choice = self._found(problem, here)
+        if choice is None and self.budget > 0:
+            with self._turn(problem, here) as mine:
+                choice = self._found(problem, here)
+                if choice is None and mine:
+                    choice = self._measure(problem, here, remaining)
+        if choice is None:
+            self._modelled.add(problem)
+        else:
+            selection.remember(self.source, problem, choice)
+
+    def _found(self, problem: Problem, here: Fingerprint | None) -> Choice | None:
+        record = None if here is None else self.store.find(problem, here)
+        return None if record is None else choice_of(problem, record)
+
+    @contextlib.contextmanager
+    def _turn(self, problem: Problem, here: Fingerprint | None) -> Iterator[bool]:
+        """Whether this process may measure: the ranks of a job take turns, and all but the first
+        find what it measured."""
+        if here is None or not isinstance(self.store, RecordStore):
+            yield True
+        else:
+            with self.store.exclusive(problem, here, timeout=_WAIT) as mine:
+                yield mine
+
+    def _measure(self, problem: Problem, here: Fingerprint | None, remaining: int) -> Choice:
+        start = time.monotonic()
+        each = self.budget / remaining
+        seconds = each if self.each is None else min(self.each, each)
+        if problem.device == "cpu":
+            use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
+        measured = self._timings(problem, seconds)
+        self.measurements += 1
+        self.budget -= time.monotonic() - start
+        if here is not None and isinstance(self.store, RecordStore):
+            self.store.append(
+                Record(
+                    problem=portable(problem),
+                    fingerprint=here,
+                    timings=measured.timings,
+                    baseline=measured.baseline,
+                    rejected=measured.rejected,
+                    measured_at=utc_now(),
+                )
+            )
+        choice = choice_of(problem, measured)
+        assert choice is not None
+        logger.info("measured %s for %s", choice.name, problem)
+        return choice
+
+    def _timings(self, problem: Problem, seconds: float) -> Timings:
+        """Of a handful of candidates, and of more only while none of them is right."""
+        ranked = selection.candidates(
+            problem, device_model(problem.device, target_of(problem.device))
+        )
+        standard = next(c for c in ranked if _is_standard(c, problem))
+        rejected: dict[str, str] = {}
+        while ranked:
+            tried, ranked = ranked[:HANDFUL], ranked[HANDFUL:]
+            if standard not in tried:
+                tried.append(standard)
+            isolated = any(choice.variant.isolated for choice in tried)
+            run = self._isolated.measure if isolated else measure
+            result = run(problem, tried, seconds)
+            for index, reason in result.rejected.items():
+                rejected[tried[index].name] = reason
+                if reason.startswith(WRONG):
+                    message = f"{tried[index].name} is not used, {reason}, for {problem}"
+                    warnings.warn(message, WrongResultWarning, stacklevel=2)
+            if result.seconds:
+                timed = {
+                    tried[index].name: _timing(tried[index], result, index)
+                    for index in result.ranking
+                }
+                baseline = timed.get(standard.name)
+                return Timings(tuple(timed.values()), baseline, tuple(rejected.items()))
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
+        raise NoCorrectVariantError(problem=problem, reasons=reasons)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What was measured of a problem: of the candidates that were right, fastest first, of *dense*
+    in its standard config, and why others were not timed."""
+
+    timings: tuple[Timing, ...]
+    baseline: Timing | None
+    rejected: tuple[tuple[str, str], ...]
+
+
+def _is_standard(choice: Choice, problem: Problem) -> bool:
+    """Whether it is what gains are counted from: the first config of *dense*."""
+    return choice.variant.name == BASELINE and choice.config == choice.variant.configs(problem)[0]
+
+
+def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
+    median, spread = result.median(index), result.spread(index)
+    return Timing(choice.variant.name, choice.config.label, median, spread)
+
+
+def choice_of(problem: Problem, measured: Timings | Record) -> Choice | None:
+    """The fastest as a choice; None where this version does not offer it for `problem`."""
+    winner, *others = measured.timings
+    for variant in registry.VARIANTS:
+        if variant.name != winner.variant or variant.rejects(problem):
+            continue
+        for config in variant.configs(problem):
+            if config.label == winner.config:
+                baseline, second = measured.baseline, others[0] if others else None
+                return Choice(
+                    variant,
+                    config,
+                    winner.seconds,
+                    Measured(
+                        gain=None if baseline is None else baseline.seconds / winner.seconds,
+                        runner_up=second and f"{second.variant} {second.config}",
+                        margin=second and second.seconds / winner.seconds,
+                    ),
+                )
+    return None

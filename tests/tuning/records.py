@@ -1,0 +1,62 @@
+"""Sample records: each differs in what a test names, and is as real ones are in the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from qlora_compile.problem import Problem
+from qlora_compile.tuning.fingerprint import Fingerprint
+from qlora_compile.tuning.record import Record, Timing
+
+_BY_TYPE = {int: 64, str: "nf4", bool: True, torch.dtype: torch.bfloat16}
+
+
+def problem_fields() -> dict[str, Any]:
+    """Name and type of every field a problem has by now."""
+    hints = get_type_hints(Problem)
+    return {field.name: hints[field.name] for field in dataclasses.fields(Problem)}
+
+
+def sample_problem(**changed: Any) -> Problem:
+    values = {
+        name: get_args(kind)[0] if get_origin(kind) is Literal else _BY_TYPE[kind]
+        for name, kind in problem_fields().items()
+    }
+    return Problem(**{**values, "device": "cpu", **changed})
+
+
+def sample_fingerprint(**changed: Any) -> Fingerprint:
+    values = {
+        "kernels": "5" * 64,
+        "torch": "2.13.0 cuda=None hip=None",
+        "triton": "none",
+        "driver": "none",
+        "device": "a CPU",
+        "threads": 2,
+    }
+    return Fingerprint(**{**values, **changed})
+
+
+def sample_record(
+    problem: Problem | None = None,
+    fingerprint: Fingerprint | None = None,
+    seconds: float = 0.001,
+    day: int = 1,
+    **changed: Any,
+) -> Record:
+    """A record whose winner took `seconds`, measured on a day of January."""
+    values = {
+        "problem": sample_problem() if problem is None else problem,
+        "fingerprint": sample_fingerprint() if fingerprint is None else fingerprint,
+        "timings": (
+            Timing("tail", "64×64", seconds, seconds / 50),
+            Timing("fused", "32×128, 4 warps", seconds * 1.25, seconds / 40),
+        ),
+        "baseline": Timing("dense", "-", seconds * 2, seconds / 30),
+        "rejected": (("skinny -", 'takes up to 16 rows,\n"not 64"'),),
+        "measured_at": f"2026-01-{day:02}T12:00:00+00:00",
+    }
+    return Record(**{**values, **changed})
