@@ -19,7 +19,7 @@ from qlora_compile.kernels.variants.base import (
     NeedsGradient,
     bias_gradient,
 )
-from qlora_compile.kernels.variants.tail import dequantize_cost
+from qlora_compile.kernels.variants.decoding import dequantize_seconds
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.problem import Problem
 
@@ -42,7 +42,9 @@ class Augmented(TritonVariant):
         gemm = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
         # Forward copies x; backward leaves dX in rows of K + rank and writes it anew.
         copied = device.stream_seconds(4 * m * problem.k) + LAUNCH_SECONDS
-        return gemm + copied + dequantize_cost(problem, device) + self.adapter_cost(problem, device)
+        return (
+            gemm + copied + dequantize_seconds(problem, device) + self.adapter_cost(problem, device)
+        )
 
     def _workspace(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         from qlora_compile.kernels.gpu.products import dequantize

@@ -6,13 +6,15 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.gpu.configs import dequantize_decoder
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearGradients,
@@ -23,6 +25,7 @@ from qlora_compile.kernels.variants.base import (
     bias_gradient,
 )
 from qlora_compile.kernels.variants.cpu_cost import dense_seconds
+from qlora_compile.kernels.variants.decoding import decode_reasons, dequantize_seconds
 from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
     add_product,
@@ -38,17 +41,19 @@ from qlora_compile.problem import Problem
 class DenseConfig(Config):
     """weight_block: about how many weights are decoded at a time, None for all of W. gemm_dtype:
     what W and x are multiplied in. merged: s B A is added to the decoded weight, so that the
-    adapter costs N * K * rank instead of M * (N + K) * rank (RunLoRA, Cherniuk et al. 2023)."""
+    adapter costs N * K * rank instead of M * (N + K) * rank (RunLoRA, Cherniuk et al. 2023).
+    decoder: of the Triton kernel that decodes W, None for torch's operators."""
 
     gemm_dtype: torch.dtype
     weight_block: int | None = None
     merged: bool = False
+    decoder: str | None = None
 
     @property
     def label(self) -> str:
         block = "whole" if self.weight_block is None else f"{self.weight_block >> 10}k"
         parts = [block, str(self.gemm_dtype).removeprefix("torch.")]
-        return " ".join(parts + ["merged"] * self.merged)
+        return " ".join([*parts, *(["merged"] * self.merged), *filter(None, [self.decoder])])
 
 
 WEIGHT_BLOCKS = (1 << 19, 1 << 21)
@@ -70,7 +75,11 @@ class Dense(Variant):
         """The first is the standard one: all of W, in the problem's own dtype."""
         own = problem.compute_dtype
         if torch.device(problem.device).type != "cpu":
-            return (DenseConfig(own),)
+            target = target_of(problem.device)
+            plain = DenseConfig(own)
+            if target is None or decode_reasons(target, problem):
+                return (plain,)
+            return (replace(plain, decoder=dequantize_decoder(target)), plain)
         dtypes = native_dtypes(own)
         configs = []
         for dtype in dtypes:
@@ -103,12 +112,18 @@ class Dense(Variant):
             )
         m, n, k = problem.m, problem.n, problem.k
         total = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
-        if problem.format != UNQUANTIZED:
+        if config.decoder is not None:
+            total += dequantize_seconds(problem, device)
+        elif problem.format != UNQUANTIZED:
             # torch's own operators: codes widened, looked up, scaled and rounded one after another.
             total += device.stream_seconds(n * k * 30) + 12 * LAUNCH_SECONDS
         if problem.rank:
-            # x is read and y or dX updated once more for the adapter, dropout by ten operators.
-            total += device.stream_seconds(2 * m * (k + 2 * n)) + 4 * LAUNCH_SECONDS
+            # The adapter reads x, or dY and x, and updates y or dX once more.
+            moved, launches = k + 2 * n, 3
+            if problem.direction == "backward":
+                recomputed = not problem.keeps_low_rank
+                moved, launches = 2 * n + (1 + recomputed) * k + 2 * k, 5 + recomputed
+            total += device.stream_seconds(2 * m * moved) + launches * LAUNCH_SECONDS
         if problem.dropout:
             total += device.stream_seconds(m * k * 20) + 60 * LAUNCH_SECONDS
         return total
@@ -217,6 +232,10 @@ def _weight_blocks(
             stop = min(start + rows, spec.n)
             if packed is None or spec.format is None:
                 block = planes[0].to(dtype)
+            elif config.decoder is not None:
+                from qlora_compile.kernels.gpu.products import dequantize
+
+                block = dequantize(list(planes), spec, dtype, config.decoder)
             else:
                 block = workspace(stop - start, spec.k, dtype=dtype, device=device)
                 spec.format.dequantize_rows(packed, start, stop, dtype, block)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.gpu.configs import TAIL, TAIL_UTILIZATION, GemmConfig, dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
-from qlora_compile.kernels.variants.triton_variant import GemmVariant, packed_bytes
+from qlora_compile.kernels.variants.decoding import dequantize_seconds
+from qlora_compile.kernels.variants.triton_variant import GemmVariant
 from qlora_compile.problem import Problem
 
 
@@ -52,14 +52,6 @@ class Tail(GemmVariant):
         return (
             gemm
             + LAUNCH_SECONDS
-            + dequantize_cost(problem, device)
+            + dequantize_seconds(problem, device)
             + self.adapter_cost(problem, device)
         )
-
-
-def dequantize_cost(problem: Problem, device: DeviceModel) -> float:
-    """Modelled seconds of decoding W to memory once."""
-    if problem.format == UNQUANTIZED:
-        return 0.0
-    moved = packed_bytes(problem) + 2 * problem.n * problem.k
-    return device.stream_seconds(moved) + LAUNCH_SECONDS

@@ -25,12 +25,11 @@ from qlora_compile.kernels.variants.base import (
     adapter_scaling,
     bias_gradient,
 )
+from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons
 from qlora_compile.problem import Problem
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.products import AdapterStart
-
-_LARGEST_BLOCK_COUNT = 2**31
 
 
 class TritonVariant(Variant):
@@ -52,14 +51,10 @@ class TritonVariant(Variant):
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
         """Why it cannot solve `problem` on `target`, wherever the problem's own device is."""
-        reasons = []
-        if tuned_target(target) is None:
-            reasons.append(f"{target} has no tensor cores for bfloat16")
-        if problem.format == UNQUANTIZED and not self.takes_unquantized:
-            reasons.append("the weight is not packed")
-        if problem.k % 8:
-            reasons.append(f"K = {problem.k} is not a multiple of 8")
-        if problem.compute_dtype not in (torch.bfloat16, torch.float16):
+        reasons = decode_reasons(target, problem)
+        if problem.format == UNQUANTIZED and self.takes_unquantized:
+            reasons.remove(NOT_PACKED)
+        if problem.compute_dtype == torch.float32:
             reasons.append(f"{problem.compute_dtype} products are left to the vendor's GEMM")
         if problem.rank and problem.lora_dtype not in (
             torch.float32,
@@ -69,10 +64,6 @@ class TritonVariant(Variant):
             reasons.append(f"the adapter's product is in {problem.lora_dtype}")
         if problem.rank and problem.lora_dtype == problem.x_dtype == torch.float32:
             reasons.append("a float32 adapter over float32 activations")
-        if problem.format != UNQUANTIZED:
-            blocks = problem.n * problem.k // problem.block_size
-            if blocks >= _LARGEST_BLOCK_COUNT:
-                reasons.append(f"{blocks} blocks of absmax, more than {_LARGEST_BLOCK_COUNT - 1}")
         return reasons
 
     def configs(self, problem: Problem) -> Sequence[Config]:
@@ -89,8 +80,10 @@ class TritonVariant(Variant):
             return 0.0
         x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n
         if problem.direction == "forward":
-            return device.stream_seconds(x) + LAUNCH_SECONDS * (1 + problem.dropout)
-        return device.stream_seconds(2 * x + 2 * y) + LAUNCH_SECONDS * (4 + problem.dropout)
+            return device.stream_seconds(x) + LAUNCH_SECONDS * (3 + problem.dropout)
+        recomputed = not problem.keeps_low_rank
+        launches = 5 + recomputed + problem.dropout
+        return device.stream_seconds((1 + recomputed) * x + 2 * y) + LAUNCH_SECONDS * launches
 
 
 class GemmVariant(TritonVariant):
@@ -199,12 +192,6 @@ class GemmVariant(TritonVariant):
         if needs.bias and tensors.bias is not None:
             grad_bias = bias_gradient(grad, tensors.bias)
         return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
-
-
-def packed_bytes(problem: Problem) -> float:
-    """Of W's codes and absmax, the latter taken for float32."""
-    bits = format_named(problem.format).bits
-    return problem.n * problem.k * (bits / 8 + 4 / problem.block_size)
 
 
 def _keep_bits(tensors: LinearTensors, spec: LinearSpec) -> Any:
