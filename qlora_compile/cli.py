@@ -1,4 +1,4 @@
-"""The command line: `qlora-compile train`, `explain` and `records`."""
+"""The command line: `qlora-compile train`, `explain`, `tune`, `records` and `build`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qlora_compile.bad_input import bad_input_in_one_line
 from qlora_compile.build_command import build
 from qlora_compile.model_choice import quiet_choice
 from qlora_compile.records_command import records
+from qlora_compile.tune_command import tune as tune_command
 
 app = typer.Typer(
     help="Fine-tune quantised models with LoRA through a compiler.",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.add_typer(records, name="records")
+app.command("tune")(tune_command)
 app.command()(build)
 
 ModelOption = Annotated[
@@ -34,6 +36,10 @@ FormatOption = Annotated[
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
 AlphaOption = Annotated[
     float | None, typer.Option("--alpha", help="Scale of the adapters, times 1/rank. [2 * rank]")
+]
+TuneOption = Annotated[
+    str,
+    typer.Option("--tune", help="Implementations by: auto, off, model, or a path of records."),
 ]
 DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
 
@@ -70,13 +76,14 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in --output.")
     ] = False,
+    tune: TuneOption = "auto",
 ) -> None:
     """Fine-tune a causal language model; write adapter, loss curve, report and figures."""
     with bad_input_in_one_line():
         from qlora_compile.training_run import TrainingRun
 
         run = TrainingRun(
-            choice=quiet_choice(model, format, rank, alpha, dropout),
+            choice=quiet_choice(model, format, rank, alpha, dropout, tune),
             data=data,
             output=output,
             steps=steps,
@@ -100,11 +107,12 @@ def explain(
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,
+    tune: TuneOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show for every linear layer how it would be computed, or why it is left alone."""
     with bad_input_in_one_line():
-        choice = quiet_choice(model, format, rank, alpha, dropout)
+        choice = quiet_choice(model, format, rank, alpha, dropout, tune)
         config = choice.check()
         from qlora_compile import api
 

@@ -278,6 +278,14 @@ class ArchitectureError(QloraCompileError, ValueError):
     template = "--arch {value!r} is unknown; choose one of {known}"
 
 
+class BudgetError(QloraCompileError, ValueError):
+    template = "--budget {value!r} is no time; write seconds or minutes, such as 120s or 5m"
+
+
+class DtypeChoiceError(QloraCompileError, ValueError):
+    template = "--dtype {value!r} is unknown; choose one of {known}"
+
+
 class ModelOrShapesError(QloraCompileError, ValueError):
     template = "{value} given; pass one of --model and --shapes"
 

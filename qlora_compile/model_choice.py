@@ -44,17 +44,20 @@ class ModelChoice:
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    tune: str = "auto"
 
     def check(self) -> Any:
         """Check the choice and return the model's configuration; no weights are read.
 
         Raises:
             FormatChoiceError, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError: a value that cannot be used.
+            CausalModelError, TuneModeError: a value that cannot be used.
         """
         check_format(self.format)
         from qlora_compile.hf import loading, training
+        from qlora_compile.tuning.modes import check_mode
 
+        check_mode(self.tune)
         alpha = 1 if self.alpha is None else self.alpha
         training.require_adapter_settings(self.rank, alpha, self.dropout)
         config = loading.load_config(self.source)
@@ -85,11 +88,17 @@ class ModelChoice:
             lora,
             quantize=_QUANTIZE[self.format],
             double_quantize=self.format in ("nf4", "fp4"),
+            tune=self.tune,
         )
 
 
 def quiet_choice(
-    model: str, format: str, rank: int, alpha: float | None, dropout: float
+    model: str,
+    format: str,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    tune: str = "auto",
 ) -> ModelChoice:
     """A choice for the command line, with what the libraries would print switched off.
 
@@ -104,4 +113,4 @@ def quiet_choice(
     from qlora_compile.hf.training import quiet
 
     quiet()
-    return ModelChoice(model, format, rank, alpha, dropout)
+    return ModelChoice(model, format, rank, alpha, dropout, tune)

@@ -40,3 +40,22 @@ class Problem:
     dropout: bool
     keeps_low_rank: bool
     device: str
+
+    def __str__(self) -> str:
+        """Such as "forward 512x1536x576 rank 16, nf4/64 double, bfloat16, adapter float32, cpu"."""
+
+        def short(dtype: torch.dtype) -> str:
+            return str(dtype).removeprefix("torch.")
+
+        stored = f"{self.format}/{self.block_size}" if self.block_size else self.format
+        dtypes = [short(self.x_dtype), short(self.compute_dtype), short(self.out_dtype)]
+        parts = [
+            f"{self.direction} {self.m}x{self.n}x{self.k} rank {self.rank}",
+            stored + " double" * self.double_quantized,
+            dtypes[0] if len(set(dtypes)) == 1 else ">".join(dtypes),
+        ]
+        if self.rank:
+            parts.append(f"adapter {short(self.lora_dtype)}")
+        flags = {"bias": self.bias, "dropout": self.dropout, "S kept": self.keeps_low_rank}
+        parts += [name for name, is_set in flags.items() if is_set]
+        return ", ".join([*parts, self.device])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from qlora_compile.bad_input import bad_input_in_one_line
+from qlora_compile.text_table import text_table
 
 if TYPE_CHECKING:
-    from qlora_compile.problem import Problem
     from qlora_compile.tuning.fingerprint import Fingerprint
     from qlora_compile.tuning.record import Record, Timing
     from qlora_compile.tuning.store import RecordStore
@@ -23,8 +21,7 @@ records = typer.Typer(
 )
 
 _KEY_DIGITS = 8
-_PROBLEM_COLUMNS = ("direction", "M", "N", "K", "r", "format", "dtypes", "with")
-_COLUMNS = ("device", "fastest", "ms", "× dense", "× second", "fits")
+_COLUMNS = ("key", "fits", "ms", "× dense", "× second", "fastest", "problem")
 
 
 @records.command("list")
@@ -40,13 +37,10 @@ def list_records() -> None:
         from qlora_compile.tuning.record import key_digest
 
         here = fingerprints_here()
-        rows = sorted((_cells(record, here), key_digest(key)) for key, record in found.items())
-    table = Table(title=f"Records in {store.folder}")
-    for column in ("key", *_PROBLEM_COLUMNS, *_COLUMNS):
-        table.add_column(column, overflow="fold")
-    for cells, digest in rows:
-        table.add_row(digest[:_KEY_DIGITS], *cells)
-    Console().print(table)
+        ordered = sorted(found.items(), key=lambda item: str(item[1].problem))
+        rows = [(key_digest(key)[:_KEY_DIGITS], *_cells(r, here)) for key, r in ordered]
+    typer.echo("\n".join(text_table(_COLUMNS, rows)))
+    typer.echo(f"\n{len(rows)} records in {store.folder}; those that fit are of this machine now")
 
 
 @records.command()
@@ -116,38 +110,15 @@ def _timed(timing: Timing) -> str:
     return f"{timing.variant} {timing.config}: {milliseconds}"
 
 
-def _cells(record: Record, here: set[Fingerprint]) -> tuple[str, ...]:
-    problem = record.problem
+def _cells(record: Record, here: set[Fingerprint]) -> tuple[Any, ...]:
     return (
-        problem.direction,
-        *(str(size) for size in (problem.m, problem.n, problem.k, problem.rank)),
-        f"{problem.format}/{problem.block_size}",
-        *_dtypes_and_flags(problem),
-        f"{problem.device}: {record.fingerprint.device}",
-        f"{record.winner.variant} {record.winner.config}",
-        f"{record.winner.seconds * 1e3:.4f}",
-        "-" if record.gain is None else f"{record.gain:.2f}",
-        "" if record.margin is None else f"{record.margin:.2f}",
         "yes" if record.fingerprint in here else "no",
+        f"{record.winner.seconds * 1e3:.4f}",
+        record.gain and f"{record.gain:.2f}",
+        record.margin and f"{record.margin:.2f}",
+        f"{record.winner.variant} {record.winner.config}",
+        str(record.problem),
     )
-
-
-def _dtypes_and_flags(problem: Problem) -> tuple[str, str]:
-    """The problem's dtypes, in one word where all are one, and its flags that are set."""
-    import dataclasses
-
-    import torch
-
-    values = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
-    dtypes = {
-        name.removesuffix("_dtype"): str(value).removeprefix("torch.")
-        for name, value in values.items()
-        if isinstance(value, torch.dtype)
-    }
-    if len(set(dtypes.values())) == 1:
-        dtypes = {"all": next(iter(dtypes.values()))}
-    flags = [name for name, value in values.items() if value is True]
-    return ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()), ", ".join(flags)
 
 
 def _store() -> RecordStore:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from qlora_compile.passes.context import FusedSite
 from qlora_compile.problem import Problem
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import Region, region_of
+from qlora_compile.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class Report:
         summary = [f"{self.fused} of {len(self.sites)} linears fused"]
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
         choices = self._choices()
-        return "\n".join([*_table(header, rows), "", *choices, *([""] * bool(choices)), *summary])
+        return "\n".join(
+            [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *summary]
+        )
 
     def _choices(self) -> list[str]:
         """One line for each distinct choice: sites of one shape share theirs."""
@@ -139,16 +141,7 @@ class Report:
             )
             for (*key, keeps, c), sites in sorted(count.items(), key=lambda item: item[0][:6])
         ]
-        return _table(header, rows) if rows else []
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [header, *(tuple("-" if c is None else str(c) for c in row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
+        return text_table(header, rows) if rows else []
 
 
 def build_report(model: nn.Module) -> Report:

@@ -1,13 +1,13 @@
-"""The Problems that training on a GPU poses."""
+"""The Problems that training poses, of shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
+from qlora_compile.kernels.selection import problems_of_call
 from qlora_compile.problem import Problem, bucket_rows
 
 COMPUTE_DTYPE = torch.bfloat16
@@ -15,9 +15,14 @@ BLOCK_SIZE = 64
 
 
 def problems_of_shapes(
-    shapes: Iterable[tuple[int, int, int, int]], format: str, *, dropout: bool
+    shapes: Iterable[tuple[int, int, int, int]],
+    format: str,
+    *,
+    dropout: bool,
+    device: str = "cuda",
+    dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> list[Problem]:
-    """Those of each (M, N, K, rank): a bfloat16 model without biases, weights in `format` as
+    """Those of each (M, N, K, rank): a model of `dtype` without biases, weights in `format` as
     `optimize` packs them, adapters in float32 as PEFT keeps them."""
     double = format != UNQUANTIZED and format_named(format).has_double_quantize
     problems: dict[Problem, None] = {}
@@ -29,26 +34,16 @@ def problems_of_shapes(
             k=k,
             rank=rank,
             format=format,
-            block_size=BLOCK_SIZE,
+            block_size=0 if format == UNQUANTIZED else BLOCK_SIZE,
             double_quantized=double,
-            x_dtype=COMPUTE_DTYPE,
-            compute_dtype=COMPUTE_DTYPE,
-            lora_dtype=torch.float32 if rank else COMPUTE_DTYPE,
-            out_dtype=COMPUTE_DTYPE,
+            x_dtype=dtype,
+            compute_dtype=dtype,
+            lora_dtype=torch.float32 if rank else dtype,
+            out_dtype=dtype,
             bias=False,
             dropout=dropout and rank > 0,
             keeps_low_rank=False,
-            device="cuda",
+            device=device,
         )
-        problems |= dict.fromkeys(training_problems(forward))
+        problems |= dict.fromkeys(problems_of_call(forward, trains=True))
     return list(problems)
-
-
-def training_problems(forward: Problem) -> list[Problem]:
-    """Both directions, with S kept for the backward and without: the device decides that."""
-    kept = (False, True) if forward.rank else (False,)
-    return [
-        replace(forward, direction=direction, keeps_low_rank=keeps)
-        for direction in ("forward", "backward")
-        for keeps in kept
-    ]

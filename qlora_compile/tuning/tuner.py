@@ -67,16 +67,24 @@ class Tuner:
     """Fills the records of `source` (see kernels/selection.py) for the problems it is given.
 
     store: where records are found and, if it is a RecordStore, kept. budget: seconds it may spend
-    measuring in all; 0 measures nothing. `measurements` counts the problems it measured.
+    measuring in all; 0 measures nothing. each: seconds of timing one problem, None for its share of
+    the budget. again: measures also what has a record. `measurements` counts the problems measured.
     """
 
     def __init__(
-        self, source: str, store: Records, budget: float, *, each: float | None = _SECONDS_EACH
+        self,
+        source: str,
+        store: Records,
+        budget: float,
+        *,
+        each: float | None = _SECONDS_EACH,
+        again: bool = False,
     ) -> None:
         self.source = source
         self.store = store
         self.budget = budget
         self.each = each
+        self.again = again
         self.measurements = 0
         self._modelled: set[Problem] = set()
         self._isolated = IsolatedMeasurement()
@@ -109,10 +117,11 @@ class Tuner:
     def _ensure(self, problem: Problem, remaining: int) -> None:
         here = fingerprint(problem.device)
         choice = self._found(problem, here)
-        if choice is None and self.budget > 0:
+        if self.budget > 0 and (choice is None or self.again):
             with self._turn(problem, here) as mine:
-                choice = self._found(problem, here)
-                if choice is None and mine:
+                if not self.again:
+                    choice = self._found(problem, here)
+                if mine and (choice is None or self.again):
                     choice = self._measure(problem, here, remaining)
         if choice is None:
             self._modelled.add(problem)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import registry, selection
-from qlora_compile.kernels.device_model import DEVICE_MODELS, model_of_target
+from qlora_compile.kernels.device_model import CPU, DEVICE_MODELS, DeviceModel, model_of_target
 from qlora_compile.kernels.gpu import target as targets
-from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.kernels.selection import select
-from qlora_compile.kernels.variants import native_augmented, triton_variant
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
+from qlora_compile.kernels.selection import Measured, select
+from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.problem import Problem
+from qlora_compile.problem import Problem, bucket_rows
 
 TYPICAL = Problem(
     direction="forward",
@@ -38,13 +42,12 @@ TYPICAL = Problem(
 
 
 @pytest.fixture(params=["sm_80", "sm_89", "sm_90", "sm_120", "gfx942"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Problems for "cuda:0" are for a card of this target."""
-    for module in (selection, triton_variant, native_augmented):
-        monkeypatch.setattr(module, "target_of", lambda device: request.param)
     model = model_of_target(request.param)
     monkeypatch.setattr(selection, "device_model", lambda device, target: model)
-    return request.param
+    with targets.assuming(request.param, kind="cuda"):
+        yield request.param
 
 
 def test_the_cpu_gets_a_native_variant() -> None:
@@ -95,14 +98,14 @@ def test_an_unquantised_weight_needs_no_decoder(target: str) -> None:
 def test_every_card_has_configs_and_costs() -> None:
     problem = replace(TYPICAL, m=16)
     for model in DEVICE_MODELS:
-        for variant in VARIANTS:
-            native = not isinstance(variant, TritonVariant)
-            configs = (
-                variant.configs(problem) if native else variant.configs_on(model.target, problem)
-            )
-            assert configs, (variant.name, model.name)
-            for config in configs:
-                assert 0 < variant.cost(problem, config, model) < 1
+        with targets.assuming(model.target, kind="cuda"):
+            for variant in VARIANTS:
+                if variant.rejects(problem):
+                    assert variant.name == "augmented" or variant.name == "augmented_native"
+                    continue
+                assert variant.configs(problem), (variant.name, model.name)
+                for config in variant.configs(problem):
+                    assert 0 < variant.cost(problem, config, model) < 1
 
 
 def test_no_variant_names_everyones_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +132,86 @@ def test_no_variant_names_everyones_reasons(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_targets_take_the_configs_of_their_kind(target: str, tuned: str | None) -> None:
     assert targets.tuned_target(target) == tuned
+
+
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    format = draw(st.sampled_from([UNQUANTIZED, *(each.name for each in FORMATS)]))
+    quantized = format != UNQUANTIZED
+    size = st.sampled_from([1, 7, 8, 64, 1000, 4096, 2**20])
+    return Problem(
+        direction=draw(st.sampled_from(["forward", "backward"])),
+        m=bucket_rows(draw(st.integers(1, 2**20))),
+        n=draw(size),
+        k=draw(size),
+        rank=draw(st.sampled_from([0, 1, 16, 100])),
+        format=format,
+        block_size=draw(st.sampled_from([32, 64, 4096])) if quantized else 0,
+        double_quantized=quantized and draw(st.booleans()),
+        x_dtype=draw(DTYPES),
+        compute_dtype=draw(DTYPES),
+        lora_dtype=draw(DTYPES),
+        out_dtype=draw(DTYPES),
+        bias=draw(st.booleans()),
+        dropout=draw(st.booleans()),
+        keeps_low_rank=draw(st.booleans()),
+        device=draw(st.sampled_from(["cpu", "cuda:0"])),
+    )
+
+
+@settings(max_examples=300)
+@given(
+    problem=problems(),
+    model=st.sampled_from(DEVICE_MODELS),
+    offered=st.sets(st.sampled_from(VARIANTS), min_size=1),
+)
+def test_what_is_chosen_does_not_reject(
+    problem: Problem, model: DeviceModel, offered: set[Variant]
+) -> None:
+    model = CPU if problem.device == "cpu" else model
+    variants = tuple(variant for variant in VARIANTS if variant in offered)
+    with (
+        mock.patch.object(registry, "VARIANTS", variants),
+        targets.assuming(model.target, kind="cuda"),
+    ):
+        reasons = {variant.name: variant.rejects(problem) for variant in variants}
+        if all(reasons.values()):
+            with pytest.raises(NoVariantError) as raised:
+                selection.choose(problem, {}, model)
+            for name, why in reasons.items():
+                assert f"{name}: {'; '.join(why)}" in str(raised.value)
+            return
+        choice = selection.choose(problem, {}, model)
+        assert not choice.variant.rejects(problem)
+        assert choice.config in choice.variant.configs(problem)
+        assert choice == selection.choose(problem, {}, model)
+        others = {problem: replace(choice, seconds=7.0, measured=Measured(1.0, None, None))}
+        assert selection.choose(problem, others, model) is others[problem]
+
+
+def test_sources_do_not_see_each_other() -> None:
+    problem = replace(TYPICAL, device="cpu")
+    modelled = select(problem)
+    slower = selection.candidates(problem, CPU)[-1]
+    selection.remember("one", problem, slower)
+    assert select(problem, "one") is slower
+    assert select(problem) == select(problem, "other") == modelled
+    assert selection.take_missed("other") == [problem]
+    assert selection.take_missed("other") == selection.take_missed("one") == []
+
+
+def test_a_decision_to_keep_stays_while_records_change() -> None:
+    """A checkpoint's recomputation saves what its forward saved."""
+    problem = replace(TYPICAL, device="cpu")
+    first = selection.keeps_low_rank(problem, "source")
+    for each in selection.problems_of_call(problem, trains=True):
+        against = each.keeps_low_rank == first
+        choice = replace(select(each), seconds=9.0 if against else 1.0)
+        selection.remember("source", each, choice)
+    assert selection.keeps_low_rank(problem, "source") is first
+    assert selection.prefers_keeping(problem, "fresh") == first
+    selection.forget()
+    assert not selection.keeps_low_rank(replace(problem, rank=0), "source")

@@ -1,5 +1,6 @@
 """`qlora-compile records`: what it shows and does, and every bad input in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +58,9 @@ def test_the_list_shows_each_record_and_whether_it_fits(stored: tuple[Record, Re
     lines = run("list").stdout.splitlines()
     for record, fits in zip(stored, ("yes", "no"), strict=True):
         [line] = [line for line in lines if key_digest(record.key)[:8] in line]
-        cells = [cell.strip() for cell in line.split("│")[1:-1]]
-        assert cells[1:7] == ["forward", "64", str(record.problem.n), "64", "64", "nf4/64"]
-        assert cells[7] == "all bfloat16"
-        assert "double_quantized, bias, dropout" in cells[8]
-        assert record.fingerprint.device in cells[9]
-        assert cells[10:] == ["tail 64×64", "1.0000", "2.00", "1.25", fits]
+        cells = re.split(r"  +", line)
+        assert cells[1:] == [fits, "1.0000", "2.00", "1.25", "tail 64×64", str(record.problem)]
+    assert lines[-1].startswith("2 records")
 
 
 def test_show_tells_everything(stored: tuple[Record, Record]):

@@ -1,0 +1,135 @@
+"""The command line's `tune`: measures what a model or a list of shapes needs, and remembers it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qlora_compile.bad_input import bad_input_in_one_line
+from qlora_compile.errors import BudgetError, DtypeChoiceError, ModelOrShapesError
+from qlora_compile.model_choice import check_format, quiet_choice
+from qlora_compile.shapes import parse_shapes
+from qlora_compile.text_table import text_table
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.selection import Choice
+    from qlora_compile.problem import Problem
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_TRAINED_ROWS = 512
+"""Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
+
+
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo."),
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="How the weights are stored: nf4, fp4, int8, none.")
+    ] = "nf4",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of activations. [the model's; of shapes: bfloat16]"),
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of a model's adapters.")] = 16,
+    dropout: Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")] = 0.0,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option("--rows", min=1, help="Tokens of a model's step; again for more. [512]"),
+    ] = None,
+    budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
+    again: Annotated[bool, typer.Option("--again", help="Measure what has a record too.")] = False,
+) -> None:
+    """Measure the ways of computing each layer on this machine, and remember the fastest."""
+    with bad_input_in_one_line():
+        if (model is None) == (shapes is None):
+            raise ModelOrShapesError(value="neither" if model is None else "both")
+        check_format(format)
+        if dtype is not None and dtype not in _DTYPES:
+            raise DtypeChoiceError(value=dtype, known=", ".join(_DTYPES))
+        seconds = parse_budget(budget)
+        listed = None if shapes is None else parse_shapes(shapes)
+        import torch
+
+        from qlora_compile.training_problems import COMPUTE_DTYPE, problems_of_shapes
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = None if dtype is None else getattr(torch, dtype)
+        if listed is not None:
+            problems = problems_of_shapes(
+                listed, format, dropout=dropout > 0, device=device, dtype=given or COMPUTE_DTYPE
+            )
+        else:
+            choice = quiet_choice(str(model), format, rank, None, dropout)
+            config = choice.check()
+            from qlora_compile.model_problems import problems_of_model
+
+            compiled = choice.optimized(config)
+            problems = problems_of_model(compiled, rows or [_TRAINED_ROWS], given, device)
+        _tune(problems, seconds, again=again)
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "120s", "120" or "2m".
+
+    Raises:
+        BudgetError: it is neither, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|)", text.strip())
+    seconds = 0.0 if match is None else float(match[1]) * (60 if match[2] == "m" else 1)
+    if not seconds:
+        raise BudgetError(value=text)
+    return seconds
+
+
+def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
+    from qlora_compile.tuning.store import RecordStore, cache_folder
+    from qlora_compile.tuning.tuner import Tuner
+
+    store = RecordStore(cache_folder())
+    tuner = Tuner("tune", store, budget, each=None, again=again)
+    columns = (TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found: dict[Problem, Choice | None] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(problems))
+
+        def on_record(problem: Problem, choice: Choice | None) -> None:
+            found[problem] = choice
+            progress.advance(task)
+
+        tuner.ensure(problems, on_record)
+    typer.echo("\n".join(closing_table(found)))
+    known = sum(choice is not None for choice in found.values()) - tuner.measurements
+    left = len(found) - known - tuner.measurements
+    told = [f"{tuner.measurements} problems measured, {known} known before"]
+    told += [f"{left} not reached: give more --budget"] if left else []
+    typer.echo(f"\n{', '.join(told)}; records in {store.folder}")
+
+
+def closing_table(found: dict[Problem, Choice | None]) -> list[str]:
+    """What computes each problem from now on."""
+    rows = []
+    for problem, choice in found.items():
+        told = choice and choice.measured
+        if choice is None or told is None:
+            rows.append((None, None, None, "not measured", None, str(problem)))
+            continue
+        rows.append(
+            (
+                f"{choice.seconds * 1e3:.3f}",
+                told.gain and f"{told.gain:.2f}",
+                told.margin and f"{told.margin:.2f}",
+                choice.name,
+                told.runner_up,
+                str(problem),
+            )
+        )
+    return text_table(("ms", "× dense", "× second", "fastest", "second", "problem"), rows)
