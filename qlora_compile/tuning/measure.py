@@ -117,7 +117,8 @@ def measure(
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _rotation(problem: Problem) -> list[Operands]:

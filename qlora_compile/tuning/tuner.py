@@ -172,11 +172,11 @@ class Tuner:
         ranked = selection.candidates(
             problem, device_model(problem.device, target_of(problem.device))
         )
-        standard = next(c for c in ranked if _is_standard(c, problem))
+        standard = next((c for c in ranked if _is_standard(c, problem)), None)
         rejected: dict[str, str] = {}
         while ranked:
             tried, ranked = ranked[:HANDFUL], ranked[HANDFUL:]
-            if standard not in tried:
+            if standard is not None and standard not in tried:
                 tried.append(standard)
             isolated = any(choice.variant.isolated for choice in tried)
             run = self._isolated.measure if isolated else measure
@@ -191,7 +191,7 @@ class Tuner:
                     tried[index].name: _timing(tried[index], result, index)
                     for index in result.ranking
                 }
-                baseline = timed.get(standard.name)
+                baseline = None if standard is None else timed.get(standard.name)
                 return Timings(tuple(timed.values()), baseline, tuple(rejected.items()))
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
         raise NoCorrectVariantError(problem=problem, reasons=reasons)

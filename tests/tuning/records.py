@@ -28,6 +28,14 @@ def sample_problem(**changed: Any) -> Problem:
     return Problem(**{**values, "device": "cpu", **changed})
 
 
+def real_problem(**changed: Any) -> Problem:
+    """One that a CPU solves in no time."""
+    values = {"m": 8, "n": 24, "k": 64, "rank": 2, "block_size": 64, "double_quantized": False}
+    dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "lora_dtype", "out_dtype"), torch.float32)
+    flags = {"bias": False, "dropout": False, "keeps_low_rank": False}
+    return sample_problem(**{**values, **dtypes, **flags, **changed})
+
+
 def sample_fingerprint(**changed: Any) -> Fingerprint:
     values = {
         "kernels": "5" * 64,

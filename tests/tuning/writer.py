@@ -10,7 +10,13 @@ import time
 from pathlib import Path
 
 from qlora_compile.tuning.store import RecordStore
-from tests.tuning.records import sample_fingerprint, sample_problem, sample_record
+from qlora_compile.tuning.tuner import Tuner
+from tests.tuning.records import (
+    real_problem,
+    sample_fingerprint,
+    sample_problem,
+    sample_record,
+)
 
 KEYS = 16
 TURNS = 3
@@ -51,7 +57,28 @@ def hold(folder: Path) -> None:
         time.sleep(600)
 
 
+def tune(folder: Path, *sizes: int) -> Tuner:
+    """Measures problems of these sizes for real, as briefly as can be."""
+    tuner = Tuner(str(folder), RecordStore(folder), budget=60.0, each=0.001)
+    tuner.ensure(real_problem(n=size) for size in sizes)
+    return tuner
+
+
+def tune_until_killed(folder: Path, start: int) -> None:
+    size = start
+    while True:
+        tune(folder, size)
+        say("tuned", size)
+        size += 1
+
+
+def tune_some(folder: Path, first: int, count: int) -> None:
+    say("measured", tune(folder, *range(first, first + count)).measurements)
+
+
 CHILDREN = {
+    "tune_until_killed": lambda folder, start: tune_until_killed(folder, int(start)),
+    "tune_some": lambda folder, first, count: tune_some(folder, int(first), int(count)),
     "append_until_killed": lambda folder, start: append_until_killed(folder, int(start)),
     "append_some": lambda folder, first, count: append_some(folder, int(first), int(count)),
     "take_turns": take_turns,

@@ -1,0 +1,88 @@
+"""Variants that the cost model prefers to all others, and that should never be chosen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.variants.dense import Dense, DenseConfig
+from qlora_compile.problem import Problem
+
+
+class Preferred(Dense):
+    """Dense, in one config that seems to take no time."""
+
+    def configs(self, problem: Problem) -> tuple[DenseConfig]:
+        return (DenseConfig(problem.compute_dtype),)
+
+    def cost(self, problem: Any, config: Any, device: Any) -> float:
+        return 1e-12
+
+
+class Wrong(Preferred):
+    """Off by a hundredth."""
+
+    name = "wrong"
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        return super().forward(tensors, spec, config) * 1.01
+
+
+class Nan(Preferred):
+    name = "nan"
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        return torch.full_like(super().forward(tensors, spec, config), float("nan"))
+
+
+class OutOfMemory(Preferred):
+    name = "out_of_memory"
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 1 PiB\nand more lines")
+
+
+class Mistaken(Preferred):
+    """Has a bug that has nothing to do with the machine."""
+
+    name = "mistaken"
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        raise TypeError("a mistake")
+
+
+class Crashing(Preferred):
+    name = "crashing"
+    isolated = True
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        raise AssertionError("unreachable")
+
+
+class Hanging(Preferred):
+    name = "hanging"
+    isolated = True
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        time.sleep(600)
+        raise AssertionError("unreachable")
+
+
+class CrashingLater(Preferred):
+    """Right at first."""
+
+    name = "crashing_later"
+    isolated = True
+    calls = 0
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        type(self).calls += 1
+        if self.calls > 3:
+            os.abort()
+        return super().forward(tensors, spec, config)

@@ -1,0 +1,306 @@
+"""The tuner: what it measures, what it finds, and what it will not choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_compile.kernels import registry, selection
+from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.kernels.variants.base import Variant
+from qlora_compile.tuning import cpu_figures
+from qlora_compile.tuning import tuner as module
+from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError
+from qlora_compile.tuning.fingerprint import established
+from qlora_compile.tuning.isolated import IsolatedMeasurement
+from qlora_compile.tuning.record import Timing
+from qlora_compile.tuning.store import RecordStore
+from qlora_compile.tuning.tuner import HANDFUL, RecordFile, Tuner, WrongResultWarning
+from qlora_compile.tuning.warning import RecordWarning
+from tests.tuning import odd_variants
+from tests.tuning.records import real_problem, sample_record
+
+SOURCE = "test"
+PROBLEM = real_problem()
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is not measured for every test."""
+    monkeypatch.setattr(module, "use_measured_cpu", lambda folder: None)
+
+
+def tuner(folder: Path, budget: float = 60.0, **options: bool) -> Tuner:
+    return Tuner(SOURCE, RecordStore(folder), budget, each=0.01, **options)
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *variants: Variant) -> None:
+    monkeypatch.setattr(registry, "VARIANTS", variants)
+
+
+def test_a_problem_is_measured_once_and_found_ever_after(tmp_path: Path) -> None:
+    first = tuner(tmp_path)
+    problems = [PROBLEM, replace(PROBLEM, direction="backward"), PROBLEM]
+    told = []
+    first.ensure(problems, lambda problem, choice: told.append((problem, choice)))
+    assert first.measurements == 2
+    assert [problem for problem, _ in told] == problems[:2]
+    choice = selection.select(PROBLEM, SOURCE)
+    assert choice.measured is not None
+    assert choice == told[0][1]
+    first.ensure(problems)
+    assert first.measurements == 2
+    selection.forget()
+    second = tuner(tmp_path)
+    second.ensure(problems)
+    assert second.measurements == 0
+    assert selection.select(PROBLEM, SOURCE) == choice
+
+
+def test_a_record_tells_candidates_baseline_and_runner_up(tmp_path: Path) -> None:
+    tuner(tmp_path).ensure([PROBLEM])
+    record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
+    assert record is not None
+    assert 2 <= len(record.timings) <= HANDFUL + 1
+    assert record.baseline is not None
+    assert record.baseline in record.timings
+    assert (record.baseline.variant, record.baseline.config) == ("dense", "whole float32")
+    choice = selection.select(PROBLEM, SOURCE)
+    told = choice.measured
+    assert told is not None
+    assert choice.seconds == record.winner.seconds
+    assert (told.gain, told.margin) == (record.gain, record.margin)
+    assert record.runner_up is not None
+    assert told.runner_up == f"{record.runner_up.variant} {record.runner_up.config}"
+
+
+def test_measuring_again_replaces_the_record(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    old = sample_record(PROBLEM, established("cpu"), seconds=123.0)
+    store.append(old)
+    again = tuner(tmp_path, again=True)
+    again.ensure([PROBLEM])
+    assert again.measurements == 1
+    new = store.find(PROBLEM, established("cpu"))
+    assert new is not None
+    assert new.winner.seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        (odd_variants.Wrong(), r"y is off by 1\.0e-02 of its norm, allowed [1-9]\.\de-07"),
+        (odd_variants.Nan(), r"y is off by nan of its norm"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_wrong_numbers_are_never_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: Variant, reason: str
+) -> None:
+    offer(monkeypatch, variant, *VARIANTS)
+    assert selection.select(PROBLEM).variant is variant  # what the cost model would take
+    with pytest.warns(
+        WrongResultWarning,
+        match=f"{variant.name} whole float32 is not used, wrong result: {reason}",
+    ):
+        tuner(tmp_path).ensure([PROBLEM])
+    assert selection.select(PROBLEM, SOURCE).variant is not variant
+    record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
+    assert record is not None
+    assert [name for name, _ in record.rejected] == [f"{variant.name} whole float32"]
+    assert all(timing.variant != variant.name for timing in record.timings)
+
+
+@pytest.mark.filterwarnings("ignore::qlora_compile.tuning.tuner.WrongResultWarning")
+def test_nothing_right_is_an_error_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.Wrong(), odd_variants.OutOfMemory())
+    with pytest.raises(NoCorrectVariantError) as raised:
+        tuner(tmp_path).ensure([PROBLEM])
+    assert "wrong whole float32: wrong result: y is off by" in str(raised.value)
+    assert "out_of_memory whole float32: OutOfMemoryError: tried to" in str(raised.value)
+    assert RecordStore(tmp_path).read() == {}
+
+
+def test_wrong_ones_do_not_hide_right_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many the cost model prefers."""
+    offer(monkeypatch, *(odd_variants.OutOfMemory() for _ in range(2 * HANDFUL)), *VARIANTS[1:])
+    tuner(tmp_path).ensure([PROBLEM])
+    assert selection.select(PROBLEM, SOURCE).variant is VARIANTS[1]
+
+
+def test_out_of_memory_rejects_the_candidate_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.OutOfMemory(), *VARIANTS)
+    tuner(tmp_path).ensure([PROBLEM])
+    record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
+    assert record is not None
+    expected = "OutOfMemoryError: tried to allocate 1 PiB"
+    assert record.rejected == (("out_of_memory whole float32", expected),)
+    assert selection.select(PROBLEM, SOURCE).variant.name != "out_of_memory"
+
+
+def test_a_bug_is_not_taken_for_a_slow_candidate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.Mistaken(), *VARIANTS)
+    with pytest.raises(TypeError, match="a mistake"):
+        tuner(tmp_path).ensure([PROBLEM])
+
+
+def test_what_takes_its_process_down_costs_the_session_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.Hanging())
+    offer(monkeypatch, *odd, *VARIANTS)
+    used = tuner(tmp_path)
+    used._isolated = IsolatedMeasurement(limit=6.0)
+    used.ensure([PROBLEM])
+    record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
+    assert record is not None
+    assert dict(record.rejected) == {
+        "crashing whole float32": "it took its process down (SIGSEGV)",
+        "crashing_later whole float32": "it took its process down (SIGABRT)",
+        "hanging whole float32": "it did not return within 6 s",
+    }
+    assert selection.select(PROBLEM, SOURCE).variant in VARIANTS
+    capfd.readouterr()
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_compile.tuning.isolated._WORKER", "no_such_module")
+    with pytest.raises(TuningProcessError, match=r"exit status 1.*tune='model'"):
+        IsolatedMeasurement().measure(PROBLEM, [selection.select(PROBLEM)], 0.01)
+
+
+def test_without_budget_nothing_is_measured(tmp_path: Path) -> None:
+    used = tuner(tmp_path, budget=0.0)
+    used.ensure([PROBLEM])
+    assert used.measurements == 0
+    assert selection.select(PROBLEM, SOURCE) == selection.select(PROBLEM)
+
+
+def test_a_budget_ends(tmp_path: Path) -> None:
+    used = tuner(tmp_path, budget=1e-6)
+    problems = [replace(PROBLEM, n=n) for n in (8, 16, 24)]
+    used.ensure(problems)
+    assert used.measurements == 1
+    assert [selection.recorded(SOURCE, p) is not None for p in problems] == [True, False, False]
+
+
+def test_another_machines_record_is_never_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = established("cpu")
+    for other in (
+        replace(here, device="a stranger"),
+        replace(here, kernels="0" * 64),
+        replace(here, threads=here.threads + 1),
+        replace(here, torch="2.0"),
+    ):
+        RecordStore(tmp_path).append(sample_record(PROBLEM, other))
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
+    assert used.measurements == 1
+    monkeypatch.setattr(module, "fingerprint", lambda device: replace(here, torch="3.0"))
+    selection.forget()
+    later = tuner(tmp_path)
+    later.ensure([PROBLEM])
+    assert later.measurements == 1
+
+
+@pytest.mark.parametrize("winner", [("gone", "-"), ("dense", "7k float32"), ("tail", "-")])
+def test_a_record_of_what_is_not_offered_is_measured_anew(
+    tmp_path: Path, winner: tuple[str, str]
+) -> None:
+    old = sample_record(PROBLEM, established("cpu"))
+    first = Timing(*winner, old.winner.seconds, 0.0)
+    RecordStore(tmp_path).append(replace(old, timings=(first, *old.timings[1:])))
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
+    assert used.measurements == 1
+
+
+def test_what_has_no_fingerprint_is_measured_and_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "fingerprint", lambda device: None)
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
+    assert used.measurements == 1
+    assert selection.select(PROBLEM, SOURCE).measured is not None
+    assert RecordStore(tmp_path).read() == {}
+
+
+def test_a_folder_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    used = tuner(tmp_path / "file" / "cache")
+    with pytest.warns(RecordWarning) as caught:
+        used.ensure([PROBLEM, replace(PROBLEM, n=8)])
+    assert len([w for w in caught if issubclass(w.category, RecordWarning)]) == 1
+    assert used.measurements == 2
+    assert selection.select(PROBLEM, SOURCE).measured is not None
+
+
+def test_a_shipped_file_is_read_and_not_written(tmp_path: Path) -> None:
+    tuner(tmp_path / "cache").ensure([PROBLEM])
+    shipped = tmp_path / "shipped.jsonl"
+    RecordStore(tmp_path / "cache").export(shipped, None)
+    selection.forget()
+    used = Tuner(SOURCE, RecordFile(shipped), 60.0, each=0.01)
+    before = shipped.read_bytes()
+    used.ensure([PROBLEM])
+    assert used.measurements == 0
+    used.ensure([replace(PROBLEM, n=8)])
+    assert used.measurements == 1
+    assert shipped.read_bytes() == before
+
+
+@pytest.fixture
+def fresh_figures() -> Iterator[None]:
+    cpu_figures._used.clear()
+    yield
+    cpu_figures._used.clear()
+    cpu_figures.use_cpu_model(cpu_figures.CPU)
+
+
+@pytest.mark.usefixtures("fresh_figures")
+def test_the_cpu_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = []
+
+    def measure() -> cpu_figures.CpuModel:
+        measured.append(replace(cpu_figures.CPU, bandwidth=1e9 + len(measured)))
+        return measured[-1]
+
+    monkeypatch.setattr(cpu_figures, "measure_cpu", measure)
+    use = cpu_figures.use_measured_cpu
+    use(tmp_path, measures=False)
+    assert not measured
+    for _ in range(3):
+        use(tmp_path)
+    assert len(measured) == 1
+    model = selection.device_model("cpu", None)
+    assert model == measured[0]
+    cpu_figures._used.clear()
+    use(tmp_path, measures=False)
+    assert selection.device_model("cpu", None) == measured[0]
+    [kept] = tmp_path.glob("cpu-*.json")
+    for damaged in (b"", b"[]", b"{}", kept.read_bytes()[:-9], b'{"name": 1}'):
+        kept.write_bytes(damaged)
+        cpu_figures._used.clear()
+        use(tmp_path)
+        assert selection.device_model("cpu", None) == measured[-1]
+    assert len(measured) == 6
+
+
+def test_measured_figures_are_plausible() -> None:
+    model = cpu_figures.measure_cpu()
+    assert all(1e8 < rate < 1e14 for rate in (*model.gemm, *model.thin))
+    assert all(1e-12 < seconds < 1e-6 for seconds in (*model.decode, model.dropout))
+    assert model.of(model.gemm, torch.float32) == model.gemm[1]
