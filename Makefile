@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench bench-static wheel setup clean
+.PHONY: demo test lint bench bench-static bench-tuning wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -26,6 +26,10 @@ bench: setup
 
 bench-static: setup
 	$(BIN)/python -m bench.static.run
+
+bench-tuning: setup
+	$(BIN)/python -m bench.tuning.ranking
+	$(BIN)/python -m bench.tuning.steps
 
 wheel: setup
 	rm -rf build dist

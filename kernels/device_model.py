@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,6 +48,15 @@ class CpuModel(DeviceModel):
     decode: tuple[float, ...]
     operator: float
     dropout: float
+
+    @classmethod
+    def from_json(cls, figures: Mapping[str, Any]) -> CpuModel:
+        """Of what `dataclasses.asdict` and JSON made of one; raises TypeError for other fields."""
+        parts: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in figures.items()
+        }
+        return cls(**parts)
 
     def of(self, figures: tuple[float, ...], dtype: torch.dtype) -> float:
         """The one of `figures` for `dtype`."""

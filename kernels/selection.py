@@ -8,7 +8,8 @@ only look them up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,6 +23,15 @@ from qlora_compile.problem import Direction, Problem
 
 MODELLED = ""
 """The source without records."""
+
+
+BASELINE = "dense"
+
+HANDFUL = 5
+"""Candidates measured for a problem: the cost model is right within 15 % or so."""
+
+_OF_ONE_VARIANT = 3
+"""Configs of one variant differ less, in the model, than variants do."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,25 @@ def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
         return sorted(choices, key=lambda choice: choice.seconds)
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
     raise NoVariantError(problem=problem, reasons=listed)
+
+
+def shortlist(ranked: Sequence[Choice], problem: Problem, limit: int = HANDFUL) -> list[Choice]:
+    """What is worth measuring of the candidates `ranked` by modelled cost: the best `limit`, no
+    more than a few of one variant, and the standard *dense* that gains are counted from."""
+    count: Counter[str] = Counter()
+    listed = []
+    for choice in ranked:
+        count[choice.variant.name] += 1
+        if (len(listed) < limit and count[choice.variant.name] <= _OF_ONE_VARIANT) or is_standard(
+            choice, problem
+        ):
+            listed.append(choice)
+    return listed
+
+
+def is_standard(choice: Choice, problem: Problem) -> bool:
+    """Whether it is *dense* in its first config."""
+    return choice.variant.name == BASELINE and choice.config == choice.variant.configs(problem)[0]
 
 
 _records: dict[str, dict[Problem, Choice]] = {}

@@ -45,7 +45,11 @@ def test_a_gpu_finds_every_kernel_in_the_moved_folder(tmp_path: Path) -> None:
     assert manifest["arch"] == ARCH
     assert "ptxas" in manifest["compiler"]
     kernels = manifest["kernels"]
-    assert {variant for kernel in kernels for variant in kernel["variants"]} == {"fused", "tail"}
+    assert {variant for kernel in kernels for variant in kernel["variants"]} == {
+        "dense",
+        "fused",
+        "tail",
+    }
     assert len(manifest["problems"]) == 4
     keys = [kernel["key"] for kernel in kernels]
     assert len(set(keys)) == len(keys) == len([path for path in built.iterdir() if path.is_dir()])

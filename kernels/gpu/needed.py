@@ -19,12 +19,15 @@ from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS, cache_key
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearSpec,
     LinearTensors,
     NeedsGradient,
+    Variant,
 )
+from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.packed import NESTED_BLOCK_SIZE
 from qlora_compile.problem import Problem
@@ -42,7 +45,7 @@ class Call:
     """One call of a variant over meta tensors: `rows` of the problem's bucket; dtypes that a
     Problem does not tell are of the adapter's factors and of the bias."""
 
-    variant: TritonVariant
+    variant: Variant
     config: Config
     problem: Problem
     rows: int
@@ -119,24 +122,24 @@ def needed_kernels(
     return list(found.values())
 
 
-def _candidates(
-    problem: Problem, target: str, limit: int | None
-) -> list[tuple[TritonVariant, Config]]:
+def _candidates(problem: Problem, target: str, limit: int | None) -> list[tuple[Variant, Config]]:
     cards = [model for model in DEVICE_MODELS if model.target == target]
-    best: dict[tuple[TritonVariant, Config], None] = {}
+    best: dict[tuple[Variant, Config], None] = {}
     for card in cards or [model_of_target(target)]:
         with assuming(target):
             choices = selection.candidates(problem, card)
-        pairs = [
-            (choice.variant, choice.config)
-            for choice in choices
-            if isinstance(choice.variant, TritonVariant)
-        ]
-        best |= dict.fromkeys(pairs[:limit])
+            if limit is not None:
+                choices = selection.shortlist(choices, problem, limit)
+        best |= dict.fromkeys((c.variant, c.config) for c in choices if _launches_triton(c))
     return list(best)
 
 
-def _calls(variant: TritonVariant, config: Config, problem: Problem, target: str) -> Iterator[Call]:
+def _launches_triton(choice: Choice) -> bool:
+    decodes = isinstance(choice.config, DenseConfig) and choice.config.decoder is not None
+    return decodes or isinstance(choice.variant, TritonVariant)
+
+
+def _calls(variant: Variant, config: Config, problem: Problem, target: str) -> Iterator[Call]:
     """Calls that launch all that any number of rows in the problem's bucket does."""
     # A float32 adapter's product is of float32 factors; a narrower one may be of either, as PEFT
     # keeps factors in float32 unless told otherwise. Biases are in the model's dtype.

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -108,12 +107,7 @@ def _digest(here: Fingerprint) -> str:
 def _read(path: Path) -> CpuModel | None:
     """None where there is no such file, or one that this version would not have written."""
     try:
-        figures: dict[str, Any] = json.loads(path.read_bytes())
-        parts: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in figures.items()
-        }
-        model = CpuModel(**parts)
+        model = CpuModel.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     numbers = [model.bandwidth, model.operator, model.dropout]

@@ -17,12 +17,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from qlora_compile.kernels.selection import BASELINE
 from qlora_compile.problem import Problem
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
 
 VERSION = 1
-BASELINE = "dense"
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,

@@ -25,13 +25,10 @@ from qlora_compile.tuning.files import read_lines, records_of
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.measure import Measurement, measure
-from qlora_compile.tuning.record import BASELINE, Record, Timing, portable, utc_now
+from qlora_compile.tuning.record import Record, Timing, portable, utc_now
 from qlora_compile.tuning.store import RecordStore
 
 logger = logging.getLogger(__name__)
-
-HANDFUL = 5
-"""Candidates measured for a problem, the cost model's best, beside the standard *dense*."""
 
 AUTO_BUDGET = 60.0
 """Seconds that one model's problems may take to measure without anyone asking for it."""
@@ -103,7 +100,8 @@ class Tuner:
         try:
             while left:
                 problem = left.pop(0)
-                if problem not in self._modelled and not selection.recorded(self.source, problem):
+                known = selection.recorded(self.source, problem) or problem in self._modelled
+                if self.again or not known:
                     self._ensure(problem, 1 + len(left))
                 on_record(problem, selection.recorded(self.source, problem))
         finally:
@@ -172,12 +170,10 @@ class Tuner:
         ranked = selection.candidates(
             problem, device_model(problem.device, target_of(problem.device))
         )
-        standard = next((c for c in ranked if _is_standard(c, problem)), None)
         rejected: dict[str, str] = {}
         while ranked:
-            tried, ranked = ranked[:HANDFUL], ranked[HANDFUL:]
-            if standard is not None and standard not in tried:
-                tried.append(standard)
+            tried = selection.shortlist(ranked, problem)
+            ranked = [choice for choice in ranked if choice not in tried]
             isolated = any(choice.variant.isolated for choice in tried)
             run = self._isolated.measure if isolated else measure
             result = run(problem, tried, seconds)
@@ -187,12 +183,11 @@ class Tuner:
                     message = f"{tried[index].name} is not used, {reason}, for {problem}"
                     warnings.warn(message, WrongResultWarning, stacklevel=2)
             if result.seconds:
-                timed = {
-                    tried[index].name: _timing(tried[index], result, index)
-                    for index in result.ranking
-                }
-                baseline = None if standard is None else timed.get(standard.name)
-                return Timings(tuple(timed.values()), baseline, tuple(rejected.items()))
+                timings = {tried[i]: _timing(tried[i], result, i) for i in result.ranking}
+                baselines = (t for c, t in timings.items() if selection.is_standard(c, problem))
+                return Timings(
+                    tuple(timings.values()), next(baselines, None), tuple(rejected.items())
+                )
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
         raise NoCorrectVariantError(problem=problem, reasons=reasons)
 
@@ -205,11 +200,6 @@ class Timings:
     timings: tuple[Timing, ...]
     baseline: Timing | None
     rejected: tuple[tuple[str, str], ...]
-
-
-def _is_standard(choice: Choice, problem: Problem) -> bool:
-    """Whether it is what gains are counted from: the first config of *dense*."""
-    return choice.variant.name == BASELINE and choice.config == choice.variant.configs(problem)[0]
 
 
 def _timing(choice: Choice, result: Measurement, index: int) -> Timing:

@@ -11,6 +11,7 @@ import torch
 
 from qlora_compile.kernels import registry, selection
 from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.kernels.selection import HANDFUL
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
@@ -19,7 +20,7 @@ from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.record import Timing
 from qlora_compile.tuning.store import RecordStore
-from qlora_compile.tuning.tuner import HANDFUL, RecordFile, Tuner, WrongResultWarning
+from qlora_compile.tuning.tuner import RecordFile, Tuner, WrongResultWarning
 from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning import odd_variants
 from tests.tuning.records import real_problem, sample_record

@@ -1,0 +1,89 @@
+"""The cost model against what was measured, and against switch-over points that were published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.tuning.ranking import LOOKED_AT, RESULTS, problem_set, ranked
+from qlora_compile.kernels.device_model import DEVICE_MODELS, CpuModel
+from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.problem import Direction, Problem
+
+DENSE, FUSED = (next(v for v in VARIANTS if v.name == name) for name in ("dense", "fused"))
+
+PROBLEM = Problem(
+    direction="forward",
+    m=1,
+    n=4096,
+    k=4096,
+    rank=16,
+    format="nf4",
+    block_size=64,
+    double_quantized=True,
+    x_dtype=torch.bfloat16,
+    compute_dtype=torch.bfloat16,
+    lora_dtype=torch.float32,
+    out_dtype=torch.bfloat16,
+    bias=False,
+    dropout=False,
+    keeps_low_rank=False,
+    device="cuda:0",
+)
+
+NEVER = 1 << 15
+
+
+def test_the_fastest_on_a_cpu_is_among_the_models_first() -> None:
+    """By the medians of bench/tuning/ranking.py, with the figures of the CPU it ran on."""
+    figures = json.loads(RESULTS.read_text())
+    cpu = CpuModel.from_json(figures["cpu"])
+    rows = [ranked(problem, cpu, figures["seconds"][str(problem)]) for problem in problem_set()]
+    assert len(rows) == 96
+    assert len(RESULTS.read_text()) == Path(RESULTS).stat().st_size
+    measured = [len(figures["seconds"][row.problem]) for row in rows]
+    # With fewer candidates than that there would be nothing to miss.
+    assert sum(count > LOOKED_AT for count in measured) > len(rows) / 3
+    hits = sum(row.position < LOOKED_AT for row in rows)
+    assert hits >= 0.9 * len(rows)
+    first = sum(row.position == 0 for row in rows)
+    assert first >= 0.6 * len(rows)
+
+
+def switch_over(card: str, direction: Direction) -> int:
+    """The most rows up to which decoding in the loop costs no more than dequantise + vendor GEMM;
+    NEVER or more where it does not end."""
+    model = next(each for each in DEVICE_MODELS if each.name == card)
+    last = 0
+    with assuming(model.target, kind="cuda"):
+        for m in range(16, 2 * NEVER, 16):
+            problem = replace(PROBLEM, m=m, direction=direction)
+            seconds = {
+                variant: min(variant.cost(problem, c, model) for c in variant.configs(problem))
+                for variant in (DENSE, FUSED)
+            }
+            if seconds[FUSED] > seconds[DENSE]:
+                break
+            last = m
+    return last
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("card", "published"),
+    [("A100", 450), ("H100", 1100), ("H200", 700), ("B200", 400), ("RTX 4090", None)],
+)
+def test_switch_over_points_are_reproduced(
+    card: str, published: int | None, direction: Direction
+) -> None:
+    """Published for K = 4096, rank 16; None: decoding in the loop never loses."""
+    found = switch_over(card, direction)
+    if published is None:
+        assert found >= NEVER
+    else:
+        assert published / 2 <= found <= published * 2
