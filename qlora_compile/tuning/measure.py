@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,17 @@ def measure(
     that are clearly slower are dropped on the way. on_run is called with a candidate's index before
     each of its runs; `skipped` ones do not run.
     """
+    with _plain(problem.device):
+        return _measured(problem, candidates, seconds, on_run, skipped)
+
+
+def _measured(
+    problem: Problem,
+    candidates: Sequence[Choice],
+    seconds: float,
+    on_run: Callable[[int], None],
+    skipped: Sequence[int],
+) -> Measurement:
     result = Measurement()
     tried = [index for index in range(len(candidates)) if index not in skipped]
     try:
@@ -119,6 +131,14 @@ def measure(
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
+
+
+@contextmanager
+def _plain(device: str) -> Iterator[None]:
+    """As an op runs, whatever the caller has switched on around it."""
+    kind = torch.device(device).type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+        yield
 
 
 def _rotation(problem: Problem) -> list[Operands]:

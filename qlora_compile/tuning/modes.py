@@ -30,7 +30,7 @@ def check_mode(tune: str | os.PathLike[str]) -> str:
     use_measured_cpu(cache_folder(), measures=False)
     tuner = tuner_of(mode)
     if tuner is not None and mode == AUTO:
-        tuner.budget = AUTO_BUDGET
+        tuner.refresh(AUTO_BUDGET)
     return mode
 
 

@@ -44,6 +44,10 @@ class WrongResultWarning(UserWarning):
     """A variant computed wrong numbers and will not be chosen: a bug of this package."""
 
 
+class NotMeasuredWarning(UserWarning):
+    """None of a problem's candidates could be timed; it stays modelled."""
+
+
 class Records(Protocol):
     """Where records are looked up."""
 
@@ -107,6 +111,11 @@ class Tuner:
         finally:
             self._isolated.close()
 
+    def refresh(self, budget: float) -> None:
+        """Gives a new budget, also to what an earlier one did not reach."""
+        self.budget = budget
+        self._modelled.clear()
+
     def ensure_missed(self) -> None:
         """What calls have asked for and nobody had measured, unless autograd is waiting for us."""
         if torch._C._current_graph_task_id() == -1:
@@ -140,15 +149,17 @@ class Tuner:
             with self.store.exclusive(problem, here, timeout=_WAIT) as mine:
                 yield mine
 
-    def _measure(self, problem: Problem, here: Fingerprint | None, remaining: int) -> Choice:
+    def _measure(self, problem: Problem, here: Fingerprint | None, remaining: int) -> Choice | None:
         start = time.monotonic()
         each = self.budget / remaining
         seconds = each if self.each is None else min(self.each, each)
         if problem.device == "cpu":
             use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
         measured = self._timings(problem, seconds)
-        self.measurements += 1
         self.budget -= time.monotonic() - start
+        if measured is None:
+            return None
+        self.measurements += 1
         if here is not None and isinstance(self.store, RecordStore):
             self.store.append(
                 Record(
@@ -165,8 +176,9 @@ class Tuner:
         logger.info("measured %s for %s", choice.name, problem)
         return choice
 
-    def _timings(self, problem: Problem, seconds: float) -> Timings:
-        """Of a handful of candidates, and of more only while none of them is right."""
+    def _timings(self, problem: Problem, seconds: float) -> Timings | None:
+        """Of a handful of candidates, and of more only while none of them is right; None where
+        none could run."""
         ranked = selection.candidates(
             problem, device_model(problem.device, target_of(problem.device))
         )
@@ -175,6 +187,10 @@ class Tuner:
             tried = selection.shortlist(ranked, problem)
             ranked = [choice for choice in ranked if choice not in tried]
             isolated = any(choice.variant.isolated for choice in tried)
+            if isolated and torch.cuda.is_initialized():
+                # The other process needs what this one holds without using it.
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
             run = self._isolated.measure if isolated else measure
             result = run(problem, tried, seconds)
             for index, reason in result.rejected.items():
@@ -189,7 +205,12 @@ class Tuner:
                     tuple(timings.values()), next(baselines, None), tuple(rejected.items())
                 )
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
-        raise NoCorrectVariantError(problem=problem, reasons=reasons)
+        if any(reason.startswith(WRONG) for reason in rejected.values()):
+            raise NoCorrectVariantError(problem=problem, reasons=reasons)
+        # Memory that is short now, beside what is measured, may do for the call itself.
+        message = f"{problem} is chosen by the cost model, no candidate could be timed:\n{reasons}"
+        warnings.warn(message, NotMeasuredWarning, stacklevel=2)
+        return None
 
 
 @dataclass(frozen=True)

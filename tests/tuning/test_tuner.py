@@ -20,7 +20,7 @@ from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.record import Timing
 from qlora_compile.tuning.store import RecordStore
-from qlora_compile.tuning.tuner import RecordFile, Tuner, WrongResultWarning
+from qlora_compile.tuning.tuner import NotMeasuredWarning, RecordFile, Tuner, WrongResultWarning
 from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning import odd_variants
 from tests.tuning.records import real_problem, sample_record
@@ -145,6 +145,31 @@ def test_out_of_memory_rejects_the_candidate_alone(
     expected = "OutOfMemoryError: tried to allocate 1 PiB"
     assert record.rejected == (("out_of_memory whole float32", expected),)
     assert selection.select(PROBLEM, SOURCE).variant.name != "out_of_memory"
+
+
+def test_when_nothing_can_run_the_cost_model_chooses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.OutOfMemory())
+    used = tuner(tmp_path)
+    message = "is chosen by the cost model, no candidate could be timed:\n  out_of_memory whole"
+    with pytest.warns(NotMeasuredWarning, match=message):
+        used.ensure([PROBLEM])
+    assert used.measurements == 0
+    assert selection.select(PROBLEM, SOURCE).measured is None
+    used.refresh(60.0)
+    offer(monkeypatch, *VARIANTS)
+    used.ensure([PROBLEM])
+    assert used.measurements == 1
+
+
+def test_what_is_on_around_it_does_not_matter(tmp_path: Path) -> None:
+    """The ops switch autocast off; a first call may come in inference mode."""
+    problems = [PROBLEM, replace(PROBLEM, direction="backward")]
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        tuner(tmp_path).ensure(problems)
+    for record in RecordStore(tmp_path).read().values():
+        assert not record.rejected
 
 
 def test_a_bug_is_not_taken_for_a_slow_candidate(
