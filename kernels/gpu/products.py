@@ -275,5 +275,9 @@ def _padded(rank: int) -> int:
 
 
 def _splits(programs: int, steps: int) -> int:
-    """Into how many parts a reduction of `steps` is cut so that the programs fill a card."""
-    return max(1, min(_PROGRAMS // max(programs, 1), steps // 4))
+    """Into how many parts a reduction of `steps` is cut so that the programs fill a card.
+
+    A power of two, as the kernels are compiled for each: row counts of one bucket need one or two.
+    """
+    most = max(1, min(_PROGRAMS // max(programs, 1), steps // 4))
+    return 1 << (most.bit_length() - 1)

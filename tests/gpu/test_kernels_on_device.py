@@ -6,6 +6,7 @@ They need a CUDA or ROCm device, and a process in which Triton compiles.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,12 @@ from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.kernels.selection import select
-from qlora_compile.kernels.variants.base import Config, LinearSpec
+from qlora_compile.kernels.variants.base import Config, LinearSpec, Variant
+from qlora_compile.kernels.variants.dense import Dense
+from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from qlora_compile.tuning.store import RecordStore
+from qlora_compile.tuning.tuner import Tuner
 from tests.kernels.linear_cases import DTYPES, Call, Case
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, calls
@@ -37,7 +42,7 @@ def target() -> str:
 
 
 def on_device(
-    call: Call, variant: TritonVariant, config: Config, backward_config: Config | None = None
+    call: Call, variant: Variant, config: Config, backward_config: Config | None = None
 ) -> dict[str, Tensor]:
     results = call.on(DEVICE).fused(variant, None, config, backward_config)
     return {name: value.cpu() for name, value in results.items()}
@@ -54,7 +59,31 @@ def test_error_of_output_and_gradients(
         data.draw(st.sampled_from(variant.configs_on(target(), call.problem(direction))))
         for direction in ("forward", "backward")
     )
-    assert_no_worse_than_plain(call, on_device(call, variant, forward, backward))
+    results = call.on(DEVICE).fused(variant, None, forward, backward, data.draw(st.booleans()))
+    assert_no_worse_than_plain(call, {name: value.cpu() for name, value in results.items()})
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_dense_over_tritons_decoder(data: st.DataObject) -> None:
+    call = data.draw(calls(Tail(), data.draw(st.sampled_from(FORMATS)).name, target()))
+    variant = Dense()
+    config = variant.configs(call.on(DEVICE).problem("forward"))[0]
+    assert config.decoder is not None
+    assert_no_worse_than_plain(call, on_device(call, variant, config))
+
+
+def test_the_tuner_measures_in_another_process(tmp_path: Path) -> None:
+    call = Case((64,), 512, 512, 16, dtypes=DTYPES[2]).build().on(DEVICE)
+    store = RecordStore(tmp_path)
+    tuner = Tuner("gpu", store, 300.0, each=0.2)
+    problems = [call.problem(direction) for direction in ("forward", "backward")]
+    tuner.ensure(problems)
+    assert tuner.measurements == len(store.read()) == 2
+    for record in store.read().values():
+        assert record.baseline is not None
+        assert len(record.timings) > 1
+        assert not record.rejected
 
 
 @settings(max_examples=100)

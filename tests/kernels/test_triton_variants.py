@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.variants.dense import Dense, DenseConfig
+from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
 from tests.kernels.linear_cases import DTYPES, Case
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, TRITON_VARIANTS, calls, configs
 
 pytestmark = pytest.mark.usefixtures("interpreting")
+
+DENSE, TAIL = Dense(), Tail()
 
 
 @pytest.mark.parametrize(("variant", "format"), PAIRS, ids=PAIR_IDS)
@@ -31,7 +35,22 @@ def test_error_of_output_and_gradients(
 ) -> None:
     call = data.draw(calls(variant, format))
     config = data.draw(st.sampled_from(configs(variant, format)))
-    assert_no_worse_than_plain(call, call.fused(variant, config=config))
+    keeps = data.draw(st.booleans())
+    assert_no_worse_than_plain(call, call.fused(variant, config=config, keeps=keeps))
+
+
+@pytest.mark.parametrize("decoder", ["plain", "prmt"])
+@pytest.mark.parametrize("format", [f.name for f in FORMATS])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_dense_over_tritons_decoder(format: str, decoder: str, data: st.DataObject) -> None:
+    call = data.draw(calls(TAIL, format))
+    dtype = call.case.dtypes.compute
+    if decoder == "plain" and data.draw(st.booleans()):
+        dtype = torch.float32
+        call = replace(call.case, dtypes=DTYPES[1]).build()
+    config = DenseConfig(dtype, decoder=decoder)
+    assert_no_worse_than_plain(call, call.fused(DENSE, config=config))
 
 
 GEMM_CONFIGS = [

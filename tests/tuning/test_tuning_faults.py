@@ -18,12 +18,16 @@ KILLS = 50
 def test_killed_tuners_lose_no_finished_record(writers: Writers, tmp_path: Path) -> None:
     writers.start(f"tune_some {tmp_path} 1 1")  # measures the CPU too, once for all
     writers.until_dead()
+    before = time.monotonic()
+    writers.start(f"tune_some {tmp_path} 2 1")
+    writers.until_dead()
+    usual = time.monotonic() - before
     rng = random.Random(0)
-    tuned = {1}
-    start = 2
+    tuned = {1, 2}
+    start = 3
     for _ in range(KILLS):
         [child] = writers.start(f"tune_until_killed {tmp_path} {start}")
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.uniform(0, 3 * usual))
         os.kill(child, signal.SIGKILL)
         said, codes = writers.until_dead()
         assert codes == [-signal.SIGKILL]
@@ -34,7 +38,7 @@ def test_killed_tuners_lose_no_finished_record(writers: Writers, tmp_path: Path)
         assert tuned <= found <= tuned | {start}
         tuned |= found
         start = max(tuned) + 1
-    assert len(tuned) > KILLS / 2
+    assert len(tuned) > KILLS / 5
 
 
 def test_eight_tuners_measure_each_problem_once(writers: Writers, tmp_path: Path) -> None:
