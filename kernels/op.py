@@ -50,6 +50,12 @@ def linear_problem(
     )
 
 
+def hinted_rows(x: Tensor, k: int) -> int:
+    """Rows of x [..., k]; a dynamic dimension stands for many, what it was at capture is one."""
+    rows: Any = x.numel() // k if k else 0
+    return rows if isinstance(rows, int) else rows.node.hint or 0
+
+
 # No defaults in the schemas: autograd of custom ops drops defaulted arguments and then miscounts
 # the tensors of a list.
 def qlora_linear(
@@ -83,9 +89,7 @@ def qlora_linear(
     keeps, source = False, current_source()
     trained = any(factor is not None and factor.requires_grad for factor in (lora_a, lora_b))
     if trained and torch.is_grad_enabled():
-        rows = x.numel() // k if k else 0
-        # A dynamic dimension stands for many; what it was at capture is one of them.
-        rows = rows if isinstance(rows, int) else rows.node.hint or 0
+        rows = hinted_rows(x, k)
         tensors = LinearTensors(x, planes, bias, lora_a, lora_b, seed)
         problem = linear_problem("forward", rows, tensors, linear_spec(*constants))
         keeps = keeps_low_rank(problem, source)

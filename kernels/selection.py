@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+import torch
+
 from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import registry
-from qlora_compile.kernels.device_model import DeviceModel, device_model
+from qlora_compile.kernels.device_model import CPU, DeviceModel, device_model
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import Config, Variant
 from qlora_compile.problem import Direction, Problem
@@ -58,12 +60,21 @@ class Choice:
         return f"{self.variant.name} {self.config.label}".removesuffix(" -")
 
 
-def choose(problem: Problem, records: Mapping[Problem, Choice], model: DeviceModel) -> Choice:
-    """The recorded choice for `problem`, else the one with the least modelled cost.
+def choose(
+    problem: Problem,
+    records: Mapping[Problem, Choice],
+    model: DeviceModel,
+    excluded: Collection[str] = (),
+) -> Choice:
+    """The recorded choice for `problem`, else the one with the least modelled cost, unless its name
+    is `excluded`.
 
     A pure function of its arguments. Raises NoVariantError as `candidates` does.
     """
-    return records.get(problem) or candidates(problem, model)[0]
+    if problem in records:
+        return records[problem]
+    ranked = candidates(problem, model)
+    return next((choice for choice in ranked if choice.name not in excluded), ranked[0])
 
 
 def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
@@ -105,8 +116,10 @@ def is_standard(choice: Choice, problem: Problem) -> bool:
     return choice.variant.name == BASELINE and choice.config == choice.variant.configs(problem)[0]
 
 
-_records: dict[str, dict[Problem, Choice]] = {}
+_Key = tuple[Problem, int]
+_records: dict[str, dict[_Key, Choice]] = {}
 _missed: dict[str, dict[Problem, None]] = {}
+_excluded: dict[tuple[str, _Key], frozenset[str]] = {}
 _keeping: dict[tuple[Problem, str], bool] = {}
 _source: ContextVar[str] = ContextVar("source", default=MODELLED)
 
@@ -120,13 +133,26 @@ def select(problem: Problem, source: str = MODELLED) -> Choice:
 
 def look_up(problem: Problem, source: str = MODELLED) -> Choice:
     """As `select`, for whoever only wants to know."""
-    model = device_model(problem.device, target_of(problem.device))
-    return recorded(source, problem) or _modelled(problem, model)
+    known = recorded(source, problem)
+    return known if known is not None else _look_up_modelled(problem, source)
+
+
+def _look_up_modelled(problem: Problem, source: str) -> Choice:
+    target = target_of(problem.device)
+    # Without records the choice is the same on every run: no figures that were measured, either.
+    model = CPU if target is None and source == MODELLED else device_model(problem.device, target)
+    excluded = _excluded.get((source, _key(problem)), frozenset())
+    return _modelled(problem, model, excluded)
 
 
 @functools.lru_cache(maxsize=4096)
-def _modelled(problem: Problem, model: DeviceModel) -> Choice:
-    return choose(problem, {}, model)
+def _modelled(problem: Problem, model: DeviceModel, excluded: frozenset[str]) -> Choice:
+    return choose(problem, {}, model, excluded)
+
+
+def _key(problem: Problem) -> _Key:
+    """A choice measured on so many threads holds for no other number."""
+    return problem, torch.get_num_threads() if problem.device == "cpu" else 0
 
 
 def keeps_low_rank(problem: Problem, source: str = MODELLED) -> bool:
@@ -145,9 +171,15 @@ def prefers_keeping(problem: Problem, source: str = MODELLED) -> bool:
     key = replace(problem, keeps_low_rank=False), source
     if key in _keeping or not problem.rank:
         return _keeping.get(key, False)
+    problems = problems_of_call(problem, trains=True)
+    # Measured seconds are compared with measured ones only.
+    choices = [recorded(source, each) for each in problems]
+    if None in choices:
+        choices = [_look_up_modelled(each, source) for each in problems]
     seconds = {True: 0.0, False: 0.0}
-    for each in problems_of_call(problem, trains=True):
-        seconds[each.keeps_low_rank] += look_up(each, source).seconds
+    for each, choice in zip(problems, choices, strict=True):
+        assert choice is not None
+        seconds[each.keeps_low_rank] += choice.seconds
     return seconds[True] < seconds[False]
 
 
@@ -164,12 +196,23 @@ def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
 
 def remember(source: str, problem: Problem, choice: Choice) -> None:
     """Makes `choice` the answer of `source` for `problem`."""
-    _records.setdefault(source, {})[problem] = choice
+    _records.setdefault(source, {})[_key(problem)] = choice
     _missed.get(source, {}).pop(problem, None)
 
 
 def recorded(source: str, problem: Problem) -> Choice | None:
-    return _records.get(source, {}).get(problem)
+    return _records.get(source, {}).get(_key(problem))
+
+
+def exclude(source: str, problem: Problem, names: Collection[str]) -> None:
+    """Has the cost model not choose these candidates for `problem`."""
+    _excluded[source, _key(problem)] = frozenset(names)
+
+
+def forget_source(source: str) -> None:
+    """Its records and misses."""
+    _records.pop(source, None)
+    _missed.pop(source, None)
 
 
 def take_missed(source: str) -> list[Problem]:
@@ -179,7 +222,7 @@ def take_missed(source: str) -> list[Problem]:
 
 def forget() -> None:
     """Everything found out so far: records, misses and decisions."""
-    for known in (_records, _missed, _keeping):
+    for known in (_records, _missed, _excluded, _keeping):
         known.clear()
     _modelled.cache_clear()
 

@@ -60,7 +60,7 @@ def optimize(
     all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
     scope: compile each repeated block, or the whole model as one region.
     tune: how the implementation of every fused op is chosen. "auto": by records of earlier
-    measurements in the cache folder; what has none is measured on first use, for a minute at most,
+    measurements in the cache folder; what has none is measured on first use, for about a minute,
     and remembered. "off": by the same records, but nothing is measured. "model": by the cost model
     alone. A path: by the records of that file or folder. What has no record is modelled.
     example_inputs: keyword arguments of `model`, needed by strict where the model is not a

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from qlora_compile.errors import PassError
-from qlora_compile.kernels.op import linear_problem, linear_spec
+from qlora_compile.kernels.op import hinted_rows, linear_problem, linear_spec
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
@@ -81,11 +80,8 @@ def _fused_site(call: dict) -> FusedSite:
     assert x is not None
     tensors = LinearTensors(x, call["planes"], bias, lora_a, lora_b, seed)
     spec = linear_spec(*list(call.values())[len(_TENSORS) :])
-    rows: Any = x.numel() // spec.k if spec.k else 0
-    # A dynamic dimension stands for many; what it was when the graph was captured is one of them.
-    rows = rows if isinstance(rows, int) else rows.node.hint or 0
     return FusedSite(
-        forward=linear_problem("forward", rows, tensors, spec),
+        forward=linear_problem("forward", hinted_rows(x, spec.k), tensors, spec),
         dropout=spec.dropout,
         trains=torch.is_grad_enabled(),
     )

@@ -110,7 +110,7 @@ def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
     known = sum(choice is not None for choice in found.values()) - tuner.measurements
     left = len(found) - known - tuner.measurements
     told = [f"{tuner.measurements} problems measured, {known} known before"]
-    told += [f"{left} not reached: give more --budget"] if left else []
+    told += [f"{left} not measured: give more --budget, or see what is said above"] * bool(left)
     typer.echo(f"\n{', '.join(told)}; records in {store.folder}")
 
 

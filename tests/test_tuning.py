@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 import qlora_compile
 from qlora_compile.cli import app
 from qlora_compile.kernels import selection
-from qlora_compile.tuning import modes
+from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners
 from qlora_compile.tuning.errors import TuneModeError
 from qlora_compile.tuning.modes import tuner_of
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.tuner import Tuner
+from qlora_compile.tuning.warning import RecordWarning
 from tests.test_equality import lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -41,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         original(self, *arguments, **{**options, "each": 0.005})
 
     monkeypatch.setattr(Tuner, "__init__", brief)
-    modes._tuner.cache_clear()
+    modes._tuners.clear()
     return tmp_path / "cache"
 
 
@@ -59,7 +60,7 @@ def measurements(mode: str = "auto") -> int:
 def new_process() -> None:
     """Forgets what a new process would not know."""
     selection.forget()
-    modes._tuner.cache_clear()
+    modes._tuners.clear()
     torch._dynamo.reset()
 
 
@@ -174,6 +175,30 @@ def test_shipped_records_are_used(cache: Path, tmp_path: Path, form: str) -> Non
 
 
 @pytest.mark.usefixtures("without_inductor")
+def test_a_copy_survives_its_records(cache: Path, tmp_path: Path) -> None:
+    step(optimized(), tokens())
+    shipped = tmp_path / "shipped.jsonl"
+    RecordStore(cache).export(shipped, None)
+    pickled = pickle.dumps(optimized(tune=shipped))
+    shipped.unlink()
+    new_process()
+    model = pickle.loads(pickled)
+    with pytest.warns(RecordWarning, match="is gone"):
+        step(model, tokens())
+    chosen = qlora_compile.explain(model).sites[0].forward
+    assert chosen is not None
+    assert not chosen.measured
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_first_step_may_come_under_autocast(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuners, "use_measured_cpu", cpu_figures.use_measured_cpu)
+    step(optimized(), tokens(), autocast=True)
+    assert measurements() > 0
+    cpu_figures.use_cpu_model(cpu_figures.CPU)
+
+
+@pytest.mark.usefixtures("without_inductor")
 def test_models_with_different_modes_live_side_by_side(cache: Path) -> None:
     tuned, modelled = optimized(), optimized(tune="model")
     for model in (tuned, modelled, tuned):
@@ -223,7 +248,7 @@ def test_copies_and_pickles_go_on_with_the_same_records(cache: Path) -> None:
         assert chosen.measured
 
 
-@pytest.mark.parametrize("bad", ["autom", "no/such/file.jsonl", 3, None])
+@pytest.mark.parametrize("bad", ["autom", "no/such/file.jsonl", "", 3, None])
 def test_a_bad_mode_is_an_error_before_anything_changed(bad: Any) -> None:
     model = toy()
     before = {name: type(module) for name, module in model.named_modules()}
@@ -264,7 +289,7 @@ class TestCommand:
         first = self.run(*words)
         assert "6 problems measured, 0 known before" in first
         assert "backward 8x24x64 rank 2, nf4/64 double, bfloat16, adapter float32, S kept" in first
-        modes._tuner.cache_clear()
+        modes._tuners.clear()
         selection.forget()
         assert "0 problems measured, 6 known before" in self.run(*words)
         assert "6 problems measured, 0 known" in self.run(*words, "--again")
@@ -272,8 +297,8 @@ class TestCommand:
 
     def test_what_the_budget_does_not_reach_is_said(self, cache: Path) -> None:
         text = self.run("--shapes", "8x24x64x2", "--budget", "0.000001s")
-        assert "1 problems measured, 0 known before, 3 not reached: give more --budget" in text
-        assert text.count("not measured") == 3
+        assert "1 problems measured, 0 known before, 3 not measured: give more --budget" in text
+        assert text.count("not measured  ") == 3
 
     @pytest.mark.parametrize(
         ("words", "message"),

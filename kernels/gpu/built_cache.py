@@ -56,10 +56,14 @@ def use_built_cache() -> None:
     manifest = Path(knobs.cache.dir) / MANIFEST
     if knobs.cache.manager_class is not None or not manifest.is_file():
         return
-    knobs.cache.manager_class = BuiltCache
-    built = json.loads(manifest.read_text())["builder"]
     here = builder()
-    differing = [name for name in here if built[name] != here[name]]
+    try:
+        built = json.loads(manifest.read_text())["builder"]
+        differing = [name for name in here if built[name] != here[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%r): its kernels are not used", manifest, error)
+        return
+    knobs.cache.manager_class = BuiltCache
     if differing:
         logger.warning(
             "the kernels in %s were built with another %s, so that some or all are compiled again; "

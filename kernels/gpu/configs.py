@@ -132,9 +132,10 @@ def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> in
     return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
 
 
-def dequantize_decoder(target: str | None) -> str:
-    """Of the standalone dequantisation; None is no device, hence the interpreter."""
-    return "prmt" if target is not None and target.startswith("sm_") else "plain"
+def dequantize_decoder(target: str | None, dtype: torch.dtype) -> str:
+    """Of the standalone dequantisation to `dtype`; None is no device, hence the interpreter."""
+    packs = dtype in (torch.bfloat16, torch.float16)
+    return "prmt" if packs and target is not None and target.startswith("sm_") else "plain"
 
 
 FUSED_UTILIZATION = {

@@ -217,7 +217,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
                     case = _Case(quant_format.name, dtype, rank, double)
-                    decoder = dequantize_decoder(target)
+                    decoder = dequantize_decoder(target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     with recording() as launches:
                         dequantize(_planes(case), case.spec, dtype, decoder, up)

@@ -49,7 +49,7 @@ class Augmented(TritonVariant):
     def _workspace(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         from qlora_compile.kernels.gpu.products import dequantize
 
-        decoder = dequantize_decoder(target_of(str(tensors.x.device)))
+        decoder = dequantize_decoder(target_of(str(tensors.x.device)), spec.compute_dtype)
         planes = list(tensors.planes)
         return dequantize(planes, spec, spec.compute_dtype, decoder, tensors.lora_b, spec.scaling)
 

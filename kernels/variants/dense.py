@@ -79,7 +79,7 @@ class Dense(Variant):
             plain = DenseConfig(own)
             if target is None or decode_reasons(target, problem):
                 return (plain,)
-            return (replace(plain, decoder=dequantize_decoder(target)), plain)
+            return (replace(plain, decoder=dequantize_decoder(target, own)), plain)
         dtypes = native_dtypes(own)
         configs = []
         for dtype in dtypes:

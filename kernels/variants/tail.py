@@ -40,7 +40,7 @@ class Tail(GemmVariant):
         if spec.format is None:
             weight = with_contiguous_rows(planes[0].to(spec.compute_dtype))
         else:
-            decoder = dequantize_decoder(target_of(str(x.device)))
+            decoder = dequantize_decoder(target_of(str(x.device)), spec.compute_dtype)
             weight = dequantize(planes, spec, spec.compute_dtype, decoder)
         gemm(x, [weight], spec, config, out, **options)
 

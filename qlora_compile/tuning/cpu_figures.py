@@ -17,6 +17,7 @@ from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.tuning.files import replace_file
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
+from qlora_compile.tuning.plain_mode import plain_mode
 from qlora_compile.tuning.warning import warn_of_folder
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,11 +28,11 @@ _REPEATS = 5
 def measure_cpu() -> CpuModel:
     """The CPU as torch's present number of threads uses it; the best of a few runs each."""
     gemm, thin, decode = [], [], []
-    weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0), device="cpu")
     quant_format = format_named("nf4")
     packed = quant_format.quantize(weight, double_quantize=True)
     for dtype in _DTYPES:
-        x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype), weight.to(dtype)
+        x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu"), weight.to(dtype)
         out, low = x @ w, x[:, :_RANK].contiguous()
         a = w[:_RANK]
         gemm.append(
@@ -39,15 +40,16 @@ def measure_cpu() -> CpuModel:
         )
         seconds = _best(lambda x=x, a=a: x @ a.t()) + _best(lambda x=x, low=low: low.t() @ x)
         thin.append(4 * _ROWS * _WIDTH * _RANK / seconds)
-        decoded = torch.empty(_WIDTH, _WIDTH, dtype=dtype)
+        decoded = torch.empty(_WIDTH, _WIDTH, dtype=dtype, device="cpu")
         seconds = _best(
             lambda dtype=dtype, decoded=decoded: quant_format.dequantize_rows(
                 packed, 0, _WIDTH, dtype, decoded
             )
         )
         decode.append(seconds / _WIDTH**2)
-    source, target = torch.ones(1 << 23), torch.empty(1 << 23)
-    small, seed = torch.ones(64, 1024), torch.tensor([1])
+    source = torch.ones(1 << 23, device="cpu")
+    target = torch.empty_like(source)
+    small, seed = torch.ones(64, 1024, device="cpu"), torch.tensor([1], device="cpu")
     copy = _best(lambda: target.copy_(source))
     mask = _best(lambda: keep_mask(seed, 0, 0.1, (0, _ROWS), _WIDTH, torch.float32))
     return CpuModel(
@@ -92,7 +94,8 @@ def use_measured_cpu(folder: Path | None, *, measures: bool = True) -> None:
     if model is None:
         if not measures:
             return
-        model = measure_cpu()
+        with plain_mode("cpu"):
+            model = measure_cpu()
         if path is not None:
             _keep(path, model)
     use_cpu_model(model)

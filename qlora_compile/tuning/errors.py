@@ -41,3 +41,7 @@ class TuneModeError(QloraCompileError, ValueError):
         "tune={value!r} is neither 'auto', 'off' or 'model' nor the path of an existing file or "
         "folder of records"
     )
+
+
+class CandidateError(QloraCompileError):
+    template = "measuring {candidate} for {problem} raised\n{traceback}"

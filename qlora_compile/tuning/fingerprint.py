@@ -99,7 +99,7 @@ def established(device: str) -> Fingerprint:
             raise _Unestablished("fingerprints are of cpu and cuda devices")
         found = Fingerprint(
             kernels=_kernels_digest(registry.VARIANTS),
-            torch=f"{torch.__version__} cuda={torch.version.cuda} hip={torch.version.hip}",
+            torch=_torch_version(),
             triton=_triton_version(),
             driver=driver,
             device=name,
@@ -110,6 +110,12 @@ def established(device: str) -> Fingerprint:
     if "" in astuple(found):
         raise FingerprintError(device=device, problem=f"a part of {found} is empty")
     return found
+
+
+def _torch_version() -> str:
+    """And its setting of what float32 products may be computed in."""
+    built = f"cuda={torch.version.cuda} hip={torch.version.hip}"
+    return f"{torch.__version__} {built} float32={torch.get_float32_matmul_precision()}"
 
 
 class _Unestablished(Exception):

@@ -13,7 +13,7 @@ import torch
 
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.problem import Problem
-from qlora_compile.tuning.errors import TuningProcessError
+from qlora_compile.tuning.errors import CandidateError, TuningProcessError
 from qlora_compile.tuning.measure import Measurement
 
 _WORKER = "qlora_compile.tuning.worker"
@@ -22,41 +22,44 @@ _WORKER = "qlora_compile.tuning.worker"
 class IsolatedMeasurement:
     """One worker process, started on first use and again after each death."""
 
-    def __init__(self, limit: float = 120.0) -> None:
-        """limit: seconds one candidate may take, compiling included."""
-        self.limit = limit
+    def __init__(self) -> None:
         self._worker: tuple[subprocess.Popen, Connection, Connection] | None = None
 
     def measure(
-        self, problem: Problem, candidates: Sequence[Choice], seconds: float
+        self, problem: Problem, candidates: Sequence[Choice], seconds: float, limit: float = 120.0
     ) -> Measurement:
-        """As `measure.measure`; a candidate that kills the process, or hangs, is rejected.
+        """As `measure.measure`; a candidate that kills the process, or runs for more than `limit`
+        seconds, compiling included, is rejected.
 
-        Raises TuningProcessError if the process dies before any candidate ran.
+        Raises TuningProcessError if the process dies before any candidate ran, and CandidateError
+        for what a candidate raises without being rejected for it.
         """
         lost: dict[int, str] = {}
         while True:
             _, requests, replies = self._started()
-            threads = torch.get_num_threads()
             running: int | None = None
+            state = torch.get_num_threads(), torch.get_float32_matmul_precision()
             try:
-                requests.send((threads, problem, tuple(candidates), seconds, tuple(lost)))
-                while replies.poll(self.limit + seconds):
+                requests.send((*state, problem, tuple(candidates), seconds, tuple(lost)))
+                while replies.poll(limit + seconds):
                     reply = replies.recv()
                     if isinstance(reply, Measurement):
                         reply.rejected |= lost
                         return reply
+                    if isinstance(reply, str):
+                        name = "making operands" if running is None else candidates[running].name
+                        raise CandidateError(candidate=name, problem=problem, traceback=reply)
                     running = reply
-                reason = f"it did not return within {self.limit:.0f} s"
-                self.close()
+                reason = f"it did not return within {limit:.0f} s"
+                self.close(wait=0.0)
             except (EOFError, BrokenPipeError):
                 reason = f"it took its process down ({self.close()})"
             if running is None:
                 raise TuningProcessError(problem=reason)
             lost[running] = reason
 
-    def close(self) -> str:
-        """Ends the process; returns how it ended."""
+    def close(self, wait: float = 5.0) -> str:
+        """Ends the process, by force after `wait` seconds; returns how it ended."""
         if self._worker is None:
             return "not running"
         process, requests, replies = self._worker
@@ -64,7 +67,7 @@ class IsolatedMeasurement:
         requests.close()
         replies.close()
         try:
-            code = process.wait(5)
+            code = process.wait(wait)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,13 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.problem import Problem
 from qlora_compile.tuning.correctness import Correctness
 from qlora_compile.tuning.operands import Operands, operands
+from qlora_compile.tuning.plain_mode import plain_mode
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""More than any last-level cache: each run finds its operands in memory."""
-
 _LARGEST_ROTATION = 8
+"""Runs take turns among copies of the operands, up to that many bytes or copies: not among so many
+that making them would take longer than the timing."""
+
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
 _FEWEST_UNDISTURBED, _PATIENCE = 4, 3
 """Timings each candidate should have that nothing disturbed; for them it may take so many times as
@@ -28,9 +30,16 @@ _DISTURBED = 2.0
 _CLEARLY_WORSE = 1.25
 """A candidate whose best time is above this many medians of the fastest is timed no more."""
 
-REJECTED = (torch.OutOfMemoryError, MemoryError, RuntimeError)
-"""What a candidate may raise and be rejected for it: torch's and Triton's own errors. Anything else
-is a mistake in a variant and goes on to the caller."""
+
+def rejected_errors() -> tuple[type[Exception], ...]:
+    """What a candidate may raise and be rejected for it: torch's and Triton's own errors. Anything
+    else is a mistake in a variant and goes on to the caller."""
+    errors: tuple[type[Exception], ...] = (MemoryError, RuntimeError)
+    if importlib.util.find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        errors += (TritonError,)
+    return errors
 
 
 @dataclass
@@ -77,7 +86,7 @@ def measure(
     that are clearly slower are dropped on the way. on_run is called with a candidate's index before
     each of its runs; `skipped` ones do not run.
     """
-    with _plain(problem.device):
+    with plain_mode(problem.device):
         return _measured(problem, candidates, seconds, on_run, skipped)
 
 
@@ -93,8 +102,8 @@ def _measured(
     try:
         rotation = _rotation(problem)
         correctness = Correctness(rotation[0])
-    except torch.OutOfMemoryError as error:
-        result.rejected = dict.fromkeys(tried, f"no memory for its operands: {_first_line(error)}")
+    except rejected_errors() as error:
+        result.rejected = dict.fromkeys(tried, f"its operands cannot be made: {_first_line(error)}")
         return result
     for index in tried:
         choice = candidates[index]
@@ -102,8 +111,12 @@ def _measured(
         try:
             wrong = correctness.problem_with(choice)
             _timed(rotation[-1], choice)
-        except REJECTED as error:
+        except rejected_errors() as error:
             wrong = _first_line(error)
+        if wrong is not None and torch.device(problem.device).type == "cuda":
+            # A fault stays with the context and would fail the others: here it ends the process,
+            # while the one that ran is known.
+            torch.cuda.synchronize(problem.device)
         if wrong is None:
             result.seconds[index] = []
         else:
@@ -131,14 +144,6 @@ def _measured(
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
-
-
-@contextmanager
-def _plain(device: str) -> Iterator[None]:
-    """As an op runs, whatever the caller has switched on around it."""
-    kind = torch.device(device).type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-        yield
 
 
 def _rotation(problem: Problem) -> list[Operands]:

@@ -70,22 +70,46 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What was measured for a portable `problem`.
+class Timings:
+    """What was measured of a problem.
 
     `timings` are of the candidates that computed correctly, fastest first, at least one;
     `baseline` is of the variant *dense* in its standard config, in the same run, None where that
-    was not among them; `rejected` holds
-    candidate and reason; `measured_at` is ISO 8601 in UTC.
+    was not among them; `rejected` holds candidate and reason.
+    """
 
-    Raises InvalidRecordError where any of that does not hold.
+    timings: tuple[Timing, ...]
+    baseline: Timing | None
+    rejected: tuple[tuple[str, str], ...]
+
+    @property
+    def winner(self) -> Timing:
+        return self.timings[0]
+
+    @property
+    def runner_up(self) -> Timing | None:
+        return self.timings[1] if len(self.timings) > 1 else None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the baseline; None without one."""
+        return None if self.baseline is None else self.baseline.seconds / self.winner.seconds
+
+    @property
+    def margin(self) -> float | None:
+        """How many times as fast as the second best; None without one."""
+        return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds
+
+
+@dataclass(frozen=True)
+class Record(Timings):
+    """Timings of a portable `problem`, by what computed them; `measured_at` is ISO 8601 in UTC.
+
+    Raises InvalidRecordError where any of that, or of Timings, does not hold.
     """
 
     problem: Problem
     fingerprint: Fingerprint
-    timings: tuple[Timing, ...]
-    baseline: Timing | None
-    rejected: tuple[tuple[str, str], ...]
     measured_at: str
 
     def __post_init__(self) -> None:
@@ -123,24 +147,6 @@ class Record:
         if time is None or not self.measured_at.endswith("+00:00"):
             raise _invalid("measured_at", self.measured_at, "2026-01-31T12:00:00+00:00, in UTC")
         return time
-
-    @property
-    def winner(self) -> Timing:
-        return self.timings[0]
-
-    @property
-    def runner_up(self) -> Timing | None:
-        return self.timings[1] if len(self.timings) > 1 else None
-
-    @property
-    def gain(self) -> float | None:
-        """How many times as fast as the baseline; None without one."""
-        return None if self.baseline is None else self.baseline.seconds / self.winner.seconds
-
-    @property
-    def margin(self) -> float | None:
-        """How many times as fast as the second best; None without one."""
-        return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds
 
 
 def _invalid(field: str, value: object, allowed: str) -> InvalidRecordError:

@@ -217,6 +217,21 @@ class RecordStore:
         replace_file(self._own, kept + added, _WRITING)
 
 
+class RecordFile:
+    """The records of one file, as `RecordStore.export` writes it.
+
+    Raises:
+        RecordFileError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._records = {record.key: record for record in records_of(_lines_of(path))}
+
+    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None:
+        """As `RecordStore.find`."""
+        return self._records.get((portable(problem), fingerprint))
+
+
 def _lines_of(file: Path) -> list[Line]:
     try:
         return read_lines(file)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -20,12 +20,11 @@ from qlora_compile.kernels.selection import Choice, Measured
 from qlora_compile.problem import Problem
 from qlora_compile.tuning.correctness import WRONG
 from qlora_compile.tuning.cpu_figures import use_measured_cpu
-from qlora_compile.tuning.errors import NoCorrectVariantError
-from qlora_compile.tuning.files import read_lines, records_of
+from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.measure import Measurement, measure
-from qlora_compile.tuning.record import Record, Timing, portable, utc_now
+from qlora_compile.tuning.record import Record, Timing, Timings, portable, utc_now
 from qlora_compile.tuning.store import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,9 @@ AUTO_BUDGET = 60.0
 _SECONDS_EACH = 1.0
 """Of timing one problem where the budget does not allow for more or less."""
 
-_WAIT = 180.0
-"""Seconds to wait for another process that measures the same problem."""
+_SHORTEST_LIMIT, _LONGEST_RUN = 30.0, 120.0
+"""Seconds after which a candidate that has not returned is given up, compiling included: the budget
+within these bounds."""
 
 
 class WrongResultWarning(UserWarning):
@@ -52,16 +52,6 @@ class Records(Protocol):
     """Where records are looked up."""
 
     def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None: ...
-
-
-class RecordFile:
-    """The records of one file, as `qlora-compile records export` writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self._records = {record.key: record for record in records_of(read_lines(path))}
-
-    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None:
-        return self._records.get((portable(problem), fingerprint))
 
 
 class Tuner:
@@ -89,6 +79,7 @@ class Tuner:
         self.measurements = 0
         self._modelled: set[Problem] = set()
         self._isolated = IsolatedMeasurement()
+        self._lock = threading.Lock()
 
     def ensure(
         self,
@@ -101,15 +92,16 @@ class Tuner:
         Raises NoCorrectVariantError where no candidate gives right results.
         """
         left = list(dict.fromkeys(problems))
-        try:
-            while left:
-                problem = left.pop(0)
-                known = selection.recorded(self.source, problem) or problem in self._modelled
-                if self.again or not known:
-                    self._ensure(problem, 1 + len(left))
-                on_record(problem, selection.recorded(self.source, problem))
-        finally:
-            self._isolated.close()
+        with self._lock:
+            try:
+                while left:
+                    problem = left.pop(0)
+                    known = selection.recorded(self.source, problem) or problem in self._modelled
+                    if self.again or not known:
+                        self._ensure(problem, 1 + len(left))
+                    on_record(problem, selection.recorded(self.source, problem))
+            finally:
+                self._isolated.close()
 
     def refresh(self, budget: float) -> None:
         """Gives a new budget, also to what an earlier one did not reach."""
@@ -118,18 +110,22 @@ class Tuner:
 
     def ensure_missed(self) -> None:
         """What calls have asked for and nobody had measured, unless autograd is waiting for us."""
-        if torch._C._current_graph_task_id() == -1:
+        if not _in_backward():
             self.ensure(selection.take_missed(self.source))
 
     def _ensure(self, problem: Problem, remaining: int) -> None:
         here = fingerprint(problem.device)
         choice = self._found(problem, here)
-        if self.budget > 0 and (choice is None or self.again):
+        # What a recomputation would measure, its first computation did without.
+        if self.budget > 0 and (choice is None or self.again) and not _in_backward():
+            seconds = self.budget / remaining
+            start = time.monotonic()
             with self._turn(problem, here) as mine:
                 if not self.again:
                     choice = self._found(problem, here)
                 if mine and (choice is None or self.again):
-                    choice = self._measure(problem, here, remaining)
+                    choice = self._measure(problem, here, seconds) or choice
+            self.budget -= time.monotonic() - start
         if choice is None:
             self._modelled.add(problem)
         else:
@@ -146,32 +142,23 @@ class Tuner:
         if here is None or not isinstance(self.store, RecordStore):
             yield True
         else:
-            with self.store.exclusive(problem, here, timeout=_WAIT) as mine:
+            with self.store.exclusive(problem, here, timeout=self.budget) as mine:
                 yield mine
 
-    def _measure(self, problem: Problem, here: Fingerprint | None, remaining: int) -> Choice | None:
-        start = time.monotonic()
-        each = self.budget / remaining
-        seconds = each if self.each is None else min(self.each, each)
+    def _measure(self, problem: Problem, here: Fingerprint | None, seconds: float) -> Choice | None:
         if problem.device == "cpu":
             use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
-        measured = self._timings(problem, seconds)
-        self.budget -= time.monotonic() - start
-        if measured is None:
+        timings = self._timings(problem, seconds if self.each is None else min(self.each, seconds))
+        if timings is None:
             return None
         self.measurements += 1
-        if here is not None and isinstance(self.store, RecordStore):
+        # Without a baseline something was short that may not be next time.
+        if here and timings.baseline and isinstance(self.store, RecordStore):
+            told = {field.name: getattr(timings, field.name) for field in fields(Timings)}
             self.store.append(
-                Record(
-                    problem=portable(problem),
-                    fingerprint=here,
-                    timings=measured.timings,
-                    baseline=measured.baseline,
-                    rejected=measured.rejected,
-                    measured_at=utc_now(),
-                )
+                Record(**told, problem=portable(problem), fingerprint=here, measured_at=utc_now())
             )
-        choice = choice_of(problem, measured)
+        choice = choice_of(problem, timings)
         assert choice is not None
         logger.info("measured %s for %s", choice.name, problem)
         return choice
@@ -179,48 +166,52 @@ class Tuner:
     def _timings(self, problem: Problem, seconds: float) -> Timings | None:
         """Of a handful of candidates, and of more only while none of them is right; None where
         none could run."""
-        ranked = selection.candidates(
-            problem, device_model(problem.device, target_of(problem.device))
-        )
+        model = device_model(problem.device, target_of(problem.device))
+        ranked = selection.candidates(problem, model)
         rejected: dict[str, str] = {}
         while ranked:
             tried = selection.shortlist(ranked, problem)
             ranked = [choice for choice in ranked if choice not in tried]
-            isolated = any(choice.variant.isolated for choice in tried)
-            if isolated and torch.cuda.is_initialized():
-                # The other process needs what this one holds without using it.
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            run = self._isolated.measure if isolated else measure
-            result = run(problem, tried, seconds)
+            try:
+                result = self._run(problem, tried, seconds)
+            except TuningProcessError as error:
+                self.budget = 0.0
+                rejected |= dict.fromkeys((choice.name for choice in tried), str(error))
+                break
             for index, reason in result.rejected.items():
                 rejected[tried[index].name] = reason
                 if reason.startswith(WRONG):
                     message = f"{tried[index].name} is not used, {reason}, for {problem}"
                     warnings.warn(message, WrongResultWarning, stacklevel=2)
             if result.seconds:
-                timings = {tried[i]: _timing(tried[i], result, i) for i in result.ranking}
-                baselines = (t for c, t in timings.items() if selection.is_standard(c, problem))
+                timed = {tried[i]: _timing(tried[i], result, i) for i in result.ranking}
+                baselines = (t for c, t in timed.items() if selection.is_standard(c, problem))
                 return Timings(
-                    tuple(timings.values()), next(baselines, None), tuple(rejected.items())
+                    tuple(timed.values()), next(baselines, None), tuple(rejected.items())
                 )
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
-        if any(reason.startswith(WRONG) for reason in rejected.values()):
+        wrong = [name for name, reason in rejected.items() if reason.startswith(WRONG)]
+        if len(wrong) == len(rejected):
             raise NoCorrectVariantError(problem=problem, reasons=reasons)
         # Memory that is short now, beside what is measured, may do for the call itself.
+        selection.exclude(self.source, problem, wrong)
         message = f"{problem} is chosen by the cost model, no candidate could be timed:\n{reasons}"
         warnings.warn(message, NotMeasuredWarning, stacklevel=2)
         return None
 
+    def _run(self, problem: Problem, tried: list[Choice], seconds: float) -> Measurement:
+        if not any(choice.variant.isolated for choice in tried):
+            return measure(problem, tried, seconds)
+        if torch.cuda.is_initialized():
+            # The other process needs what this one holds without using it.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        limit = min(_LONGEST_RUN, max(_SHORTEST_LIMIT, self.budget))
+        return self._isolated.measure(problem, tried, seconds, limit)
 
-@dataclass(frozen=True)
-class Timings:
-    """What was measured of a problem: of the candidates that were right, fastest first, of *dense*
-    in its standard config, and why others were not timed."""
 
-    timings: tuple[Timing, ...]
-    baseline: Timing | None
-    rejected: tuple[tuple[str, str], ...]
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
@@ -228,23 +219,19 @@ def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
     return Timing(choice.variant.name, choice.config.label, median, spread)
 
 
-def choice_of(problem: Problem, measured: Timings | Record) -> Choice | None:
+def choice_of(problem: Problem, timings: Timings) -> Choice | None:
     """The fastest as a choice; None where this version does not offer it for `problem`."""
-    winner, *others = measured.timings
+    winner = timings.winner
     for variant in registry.VARIANTS:
         if variant.name != winner.variant or variant.rejects(problem):
             continue
         for config in variant.configs(problem):
             if config.label == winner.config:
-                baseline, second = measured.baseline, others[0] if others else None
-                return Choice(
-                    variant,
-                    config,
-                    winner.seconds,
-                    Measured(
-                        gain=None if baseline is None else baseline.seconds / winner.seconds,
-                        runner_up=second and f"{second.variant} {second.config}",
-                        margin=second and second.seconds / winner.seconds,
-                    ),
+                second = timings.runner_up
+                told = Measured(
+                    gain=timings.gain,
+                    runner_up=second and f"{second.variant} {second.config}",
+                    margin=timings.margin,
                 )
+                return Choice(variant, config, winner.seconds, told)
     return None

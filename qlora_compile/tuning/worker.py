@@ -7,6 +7,7 @@ talks to it, by pickles of its own.
 from __future__ import annotations
 
 import sys
+import traceback
 from multiprocessing.connection import Connection
 
 import torch
@@ -19,11 +20,16 @@ def main(read: int, write: int) -> None:
     requests, replies = Connection(read, writable=False), Connection(write, readable=False)
     while True:
         try:
-            threads, problem, candidates, seconds, skipped = requests.recv()
+            threads, precision, problem, candidates, seconds, skipped = requests.recv()
         except EOFError:
             return
         torch.set_num_threads(threads)
-        replies.send(measure(problem, candidates, seconds, replies.send, skipped))
+        torch.set_float32_matmul_precision(precision)
+        try:
+            replies.send(measure(problem, candidates, seconds, replies.send, skipped))
+        except Exception:
+            # Not a rejection: the parent raises it, with where it came from.
+            replies.send(traceback.format_exc())
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

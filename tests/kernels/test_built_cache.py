@@ -103,3 +103,15 @@ def test_another_cache_manager_stays(folder: Path) -> None:
     knobs.cache.manager_class = FileCacheManager
     use_built_cache()
     assert knobs.cache.manager_class is FileCacheManager
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"builder": {}}', '{"builder": 1}'])
+def test_a_damaged_manifest_is_left_alone_with_a_word(
+    folder: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir()
+    (folder / MANIFEST).write_text(text)
+    with caplog.at_level(logging.WARNING):
+        use_built_cache()
+    assert knobs.cache.manager_class is None
+    assert "cannot be read" in caplog.text

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.errors import NoVariantError
-from qlora_compile.kernels import registry, selection
+from qlora_compile.kernels import device_model, registry, selection
 from qlora_compile.kernels.device_model import CPU, DEVICE_MODELS, DeviceModel, model_of_target
 from qlora_compile.kernels.gpu import target as targets
-from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, format_named
 from qlora_compile.kernels.selection import Measured, select
 from qlora_compile.kernels.variants.base import Variant
+from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.problem import Problem, bucket_rows
 
@@ -215,3 +216,35 @@ def test_a_decision_to_keep_stays_while_records_change() -> None:
     assert selection.prefers_keeping(problem, "fresh") == first
     selection.forget()
     assert not selection.keeps_low_rank(replace(problem, rank=0), "source")
+
+
+def test_measured_seconds_are_not_compared_with_modelled_ones() -> None:
+    """When the budget ended between the problems of one call."""
+    problem = replace(TYPICAL, device="cpu")
+    modelled = selection.prefers_keeping(problem, "source")
+    for each in selection.problems_of_call(problem, trains=True):
+        if each.keeps_low_rank == modelled and each.direction == "backward":
+            selection.remember("source", each, replace(select(each), seconds=1e9))
+    assert selection.prefers_keeping(problem, "source") == modelled
+
+
+def test_without_records_figures_that_were_measured_do_not_count() -> None:
+    problem = replace(TYPICAL, device="cpu")
+    before = select(problem), select(problem, "source")
+    slow = (1e6,) * 4
+    device_model.use_cpu_model(replace(CPU, gemm=(*CPU.gemm[:2], *slow[2:])))
+    try:
+        assert select(problem) == before[0]
+        assert select(problem, "source") != before[1]
+    finally:
+        device_model.use_cpu_model(CPU)
+
+
+@pytest.mark.parametrize("format", [each.name for each in FORMATS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_decodes_by_what_the_target_has(target: str, format: str, dtype: torch.dtype) -> None:
+    problem = replace(TYPICAL, format=format, compute_dtype=dtype, double_quantized=False)
+    config = next(v for v in VARIANTS if v.name == "dense").configs(problem)[0]
+    assert isinstance(config, DenseConfig)
+    [decoder] = [d for d in format_named(format).device_decoders() if d.name == config.decoder]
+    assert not decoder.rejects(target, dtype)

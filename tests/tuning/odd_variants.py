@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,3 +87,31 @@ class CrashingLater(Preferred):
         if self.calls > 3:
             os.abort()
         return super().forward(tensors, spec, config)
+
+
+class TooLarge(Preferred):
+    """Triton's errors are no RuntimeErrors."""
+
+    name = "too_large"
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        from triton.runtime.errors import OutOfResources
+
+        raise OutOfResources(1 << 20, 1 << 17, "shared memory")
+
+
+class IsolatedMistaken(Mistaken):
+    name = "isolated_mistaken"
+    isolated = True
+
+
+class Forgetful(Preferred):
+    """Keeps no S. It is the last to run."""
+
+    name = "forgetful"
+
+    def cost(self, problem: Any, config: Any, device: Any) -> float:
+        return 1e9
+
+    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+        return super().forward(replace(tensors, low_rank=None), spec, config)

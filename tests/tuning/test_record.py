@@ -46,14 +46,14 @@ SPREADS = st.floats(min_value=0, allow_infinity=False)
 TIMINGS = st.builds(Timing, st.text(), st.text(), SECONDS, SPREADS)
 RECORDS = st.builds(
     Record,
-    PROBLEMS,
-    st.builds(Fingerprint, *[st.text()] * 5, st.integers(0, 1024)),
-    st.lists(TIMINGS, min_size=1).map(
+    timings=st.lists(TIMINGS, min_size=1).map(
         lambda timings: tuple(sorted(timings, key=lambda timing: timing.seconds))
     ),
-    st.builds(Timing, st.just("dense"), st.text(), SECONDS, SPREADS),
-    st.lists(st.tuples(st.text(), st.text())).map(tuple),
-    st.datetimes().map(lambda time: f"{time.isoformat()}+00:00"),
+    baseline=st.none() | st.builds(Timing, st.just("dense"), st.text(), SECONDS, SPREADS),
+    rejected=st.lists(st.tuples(st.text(), st.text())).map(tuple),
+    problem=PROBLEMS,
+    fingerprint=st.builds(Fingerprint, *[st.text()] * 5, st.integers(0, 1024)),
+    measured_at=st.datetimes().map(lambda time: f"{time.isoformat()}+00:00"),
 )
 
 
@@ -110,8 +110,8 @@ BODY = json.loads(LINE)
         (LINE.replace('"seconds":0.001,', '"seconds":NaN,'), "not JSON compliant"),
         (LINE.replace('"seconds":0.001', '"seconds": 0.001'), "it was edited"),
         (LINE.replace('"seconds":0.001,', '"seconds":1e-3,'), "it was edited"),
-        (resealed(LINE, colour="red"), "the record holds .*colour, and should hold problem"),
-        (resealed(LINE, timings=...), "the record holds problem"),
+        (resealed(LINE, colour="red"), "the record holds .*colour, and should hold timings"),
+        (resealed(LINE, timings=...), "the record holds baseline"),
         (resealed(LINE, problem=3), "problem holds int, and should hold direction"),
         (resealed(LINE, problem={**BODY["problem"], "m": "64"}), "m cannot be '64'"),
         (resealed(LINE, problem={**BODY["problem"], "m": True}), "m cannot be True"),

@@ -15,12 +15,12 @@ from qlora_compile.kernels.selection import HANDFUL
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
-from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError
+from qlora_compile.tuning.errors import CandidateError, NoCorrectVariantError, TuningProcessError
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.record import Timing
-from qlora_compile.tuning.store import RecordStore
-from qlora_compile.tuning.tuner import NotMeasuredWarning, RecordFile, Tuner, WrongResultWarning
+from qlora_compile.tuning.store import RecordFile, RecordStore
+from qlora_compile.tuning.tuner import NotMeasuredWarning, Tuner, WrongResultWarning
 from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning import odd_variants
 from tests.tuning.records import real_problem, sample_record
@@ -120,11 +120,11 @@ def test_wrong_numbers_are_never_chosen(
 def test_nothing_right_is_an_error_with_every_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    offer(monkeypatch, odd_variants.Wrong(), odd_variants.OutOfMemory())
+    offer(monkeypatch, odd_variants.Wrong(), odd_variants.Nan())
     with pytest.raises(NoCorrectVariantError) as raised:
         tuner(tmp_path).ensure([PROBLEM])
     assert "wrong whole float32: wrong result: y is off by" in str(raised.value)
-    assert "out_of_memory whole float32: OutOfMemoryError: tried to" in str(raised.value)
+    assert "nan whole float32: wrong result: y is off by nan" in str(raised.value)
     assert RecordStore(tmp_path).read() == {}
 
 
@@ -163,13 +163,85 @@ def test_when_nothing_can_run_the_cost_model_chooses(
     assert used.measurements == 1
 
 
+@pytest.mark.usefixtures("fresh_figures")
 def test_what_is_on_around_it_does_not_matter(tmp_path: Path) -> None:
     """The ops switch autocast off; a first call may come in inference mode."""
     problems = [PROBLEM, replace(PROBLEM, direction="backward")]
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        tuner(tmp_path).ensure(problems)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            cpu_figures.use_measured_cpu(tmp_path)
+            tuner(tmp_path).ensure(problems)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(RecordStore(tmp_path).read()) == 2
     for record in RecordStore(tmp_path).read().values():
         assert not record.rejected
+
+
+def test_what_was_wrong_is_not_modelled_either(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the right ones could not be timed."""
+    offer(monkeypatch, odd_variants.Wrong(), odd_variants.OutOfMemory())
+    assert selection.select(PROBLEM, SOURCE).variant.name == "wrong"
+    with pytest.warns(NotMeasuredWarning), pytest.warns(WrongResultWarning):
+        tuner(tmp_path).ensure([PROBLEM])
+    assert selection.select(PROBLEM, SOURCE).variant.name == "out_of_memory"
+
+
+def test_what_an_earlier_candidate_left_is_not_taken_for_a_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, *VARIANTS[:1], odd_variants.Forgetful())
+    problem = replace(PROBLEM, keeps_low_rank=True, n=4)
+    with pytest.warns(WrongResultWarning, match="forgetful .* low rank is off by nan"):
+        tuner(tmp_path).ensure([problem])
+
+
+def test_tritons_errors_reject_the_candidate(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.TooLarge(), *VARIANTS)
+    tuner(tmp_path).ensure([PROBLEM])
+    [record] = RecordStore(tmp_path).read().values()
+    [(name, reason)] = record.rejected
+    assert name == "too_large whole float32"
+    assert reason.startswith("OutOfResources: out of resource: shared memory")
+
+
+def test_a_bug_in_another_process_is_told_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    offer(monkeypatch, odd_variants.IsolatedMistaken(), *VARIANTS)
+    with pytest.raises(CandidateError, match=r"(?s)isolated_mistaken whole.*TypeError: a mistake"):
+        tuner(tmp_path).ensure([PROBLEM])
+
+
+def test_another_number_of_threads_is_measured_anew(tmp_path: Path) -> None:
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert selection.recorded(SOURCE, PROBLEM) is None
+        used.ensure([PROBLEM])
+    finally:
+        torch.set_num_threads(threads)
+    assert used.measurements == 2
+    assert len(RecordStore(tmp_path).read()) == 2
+
+
+def test_a_process_that_cannot_measure_costs_no_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_compile.tuning.isolated._WORKER", "no_such_module")
+    offer(monkeypatch, odd_variants.Crashing(), *VARIANTS)
+    used = tuner(tmp_path)
+    with pytest.warns(NotMeasuredWarning, match="exit status 1"):
+        used.ensure([PROBLEM, replace(PROBLEM, n=8)])
+    assert used.budget <= 0.0
+    capfd.readouterr()
 
 
 def test_a_bug_is_not_taken_for_a_slow_candidate(
@@ -185,9 +257,8 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
 ) -> None:
     odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.Hanging())
     offer(monkeypatch, *odd, *VARIANTS)
-    used = tuner(tmp_path)
-    used._isolated = IsolatedMeasurement(limit=6.0)
-    used.ensure([PROBLEM])
+    monkeypatch.setattr(module, "_SHORTEST_LIMIT", 6.0)
+    tuner(tmp_path, budget=1.0).ensure([PROBLEM])
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
     assert record is not None
     assert dict(record.rejected) == {
