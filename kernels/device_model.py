@@ -14,13 +14,14 @@ import torch
 class DeviceModel:
     """target: as of `target_of`. flops: dense 16-bit tensor-core operations a second with float32
     accumulation. bandwidth: bytes a second of its memory. vendor_efficiency: the part of `flops`
-    the vendor's GEMM reaches on large problems."""
+    the vendor's GEMM reaches on large problems. sms: its multiprocessors."""
 
     name: str
     target: str
     flops: float
     bandwidth: float
     vendor_efficiency: float
+    sms: int
 
     def gemm_seconds(self, m: int, n: int, k: int, efficiency: float) -> float:
         """Of a product [M, K] x [K, N] whose operands come from memory once."""
@@ -71,18 +72,18 @@ LAUNCH_SECONDS = 4e-6
 """Of one kernel between others."""
 
 DEVICE_MODELS = (
-    DeviceModel("A100", "sm_80", 312e12, 2.04e12, 0.80),
-    DeviceModel("A10", "sm_86", 125e12, 0.60e12, 0.85),
-    DeviceModel("RTX 3090", "sm_86", 71e12, 0.94e12, 0.92),
-    DeviceModel("RTX 4090", "sm_89", 165e12, 1.01e12, 0.92),
-    DeviceModel("L40", "sm_89", 181e12, 0.86e12, 0.85),
-    DeviceModel("L4", "sm_89", 121e12, 0.30e12, 0.60),
-    DeviceModel("H200", "sm_90", 989e12, 4.80e12, 0.72),
-    DeviceModel("H100", "sm_90", 989e12, 3.35e12, 0.70),
-    DeviceModel("B200", "sm_100", 2250e12, 8.00e12, 0.72),
-    DeviceModel("RTX 5090", "sm_120", 210e12, 1.79e12, 0.92),
-    DeviceModel("MI300X", "gfx942", 1307e12, 5.30e12, 0.50),
-    DeviceModel("MI350", "gfx950", 2300e12, 8.00e12, 0.50),
+    DeviceModel("A100", "sm_80", 312e12, 2.04e12, 0.80, 108),
+    DeviceModel("A10", "sm_86", 125e12, 0.60e12, 0.85, 72),
+    DeviceModel("RTX 3090", "sm_86", 71e12, 0.94e12, 0.92, 82),
+    DeviceModel("RTX 4090", "sm_89", 165e12, 1.01e12, 0.92, 128),
+    DeviceModel("L40", "sm_89", 181e12, 0.86e12, 0.85, 142),
+    DeviceModel("L4", "sm_89", 121e12, 0.30e12, 0.60, 58),
+    DeviceModel("H200", "sm_90", 989e12, 4.80e12, 0.72, 132),
+    DeviceModel("H100", "sm_90", 989e12, 3.35e12, 0.70, 132),
+    DeviceModel("B200", "sm_100", 2250e12, 8.00e12, 0.72, 148),
+    DeviceModel("RTX 5090", "sm_120", 210e12, 1.79e12, 0.92, 170),
+    DeviceModel("MI300X", "gfx942", 1307e12, 5.30e12, 0.50, 304),
+    DeviceModel("MI350", "gfx950", 2300e12, 8.00e12, 0.50, 256),
 )
 
 CPU = CpuModel(
@@ -91,6 +92,7 @@ CPU = CpuModel(
     flops=1e12,
     bandwidth=1.5e10,
     vendor_efficiency=1.0,
+    sms=1,
     gemm=(6e10, 1.2e11, 2.4e11, 2e10),
     thin=(2e10, 4e10, 5e10, 1e10),
     decode=(1.5e-9, 0.8e-9, 1.0e-9, 1.5e-9),

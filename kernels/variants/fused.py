@@ -37,13 +37,28 @@ class Fused(GemmVariant):
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, GemmConfig)
         m, n, k = problem.m, problem.n, problem.k
-        # A tile computes its padding too. That programs may be too few to fill the card is not
-        # modelled.
+        # A tile computes its padding too.
         padded = -(-m // config.block_m) * config.block_m
         efficiency = device.vendor_efficiency * FUSED_UTILIZATION[device.target]
         compute = 2 * padded * n * k / (device.flops * efficiency)
-        moved = device.stream_seconds(packed_bytes(problem) + 2 * m * (n + k))
-        return max(compute, moved) + LAUNCH_SECONDS + self.adapter_cost(problem, device)
+        return (
+            max(compute, self.moving_seconds(problem, config, device))
+            + LAUNCH_SECONDS
+            + self.adapter_cost(problem, device)
+        )
+
+    def moving_seconds(self, problem: Problem, config: GemmConfig, device: DeviceModel) -> float:
+        """Of W, x and y through memory."""
+        m, n, k = problem.m, problem.n, problem.k
+        columns = n if problem.direction == "forward" else k
+        programs = -(-m // config.block_m) * -(-columns // config.block_c) * config.splits
+        # Fewer programs than multiprocessors ask for that much less of the memory's bandwidth.
+        filled = min(1.0, programs / device.sms)
+        seconds = device.stream_seconds(packed_bytes(problem) + 2 * m * (n + k)) / filled
+        if config.splits > 1:
+            # Partial sums in float32 are written, read and added up.
+            seconds += device.stream_seconds(8 * m * columns * config.splits) + LAUNCH_SECONDS
+        return seconds
 
 
 class Skinny(Fused):

@@ -58,6 +58,7 @@ def measure_cpu() -> CpuModel:
         flops=max(gemm),
         bandwidth=2 * 4 * source.numel() / copy,
         vendor_efficiency=1.0,
+        sms=1,
         gemm=tuple(gemm),
         thin=tuple(thin),
         decode=tuple(decode),

@@ -11,6 +11,7 @@ import torch
 
 from bench.tuning.ranking import LOOKED_AT, RESULTS, problem_set, ranked
 from qlora_compile.kernels.device_model import DEVICE_MODELS, CpuModel
+from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.problem import Direction, Problem
@@ -87,3 +88,18 @@ def test_switch_over_points_are_reproduced(
         assert found >= NEVER
     else:
         assert published / 2 <= found <= published * 2
+
+
+def test_few_columns_are_split_and_many_are_not() -> None:
+    """So that there are as many programs as multiprocessors."""
+    skinny = next(v for v in VARIANTS if v.name == "skinny")
+    model = next(each for each in DEVICE_MODELS if each.name == "H100")
+    splits = []
+    for n in (256, 4096, 1 << 17):
+        problem = replace(PROBLEM, m=8, n=n)
+        with assuming(model.target, kind="cuda"):
+            configs = skinny.configs(problem)
+        best = min(configs, key=lambda config: skinny.cost(problem, config, model))
+        assert isinstance(best, GemmConfig)
+        splits.append(best.splits)
+    assert splits[0] > splits[1] >= splits[2] == 1
