@@ -15,7 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qlora_compile.bad_input import bad_input_in_one_line
-from qlora_compile.errors import ModelOrShapesError
+from qlora_compile.command_options import (
+    TRAINED_ROWS,
+    DropoutOption,
+    FormatOption,
+    ModelChoiceOption,
+    RankOption,
+    RowsOption,
+    ShapesOption,
+    require_model_or_shapes,
+)
 from qlora_compile.model_choice import check_format, quiet_choice
 from qlora_compile.shapes import parse_shapes
 
@@ -23,29 +32,16 @@ if TYPE_CHECKING:
     from qlora_compile.build import BuiltKernel
     from qlora_compile.problem import Problem
 
-_TRAINED_ROWS = 512
-"""Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
-
 
 def build(
     arch: Annotated[str, typer.Option("--arch", help="sm_90, gfx942, …: what to compile for.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the kernels.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo."),
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas.")
-    ] = None,
-    format: Annotated[
-        str, typer.Option("--format", help="How the weights are stored: nf4, fp4, int8, none.")
-    ] = "nf4",
-    rank: Annotated[int, typer.Option("--rank", help="Rank of a model's adapters.")] = 16,
-    dropout: Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")] = 0.0,
-    rows: Annotated[
-        list[int] | None,
-        typer.Option("--rows", min=1, help="Tokens of a model's step; again for more. [512]"),
-    ] = None,
+    model: ModelChoiceOption = None,
+    shapes: ShapesOption = None,
+    format: FormatOption = "nf4",
+    rank: RankOption = 16,
+    dropout: DropoutOption = 0.0,
+    rows: RowsOption = None,
     candidates: Annotated[
         int | None,
         typer.Option(
@@ -56,8 +52,7 @@ def build(
 ) -> None:
     """Compile the kernels a GPU will need, on any machine: its first step then compiles none."""
     with bad_input_in_one_line():
-        if (model is None) == (shapes is None):
-            raise ModelOrShapesError(value="neither" if model is None else "both")
+        require_model_or_shapes(model, shapes)
         check_format(format)
         listed = None if shapes is None else parse_shapes(shapes)
         from qlora_compile import build as builder
@@ -68,7 +63,7 @@ def build(
 
             problems = problems_of_shapes(listed, format, dropout=dropout > 0)
         else:
-            problems = _model_problems(str(model), format, rank, dropout, rows or [_TRAINED_ROWS])
+            problems = _model_problems(str(model), format, rank, dropout, rows or [TRAINED_ROWS])
         with _progress() as on_kernel:
             kernels = builder.build(
                 problems,

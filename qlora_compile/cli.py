@@ -12,6 +12,14 @@ from rich.table import Table
 
 from qlora_compile.bad_input import bad_input_in_one_line
 from qlora_compile.build_command import build
+from qlora_compile.command_options import (
+    AlphaOption,
+    DropoutOption,
+    FormatOption,
+    ModelOption,
+    RankOption,
+    TuneOption,
+)
 from qlora_compile.model_choice import quiet_choice
 from qlora_compile.records_command import records
 from qlora_compile.tune_command import tune as tune_command
@@ -26,22 +34,6 @@ app = typer.Typer(
 app.add_typer(records, name="records")
 app.command("tune")(tune_command)
 app.command()(build)
-
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A model's folder, .gguf file or Hub name, or: demo.")
-]
-FormatOption = Annotated[
-    str, typer.Option("--format", help="How to store the weights: nf4, fp4, int8, none.")
-]
-RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
-AlphaOption = Annotated[
-    float | None, typer.Option("--alpha", help="Scale of the adapters, times 1/rank. [2 * rank]")
-]
-TuneOption = Annotated[
-    str,
-    typer.Option("--tune", help="Implementations by: auto, off, model, or a path of records."),
-]
-DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
 
 
 @app.command()

@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_compile.bad_input import bad_input_in_one_line
-from qlora_compile.errors import BudgetError, DtypeChoiceError, ModelOrShapesError
+from qlora_compile.command_options import (
+    TRAINED_ROWS,
+    DropoutOption,
+    FormatOption,
+    ModelChoiceOption,
+    RankOption,
+    RowsOption,
+    ShapesOption,
+    require_model_or_shapes,
+)
+from qlora_compile.errors import BudgetError, DtypeChoiceError
 from qlora_compile.model_choice import check_format, quiet_choice
 from qlora_compile.shapes import parse_shapes
 from qlora_compile.text_table import text_table
@@ -20,38 +30,25 @@ if TYPE_CHECKING:
     from qlora_compile.problem import Problem
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_TRAINED_ROWS = 512
-"""Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
 
 
 def tune(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo."),
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas.")
-    ] = None,
-    format: Annotated[
-        str, typer.Option("--format", help="How the weights are stored: nf4, fp4, int8, none.")
-    ] = "nf4",
+    model: ModelChoiceOption = None,
+    shapes: ShapesOption = None,
+    format: FormatOption = "nf4",
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of activations. [the model's; of shapes: bfloat16]"),
     ] = None,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of a model's adapters.")] = 16,
-    dropout: Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")] = 0.0,
-    rows: Annotated[
-        list[int] | None,
-        typer.Option("--rows", min=1, help="Tokens of a model's step; again for more. [512]"),
-    ] = None,
+    rank: RankOption = 16,
+    dropout: DropoutOption = 0.0,
+    rows: RowsOption = None,
     budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
     again: Annotated[bool, typer.Option("--again", help="Measure what has a record too.")] = False,
 ) -> None:
     """Measure the ways of computing each layer on this machine, and remember the fastest."""
     with bad_input_in_one_line():
-        if (model is None) == (shapes is None):
-            raise ModelOrShapesError(value="neither" if model is None else "both")
+        require_model_or_shapes(model, shapes)
         check_format(format)
         if dtype is not None and dtype not in _DTYPES:
             raise DtypeChoiceError(value=dtype, known=", ".join(_DTYPES))
@@ -73,7 +70,7 @@ def tune(
             from qlora_compile.model_problems import problems_of_model
 
             compiled = choice.optimized(config)
-            problems = problems_of_model(compiled, rows or [_TRAINED_ROWS], given, device)
+            problems = problems_of_model(compiled, rows or [TRAINED_ROWS], given, device)
         _tune(problems, seconds, again=again)
 
 

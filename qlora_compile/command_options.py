@@ -1,0 +1,44 @@
+"""Options that several commands take, and what they say of a model or a list of shapes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_compile.errors import ModelOrShapesError
+
+TRAINED_ROWS = 512
+"""Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A model's folder, .gguf file or Hub name, or: demo.")
+]
+ModelChoiceOption = Annotated[
+    str | None, typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo.")
+]
+ShapesOption = Annotated[
+    str | None, typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas.")
+]
+FormatOption = Annotated[
+    str, typer.Option("--format", help="How to store the weights: nf4, fp4, int8, none.")
+]
+RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
+AlphaOption = Annotated[
+    float | None, typer.Option("--alpha", help="Scale of the adapters, times 1/rank. [2 * rank]")
+]
+DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
+RowsOption = Annotated[
+    list[int] | None,
+    typer.Option("--rows", min=1, help="Tokens of a model's step; again for more. [512]"),
+]
+TuneOption = Annotated[
+    str,
+    typer.Option("--tune", help="Implementations by: auto, off, model, or a path of records."),
+]
+
+
+def require_model_or_shapes(model: str | None, shapes: str | None) -> None:
+    """Raises ModelOrShapesError unless exactly one of them is given."""
+    if (model is None) == (shapes is None):
+        raise ModelOrShapesError(value="neither" if model is None else "both")
