@@ -56,10 +56,11 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
 
 
 def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
-    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B)  ⇒  one qlora_linear.
+    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B, b)  ⇒  one qlora_linear.
 
-    A and B that are the weights of sites themselves, as in a low-rank branch of the model's own,
-    stay linears.
+    A further adapter of the same site is put beside the first, [A1; A2] and [s1 B1 | s2 B2], unless
+    either drops out its input: each draws a mask of its own. A and B that are the weights of sites
+    themselves, as in a low-rank branch of the model's own, stay linears.
     """
     graph = graph_module.graph
     rewritten = 0
@@ -78,12 +79,21 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             if fake_x.device not in seeds:
                 seeds[fake_x.device] = _draw_seed(graph, fake_x.device)
             seed = seeds[fake_x.device]
+        lora_a, lora_b, scaling = branch.lora_a, branch.lora_b, branch.scaling
+        if base["lora_a"] is not None:
+            if base["lora_dtype"] != low_rank.dtype:
+                continue
+            factors = ((base["lora_b"], base["scaling"]), (lora_b, scaling))
+            scaled = [insert_before(last, torch.mul, factor) for factor in factors]
+            lora_a = insert_before(last, torch.cat, ([base["lora_a"], lora_a],))
+            lora_b, scaling = insert_before(last, torch.cat, (scaled,), dim=1), 1.0
         base |= {
             "x": branch.x,
-            "lora_a": branch.lora_a,
-            "lora_b": branch.lora_b,
+            "bias": _with_adapter_bias(base["bias"], branch, last),
+            "lora_a": lora_a,
+            "lora_b": lora_b,
             "seed": seed,
-            "scaling": branch.scaling,
+            "scaling": scaling,
             "dropout": branch.dropout,
             "stream": rewritten,
             "lora_dtype": low_rank.dtype,
@@ -102,12 +112,21 @@ class _Branch:
     first: Node
     lora_a: Node
     lora_b: Node
+    bias: Node | None
     scaling: float
     dropout: float
 
 
+def _with_adapter_bias(bias: Any, branch: _Branch, anchor: Node) -> Any:
+    """The base's bias and `scaling` times that of lora_b, where it has one."""
+    if branch.bias is None:
+        return bias
+    scaled = insert_before(anchor, torch.mul, (branch.bias, branch.scaling))
+    return scaled if bias is None else insert_before(anchor, torch.add, (bias, scaled))
+
+
 def _match_branch(add: Node) -> _Branch | None:
-    """The LoRA branch that `add` joins to a `qlora_linear` without one; every value between them
+    """The LoRA branch that `add` joins to a `qlora_linear`; every value between them
     has no other user, or the rewrite would compute it twice."""
     if add.op != "call_function" or add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
         return None
@@ -123,24 +142,24 @@ def _match_branch(add: Node) -> _Branch | None:
         if not isinstance(scaling, (int, float)):
             continue
         second = _strip_private(product)
-        if not _is_plain_linear(second):
+        if not is_linear(second):
             continue
         first = _strip_private(linear_operands(second)[0])
         if not _is_plain_linear(first):
             continue
         adapted, lora_a, _ = linear_operands(first)
-        lora_b = linear_operands(second)[1]
+        _, lora_b, bias = linear_operands(second)
         before = _strip_private(adapted)
         probability = _dropout_probability(before)
         call = arguments(base)
         x = _shared_input(call["x"], adapted if probability is None else before.args[0])
-        if x is None or call["lora_a"] is not None:
-            continue
         probability = probability or 0.0
+        if x is None or (call["lora_a"] is not None and (probability or call["dropout"])):
+            continue
         private = (scaled, second, first)
         if all(_is_private(node) for node in private) and 0.0 <= probability < 1.0:
             a, b = strip_casts(lora_a), strip_casts(lora_b)
-            return _Branch(base, x, first, a, b, float(scaling), probability)
+            return _Branch(base, x, first, a, b, bias, float(scaling), probability)
     return None
 
 

@@ -180,14 +180,50 @@ def _second_adapter(model: Any) -> None:
     model.base_model.set_adapter(["default", "b"])
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_adapters_bias_joins_the_bases(bias: bool, dropout: float) -> None:
+    def without_dropout(model: Any) -> None:
+        """Masks differ from stock's: the graph has it, its probability in the comparison is 0."""
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def biased(model: Any) -> None:
+        without_dropout(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                nn.init.normal_(parameter)
+
+    report = compare(chain, bias=bias, adjust=biased, lora_bias=True, lora_dropout=dropout)
+    assert report.fused == 2
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_adapters_are_one(count: int) -> None:
+    def more(model: Any) -> None:
+        names = ["default"]
+        for index in range(1, count):
+            names.append(f"adapter{index}")
+            config = LoraConfig(
+                r=2 + index,
+                lora_alpha=3 * index,
+                target_modules=["first", "second"],
+                init_lora_weights=False,
+            )
+            model.add_adapter(names[-1], config)
+        model.base_model.set_adapter(names)
+
+    assert compare(chain, bias=True, adjust=more).fused == 2
+
+
 @pytest.mark.parametrize(
     ("options", "adjust", "reason"),
     [
         ({"use_dora": True}, lambda model: None, "graph breaks split its block into"),
-        ({"lora_bias": True}, lambda model: None, PARTIAL),
-        ({}, _second_adapter, PARTIAL),
+        ({"lora_dropout": 1e-12}, _second_adapter, PARTIAL),
     ],
-    ids=["dora", "lora_bias", "two adapters"],
+    ids=["dora", "two adapters with dropout"],
 )
 def test_what_is_not_plain_lora_is_left_exact_with_a_reason(
     options: Any, adjust: Any, reason: str
