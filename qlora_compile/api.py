@@ -16,8 +16,9 @@ from qlora_compile.errors import (
     NotOptimizedError,
     OptionError,
 )
-from qlora_compile.hf import adapters
+from qlora_compile.hf import adapters, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
+from qlora_compile.probing import left_as_found
 from qlora_compile.regions import (
     Region,
     RegionKind,
@@ -43,6 +44,7 @@ def optimize(
     verify: bool = False,
     scope: Literal["block", "model"] = "block",
     tune: str | os.PathLike[str] = "auto",
+    logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
@@ -63,12 +65,17 @@ def optimize(
     measurements in the cache folder; what has none is measured on first use, for about a minute,
     and remembered. "off": by the same records, but nothing is measured. "model": by the cost model
     alone. A path: by the records of that file or folder. What has no record is modelled.
-    example_inputs: keyword arguments of `model`, needed by strict where the model is not a
-    PreTrainedModel that knows inputs of its own.
+    logits_free_loss: take a causal LM's loss in training without making its logits, the largest
+    tensors of a step. A call in training mode with labels=, and without logits_to_keep, returns
+    the model's own output with the loss and without logits; every other call is as before. The
+    model is first called twice on small inputs, and refused (LogitsFreeLossError) if it does
+    something unknown to its logits or its loss would differ.
+    example_inputs: keyword arguments of `model`, needed by strict and logits_free_loss where the
+    model is not a PreTrainedModel that knows inputs of its own.
 
     Compilation happens on the first call of each kind of block. Raises a QloraCompileError, before
-    anything is changed, for every bad argument; a StrictError leaves the model quantised and
-    adapted but uncompiled.
+    anything is changed, for every bad argument; a StrictError, or a LogitsFreeLossError about what
+    `lora` puts on the head, leaves the model quantised and adapted but uncompiled.
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
@@ -78,9 +85,12 @@ def optimize(
     adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope)
     if strict:
         _example_inputs(model, example_inputs)
+    if logits_free_loss:
+        head_loss.check(model, scope=scope, example_inputs=example_inputs)
     model = adopt.adopt(
         model, lora, quantize=quantize, block_size=block_size, double_quantize=double_quantize
     )
+    hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
     _install_regions(model, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model)
     if strict:
@@ -89,6 +99,8 @@ def optimize(
         except BaseException:
             if cache_hook is not None:
                 cache_hook.remove()
+            if hooks is not None:
+                hooks.remove()
             for module in model.modules():
                 if region_of(module) is not None:
                     uninstall(module)
@@ -179,21 +191,12 @@ def _probe(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     Training mode, so that dropout is in the graphs; buffers and random state are put back.
     """
     kinds = {id(region.kind): region.kind for region in _regions(model)}.values()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     for kind in kinds:
         kind.probing = True
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with left_as_found(model), torch.enable_grad():
             model.train()
             model(**inputs)
     finally:
         for kind in kinds:
             kind.probing = False
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

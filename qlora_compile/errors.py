@@ -187,6 +187,10 @@ class AbsmaxOverflowError(QloraCompileError, ValueError):
     )
 
 
+class LabelRangeError(QloraCompileError, IndexError):
+    template = "label {value} is out of range; labels are from 0 to {size} - 1, or {ignored}"
+
+
 class RowRangeError(QloraCompileError, ValueError):
     template = (
         "rows {start} to {stop} of a packed weight with {rows} rows: needs 0 <= start <= stop <= "
@@ -239,6 +243,10 @@ class AlreadyOptimizedError(QloraCompileError, ValueError):
 
 class NotOptimizedError(QloraCompileError, ValueError):
     template = "{model} is not optimised; call qlora_compile.optimize(model) first"
+
+
+class LogitsFreeLossError(QloraCompileError, ValueError):
+    template = "logits_free_loss: {model} {problem}; pass logits_free_loss=False"
 
 
 class NoExampleInputsError(QloraCompileError, ValueError):

@@ -108,12 +108,25 @@ def skip_unused_cache(model: nn.Module) -> RemovableHandle | None:
     with a cache. A caller's own `use_cache` is respected.
     """
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None or "use_cache" not in inspect.signature(type(inner).forward).parameters:
+    if inner is None or not _takes_use_cache(inner):
         return None
     # A PeftModel may call the forward of the model inside, past its hooks; it passes keywords on.
     direct = isinstance(model, PeftModel) and model.get_base_model() is inner
     caller = model if direct else inner
     return caller.register_forward_pre_hook(_without_cache, with_kwargs=True)
+
+
+def _takes_use_cache(model: PreTrainedModel) -> bool:
+    """Whether a forward names `use_cache`, or hands keywords on to a model inside that does: LLaVA
+    and GraniteMoE name it no more."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if "use_cache" in parameters:
+        return True
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and any(
+        "use_cache" in inspect.signature(type(inner).forward).parameters
+        for inner in model.modules()
+        if isinstance(inner, PreTrainedModel)
+    )
 
 
 def _without_cache(

@@ -1,0 +1,217 @@
+"""A causal language model's loss without its logits, by hooks on the model and on its head.
+
+In a training call with labels, the head is given no rows, and a `LazyLogits` stands for its output
+until the model's loss function takes the loss from the head's real input.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from qlora_compile.errors import LogitsFreeLossError
+from qlora_compile.hf.blocks import example_call, repeated_blocks
+from qlora_compile.hf.head_operands import head_operands
+from qlora_compile.hf.lazy_logits import LazyLogits
+from qlora_compile.kernels.head_loss import chunked_cross_entropy
+from qlora_compile.probing import left_as_found
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_LOW_PRECISION_TOLERANCE = 2e-2  # logits are rounded before the softcap or after it
+
+
+@dataclass
+class _Call:
+    """A call that wants a loss and no logits; `hidden` [..., K] once its head has been reached."""
+
+    model: str
+    hidden: Tensor | None = None
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("logits-free call", default=None)
+
+
+def check(model: nn.Module, *, scope: str, example_inputs: Mapping[str, Any] | None) -> None:
+    """Raises LogitsFreeLossError unless `model` is a causal LM whose loss this can take.
+
+    The model is called twice on small inputs, with its logits and without, and left as it was.
+    """
+    base = _base(model)
+    name = type(base).__name__
+
+    def refuse(problem: str) -> LogitsFreeLossError:
+        return LogitsFreeLossError(model=name, problem=problem)
+
+    if not isinstance(base, PreTrainedModel):
+        raise refuse("is no transformers model")
+    head = base.get_output_embeddings()
+    if head is None:
+        raise refuse("has no output head")
+    if base.loss_function is not ForCausalLMLoss:
+        raise refuse("has a loss of its own, not transformers' ForCausalLMLoss")
+    if "labels" not in inspect.signature(type(base).forward).parameters:
+        raise refuse("takes no labels")
+    if scope == "model" or not repeated_blocks(base):
+        raise refuse("would be compiled as a whole, its head included")
+    if head_operands(head) is None:
+        raise refuse(f"has a head that is not known, a {type(head).__name__}")
+    inputs = dict(example_inputs or example_call(base) or {})
+    ids = inputs.get("input_ids")
+    if inputs.get("labels") is None:
+        if not isinstance(ids, Tensor):
+            raise refuse("needs example_inputs with input_ids to be tried on")
+        inputs["labels"] = ids.clone()
+    plain, _ = _trial(model, inputs)
+    installed = LogitsFreeLoss(model)
+    try:
+        ours, absent = _trial(model, inputs)
+    finally:
+        installed.remove()
+    if not absent:
+        raise refuse("makes its logits without calling its head")
+    tolerance = _TOLERANCE.get(base.dtype, _LOW_PRECISION_TOLERANCE)
+    if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise refuse(f"has a loss of {float(plain):.6g}, which would become {float(ours):.6g}")
+
+
+def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """The loss in training mode, of the same dropout every time, and whether logits are absent."""
+    with left_as_found(model), torch.no_grad():
+        model.train()
+        torch.manual_seed(0)
+        output = model(**{**inputs, "return_dict": True})
+    return output.loss.float(), output.get("logits") is None
+
+
+class LogitsFreeLoss:
+    """The hooks of one model; `model` is what is called, perhaps a PeftModel around it.
+
+    Raises LogitsFreeLossError if an adapter has made its head one that is not known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = _base(model)
+        head: Any = base.get_output_embeddings()
+        self.model = base
+        self.name = type(base).__name__
+        if head_operands(head) is None:
+            problem = f"has an adapter on its head that is not known, a {type(head).__name__}"
+            raise LogitsFreeLossError(model=self.name, problem=problem)
+        base.loss_function = _Loss(base.loss_function)
+        # A PeftModel calls the forward of the model inside, past its hooks.
+        self.handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            head.register_forward_pre_hook(self._before_head),
+            head.register_forward_hook(self._after_head),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        del self.model._loss_function
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = module.training and kwargs.get("labels") is not None
+        keeps = kwargs.get("logits_to_keep")
+        everything = keeps is None or (isinstance(keeps, int) and keeps == 0)
+        # Always set: whatever a call that was interrupted has left there is gone.
+        free = wanted and everything and not torch.compiler.is_compiling()
+        _CALL.set(_Call(self.name) if free else None)
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        _CALL.set(None)
+        return _without_logits(output)
+
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        call = _CALL.get()
+        if call is None or len(args) != 1 or head_operands(module) is None:
+            return None
+        call.hidden = args[0]
+        # No rows, so that it costs nothing to learn the logits' dtype from the head itself.
+        return (args[0][:0].detach(),)
+
+    def _after_head(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        call = _CALL.get()
+        if call is None or call.hidden is None:
+            return None
+        hidden, call.hidden = call.hidden, None
+        shape = torch.Size((*hidden.shape[:-1], output.shape[-1]))
+        return LazyLogits(hidden, module, call.model, shape, output.dtype, output.device)
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _without_logits(output: Any) -> Any:
+    """The model's output, of its own class, with what stands for logits absent."""
+    if isinstance(output, ModelOutput):
+        names = [field.name for field in fields(type(output))]  # pyright: ignore[reportArgumentType]
+        values = {name: output.get(name) for name in names}
+        if any(isinstance(value, LazyLogits) for value in values.values()):
+            values = {k: None if isinstance(v, LazyLogits) else v for k, v in values.items()}
+            return type(output)(**values)
+    elif isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, LazyLogits))
+    return None
+
+
+class _Loss:
+    """The model's `loss_function`: `plain`, unless there are no logits."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain = plain
+
+    def __call__(self, logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(logits, LazyLogits):
+            return self.plain(logits, labels, *args, **kwargs)
+        return _causal_loss(logits, labels, *args, **kwargs)
+
+
+def _causal_loss(
+    logits: LazyLogits,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ForCausalLMLoss, argument for argument."""
+    if vocab_size != logits.shape[-1]:
+        problem = f"has {logits.shape[-1]} logits for {vocab_size} words"
+        raise LogitsFreeLossError(model=logits.model, problem=problem)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    operands = head_operands(logits.head)
+    assert operands is not None
+    loss = chunked_cross_entropy(
+        logits.hidden.reshape(-1, logits.hidden.shape[-1]),
+        operands.weight,
+        shift_labels.reshape(-1).to(logits.device),
+        bias=operands.bias,
+        lora_a=operands.lora_a,
+        lora_b=operands.lora_b,
+        scaling=operands.scaling,
+        softcap=logits.softcap,
+        logit_scale=logits.logit_scale,
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch

@@ -1,0 +1,62 @@
+"""The tensors of an output head, whichever way PEFT has wrapped it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from qlora_compile.packed import PackedWeight
+from qlora_compile.quantized_linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class HeadOperands:
+    """logits = hidden weightᵀ + bias + scaling * hidden lora_aᵀ lora_bᵀ; shapes [V, K], [V],
+    [R, K] and [V, R]."""
+
+    weight: Tensor | PackedWeight
+    bias: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+
+
+def head_operands(head: nn.Module) -> HeadOperands | None:
+    """What `head` computes now: a Linear, packed or not, alone, trained in full (modules_to_save),
+    or with one plain LoRA adapter without dropout. None for everything else."""
+    if isinstance(head, ModulesToSaveWrapper):
+        active: list[str] = head.active_adapters
+        trained = bool(active) and not head.disable_adapters and active[0] in head.modules_to_save
+        return head_operands(head.modules_to_save[active[0]] if trained else head.original_module)
+    if isinstance(head, LoraLinear):
+        return _adapted(head)
+    if isinstance(head, QuantizedLinear):
+        return HeadOperands(head.packed, head.bias)
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    return HeadOperands(head.weight, head.bias) if head.weight.is_floating_point() else None
+
+
+def _adapted(head: Any) -> HeadOperands | None:
+    base = head_operands(head.get_base_layer())
+    if base is None or head.disable_adapters or head.merged:
+        return base
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if not active:
+        return base
+    name = active[0]
+    a, b = head.lora_A[name], head.lora_B[name]
+    plain = (
+        len(active) == 1
+        and not head.lora_variant.get(name)
+        and isinstance(head.lora_dropout[name], nn.Identity)
+        and a.bias is None
+        and b.bias is None
+    )
+    if not plain:
+        return None
+    return HeadOperands(base.weight, base.bias, a.weight, b.weight, head.scaling[name])
