@@ -141,7 +141,13 @@ def qlora_linear_forward(
     with torch.autocast(x.device.type, enabled=False):
         choice = select(linear_problem("forward", x_rows.shape[0], tensors, spec), source)
         y = choice.variant.forward(tensors, spec, choice.config)
-    return y.view(*x.shape[:-1], n), x.new_empty(0) if low_rank is None else low_rank
+    return _shaped(y, (*x.shape[:-1], n)), x.new_empty(0) if low_rank is None else low_rank
+
+
+def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """`rows` in another shape, and no view of them: autograd lets nobody write to a view that an
+    op made, as a model may to a Linear's output (`hidden += residual`)."""
+    return torch.ops.aten._unsafe_view(rows, shape)
 
 
 @qlora_linear_forward.register_fake
@@ -188,7 +194,7 @@ def qlora_linear_backward(
     with torch.autocast(x.device.type, enabled=False):
         choice = select(linear_problem("backward", tensors.x.shape[0], tensors, spec), source)
         grads = choice.variant.backward(grad.reshape(-1, n), tensors, spec, needs, choice.config)
-    grad_x = None if grads.x is None else grads.x.view(x.shape)
+    grad_x = None if grads.x is None else _shaped(grads.x, x.shape)
     return [g for g in (grad_x, grads.lora_a, grads.lora_b, grads.bias) if g is not None]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -233,3 +235,37 @@ def test_ragged_lengths_under_checkpointing_recompute_the_graph_they_ran() -> No
     for length in (5, 9, 5, 12, 9):
         assert torch.isfinite(step(model, tokens(2, length))["loss"]).all()
     assert qlora_compile.explain(model).fused == 14
+
+
+class WritesToOutputs(nn.Module):
+    """Writes to what its Linear returned, as many models do with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x += 1.0
+            x[..., 0] *= 2.0
+        return x
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_a_fused_linear_returns_may_be_written_to(
+    shape: tuple[int, ...], quantize: Any
+) -> None:
+    model = qlora_compile.optimize(WritesToOutputs().requires_grad_(False), quantize=quantize)
+    x = torch.randn(shape, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    assert qlora_compile.explain(model).fused == 2
+    assert x.grad is not None
+    with torch.no_grad():
+        expected = x
+        for layer in model.layers:
+            expected = type(layer).forward(layer, expected) + 1.0
+            expected[..., 0] *= 2.0
+    torch.testing.assert_close(y, expected)
