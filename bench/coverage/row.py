@@ -1,0 +1,75 @@
+"""One row of the table: what became of one model type."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+EQUAL, UNEQUAL, TRAINS = "equal", "unequal", "ok"
+
+_LONGEST = 240
+
+
+@dataclass
+class Row:
+    """What became of one model type.
+
+    stock: "ok", or why stock PEFT cannot train it. ours: "equal", "unequal", or the exception;
+    empty where stock fails.
+    errors: per group of results, ours against stock; where these are large also exact: the same in
+    float64, and floor: stock against stock with its parameters one rounding off. worst: the
+    parameter whose gradients differ most in the first step.
+    sites: all Linears; targets: those stock adapts; fused, fused_targets: of these, fused. left,
+    left_targets: why the others were left alone, with their number; examples: of each of these
+    reasons, the first site. other_targets: what stock adapts that is no Linear.
+    breaks: graph breaks inside blocks by reason. kinds: block classes that are compiled; graphs:
+    what Dynamo captured of them in all.
+    """
+
+    name: str
+    family: str
+    model: str = ""
+    stock: str = ""
+    ours: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    exact: dict[str, float] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)
+    worst: str = ""
+    parameters: int = 0
+    sites: int = 0
+    fused: int = 0
+    targets: int = 0
+    fused_targets: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+    left_targets: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+    other_targets: dict[str, int] = field(default_factory=dict)
+    breaks: dict[str, int] = field(default_factory=dict)
+    kinds: int = 0
+    graphs: int = 0
+    seconds: float = 0.0
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's type and first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_LONGEST]
+
+
+def target_kind(class_name: str) -> str:
+    """What an adapted module that is no Linear is, by its class."""
+    for ending, kind in (("Experts", "fused experts"), ("outer", "router"), ("Gate", "router")):
+        if class_name.endswith(ending):
+            return kind
+    return class_name
+
+
+def without_names(reason: str) -> str:
+    """A reason with what is particular to one module or call taken out, so that equal reasons of
+    different models group; of Dynamo's reasons, without its hints."""
+    text = " ".join(reason.split())
+    text = re.split(r" (?:Hint|Developer debug context):", text)[0].replace(" Explanation:", ":")
+    text = re.sub(r"\binto \d+ graphs", "into several graphs", text)
+    text = re.sub(r"`[^`]*\.(\w+)`", r"`\1`", text)
+    text = re.sub(r"\bits weight is tied to [\w.]+", "its weight is tied", text)
+    return text[:_LONGEST]
