@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 from qlora_compile.passes.canonicalize import drop_null_casts
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.match import match_adapters, match_linears
+from qlora_compile.passes.matmul import linearize_matmuls
 
 Pass = Callable[[GraphModule, PassContext], int]
 
-PASSES: tuple[Pass, ...] = (drop_null_casts, match_linears, match_adapters)
+PASSES: tuple[Pass, ...] = (drop_null_casts, linearize_matmuls, match_linears, match_adapters)

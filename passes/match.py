@@ -12,19 +12,21 @@ from torch.fx import Graph, GraphModule, Node
 from qlora_compile.kernels.op import QLORA_LINEAR, UNQUANTIZED
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
+    ADDS,
     arguments,
     base_weight,
     example,
     insert_before,
     is_cast,
     is_linear,
+    is_private,
     is_qlora_linear,
     linear_operands,
+    replace_node,
     strip_casts,
     uncast,
 )
 
-_ADDS = (operator.add, operator.iadd, torch.add)
 _SEED_LIMIT = 2**62
 
 
@@ -50,7 +52,7 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
         dtypes = (result.dtype,) * 3
         constants = (UNQUANTIZED, n, k, 0, 1.0, 0.0, 0, *dtypes)
         new = insert_before(node, QLORA_LINEAR, (x, planes, bias, None, None, None, *constants))
-        _replace(node, new)
+        replace_node(node, new)
         rewritten += 1
     return rewritten
 
@@ -100,7 +102,7 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             "out_dtype": result.dtype,
         }
         new = insert_before(last, QLORA_LINEAR, tuple(base.values()))
-        _replace(last, new)
+        replace_node(last, new)
         rewritten += 1
     return rewritten
 
@@ -128,11 +130,11 @@ def _with_adapter_bias(bias: Any, branch: _Branch, anchor: Node) -> Any:
 def _match_branch(add: Node) -> _Branch | None:
     """The LoRA branch that `add` joins to a `qlora_linear`; every value between them
     has no other user, or the rewrite would compute it twice."""
-    if add.op != "call_function" or add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
+    if add.op != "call_function" or add.target not in ADDS or len(add.args) != 2 or add.kwargs:
         return None
     for base, scaled in (add.args, add.args[::-1]):
         base, scaled = _strip_private(base), _strip_private(scaled)
-        if not is_qlora_linear(base) or not _is_private(base):
+        if not is_qlora_linear(base) or not is_private(base):
             continue
         if not isinstance(scaled, Node) or scaled.target not in (operator.mul, torch.mul):
             continue
@@ -157,7 +159,7 @@ def _match_branch(add: Node) -> _Branch | None:
         if x is None or (call["lora_a"] is not None and (probability or call["dropout"])):
             continue
         private = (scaled, second, first)
-        if all(_is_private(node) for node in private) and 0.0 <= probability < 1.0:
+        if all(is_private(node) for node in private) and 0.0 <= probability < 1.0:
             a, b = strip_casts(lora_a), strip_casts(lora_b)
             return _Branch(base, x, first, a, b, bias, float(scaling), probability)
     return None
@@ -182,7 +184,7 @@ def _dropout_probability(node: Any) -> float | None:
     names = ("input", "p", "training", "inplace")
     call: dict[str, Any] = {"p": 0.5, "training": True}
     call |= dict(zip(names, node.args, strict=False)) | node.kwargs
-    if not _is_private(node):
+    if not is_private(node):
         return None
     return float(call["p"]) if call["training"] else 0.0
 
@@ -200,13 +202,9 @@ def _is_plain_linear(node: Any) -> bool:
     return is_linear(node) and linear_operands(node)[2] is None
 
 
-def _is_private(node: Node) -> bool:
-    return len(node.users) == 1
-
-
 def _strip_private(node: Any) -> Any:
     """The value behind casts and copies that nobody else uses."""
-    while (source := uncast(node)) is not None and _is_private(node):
+    while (source := uncast(node)) is not None and is_private(node):
         node = source
     return node
 
@@ -214,23 +212,4 @@ def _strip_private(node: Any) -> Any:
 def _trailing_cast(node: Node) -> Node:
     """The cast that is the only user of `node`, else `node`."""
     user = next(iter(node.users), None)
-    return user if _is_private(node) and user is not None and is_cast(user) else node
-
-
-def _replace(old: Node, new: Node) -> None:
-    """Puts `new` where `old` was and erases what only `old` needed.
-
-    Raises AssertionError when shape or dtype differ: a pass that changes either is wrong."""
-    before, after = example(old), example(new)
-    assert before is not None
-    assert after is not None
-    assert (before.shape, before.dtype) == (after.shape, after.dtype), (old, before, after)
-    old.replace_all_uses_with(new)
-    candidates = [old]
-    while candidates:
-        node = candidates.pop()
-        if node.users or node.op not in ("call_function", "call_method"):
-            continue
-        inputs = node.all_input_nodes
-        node.graph.erase_node(node)
-        candidates.extend(inputs)
+    return user if is_private(node) and user is not None and is_cast(user) else node

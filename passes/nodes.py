@@ -14,6 +14,8 @@ from torch.fx.node import map_arg
 
 from qlora_compile.kernels.op import QLORA_LINEAR
 
+ADDS = (operator.add, operator.iadd, torch.add)
+
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
 _COPY_METHODS = ("clone", "contiguous")
 _WRITES = (
@@ -125,3 +127,27 @@ def insert_before(
     node.meta["nn_module_stack"] = anchor.meta.get("nn_module_stack", {})
     node.meta["stack_trace"] = anchor.meta.get("stack_trace")
     return node
+
+
+def is_private(node: Node) -> bool:
+    """Whether a single node uses it."""
+    return len(node.users) == 1
+
+
+def replace_node(old: Node, new: Node) -> None:
+    """Puts `new` where `old` was and erases what only `old` needed.
+
+    Raises AssertionError when shape or dtype differ: a pass that changes either is wrong."""
+    before, after = example(old), example(new)
+    assert before is not None
+    assert after is not None
+    assert (before.shape, before.dtype) == (after.shape, after.dtype), (old, before, after)
+    old.replace_all_uses_with(new)
+    candidates = [old]
+    while candidates:
+        node = candidates.pop()
+        if node.users or node.op not in ("call_function", "call_method"):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        candidates.extend(inputs)

@@ -231,3 +231,36 @@ def test_what_is_not_plain_lora_is_left_exact_with_a_reason(
     report = compare(chain, bias=True, adjust=adjust, **options)
     assert report.fused == 0
     assert all(str(site.reason).startswith(reason) for site in report.sites), str(report)
+
+
+class OwnLinear(nn.Linear):
+    """A Linear that multiplies by itself, in one of the ways to write it."""
+
+    def __init__(self, n: int, k: int, bias: bool, write: Any) -> None:
+        super().__init__(n, k, bias)
+        self.write = write
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.write(input, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+WRITTEN = {
+    "T": lambda x, w: x @ w.T,
+    "t": lambda x, w: torch.matmul(x, w.t()),
+    "mT": lambda x, w: x.matmul(w.mT),
+    "transpose": lambda x, w: torch.matmul(x, w.transpose(1, 0)),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_product_with_the_transposed_weight_is_a_linear(write: Any, bias: bool) -> None:
+    def own(model: Any) -> None:
+        for name in ("first", "second"):
+            layer = model.base_model.model.get_submodule(name)
+            plain = layer.base_layer
+            layer.base_layer = OwnLinear(8, 8, bias, write).requires_grad_(False)
+            layer.base_layer.load_state_dict(plain.state_dict())
+
+    assert compare(chain, bias=bias, adjust=own).fused == 2
