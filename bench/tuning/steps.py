@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -75,7 +76,7 @@ class Comparison:
         rank, chance = 0, 0.5**count
         while chance <= 0.025 and rank < count // 2:
             rank += 1
-            chance += 0.5**count * _choose(count, rank)
+            chance += 0.5**count * math.comb(count, rank)
         rank = max(rank - 1, 0)
         return ordered[rank], ordered[-1 - rank]
 
@@ -92,13 +93,6 @@ class Comparison:
             f"{low:.3f} to {high:.3f}",
             "slower" if low > 1 else "faster" if high < 1 else "equal within noise",
         )
-
-
-def _choose(n: int, k: int) -> float:
-    product = 1.0
-    for index in range(k):
-        product *= (n - index) / (index + 1)
-    return product
 
 
 HEADER = (

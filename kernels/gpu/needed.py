@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from qlora_compile.problem import Problem
 _ROW_BLOCK = 64
 """Launches follow the row count's number of such blocks, the rest only by what divides it."""
 
+# Numbers that no kernel is compiled for.
+_FREE: dict[str, Any] = {"scaling": 2.0, "dropout": 0.1, "stream": 2}
+
 _RESTS = (0, 8, 4, 2, 1)
 """Taken off a multiple of 64, rows that 64, 8, 4, 2 and nothing divides: Triton's JIT asks of each
 integer argument, a multiple of the rows or not, whether 16 divides it."""
@@ -53,7 +57,7 @@ class Call:
     bias_dtype: torch.dtype
 
     def launches(self, target: str) -> list[Launch]:
-        problem, spec = self.problem, _spec(self.problem)
+        problem, spec = self.problem, LinearSpec.of(self.problem, **_FREE)
         tensors = self._tensors(spec)
         with assuming(target), recording() as launches:
             if problem.direction == "forward":
@@ -76,7 +80,7 @@ class Call:
                 low_rank = _meta(self.rows, rank, dtype=problem.lora_dtype)
         return LinearTensors(
             x=_meta(self.rows, problem.k, dtype=problem.x_dtype),
-            planes=_planes(problem),
+            planes=meta_planes(problem),
             bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
             lora_a=lora_a,
             lora_b=lora_b,
@@ -192,7 +196,8 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _planes(problem: Problem) -> list[Tensor]:
+def meta_planes(problem: Problem) -> list[Tensor]:
+    """Planes of its weight, without data."""
     count = problem.n * problem.k
     if problem.format == UNQUANTIZED:
         return [_meta(problem.n, problem.k, dtype=problem.compute_dtype)]
@@ -203,19 +208,3 @@ def _planes(problem: Problem) -> list[Tensor]:
     nested = ((256,), (-(-blocks // NESTED_BLOCK_SIZE),), ())
     planes = [codes, _meta(blocks, dtype=torch.uint8)]
     return planes + [_meta(*shape, dtype=torch.float32) for shape in nested]
-
-
-def _spec(problem: Problem) -> LinearSpec:
-    """Its scaling, probability and stream are numbers that no kernel is compiled for."""
-    return LinearSpec(
-        format=None if problem.format == UNQUANTIZED else format_named(problem.format),
-        n=problem.n,
-        k=problem.k,
-        block_size=problem.block_size,
-        scaling=2.0,
-        dropout=0.1 if problem.dropout else 0.0,
-        stream=2,
-        compute_dtype=problem.compute_dtype,
-        lora_dtype=problem.lora_dtype,
-        out_dtype=problem.out_dtype,
-    )

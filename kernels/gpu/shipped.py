@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
 from qlora_compile.kernels.gpu.configs import GemmConfig, dequantize_decoder
 from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
+from qlora_compile.kernels.gpu.needed import meta_planes
 from qlora_compile.kernels.gpu.products import (
     AdapterStart,
     adapter_gradient,
@@ -89,18 +90,11 @@ class _Case:
 
     @property
     def spec(self) -> LinearSpec:
-        return LinearSpec(
-            format=None if self.format == UNQUANTIZED else format_named(self.format),
-            n=WIDTH,
-            k=WIDTH,
-            block_size=BLOCK_SIZE,
-            scaling=2.0,
-            dropout=0.1 if self.dropout else 0.0,
-            stream=0,
-            compute_dtype=self.dtype,
-            lora_dtype=self.lora_dtype,
-            out_dtype=self.dtype,
-        )
+        return LinearSpec.of(self.problem("forward", ROWS), scaling=2.0, dropout=0.1, stream=0)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        return meta_planes(self.problem("forward", ROWS))
 
 
 _CASES = (
@@ -139,17 +133,6 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _planes(case: _Case) -> list[Tensor]:
-    spec = case.spec
-    assert spec.format is not None
-    blocks = WIDTH * WIDTH // BLOCK_SIZE
-    codes = _meta(WIDTH * WIDTH * spec.format.bits // 8, dtype=torch.uint8)
-    if not case.double_quantized:
-        return [codes, _meta(blocks, dtype=torch.float32)]
-    nested = [_meta(*s, dtype=torch.float32) for s in ((256,), (blocks // 256,), ())]
-    return [codes, _meta(blocks, dtype=torch.uint8), *nested]
-
-
 def _products(
     variant: GemmVariant, target: str, direction: Direction, case: _Case
 ) -> Iterator[ShippedLaunch]:
@@ -161,7 +144,7 @@ def _products(
             return
         case = replace(case, format=UNQUANTIZED)
     dtype, spec = case.dtype, case.spec
-    planes = [_meta(WIDTH, WIDTH, dtype=dtype)] if spec.format is None else _planes(case)
+    planes = case.planes
     adapter = None
     if case.rank:
         low = _meta(1, rows, case.rank, dtype=torch.float32)
@@ -220,12 +203,18 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
                     decoder = dequantize_decoder(target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     with recording() as launches:
-                        dequantize(_planes(case), case.spec, dtype, decoder, up)
+                        dequantize(
+                            meta_planes(case.problem("forward", ROWS)),
+                            case.spec,
+                            dtype,
+                            decoder,
+                            up,
+                        )
                     kernel = "dequantize_augmented" if rank else "dequantize"
                     yield _streaming(kernel, case, decoder, "-", launches[-1])
     double = _Case(double_quantized=True, rank=0, dtype=torch.float32)
     with recording() as launches:
-        decoded_absmax(_planes(double))
+        decoded_absmax(double.planes)
     yield _streaming("absmax", double, "-", "-", launches[-1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
@@ -40,13 +41,50 @@ class LinearSpec:
     lora_dtype: torch.dtype
     out_dtype: torch.dtype
 
+    @classmethod
+    def of(cls, problem: Problem, *, scaling: float, dropout: float, stream: int) -> LinearSpec:
+        """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
+        return cls(
+            format=None if problem.format == UNQUANTIZED else format_named(problem.format),
+            n=problem.n,
+            k=problem.k,
+            block_size=problem.block_size,
+            scaling=scaling,
+            dropout=dropout if problem.dropout else 0.0,
+            stream=stream,
+            compute_dtype=problem.compute_dtype,
+            lora_dtype=problem.lora_dtype,
+            out_dtype=problem.out_dtype,
+        )
+
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The whole weight [N, K] in `dtype`."""
+        ((_, weight),) = self.decoded(planes, dtype, self.n)
+        return weight
+
+    def decoded(
+        self,
+        planes: Sequence[Tensor],
+        dtype: torch.dtype,
+        rows: int,
+        memory: Callable[[int], Tensor | None] = lambda rows: None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pairs (n, W[n] in `dtype`) that go through the weight once, about so many `rows` at a
+        time. memory: where so many rows are decoded to, None for memory of their own."""
         if self.format is None:
-            return planes[0].to(dtype)
+            step = max(rows, 1)
+            for start in range(0, self.n, step):
+                n = slice(start, min(start + step, self.n))
+                yield n, planes[0][n].to(dtype)
+            return
         shape = (self.n, self.k)
         packed = PackedWeight.from_planes(self.format.name, shape, self.block_size, planes)
-        return self.format.dequantize_rows(packed, 0, self.n, dtype)
+        alignment = self.format.row_alignment(packed)
+        step = self.n if rows >= self.n else max(rows // alignment, 1) * alignment
+        for start in range(0, self.n, step):
+            n = slice(start, min(start + step, self.n))
+            out = memory(n.stop - n.start)
+            yield n, self.format.dequantize_rows(packed, n.start, n.stop, dtype, out)
 
 
 @dataclass(frozen=True)

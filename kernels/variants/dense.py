@@ -5,7 +5,7 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,6 @@ from qlora_compile.kernels.variants.native_adapter import (
     row_blocks,
 )
 from qlora_compile.kernels.workspace import workspace
-from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
 
@@ -143,7 +142,7 @@ class Dense(Variant):
         separate = None if config.merged else adapter
         plain = {x.dtype, spec.out_dtype, separate.dtype if separate else dtype} == {dtype}
         blocks = row_blocks(x, whole=plain)
-        for n, weight in _weight_blocks(tensors.planes, spec, config, merged)():
+        for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
             for m in blocks:
                 part = target = y[m, n]
                 if y.dtype != dtype:
@@ -177,9 +176,9 @@ class Dense(Variant):
             merged = adapter if config.merged else None
             passes = _weight_blocks(tensors.planes, spec, config, merged)
             if config.weight_block is None:
-                ((_, weight),) = passes()
+                ((_, weight),) = passes
             else:
-                for n, block in passes():
+                for n, block in passes:
                     for m in blocks:
                         beta = 0 if n.start == 0 else 1
                         part = grad[m, n].to(dtype)
@@ -215,35 +214,23 @@ class Dense(Variant):
 
 def _weight_blocks(
     planes: Sequence[Tensor], spec: LinearSpec, config: DenseConfig, merged: NativeAdapter | None
-) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+) -> Iterator[tuple[slice, Tensor]]:
     """What goes through the weight once: pairs (n, W[n] in the config's dtype, with the `merged`
     adapter added). A block is valid until the next one is taken."""
     dtype, device = config.gemm_dtype, planes[0].device
-    packed, rows = None, spec.n
-    if spec.format is not None:
-        shape = (spec.n, spec.k)
-        packed = PackedWeight.from_planes(spec.format.name, shape, spec.block_size, planes)
-        if config.weight_block is not None:
-            alignment = spec.format.row_alignment(packed)
-            rows = max(config.weight_block // spec.k // alignment, 1) * alignment
+    if config.decoder is not None:
+        from qlora_compile.kernels.gpu.products import dequantize
 
-    def blocks() -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, spec.n, rows):
-            stop = min(start + rows, spec.n)
-            if packed is None or spec.format is None:
-                block = planes[0].to(dtype)
-            elif config.decoder is not None:
-                from qlora_compile.kernels.gpu.products import dequantize
-
-                block = dequantize(list(planes), spec, dtype, config.decoder)
-            else:
-                block = workspace(stop - start, spec.k, dtype=dtype, device=device)
-                spec.format.dequantize_rows(packed, start, stop, dtype, block)
-            if merged is not None:
-                # An unquantised weight is the model's own.
-                out = None if block is planes[0] else block
-                left, right = merged.b[start:stop].to(dtype), merged.a.to(dtype)
-                block = torch.addmm(block, left, right, alpha=merged.scaling, out=out)
-            yield slice(start, stop), block
-
-    return blocks
+        blocks = iter([(slice(0, spec.n), dequantize(list(planes), spec, dtype, config.decoder))])
+    else:
+        rows = spec.n if config.weight_block is None else config.weight_block // spec.k
+        blocks = spec.decoded(
+            planes, dtype, rows, lambda rows: workspace(rows, spec.k, dtype=dtype, device=device)
+        )
+    for n, block in blocks:
+        if merged is not None:
+            # An unquantised weight is the model's own.
+            out = None if block.data_ptr() == planes[0].data_ptr() else block
+            left, right = merged.b[n].to(dtype), merged.a.to(dtype)
+            block = torch.addmm(block, left, right, alpha=merged.scaling, out=out)
+        yield n, block

@@ -22,7 +22,6 @@ from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.native_adapter import NativeAdapter, native_dtypes, row_blocks
 from qlora_compile.kernels.workspace import workspace
-from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Problem
 
 _DECODED = 1 << 17
@@ -59,21 +58,11 @@ class NativeAugmented(Variant):
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
         """[W | B] as [N, K + rank]."""
         tensors, spec = adapter.tensors, adapter.spec
-        n, k, rank = spec.n, spec.k, adapter.b.shape[1]
-        device = tensors.planes[0].device
-        wide = workspace(n, k + rank, dtype=dtype, device=device)
+        k, device = spec.k, tensors.planes[0].device
+        wide = workspace(spec.n, k + adapter.b.shape[1], dtype=dtype, device=device)
         wide[:, k:] = adapter.b
-        if spec.format is None:
-            wide[:, :k] = tensors.planes[0]
-            return wide
-        packed = PackedWeight.from_planes(spec.format.name, (n, k), spec.block_size, tensors.planes)
-        alignment = spec.format.row_alignment(packed)
-        rows = max(_DECODED // k // alignment, 1) * alignment
-        buffer = torch.empty(min(rows, n), k, dtype=dtype, device=device)
-        for start in range(0, n, rows):
-            stop = min(start + rows, n)
-            block = buffer[: stop - start]
-            wide[start:stop, :k] = spec.format.dequantize_rows(packed, start, stop, dtype, block)
+        for n, block in spec.decoded(tensors.planes, dtype, _DECODED // k):
+            wide[n, :k] = block
         return wide
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:

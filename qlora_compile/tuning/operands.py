@@ -19,7 +19,7 @@ from qlora_compile.kernels.variants.base import (
     NeedsGradient,
     Variant,
 )
-from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.packed import NESTED_BLOCK_SIZE
 from qlora_compile.problem import Problem
 
 DROPOUT = 0.1
@@ -125,19 +125,8 @@ class Operands:
 
     def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """W by blocks of rows, so that no copy of it in float64 is needed."""
-        spec, planes = self.spec, self.tensors.planes
-        packed, step = None, _CHUNK
-        if spec.format is not None:
-            shape = (spec.n, spec.k)
-            packed = PackedWeight.from_planes(spec.format.name, shape, spec.block_size, planes)
-            alignment = spec.format.row_alignment(packed)
-            step = alignment * max(1, _CHUNK // alignment)
-        for start in range(0, spec.n, step):
-            n = slice(start, min(start + step, spec.n))
-            if packed is None or spec.format is None:
-                block = planes[0][n]
-            else:
-                block = spec.format.dequantize_rows(packed, n.start, n.stop, torch.float32)
+        decoded = dtype if self.spec.format is None else torch.float32
+        for n, block in self.spec.decoded(self.tensors.planes, decoded, _CHUNK):
             yield n, block.to(dtype)
 
 
@@ -151,8 +140,7 @@ def operands(problem: Problem, seed: int = 0) -> Operands:
         made = torch.randn(rows, columns, generator=generator, device=device) * scale
         return made.to(dtype)
 
-    quant_format = None if p.format == UNQUANTIZED else format_named(p.format)
-    if quant_format is None:
+    if p.format == UNQUANTIZED:
         planes = [normal(p.n, p.k, p.k**-0.5, p.compute_dtype)]
     else:
         planes = _planes(p, normal(min(p.n, max(1, _QUANTIZED // p.k)), p.k, 1.0, torch.float32))
@@ -165,18 +153,7 @@ def operands(problem: Problem, seed: int = 0) -> Operands:
         if p.keeps_low_rank:
             low_rank = torch.empty(p.m, p.rank, dtype=p.lora_dtype, device=device)
     bias = normal(1, p.n, 1.0, p.compute_dtype)[0] if p.bias else None
-    spec = LinearSpec(
-        format=quant_format,
-        n=p.n,
-        k=p.k,
-        block_size=p.block_size,
-        scaling=_SCALING,
-        dropout=DROPOUT if p.dropout else 0.0,
-        stream=0,
-        compute_dtype=p.compute_dtype,
-        lora_dtype=p.lora_dtype,
-        out_dtype=p.out_dtype,
-    )
+    spec = LinearSpec.of(p, scaling=_SCALING, dropout=DROPOUT, stream=0)
     x = normal(p.m, p.k, 1.0, p.x_dtype)
     grad = normal(p.m, p.n, 1.0, p.out_dtype)
     tensors = LinearTensors(x, planes, bias, lora_a, lora_b, drawn, low_rank)

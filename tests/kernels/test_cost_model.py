@@ -7,35 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.tuning.ranking import LOOKED_AT, RESULTS, problem_set, ranked
 from qlora_compile.kernels.device_model import DEVICE_MODELS, CpuModel
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.problem import Direction, Problem
+from qlora_compile.problem import Direction
+from tests.kernels.test_selection import TYPICAL
 
 DENSE, FUSED = (next(v for v in VARIANTS if v.name == name) for name in ("dense", "fused"))
-
-PROBLEM = Problem(
-    direction="forward",
-    m=1,
-    n=4096,
-    k=4096,
-    rank=16,
-    format="nf4",
-    block_size=64,
-    double_quantized=True,
-    x_dtype=torch.bfloat16,
-    compute_dtype=torch.bfloat16,
-    lora_dtype=torch.float32,
-    out_dtype=torch.bfloat16,
-    bias=False,
-    dropout=False,
-    keeps_low_rank=False,
-    device="cuda:0",
-)
 
 NEVER = 1 << 15
 
@@ -63,7 +44,7 @@ def switch_over(card: str, direction: Direction) -> int:
     last = 0
     with assuming(model.target, kind="cuda"):
         for m in range(16, 2 * NEVER, 16):
-            problem = replace(PROBLEM, m=m, direction=direction)
+            problem = replace(TYPICAL, m=m, direction=direction)
             seconds = {
                 variant: min(variant.cost(problem, c, model) for c in variant.configs(problem))
                 for variant in (DENSE, FUSED)
@@ -96,7 +77,7 @@ def test_few_columns_are_split_and_many_are_not() -> None:
     model = next(each for each in DEVICE_MODELS if each.name == "H100")
     splits = []
     for n in (256, 4096, 1 << 17):
-        problem = replace(PROBLEM, m=8, n=n)
+        problem = replace(TYPICAL, m=8, n=n)
         with assuming(model.target, kind="cuda"):
             configs = skinny.configs(problem)
         best = min(configs, key=lambda config: skinny.cost(problem, config, model))
