@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.kernels.op import linear_problem
+from qlora_compile.kernels.linear_call import linear_problem
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import LinearSpec, LinearTensors, NeedsGradient
 from qlora_compile.packed import PackedWeight

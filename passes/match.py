@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qlora_compile.kernels.op import QLORA_LINEAR, UNQUANTIZED
+from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.registry import UNQUANTIZED
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
     ADDS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
 
 ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -68,14 +68,15 @@ def strip_casts(node: Any) -> Any:
 
 def is_written(node: Node) -> bool:
     """Whether a user of `node` changes it in place."""
-    return any(
-        user.args[:1] == (node,)
-        and (
-            user.target in _WRITES
-            or (user.op == "call_method" and re.fullmatch(r"\w*[^_]_", str(user.target)))
-        )
-        for user in node.users
-    )
+    return any(written_by(user) is node for user in node.users)
+
+
+def written_by(node: Node) -> Node | None:
+    """What `node` changes in place, if anything."""
+    method = node.op == "call_method" and re.fullmatch(r"\w*[^_]_", str(node.target))
+    if not node.args or not (method or node.target in _WRITES):
+        return None
+    return node.args[0] if isinstance(node.args[0], Node) else None
 
 
 def is_linear(node: object) -> bool:
@@ -96,15 +97,48 @@ def is_qlora_linear(node: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is QLORA_LINEAR
 
 
+def is_group(node: object) -> bool:
+    return (
+        isinstance(node, Node) and node.op == "call_function" and node.target is QLORA_LINEAR_GROUP
+    )
+
+
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a `qlora_linear` node by their names in the schema."""
-    names = [argument.name for argument in QLORA_LINEAR._schema.arguments]
+    """The arguments of a `qlora_linear` or `qlora_linear_group` node by their names."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
     return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+PER_SIBLING = ("bias", "lora_a", "lora_b", "n", "scaling", "stream")
+"""What a group has a list of, and its `planes` one after another."""
+
+
+def calls(node: Node) -> list[dict[str, Any]]:
+    """The `arguments` of each Linear that `node` computes as `qlora_linear` takes them; of other
+    nodes none."""
+    if is_qlora_linear(node):
+        return [arguments(node)]
+    if not is_group(node):
+        return []
+    call = arguments(node)
+    count = len(call["planes"]) // len(call["n"])
+    return [
+        call
+        | {name: call[name][i] for name in PER_SIBLING}
+        | {"planes": call["planes"][i * count : (i + 1) * count]}
+        for i in range(len(call["n"]))
+    ]
 
 
 def base_weight(node: Node) -> Any:
     """The placeholder of a linear's or `qlora_linear`'s weight, behind casts and views."""
-    weight = arguments(node)["planes"][0] if is_qlora_linear(node) else linear_operands(node)[1]
+    call = arguments(node)["planes"][0] if is_qlora_linear(node) else linear_operands(node)[1]
+    return stored_weight(call)
+
+
+def stored_weight(weight: Any) -> Any:
+    """The placeholder that `weight` is a cast or a view of."""
     while isinstance(weight, Node) and weight.op != "placeholder" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
     return weight

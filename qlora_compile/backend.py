@@ -15,7 +15,7 @@ import torch.compiler.config as compiler_config
 from torch.fx import GraphModule
 
 from qlora_compile.errors import VerificationError
-from qlora_compile.kernels import op
+from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.pipeline import run_pipeline
@@ -87,7 +87,8 @@ def compile_inner(
 @functools.cache
 def _sources_digest() -> str:
     """Of what `qlora_linear` becomes and saves in a compiled graph."""
-    return hashlib.sha256(Path(op.__file__).read_bytes()).hexdigest()
+    sources = [Path(module.__file__).read_bytes() for module in (op, linear_call)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def make_backend(

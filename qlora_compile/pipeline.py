@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qlora_compile.errors import PassError
-from qlora_compile.kernels.op import hinted_rows, linear_problem, linear_spec
+from qlora_compile.kernels.linear_call import group_problem, linear_spec
+from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
 from qlora_compile.passes.nodes import (
-    arguments,
     base_weight,
+    calls,
     example,
     is_linear,
-    is_qlora_linear,
     linear_operands,
+    stored_weight,
 )
+from qlora_compile.problem import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,7 @@ def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
 
 def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
     found = (
-        context.site_of(base_weight(node))
-        for node in graph_module.graph.nodes
-        if is_linear(node) or is_qlora_linear(node)
+        context.site_of(weight) for node in graph_module.graph.nodes for weight in _weights(node)
     )
     return {site for site in found if site is not None}
 
@@ -61,9 +62,15 @@ def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
 def _record(graph_module: GraphModule, context: PassContext) -> None:
     """Reads off the rewritten graph what became of each site, whatever the passes believed."""
     for node in graph_module.graph.nodes:
-        site = context.site_of(base_weight(node)) if is_qlora_linear(node) else None
-        if site is not None:
-            context.fused[site] = _fused_site(arguments(node))
+        linears = calls(node)
+        if not linears:
+            continue
+        forward = _forward(linears)
+        for call in linears:
+            site = context.site_of(stored_weight(call["planes"][0]))
+            if site is not None:
+                dropout = call["dropout"] if call["lora_a"] is not None else 0.0
+                context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
     for node in graph_module.graph.nodes:
         if is_linear(node):
             site = context.adapter_site_of(linear_operands(node)[1])
@@ -76,13 +83,22 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     context.unfused |= context.kept
 
 
-def _fused_site(call: dict) -> FusedSite:
-    x, bias, lora_a, lora_b, seed = (example(call[name]) for name in _TENSORS if name != "planes")
-    assert x is not None
-    tensors = LinearTensors(x, call["planes"], bias, lora_a, lora_b, seed)
-    spec = linear_spec(*list(call.values())[len(_TENSORS) :])
-    return FusedSite(
-        forward=linear_problem("forward", hinted_rows(x, spec.k), tensors, spec),
-        dropout=spec.dropout,
-        trains=torch.is_grad_enabled(),
-    )
+def _weights(node: Node) -> list[Any]:
+    """What stands for the stored weight of each Linear that `node` computes."""
+    if is_linear(node):
+        return [base_weight(node)]
+    return [stored_weight(call["planes"][0]) for call in calls(node)]
+
+
+def _forward(linears: list[dict[str, Any]]) -> Problem:
+    """The Problem of a node that computes `linears`."""
+    group = []
+    for call in linears:
+        x, bias, lora_a, lora_b, seed = (
+            example(call[name]) for name in _TENSORS if name != "planes"
+        )
+        assert x is not None
+        tensors = LinearTensors(x, call["planes"], bias, lora_a, lora_b, seed)
+        group.append((tensors, linear_spec(*list(call.values())[len(_TENSORS) :])))
+    rows = hinted_rows(group[0][0].x, group[0][1].k)
+    return group_problem("forward", rows, group)

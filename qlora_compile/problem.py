@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,12 +17,24 @@ def bucket_rows(rows: int) -> int:
 
 
 @dataclass(frozen=True)
+class Sibling:
+    """What may differ among Linears that share their input."""
+
+    n: int
+    rank: int
+    bias: bool
+
+
+@dataclass(frozen=True)
 class Problem:
     """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
 
     `m` is bucketed (`bucket_rows`), everything else is exact; `rank` is 0 without an adapter;
     `format` is "none" for a weight kept in its own floating-point dtype. `keeps_low_rank`: the
     forward returns scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
+
+    `siblings` are the Linears of a group that share x, in order, and empty for a single one; then
+    `n` and `rank` are their sums and `bias` tells whether any has one.
     """
 
     direction: Direction
@@ -40,6 +53,53 @@ class Problem:
     dropout: bool
     keeps_low_rank: bool
     device: str
+    siblings: tuple[Sibling, ...] = ()
+
+    @classmethod
+    def of_group(cls, parts: Sequence[Problem]) -> Problem:
+        """The Problem of Linears that share their input: of `parts`, which are single and differ
+        in what a Sibling has alone; a Linear without adapter takes the others' adapter dtype."""
+        if len(parts) == 1:
+            return parts[0]
+        adapted = next((part for part in parts if part.rank), parts[0])
+        siblings = tuple(Sibling(part.n, part.rank, part.bias) for part in parts)
+        return replace(
+            adapted,
+            n=sum(each.n for each in siblings),
+            rank=sum(each.rank for each in siblings),
+            bias=any(each.bias for each in siblings),
+            siblings=siblings,
+        )
+
+    @property
+    def parts(self) -> tuple[Problem, ...]:
+        """Each sibling's own Problem; itself where it has none."""
+        if not self.siblings:
+            return (self,)
+        return tuple(
+            replace(
+                self,
+                n=each.n,
+                rank=each.rank,
+                bias=each.bias,
+                dropout=self.dropout and each.rank > 0,
+                keeps_low_rank=self.keeps_low_rank and each.rank > 0,
+                siblings=(),
+            )
+            for each in self.siblings
+        )
+
+    @property
+    def columns(self) -> str:
+        """N as people read it: "576+192+192" of siblings."""
+        return "+".join(str(part.n) for part in self.parts)
+
+    @property
+    def ranks(self) -> str:
+        """As `columns`; one number where all agree."""
+        ranks = dict.fromkeys(part.rank for part in self.parts)
+        listed = ranks if len(ranks) == 1 else (part.rank for part in self.parts)
+        return "+".join(map(str, listed))
 
     def __str__(self) -> str:
         """Such as "forward 512x1536x576 rank 16, nf4/64 double, bfloat16, adapter float32, cpu"."""
@@ -50,7 +110,7 @@ class Problem:
         stored = f"{self.format}/{self.block_size}" if self.block_size else self.format
         dtypes = [short(self.x_dtype), short(self.compute_dtype), short(self.out_dtype)]
         parts = [
-            f"{self.direction} {self.m}x{self.n}x{self.k} rank {self.rank}",
+            f"{self.direction} {self.m}x{self.columns}x{self.k} rank {self.ranks}",
             stored + " double" * self.double_quantized,
             dtypes[0] if len(set(dtypes)) == 1 else ">".join(dtypes),
         ]

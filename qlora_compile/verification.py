@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
-from qlora_compile.kernels.op import QLORA_LINEAR
-from qlora_compile.passes.nodes import arguments, is_qlora_linear
+from qlora_compile.passes.nodes import arguments, is_group, is_qlora_linear
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest relative difference, in the Frobenius norm, of two valid orders of one computation."""
@@ -64,9 +63,8 @@ def _lowest_precision(args: Sequence[Any]) -> torch.dtype:
 def _undropped(graph_module: GraphModule) -> GraphModule:
     graph_module = copy.deepcopy(graph_module)
     for node in graph_module.graph.nodes:
-        if is_qlora_linear(node):
+        if is_qlora_linear(node) or is_group(node):
             node.args = tuple((arguments(node) | {"dropout": 0.0, "seed": None}).values())
-            assert node.target is QLORA_LINEAR
         elif node.target is torch.nn.functional.dropout:
             node.args, node.kwargs = node.args[:1], {"p": 0.0}
         elif node.target is torch.nn.functional.scaled_dot_product_attention:

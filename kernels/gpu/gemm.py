@@ -64,6 +64,7 @@ def gemm_kernel(
     BWIDTH: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, DESCRIPTOR: tl.constexpr, PREFETCH: tl.constexpr,
     AHEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     """Forward: out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward: out [M, K] = x [M, N] W +
     mask ⊙ low upᵀ, the scales in low and up.
@@ -71,7 +72,7 @@ def gemm_kernel(
     weight: int32 words of the packed codes, or W itself where DECODE is None. low … up_scale: as
     `adapter_start` takes them, C the output's columns. x: a tensor with row stride, or with
     DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each of SPLITS programs sums a
-    part of the reduction into its own float32 plane of out.
+    part of the reduction into its own float32 plane of out. ACCUMULATE: out's own values are added.
 
     The decoded tile is carried: tile k + 1 is decoded after the product with tile k was issued, so
     that the two overlap; with PREFETCH its words were loaded one iteration earlier still.
@@ -199,12 +200,15 @@ def gemm_kernel(
         if SPLITS > 1:
             terms = tl.where(split == 0, terms, 0.0)
         acc += terms[:, None] if WEIGHT_LEFT else terms[None, :]
-    result = acc.to(out.dtype.element_ty)
-    result = result.T if WEIGHT_LEFT else result
     target = out + tl.cast(split, tl.int64) * out_stride_split
     target += tl.cast(m0, tl.int64) * out_stride + c0
     target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
     stored = (m0 + tl.arange(0, BM) < M)[:, None]
     if not EVEN_C:
         stored = stored & (c0 + cs < columns)[None, :]
+    if ACCUMULATE:
+        before = tl.load(target, mask=stored, other=0.0).to(tl.float32)
+        acc += before.T if WEIGHT_LEFT else before
+    result = acc.to(out.dtype.element_ty)
+    result = result.T if WEIGHT_LEFT else result
     tl.store(target, result, mask=stored)

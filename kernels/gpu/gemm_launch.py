@@ -35,8 +35,9 @@ def gemm(
     backward: bool = False,
     bias: Tensor | None = None,
     adapter: AdapterStart | None = None,
+    accumulate: bool = False,
 ) -> None:
-    """out = x Wᵀ + bias + adapter, or backward out = x W + adapter.
+    """out = x Wᵀ + bias + adapter, or backward out = x W + adapter; added to out to `accumulate`.
 
     x: [M, R], R = K forward and N backward, contiguous rows. planes: the packed weight's, or
     [W] where the config has no decoder. out: [M, C], contiguous rows.
@@ -107,6 +108,7 @@ def gemm(
         "EVEN_N": spec.n % tile_rows == 0,
         "EVEN_K": spec.k % tile_columns == 0,
         "STAGES": config.loop_stages,
+        "ACCUMULATE": accumulate and config.splits == 1,
     }
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     Launch(
@@ -119,7 +121,8 @@ def gemm(
         options,
     ).run()
     if config.splits > 1:
-        out.copy_(target.sum(0))
+        total = target.sum(0)
+        out.add_(total) if accumulate else out.copy_(total)
 
 
 def _adapter_arguments(adapter: AdapterStart | None) -> dict[str, Any]:

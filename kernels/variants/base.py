@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -114,6 +114,10 @@ class LinearGradients:
     bias: Tensor | None
 
 
+Group = Sequence[tuple[LinearTensors, LinearSpec]]
+"""Linears that share x, format, dtypes and dropout: one, or the siblings of a Problem."""
+
+
 @dataclass(frozen=True)
 class NeedsGradient:
     x: bool
@@ -168,6 +172,23 @@ class Variant(ABC):
         config: Config,
     ) -> LinearGradients:
         """Gradients for `grad` [M, N]; the base weight is frozen and gets none."""
+
+    def forward_group(self, group: Group, config: Config) -> list[Tensor]:
+        """`forward` of each, sharing nothing unless a variant knows better."""
+        return [self.forward(tensors, spec, config) for tensors, spec in group]
+
+    def backward_group(
+        self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
+    ) -> tuple[Tensor | None, list[LinearGradients]]:
+        """The gradient of the shared x, and each Linear's others."""
+        grad_x = None
+        others = []
+        for grad, (tensors, spec) in zip(grads, group, strict=True):
+            result = self.backward(grad, tensors, spec, needs, config)
+            if result.x is not None:
+                grad_x = result.x if grad_x is None else grad_x.add_(result.x)
+            others.append(replace(result, x=None))
+        return grad_x, others
 
 
 def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:

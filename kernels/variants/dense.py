@@ -5,7 +5,7 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from qlora_compile.kernels.gpu.configs import dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.variants.base import (
     Config,
+    Group,
     LinearGradients,
     LinearSpec,
     LinearTensors,
@@ -28,6 +29,8 @@ from qlora_compile.kernels.variants.cpu_cost import dense_seconds
 from qlora_compile.kernels.variants.decoding import decode_reasons, dequantize_seconds
 from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
+    NativeAdapters,
+    NativeGradients,
     add_product,
     native_dtypes,
     row_blocks,
@@ -128,15 +131,45 @@ class Dense(Variant):
         return total
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        (y,) = self.forward_group([(tensors, spec)], config)
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
+    ) -> LinearGradients:
+        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
+        return replace(others, x=grad_x)
+
+    def forward_group(self, group: Group, config: Config) -> list[Tensor]:
         assert isinstance(config, DenseConfig)
+        adapters = NativeAdapters.of(group, config.gemm_dtype)
+        low_rank = None
+        if adapters is not None:
+            kept = any(tensors.low_rank is not None for tensors, _ in group)
+            if kept or not config.merged:
+                low_rank = adapters.low_rank()
+                adapters.store(low_rank)
+        results = []
+        for position, (tensors, spec) in enumerate(group):
+            adapter = None if adapters is None else adapters.members.get(position)
+            results.append(self._forward(tensors, spec, config, adapter, low_rank))
+        return results
+
+    def _forward(
+        self,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        config: DenseConfig,
+        adapter: NativeAdapter | None,
+        low_rank: Tensor | None,
+    ) -> Tensor:
         x, dtype = tensors.x, config.gemm_dtype
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
-        adapter = NativeAdapter.of(tensors, spec, dtype)
-        low_rank = None
-        if adapter is not None and (not config.merged or tensors.low_rank is not None):
-            low_rank = adapter.low_rank(x)
-            if tensors.low_rank is not None:
-                tensors.low_rank.copy_(low_rank)
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
         merged = adapter if config.merged else None
         separate = None if config.merged else adapter
@@ -152,64 +185,71 @@ class Dense(Variant):
                 else:
                     torch.addmm(bias[n], x[m].to(dtype), weight.t(), out=part)
                 if separate is not None and low_rank is not None:
-                    part = add_product(part, low_rank[m], separate.b[n].t())
+                    part = add_product(part, low_rank[m, separate.columns], separate.b[n].t())
                 if part is not target:
                     target.copy_(part)
         return y
 
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients:
+    def backward_group(
+        self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
+    ) -> tuple[Tensor | None, list[LinearGradients]]:
         assert isinstance(config, DenseConfig)
-        x, dtype = tensors.x, config.gemm_dtype
-        adapter = NativeAdapter.of(tensors, spec, dtype)
-        plain = {x.dtype, grad.dtype} == {dtype}
-        blocks = row_blocks(x, whole=plain and (adapter is None or adapter.plain(x)))
-        grad_x = weight = None
+        x, dtype = group[0][0].x, config.gemm_dtype
+        adapters = NativeAdapters.of(group, dtype)
+        work = None
+        # A merged adapter's share of dX is in the weight.
+        adds = needs.x and not config.merged
+        if adapters is not None and (needs.adapter or adds):
+            work = NativeGradients(adapters, replace(needs, x=adds))
+        grad_x = None
         if needs.x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            merged = adapter if config.merged else None
-            passes = _weight_blocks(tensors.planes, spec, config, merged)
-            if config.weight_block is None:
-                ((_, weight),) = passes
-            else:
-                for n, block in passes:
-                    for m in blocks:
-                        beta = 0 if n.start == 0 else 1
-                        part = grad[m, n].to(dtype)
-                        torch.addmm(grad_x[m], part, block, beta=beta, out=grad_x[m])
-        totals = None
-        if adapter is not None and needs.adapter:
-            totals = adapter.totals()
-        for m in blocks:
-            base_grad = grad[m].to(dtype)
-            target = part = None
+        begun = False
+        others = []
+        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
+            adapter = None if adapters is None else adapters.members.get(position)
+            taken = None if adapter is None else work
+            passes: Iterable[tuple[slice, Tensor | None]] = [(slice(0, spec.n), None)]
             if grad_x is not None:
-                part = target = grad_x[m]
-                if x.dtype != dtype:
-                    part = torch.empty_like(target, dtype=dtype)
-                if weight is not None:
-                    torch.mm(base_grad, weight, out=part)
-            if adapter is not None and (totals is not None or (needs.x and not config.merged)):
-                adapter_grad = grad[m].to(adapter.dtype) if dtype != adapter.dtype else base_grad
-                grad_low = (adapter_grad @ adapter.b).mul_(adapter.scaling)
-                keep = adapter.keep(m)
-                if totals is not None:
-                    adapter.accumulate(totals, m, adapter_grad, grad_low, keep)
-                if part is not None and not config.merged:
-                    part = adapter.add_to_input_gradient(part, grad_low, keep)
-            if target is not None and part is not None and part is not target:
-                target.copy_(part)
-        grad_bias = None
-        if needs.bias and tensors.bias is not None:
-            grad_bias = bias_gradient(grad, tensors.bias)
-        grad_a, grad_b = (None, None) if adapter is None else adapter.gradients(totals)
-        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+                merged = adapter if config.merged else None
+                passes = _weight_blocks(tensors.planes, spec, config, merged)
+            # What is converted once serves both products.
+            together = config.weight_block is None or grad_x is None
+            plain = {x.dtype, grad.dtype, taken.adapters.dtype if taken else dtype} == {dtype}
+            blocks = row_blocks(x, whole=plain)
+            for n, weight in passes:
+                for m in blocks:
+                    part = grad[m, n].to(dtype)
+                    if grad_x is not None and weight is not None:
+                        _add_input_gradient(grad_x[m], part, weight, first=not begun)
+                    if taken is not None and together:
+                        same = taken.adapters.dtype == dtype
+                        taken.take(position, m, part if same else grad[m].to(taken.adapters.dtype))
+                begun = True
+            if taken is not None and not together:
+                for m in blocks:
+                    taken.take(position, m, grad[m].to(taken.adapters.dtype))
+            grad_bias = None
+            if needs.bias and tensors.bias is not None:
+                grad_bias = bias_gradient(grad, tensors.bias)
+            others.append(LinearGradients(None, None, None, grad_bias))
+        if work is not None:
+            work.finish(grad_x)
+            for position, other in enumerate(others):
+                grad_a, grad_b = work.of(position)
+                others[position] = replace(other, lora_a=grad_a, lora_b=grad_b)
+        return grad_x, others
+
+
+def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:
+    """total (+)= grad @ weight."""
+    if total.dtype != grad.dtype:
+        product = grad @ weight
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(grad, weight, out=total)
+    else:
+        total.addmm_(grad, weight)
 
 
 def _weight_blocks(

@@ -10,16 +10,15 @@ from torch import Tensor
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.variants.base import (
     ROW_BLOCK,
+    Group,
     LinearSpec,
     LinearTensors,
+    NeedsGradient,
     adapter_scaling,
 )
 
 DEVICE_ROW_BLOCKS = 8
 """CPU row blocks in one of another device, where each costs a dozen kernel launches."""
-
-Totals = tuple[Tensor, Tensor]
-"""Sums of the gradients of lora_a and lora_b over blocks of rows, in at least float32."""
 
 
 def native_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
@@ -41,9 +40,10 @@ def row_blocks(x: Tensor, whole: bool) -> list[slice]:
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """One call's adapter, its factors in the `dtype` its products run in.
+    """The adapter of one Linear of a group, its factors in the `dtype` its products run in.
 
-    scaling: alpha / rank, and 1 / (1 - p) of what dropout keeps.
+    scaling: alpha / rank, and 1 / (1 - p) of what dropout keeps. columns: of the group's S that
+    are this adapter's.
     """
 
     tensors: LinearTensors
@@ -52,22 +52,7 @@ class NativeAdapter:
     b: Tensor
     dtype: torch.dtype
     scaling: float
-
-    @classmethod
-    def of(
-        cls, tensors: LinearTensors, spec: LinearSpec, gemm_dtype: torch.dtype
-    ) -> NativeAdapter | None:
-        """None without an adapter. Where the base product runs wider, so does the adapter's."""
-        a, b = tensors.lora_a, tensors.lora_b
-        if a is None or b is None:
-            return None
-        wider = gemm_dtype.itemsize > spec.lora_dtype.itemsize
-        dtype = gemm_dtype if wider else spec.lora_dtype
-        return cls(tensors, spec, a.to(dtype), b.to(dtype), dtype, adapter_scaling(tensors, spec))
-
-    def plain(self, x: Tensor) -> bool:
-        """Whether its products take x as it is."""
-        return x.dtype == self.dtype and self.tensors.seed is None
+    columns: slice
 
     def keep(self, rows: slice) -> Tensor | None:
         """The dropout mask of `rows` of x, in `dtype`."""
@@ -78,54 +63,166 @@ class NativeAdapter:
             self.tensors.seed, spec.stream, spec.dropout, bounds, spec.k, dtype=self.dtype
         )
 
-    def low_rank(self, x: Tensor) -> Tensor:
-        """scaling * drop(x) aᵀ [M, rank] in `dtype`."""
-        low = x.new_empty(x.shape[0], self.a.shape[0], dtype=self.dtype)
-        for m in row_blocks(x, whole=self.plain(x)):
-            keep = self.keep(m)
-            part = x[m].to(self.dtype) if keep is None else keep.mul_(x[m])
-            torch.mm(part, self.a.t(), out=low[m])
-        return low.mul_(self.scaling)
 
-    def totals(self) -> Totals:
-        wide = torch.promote_types(torch.float32, self.dtype)
-        return (
-            self.a.new_zeros(self.a.shape, dtype=wide),
-            self.b.new_zeros(self.b.shape, dtype=wide),
-        )
+@dataclass(frozen=True)
+class NativeAdapters:
+    """A group's adapters, by their Linear's position in it, and their A's in one [sum of r, K]."""
 
-    def accumulate(
-        self, totals: Totals, rows: slice, grad: Tensor, grad_low: Tensor, keep: Tensor | None
+    x: Tensor
+    dtype: torch.dtype
+    stacked: Tensor
+    members: dict[int, NativeAdapter]
+
+    @classmethod
+    def of(cls, group: Group, gemm_dtype: torch.dtype) -> NativeAdapters | None:
+        """None without an adapter. Where the base product runs wider, so does the adapters'."""
+        first, spec = group[0]
+        wider = gemm_dtype.itemsize > spec.lora_dtype.itemsize
+        dtype = gemm_dtype if wider else spec.lora_dtype
+        factors = []
+        members = {}
+        rank = 0
+        for position, (tensors, spec) in enumerate(group):
+            a, b = tensors.lora_a, tensors.lora_b
+            if a is None or b is None:
+                continue
+            columns = slice(rank, rank + a.shape[0])
+            scaling = adapter_scaling(tensors, spec)
+            factors.append(a.to(dtype))
+            members[position] = NativeAdapter(
+                tensors, spec, factors[-1], b.to(dtype), dtype, scaling, columns
+            )
+            rank = columns.stop
+        if not members:
+            return None
+        stacked = factors[0] if len(factors) == 1 else torch.cat(factors)
+        return cls(first.x, dtype, stacked, members)
+
+    @property
+    def masked(self) -> bool:
+        """Whether dropout gives each adapter an input of its own."""
+        return any(member.tensors.seed is not None for member in self.members.values())
+
+    @property
+    def plain(self) -> bool:
+        """Whether the products take x as it is."""
+        return self.x.dtype == self.dtype and not self.masked
+
+    def low_rank(self) -> Tensor:
+        """S: scaling * drop(x) aᵀ of each member in its columns, [M, sum of ranks] in `dtype`."""
+        x = self.x
+        low = x.new_empty(x.shape[0], self.stacked.shape[0], dtype=self.dtype)
+        for m in row_blocks(x, whole=self.plain):
+            if not self.masked:
+                torch.mm(x[m].to(self.dtype), self.stacked.t(), out=low[m])
+                continue
+            for member in self.members.values():
+                keep = member.keep(m)
+                part = x[m].to(self.dtype) if keep is None else keep.mul_(x[m])
+                low[m, member.columns] = part @ member.a.t()
+        for member in self.members.values():
+            low[:, member.columns] *= member.scaling
+        return low
+
+    def store(self, low_rank: Tensor) -> None:
+        """Writes S where the forward has to return it."""
+        for member in self.members.values():
+            if member.tensors.low_rank is not None:
+                member.tensors.low_rank.copy_(low_rank[:, member.columns])
+
+    def stored(self) -> Tensor | None:
+        """S as the forward stored it."""
+        parts = [member.tensors.low_rank for member in self.members.values()]
+        kept = [part.to(self.dtype) for part in parts if part is not None]
+        return torch.cat(kept, dim=1) if len(kept) == len(parts) else None
+
+
+class NativeGradients:
+    """Sums up the gradients of a group's adapters, and what they add to that of x, over blocks of
+    rows. needs: `needs.x` where the latter is wanted here."""
+
+    def __init__(self, adapters: NativeAdapters, needs: NeedsGradient) -> None:
+        self.adapters = adapters
+        self.needs = needs
+        x, stacked, dtype = adapters.x, adapters.stacked, adapters.dtype
+        self.low = None
+        if needs.adapter:
+            stored = adapters.stored()
+            self.low = adapters.low_rank() if stored is None else stored
+        self.grad_low = x.new_empty(x.shape[0], stacked.shape[0], dtype=dtype)
+        wide = torch.promote_types(torch.float32, dtype)
+        self._a = stacked.new_zeros(stacked.shape, dtype=wide)
+        self._b = {
+            position: member.b.new_zeros(member.b.shape, dtype=wide)
+            for position, member in adapters.members.items()
+        }
+
+    def take(self, position: int, rows: slice, grad: Tensor, product: Tensor | None = None) -> None:
+        """The rows `rows` of one Linear's gradient [m, N], in the adapters' dtype, and its product
+        with lora_b, where that is known."""
+        member = self.adapters.members[position]
+        if product is None:
+            product = grad @ member.b
+        torch.mul(product, member.scaling, out=self.grad_low[rows, member.columns])
+        if self.low is not None:
+            _accumulate(self._b[position], grad, self.low[rows, member.columns])
+
+    def finish(self, grad_x: Tensor | None) -> None:
+        """Adds up what the rows taken give to A, and to `grad_x` [M, K] if it is needed."""
+        adapters = self.adapters
+        x = adapters.x
+        total = grad_x if self.needs.x else None
+        for m in row_blocks(x, whole=adapters.plain and (total is None or total.dtype == x.dtype)):
+            wide = x[m].to(adapters.dtype) if self.needs.adapter else None
+            if not adapters.masked:
+                self._finish(m, self.adapters.stacked, slice(None), wide, None, total)
+                continue
+            for member in adapters.members.values():
+                keep = member.keep(m)
+                self._finish(m, member.a, member.columns, wide, keep, total)
+
+    def _finish(
+        self,
+        rows: slice,
+        a: Tensor,
+        columns: slice,
+        x: Tensor | None,
+        keep: Tensor | None,
+        total: Tensor | None,
     ) -> None:
-        """Adds what `rows` give to the gradients: `grad` [m, N] and `grad_low` [m, rank] (of
-        drop(x) aᵀ, scaling included) in `dtype`."""
-        x = self.tensors.x[rows].to(self.dtype)
-        if keep is not None:
-            x = x * keep
-        if self.tensors.low_rank is None:
-            low = (x @ self.a.t()).mul_(self.scaling)
-        else:
-            low = self.tensors.low_rank[rows].to(self.dtype)
-        for total, left, right in zip(totals, (grad_low, grad), (x, low), strict=True):
-            if total.dtype == left.dtype:
-                total.addmm_(left.t(), right)
+        grad_low = self.grad_low[rows, columns]
+        if total is not None:
+            target = total[rows]
+            if keep is None:
+                added = add_product(target, grad_low, a)
             else:
-                total.add_(left.t() @ right)
+                product = grad_low @ a
+                same = target.dtype == product.dtype
+                added = torch.addcmul(target, product, keep, out=target if same else None)
+            if added is not target:
+                target.copy_(added)
+        if x is not None:
+            _accumulate(self._a[columns], grad_low, x if keep is None else keep.mul_(x))
 
-    def gradients(self, totals: Totals | None) -> tuple[Tensor | None, Tensor | None]:
-        """The totals as gradients of lora_a and lora_b."""
-        a, b = self.tensors.lora_a, self.tensors.lora_b
-        if totals is None or a is None or b is None:
+    def of(self, position: int) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of lora_a and lora_b of one Linear, in their own dtypes."""
+        member = self.adapters.members.get(position)
+        if member is None or not self.needs.adapter:
             return None, None
-        return totals[0].to(a.dtype), totals[1].to(b.dtype)
+        a, b = member.tensors.lora_a, member.tensors.lora_b
+        assert a is not None
+        assert b is not None
+        # Of a member its own memory: an op returns no two views of one tensor.
+        grad_a = self._a[member.columns].to(a.dtype, copy=len(self._b) > 1)
+        return grad_a, self._b[position].to(b.dtype)
 
-    def add_to_input_gradient(self, total: Tensor, grad_low: Tensor, keep: Tensor | None) -> Tensor:
-        """total + keep * grad_low @ a: in place, or in the wider of two dtypes."""
-        if keep is None:
-            return add_product(total, grad_low, self.a)
-        product = grad_low @ self.a
-        same = total.dtype == product.dtype
-        return torch.addcmul(total, product, keep, out=total if same else None)
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t() @ right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

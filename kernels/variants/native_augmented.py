@@ -20,7 +20,13 @@ from qlora_compile.kernels.variants.base import (
 )
 from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
 from qlora_compile.kernels.variants.dense import DenseConfig
-from qlora_compile.kernels.variants.native_adapter import NativeAdapter, native_dtypes, row_blocks
+from qlora_compile.kernels.variants.native_adapter import (
+    NativeAdapter,
+    NativeAdapters,
+    NativeGradients,
+    native_dtypes,
+    row_blocks,
+)
 from qlora_compile.kernels.workspace import workspace
 from qlora_compile.problem import Problem
 
@@ -47,7 +53,7 @@ class NativeAugmented(Variant):
         return [
             DenseConfig(dtype)
             for dtype in native_dtypes(problem.compute_dtype)
-            if problem.lora_dtype.itemsize <= dtype.itemsize
+            if torch.promote_types(problem.lora_dtype, dtype) == dtype
         ]
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
@@ -68,13 +74,12 @@ class NativeAugmented(Variant):
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         assert isinstance(config, DenseConfig)
         x, dtype = tensors.x, config.gemm_dtype
-        adapter = NativeAdapter.of(tensors, spec, dtype)
-        assert adapter is not None
-        low_rank = adapter.low_rank(x)
-        if tensors.low_rank is not None:
-            tensors.low_rank.copy_(low_rank)
+        adapters = NativeAdapters.of([(tensors, spec)], dtype)
+        assert adapters is not None
+        low_rank = adapters.low_rank()
+        adapters.store(low_rank)
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
-        weight = self._weight(adapter, dtype).t()
+        weight = self._weight(adapters.members[0], dtype).t()
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
         for m in row_blocks(x, whole=False):
             wide = torch.cat((x[m].to(dtype), low_rank[m]), dim=1)
@@ -97,31 +102,25 @@ class NativeAugmented(Variant):
     ) -> LinearGradients:
         assert isinstance(config, DenseConfig)
         x, dtype = tensors.x, config.gemm_dtype
-        adapter = NativeAdapter.of(tensors, spec, dtype)
-        assert adapter is not None
+        adapters = NativeAdapters.of([(tensors, spec)], dtype)
+        assert adapters is not None
+        adapter = adapters.members[0]
         weight = self._weight(adapter, dtype) if needs.x else adapter.b
         first = weight.shape[1] - adapter.b.shape[1]
-        grad_x = None
+        grad_x = grad_a = grad_b = None
         if needs.x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        totals = adapter.totals() if needs.adapter else None
         if needs.x or needs.adapter:
+            work = NativeGradients(adapters, needs)
             for m in row_blocks(x, whole=False):
                 part = grad[m].to(dtype)
                 wide = part @ weight
-                grad_low = wide[:, first:] * adapter.scaling
-                keep = adapter.keep(m)
-                if totals is not None:
-                    adapter.accumulate(totals, m, part, grad_low, keep)
+                work.take(0, m, part, wide[:, first:])
                 if grad_x is not None:
-                    out = grad_x[m] if x.dtype == dtype else None
-                    if keep is None:
-                        total = torch.addmm(wide[:, :first], grad_low, adapter.a, out=out)
-                    else:
-                        total = torch.addcmul(wide[:, :first], grad_low @ adapter.a, keep, out=out)
-                    if out is None:
-                        grad_x[m] = total
+                    grad_x[m] = wide[:, :first]
+            work.finish(grad_x)
+            grad_a, grad_b = work.of(0)
         grad_bias = None
         if needs.bias and tensors.bias is not None:
             grad_bias = bias_gradient(grad, tensors.bias)
-        return LinearGradients(grad_x, *adapter.gradients(totals), grad_bias)
+        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)

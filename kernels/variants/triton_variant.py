@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
     Config,
+    Group,
     LinearGradients,
     LinearSpec,
     LinearTensors,
@@ -106,8 +108,9 @@ class GemmVariant(TritonVariant):
         backward: bool,
         bias: Tensor | None,
         adapter: AdapterStart | None,
+        accumulate: bool = False,
     ) -> None:
-        """out = x Wᵀ + bias + adapter, or backward x W + adapter."""
+        """out = x Wᵀ + bias + adapter, or backward x W + adapter; added to out to `accumulate`."""
 
     def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
         tuned = tuned_target(target)
@@ -117,7 +120,8 @@ class GemmVariant(TritonVariant):
 
     def _fits(self, config: GemmConfig, target: str, problem: Problem) -> bool:
         masked = problem.dropout and problem.direction == "backward"
-        width = adapter_width(problem.rank, problem.lora_dtype, problem.compute_dtype)
+        rank = max(part.rank for part in problem.parts)
+        width = adapter_width(rank, problem.lora_dtype, problem.compute_dtype)
         if width > config.largest_width or (masked and not config.masks):
             return False
         if config.direction not in (None, problem.direction):
@@ -130,25 +134,7 @@ class GemmVariant(TritonVariant):
         )
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        assert isinstance(config, GemmConfig)
-        x, rows = tensors.x, tensors.x.shape[0]
-        adapter = None
-        if tensors.lora_a is not None and tensors.lora_b is not None:
-            from qlora_compile.kernels.gpu.products import AdapterStart, adapter_operand, low_rank
-
-            bits = _keep_bits(tensors, spec)
-            scaling, dtypes = adapter_scaling(tensors, spec), (spec.lora_dtype, spec.compute_dtype)
-            low = low_rank(x, tensors.lora_a, spec.lora_dtype, scaling, bits)
-            kept = tensors.low_rank
-            operand, total = adapter_operand(low, *dtypes, up=False, total=kept is not None)
-            if kept is not None and total is not None:
-                kept.copy_(total)
-            up, _ = adapter_operand(tensors.lora_b[None], *dtypes, up=True)
-            adapter = AdapterStart(operand, up)
-        y = x.new_empty(rows, spec.n, dtype=spec.out_dtype)
-        self.product(
-            x, tensors, spec, config, y, backward=False, bias=tensors.bias, adapter=adapter
-        )
+        (y,) = self.forward_group([(tensors, spec)], config)
         return y
 
     def backward(
@@ -159,39 +145,140 @@ class GemmVariant(TritonVariant):
         needs: NeedsGradient,
         config: Config,
     ) -> LinearGradients:
-        assert isinstance(config, GemmConfig)
-        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
-        adapter = grad_x = grad_a = grad_b = None
-        if a is not None and b is not None and (needs.x or needs.adapter):
-            from qlora_compile.kernels.gpu.products import (
-                AdapterStart,
-                adapter_gradients,
-                adapter_operand,
-                low_rank,
-            )
+        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
+        return replace(others, x=grad_x)
 
-            bits = _keep_bits(tensors, spec)
-            scaling, dtype = adapter_scaling(tensors, spec), spec.lora_dtype
-            dtypes = (dtype, spec.compute_dtype)
-            planes = low_rank(grad, b.t(), dtype, scaling)
-            grad_low, total = adapter_operand(planes, *dtypes, up=False, total=needs.adapter)
-            if needs.adapter:
-                assert total is not None
-                grad_a, grad_b = adapter_gradients(
-                    x, grad, total, (a, b), dtype, scaling, bits, tensors.low_rank
-                )
-            if needs.x:
-                up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
-                adapter = AdapterStart(grad_low, up, bits)
+    def forward_group(self, group: Group, config: Config) -> list[Tensor]:
+        assert isinstance(config, GemmConfig)
+        lows = _low_ranks(group, [_keep_bits(tensors, spec) for tensors, spec in group])
+        results = []
+        for (tensors, spec), low in zip(group, lows, strict=True):
+            adapter = None
+            if low is not None and tensors.lora_b is not None:
+                from qlora_compile.kernels.gpu.products import AdapterStart, adapter_operand
+
+                dtypes = (spec.lora_dtype, spec.compute_dtype)
+                kept = tensors.low_rank
+                operand, total = adapter_operand(low, *dtypes, up=False, total=kept is not None)
+                if kept is not None and total is not None:
+                    kept.copy_(total)
+                up, _ = adapter_operand(tensors.lora_b[None], *dtypes, up=True)
+                adapter = AdapterStart(operand, up)
+            y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
+            self.product(
+                *(tensors.x, tensors, spec, config, y),
+                backward=False,
+                bias=tensors.bias,
+                adapter=adapter,
+            )
+            results.append(y)
+        return results
+
+    def backward_group(
+        self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
+    ) -> tuple[Tensor | None, list[LinearGradients]]:
+        assert isinstance(config, GemmConfig)
+        x = group[0][0].x
+        grad_x = None
         if needs.x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            self.product(
-                grad, tensors, spec, config, grad_x, backward=True, bias=None, adapter=adapter
-            )
-        grad_bias = None
-        if needs.bias and tensors.bias is not None:
-            grad_bias = bias_gradient(grad, tensors.bias)
-        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+        accumulates = False
+        others = []
+        bits = [_keep_bits(tensors, spec) for tensors, spec in group]
+        grads_low: list[Tensor | None] = [None] * len(group)
+        for i, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
+            a, b = tensors.lora_a, tensors.lora_b
+            adapter = None
+            if a is not None and b is not None and (needs.x or needs.adapter):
+                from qlora_compile.kernels.gpu.products import (
+                    AdapterStart,
+                    adapter_operand,
+                    low_rank,
+                )
+
+                dtypes = (spec.lora_dtype, spec.compute_dtype)
+                planes = low_rank(grad, b.t(), spec.lora_dtype, adapter_scaling(tensors, spec))
+                operand, grads_low[i] = adapter_operand(
+                    planes, *dtypes, up=False, total=needs.adapter
+                )
+                if needs.x:
+                    up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
+                    adapter = AdapterStart(operand, up, bits[i])
+            if grad_x is not None:
+                self.product(
+                    *(grad, tensors, spec, config, grad_x),
+                    backward=True,
+                    bias=None,
+                    adapter=adapter,
+                    accumulate=accumulates,
+                )
+                accumulates = True
+            grad_bias = None
+            if needs.bias and tensors.bias is not None:
+                grad_bias = bias_gradient(grad, tensors.bias)
+            others.append(LinearGradients(None, None, None, grad_bias))
+        if needs.adapter:
+            _fill_in_adapters(others, grads, group, grads_low, bits)
+        return grad_x, others
+
+
+def _low_ranks(group: Group, bits: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """S of each Linear with an adapter, in planes as `products.low_rank` makes them: x is read once
+    for all of them, unless dropout gives each one of its own."""
+    adapted = [i for i, (tensors, _) in enumerate(group) if tensors.lora_a is not None]
+    results: list[Tensor | None] = [None] * len(group)
+    if not adapted:
+        return results
+    from qlora_compile.kernels.gpu.products import low_rank
+
+    factors = {i: group[i][0].lora_a for i in adapted}
+    scaling = {i: adapter_scaling(*group[i]) for i in adapted}
+    x, dtype = group[0][0].x, group[0][1].lora_dtype
+    if len(adapted) == 1 or any(each is not None for each in bits):
+        for i, factor in factors.items():
+            assert factor is not None
+            results[i] = low_rank(x, factor, dtype, scaling[i], bits[i])
+        return results
+    shared = scaling[adapted[0]] if len(set(scaling.values())) == 1 else None
+    stacked = torch.cat([factor for factor in factors.values() if factor is not None])
+    planes = low_rank(x, stacked, dtype, 1.0 if shared is None else shared)
+    parts = planes.split([len(factor) for factor in factors.values() if factor is not None], dim=2)
+    for i, part in zip(adapted, parts, strict=True):
+        results[i] = part * scaling[i] if shared is None else part
+    return results
+
+
+def _fill_in_adapters(
+    others: list[LinearGradients],
+    grads: Sequence[Tensor],
+    group: Group,
+    grads_low: Sequence[Tensor | None],
+    bits: Sequence[Tensor | None],
+) -> None:
+    """Puts the gradients of A and B into `others`; grads_low: float32, of drop(x) Aᵀ."""
+    from qlora_compile.kernels.gpu.products import adapter_gradient, added_up
+
+    x, dtype = group[0][0].x, group[0][1].lora_dtype
+    adapted = [i for i, grad_low in enumerate(grads_low) if grad_low is not None]
+    lows = [tensors.low_rank for tensors, _ in group]
+    if any(lows[i] is None for i in adapted):
+        lows = [None if low is None else added_up(low) for low in _low_ranks(group, bits)]
+    masked = any(each is not None for each in bits)
+    # One product reads x for all of them, unless each drops out an x of its own.
+    for together in [[i] for i in adapted] if masked else [adapted] * bool(adapted):
+        parts = [part for i in together if (part := grads_low[i]) is not None]
+        low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        total = x.new_empty(low.shape[1], x.shape[1], dtype=torch.float32)
+        adapter_gradient(x, low, dtype, total.t(), bits[together[0]])
+        for i, part in zip(together, total.split([p.shape[1] for p in parts]), strict=True):
+            tensors, kept = group[i][0], lows[i]
+            assert tensors.lora_a is not None
+            assert tensors.lora_b is not None
+            assert kept is not None
+            grad_b = torch.empty_like(tensors.lora_b, memory_format=torch.contiguous_format)
+            adapter_gradient(grads[i], kept.float(), dtype, grad_b)
+            grad_a = part.to(tensors.lora_a.dtype, copy=len(together) > 1)
+            others[i] = replace(others[i], lora_a=grad_a, lora_b=grad_b)
 
 
 def _keep_bits(tensors: LinearTensors, spec: LinearSpec) -> Any:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels import op
+from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
@@ -149,7 +149,7 @@ class Call:
     def problem(self, direction: Direction) -> Problem:
         """The key of the call in one direction."""
         tensors = LinearTensors(self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
-        return op.linear_problem(direction, math.prod(self.case.batch), tensors, self.spec)
+        return linear_call.linear_problem(direction, math.prod(self.case.batch), tensors, self.spec)
 
     @property
     def low_rank(self) -> Tensor:
@@ -208,7 +208,7 @@ class Call:
             return Choice(variant, own or config or first, 0.0)
 
         keeping = mock.patch.object(op, "keeps_low_rank", return_value=keeps)
-        with mock.patch.object(op, "select", side_effect=choose), keeping:
+        with mock.patch.object(linear_call, "select", side_effect=choose), keeping:
             arguments = list(self.arguments)
             positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
             leaves = {}
