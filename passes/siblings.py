@@ -33,7 +33,7 @@ _MOVABLE = (torch.add, torch.cat, torch.mul)
 
 
 def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
-    """Several qlora_linear(x, …) of one x  ⇒  qlora_linear_group(x, …), where the first one stood."""
+    """qlora_linear(x, …) of one x, several  ⇒  qlora_linear_group(x, …) where the first stood."""
     found: dict[Hashable, list[list[Node]]] = defaultdict(list)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:

@@ -18,7 +18,8 @@ ModelChoiceOption = Annotated[
     str | None, typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo.")
 ]
 ShapesOption = Annotated[
-    str | None, typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas.")
+    str | None,
+    typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas; N+N of siblings."),
 ]
 FormatOption = Annotated[
     str, typer.Option("--format", help="How to store the weights: nf4, fp4, int8, none.")

@@ -21,7 +21,8 @@ from qlora_compile.text_table import text_table
 
 @dataclass(frozen=True)
 class Chosen:
-    """What computes one direction of a fused site whose rows are about `rows`.
+    """What computes one direction of a fused site whose rows are about `rows`, together with its
+    siblings if it has any: `n` and `rank` are theirs ("576+192+192", "16"), too.
 
     `measured`: whether it was timed on this device, against the others; else the cost model took
     it. Then `seconds` are the median, `gain` is how many times as fast as the standard *dense* it
@@ -30,6 +31,8 @@ class Chosen:
     """
 
     rows: int
+    n: str
+    rank: str
     variant: str
     config: str
     measured: bool
@@ -44,6 +47,8 @@ class Chosen:
         told = choice.measured
         return cls(
             rows=problem.m,
+            n=problem.columns,
+            rank=problem.ranks,
             variant=choice.variant.name,
             config=choice.config.label,
             measured=told is not None,
@@ -125,7 +130,7 @@ class Report:
             for direction in ("forward", "backward"):
                 c: Chosen | None = getattr(site, direction)
                 if c is not None:
-                    shape = (direction, c.rows, site.n, site.k, site.rank, site.format)
+                    shape = (direction, c.rows, c.n, site.k, c.rank, site.format)
                     count[(*shape, site.keeps_low_rank, c)] += 1
         header = (
             *("direction", "M", "N", "K", "rank", "format", "sites", "variant", "config", "S"),
@@ -134,7 +139,11 @@ class Report:
         rows = [
             (
                 *(*key[:6], sites),
-                *(c.variant, c.config, "kept" if keeps else "recomputed" if key[4] else None),
+                *(
+                    c.variant,
+                    c.config,
+                    _kept(keeps, key[4]),
+                ),
                 *("measurement" if c.measured else "cost model", f"{c.seconds * 1e3:.3g}"),
                 c.gain and f"{c.gain:.2f}x",
                 c.runner_up and f"{c.runner_up}, {c.margin:.2f}x",
@@ -142,6 +151,12 @@ class Report:
             for (*key, keeps, c), sites in sorted(count.items(), key=lambda item: item[0][:6])
         ]
         return text_table(header, rows) if rows else []
+
+
+def _kept(keeps: bool, rank: str) -> str | None:
+    if rank == "0":
+        return None
+    return "kept" if keeps else "recomputed"
 
 
 def build_report(model: nn.Module) -> Report:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
 from qlora_compile.kernels.selection import problems_of_call
 from qlora_compile.problem import Problem, bucket_rows
+from qlora_compile.shapes import Shape
 
 COMPUTE_DTYPE = torch.bfloat16
 BLOCK_SIZE = 64
 
 
 def problems_of_shapes(
-    shapes: Iterable[tuple[int, int, int, int]],
+    shapes: Iterable[Shape],
     format: str,
     *,
     dropout: bool,
     device: str = "cuda",
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> list[Problem]:
-    """Those of each (M, N, K, rank): a model of `dtype` without biases, weights in `format` as
+    """Those of each shape: a model of `dtype` without biases, weights in `format` as
     `optimize` packs them, adapters in float32 as PEFT keeps them."""
     double = format != UNQUANTIZED and format_named(format).has_double_quantize
     problems: dict[Problem, None] = {}
     for m, n, k, rank in shapes:
-        forward = Problem(
+        single = Problem(
             direction="forward",
             m=bucket_rows(m),
-            n=n,
+            n=n[0],
             k=k,
             rank=rank,
             format=format,
@@ -45,5 +47,6 @@ def problems_of_shapes(
             keeps_low_rank=False,
             device=device,
         )
+        forward = Problem.of_group([replace(single, n=each) for each in n])
         problems |= dict.fromkeys(problems_of_call(forward, trains=True))
     return list(problems)

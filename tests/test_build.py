@@ -108,7 +108,9 @@ def test_a_models_problems_are_those_of_its_fused_sites() -> None:
     model = qlora_compile.optimize(toy_llama(), config, quantize="nf4", tune="model")
     found = problems_of_model(model, [48, 200], torch.bfloat16)
     shapes = [
-        (m, *shape, 8) for m in (64, 256) for shape in ((64, 64), (32, 64), (128, 64), (64, 128))
+        (m, n, k, 8)
+        for m in (64, 256)
+        for n, k in (((64, 32, 32), 64), ((64,), 64), ((128, 128), 64), ((64,), 128))
     ]
     expected = problems_of_shapes(shapes, "nf4", dropout=False)
     assert set(found) == set(expected)

@@ -7,8 +7,9 @@ from qlora_compile.shapes import parse_shapes
 
 
 def test_every_item_is_four_numbers() -> None:
-    assert parse_shapes("4096x1024x2048x16") == [(4096, 1024, 2048, 16)]
-    assert parse_shapes("1x2x3x0, 5X6X7X8") == [(1, 2, 3, 0), (5, 6, 7, 8)]
+    assert parse_shapes("4096x1024x2048x16") == [(4096, (1024,), 2048, 16)]
+    assert parse_shapes("1x2x3x0, 5X6X7X8") == [(1, (2,), 3, 0), (5, (6,), 7, 8)]
+    assert parse_shapes("16x3+2x4x1") == [(16, (3, 2), 4, 1)]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_the_report_tells_what_was_measured(cache: Path) -> None:
             [record] = [
                 r
                 for p, r in records.items()
-                if (p.direction, p.n, p.k) == (direction, site.n, site.k)
+                if (p.direction, p.columns, p.k) == (direction, chosen.n, site.k)
                 and (p.m, p.keeps_low_rank) == (chosen.rows, site.keeps_low_rank)
             ]
             assert (chosen.variant, chosen.config) == (record.winner.variant, record.winner.config)

@@ -57,19 +57,19 @@ class Call:
     bias_dtype: torch.dtype
 
     def launches(self, target: str) -> list[Launch]:
-        problem, spec = self.problem, LinearSpec.of(self.problem, **_FREE)
-        tensors = self._tensors(spec)
+        problem = self.problem
+        group = [self._linear(part) for part in problem.parts]
         with assuming(target), recording() as launches:
             if problem.direction == "forward":
-                self.variant.forward(tensors, spec, self.config)
+                self.variant.forward_group(group, self.config)
             else:
-                grad = _meta(self.rows, problem.n, dtype=problem.out_dtype)
+                grads = [_meta(self.rows, part.n, dtype=part.out_dtype) for part in problem.parts]
                 needs = NeedsGradient(True, bool(problem.rank), problem.bias)
-                self.variant.backward(grad, tensors, spec, needs, self.config)
+                self.variant.backward_group(grads, group, needs, self.config)
         return launches
 
-    def _tensors(self, spec: LinearSpec) -> LinearTensors:
-        problem, rank = self.problem, self.problem.rank
+    def _linear(self, problem: Problem) -> tuple[LinearTensors, LinearSpec]:
+        rank = problem.rank
         low_rank = lora_a = lora_b = seed = None
         if rank:
             lora_a = _meta(rank, problem.k, dtype=self.factor_dtype)
@@ -78,7 +78,7 @@ class Call:
                 seed = _meta(1, dtype=torch.int64)
             if problem.keeps_low_rank:
                 low_rank = _meta(self.rows, rank, dtype=problem.lora_dtype)
-        return LinearTensors(
+        tensors = LinearTensors(
             x=_meta(self.rows, problem.k, dtype=problem.x_dtype),
             planes=meta_planes(problem),
             bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
@@ -87,6 +87,7 @@ class Call:
             seed=seed,
             low_rank=low_rank,
         )
+        return tensors, LinearSpec.of(problem, **_FREE)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Augmented(TritonVariant):
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
         reasons = super().rejects_on(target, problem)
-        if not problem.rank:
+        if not all(part.rank for part in problem.parts):
             reasons.append("there is no adapter to put beside W")
         if problem.dropout:
             reasons.append("dropout's mask would come between the two products")

@@ -43,7 +43,7 @@ class NativeAugmented(Variant):
         reasons = []
         if target_of(problem.device) is not None:
             reasons.append("augmented does it with Triton's decoders")
-        if not problem.rank:
+        if not all(part.rank for part in problem.parts):
             reasons.append("there is no adapter to put beside W")
         elif not self.configs(problem):
             reasons.append(f"the adapter's {problem.lora_dtype} is more than the GEMM's dtype")

@@ -155,7 +155,7 @@ def _rotation(problem: Problem) -> list[Operands]:
 
 def _timed(call: Operands, choice: Choice) -> float:
     """Seconds of one run; events on an accelerator, whose launches return at once."""
-    if call.tensors.x.device.type != "cuda":
+    if call.x.device.type != "cuda":
         start = time.perf_counter()
         call.run(choice.variant, choice.config)
         return time.perf_counter() - start

@@ -33,29 +33,41 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Operands:
-    """One call of `problem`: random activations, gradients and adapter over a random weight."""
+    """One call of `problem`: random activations, gradients and adapters over random weights; the
+    Linears in the order of the problem's parts."""
 
     problem: Problem
-    spec: LinearSpec
-    tensors: LinearTensors
-    grad: Tensor
+    group: list[tuple[LinearTensors, LinearSpec]]
+    grads: list[Tensor]
+
+    @property
+    def x(self) -> Tensor:
+        return self.group[0][0].x
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.tensors.x, self.grad, *self.tensors.planes)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        planes = [plane for tensors, _ in self.group for plane in tensors.planes]
+        return sum(t.numel() * t.element_size() for t in (self.x, *self.grads, *planes))
 
     def run(self, variant: Variant, config: Config) -> dict[str, Tensor]:
-        """The problem's results by `variant`: y, or the gradients of x and the adapter."""
-        tensors = self.tensors
+        """The problem's results by `variant`: y, or the gradients of x and the adapter; of one
+        Linear under these names, of siblings numbered, but for their grad x."""
+        results: dict[str, Tensor | None] = {}
         if self.problem.direction == "forward":
-            kept = tensors.low_rank
-            results = {"y": variant.forward(tensors, self.spec, config)}
-            return results if kept is None else {**results, "low rank": kept}
-        needs = NeedsGradient(x=True, adapter=self.problem.rank > 0, bias=False)
-        grads = variant.backward(self.grad, tensors, self.spec, needs, config)
-        named = {"grad x": grads.x, "grad lora_a": grads.lora_a, "grad lora_b": grads.lora_b}
-        return {name: value for name, value in named.items() if value is not None}
+            ys = variant.forward_group(self.group, config)
+            for i, (y, (tensors, _)) in enumerate(zip(ys, self.group, strict=True)):
+                results |= {self._name("y", i): y, self._name("low rank", i): tensors.low_rank}
+        else:
+            needs = NeedsGradient(x=True, adapter=self.problem.rank > 0, bias=False)
+            grad_x, others = variant.backward_group(self.grads, self.group, needs, config)
+            results["grad x"] = grad_x
+            for i, grads in enumerate(others):
+                results[self._name("grad lora_a", i)] = grads.lora_a
+                results[self._name("grad lora_b", i)] = grads.lora_b
+        return {name: value for name, value in results.items() if value is not None}
+
+    def _name(self, name: str, position: int) -> str:
+        return f"{name} {position + 1}" if len(self.group) > 1 else name
 
     @property
     def checked(self) -> Tensor:
@@ -63,105 +75,134 @@ class Operands:
         rows = self.problem.m
         count = min(rows, _CHECKED_ROWS)
         rows = [round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)]
-        return torch.tensor(rows, device=self.tensors.x.device)
+        return torch.tensor(rows, device=self.x.device)
 
     def expected(self, *, exact: bool) -> dict[str, Tensor]:
         """What `run` must return, `checked` rows only of y and grad x: by the specification in
         float64, or plainly in the problem's dtypes."""
-        p, spec, tensors = self.problem, self.spec, self.tensors
-        compute, lora, out = p.compute_dtype, p.lora_dtype, p.out_dtype
-        if exact:
-            compute = lora = out = torch.float64
+        p = self.problem
+        compute = torch.float64 if exact else p.compute_dtype
+        out = torch.float64 if exact else p.out_dtype
+        x_dtype = torch.float64 if exact else p.x_dtype
+        lora = torch.float64 if exact else p.lora_dtype
+        wide = torch.promote_types(torch.float32, compute)
+        grad_x = self.x.new_zeros(len(self.checked), p.k, dtype=wide)
+        results: dict[str, Tensor | None] = {}
+        for i, part in enumerate(p.parts):
+            y, own, thin = self._expected(i, compute, lora)
+            # Autograd, too, rounds what each gives before it adds them up.
+            grad_x += own.to(x_dtype)
+            low, grad_a, grad_b = thin or (None, None, None)
+            if p.direction == "forward":
+                results[self._name("y", i)] = y.to(out)
+                results[self._name("low rank", i)] = low if part.keeps_low_rank else None
+            else:
+                results[self._name("grad lora_a", i)] = grad_a
+                results[self._name("grad lora_b", i)] = grad_b
+        if p.direction == "backward":
+            results["grad x"] = grad_x.to(x_dtype)
+        return {name: value for name, value in results.items() if value is not None}
+
+    def _expected(
+        self, position: int, compute: torch.dtype, lora: torch.dtype
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """y, grad x and what `_thin` gives, of one Linear."""
+        tensors, spec = self.group[position]
         wide = torch.promote_types(torch.float32, compute)
         rows = self.checked
-        x, grad = tensors.x[rows].to(compute), self.grad[rows].to(compute)
-        y = x.new_empty(len(rows), p.n)
-        grad_x = x.new_zeros(len(rows), p.k, dtype=wide)
-        for n, weight in self._weight(compute):
+        x, grad = tensors.x[rows].to(compute), self.grads[position][rows].to(compute)
+        y = x.new_empty(len(rows), spec.n)
+        grad_x = x.new_zeros(len(rows), spec.k, dtype=wide)
+        for n, weight in _weight(tensors, spec, compute):
             y[:, n] = x @ weight.t()
             grad_x += grad[:, n] @ weight
         if tensors.bias is not None:
             y += tensors.bias.to(compute)
         y = y.to(wide)
-        low = grad_a = grad_b = None
-        if tensors.lora_a is not None and tensors.lora_b is not None:
-            a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
-            scaling = spec.scaling / (1 - spec.dropout)
-            keep = self._keep(slice(0, p.m), lora)
-            kept = 1.0 if keep is None else keep[rows]
-            y += (tensors.x[rows].to(lora) * kept @ a.t() @ b.t()).to(wide) * scaling
-            grad_x += (self.grad[rows].to(lora) @ b @ a * kept).to(wide) * scaling
-            low, grad_a, grad_b = self._thin(a, b, lora)
-        if p.direction == "forward":
-            results = {"y": y.to(out), "low rank": low if p.keeps_low_rank else None}
-        else:
-            x_dtype = torch.float64 if exact else p.x_dtype
-            results = {"grad x": grad_x.to(x_dtype), "grad lora_a": grad_a, "grad lora_b": grad_b}
-        return {name: value for name, value in results.items() if value is not None}
-
-    def _thin(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """S and the adapter's gradients, of all rows."""
-        spec, x = self.spec, self.tensors.x
+        if tensors.lora_a is None or tensors.lora_b is None:
+            return y, grad_x, None
+        a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
         scaling = spec.scaling / (1 - spec.dropout)
-        wide = torch.promote_types(torch.float32, dtype)
-        grad_a, grad_b = (t.new_zeros(t.shape, dtype=wide) for t in (a, b))
-        lows = []
-        for start in range(0, len(x), _CHUNK):
-            m = slice(start, min(start + _CHUNK, len(x)))
-            keep = self._keep(m, dtype)
-            dropped = x[m].to(dtype) if keep is None else x[m].to(dtype) * keep
-            grad = self.grad[m].to(dtype)
-            lows.append(dropped @ a.t() * scaling)
-            grad_a += (grad @ b * scaling).t() @ dropped
-            grad_b += grad.t() @ lows[-1]
-        return torch.cat(lows), grad_a, grad_b
+        keep = _keep(tensors, spec, slice(0, self.problem.m), lora)
+        kept = 1.0 if keep is None else keep[rows]
+        y += (tensors.x[rows].to(lora) * kept @ a.t() @ b.t()).to(wide) * scaling
+        grad_x += (self.grads[position][rows].to(lora) @ b @ a * kept).to(wide) * scaling
+        return y, grad_x, _thin(tensors, spec, self.grads[position], lora)
 
-    def _keep(self, rows: slice, dtype: torch.dtype) -> Tensor | None:
-        spec, seed = self.spec, self.tensors.seed
-        if seed is None:
-            return None
-        bounds = (rows.start, rows.stop)
-        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k).to(dtype)
 
-    def _weight(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """W by blocks of rows, so that no copy of it in float64 is needed."""
-        decoded = dtype if self.spec.format is None else torch.float32
-        for n, block in self.spec.decoded(self.tensors.planes, decoded, _CHUNK):
-            yield n, block.to(dtype)
+def _thin(
+    tensors: LinearTensors, spec: LinearSpec, all_grad: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S and the adapter's gradients, of all rows."""
+    assert tensors.lora_a is not None
+    assert tensors.lora_b is not None
+    a, b, x = tensors.lora_a.to(dtype), tensors.lora_b.to(dtype), tensors.x
+    scaling = spec.scaling / (1 - spec.dropout)
+    wide = torch.promote_types(torch.float32, dtype)
+    grad_a, grad_b = (t.new_zeros(t.shape, dtype=wide) for t in (a, b))
+    lows = []
+    for start in range(0, len(x), _CHUNK):
+        m = slice(start, min(start + _CHUNK, len(x)))
+        keep = _keep(tensors, spec, m, dtype)
+        dropped = x[m].to(dtype) if keep is None else x[m].to(dtype) * keep
+        grad = all_grad[m].to(dtype)
+        lows.append(dropped @ a.t() * scaling)
+        grad_a += (grad @ b * scaling).t() @ dropped
+        grad_b += grad.t() @ lows[-1]
+    return torch.cat(lows), grad_a, grad_b
+
+
+def _keep(
+    tensors: LinearTensors, spec: LinearSpec, rows: slice, dtype: torch.dtype
+) -> Tensor | None:
+    if tensors.seed is None:
+        return None
+    bounds = (rows.start, rows.stop)
+    return keep_mask(tensors.seed, spec.stream, spec.dropout, bounds, spec.k).to(dtype)
+
+
+def _weight(
+    tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """W by blocks of rows, so that no copy of it in float64 is needed."""
+    decoded = dtype if spec.format is None else torch.float32
+    for n, block in spec.decoded(tensors.planes, decoded, _CHUNK):
+        yield n, block.to(dtype)
 
 
 def operands(problem: Problem, seed: int = 0) -> Operands:
     """Random operands on the problem's device."""
-    p = problem
-    device = torch.device(p.device)
+    device = torch.device(problem.device)
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
         made = torch.randn(rows, columns, generator=generator, device=device) * scale
         return made.to(dtype)
 
-    if p.format == UNQUANTIZED:
-        planes = [normal(p.n, p.k, p.k**-0.5, p.compute_dtype)]
-    else:
-        planes = _planes(p, normal(min(p.n, max(1, _QUANTIZED // p.k)), p.k, 1.0, torch.float32))
-    lora_a = lora_b = drawn = low_rank = None
-    if p.rank:
-        lora_a = normal(p.rank, p.k, p.k**-0.5, p.lora_dtype)
-        lora_b = normal(p.n, p.rank, p.rank**-0.5, p.lora_dtype)
-        if p.dropout:
-            drawn = torch.tensor([12345 + seed], device=device)
-        if p.keeps_low_rank:
-            low_rank = torch.empty(p.m, p.rank, dtype=p.lora_dtype, device=device)
-    bias = normal(1, p.n, 1.0, p.compute_dtype)[0] if p.bias else None
-    spec = LinearSpec.of(p, scaling=_SCALING, dropout=DROPOUT, stream=0)
-    x = normal(p.m, p.k, 1.0, p.x_dtype)
-    grad = normal(p.m, p.n, 1.0, p.out_dtype)
-    tensors = LinearTensors(x, planes, bias, lora_a, lora_b, drawn, low_rank)
-    made = Operands(p, spec, tensors, grad)
-    if p.direction == "backward" and low_rank is not None and lora_a is not None:
-        assert lora_b is not None
-        low_rank.copy_(made._thin(lora_a, lora_b, p.lora_dtype)[0])
-    return made
+    x = normal(problem.m, problem.k, 1.0, problem.x_dtype)
+    drawn = torch.tensor([12345 + seed], device=device)
+    group, grads = [], []
+    for stream, p in enumerate(problem.parts):
+        if p.format == UNQUANTIZED:
+            planes = [normal(p.n, p.k, p.k**-0.5, p.compute_dtype)]
+        else:
+            rows = min(p.n, max(1, _QUANTIZED // p.k))
+            planes = _planes(p, normal(rows, p.k, 1.0, torch.float32))
+        lora_a = lora_b = low_rank = None
+        if p.rank:
+            lora_a = normal(p.rank, p.k, p.k**-0.5, p.lora_dtype)
+            lora_b = normal(p.n, p.rank, p.rank**-0.5, p.lora_dtype)
+            if p.keeps_low_rank:
+                low_rank = torch.empty(p.m, p.rank, dtype=p.lora_dtype, device=device)
+        bias = normal(1, p.n, 1.0, p.compute_dtype)[0] if p.bias else None
+        spec = LinearSpec.of(p, scaling=_SCALING, dropout=DROPOUT, stream=stream)
+        mask = drawn if p.dropout else None
+        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, mask, low_rank)
+        grads.append(normal(p.m, p.n, 1.0, p.out_dtype))
+        if p.direction == "backward" and low_rank is not None:
+            low_rank.copy_(_thin(tensors, spec, grads[-1], p.lora_dtype)[0])
+        group.append((tensors, spec))
+    return Operands(problem, group, grads)
 
 
 def _planes(problem: Problem, weight: Tensor) -> list[Tensor]:

@@ -75,6 +75,7 @@ class Case:
     scaling: float = 1.5
     contiguous: bool = True
     seed: int = 0
+    stream: int = STREAM
 
     def build(self) -> Call:
         generator = torch.Generator().manual_seed(self.seed)
@@ -102,7 +103,7 @@ class Case:
             if self.dropout is not None:
                 seed = torch.tensor([self.seed * 2**40 + 12345])
                 rows = math.prod(self.batch)
-                keep = keep_mask(seed, STREAM, self.dropout, (0, rows), self.k)
+                keep = keep_mask(seed, self.stream, self.dropout, (0, rows), self.k)
                 keep = keep.view(*self.batch, self.k)
         return Call(
             case=self,
@@ -175,7 +176,7 @@ class Call:
             block_size=0 if self.packed is None else self.packed.block_size,
             scaling=case.scaling,
             dropout=case.dropout or 0.0,
-            stream=STREAM,
+            stream=case.stream,
             compute_dtype=d.compute,
             lora_dtype=d.lora,
             out_dtype=d.out,

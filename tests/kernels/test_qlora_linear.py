@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels import op
+from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
 from qlora_compile.kernels.selection import MODELLED, Choice
@@ -23,6 +23,7 @@ from qlora_compile.kernels.variants import dense, native_adapter, native_augment
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.problem import Direction, Problem
+from tests.kernels.group_cases import GroupCall, groups
 from tests.kernels.linear_cases import BF16, DTYPES, F16, F32, F64, Call, Case, Dtypes
 
 FACTOR = 1.5
@@ -56,7 +57,7 @@ class Bound:
         assert error <= self.allowed, f"{name}: error {error:.2e}, allowed {self.allowed:.2e}"
 
 
-def bounds(call: Call) -> dict[str, Bound]:
+def bounds(call: Call | GroupCall) -> dict[str, Bound]:
     """Of y and every gradient, from the plain computation."""
     exact, plain = call.reference(), call.reference(plain=True)
     magnitudes = call.reference(magnitudes=True)
@@ -75,7 +76,7 @@ def bounds(call: Call) -> dict[str, Bound]:
     return result
 
 
-def assert_no_worse_than_plain(call: Call, actual: dict[str, Tensor]) -> None:
+def assert_no_worse_than_plain(call: Call | GroupCall, actual: dict[str, Tensor]) -> None:
     expected = bounds(call)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
@@ -179,6 +180,22 @@ def test_one_hot_rows_give_the_decoded_weight(
     assert torch.equal(results["grad x"], call.weight(dtype))
 
 
+@by_variant
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+@settings(max_examples=100)
+@given(data=st.data())
+def test_error_of_siblings(variant: Variant, format: str, data: st.DataObject) -> None:
+    call = data.draw(groups(data.draw(cases(format))))
+    keeps = data.draw(st.booleans()) and call.problem("forward").rank > 0
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    problems = [call.problem(direction, keeps) for direction in directions]
+    with small_blocks(data):
+        assume(not any(variant.rejects(problem) for problem in problems))
+        configs = [data.draw(st.sampled_from(variant.configs(p))) for p in problems]
+        actual = call.fused(variant, *configs, keeps)
+    assert_no_worse_than_plain(call, actual)
+
+
 EXAMPLES = {
     "adapter": Case(),
     "dropout": Case(dropout=0.25, bias=True, batch=(2, 3)),
@@ -190,21 +207,33 @@ BACKWARD = torch.ops.qlora_compile.qlora_linear_backward.default
 by_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES.keys())
 
 
+def low_level(call: Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The call's tensors and flags, and its constants, as the ops of autograd take them."""
+    x, planes, bias, lora_a, lora_b, seed, format, n, k, block_size, scaling, *rest = call.arguments
+    tensors = [*planes, *(each for each in (bias, lora_a, lora_b) if each is not None)]
+    dropout, stream, *dtypes = rest
+    layout = ([bias is not None], [lora_a is not None])
+    constants = (format, [n], k, block_size, [scaling], dropout, [stream], *dtypes)
+    return (x, tensors, seed, *layout), constants
+
+
 @by_example
 @pytest.mark.parametrize("keeps", [False, True])
 def test_opcheck(case: Case, keeps: bool) -> None:
     call = case.build()
-    arguments = list(call.arguments)
-    for position in (0, 2, 3, 4):
-        if arguments[position] is not None:
-            arguments[position] = arguments[position].detach().requires_grad_()
+
+    def leaf(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.detach().requires_grad_()
+
+    names = ("x", "bias", "lora_a", "lora_b")
+    call = replace(call, **{name: leaf(getattr(call, name)) for name in names})
     utilities = (
         *("test_schema", "test_autograd_registration", "test_faketensor"),
         *("test_aot_dispatch_static", "test_aot_dispatch_dynamic"),
     )
     with mock.patch.object(op, "keeps_low_rank", return_value=keeps):
-        torch.library.opcheck(QLORA_LINEAR, tuple(arguments), test_utils=utilities)
-    tensors, constants = arguments[:6], arguments[6:]
+        torch.library.opcheck(QLORA_LINEAR, call.arguments, test_utils=utilities)
+    tensors, constants = low_level(call)
     arguments = (*tensors, keeps and case.rank > 0, MODELLED, *constants)
     forward = torch.ops.qlora_compile.qlora_linear_forward.default
     torch.library.opcheck(forward, arguments, test_utils=utilities)
@@ -213,14 +242,15 @@ def test_opcheck(case: Case, keeps: bool) -> None:
 @by_example
 def test_opcheck_backward(case: Case) -> None:
     call = case.build()
-    tensors, constants = call.arguments[:6], call.arguments[6:]
+    (x, tensors, seed, *layout), constants = low_level(call)
     utilities = ("test_schema", "test_faketensor")
     for needs in itertools.product([True, False], repeat=3):
         needs_x, needs_adapter, needs_bias = needs
         needed = (needs_x, needs_adapter and case.rank > 0, needs_bias and case.bias)
         kept = None if not case.rank else call.low_rank
         for low_rank in {None, kept}:
-            arguments = (call.grad, *tensors, low_rank, *needed, MODELLED, *constants)
+            arguments = ([call.grad], x, tensors, seed, low_rank, *needed, *layout)
+            arguments = (*arguments, MODELLED, *constants)
             torch.library.opcheck(BACKWARD, arguments, test_utils=utilities)
 
 
@@ -234,8 +264,9 @@ def test_gradients_have_the_strides_the_fake_promises() -> None:
         lora_a=call.lora_a.t().contiguous().t(),
         lora_b=call.lora_b.t().contiguous().t(),
     )
-    tensors, constants = transposed.arguments[:6], transposed.arguments[6:]
-    arguments = (call.grad, *tensors, None, True, True, False, MODELLED, *constants)
+    (x, tensors, seed, *layout), constants = low_level(transposed)
+    arguments = ([call.grad], x, tensors, seed, None, True, True, False, *layout)
+    arguments = (*arguments, MODELLED, *constants)
     torch.library.opcheck(BACKWARD, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -325,7 +356,7 @@ def test_the_op_takes_the_selected_variant() -> None:
         problems.append(problem)
         return Choice(VARIANTS[0], VARIANTS[0].configs(problem)[0], 0.0)
 
-    with mock.patch.object(op, "select", spy):
+    with mock.patch.object(linear_call, "select", spy):
         leaf = call.x.detach().requires_grad_()
         QLORA_LINEAR(leaf, *call.arguments[1:]).backward(call.grad)
     forward, backward = problems

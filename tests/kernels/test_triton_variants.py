@@ -18,6 +18,7 @@ from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.variants.dense import Dense, DenseConfig
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
+from tests.kernels.group_cases import groups
 from tests.kernels.linear_cases import DTYPES, Case
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, TRITON_VARIANTS, calls, configs
@@ -37,6 +38,20 @@ def test_error_of_output_and_gradients(
     config = data.draw(st.sampled_from(configs(variant, format)))
     keeps = data.draw(st.booleans())
     assert_no_worse_than_plain(call, call.fused(variant, config=config, keeps=keeps))
+
+
+GEMMS = [variant for variant in TRITON_VARIANTS if isinstance(variant, GemmVariant)]
+
+
+@pytest.mark.parametrize("variant", GEMMS, ids=lambda v: v.name)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_error_of_siblings(variant: GemmVariant, data: st.DataObject) -> None:
+    """The gradient of x is added up in the kernel, S is one product."""
+    call = data.draw(groups(data.draw(calls(variant, "nf4")).case))
+    config = data.draw(st.sampled_from(configs(variant, "nf4")))
+    keeps = data.draw(st.booleans()) and call.problem("forward").rank > 0
+    assert_no_worse_than_plain(call, call.fused(variant, config, config, keeps))
 
 
 @pytest.mark.parametrize("decoder", ["plain", "prmt"])

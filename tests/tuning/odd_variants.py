@@ -30,21 +30,21 @@ class Wrong(Preferred):
 
     name = "wrong"
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
-        return super().forward(tensors, spec, config) * 1.01
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
+        return [y * 1.01 for y in super().forward_group(group, config)]
 
 
 class Nan(Preferred):
     name = "nan"
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
-        return torch.full_like(super().forward(tensors, spec, config), float("nan"))
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
+        return [y * float("nan") for y in super().forward_group(group, config)]
 
 
 class OutOfMemory(Preferred):
     name = "out_of_memory"
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         raise torch.OutOfMemoryError("tried to allocate 1 PiB\nand more lines")
 
 
@@ -53,7 +53,7 @@ class Mistaken(Preferred):
 
     name = "mistaken"
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         raise TypeError("a mistake")
 
 
@@ -61,7 +61,7 @@ class Crashing(Preferred):
     name = "crashing"
     isolated = True
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         os.kill(os.getpid(), signal.SIGSEGV)
         raise AssertionError("unreachable")
 
@@ -70,7 +70,7 @@ class Hanging(Preferred):
     name = "hanging"
     isolated = True
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         time.sleep(600)
         raise AssertionError("unreachable")
 
@@ -82,11 +82,11 @@ class CrashingLater(Preferred):
     isolated = True
     calls = 0
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         type(self).calls += 1
         if self.calls > 3:
             os.abort()
-        return super().forward(tensors, spec, config)
+        return super().forward_group(group, config)
 
 
 class TooLarge(Preferred):
@@ -94,7 +94,7 @@ class TooLarge(Preferred):
 
     name = "too_large"
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         from triton.runtime.errors import OutOfResources
 
         raise OutOfResources(1 << 20, 1 << 17, "shared memory")
@@ -113,5 +113,6 @@ class Forgetful(Preferred):
     def cost(self, problem: Any, config: Any, device: Any) -> float:
         return 1e9
 
-    def forward(self, tensors: Any, spec: Any, config: Any) -> Tensor:
-        return super().forward(replace(tensors, low_rank=None), spec, config)
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
+        forgotten = [(replace(tensors, low_rank=None), spec) for tensors, spec in group]
+        return super().forward_group(forgotten, config)
