@@ -58,7 +58,7 @@ def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
 def _key(call: dict[str, Any]) -> Hashable:
     names = ("x", "format", "k", "block_size", "compute_dtype", "out_dtype")
     planes = [example(plane) for plane in call["planes"]]
-    described = tuple(plane and (plane.dtype, plane.device) for plane in planes)
+    described = tuple((plane.dtype, plane.device) for plane in planes if plane is not None)
     return (*(call[name] for name in names), described)
 
 

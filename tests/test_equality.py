@@ -120,19 +120,20 @@ def recorded_masks() -> Iterator[dict[int, Tensor]]:
     masks: dict[int, Tensor] = {}
 
     def recorded(forward: Any) -> Any:
-        def recording(self, tensors, spec, config):
-            if tensors.seed is not None and tensors.lora_a is not None:
-                rows = (0, tensors.x.shape[0])
-                keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
-                previous = masks.setdefault(tensors.lora_a.data_ptr(), keep)
-                assert torch.equal(previous, keep), "recomputation drew another mask"
-            return forward(self, tensors, spec, config)
+        def recording(self, group, config):
+            for tensors, spec in group:
+                if tensors.seed is not None and tensors.lora_a is not None:
+                    rows = (0, tensors.x.shape[0])
+                    keep = keep_mask(tensors.seed, spec.stream, spec.dropout, rows, spec.k)
+                    previous = masks.setdefault(tensors.lora_a.data_ptr(), keep)
+                    assert torch.equal(previous, keep), "recomputation drew another mask"
+            return forward(self, group, config)
 
         return recording
 
     with pytest.MonkeyPatch.context() as patch:
         for variant in map(type, VARIANTS):
-            patch.setattr(variant, "forward", recorded(variant.forward))
+            patch.setattr(variant, "forward_group", recorded(variant.forward_group))
         yield masks
 
 

@@ -171,6 +171,8 @@ def adapter_gradient(
     Partial sums are float32 and added in a fixed order: the same bits every time.
     """
     z = with_contiguous_rows(z)
+    # Of siblings it is some columns of a wider one.
+    low = low.contiguous()
     (rows, columns), rank = z.shape, low.shape[1]
     block_m, block_c, block_rank = 64, 64, _rank_block(rank, z.dtype)
     grid = (-(-columns // block_c), -(-rank // block_rank))

@@ -7,11 +7,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from qlora_compile.problem import Problem
+from qlora_compile.problem import Problem, Sibling
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import Record, Timing
 
-_BY_TYPE = {int: 64, str: "nf4", bool: True, torch.dtype: torch.bfloat16}
+_BY_TYPE: dict[Any, Any] = {
+    int: 64,
+    str: "nf4",
+    bool: True,
+    torch.dtype: torch.bfloat16,
+    tuple[Sibling, ...]: (Sibling(48, 32, True), Sibling(16, 32, False)),
+}
 
 
 def problem_fields() -> dict[str, Any]:
@@ -32,7 +38,7 @@ def real_problem(**changed: Any) -> Problem:
     """One that a CPU solves in no time."""
     values = {"m": 8, "n": 24, "k": 64, "rank": 2, "block_size": 64, "double_quantized": False}
     dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "lora_dtype", "out_dtype"), torch.float32)
-    flags = {"bias": False, "dropout": False, "keeps_low_rank": False}
+    flags = {"bias": False, "dropout": False, "keeps_low_rank": False, "siblings": ()}
     return sample_problem(**{**values, **dtypes, **flags, **changed})
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_compile.errors import QloraCompileError
-from qlora_compile.problem import Problem
+from qlora_compile.problem import Problem, Sibling
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import (
@@ -32,6 +32,8 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     torch.dtype: st.sampled_from(list(DTYPES.values())),
 }
+SIBLINGS = st.builds(Sibling, BY_TYPE[int], BY_TYPE[int], BY_TYPE[bool])
+BY_TYPE[tuple[Sibling, ...]] = st.lists(SIBLINGS, max_size=3).map(tuple)
 PROBLEMS = st.builds(
     Problem,
     **{
@@ -188,6 +190,7 @@ def test_every_field_of_a_key_counts():
         value = 3 if field.name == "threads" else "other"
         digests.add(key_digest((record.problem, sample_fingerprint(**{field.name: value}))))
     other = {int: 65, str: "cuda", bool: False, torch.dtype: torch.float32}
+    other[tuple[Sibling, ...]] = ()
     for name, kind in problem_fields().items():
         value = get_args(kind)[1] if get_origin(kind) is Literal else other[kind]
         digests.add(key_digest((sample_problem(**{name: value}), record.fingerprint)))
