@@ -205,12 +205,14 @@ def _(grads, x, tensors, seed, low_rank, needs_x, needs_adapter, needs_bias, *re
 def _setup_context(ctx, inputs, output) -> None:
     x, tensors, seed, has_bias, has_adapter, keeps, *ctx.constants = inputs
     # x, handles to the packed weights, the small adapters and perhaps S [M, rank]: nothing else of
-    # [M, K], [M, N] or [N, K] is kept.
+    # [M, K], [M, N] or [N, K] is kept. x is for the adapters alone: without any the model may
+    # write to it afterwards.
     ctx.layout = has_bias, has_adapter
     low_rank = output[-1] if keeps else None
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, seed, low_rank, *tensors)
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(x if any(has_adapter) else None, seed, low_rank, *tensors)
 
 
 def _backward(ctx, grads):
@@ -220,21 +222,23 @@ def _backward(ctx, grads):
     has_bias, has_adapter = ctx.layout
     count = (len(tensors) - sum(has_bias) - 2 * sum(has_adapter)) // len(n)
     # Of each Linear the positions of its bias and of its factors among the tensors.
-    biases, factors = [], []
+    biases, factors, unused = [], [], set()
     end = 0
-    for with_bias, with_adapter in zip(*ctx.layout, strict=True):
-        end += count
-        biases += [end] if with_bias else []
-        end += with_bias
-        factors += [end, end + 1] if with_adapter else []
-        end += 2 * with_adapter
+    for grad, with_bias, with_adapter in zip(grads, has_bias, has_adapter, strict=False):
+        first = end + count
+        end = first + with_bias + 2 * with_adapter
+        biases += [first] * with_bias
+        factors += range(first + with_bias, end)
+        unused |= set(range(first, end)) if grad is None else set()
     needs_bias = any(needs_tensors[i] for i in biases)
     needs_adapter = any(needs_tensors[i] for i in factors)
     nothing = (None,) * (len(ctx.needs_input_grad) - 2)
     results: list[Tensor | None] = [None] * len(tensors)
-    unused = all(grad is None for grad in grads[:-1])
-    if unused or not (needs_x or needs_adapter or needs_bias):
+    given = next((grad for grad in grads[:-1] if grad is not None), None)
+    if given is None or not (needs_x or needs_adapter or needs_bias):
         return (None, results, *nothing)
+    if x is None:
+        x = given.new_empty(1, dtype=ctx.x_dtype).expand(*given.shape[:-1], ctx.constants[3])
     dense = [
         x.new_zeros((*x.shape[:-1], each), dtype=ctx.constants[-1]) if grad is None else grad
         for grad, each in zip(grads, n, strict=False)
@@ -247,7 +251,8 @@ def _backward(ctx, grads):
     )
     grad_x = next(found) if needs_x else None
     for i in sorted([*biases * needs_bias, *factors * needs_adapter]):
-        results[i] = next(found)
+        grad = next(found)
+        results[i] = None if i in unused else grad
     return (grad_x, results, *nothing)
 
 

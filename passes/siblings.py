@@ -37,7 +37,7 @@ def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
     found: dict[Hashable, list[list[Node]]] = defaultdict(list)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
-        if not is_qlora_linear(node):
+        if not is_qlora_linear(node) or not node.users:
             continue
         groups = found[_key(arguments(node))]
         for group in groups:

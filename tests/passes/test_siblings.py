@@ -72,6 +72,10 @@ def one_unused(m: Any, x: Tensor) -> Tensor:
     return torch.cat((m.q(x), m.v(x)), dim=-1)
 
 
+def one_without_gradient(m: Any, x: Tensor) -> Tensor:
+    return torch.cat((m.q(x), m.k(x).detach(), m.v(x)), dim=-1)
+
+
 def trained(body: Body, optimized: bool, adjust: Callable[[Any], None], **options: Any) -> Any:
     """The model after a step, its loss and all gradients."""
     torch.manual_seed(0)
@@ -110,8 +114,11 @@ def test_siblings_are_one_call(body: Body) -> None:
     assert groups(body) == {"q": EVERY, "k": EVERY, "v": EVERY}
 
 
-def test_one_that_nobody_uses_changes_nothing() -> None:
-    assert groups(one_unused) in (dict.fromkeys("qkv", EVERY), dict.fromkeys("qv", EVERY[::2]))
+@pytest.mark.parametrize("body", [one_unused, one_without_gradient], ids=lambda b: b.__name__)
+def test_one_that_is_not_trained_gets_no_gradient(body: Body) -> None:
+    used = {name: siblings for name, siblings in groups(body).items() if siblings}
+    joined = EVERY if body is one_without_gradient else EVERY[::2]
+    assert used == dict.fromkeys("qkv" if joined == EVERY else "qv", joined)
 
 
 @pytest.mark.parametrize("body", [written_between, view_written_between], ids=lambda b: b.__name__)
