@@ -87,7 +87,7 @@ def compile_inner(
 @functools.cache
 def _sources_digest() -> str:
     """Of what `qlora_linear` becomes and saves in a compiled graph."""
-    sources = [Path(module.__file__).read_bytes() for module in (op, linear_call)]
+    sources = [Path(str(module.__file__)).read_bytes() for module in (op, linear_call)]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 

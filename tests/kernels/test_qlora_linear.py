@@ -191,8 +191,8 @@ def test_error_of_siblings(variant: Variant, format: str, data: st.DataObject) -
     problems = [call.problem(direction, keeps) for direction in directions]
     with small_blocks(data):
         assume(not any(variant.rejects(problem) for problem in problems))
-        configs = [data.draw(st.sampled_from(variant.configs(p))) for p in problems]
-        actual = call.fused(variant, *configs, keeps)
+        forward, backward = (data.draw(st.sampled_from(variant.configs(p))) for p in problems)
+        actual = call.fused(variant, forward, backward, keeps)
     assert_no_worse_than_plain(call, actual)
 
 
