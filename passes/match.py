@@ -25,6 +25,7 @@ from qlora_compile.passes.nodes import (
     linear_operands,
     replace_node,
     strip_casts,
+    transposed,
     uncast,
 )
 
@@ -42,17 +43,18 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
             continue
         x, weight, bias = linear_operands(node)
         fake_weight, result = example(base_weight(node)), example(node)
-        if fake_weight is None or result is None or strip_casts(weight) is not base_weight(node):
+        plane = strip_casts(weight)
+        stored = strip_casts(transposed(plane) or plane)
+        if fake_weight is None or result is None or stored is not base_weight(node):
             context.unfused[site] = "the weight is computed, not stored"
             continue
         if fake_weight.requires_grad:
             context.unfused[site] = "the base weight is trained"
             continue
-        n, k = fake_weight.shape
-        planes = [strip_casts(weight)]
+        n, k = fake_weight.shape if stored is plane else fake_weight.shape[::-1]
         dtypes = (result.dtype,) * 3
         constants = (UNQUANTIZED, n, k, 0, 1.0, 0.0, 0, *dtypes)
-        new = insert_before(node, QLORA_LINEAR, (x, planes, bias, None, None, None, *constants))
+        new = insert_before(node, QLORA_LINEAR, (x, [plane], bias, None, None, None, *constants))
         replace_node(node, new)
         rewritten += 1
     return rewritten

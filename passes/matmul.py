@@ -9,28 +9,46 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qlora_compile.passes.context import PassContext
-from qlora_compile.passes.nodes import ADDS, example, insert_before, is_private, replace_node
+from qlora_compile.passes.nodes import (
+    ADDS,
+    example,
+    insert_before,
+    is_private,
+    replace_node,
+    transposed,
+)
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.mm)
-_LAST_TWO = ({0, 1}, {-1, -2})
+_VIEWS = ("view", "reshape")
 
 
 def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
-    """matmul(x, transposed W of a site), and the site's bias added to it  ⇒  linear(x, W, bias)."""
+    """matmul(x, V) and the site's bias added to it, or addmm(bias, x, V) with the views that make x
+    a matrix and back, where V is the weight of a site transposed, or as stored (Conv1D)
+    ⇒  linear(x, W, bias) or linear(x, Vᵀ, bias)."""
     rewritten = 0
     for node in list(graph_module.graph.nodes):
-        weight = _transposed(node.args[1]) if _is_product(node) else None
-        site = context.site_of(weight)
-        if site is None:
+        if _is_product(node):
+            (x, factor), bias = node.args, None
+        elif node.target is torch.addmm and len(node.args) == 3 and not node.kwargs:
+            bias, x, factor = node.args
+        else:
             continue
-        last, bias = node, None
-        user = next(iter(node.users), None)
-        if is_private(node) and user is not None and user.target in ADDS and not user.kwargs:
-            others = [argument for argument in user.args if argument is not node]
-            if len(others) == 1 and context.site_of(others[0]) == site and _rank(others[0]) == 1:
-                last, bias = user, others[0]
+        weight = transposed(factor)
+        site = context.site_of(factor if weight is None else weight)
+        if site is None or _rank(factor) != 2:
+            continue
+        last = node
+        if bias is None:
+            last, bias = _with_bias(node, site, context)
+        elif _shape(bias) != _shape(factor)[1:]:
+            continue
+        else:
+            last, x = _without_views(node, x)
+        if weight is None:
+            weight = insert_before(node, torch.t, (factor,))
         linear = torch.nn.functional.linear
-        replace_node(last, insert_before(last, linear, (node.args[0], weight, bias)))
+        replace_node(last, insert_before(last, linear, (x, weight, bias)))
         rewritten += 1
     return rewritten
 
@@ -42,18 +60,37 @@ def _is_product(node: Node) -> bool:
     return method or (node.op == "call_function" and node.target in _PRODUCTS)
 
 
-def _transposed(node: Any) -> Node | None:
-    """The matrix that `node` is the transpose of."""
-    if not isinstance(node, Node) or not node.args or _rank(node.args[0]) != 2:
-        return None
-    source, *rest = node.args
-    attribute = node.target is getattr and rest in (["T"], ["mT"])
-    method = node.op == "call_method" and (
-        node.target == "t" or (node.target == "transpose" and set(rest) in _LAST_TWO)
-    )
-    return source if isinstance(source, Node) and (attribute or method) else None
+def _with_bias(product: Node, site: str, context: PassContext) -> tuple[Node, Any]:
+    """The sum of `product` and the site's bias, with the bias; `product` and None if there is no
+    such sum."""
+    user = next(iter(product.users), None)
+    if is_private(product) and user is not None and user.target in ADDS and not user.kwargs:
+        others = [argument for argument in user.args if argument is not product]
+        if len(others) == 1 and context.site_of(others[0]) == site and _rank(others[0]) == 1:
+            return user, others[0]
+    return product, None
+
+
+def _without_views(product: Node, x: Any) -> tuple[Node, Any]:
+    """The view that gives `product` the leading dimensions that `x` [M, K] had before it became a
+    matrix, with what x was; `product` and `x` where there is no such pair."""
+    user = next(iter(product.users), None)
+    if _is_view(x) and is_private(product) and user is not None and _is_view(user):
+        before = _shape(x.args[0])
+        if before[-1:] == _shape(x)[1:] and _shape(user) == (*before[:-1], _shape(product)[1]):
+            return user, x.args[0]
+    return product, x
+
+
+def _is_view(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target in _VIEWS
 
 
 def _rank(node: Any) -> int | None:
     value = example(node)
     return None if value is None else value.dim()
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    value = example(node)
+    return () if value is None else tuple(value.shape)

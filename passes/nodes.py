@@ -17,6 +17,7 @@ from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
 ADDS = (operator.add, operator.iadd, torch.add)
 
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
+_LAST_TWO = ({0, 1}, {-1, -2})
 _COPY_METHODS = ("clone", "contiguous")
 _WRITES = (
     operator.iadd,
@@ -64,6 +65,21 @@ def strip_casts(node: Any) -> Any:
     while (source := uncast(node)) is not None and not (is_written(node) or is_written(source)):
         node = source
     return node
+
+
+def transposed(node: Any) -> Node | None:
+    """The matrix that `node` is the transpose of."""
+    if not isinstance(node, Node) or not node.args:
+        return None
+    source, *rest = node.args
+    matrix = example(source)
+    if matrix is None or matrix.dim() != 2:
+        return None
+    attribute = node.target is getattr and rest in (["T"], ["mT"])
+    method = node.target in ("t", torch.t) or (
+        node.target in ("transpose", torch.transpose) and set(rest) in _LAST_TWO
+    )
+    return source if isinstance(source, Node) and (attribute or method) else None
 
 
 def is_written(node: Node) -> bool:

@@ -17,6 +17,7 @@ from qlora_compile.errors import (
 )
 from qlora_compile.hf import adapters
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
+from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.quantized_linear import QuantizedLinear
@@ -37,7 +38,7 @@ def check(
         if block_size != "row":
             check_block_size(block_size)
     sites = adapters.linear_sites(model)
-    if not sites or isinstance(model, nn.Linear):
+    if not sites or isinstance(model, LinearSite):
         raise NoLinearError(model=type(model).__name__)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
@@ -80,7 +81,7 @@ def adopt(
         sites = adapters.linear_sites(model)
         for name in quantizable(model, lora):
             # The last reference but the model's own goes with it: one layer exists twice at a time.
-            linear = sites.pop(name)
+            linear = as_linear(sites.pop(name))
             packed = QuantizedLinear.from_linear(
                 linear, quantize, block_size=block_size, double_quantize=double, site=name
             )
@@ -115,14 +116,14 @@ def is_quantized(linear: nn.Module) -> bool:
 
 
 def quantizable(model: nn.Module, lora: object) -> list[str]:
-    """The sites `quantize` packs: every plain Linear but heads, tied weights and what is trained
+    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights and what is trained
     in full."""
     left = {*kept_linears(model), *full_precision_linears(model), *adapters.trained_copies(model)}
     left |= adapters.to_be_trained(model, lora)
     return [
         name
         for name, linear in adapters.linear_sites(model).items()
-        if name not in left and type(linear) is nn.Linear
+        if name not in left and type(linear) in (nn.Linear, Conv1D)
     ]
 
 

@@ -153,17 +153,19 @@ def _install_regions(
     } | adopt.unadoptable(base)
     sites = {name: linear for name, linear in linears.items() if name not in kept}
     names = {id(module): name for name, module in base.named_modules()}
-    blocks = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
-    blocks = [b for b in blocks if _inside(b, sites)] or [""]
+    repeated = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
+    blocks = [b for b in repeated or [""] if _inside(b, sites)]
     covered = {name for block in blocks for name in _inside(block, sites)}
-    # What stands outside the blocks is worth a region of its own if it is quantised or adapted.
+    # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
+    # if the blocks have nothing.
     singles = [
         name
         for name, linear in sites.items()
-        if name not in covered and (adopt.is_quantized(linear) or adapters.is_adapted(base, name))
+        if name not in covered
+        and (not blocks or adopt.is_quantized(linear) or adapters.is_adapted(base, name))
     ]
     kinds = {}
-    for block in [*blocks, *singles]:
+    for block in [*blocks, *singles] or [""]:
         module = base.get_submodule(block)
         key = type(module)
         if key not in kinds:

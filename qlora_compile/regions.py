@@ -89,9 +89,10 @@ class Region:
         module = self.module
         # Someone else's compilation inlines the block. A key-value cache changes shape at every
         # token, so a block that sees one would recompile until Dynamo gives up. Without a single
-        # row (a head whose logits are not wanted) there is nothing to gain.
+        # row (a head whose logits are not wanted), or a site to fuse, there is nothing to gain.
+        idle = self.sites <= self.kept.keys()
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
-        if torch.compiler.is_compiling() or empty or is_cached_call(args, kwargs):
+        if torch.compiler.is_compiling() or idle or empty or is_cached_call(args, kwargs):
             return self.kind.module_class.forward(module, *args, **kwargs)
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)

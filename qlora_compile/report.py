@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_compile.hf import adapters
 from qlora_compile.hf.blocks import kept_linears
+from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.kernels import selection
 from qlora_compile.passes.context import FusedSite
 from qlora_compile.problem import Problem
@@ -61,7 +62,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear: weight [n, k] stored in `format` (its dtype where it is not quantised), with an
+    """One Linear or Conv1D: weight [n, k] stored in `format` (its dtype where it is not quantised), with an
     adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
     `backward` its gradients; else `reason` says why not. `keeps_low_rank`: the forward keeps
     S = x Aᵀ for the backward.
@@ -171,7 +172,7 @@ def build_report(model: nn.Module) -> Report:
     for name, linear in adapters.linear_sites(model).items():
         found = _enclosing(name, regions)
         format = _format(linear)
-        n, k = linear.out_features, linear.in_features
+        n, k = features(linear)
         rank = adapters.active_rank(model, name)
         fused, source = None, selection.MODELLED
         if found is None:
@@ -208,7 +209,7 @@ def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | No
     return best
 
 
-def _format(linear: nn.Linear) -> str:
+def _format(linear: LinearSite) -> str:
     if isinstance(linear, QuantizedLinear):
         return linear.format
     state = getattr(linear.weight, "quant_state", None)

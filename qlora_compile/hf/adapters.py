@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
+from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.quantized_linear import QuantizedLinear
 
 
@@ -45,10 +46,10 @@ def _unpacked(base: nn.Module) -> Iterator[None]:
     base.requantize(merged)
 
 
-def linear_sites(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of `model` by its name: an adapted one under its adapter layer's name, the
+def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
+    """Every Linear or Conv1D of `model` by its name: an adapted one under its adapter layer's name, the
     adapters' own and PEFT's trained copies not counted."""
-    sites: dict[str, nn.Linear] = {}
+    sites: dict[str, LinearSite] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
         if name.startswith(tuple(inside)):
@@ -59,9 +60,9 @@ def linear_sites(model: nn.Module) -> dict[str, nn.Linear]:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inside.append(f"{name}.")
             for part, linear in module.original_module.named_modules(prefix=name):
-                if isinstance(linear, nn.Linear):
+                if isinstance(linear, LinearSite):
                     sites[part] = linear
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LinearSite):
             sites[name] = module
     return sites
 
@@ -183,6 +184,9 @@ def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> None:
 
 
 def adopt_adapter_layer(module: nn.Module) -> None:
-    """Lets a stock LoRA layer over a QuantizedLinear merge into it."""
-    if type(module) is LoraLinear and isinstance(module.get_base_layer(), QuantizedLinear):
-        module.__class__ = QuantizedLoraLinear
+    """Lets a stock LoRA layer over a QuantizedLinear merge into it; ours as PEFT made it, too: its
+    config may say that weights are [K, N] (fan_in_fan_out), which a packed one never is."""
+    if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), QuantizedLinear):
+        if type(module) is LoraLinear:
+            module.__class__ = QuantizedLoraLinear
+        module.fan_in_fan_out = False
