@@ -116,8 +116,8 @@ def is_quantized(linear: nn.Module) -> bool:
 
 
 def quantizable(model: nn.Module, lora: object) -> list[str]:
-    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights and what is trained
-    in full."""
+    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights and what is
+    trained in full."""
     left = {*kept_linears(model), *full_precision_linears(model), *adapters.trained_copies(model)}
     left |= adapters.to_be_trained(model, lora)
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -62,8 +62,8 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear or Conv1D: weight [n, k] stored in `format` (its dtype where it is not quantised), with an
-    adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
+    """One Linear or Conv1D: weight [n, k] stored in `format` (its dtype where it is not quantised),
+    with an adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
     `backward` its gradients; else `reason` says why not. `keeps_low_rank`: the forward keeps
     S = x Aᵀ for the backward.
     """
@@ -87,9 +87,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """Every Linear of the model exactly once, in the model's order."""
+    """Every Linear of the model exactly once, in the model's order. others: what PEFT adapts or
+    trains that is no Linear, by name, with what it is and why it is left to PEFT."""
 
     sites: tuple[Site, ...]
+    others: dict[str, str] = field(default_factory=dict)
 
     @property
     def fused(self) -> int:
@@ -101,6 +103,7 @@ class Report:
             "fused": self.fused,
             "total": len(self.sites),
             "sites": [asdict(site) for site in self.sites],
+            "others": self.others,
         }
 
     def to_json(self) -> str:
@@ -119,6 +122,7 @@ class Report:
         left = Counter(site.reason for site in self.sites if not site.fused)
         summary = [f"{self.fused} of {len(self.sites)} linears fused"]
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
+        summary += [f"{name} left to PEFT: {why}" for name, why in self.others.items()]
         choices = self._choices()
         return "\n".join(
             [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *summary]
@@ -184,7 +188,7 @@ def build_report(model: nn.Module) -> Report:
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
         chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
-    return Report(tuple(sites))
+    return Report(tuple(sites), adapters.other_modules(model))
 
 
 def _chosen(site: FusedSite, source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
@@ -47,8 +47,8 @@ def _unpacked(base: nn.Module) -> Iterator[None]:
 
 
 def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
-    """Every Linear or Conv1D of `model` by its name: an adapted one under its adapter layer's name, the
-    adapters' own and PEFT's trained copies not counted."""
+    """Every Linear or Conv1D of `model` by its name: an adapted one under its adapter layer's name,
+    the adapters' own and PEFT's trained copies not counted."""
     sites: dict[str, LinearSite] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
@@ -89,15 +89,39 @@ def active_rank(model: nn.Module, site: str) -> int:
 
 
 def trained_copies(model: nn.Module) -> dict[str, str]:
-    """Linears PEFT trains in full beside the adapters: name → reason to leave them alone."""
-    wrappers = tuple(
-        name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
-    )
-    return {
-        name: "it is trained in full (modules_to_save)"
-        for name in linear_sites(model)
-        if any(name == wrapper or name.startswith(f"{wrapper}.") for wrapper in wrappers)
+    """Linears PEFT trains, in full or some rows, beside the adapters: name → reason to leave them alone."""
+    wrappers = {
+        name: _trained(module)
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
     }
+    return {
+        name: reason
+        for name in linear_sites(model)
+        for wrapper, reason in wrappers.items()
+        if name == wrapper or name.startswith(f"{wrapper}.")
+    }
+
+
+def _trained(wrapper: AuxiliaryTrainingWrapper) -> str:
+    if isinstance(wrapper, TrainableTokensWrapper):
+        return "rows of its weight are trained (trainable_token_indices)"
+    return "it is trained in full (modules_to_save)"
+
+
+def other_modules(model: nn.Module) -> dict[str, str]:
+    """What PEFT adapts or trains that is no Linear, such as an Embedding: name → why it is left
+    alone."""
+    linears = linear_sites(model)
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name in linears or name.startswith(tuple(f"{outer}." for outer in found)):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            found[name] = f"{type(module.original_module).__name__}: {_trained(module)}"
+        elif isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] != "token_adapter":
+            found[name] = f"{type(module.get_base_layer()).__name__}: it is no Linear"
+    return found
 
 
 def to_be_trained(model: nn.Module, config: object) -> set[str]:

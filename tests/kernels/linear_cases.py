@@ -91,6 +91,8 @@ class Case:
 
         weight = normal(self.n, self.k, dtype=F32, scale=0.3)
         packed, planes = None, [weight.to(d.compute)]
+        if not self.contiguous:  # as Conv1D stores it
+            planes = [planes[0].t().contiguous().t()]
         if self.format != UNQUANTIZED:
             packed = format_named(self.format).quantize(
                 weight, block_size=self.block_size, double_quantize=self.double_quantize
