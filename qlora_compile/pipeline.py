@@ -78,6 +78,11 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
                 context.unfused[site] = (
                     "its adapter's computation is not plain LoRA; the base product alone is fused"
                 )
+    found = _sites(graph_module, context)
+    for node in graph_module.graph.nodes:
+        site, value = context.site_of(node), example(node)
+        if site is not None and site not in found and value is not None and value.dim() == 2:
+            context.unfused.setdefault(site, "the model computes with its weight past the layer")
     for site in context.unfused:
         context.fused.pop(site, None)
     context.unfused |= context.kept

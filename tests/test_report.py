@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 import qlora_compile
+from bench.agreement import distance, training_step
 from qlora_compile.quantized_linear import QuantizedLinear
-from tests.test_equality import lora, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
 from tests.toy_models import toy
 
 __all__ = ["without_inductor"]
@@ -50,6 +52,43 @@ def test_what_is_trained_in_full_is_listed_and_not_quantised() -> None:
     reasons = {site.name: site.reason for site in report.sites if ".mlp." in site.name}
     assert len(reasons) == 6
     assert set(reasons.values()) == {"it is trained in full (modules_to_save)"}
+
+
+@pytest.mark.parametrize(
+    ("options", "tied", "head", "embedding"),
+    [
+        ({"trainable_token_indices": [3, 5]}, False, "output head", "Embedding: rows of its"),
+        ({"trainable_token_indices": [3, 5]}, True, "rows of its weight", "Embedding: rows of its"),
+        ({"modules_to_save": ["embed_tokens"]}, False, "output head", "Embedding: it is trained"),
+        ({"modules_to_save": ["lm_head"]}, False, "trained in full", None),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "tied to", "Embedding: it is no L"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False, "output head", "Embedding: it is"),
+    ],
+)
+@pytest.mark.usefixtures("without_inductor")
+def test_what_peft_trains_beside_linears_is_equal_and_named(
+    options: dict[str, Any], tied: bool, head: str, embedding: str | None
+) -> None:
+    steps = []
+    ids = torch.tensor([[3, 5, 9, 11, 3, 7], [5, 4, 8, 3, 6, 10]])
+    for optimized in (False, True):
+        torch.manual_seed(1)
+        config = lora(**({"target_modules": ["q_proj"]} | options))
+        model: Any = get_peft_model(toy(tie_word_embeddings=tied), config)
+        model = qlora_compile.optimize(model) if optimized else model
+        steps.append(training_step(model, ids))
+    assert steps[0].keys() == steps[1].keys()
+    assert max(distance(steps[1], steps[0]).values()) < FLOAT32_TOLERANCE
+    report = qlora_compile.explain(model)
+    assert [site.name for site in report.sites if not site.fused] == ["base_model.model.lm_head"]
+    assert head in (report.sites[-1].reason or "")
+    if embedding is None:
+        assert report.others == {}
+        return
+    ((name, reason),) = report.others.items()
+    assert name.endswith("embed_tokens")
+    assert reason.startswith(embedding)
+    assert f"{name} left to PEFT: {reason}" in str(report)
 
 
 def test_tied_heads_are_named() -> None:

@@ -89,7 +89,8 @@ def active_rank(model: nn.Module, site: str) -> int:
 
 
 def trained_copies(model: nn.Module) -> dict[str, str]:
-    """Linears PEFT trains, in full or some rows, beside the adapters: name → reason to leave them alone."""
+    """Linears PEFT trains, in full or some rows, beside the adapters: name → reason to leave
+    them alone."""
     wrappers = {
         name: _trained(module)
         for name, module in model.named_modules()

@@ -264,3 +264,22 @@ def test_a_product_with_the_transposed_weight_is_a_linear(write: Any, bias: bool
             layer.base_layer.load_state_dict(plain.state_dict())
 
     assert compare(chain, bias=bias, adjust=own).fused == 2
+
+
+def test_a_weight_used_past_its_layer_is_named() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer.weight @ self.other(x).t()).t()
+
+    model = Past().requires_grad_(requires_grad=False)
+    x = torch.randn(3, 8)
+    expected = model(x)
+    model = qlora_compile.optimize(model)
+    torch.testing.assert_close(model(x), expected)
+    layer, other = qlora_compile.explain(model).sites
+    assert layer.reason == "the model computes with its weight past the layer"
+    assert other.fused

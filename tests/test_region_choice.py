@@ -1,0 +1,57 @@
+"""Which modules become regions where the blocks hold nothing to fuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import qlora_compile
+from qlora_compile.regions import region_of
+from tests.test_equality import without_inductor
+
+__all__ = ["without_inductor"]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_blocks_without_linears_leave_the_model_around_them_uncompiled() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.head = nn.Linear(8, 4)
+            self.head.requires_grad_(requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    model = qlora_compile.optimize(Model())
+    regions = [name for name, module in model.named_modules() if region_of(module) is not None]
+    assert regions == ["head"]
+    model(torch.randn(3, 8))
+    assert qlora_compile.explain(model).fused == 1
+
+
+def test_a_model_whose_only_linear_is_kept_is_not_compiled() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embedding(ids))
+
+    counters.clear()
+    model = qlora_compile.optimize(Tied())
+    model(torch.tensor([1, 2]))
+    assert counters["stats"]["unique_graphs"] == 0
+    (site,) = qlora_compile.explain(model).sites
+    assert site.reason == "its weight is tied to embedding"
