@@ -21,6 +21,7 @@ from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.weight_reads import read_by_parent
 
 
 def check(
@@ -116,10 +117,11 @@ def is_quantized(linear: nn.Module) -> bool:
 
 
 def quantizable(model: nn.Module, lora: object) -> list[str]:
-    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights and what is
-    trained in full."""
+    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights, those that
+    the model computes with itself and what is trained in full."""
     left = {*kept_linears(model), *full_precision_linears(model), *adapters.trained_copies(model)}
     left |= adapters.to_be_trained(model, lora)
+    left |= {name.removesuffix(".base_layer") for name in read_by_parent(model)}
     return [
         name
         for name, linear in adapters.linear_sites(model).items()

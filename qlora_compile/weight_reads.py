@@ -1,0 +1,54 @@
+"""Which Linears a model computes with past their forward: packed, their weights would be codes."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from types import FunctionType
+
+from torch import nn
+
+_PREPARING = ("__init__", "reset_", "init_", "_init", "tie_", "_tie")
+"""Methods that run before there is anything to compute."""
+
+_DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "numel", "size")
+
+
+def read_by_parent(model: nn.Module) -> set[str]:
+    """Names of modules whose weight a method of the module that holds them reads: in Mamba,
+    `self.dt_proj.weight @ x`."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        for child in _read_weights(type(module))
+        if child in module._modules
+    }
+
+
+@functools.cache
+def _read_weights(module_class: type[nn.Module]) -> frozenset[str]:
+    found = set()
+    for owner in module_class.__mro__:
+        if not issubclass(owner, nn.Module) or owner.__module__.startswith("torch.nn."):
+            continue
+        for name, member in vars(owner).items():
+            function = inspect.unwrap(member) if callable(member) else None
+            if isinstance(function, FunctionType) and not name.startswith(_PREPARING):
+                found |= _read_by(function)
+    return frozenset(found)
+
+
+def _read_by(function: FunctionType) -> set[str]:
+    """Every NAME in `self.NAME.weight`, but where only its dtype or its like is asked for."""
+    names = [
+        step.argval if step.opname in ("LOAD_FAST", "LOAD_ATTR", "LOAD_METHOD") else None
+        for step in dis.get_instructions(function)
+        if step.opname != "CACHE"
+    ]
+    following = [*names[3:], None]
+    return {
+        name
+        for first, name, last, then in zip(names, names[1:], names[2:], following, strict=False)
+        if (first, last) == ("self", "weight") and name and then not in _DESCRIPTIONS
+    }
