@@ -76,6 +76,7 @@ class Region:
         self.sites = sites
         self.kept = kept
         self.graphs: list[RegionGraph] | None = None
+        self.cached = False
         self.__signature__ = inspect.signature(module.forward)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +93,9 @@ class Region:
         # row (a head whose logits are not wanted), or a site to fuse, there is nothing to gain.
         idle = self.sites <= self.kept.keys()
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
-        if torch.compiler.is_compiling() or idle or empty or is_cached_call(args, kwargs):
+        cached = is_cached_call(args, kwargs)
+        self.cached |= cached
+        if torch.compiler.is_compiling() or idle or empty or cached:
             return self.kind.module_class.forward(module, *args, **kwargs)
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)
@@ -139,7 +142,10 @@ class Region:
     def unfused(self) -> dict[str, str]:
         """All the other sites, with the reason."""
         if self.graphs is None:
-            return dict.fromkeys(self.sites, "its block has not run yet") | self.kept
+            reason = "its block has not run yet"
+            if self.cached:
+                reason = "its block has run with a key-value cache only, uncompiled"
+            return dict.fromkeys(self.sites, reason) | self.kept
         if not self.graphs:
             return dict.fromkeys(self.sites, "its block ran uncompiled, Dynamo gave up on it")
         broken = f"graph breaks split its block into {len(self.graphs)} graphs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from bench.agreement import Errors, distance, training_step
 from qlora_compile.hf.adapters import linear_sites
 from qlora_compile.hf.conv1d import as_linear, features
 from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.quantized_linear import QuantizedLinear
 from tests.test_equality import (
     BF16_FACTOR,
@@ -90,7 +89,7 @@ def test_every_conv1d_is_fused_and_equal(model_class: str, autocast: bool) -> No
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("declared", [False, True])
 def test_packed_conv1d_trains_merges_and_saves_as_stock(
-    format: str, declared: bool, tmp_path: Path
+    format: Literal["nf4", "int8"], declared: bool, tmp_path: Path
 ) -> None:
     """declared: the user's config says fan_in_fan_out, as PEFT's documentation tells to."""
     config = lora(target_modules=TARGETS, fan_in_fan_out=declared)
@@ -113,9 +112,10 @@ def test_packed_conv1d_trains_merges_and_saves_as_stock(
             assert torch.equal(value, stock.get_parameter(name))
 
     name = next(iter(packed)).removesuffix(".base_layer")
-    layer, weight = ours.get_submodule(name), packed[f"{name}.base_layer"].dequantize()
+    weight = packed[f"{name}.base_layer"].dequantize()
+    layer, stock_layer = (cast("Any", model.get_submodule(name)) for model in (ours, stock))
     expected = copy.deepcopy(packed[f"{name}.base_layer"])
-    expected.requantize(weight + stock.get_submodule(name).get_delta_weight("default").t())
+    expected.requantize(weight + stock_layer.get_delta_weight("default").t())
     layer.merge()
     assert torch.equal(layer.get_base_layer().weight, expected.weight)
 
@@ -147,7 +147,7 @@ def test_inductor_hands_on_the_stored_weight(monkeypatch: pytest.MonkeyPatch) ->
     model = qlora_compile.optimize(Model(16, 8), tune="model")
     seen: set[int] = set()
     for variant in {type(variant) for variant in VARIANTS}:
-        for direction in ("forward", "backward"):
+        for direction in ("forward_group", "backward_group"):
             watch(monkeypatch, variant, direction, seen)
     model(torch.randn(5, 8, requires_grad=True)).sum().backward()
     assert seen == {model.first.weight.data_ptr(), model.second.weight.data_ptr()}
@@ -158,8 +158,8 @@ def watch(patch: pytest.MonkeyPatch, variant: type, direction: str, seen: set[in
     real = getattr(variant, direction)
 
     def watching(self: Any, *arguments: Any) -> Any:
-        (tensors,) = [a for a in arguments if isinstance(a, LinearTensors)]
-        seen.add(tensors.planes[0].data_ptr())
+        group = arguments[direction == "backward_group"]
+        seen.update(tensors.planes[0].data_ptr() for tensors, _ in group)
         return real(self, *arguments)
 
     patch.setattr(variant, direction, watching)

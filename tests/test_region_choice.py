@@ -9,7 +9,9 @@ from torch._dynamo.utils import counters
 
 import qlora_compile
 from qlora_compile.regions import region_of
-from tests.test_equality import without_inductor
+from qlora_compile.report import build_report
+from tests.test_equality import lora, without_inductor
+from tests.toy_models import tokens, toy
 
 __all__ = ["without_inductor"]
 
@@ -55,3 +57,13 @@ def test_a_model_whose_only_linear_is_kept_is_not_compiled() -> None:
     assert counters["stats"]["unique_graphs"] == 0
     (site,) = qlora_compile.explain(model).sites
     assert site.reason == "its weight is tied to embedding"
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_block_that_only_ran_with_a_cache_says_so() -> None:
+    model = qlora_compile.optimize(toy(), lora())
+    model.eval()(tokens(), use_cache=True)
+    assert {site.reason for site in build_report(model).sites[:-1]} == {
+        "its block has run with a key-value cache only, uncompiled"
+    }
+    assert qlora_compile.explain(model).fused == 14

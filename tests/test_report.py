@@ -73,7 +73,8 @@ def test_what_peft_trains_beside_linears_is_equal_and_named(
     ids = torch.tensor([[3, 5, 9, 11, 3, 7], [5, 4, 8, 3, 6, 10]])
     for optimized in (False, True):
         torch.manual_seed(1)
-        config = lora(**({"target_modules": ["q_proj"]} | options))
+        settings: dict[str, Any] = {"target_modules": ["q_proj"]} | options
+        config = lora(**settings)
         model: Any = get_peft_model(toy(tie_word_embeddings=tied), config)
         model = qlora_compile.optimize(model) if optimized else model
         steps.append(training_step(model, ids))
