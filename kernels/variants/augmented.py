@@ -38,6 +38,9 @@ class Augmented(TritonVariant):
         return reasons
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        if problem.siblings:
+            # They share nothing here.
+            return sum(self.cost(part, config, device) for part in problem.parts)
         m, n, k = problem.m, problem.n, problem.k + problem.rank
         gemm = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
         # Forward copies x; backward leaves dX in rows of K + rank and writes it anew.

@@ -59,7 +59,9 @@ class NativeAugmented(Variant):
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, DenseConfig)
         assert isinstance(device, CpuModel)  # what there is where it does not reject
-        return augmented_seconds(problem, device, config.gemm_dtype)
+        # Siblings share nothing here.
+        dtype = config.gemm_dtype
+        return sum(augmented_seconds(part, device, dtype) for part in problem.parts)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
         """[W | B] as [N, K + rank]."""
