@@ -15,8 +15,9 @@ from qlora_compile.errors import (
     NoExampleInputsError,
     NotOptimizedError,
     OptionError,
+    StrictError,
 )
-from qlora_compile.hf import adapters, head_loss
+from qlora_compile.hf import adapters, experts, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
 from qlora_compile.probing import left_as_found
 from qlora_compile.regions import (
@@ -47,7 +48,8 @@ def optimize(
     logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
+    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op,
+    and so are the 3-D weights of mixture-of-experts layers.
 
     model: a PreTrainedModel, a PeftModel over plain Linears or bitsandbytes' 4- or 8-bit ones, or
     any nn.Module. Returns the object itself, or the PeftModel PEFT made of it for `lora`.
@@ -151,10 +153,15 @@ def _install_regions(
         for name, reason in (kept_linears(base) | adapters.trained_copies(base)).items()
         if name in linears and not adapters.is_adapted(base, name)
     } | adopt.unadoptable(base)
+    left = experts.obstacles(base)
+    if strict and left:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in left.items())
+        raise StrictError(count=len(left), reasons=reasons)
     sites = {name: linear for name, linear in linears.items() if name not in kept}
+    expert_sites = dict.fromkeys(experts.sites(base))
     names = {id(module): name for name, module in base.named_modules()}
     repeated = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
-    blocks = [b for b in repeated or [""] if _inside(b, sites)]
+    blocks = [b for b in repeated or [""] if _inside(b, sites | expert_sites)]
     covered = {name for block in blocks for name in _inside(block, sites)}
     # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
     # if the blocks have nothing.
@@ -171,12 +178,13 @@ def _install_regions(
         if key not in kinds:
             repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
             kinds[key] = RegionKind(key, strict, verify, repeated, tune)
-        local = _inside(block, {**sites, **kept})
+        local = _inside(block, {**sites, **kept, **expert_sites})
+        reasons = kept | left
         install(
             module,
             kinds[key],
             frozenset(local.values()),
-            {path: kept[name] for name, path in local.items() if name in kept},
+            {path: reasons[name] for name, path in local.items() if name in reasons},
         )
 
 
