@@ -115,9 +115,7 @@ def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:
     return native_dtypes(spec.compute_dtype)[0] if x.device.type == "cpu" else spec.compute_dtype
 
 
-def _decoded(
-    tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: torch.dtype
-) -> Tensor:
+def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: torch.dtype) -> Tensor:
     """W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
     if spec.format is None:
         return tensors.planes[0][expert].to(dtype)
