@@ -17,7 +17,7 @@ class PackedExperts(PackedModule):
 
     One PackedWeight of shape [E * N, K] holds it, expert e in the rows from e * N: blocks run
     along K whatever the Parameter's layout was. To who asks it for the Parameter's dtype, shape or
-    device it answers as that did.
+    device it answers as that did; a cast of the module changes that dtype, in which products run.
     """
 
     requires_grad = False
@@ -78,6 +78,11 @@ class PackedExperts(PackedModule):
     def pack(self, weight: Tensor) -> None:
         """Replaces the weight by one in the Parameter's layout."""
         self.requantize(_rows(weight, self.transposed))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.device)).dtype
+        return self
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}{super().extra_repr()}"

@@ -66,6 +66,19 @@ class ParamWrapper(PeftParamWrapper):
         lora_a = torch.cat([a for a, _, _ in parts], dim=1)
         return lora_a, torch.cat([scaling * b for _, b, scaling in parts], dim=2), 1.0
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """PEFT looks here for what a further adapter is to be added to: where the experts are
+        packed their own module no longer has the parameter."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        packed = self.get_param()
+        if not recurse and isinstance(packed, PackedExperts):
+            yield f"{prefix}{'.' if prefix else ''}{self.parameter_name}", packed.weight
+
+    # Asked for by PEFT, of the name above.
+    gate_up_proj = up_proj = down_proj = property(lambda self: self.get_param())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         with self._unpacked():
             super().merge(safe_merge, adapter_names)
