@@ -56,10 +56,12 @@ def optimize(
 
     lora: adapters to attach; None when they are there already or none are wanted.
     quantize: the format plain Linears are packed in, layer by layer (output heads, tied weights and
-    fully trained modules stay); None keeps or adopts what is there. block_size: elements per
+    fully trained modules stay) and so are the weights of experts; None keeps or adopts what is
+    there. block_size: elements per
     absmax, a power of two from 32 to 4096, or "row". double_quantize: quantise the absmax too
     (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
-    strict: raise StrictError, with all reasons, when a quantised or adapted Linear is not fused.
+    strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
+    experts is not fused.
     verify: compare each rewritten graph with the captured one on its first real inputs, outputs and
     all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
     scope: compile each repeated block, or the whole model as one region.
@@ -159,9 +161,10 @@ def _install_regions(
         raise StrictError(count=len(left), reasons=reasons)
     sites = {name: linear for name, linear in linears.items() if name not in kept}
     expert_sites = dict.fromkeys(experts.sites(base))
+    served = {**sites, **{name: None for name in expert_sites if name not in left}}
     names = {id(module): name for name, module in base.named_modules()}
     repeated = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
-    blocks = [b for b in repeated or [""] if _inside(b, sites | expert_sites)]
+    blocks = [b for b in repeated or [""] if _inside(b, served)]
     covered = {name for block in blocks for name in _inside(block, sites)}
     # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
     # if the blocks have nothing.

@@ -118,7 +118,7 @@ class Report:
         return {
             "fused": self.fused,
             "total": len(self.sites),
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [asdict(site) | {"parameters": site.parameters} for site in self.sites],
             "others": self.others,
         }
 
@@ -211,7 +211,10 @@ def build_report(model: nn.Module) -> Report:
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
         chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
-    return Report((*sites, *_expert_sites(model, regions)), adapters.other_modules(model))
+    weights = tuple(_expert_sites(model, regions))
+    modules = {site.name.rpartition(".")[0] for site in weights}
+    others = adapters.other_modules(model).items()
+    return Report((*sites, *weights), {name: why for name, why in others if name not in modules})
 
 
 def _expert_sites(model: nn.Module, regions: dict[str, Region]) -> Iterator[Site]:

@@ -90,7 +90,7 @@ def decode_into(stock: nn.Module, ours: nn.Module) -> None:
             stock.get_parameter(name).data = module.parameter().data
 
 
-def quantized(format: str, name: str = "mixtral", **options: Any) -> tuple[Any, Any]:
+def quantized(format: Any, name: str = "mixtral", **options: Any) -> tuple[Any, Any]:
     """The optimised model with packed experts, and stock PEFT's with the weights it decodes."""
     model = toy(name)
     torch.manual_seed(1)
@@ -221,7 +221,8 @@ def test_merge_and_unmerge(format: str | None, name: str) -> None:
         ours = qlora_compile.optimize(copy.deepcopy(stock), tune="model")
     else:
         ours, stock = quantized(format, name, block_size=32)
-    ours.eval(), stock.eval()
+    for model in (ours, stock):
+        model.eval()
     inputs = batch(stock)
     before = output(ours, inputs)
     ours.merge_adapter()
@@ -280,7 +281,8 @@ def test_what_is_left_alone_says_why() -> None:
     assert reasons(trainable) == {"the base weight is trained"}
     spread = toy().requires_grad_(False)
     for site in experts.sites(spread).values():
-        site.module._is_expert_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        module: Any = site.module
+        module._is_expert_parallel = True
     spread = qlora_compile.optimize(spread, tune="model")
     assert reasons(spread) == {"its experts are spread over several devices"}
     own = qlora_compile.optimize(toy("dbrx").requires_grad_(False), tune="model")

@@ -99,11 +99,10 @@ class NativeExperts(ExpertsVariant):
                 grad_low = (g @ b).mul_(spec.scaling)
             if needs_x:
                 part = g @ _decoded(tensors, spec, expert, dtype)
-                if grad_low is not None:
+                if a is not None and grad_low is not None:
                     part.addmm_(grad_low, a)
                 grad_x[rows] = part
-            if grad_a is not None and grad_b is not None and a is not None:
-                assert grad_low is not None
+            if grad_a is not None and grad_b is not None and a is not None and grad_low is not None:
                 x = tensors.x[rows].to(dtype)
                 grad_a[expert] = grad_low.t() @ x
                 grad_b[expert] = (g.t() @ (x @ a.t())).mul_(spec.scaling)

@@ -27,6 +27,8 @@ from qlora_compile.packed_experts import PackedExperts
 IMPLEMENTATION = "qlora_compile"
 """The name that ours goes by in `config._experts_implementation`."""
 
+_TRAINED = "the base weight is trained"
+
 Factors = tuple[Tensor, Tensor, float]
 """lora_a [E, R, K], lora_b [E, N, R] and the scaling of one weight's adapters."""
 
@@ -54,7 +56,9 @@ def sites(model: nn.Module) -> dict[str, ExpertSite]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies.append(f"{path}.modules_to_save.")
-        if "Expert" not in type(module).__name__ or path.startswith(tuple(copies)):
+        # What transformers calls its modules with experts' weights, in all model types.
+        is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
+        if not is_named or path.startswith(tuple(copies)):
             continue
         name = ".".join(p for p in path.split(".") if p not in ("base_layer", "original_module"))
         for parameter in _weight_names(module):
@@ -116,7 +120,7 @@ def _obstacle(module: nn.Module) -> str | None:
         if weight.dim() != 3 or weight.dtype.itemsize < 2 or not weight.is_floating_point():
             return f"its weights are {weight.dim()}-dimensional of {weight.dtype}"
     if any(parameter.requires_grad for parameter in module.parameters()):
-        return "the base weight is trained"
+        return _TRAINED
     return None
 
 
@@ -139,7 +143,7 @@ def pack(
     """Packs the weights of all experts that our op can compute, trained or not; one at a time."""
     left = obstacles(model)
     for name, site in sites(model).items():
-        if left.get(name, "the base weight is trained") != "the base weight is trained":
+        if left.get(name, _TRAINED) != _TRAINED:
             continue
         packed = PackedExperts.from_parameter(
             getattr(site.module, site.parameter),
@@ -156,7 +160,7 @@ def pack(
 def adopt(model: nn.Module) -> None:
     """Has our op compute all experts but those with an obstacle."""
     left = obstacles(model)
-    configs: dict[int, Any] = {}
+    own_configs: dict[int, Any] = {}
     for name, site in sites(model).items():
         module: Any = site.module
         if name in left or is_served(module):
@@ -164,19 +168,19 @@ def adopt(model: nn.Module) -> None:
         if isinstance(module, Llama4TextExperts):
             module.__class__ = FusedLlama4Experts
             continue
-        # A config of the experts' own: the model's is asked by others, and saved.
-        if id(module.config) not in configs:
-            configs[id(module.config)] = own = copy.deepcopy(module.config)
-            own._experts_implementation = IMPLEMENTATION
-            configs[id(own)] = own
-        module.config = configs[id(module.config)]
+        # The model's own config is asked by others, and saved.
+        shared = id(module.config)
+        if shared not in own_configs:
+            own_configs[shared] = copy.deepcopy(module.config)
+            own_configs[shared]._experts_implementation = IMPLEMENTATION
+        module.config = own_configs[shared]
 
 
 def is_served(module: nn.Module) -> bool:
     """Whether our op computes this experts module."""
     if isinstance(module, FusedLlama4Experts):
         return True
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     return _is_dispatched(module) and config._experts_implementation == IMPLEMENTATION
 
 
