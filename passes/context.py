@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.problem import Problem
 
 _MODULE = re.compile(r"_modules\['([^']*)'\]")
@@ -22,14 +23,24 @@ class FusedSite:
     trains: bool
 
 
+@dataclass(frozen=True)
+class FusedExperts:
+    """One weight of experts that a `qlora_experts` computes: its forward as it was captured."""
+
+    forward: ExpertsProblem
+    trains: bool
+
+
 @dataclass
 class PassContext:
     """The Linears of a region, each by its path in it ("self_attn.q_proj"; the base of an adapted
-    one under the adapted path), those to leave alone with the reason, and what became of each."""
+    one under the adapted path) and weights of experts ("mlp.experts.down_proj"), those to leave
+    alone with the reason, and what became of each."""
 
     sites: frozenset[str]
     kept: dict[str, str] = field(default_factory=dict)
     fused: dict[str, FusedSite] = field(default_factory=dict)
+    experts: dict[str, FusedExperts] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
 
     def site_of(self, node: object) -> str | None:

@@ -15,7 +15,7 @@ from qlora_compile.errors import (
     StrictError,
     WeightValueError,
 )
-from qlora_compile.hf import adapters
+from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
@@ -63,6 +63,8 @@ def check(
             invalid = weight.numel() - int(weight.detach().isfinite().sum())
             if invalid:
                 raise WeightValueError(site=name, count=invalid)
+        for name, invalid in experts.check_finite(model):
+            raise WeightValueError(site=name, count=invalid)
     if lora is not None:
         adapters.check_lora_config(model, lora, quantize=quantize is not None)
 
@@ -89,8 +91,14 @@ def adopt(
             adapters.replace_base(model, name, packed)
     if lora is not None:
         model = adapters.attach(model, lora)
+    if quantize is not None:
+        # After PEFT, which sizes the experts' adapters by their parameters.
+        double = double_quantize and format_named(quantize).has_double_quantize
+        experts.pack(model, quantize, block_size=block_size, double_quantize=double)
+    experts.adopt(model)
     for module in list(model.modules()):
         adapters.adopt_adapter_layer(module)
+        expert_adapters.adopt(module)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
         if _is_bitsandbytes(linear) and name not in left:

@@ -15,8 +15,9 @@ from qlora_compile.errors import (
     NoExampleInputsError,
     NotOptimizedError,
     OptionError,
+    StrictError,
 )
-from qlora_compile.hf import adapters, head_loss
+from qlora_compile.hf import adapters, experts, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
 from qlora_compile.probing import left_as_found
 from qlora_compile.regions import (
@@ -47,17 +48,20 @@ def optimize(
     logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op.
+    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op,
+    and so are the 3-D weights of mixture-of-experts layers.
 
     model: a PreTrainedModel, a PeftModel over plain Linears or bitsandbytes' 4- or 8-bit ones, or
     any nn.Module. Returns the object itself, or the PeftModel PEFT made of it for `lora`.
 
     lora: adapters to attach; None when they are there already or none are wanted.
     quantize: the format plain Linears are packed in, layer by layer (output heads, tied weights and
-    fully trained modules stay); None keeps or adopts what is there. block_size: elements per
+    fully trained modules stay) and so are the weights of experts; None keeps or adopts what is
+    there. block_size: elements per
     absmax, a power of two from 32 to 4096, or "row". double_quantize: quantise the absmax too
     (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
-    strict: raise StrictError, with all reasons, when a quantised or adapted Linear is not fused.
+    strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
+    experts is not fused.
     verify: compare each rewritten graph with the captured one on its first real inputs, outputs and
     all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
     scope: compile each repeated block, or the whole model as one region.
@@ -151,10 +155,16 @@ def _install_regions(
         for name, reason in (kept_linears(base) | adapters.trained_copies(base)).items()
         if name in linears and not adapters.is_adapted(base, name)
     } | adopt.unadoptable(base)
+    left = experts.obstacles(base)
+    if strict and left:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in left.items())
+        raise StrictError(count=len(left), reasons=reasons)
     sites = {name: linear for name, linear in linears.items() if name not in kept}
+    expert_sites = dict.fromkeys(experts.sites(base))
+    served = {**sites, **{name: None for name in expert_sites if name not in left}}
     names = {id(module): name for name, module in base.named_modules()}
     repeated = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
-    blocks = [b for b in repeated or [""] if _inside(b, sites)]
+    blocks = [b for b in repeated or [""] if _inside(b, served)]
     covered = {name for block in blocks for name in _inside(block, sites)}
     # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
     # if the blocks have nothing.
@@ -171,12 +181,13 @@ def _install_regions(
         if key not in kinds:
             repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
             kinds[key] = RegionKind(key, strict, verify, repeated, tune)
-        local = _inside(block, {**sites, **kept})
+        local = _inside(block, {**sites, **kept, **expert_sites})
+        reasons = kept | left
         install(
             module,
             kinds[key],
             frozenset(local.values()),
-            {path: kept[name] for name, path in local.items() if name in kept},
+            {path: reasons[name] for name, path in local.items() if name in reasons},
         )
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from qlora_compile.errors import VerificationError
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
-from qlora_compile.passes.context import FusedSite, PassContext
+from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext
 from qlora_compile.pipeline import run_pipeline
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verification import verify_rewrite
@@ -35,6 +35,7 @@ class RegionGraph:
     """One compiled graph and what became of its sites; calling it runs it."""
 
     fused: dict[str, FusedSite]
+    experts: dict[str, FusedExperts]
     unfused: dict[str, str]
     run: Callable[..., Any]
     strict: bool
@@ -118,6 +119,8 @@ def make_backend(
             source = current_source()
             keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
             run = compile_inner(graph_module, list(example_inputs), [source, keeping])
-        return RegionGraph(context.fused, context.unfused, run, strict, original, rewritten)
+        return RegionGraph(
+            context.fused, context.experts, context.unfused, run, strict, original, rewritten
+        )
 
     return qlora_compile_backend

@@ -14,6 +14,7 @@ from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
+from qlora_compile.passes.experts import record_experts
 from qlora_compile.passes.nodes import (
     base_weight,
     calls,
@@ -49,6 +50,7 @@ def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
     if rewritten:
         graph_module.recompile()
     _record(graph_module, context)
+    record_experts(graph_module, context)
     return rewritten
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
 
+import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.backend import RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.kernels.selection import MODELLED, choosing_from
-from qlora_compile.passes.context import FusedSite
+from qlora_compile.passes.context import FusedExperts, FusedSite
 from qlora_compile.tuning.modes import tuner_of
 
 _DYNAMO_SETTINGS = {
@@ -139,6 +140,10 @@ class Region:
         """Sites the last call computed by a fused op."""
         return {site: fused for graph in self.graphs or () for site, fused in graph.fused.items()}
 
+    def experts(self) -> dict[str, FusedExperts]:
+        """Weights of experts the last call computed by their op."""
+        return {site: found for graph in self.graphs or () for site, found in graph.experts.items()}
+
     def unfused(self) -> dict[str, str]:
         """All the other sites, with the reason."""
         if self.graphs is None:
@@ -150,7 +155,8 @@ class Region:
             return dict.fromkeys(self.sites, "its block ran uncompiled, Dynamo gave up on it")
         broken = f"graph breaks split its block into {len(self.graphs)} graphs"
         missing = broken if len(self.graphs) > 1 else "not used in the last call"
-        reasons = dict.fromkeys(self.sites - self.fused().keys(), missing)
+        served = self.fused().keys() | self.experts().keys()
+        reasons = dict.fromkeys(self.sites - served, missing)
         for graph in self.graphs:
             reasons |= graph.unfused
         return reasons

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from qlora_compile.hf import adapters
+from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.kernels import selection
+from qlora_compile.kernels.experts.base import ExpertsProblem
+from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.passes.context import FusedSite
 from qlora_compile.problem import Problem
 from qlora_compile.quantized_linear import QuantizedLinear
@@ -59,13 +62,21 @@ class Chosen:
             margin=told and told.margin,
         )
 
+    @classmethod
+    def of_experts(cls, problem: ExpertsProblem) -> Chosen:
+        choice = choose(problem)
+        n, rank = f"{problem.experts} x {problem.n}", str(problem.rank)
+        shape = (problem.m, n, rank)
+        return cls(*shape, choice.variant.name, "-", False, choice.seconds, None, None, None)
+
 
 @dataclass(frozen=True)
 class Site:
     """One Linear or Conv1D: weight [n, k] stored in `format` (its dtype where it is not quantised),
     with an adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
     `backward` its gradients; else `reason` says why not. `keeps_low_rank`: the forward keeps
-    S = x Aᵀ for the backward.
+    S = x Aᵀ for the backward. `experts`: how many [n, k] the one weight of a mixture of experts
+    holds, 0 for a Linear.
     """
 
     name: str
@@ -78,6 +89,11 @@ class Site:
     forward: Chosen | None = None
     backward: Chosen | None = None
     keeps_low_rank: bool = False
+    experts: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return max(self.experts, 1) * self.n * self.k
 
     @property
     def variant(self) -> str | None:
@@ -87,8 +103,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """Every Linear of the model exactly once, in the model's order. others: what PEFT adapts or
-    trains that is no Linear, by name, with what it is and why it is left to PEFT."""
+    """Every Linear of the model exactly once, in the model's order, then every weight of experts.
+    others: what else PEFT adapts or trains, by name, with what it is and why it is left to PEFT."""
 
     sites: tuple[Site, ...]
     others: dict[str, str] = field(default_factory=dict)
@@ -102,7 +118,7 @@ class Report:
         return {
             "fused": self.fused,
             "total": len(self.sites),
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [asdict(site) | {"parameters": site.parameters} for site in self.sites],
             "others": self.others,
         }
 
@@ -115,12 +131,19 @@ class Report:
             (
                 *(s.name, "yes" if s.fused else "no"),
                 *(c and c.variant for c in (s.forward, s.backward)),
-                *(s.format, s.n, s.k, s.rank, s.reason),
+                *(s.format, f"{s.experts} x {s.n}" if s.experts else s.n, s.k, s.rank, s.reason),
             )
             for s in self.sites
         ]
         left = Counter(site.reason for site in self.sites if not site.fused)
-        summary = [f"{self.fused} of {len(self.sites)} linears fused"]
+        linears = [site.fused for site in self.sites if not site.experts]
+        weights = [site for site in self.sites if site.experts]
+        summary = [f"{sum(linears)} of {len(linears)} linears fused"]
+        if weights:
+            fused, count = sum(s.fused for s in weights), sum(s.parameters for s in weights)
+            summary.append(
+                f"{fused} of {len(weights)} weights of experts fused, {count:,} parameters"
+            )
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
         summary += [f"{name} left to PEFT: {why}" for name, why in self.others.items()]
         choices = self._choices()
@@ -188,7 +211,29 @@ def build_report(model: nn.Module) -> Report:
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
         chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
-    return Report(tuple(sites), adapters.other_modules(model))
+    weights = tuple(_expert_sites(model, regions))
+    modules = {site.name.rpartition(".")[0] for site in weights}
+    others = adapters.other_modules(model).items()
+    return Report((*sites, *weights), {name: why for name, why in others if name not in modules})
+
+
+def _expert_sites(model: nn.Module, regions: dict[str, Region]) -> Iterator[Site]:
+    left = experts.obstacles(model)
+    for name, site in experts.sites(model).items():
+        rank = expert_adapters.active_rank(model, name)
+        fused, reason = None, left.get(name, "its experts run outside the compiled blocks")
+        if (found := _enclosing(name, regions)) is not None:
+            prefix, region = found
+            local = name[len(prefix) :].lstrip(".")
+            fused = region.experts().get(local)
+            reason = None if fused else region.unfused().get(local, "the block has not run yet")
+        chosen = {}
+        if fused:
+            backward = replace(fused.forward, direction="backward") if fused.trains else None
+            chosen["forward"] = Chosen.of_experts(fused.forward)
+            chosen["backward"] = backward and Chosen.of_experts(backward)
+        shape = (site.format, site.n, site.k, rank, reason)
+        yield Site(name, fused is not None, *shape, **chosen, experts=site.experts)
 
 
 def _chosen(site: FusedSite, source: str) -> dict[str, Any]:

@@ -19,7 +19,10 @@ LAYERS = {
     "problem": ("errors",),
     "packed": ("errors",),
     "kernels": ("errors", "problem", "packed", "kernels"),
-    "passes": ("errors", "problem", "packed", "passes", "kernels.op", "kernels.registry"),
+    "passes": (
+        *("errors", "problem", "packed", "passes"),
+        *("kernels.op", "kernels.registry", "kernels.experts"),
+    ),
     "tuning": ("errors", "problem", "packed", "kernels", "tuning"),
 }
 HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}

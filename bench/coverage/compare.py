@@ -20,6 +20,7 @@ from bench.agreement import distance
 from bench.coverage.kinds import Kind, batch, built
 from bench.coverage.row import EQUAL, TRAINS, UNEQUAL, Row, first_line, target_kind, without_names
 from qlora_compile import backend
+from qlora_compile.hf import expert_adapters, experts
 from qlora_compile.regions import region_of
 from qlora_compile.report import build_report
 
@@ -79,13 +80,23 @@ def _stock(kind: Kind, row: Row) -> tuple[Any, dict[str, Tensor]]:
     inputs = batch(plain)
     torch.manual_seed(1)
     excluded = EXCLUDED.get(plain.config.model_type)
-    config = LoraConfig(
-        r=4,
-        target_modules="all-linear",
-        exclude_modules=[excluded] if excluded else None,
-        init_lora_weights=False,
-    )
-    return get_peft_model(plain, config).train(), inputs
+
+    def config(parameters: list[str] | None) -> LoraConfig:
+        return LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            target_parameters=parameters,
+            exclude_modules=[excluded] if excluded else None,
+            init_lora_weights=False,
+        )
+
+    # For some model types PEFT takes "all-linear" to mean experts, too; the others' are named.
+    names = sorted(name for name, site in experts.sites(plain).items() if site.experts > 1)
+    if names:
+        probe = get_peft_model(copy.deepcopy(plain), config(None)).get_base_model()
+        if any(expert_adapters.active_rank(probe, name) for name in names):
+            names = []
+    return get_peft_model(plain, config(names or None)).train(), inputs
 
 
 @contextmanager
@@ -216,21 +227,29 @@ def _after_one_rounding(
 
 def _describe(row: Row, ours: Any) -> None:
     report = build_report(ours)
-    row.sites, row.fused = len(report.sites), report.fused
-    targets = [site for site in report.sites if site.rank]
+    linears = [site for site in report.sites if not site.experts]
+    row.sites, row.fused = len(linears), sum(site.fused for site in linears)
+    targets = [site for site in linears if site.rank]
     row.targets = len(targets)
     row.fused_targets = sum(site.fused for site in targets)
-    left = [site for site in report.sites if not site.fused]
+    left = [site for site in linears if not site.fused]
     row.left = dict(Counter(without_names(str(site.reason)) for site in left))
     row.left_targets = dict(Counter(without_names(str(s.reason)) for s in left if s.rank))
     for site in sorted(left, key=lambda site: not site.rank):
         row.examples.setdefault(without_names(str(site.reason)), site.name)
-    linears = {site.name for site in report.sites}
+    weights = [site for site in report.sites if site.experts and site.rank]
+    row.expert_targets = len(weights)
+    row.fused_experts = sum(site.fused for site in weights)
+    row.left_experts = dict(
+        Counter(without_names(str(site.reason)) for site in weights if not site.fused)
+    )
+    known = {site.name for site in report.sites}
+    known |= {site.name.rpartition(".")[0] for site in weights}
     row.other_targets = dict(
         Counter(
             target_kind(type(module.get_base_layer()).__name__)
             for name, module in ours.named_modules()
-            if isinstance(module, LoraLayer) and name not in linears
+            if isinstance(module, LoraLayer) and name.replace(".base_layer", "") not in known
         )
     )
     row.kinds = len({id(r.kind) for m in ours.modules() if (r := region_of(m)) is not None})

@@ -21,7 +21,8 @@ class Row:
     parameter whose gradients differ most in the first step.
     sites: all Linears; targets: those stock adapts; fused, fused_targets: of these, fused. left,
     left_targets: why the others were left alone, with their number; examples: of each of these
-    reasons, the first site. other_targets: what stock adapts that is no Linear.
+    reasons, the first site. expert_targets, fused_experts, left_experts: the same of the adapted
+    weights of experts. other_targets: what else stock adapts.
     breaks: graph breaks inside blocks by reason. kinds: block classes that are compiled; graphs:
     what Dynamo captured of them in all.
     """
@@ -43,6 +44,9 @@ class Row:
     left: dict[str, int] = field(default_factory=dict)
     left_targets: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    expert_targets: int = 0
+    fused_experts: int = 0
+    left_experts: dict[str, int] = field(default_factory=dict)
     other_targets: dict[str, int] = field(default_factory=dict)
     breaks: dict[str, int] = field(default_factory=dict)
     kinds: int = 0

@@ -15,6 +15,8 @@ def summary(rows: list[Row]) -> list[str]:
     rounded = [row for row in equal if row.floor]
     targets = sum(row.targets for row in trained)
     others = sum(sum(row.other_targets.values()) for row in trained)
+    experts = sum(row.expert_targets for row in trained)
+    fused_experts = sum(row.fused_experts for row in trained)
     broken = [row for row in trained if row.breaks]
     whole = [row for row in equal if row.targets == row.fused_targets and not row.breaks]
     lines = [
@@ -23,11 +25,13 @@ def summary(rows: list[Row]) -> list[str]:
         + (f"; {len(rounded)} of them only as far as rounding allows" if rounded else ""),
         f"{sum(row.fused_targets for row in trained)} of {targets} adapted linears fused; "
         f"{others} adapted modules are no linears",
+        f"{fused_experts} of {experts} adapted weights of experts fused",
         f"{len(whole)} types are equal with all adapted linears fused and no graph break",
         f"{len(broken)} types have graph breaks inside blocks",
     ]
     for title, column in (
         ("adapted linears left alone", "left_targets"),
+        ("adapted weights of experts left alone", "left_experts"),
         ("adapted modules that are no linears", "other_targets"),
         ("graph breaks", "breaks"),
     ):
@@ -72,7 +76,8 @@ def markdown(rows: list[Row], how: str) -> str:
     lines = ["# Coverage of transformers' model types", "", how, ""]
     lines += [f"- {_plain(line)}" for line in summary(rows)]
     header = ("type", "family", "stock", "ours", "largest error", "linears", "fused")
-    header += ("adapted", "fused", "other adapted", "breaks", "graphs / kinds")
+    header += ("adapted", "fused", "adapted experts", "fused", "other adapted", "breaks")
+    header += ("graphs / kinds",)
     lines += ["", _line(header), _line(("---",) * len(header))]
     lines += [_line(_cells(row)) for row in rows]
     return "\n".join(lines) + "\n"
@@ -82,6 +87,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     trains = row.stock == TRAINS
     error = max(row.errors.values(), default=None)
     sizes = (row.sites, row.fused, row.targets, row.fused_targets)
+    sizes += (row.expert_targets, row.fused_experts)
     return (
         *(row.name, row.family, row.stock, row.ours),
         "" if error is None else f"{error:.0e}",

@@ -1,0 +1,1 @@
+"""The grouped linear of mixture-of-experts layers: rows sorted by expert, one weight for each."""

@@ -1,0 +1,251 @@
+"""transformers' mixture-of-experts layers: which compute their experts by our op, and how.
+
+Their 3-D weights are no Linears. A class under `use_experts_implementation` dispatches by its
+config to an implementation registered with transformers, which is where ours comes in; Llama 4's
+class has no such hook, and its modules become instances of a subclass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations import moe
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+from qlora_compile.expert_errors import FrozenExpertsError
+from qlora_compile.kernels.experts.op import qlora_experts
+from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.packed_experts import PackedExperts
+
+IMPLEMENTATION = "qlora_compile"
+"""The name that ours goes by in `config._experts_implementation`."""
+
+_TRAINED = "the base weight is trained"
+
+Factors = tuple[Tensor, Tensor, float]
+"""lora_a [E, R, K], lora_b [E, N, R] and the scaling of one weight's adapters."""
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """The weight `parameter` of an experts module: E times [N, K]."""
+
+    module: nn.Module
+    parameter: str
+    experts: int
+    n: int
+    k: int
+    format: str
+
+    @property
+    def weight(self) -> nn.Parameter | PackedExperts:
+        return getattr(self.module, self.parameter)
+
+
+def sites(model: nn.Module) -> dict[str, ExpertSite]:
+    """Every weight of experts in `model`, by the name it has without PEFT's wrappers."""
+    found: dict[str, ExpertSite] = {}
+    copies: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            copies.append(f"{path}.modules_to_save.")
+        # What transformers calls its modules with experts' weights, in all model types.
+        is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
+        if not is_named or path.startswith(tuple(copies)):
+            continue
+        name = ".".join(p for p in path.split(".") if p not in ("base_layer", "original_module"))
+        for parameter in _weight_names(module):
+            weight = getattr(module, parameter)
+            shape = (1, *weight.shape)[-3:]
+            n, k = shape[1:] if not is_transposed(module) else shape[:0:-1]
+            packed = isinstance(weight, PackedExperts)
+            format = weight.format if packed else str(weight.dtype).removeprefix("torch.")
+            found[f"{name}.{parameter}"] = ExpertSite(module, parameter, shape[0], n, k, format)
+    return found
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    if _is_dispatched(module) or isinstance(module, Llama4TextExperts):
+        gated = getattr(module, "has_gate", True)
+        return ["gate_up_proj" if gated else "up_proj", "down_proj"]
+    parameters = module.named_parameters(recurse=False)
+    return [name for name, value in parameters if value.dim() > 1 and "bias" not in name]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weights are [E, K, N]."""
+    return bool(getattr(module, "is_transposed", isinstance(module, Llama4TextExperts)))
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether its forward is the one `use_experts_implementation` gives."""
+    return getattr(type(module).forward, "__globals__", None) is vars(moe)
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """The sites that transformers goes on computing: name → reason."""
+    inside = [
+        f"{path}.original_module"
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    copied = {id(m) for path in inside for m in model.get_submodule(path).modules()}
+    reasons = {}
+    for name, site in sites(model).items():
+        if id(site.module) in copied:
+            reasons[name] = "it is trained in full (modules_to_save)"
+        elif (reason := _obstacle(site.module)) is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if not (_is_dispatched(module) or isinstance(module, Llama4TextExperts)):
+        return f"{type(module).__name__} computes its experts by code of its own"
+    if getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over several devices"
+    for name in _weight_names(module):
+        weight = getattr(module, name)
+        if isinstance(weight, PackedExperts):
+            continue
+        if isinstance(weight, DTensor):
+            return "its weights are spread over several devices"
+        if weight.dim() != 3 or weight.dtype.itemsize < 2 or not weight.is_floating_point():
+            return f"its weights are {weight.dim()}-dimensional of {weight.dtype}"
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return _TRAINED
+    return None
+
+
+def check_finite(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Pairs (site, how many values are NaN or infinite) of the sites that have such."""
+    for name, site in sites(model).items():
+        if not isinstance(site.weight, PackedExperts) and site.weight.is_floating_point():
+            invalid = site.weight.numel() - int(site.weight.detach().isfinite().sum())
+            if invalid:
+                yield name, invalid
+
+
+def pack(
+    model: nn.Module,
+    format: str,
+    *,
+    block_size: int | Literal["row"],
+    double_quantize: bool,
+) -> None:
+    """Packs the weights of all experts that our op can compute, trained or not; one at a time."""
+    left = obstacles(model)
+    for name, site in sites(model).items():
+        if left.get(name, _TRAINED) != _TRAINED:
+            continue
+        packed = PackedExperts.from_parameter(
+            getattr(site.module, site.parameter),
+            format,
+            transposed=is_transposed(site.module),
+            block_size=block_size,
+            double_quantize=double_quantize,
+            site=name,
+        )
+        delattr(site.module, site.parameter)
+        setattr(site.module, site.parameter, packed)
+
+
+def adopt(model: nn.Module) -> None:
+    """Has our op compute all experts but those with an obstacle."""
+    left = obstacles(model)
+    own_configs: dict[int, Any] = {}
+    for name, site in sites(model).items():
+        module: Any = site.module
+        if name in left or is_served(module):
+            continue
+        if isinstance(module, Llama4TextExperts):
+            module.__class__ = FusedLlama4Experts
+            continue
+        # The model's own config is asked by others, and saved.
+        shared = id(module.config)
+        if shared not in own_configs:
+            own_configs[shared] = copy.deepcopy(module.config)
+            own_configs[shared]._experts_implementation = IMPLEMENTATION
+        module.config = own_configs[shared]
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether our op computes this experts module."""
+    if isinstance(module, FusedLlama4Experts):
+        return True
+    config: Any = getattr(module, "config", None)
+    return _is_dispatched(module) and config._experts_implementation == IMPLEMENTATION
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    factors: Mapping[str, Factors] | None = None,
+) -> Tensor:
+    """The implementation registered with transformers.
+
+    hidden_states [T, H]; top_k_index, the experts of each token, and top_k_weights [T, top_k];
+    factors: of the adapters, by the weight's name. Returns [T, H]. An index past the last expert
+    contributes nothing. Nothing here depends on data: it is captured whole.
+    """
+    tokens, top_k = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1))
+    experts = torch.arange(self.num_experts, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(ids, experts, right=True, out_int32=True)
+    x = hidden_states.index_select(0, order // top_k)
+    x = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, offsets, factors)
+    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+    x = _linear(self, "down_proj", x, offsets, factors)
+    if self.has_post_expert_norm:
+        x = self.post_expert_norm(x)
+    x = x * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
+    x = torch.zeros_like(x).index_copy(0, order, x)
+    return x.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+class FusedLlama4Experts(Llama4TextExperts):
+    """Llama 4's experts, each of which is given all tokens, already weighted."""
+
+    has_bias = False
+
+    def forward(
+        self, hidden_states: Tensor, factors: Mapping[str, Factors] | None = None
+    ) -> Tensor:
+        """hidden_states [E * T, H], sorted by expert, to the same shape."""
+        rows = hidden_states.shape[0] // self.num_experts
+        device = hidden_states.device
+        offsets = torch.arange(1, self.num_experts + 1, device=device, dtype=torch.int32) * rows
+        gate, up = _linear(self, "gate_up_proj", hidden_states, offsets, factors).chunk(2, dim=-1)
+        return _linear(self, "down_proj", up * self.act_fn(gate), offsets, factors)
+
+
+def _linear(
+    module: Any, name: str, x: Tensor, offsets: Tensor, factors: Mapping[str, Factors] | None
+) -> Tensor:
+    """All products in the weight's dtype, autocast or not, as transformers' grouped_mm."""
+    weight = getattr(module, name)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    lora_a, lora_b, scaling = (factors or {}).get(name, (None, None, 1.0))
+    if isinstance(weight, PackedExperts):
+        planes, format, block_size = weight.planes, weight.format, weight.block_size
+        n, k = weight.n, weight.k
+    else:
+        if weight.requires_grad:
+            raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")
+        planes = [weight.transpose(1, 2) if is_transposed(module) else weight]
+        format, block_size = UNQUANTIZED, 0
+        n, k = planes[0].shape[1:]
+    constants = (format, n, k, block_size, scaling, weight.dtype, weight.dtype)
+    return qlora_experts(x, offsets, planes, bias, lora_a, lora_b, *constants)

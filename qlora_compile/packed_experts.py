@@ -1,0 +1,93 @@
+"""PackedExperts: the frozen weight of all experts of a layer, stored packed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_compile.kernels.registry import format_named
+from qlora_compile.packed import PackedWeight
+from qlora_compile.packed_module import PackedModule
+
+
+class PackedExperts(PackedModule):
+    """Stands where an experts module had its Parameter, [E, N, K] or, `transposed`, [E, K, N].
+
+    One PackedWeight of shape [E * N, K] holds it, expert e in the rows from e * N: blocks run
+    along K whatever the Parameter's layout was. To who asks it for the Parameter's dtype, shape or
+    device it answers as that did; a cast of the module changes that dtype, in which products run.
+    """
+
+    requires_grad = False
+
+    def __init__(
+        self, packed: PackedWeight, experts: int, transposed: bool, weight_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.experts, self.k = experts, packed.shape[1]
+        self.n = packed.shape[0] // experts
+        self.transposed = transposed
+        self.weight_dtype = weight_dtype
+        self._store(packed)
+
+    @classmethod
+    def from_parameter(
+        cls,
+        parameter: nn.Parameter,
+        format: str,
+        *,
+        transposed: bool,
+        block_size: int | Literal["row"] = 64,
+        double_quantize: bool = False,
+        site: str = "weight",
+    ) -> PackedExperts:
+        """Packs `parameter`; raises as `QuantFormat.quantize`."""
+        packed = format_named(format).quantize(
+            _rows(parameter.detach(), transposed),
+            block_size=block_size,
+            double_quantize=double_quantize,
+            site=site,
+        )
+        return cls(packed, parameter.shape[0], transposed, parameter.dtype)
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        return self.experts * self.n, self.k
+
+    @property
+    def shape(self) -> torch.Size:
+        columns = (self.k, self.n) if self.transposed else (self.n, self.k)
+        return torch.Size((self.experts, *columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def parameter(self) -> nn.Parameter:
+        """The weight unpacked, in the Parameter's layout."""
+        weight = self.dequantize().view(self.experts, self.n, self.k)
+        weight = weight.transpose(1, 2).contiguous() if self.transposed else weight
+        return nn.Parameter(weight, requires_grad=False)
+
+    def pack(self, weight: Tensor) -> None:
+        """Replaces the weight by one in the Parameter's layout."""
+        self.requantize(_rows(weight, self.transposed))
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}{super().extra_repr()}"
+
+
+def _rows(weight: Tensor, transposed: bool) -> Tensor:
+    weight = weight.transpose(1, 2) if transposed else weight
+    return weight.reshape(-1, weight.shape[-1])
