@@ -70,7 +70,7 @@ def cases(draw: st.DrawFn, format: str) -> Case:
 
 
 @pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_error_of_output_and_gradients(format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
