@@ -32,7 +32,7 @@ _GFX9 = GemmConfig(128, 128, 64, 8, 2, "plain")
 
 GROUPED: dict[str, tuple[GemmConfig, ...]] = {
     **dict.fromkeys(
-        ("sm_80", "sm_89"), (_FEW, replace(_SM80, block_m=64), replace(_SM80, largest_width=32))
+        ("sm_80", "sm_89"), (_FEW, replace(_SM80, block_m=64), replace(_SM80, largest_width=16))
     ),
     **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
     **dict.fromkeys(
