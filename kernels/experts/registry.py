@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels.device_model import CPU, device_model
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsVariant
+from qlora_compile.kernels.experts.grouped import GroupedExperts
 from qlora_compile.kernels.experts.native import NativeExperts
 from qlora_compile.kernels.gpu.target import target_of
 
-EXPERTS_VARIANTS: tuple[ExpertsVariant, ...] = (NativeExperts(),)
+EXPERTS_VARIANTS: tuple[ExpertsVariant, ...] = (NativeExperts(), GroupedExperts())
 
 
 @dataclass(frozen=True)

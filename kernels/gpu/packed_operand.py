@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,14 +11,21 @@ from torch import Tensor
 from qlora_compile.kernels.gpu.decoders import Decoder
 from qlora_compile.kernels.variants.base import LinearSpec
 
+if TYPE_CHECKING:
+    from qlora_compile.kernels.experts.base import ExpertsSpec
 
-def decoder_named(spec: LinearSpec, name: str) -> Decoder:
+
+def decoder_named(spec: LinearSpec | ExpertsSpec, name: str) -> Decoder:
     assert spec.format is not None
     return next(d for d in spec.format.device_decoders() if d.name == name)
 
 
 def packed_operand(
-    planes: list[Tensor], spec: LinearSpec, decoder: Decoder, dtype: torch.dtype, tile_columns: int
+    planes: list[Tensor],
+    spec: LinearSpec | ExpertsSpec,
+    decoder: Decoder,
+    dtype: torch.dtype,
+    tile_columns: int,
 ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     """(the codes as int32 words, the other arguments, the constexprs) of a packed weight.
 

@@ -1,0 +1,198 @@
+"""grouped: one Triton product for all experts, W decoded in its loop; the host never waits."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
+from qlora_compile.kernels.experts.base import (
+    ExpertsGradients,
+    ExpertsProblem,
+    ExpertsSpec,
+    ExpertsTensors,
+    ExpertsVariant,
+)
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.gpu.configs import (
+    FUSED_UTILIZATION,
+    TAIL_UTILIZATION,
+    GemmConfig,
+    adapter_width,
+)
+from qlora_compile.kernels.gpu.target import target_of, tuned_target
+
+_FEW = GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline_absmax=True)
+_SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
+_SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", descriptor=True, prefetch=True)
+_GFX9 = GemmConfig(128, 128, 64, 8, 2, "plain")
+
+GROUPED: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(
+        ("sm_80", "sm_89"), (_FEW, replace(_SM80, block_m=64), replace(_SM80, largest_width=16))
+    ),
+    **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"),
+        (replace(_FEW, decoder="plain"), replace(_GFX9, block_m=64), _GFX9),
+    ),
+}
+"""Of packed weights, by `tuned_target`: for a few rows an expert, for some, for many."""
+
+_DENSE_FEW = GemmConfig(16, 64, 128, 4, 3, weight_left=True)
+_DENSE = GemmConfig(128, 128, 64, 8, 3)
+
+GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(
+        ("sm_80", "sm_90", "sm_100"),
+        (_DENSE_FEW, replace(_DENSE, block_m=64, num_warps=4), _DENSE),
+    ),
+    "sm_89": (_DENSE_FEW, replace(_DENSE, block_m=64, num_warps=4), replace(_DENSE, block_r=32)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"),
+        tuple(replace(c, num_stages=2) for c in (_DENSE_FEW, replace(_DENSE, block_m=64), _DENSE)),
+    ),
+}
+"""Of weights in their own dtype."""
+
+_TALLEST_INT8 = {"sm_80": 64, "sm_89": 64}
+"""Rows of a tile with which INT8's decoder does not spill registers, where there is a limit."""
+
+_UTILIZATION = FUSED_UTILIZATION | {"sm_90": 0.5}
+"""As `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
+
+_ROWS_DECODING_COSTS = 64
+"""Decoding a weight takes about as long as the products of so many rows with it."""
+
+
+def grouped_config(target: str, rows: int, experts: int, rank: int, format: str) -> GemmConfig:
+    """For `rows` of all experts together: the host does not know whose they are. target: one that
+    `tuned_target` knows."""
+    tuned = tuned_target(target)
+    assert tuned is not None
+    packed = format != UNQUANTIZED
+    byte = packed and format_named(format).bits == 8
+    tallest = _TALLEST_INT8.get(tuned, 128) if byte else 128
+    width = adapter_width(rank, torch.bfloat16, torch.bfloat16)
+    configs = [
+        config
+        for config in (GROUPED if packed else GROUPED_DENSE)[tuned]
+        if width <= config.largest_width and config.block_m <= tallest
+    ]
+    average = -(-rows // max(min(rows, experts), 1))
+    return next((config for config in configs if config.block_m >= average), configs[-1])
+
+
+def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceModel) -> float:
+    """Modelled seconds of one launch for all experts, rows spread evenly over them."""
+    active, tiles = _tiles(problem, config.block_m)
+    n, k = problem.n, problem.k
+    packed = problem.format != UNQUANTIZED
+    height = max(config.block_m, _ROWS_DECODING_COSTS if packed else 16)
+    utilization = _UTILIZATION[device.target] if packed else TAIL_UTILIZATION
+    compute = 2 * tiles * height * n * k / (device.flops * device.vendor_efficiency * utilization)
+    columns = n if problem.direction == "forward" else k
+    filled = min(1.0, tiles * -(-columns // config.block_c) / device.sms)
+    moved = active * n * k * _weight_bytes(problem) + 2 * problem.m * (n + k)
+    seconds = max(compute, device.stream_seconds(moved) / filled) + LAUNCH_SECONDS
+    return seconds + _adapter_seconds(problem, device)
+
+
+def decoded_first_cost(problem: ExpertsProblem, device: DeviceModel) -> float:
+    """Modelled seconds of decoding all of W to memory, rows or no rows, and the vendor's grouped
+    product after it (`torch.nn.functional.grouped_mm`)."""
+    active, tiles = _tiles(problem, 128)
+    n, k = problem.n, problem.k
+    weights = problem.experts * n * k
+    seconds = device.stream_seconds(weights * (_weight_bytes(problem) + 2)) + LAUNCH_SECONDS
+    compute = 2 * tiles * 128 * n * k / (device.flops * device.vendor_efficiency)
+    moved = 2 * active * n * k + 2 * problem.m * (n + k)
+    seconds += max(compute, device.stream_seconds(moved)) + LAUNCH_SECONDS
+    return seconds + _adapter_seconds(problem, device)
+
+
+def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
+    """(experts with rows, tiles of rows)."""
+    active = max(min(problem.experts, problem.m), 1)
+    return active, active * -(-problem.m // (active * block_m))
+
+
+def _weight_bytes(problem: ExpertsProblem) -> float:
+    """Of one weight, its part of a float32 absmax included."""
+    if problem.format == UNQUANTIZED:
+        return 2
+    return format_named(problem.format).bits / 8 + 4 / problem.block_size
+
+
+def _adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
+    """Of the thin products: each reads a tall operand once, and all factors."""
+    if not problem.rank:
+        return 0.0
+    x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n
+    factors = 4 * problem.experts * problem.rank * (problem.n + problem.k)
+    if problem.direction == "forward":
+        return device.stream_seconds(x + factors) + LAUNCH_SECONDS
+    return device.stream_seconds(2 * x + 2 * y + 3 * factors) + 4 * LAUNCH_SECONDS
+
+
+class GroupedExperts(ExpertsVariant):
+    name = "grouped"
+
+    def rejects(self, problem: ExpertsProblem) -> list[str]:
+        target = target_of(problem.device)
+        if target is None:
+            missing = importlib.util.find_spec("triton") is None
+            return ["Triton is not installed" if missing else f"no Triton on {problem.device}"]
+        reasons = []
+        if tuned_target(target) is None:
+            reasons.append(f"{target} has no tensor cores for bfloat16")
+        for role, dtype in (("products", problem.compute_dtype), ("output", problem.out_dtype)):
+            if dtype not in (torch.bfloat16, torch.float16):
+                reasons.append(f"{role} in {dtype}, not bfloat16 or float16")
+        if problem.x_dtype == torch.float64:
+            reasons.append(f"x in {problem.x_dtype}")
+        if problem.format != UNQUANTIZED:
+            if problem.k % 8:
+                reasons.append(f"K = {problem.k} is not a multiple of 8")
+            blocks = problem.experts * problem.n * problem.k // problem.block_size
+            if blocks >= 2**31:
+                reasons.append(f"{blocks} blocks of absmax, more than {2**31 - 1}")
+        return reasons
+
+    def cost(self, problem: ExpertsProblem, device: DeviceModel) -> float:
+        config = grouped_config(
+            device.target, problem.m, problem.experts, problem.rank, problem.format
+        )
+        return grouped_cost(problem, config, device)
+
+    def forward(self, tensors: ExpertsTensors, spec: ExpertsSpec) -> Tensor:
+        from qlora_compile.kernels.gpu.grouped_launch import grouped_forward
+
+        return grouped_forward(tensors, spec, _config(tensors, spec))
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: ExpertsTensors,
+        spec: ExpertsSpec,
+        *,
+        needs_x: bool,
+        needs_adapter: bool,
+    ) -> ExpertsGradients:
+        from qlora_compile.kernels.gpu.grouped_launch import grouped_backward
+
+        config = _config(tensors, spec)
+        return grouped_backward(
+            grad, tensors, spec, config, needs_x=needs_x, needs_adapter=needs_adapter
+        )
+
+
+def _config(tensors: ExpertsTensors, spec: ExpertsSpec) -> GemmConfig:
+    target = target_of(str(tensors.x.device))
+    assert target is not None
+    format = UNQUANTIZED if spec.format is None else spec.format.name
+    rank = 0 if tensors.lora_a is None else tensors.lora_a.shape[1]
+    return grouped_config(target, tensors.x.shape[0], tensors.experts, rank, format)
