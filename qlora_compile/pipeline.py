@@ -70,7 +70,8 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
         forward = _forward(linears)
         for call in linears:
             site = context.site_of(stored_weight(call["planes"][0]))
-            if site is not None:
+            # A site may be multiplied with more than once: what its adapter joins tells of it.
+            if site is not None and (call["lora_a"] is not None or site not in context.fused):
                 dropout = call["dropout"] if call["lora_a"] is not None else 0.0
                 context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
     for node in graph_module.graph.nodes:
