@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -70,6 +71,14 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return model.get_submodule(site)
     except AttributeError:
         return None
+
+
+def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether the call under way passes something to the adapter layers of `block` by hooks, as
+    PEFT does for `adapter_names` and aLoRA. Dynamo guards on no hook: a graph captured without one
+    would serve, and ignore it."""
+    layers = (_wrapper(block, site) for site in sites)
+    return any(isinstance(each, BaseTunerLayer) and each._forward_pre_hooks for each in layers)
 
 
 def active_rank(model: nn.Module, site: str) -> int:
