@@ -33,9 +33,6 @@ from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["rewritten_graphs", "without_inductor"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
-
-
 class Setting(NamedTuple):
     base: str
     dtype: torch.dtype
@@ -115,6 +112,7 @@ def trained(model: Any, x: Tensor, autocast: bool = False, call: Any = None) -> 
     return {"logits": y.detach().double(), "x": x.grad.double(), **gradients}
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(map(str, s)))
 def test_a_training_step_equals_stock(setting: Setting) -> None:
     config = dora(setting.dropout, use_rslora=setting.rslora, target_modules=["first", "second"])
@@ -129,6 +127,7 @@ def test_a_training_step_equals_stock(setting: Setting) -> None:
     assert [site.rank for site in report.sites if site.fused] == [4, 4], str(report)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_language_model_trains_as_stock() -> None:
     stock, ours = build("nf4", torch.float32, dora(), toy("Llama", attention_bias=True))
     ids = tokens()
@@ -138,6 +137,7 @@ def test_a_language_model_trains_as_stock() -> None:
     assert report.fused == len(report.sites) - 1, str(report)
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("precision", ["bfloat16", "bfloat16 adapters", "autocast"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_low_precision_is_as_near_to_float64_as_stock(precision: str, dropout: float) -> None:
@@ -160,6 +160,7 @@ def test_low_precision_is_as_near_to_float64_as_stock(precision: str, dropout: f
     assert qlora_compile.explain(ours).fused == 2
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_draws_the_same_masks_again(reentrant: bool) -> None:
     config = dora(0.3, target_modules=["first", "second"])
@@ -188,11 +189,15 @@ def layer(n: int, k: int, quantize: Any = None, **options: Any) -> tuple[Any, An
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"r": 3, "target_modules": ["linear"], "init_lora_weights": False}
     model = qlora_compile.optimize(
-        One(n, k), LoraConfig(use_dora=True, **(arguments | options)), quantize=quantize
+        One(n, k),
+        LoraConfig(use_dora=True, **(arguments | options)),
+        quantize=quantize,
+        tune="model",
     )
     return model, model.base_model.model.linear
 
 
+@pytest.mark.usefixtures("without_inductor")
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 70),
@@ -227,6 +232,7 @@ def test_the_norm_by_factors_is_the_norm(
     assert bool((error <= 8 * torch.finfo(torch.float32).eps * summed).all())
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_graph_holds_nothing_as_large_as_the_weight(
@@ -244,11 +250,26 @@ def test_the_graph_holds_nothing_as_large_as_the_weight(
     assert sum(is_qlora_linear(node) for node in computed) == (3 if dropout else 2)
 
 
+def test_through_inductor_the_backward_drops_what_the_forward_dropped() -> None:
+    """Given a mask the layer is affine in x: x · dL/dx is L less what the bias gives it."""
+    model, module = layer(24, 64, "nf4", lora_dropout=0.5)
+    x, weights = torch.randn(7, 64, requires_grad=True), torch.randn(7, 24)
+    # Recomputed, too: the region lies in the checkpoint.
+    y = checkpoint(model.train(), x, use_reentrant=False)
+    loss = (weights * y).sum()
+    loss.backward()
+    assert x.grad is not None
+    expected = loss - (weights * module.get_base_layer().bias).sum()
+    torch.testing.assert_close((x * x.grad).sum(), expected, rtol=1e-4, atol=1e-3)
+    assert qlora_compile.explain(model).fused == 1
+
+
 def outputs(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x)
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_merging_switching_off_and_back(quantize: Any, safe: bool) -> None:
@@ -271,6 +292,7 @@ def test_merging_switching_off_and_back(quantize: Any, safe: bool) -> None:
     assert float((outputs(model, x) - adapted).abs().max()) < 2 * tolerance * scale
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_two_adapters_are_exact_and_named(quantize: Any) -> None:
     """PEFT scales what the adapters before have added, too."""
@@ -294,6 +316,7 @@ def test_two_adapters_are_exact_and_named(quantize: Any) -> None:
     assert "not plain LoRA" in str(site.reason)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_loading_a_base_weight_measures_it_again() -> None:
     model, module = layer(24, 64)
     state = {name: tensor * 2 for name, tensor in model.state_dict().items()}
@@ -305,6 +328,7 @@ def test_loading_a_base_weight_measures_it_again() -> None:
     assert module.base_squared_norms.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_files_are_stock_pefts(quantize: Any, tmp_path: Path) -> None:
     model, module = layer(24, 64, quantize)
@@ -323,6 +347,7 @@ def test_files_are_stock_pefts(quantize: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(again, x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_stock_model_is_quantised_under_its_dora() -> None:
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["linear"], use_dora=True, init_lora_weights=False)
