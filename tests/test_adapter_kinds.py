@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qlora_compile
 from qlora_compile.report import Report
 from tests.test_equality import without_inductor
-from tests.toy_models import toy, tokens, with_bitsandbytes
+from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["without_inductor"]
 

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import qlora_compile
 from bench.agreement import Errors, distance
@@ -32,6 +33,7 @@ from tests.test_equality import (
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["rewritten_graphs", "without_inductor"]
+
 
 class Setting(NamedTuple):
     base: str
@@ -210,7 +212,7 @@ def test_the_norm_by_factors_is_the_norm(
     n: int, k: int, rank: int, quantize: Any, cancel: float
 ) -> None:
     """`cancel`: how much of W's best approximation of that rank the adapter takes away."""
-    model, module = layer(n, k, quantize, r=rank)
+    _, module = layer(n, k, quantize, r=rank)
     base = module.get_base_layer()
     weight = (base.dequantize(torch.float32) if quantize else base.weight).detach().double()
     if cancel:
@@ -348,16 +350,33 @@ def test_files_are_stock_pefts(quantize: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_stock_model_is_quantised_under_its_dora() -> None:
+@pytest.mark.parametrize("attach_first", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stock_model_is_quantised_under_its_dora(transposed: bool, attach_first: bool) -> None:
     torch.manual_seed(0)
-    config = LoraConfig(target_modules=["linear"], use_dora=True, init_lora_weights=False)
-    model: Any = qlora_compile.optimize(get_peft_model(One(24, 64), config), quantize="nf4")
+    model: Any = One(24, 64)
+    if transposed:
+        model.linear = Conv1D(24, 64)
+    config = LoraConfig(
+        target_modules=["linear"],
+        use_dora=True,
+        init_lora_weights=False,
+        fan_in_fan_out=transposed,
+    )
+    if attach_first:
+        model = qlora_compile.optimize(get_peft_model(model, config), quantize="int8")
+    else:
+        model = qlora_compile.optimize(model, config, quantize="int8")
     module = model.base_model.model.linear
     base = module.get_base_layer()
     assert isinstance(base, QuantizedLinear)
-    weight = base.dequantize(torch.float32)
-    torch.testing.assert_close(module.base_squared_norms, weight.square().sum(dim=1))
     x = torch.randn(5, 64)
-    compiled = model(x)
-    torch.testing.assert_close(model.base_model.model.linear(x), compiled)
+    weight = (base.dequantize() + module.get_delta_weight("default")).detach()
+    magnitude = module.lora_magnitude_vector["default"].weight
+    expected = x @ (weight / weight.norm(dim=1, keepdim=True) * magnitude[:, None]).T + base.bias
+    torch.testing.assert_close(magnitude, weight.norm(dim=1), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
     assert qlora_compile.explain(model).fused == 1
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=0.0, atol=0.05)

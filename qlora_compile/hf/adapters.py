@@ -215,6 +215,6 @@ def adopt_adapter_layer(module: nn.Module) -> None:
             module.__class__ = QuantizedLoraLinear
         module.fan_in_fan_out = False
     elif (dora := dora_layer_class(module)) is not None:
-        module.__class__ = dora
+        module.__class__ = dora  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(module, DoraLayer):
         module.adopt_variants()

@@ -30,6 +30,7 @@ class FactoredDora(DoraLinearVariant):
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
         base = module.get_base_layer()
         if isinstance(base, QuantizedLinear):
+            module.fan_in_fan_out = False  # Conv1D's [K, N] is packed as [N, K]
             with base.unpacked():
                 DoraLinearVariant.init(module, adapter_name, **kwargs)
         else:
@@ -62,6 +63,7 @@ class DoraLayer:
         for name, variant in self.lora_variant.items():
             if type(variant) is DoraLinearVariant:
                 self.lora_variant[name] = FactoredDora()
+                self.lora_magnitude_vector[name].fan_in_fan_out = self.fan_in_fan_out
                 self.measure_base()
 
     def measure_base(self: Any) -> None:
