@@ -228,8 +228,10 @@ def test_the_norm_by_factors_is_the_norm(
         module.lora_magnitude_vector["default"].weight.fill_(1.0)
         norms = 1 / module.dora_scale("default").double()
     exact = (weight + delta).norm(dim=1)
-    # Squares are summed: their rounding is relative to what is summed, not to what is left.
-    summed = weight.square().sum(dim=1) + delta.square().sum(dim=1)
+    # Rounding is relative to what is summed, not to what W and the adapter, or its ranks among
+    # themselves, leave of it.
+    ranks = module.scaling["default"] * b.abs() @ a.norm(dim=1)
+    summed = weight.square().sum(dim=1) + ranks.square()
     error = (norms.square() - exact.square()).abs()
     assert bool((error <= 8 * torch.finfo(torch.float32).eps * summed).all())
 
