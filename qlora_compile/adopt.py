@@ -96,15 +96,15 @@ def adopt(
         double = double_quantize and format_named(quantize).has_double_quantize
         experts.pack(model, quantize, block_size=block_size, double_quantize=double)
     experts.adopt(model)
-    for module in list(model.modules()):
-        adapters.adopt_adapter_layer(module)
-        expert_adapters.adopt(module)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
         if _is_bitsandbytes(linear) and name not in left:
             from qlora_compile.hf import bnb_layers
 
             bnb_layers.adopt(linear)
+    for module in list(model.modules()):
+        adapters.adopt_adapter_layer(module)
+        expert_adapters.adopt(module)
     return model
 
 

@@ -27,6 +27,12 @@ from qlora_compile.problem import Problem
 
 logger = logging.getLogger(__name__)
 
+_NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
+_ONE_OF_SEVERAL = (
+    "one of its adapters is fused with the base product; another, active with it, runs beside it: "
+    "either drops out its input by a mask of its own, or is not plain LoRA, or of another dtype"
+)
+
 _TENSORS = ("x", "planes", "bias", "lora_a", "lora_b", "seed")
 
 
@@ -63,6 +69,7 @@ def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
 
 def _record(graph_module: GraphModule, context: PassContext) -> None:
     """Reads off the rewritten graph what became of each site, whatever the passes believed."""
+    adapted: set[str] = set()
     for node in graph_module.graph.nodes:
         linears = calls(node)
         if not linears:
@@ -70,16 +77,20 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
         forward = _forward(linears)
         for call in linears:
             site = context.site_of(stored_weight(call["planes"][0]))
-            if site is not None:
-                dropout = call["dropout"] if call["lora_a"] is not None else 0.0
-                context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
+            if site is None:
+                continue
+            if call["lora_a"] is not None:
+                adapted.add(site)
+            elif site in adapted:
+                # DoRA multiplies by W for its norm, too; the product the adapter is in tells.
+                continue
+            dropout = call["dropout"] if call["lora_a"] is not None else 0.0
+            context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
     for node in graph_module.graph.nodes:
         if is_linear(node):
             site = context.adapter_site_of(linear_operands(node)[1])
             if site is not None:
-                context.unfused[site] = (
-                    "its adapter's computation is not plain LoRA; the base product alone is fused"
-                )
+                context.unfused[site] = _ONE_OF_SEVERAL if site in adapted else _NOT_PLAIN
     found = _sites(graph_module, context)
     for node in graph_module.graph.nodes:
         site, value = context.site_of(node), example(node)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -47,11 +49,38 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def packed_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """`weight` is the dequantised weight [N, K] inside, of `weight_dtype`."""
+        codes = self.weight
+        if codes.is_floating_point():
+            yield
+            return
+        self.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        try:
+            yield
+        finally:
+            self.weight = codes
+
+    @contextmanager
+    def repacked(self) -> Iterator[None]:
+        """As `unpacked`, and what `weight` has become is packed afterwards, unless that fails."""
+        nested = self.weight.is_floating_point()
+        with self.unpacked():
+            yield
+            changed = self.weight.data
+        if not nested:
+            self.requantize(changed)
+
     def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] @ dequantize(weight)ᵀ + bias."""
         return quantized_linear(
-            input,
+            x,
             self.planes,
-            self.bias,
+            bias,
             format=self.format,
             shape=self.packed_shape,
             block_size=self.block_size,

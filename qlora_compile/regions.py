@@ -21,6 +21,7 @@ from torch._dynamo import config as _dynamo_config
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.backend import RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
+from qlora_compile.hf.adapters import is_hooked
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 from qlora_compile.passes.context import FusedExperts, FusedSite
@@ -32,6 +33,9 @@ _DYNAMO_SETTINGS = {
     # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }
+
+_GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
+_HOOKED = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Region:
         self.kept = kept
         self.graphs: list[RegionGraph] | None = None
         self.cached = False
+        self.uncompiled = _GIVEN_UP
         self.__signature__ = inspect.signature(module.forward)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,6 +103,9 @@ class Region:
         self.cached |= cached
         if torch.compiler.is_compiling() or idle or empty or cached:
             return self.kind.module_class.forward(module, *args, **kwargs)
+        if is_hooked(module, self.sites):
+            self.graphs, self.uncompiled = [], _HOOKED
+            return self.kind.module_class.forward(module, *args, **kwargs)
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
@@ -117,6 +125,7 @@ class Region:
             _dynamo_config.patch(_DYNAMO_SETTINGS),
         ):
             result = self.kind.compiled()(self.module, *args, **kwargs)
+        self.uncompiled = _GIVEN_UP
         if executed != self.graphs:
             self.graphs = executed
             if self.kind.strict:
@@ -152,7 +161,7 @@ class Region:
                 reason = "its block has run with a key-value cache only, uncompiled"
             return dict.fromkeys(self.sites, reason) | self.kept
         if not self.graphs:
-            return dict.fromkeys(self.sites, "its block ran uncompiled, Dynamo gave up on it")
+            return dict.fromkeys(self.sites, self.uncompiled) | self.kept
         broken = f"graph breaks split its block into {len(self.graphs)} graphs"
         missing = broken if len(self.graphs) > 1 else "not used in the last call"
         served = self.fused().keys() | self.experts().keys()

@@ -167,12 +167,6 @@ CASES: dict[str, Case] = {
         errors.AdapterTargetError,
         ("'qproj'",),
     ),
-    "DoRA on a packed base": (
-        toy,
-        {"lora": _lora(use_dora=True), "quantize": "nf4"},
-        errors.AdapterConfigError,
-        ("use_dora",),
-    ),
 }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,34 +15,28 @@ from torch import nn
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf.conv1d import LinearSite
+from qlora_compile.hf.dora import DoraLayer, DoraLinear, dora_layer_class
 from qlora_compile.quantized_linear import QuantizedLinear
 
 
-class QuantizedLoraLinear(LoraLinear):
+class QuantizedLoraLinear(DoraLinear):
     """PEFT's LoRA layer over a QuantizedLinear: merging unpacks and packs the base weight again,
     as PEFT does for bitsandbytes' layers."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with _unpacked(self.get_base_layer()):
-            super().merge(safe_merge, adapter_names)
+        with self._base().repacked():
+            LoraLinear.merge(self, safe_merge, adapter_names)
+        self.remeasure_base()
 
     def unmerge(self) -> None:
-        with _unpacked(self.get_base_layer()):
-            super().unmerge()
+        with self._base().repacked():
+            LoraLinear.unmerge(self)
+        self.remeasure_base()
 
-
-@contextmanager
-def _unpacked(base: nn.Module) -> Iterator[None]:
-    """`base.weight` is the dequantised weight inside, and what it has become is packed after."""
-    assert isinstance(base, QuantizedLinear)
-    codes = base.weight
-    base.weight = nn.Parameter(base.dequantize(), requires_grad=False)
-    try:
-        yield
-        merged = base.weight.data
-    finally:
-        base.weight = codes
-    base.requantize(merged)
+    def _base(self) -> QuantizedLinear:
+        base = self.get_base_layer()
+        assert isinstance(base, QuantizedLinear)
+        return base
 
 
 def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
@@ -78,6 +71,14 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return model.get_submodule(site)
     except AttributeError:
         return None
+
+
+def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
+    """Whether the call under way passes something to the adapter layers of `block` by hooks, as
+    PEFT does for `adapter_names` and aLoRA. Dynamo guards on no hook: a graph captured without one
+    would serve, and ignore it."""
+    layers = (_wrapper(block, site) for site in sites)
+    return any(isinstance(each, BaseTunerLayer) and each._forward_pre_hooks for each in layers)
 
 
 def active_rank(model: nn.Module, site: str) -> int:
@@ -152,9 +153,6 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
     if not 0.0 <= config.lora_dropout < 1.0:
         remedy = "use a probability in [0, 1)"
         raise AdapterConfigError(field="lora_dropout", value=config.lora_dropout, remedy=remedy)
-    if config.use_dora and quantize:
-        remedy = "quantise with bitsandbytes before attaching DoRA, or use plain LoRA"
-        raise AdapterConfigError(field="use_dora with quantize", value=True, remedy=remedy)
     if quantize and config.init_lora_weights not in (True, False, "gaussian"):
         remedy = "initialise from the full-precision weights first, then optimise the PeftModel"
         field = "init_lora_weights with quantize"
@@ -210,8 +208,13 @@ def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> None:
 
 def adopt_adapter_layer(module: nn.Module) -> None:
     """Lets a stock LoRA layer over a QuantizedLinear merge into it; ours as PEFT made it, too: its
-    config may say that weights are [K, N] (fan_in_fan_out), which a packed one never is."""
+    config may say that weights are [K, N] (fan_in_fan_out), which a packed one never is. DoRA is
+    written as plain LoRA."""
     if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), QuantizedLinear):
         if type(module) is LoraLinear:
             module.__class__ = QuantizedLoraLinear
         module.fan_in_fan_out = False
+    elif (dora := dora_layer_class(module)) is not None:
+        module.__class__ = dora  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(module, DoraLayer):
+        module.adopt_variants()

@@ -64,8 +64,9 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter):
+        # Its own: an adapter layer shows its base's as `weight` too.
+        weight = module._parameters.get("weight")
+        if weight is None:
             continue
         first = owners.setdefault(id(weight), name)
         if first != name:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.op import quantized_linear
-from qlora_compile.packed import NESTED_BLOCK_SIZE
+from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 
 class AdoptedLinear4bit(bnb.nn.Linear4bit):
@@ -22,14 +22,27 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
+        return self.product(x, self.bias)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """As `PackedWeight.planes`."""
         state = self.weight.quant_state
-        planes = [self.weight, state.absmax]
-        if state.nested:
-            planes += [state.state2.code, state.state2.absmax, state.offset]
+        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
+        return [self.weight, state.absmax, *nested]
+
+    @property
+    def packed(self) -> PackedWeight:
+        state, shape = self.weight.quant_state, (self.out_features, self.in_features)
+        return PackedWeight.from_planes(state.quant_type, shape, state.blocksize, self.planes)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] @ Wᵀ + bias."""
+        state = self.weight.quant_state
         return quantized_linear(
             x,
-            planes,
-            self.bias,
+            self.planes,
+            bias,
             format=state.quant_type,
             shape=(self.out_features, self.in_features),
             block_size=state.blocksize,
@@ -46,11 +59,25 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
+        return self.product(x, self.bias)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """As `PackedWeight.planes`."""
         assert self.state.SCB is not None
+        return [self.weight, self.state.SCB]
+
+    @property
+    def packed(self) -> PackedWeight:
+        shape = (self.out_features, self.in_features)
+        return PackedWeight.from_planes("int8", shape, self.in_features, self.planes)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K] @ Wᵀ + bias."""
         return quantized_linear(
             x,
-            [self.weight, self.state.SCB],
-            self.bias,
+            self.planes,
+            bias,
             format="int8",
             shape=(self.out_features, self.in_features),
             block_size=self.in_features,

@@ -1,0 +1,201 @@
+"""DoRA (Liu et al. 2024) in a form that captures as plain LoRA: y = m / ‖W + sBA‖ ⊙ (W + sBA) x.
+
+PEFT keeps the parameters, their files, merging and switching; only how the product is written
+differs. The norm of each row is a constant to autograd, as in the paper (section 4.3), and needs no
+[N, K] tensor:
+
+    ‖W + sBA‖² = ‖W‖² + 2s (B ⊙ W Aᵀ) 1 + s² (B (A Aᵀ) ⊙ B) 1
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from qlora_compile.kernels.registry import format_named
+from qlora_compile.packed import PackedWeight
+from qlora_compile.quantized_linear import QuantizedLinear
+
+_ELEMENTS_AT_ONCE = 2**22
+
+
+class FactoredDora(DoraLinearVariant):
+    """PEFT's DoRA with the norm by its factors, for any number of active adapters."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        base = module.get_base_layer()
+        if isinstance(base, QuantizedLinear):
+            module.fan_in_fan_out = False  # Conv1D's [K, N] is packed as [N, K]
+            with base.unpacked():
+                DoraLinearVariant.init(module, adapter_name, **kwargs)
+        else:
+            DoraLinearVariant.init(module, adapter_name, **kwargs)
+        module.measure_base()
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        base = module.get_base_layer()
+        if module.drops_out(active_adapter):
+            x = module.lora_dropout[active_adapter](x)
+            product = _product(base, x)
+        else:
+            product = result if base.bias is None else result - base.bias
+        scale = module.dora_scale(active_adapter)
+        return result + (scale - 1) * product + scale * module.low_rank(active_adapter, x)
+
+
+class DoraLayer:
+    """What an adapter layer of PEFT's is given, as a base before it, to run DoRA factored.
+
+    `base_squared_norms`: ‖W‖² of each row, float32 or wider [N], a buffer outside the state dict.
+    It is measured again after whatever changes the base weight: merging, loading, a cast.
+    """
+
+    def adopt_variants(self: Any) -> None:
+        """Takes over the DoRA adapters that stock PEFT has attached."""
+        for name, variant in self.lora_variant.items():
+            if type(variant) is DoraLinearVariant:
+                self.lora_variant[name] = FactoredDora()
+                self.lora_magnitude_vector[name].fan_in_fan_out = self.fan_in_fan_out
+                self.measure_base()
+
+    def measure_base(self: Any) -> None:
+        if "base_squared_norms" not in self._buffers:
+            self.register_load_state_dict_post_hook(_measure_loaded)
+        norms = squared_row_norms(self.get_base_layer())
+        self.register_buffer("base_squared_norms", norms, persistent=False)
+
+    def remeasure_base(self: Any) -> None:
+        if "base_squared_norms" in self._buffers:
+            self.measure_base()
+
+    def resolve_lora_variant(self: Any, *, config: Any, **kwargs: Any) -> Any:
+        variant = super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
+        return FactoredDora() if type(variant) is DoraLinearVariant else variant
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+        self.remeasure_base()
+
+    def unmerge(self: Any) -> None:
+        super().unmerge()  # type: ignore[misc]
+        self.remeasure_base()
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.remeasure_base()
+        return self
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._only_dora_adapter()
+        plain = not args and all(value is None for value in kwargs.values())
+        if torch.compiler.is_compiling() and adapter is not None and plain:
+            return self._adapted(adapter, x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _only_dora_adapter(self: Any) -> str | None:
+        if self.disable_adapters or self.merged:
+            return None
+        base = self.get_base_layer()
+        if base._forward_hooks or base._forward_pre_hooks:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        only_one = len(active) == 1 and isinstance(self.lora_variant.get(active[0]), FactoredDora)
+        return active[0] if only_one else None
+
+    def _adapted(self: Any, adapter: str, x: Tensor) -> Tensor:
+        """The layer's output as one LoRA product without bias, scaled. With dropout PEFT applies
+        W to drop(x) there; what that leaves out of the base's product, W (x - drop(x)), is added.
+        """
+        base = self.get_base_layer()
+        dropped = self.lora_dropout[adapter](x)
+        product = _product(base, dropped)
+        low = self._cast_input_dtype(dropped, self.lora_A[adapter].weight.dtype)
+        adapted = product + self.low_rank(adapter, low)
+        if self.drops_out(adapter):
+            y = adapted * self.dora_scale(adapter) + _product(base, x - dropped, base.bias)
+        else:
+            # Kept for m's gradient, so in half the memory. With dropout that rounding would be one
+            # more than PEFT's.
+            y = adapted.to(product.dtype) * self.dora_scale(adapter)
+            y = y if base.bias is None else y + base.bias
+        return y.to(product.dtype)
+
+    def drops_out(self: Any, adapter: str) -> bool:
+        return self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)
+
+    def low_rank(self: Any, adapter: str, x: Tensor) -> Tensor:
+        return self.lora_B[adapter](self.lora_A[adapter](x)) * self.scaling[adapter]
+
+    def dora_scale(self: Any, adapter: str) -> Tensor:
+        """m / ‖W + sBA‖, [N]; the gradient goes to m alone."""
+        magnitude, norms = self.lora_magnitude_vector[adapter].weight, self.base_squared_norms
+        a, b = (f[adapter].weight.detach().to(norms.dtype) for f in (self.lora_A, self.lora_B))
+        scaling = self.scaling[adapter]
+        with torch.autocast(a.device.type, enabled=False):
+            crossed = _product(self.get_base_layer(), a).t()
+            within = torch.mm(b, torch.mm(a, a.t()))
+            squares = norms + ((2 * scaling * crossed + scaling**2 * within) * b).sum(dim=1)
+            # Rounding may leave a row that W and sBA cancel in just below zero.
+            return magnitude / squares.clamp_min(0).sqrt()
+
+
+class DoraLinear(DoraLayer, LoraLinear):  # type: ignore[misc]
+    """Stock PEFT's LoRA layer over a plain Linear, with DoRA factored."""
+
+
+def dora_layer_class(layer: Any) -> type[nn.Module] | None:
+    """What stands for a stock adapter layer with DoRA, None where it stays PEFT's: the base is
+    neither a Linear that multiplies as nn.Linear does nor packed."""
+    if not any(type(v) is DoraLinearVariant for v in getattr(layer, "lora_variant", {}).values()):
+        return None
+    base = layer.get_base_layer()
+    if type(layer) is LoraLinear and type(base).forward is nn.Linear.forward:
+        return DoraLinear
+    if type(layer).__module__ == "peft.tuners.lora.bnb" and hasattr(base, "packed"):
+        from qlora_compile.hf.dora_bnb import DORA_LAYERS
+
+        return DORA_LAYERS.get(type(layer))
+    return None
+
+
+def _measure_loaded(module: Any, incompatible_keys: object) -> None:
+    module.remeasure_base()
+
+
+def _product(base: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ Wᵀ + bias for the weight of `base`, packed or not."""
+    if hasattr(base, "packed"):
+        return base.product(x, bias)
+    weight = base.weight if torch.is_autocast_enabled(x.device.type) else base.weight.to(x.dtype)
+    return nn.functional.linear(x, weight, bias)
+
+
+@torch.no_grad()
+def squared_row_norms(base: Any) -> Tensor:
+    """‖W‖² of each row of a base layer's weight, float32 or wider [N]; without a float32 copy of
+    the whole weight."""
+    if not hasattr(base, "packed"):
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(base.weight, dim=1, dtype=dtype).square()
+    packed: PackedWeight = base.packed
+    rows, columns = packed.shape
+    if packed.codes.device.type == "meta":
+        return packed.codes.new_empty(rows, dtype=torch.float32)
+    quant_format = format_named(packed.format)
+    step = quant_format.row_alignment(packed)
+    step *= max(1, _ELEMENTS_AT_ONCE // (step * columns))
+    blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return torch.cat(
+        [
+            quant_format.dequantize_rows(packed, *block, torch.float32).square().sum(dim=1)
+            for block in blocks
+        ]
+    )

@@ -1,0 +1,106 @@
+"""Every kind of adapter PEFT has, and every way to choose one: exact, and reported as it ran."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from torch import Tensor, nn
+
+import qlora_compile
+from qlora_compile.report import Report
+from tests.test_equality import without_inductor
+from tests.toy_models import tokens, toy, with_bitsandbytes
+
+__all__ = ["without_inductor"]
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+FUSED = None
+NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
+BROKEN = "graph breaks split its block"
+HOOKED = "its block ran uncompiled: each row was given its adapter"
+
+KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "PiSSA": ({"init_lora_weights": "pissa"}, FUSED),
+    "OLoRA": ({"init_lora_weights": "olora"}, FUSED),
+    "MiCA": ({"init_lora_weights": "mica"}, FUSED),
+    "KaSA": ({"kasa_config": KasaConfig()}, NOT_PLAIN),
+    "BdLoRA": ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)}, NOT_PLAIN),
+    "VeLoRA": ({"velora_config": VeloraConfig()}, BROKEN),
+    "MonteCLoRA": ({"monteclora_config": MontecloraConfig()}, BROKEN),
+}
+
+
+def training_step(model: Any, x: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    y = model.train()(x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), **gradients}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_variant_of_lora_is_exact_and_named(kind: str) -> None:
+    options, reason = KINDS[kind]
+    x = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
+    results: list[dict[str, Tensor]] = []
+    report: Report | None = None
+    for optimized in (False, True):
+        torch.manual_seed(0)
+        base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+        config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))
+        model: Any = get_peft_model(base, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        if optimized:
+            model = qlora_compile.optimize(model)
+        results.append(training_step(model, x))
+        report = qlora_compile.explain(model) if optimized else None
+    stock, ours = results
+    assert stock.keys() == ours.keys()
+    for name, expected in stock.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    assert report is not None
+    (site,) = report.sites
+    assert site.fused == (reason is None)
+    assert str(site.reason).startswith(str(reason)), str(report)
+
+
+def _two_adapters(base: str) -> Any:
+    model: Any = toy()
+    if base == "bnb-4bit":
+        model = with_bitsandbytes(model, 4)
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(r=4, **options))
+    model.add_adapter("other", LoraConfig(r=3, use_rslora=True, **options))
+    return model.eval()
+
+
+@pytest.mark.parametrize("base", ["plain", "bnb-4bit"])
+def test_a_batch_that_names_its_adapters_is_exact(base: str) -> None:
+    """Also where a graph for the active adapter has been compiled before: it must not serve."""
+    stock, ours = _two_adapters(base), qlora_compile.optimize(_two_adapters(base))
+    ids = tokens(3, 8)
+    names: list[list[str] | None] = [None, ["default", "other", "__base__"], ["other"] * 3, None]
+    results = []
+    with torch.no_grad():
+        for each in names:
+            chosen = {} if each is None else {"adapter_names": each}
+            ours_y, stock_y = (
+                model(input_ids=ids, use_cache=False, **chosen).logits for model in (ours, stock)
+            )
+            torch.testing.assert_close(ours_y, stock_y, rtol=1e-4, atol=1e-4)
+            results.append(ours_y)
+            sites = qlora_compile.explain(ours).sites[:-1]
+            assert all(site.fused == (each is None) for site in sites)
+            assert each is None or all(str(site.reason).startswith(HOOKED) for site in sites)
+    assert not torch.allclose(results[0], results[1], atol=1e-2)
+    assert not torch.allclose(results[0], results[2], atol=1e-2)
