@@ -194,6 +194,8 @@ class _Case:
             return None if torch.equal(plain, actual) else f"{told} differs"
         # Where the plain computation overflows, or divides by zero, nothing is right or wrong.
         defined = plain.isfinite() & exact.isfinite()
+        if plain.numel() and not defined.any():
+            return f"{told} cannot be compared: the original computes no finite value of it"
         invalid = int((~actual.isfinite() & defined).sum())
         if invalid:
             return f"{told} holds {invalid} NaN or infinite values that the original does not"
@@ -226,24 +228,25 @@ def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[An
     values = []
     for each, arg in zip(inputs, args, strict=True):
         value = arg
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.numel():
+        if isinstance(arg, Tensor) and arg.is_floating_point() and _is_random(each, arg):
             real = arg.detach().float()
-            normal = torch.randn(arg.shape, generator=generator).to(arg.device)
-            if each.stored:
-                if arg.requires_grad:
-                    value = normal / arg.shape[-1] ** 0.5 if arg.dim() > 1 else real + normal / 10
-            elif arg.numel() > 1 and not _is_mask(arg):
-                value = real.mean() + normal * real.std()
-        if value is not arg:
+            value = torch.randn(arg.shape, generator=generator).to(arg.device)
+            if not each.stored:
+                value = real.mean() + value * real.std()
+            else:
+                value = value / arg.shape[-1] ** 0.5 if arg.dim() > 1 else real + value / 10
             value = value.to(arg.dtype).requires_grad_(arg.requires_grad)
         values.append(value)
     return values
 
 
-def _is_mask(arg: Tensor) -> bool:
-    """Whether it holds what is added to scores to hide them."""
-    lowest = torch.finfo(arg.dtype).min / 2
-    return bool((~arg.isfinite() | (arg < lowest)).any())
+def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
+    """Whether other numbers may stand for it: frozen weights stay, and so do masks, which hold what
+    is added to scores to hide them."""
+    if captured.stored:
+        return arg.requires_grad
+    hidden = ~arg.isfinite() | (arg < torch.finfo(arg.dtype).min / 2)
+    return arg.numel() > 1 and not bool(hidden.any())
 
 
 def _lowest_precision(args: Sequence[Any]) -> torch.dtype:
