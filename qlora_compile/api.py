@@ -29,6 +29,7 @@ from qlora_compile.regions import (
 )
 from qlora_compile.report import Report, build_report
 from qlora_compile.tuning.modes import check_mode
+from qlora_compile.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,7 +43,7 @@ def optimize(
     double_quantize: bool = True,
     block_size: int | Literal["row"] = 64,
     strict: bool = False,
-    verify: bool = False,
+    verify: Verify = False,
     scope: Literal["block", "model"] = "block",
     tune: str | os.PathLike[str] = "auto",
     logits_free_loss: bool = False,
@@ -62,8 +63,11 @@ def optimize(
     (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
     strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
     experts is not fused.
-    verify: compare each rewritten graph with the captured one on its first real inputs, outputs and
-    all gradients; on a mismatch the original runs and the report says so, or, if strict, raise.
+    verify: check outputs and all gradients of each rewritten graph, on its first real inputs and on
+    random ones, against a float64 evaluation of the captured one, and next to the errors that one
+    makes in its own dtypes. What passes has a certificate, in the report and in the cache folder;
+    on a mismatch the original runs and the report says so, or, if strict, VerificationError is
+    raised. "once": a certificate stored for the same graph, kernels and versions stands for it.
     scope: compile each repeated block, or the whole model as one region.
     tune: how the implementation of every fused op is chosen. "auto": by records of earlier
     measurements in the cache folder; what has none is measured on first use, for about a minute,
@@ -86,6 +90,7 @@ def optimize(
     if any(region_of(module) is not None for module in model.modules()):
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
+    verify = check_option(verify)
     adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope)
     if strict:
         _example_inputs(model, example_inputs)
@@ -146,7 +151,7 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
 
 
 def _install_regions(
-    model: nn.Module, *, strict: bool, verify: bool, scope: str, tune: str
+    model: nn.Module, *, strict: bool, verify: Verify, scope: str, tune: str
 ) -> None:
     base = adapters.base_model(model)
     linears = adapters.linear_sites(base)
@@ -180,7 +185,8 @@ def _install_regions(
         key = type(module)
         if key not in kinds:
             repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
-            kinds[key] = RegionKind(key, strict, verify, repeated, tune)
+            verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
+            kinds[key] = RegionKind(key, strict, verifier, repeated, tune)
         local = _inside(block, {**sites, **kept, **expert_sites})
         reasons = kept | left
         install(

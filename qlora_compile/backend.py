@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch.compiler.config as compiler_config
 from torch.fx import GraphModule
 
-from qlora_compile.errors import VerificationError
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext
 from qlora_compile.pipeline import run_pipeline
 from qlora_compile.tuning.tuner import Tuner
-from qlora_compile.verification import verify_rewrite
+from qlora_compile.verification import captured_inputs
+from qlora_compile.verifier import Verifier
 
 
 class RunningRegion(Protocol):
@@ -38,20 +38,17 @@ class RegionGraph:
     experts: dict[str, FusedExperts]
     unfused: dict[str, str]
     run: Callable[..., Any]
-    strict: bool
     original: GraphModule | None = None
-    rewritten: GraphModule | None = None
+    check: Callable[[Sequence[Any]], str | None] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.original is not None and self.rewritten is not None:
-            mismatch = verify_rewrite(self.original, self.rewritten, args)
+        if self.original is not None and self.check is not None:
+            mismatch = self.check(args)
             if mismatch is not None:
-                if self.strict:
-                    raise VerificationError(problem=mismatch)
                 self.run = self.original
                 self.unfused |= dict.fromkeys(self.fused, mismatch)
                 self.fused = {}
-            self.original = self.rewritten = None
+            self.original = self.check = None
         _running[-1][1].append(self)
         return self.run(*args)
 
@@ -93,20 +90,26 @@ def _sources_digest() -> str:
 
 
 def make_backend(
-    *, inductor: bool, verify: bool, strict: bool, tuner: Tuner | None
+    *, inductor: bool, verifier: Verifier | None, tuner: Tuner | None
 ) -> Callable[..., RegionGraph]:
     """A backend for torch.compile that rewrites the running region's graph; without `inductor` the
     rewritten graph runs as it is, which is enough to see what becomes of each site. The `tuner`
-    sees to the graph's problems first."""
+    sees to the graph's problems first, the `verifier` to the graph on its first call."""
 
     def qlora_compile_backend(
         graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> RegionGraph:
         region = _running[-1][0]
-        original = copy.deepcopy(graph_module) if verify and inductor else None
+        checked = verifier if inductor else None
+        original = copy.deepcopy(graph_module) if checked is not None else None
+        inputs = captured_inputs(graph_module) if checked is not None else []
         context = PassContext(region.sites, dict(region.kept))
         run_pipeline(graph_module, context)
-        rewritten = copy.deepcopy(graph_module) if original is not None else None
+        check = None
+        if checked is not None and original is not None:
+            rewritten = copy.deepcopy(graph_module)
+            fused = (*context.fused.values(), *context.experts.values())
+            check = checked.checks(original, rewritten, inputs, fused, current_source())
         run: Callable[..., Any] = graph_module.forward
         if inductor:
             sites = context.fused.values()
@@ -119,8 +122,6 @@ def make_backend(
             source = current_source()
             keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
             run = compile_inner(graph_module, list(example_inputs), [source, keeping])
-        return RegionGraph(
-            context.fused, context.experts, context.unfused, run, strict, original, rewritten
-        )
+        return RegionGraph(context.fused, context.experts, context.unfused, run, original, check)
 
     return qlora_compile_backend

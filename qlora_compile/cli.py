@@ -1,4 +1,4 @@
-"""The command line: `qlora-compile train`, `explain`, `tune`, `records` and `build`."""
+"""The command line: `qlora-compile train`, `explain`, `verify`, `tune`, `records` and `build`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from qlora_compile.command_options import (
 from qlora_compile.model_choice import quiet_choice
 from qlora_compile.records_command import records
 from qlora_compile.tune_command import tune as tune_command
+from qlora_compile.verify_command import verify
 
 app = typer.Typer(
     help="Fine-tune quantised models with LoRA through a compiler.",
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(records, name="records")
 app.command("tune")(tune_command)
 app.command()(build)
+app.command()(verify)
 
 
 @app.command()

@@ -70,8 +70,8 @@ class ModelChoice:
     def source(self) -> str | Path:
         return demo_model_file() if self.model == DEMO else self.model
 
-    def optimized(self, config: Any) -> Any:
-        """Load the model, quantise it, add adapters and compile it."""
+    def optimized(self, config: Any, *, verify: bool = False) -> Any:
+        """Load the model, quantise it, add adapters and compile it, as `optimize(verify=…)`."""
         from qlora_compile import api
         from qlora_compile.hf import loading, training
 
@@ -89,6 +89,7 @@ class ModelChoice:
             quantize=_QUANTIZE[self.format],
             double_quantize=self.format in ("nf4", "fp4"),
             tune=self.tune,
+            verify=verify,
         )
 
 

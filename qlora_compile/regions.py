@@ -26,6 +26,7 @@ from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 from qlora_compile.passes.context import FusedExperts, FusedSite
 from qlora_compile.tuning.modes import tuner_of
+from qlora_compile.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
     # A scaling that differs between layers is a constant of each layer's graph, not an input.
@@ -44,7 +45,7 @@ class RegionKind:
 
     module_class: type[nn.Module]
     strict: bool
-    verify: bool
+    verifier: Verifier | None
     repeated: bool
     tune: str
     probing: bool = False
@@ -62,8 +63,7 @@ class RegionKind:
         if self.probing not in self._compiled:
             backend = make_backend(
                 inductor=not self.probing,
-                verify=self.verify,
-                strict=self.strict,
+                verifier=self.verifier,
                 tuner=tuner_of(self.tune),
             )
             self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_compile.certificate import Certificate
 from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
@@ -104,10 +105,14 @@ class Site:
 @dataclass(frozen=True)
 class Report:
     """Every Linear of the model exactly once, in the model's order, then every weight of experts.
-    others: what else PEFT adapts or trains, by name, with what it is and why it is left to PEFT."""
+    others: what else PEFT adapts or trains, by name, with what it is and why it is left to PEFT.
+    certificates and mismatches: of each graph that `optimize(verify=...)` has checked one of them.
+    """
 
     sites: tuple[Site, ...]
     others: dict[str, str] = field(default_factory=dict)
+    certificates: tuple[Certificate, ...] = ()
+    mismatches: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -120,6 +125,8 @@ class Report:
             "total": len(self.sites),
             "sites": [asdict(site) | {"parameters": site.parameters} for site in self.sites],
             "others": self.others,
+            "certificates": [certificate.to_dict() for certificate in self.certificates],
+            "mismatches": list(self.mismatches),
         }
 
     def to_json(self) -> str:
@@ -146,6 +153,7 @@ class Report:
             )
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
         summary += [f"{name} left to PEFT: {why}" for name, why in self.others.items()]
+        summary += map(str, self.certificates)
         choices = self._choices()
         return "\n".join(
             [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *summary]
@@ -214,7 +222,14 @@ def build_report(model: nn.Module) -> Report:
     weights = tuple(_expert_sites(model, regions))
     modules = {site.name.rpartition(".")[0] for site in weights}
     others = adapters.other_modules(model).items()
-    return Report((*sites, *weights), {name: why for name, why in others if name not in modules})
+    kinds = {id(region.kind): region.kind for region in regions.values()}.values()
+    verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]
+    return Report(
+        (*sites, *weights),
+        {name: why for name, why in others if name not in modules},
+        tuple(each for verifier in verifiers for each in verifier.certificates.values()),
+        tuple(each for verifier in verifiers for each in verifier.mismatches),
+    )
 
 
 def _expert_sites(model: nn.Module, regions: dict[str, Region]) -> Iterator[Site]:

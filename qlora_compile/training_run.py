@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_compile.demo import docstring_documents
-from qlora_compile.documents import Document, pack, read_documents, split
+from qlora_compile.documents import Document, read_documents, split
 from qlora_compile.errors import (
     OutOfRangeError,
     OutputDirectoryError,
     ResumeError,
-    SequenceLengthError,
-    TokenizerVocabularyError,
-    TooLittleTextError,
 )
 from qlora_compile.figures import held_out_figures, peak_memory, training_figures
 from qlora_compile.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.model_choice import DEMO, ModelChoice, check_format
 from qlora_compile.outputs import check_writable, writable_directory
+from qlora_compile.token_sequences import check_sequence_length, token_sequences
 
 if TYPE_CHECKING:
     from qlora_compile.hf.training import StepObserver
@@ -86,13 +84,7 @@ class TrainingRun:
         if self.data != DEMO:
             read_documents(Path(self.data))
         config = self.choice.check()
-        from qlora_compile.hf.loading import longest_sequence
-
-        limit = longest_sequence(config)
-        if limit is not None and self.sequence_length > limit:
-            raise SequenceLengthError(
-                value=self.sequence_length, model=self.choice.model, limit=limit
-            )
+        check_sequence_length(self.sequence_length, config, self.choice.model)
         return config
 
     def _check_earlier_run(self) -> None:
@@ -147,28 +139,15 @@ class TrainingRun:
         """
         documents = self.documents()
         training_documents, held_out_documents = split(documents, self.held_out, self.seed)
-
-        def encode(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-        packed = []
-        for purpose, part in (("training", training_documents), ("held-out", held_out_documents)):
-            sequences = pack(part, encode, tokenizer.eos_token_id, self.sequence_length)
-            if part and not sequences:
-                raise TooLittleTextError(
-                    value=self.data,
-                    count="less than one sequence",
-                    unit=f"of {self.sequence_length} tokens",
-                    purpose=f"{purpose} text",
-                    needed="one or more",
-                    option="--sequence-length",
-                )
-            packed.append(sequences)
-        training, held_out = packed
-        largest = config.get_text_config().vocab_size - 1
-        highest = max(max(sequence) for sequence in [*training, *held_out])
-        if highest > largest:
-            raise TokenizerVocabularyError(site=self.data, value=highest, largest=largest)
+        training, held_out = (
+            token_sequences(
+                part, tokenizer, config, self.sequence_length, data=self.data, purpose=purpose
+            )
+            for purpose, part in (
+                ("training", training_documents),
+                ("held-out", held_out_documents),
+            )
+        )
         if len(held_out) > _HELD_OUT_SEQUENCES:
             held_out = random.Random(self.seed).sample(held_out, _HELD_OUT_SEQUENCES)
         return training, held_out

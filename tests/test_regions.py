@@ -14,6 +14,7 @@ import qlora_compile
 from qlora_compile import errors
 from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.regions import region_of
+from qlora_compile.verifier import Verifier
 from tests.test_equality import lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -176,13 +177,13 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
     step(model, tokens())
     report = qlora_compile.explain(model)
     assert report.fused == 0
-    assert "differs by" in (report.sites[0].reason or "")
+    assert "is off by" in (report.sites[0].reason or "")
     model = qlora_compile.optimize(toy(), lora(), quantize="nf4")
     for module in model.modules():
         region = region_of(module)
         if region is not None:
-            region.kind.verify = region.kind.strict = True
-    with pytest.raises(errors.VerificationError, match="differs by"):
+            region.kind.verifier = Verifier("toy", strict=True, once=False)
+    with pytest.raises(errors.VerificationError, match="is off by"):
         step(model.train(), tokens())
 
 

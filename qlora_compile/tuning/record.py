@@ -13,7 +13,7 @@ import json
 import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -35,6 +35,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION_KEY = "qlora_compile_record"
 _DIGEST_KEY = "sha256"
 
+T = TypeVar("T")
 Key = tuple[Problem, Fingerprint]
 """The key of a record: its portable problem and its fingerprint."""
 
@@ -155,8 +156,7 @@ def _invalid(field: str, value: object, allowed: str) -> InvalidRecordError:
 
 def to_line(record: Record) -> str:
     """A record as one line of JSON, ASCII, without the newline."""
-    body = _plain(record)
-    return _json({_VERSION_KEY: VERSION, _DIGEST_KEY: _digest(body), **body})
+    return written_line(record, _VERSION_KEY, VERSION)
 
 
 def from_line(line: str) -> Record:
@@ -165,26 +165,41 @@ def from_line(line: str) -> Record:
     Raises:
         RecordLineError: `line` is anything but what `to_line` makes of a record; it says what.
     """
+    return read_line(Record, line, _VERSION_KEY, VERSION)
+
+
+def written_line(value: Any, version_key: str, version: int) -> str:
+    """A dataclass of plain fields as one line of JSON with its digest, ASCII, no newline."""
+    body = _plain(value)
+    return _json({version_key: version, _DIGEST_KEY: _digest(body), **body})
+
+
+def read_line(kind: type[T], line: str, version_key: str, expected: int) -> T:
+    """The `kind` that `written_line` made `line` of.
+
+    Raises:
+        RecordLineError: it made no such line; the error says what is wrong.
+    """
     try:
         body = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RecordLineError(problem=f"not JSON, or truncated ({error})") from error
-    if not isinstance(body, dict) or _VERSION_KEY not in body:
+    if not isinstance(body, dict) or version_key not in body:
         raise RecordLineError(problem="JSON of something else")
-    version = body.pop(_VERSION_KEY)
-    if type(version) is not int or version != VERSION:
-        raise RecordLineError(problem=f"it is of version {version!r:.40}, this is {VERSION}")
+    version = body.pop(version_key)
+    if type(version) is not int or version != expected:
+        raise RecordLineError(problem=f"it is of version {version!r:.40}, this is {expected}")
     if body.pop(_DIGEST_KEY, None) != _digest(body):
         raise RecordLineError(problem="its content does not match its digest")
     try:
-        record = _decoded(Record, body, "the record")
+        value = _decoded(kind, body, "the record")
     except InvalidRecordError as error:
         raise RecordLineError(problem=str(error)) from error
     # Reading JSON forgives spaces, repeated names and other ways to write a number or a letter,
     # where a digest of what was read cannot notice.
-    if to_line(record) != line.rstrip("\r\n"):
+    if written_line(value, version_key, expected) != line.rstrip("\r\n"):
         raise RecordLineError(problem="it was edited, its digest is of another spelling")
-    return record
+    return value
 
 
 def _json(value: object) -> str:

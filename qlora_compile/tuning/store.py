@@ -31,11 +31,11 @@ _KEY_LOCKS = "locks"
 _WRITING = "writing-"  # temporaries of whoever holds the lock; others' are not the next one's
 _EXPORTING = "exporting-"
 # A write takes milliseconds. Rather than wait for a holder that was stopped, go on without.
-_LOCK_SECONDS = 10.0
+LOCK_SECONDS = 10.0
 
 # What a folder that cannot be used raises. filelock's Timeout is an OSError; older versions raise
 # NotImplementedError where a file system has no locks.
-_UNUSABLE = (OSError, NotImplementedError)
+UNUSABLE = (OSError, NotImplementedError)
 
 
 def cache_folder() -> Path:
@@ -82,7 +82,7 @@ class RecordStore:
             try:
                 with self._exclusive_writer():
                     self._write(self._unwritten)
-            except _UNUSABLE as error:
+            except UNUSABLE as error:
                 warn_of_folder(self.folder, error)
             else:
                 self._unwritten.clear()
@@ -105,7 +105,7 @@ class RecordStore:
                 held.enter_context(FileLock(folder / f"{name}.lock").acquire(timeout=timeout))
             except Timeout:
                 mine = False
-            except _UNUSABLE as error:
+            except UNUSABLE as error:
                 warn_of_folder(self.folder, error)
                 mine = True
             else:
@@ -195,7 +195,7 @@ class RecordStore:
     @contextlib.contextmanager
     def _exclusive_writer(self) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / _LOCK_FILE, timeout=_LOCK_SECONDS, poll_interval=0.01)
+        lock = FileLock(self.folder / _LOCK_FILE, timeout=LOCK_SECONDS, poll_interval=0.01)
         with lock:
             remove_temporaries(self.folder, _WRITING)
             yield
@@ -206,7 +206,7 @@ class RecordStore:
         try:
             with self._exclusive_writer():
                 yield
-        except _UNUSABLE as error:
+        except UNUSABLE as error:
             remedy = "make it a folder that can be written, or set QLORA_COMPILE_CACHE to another"
             raise _file_error(self.folder, told(error), remedy) from error
 

@@ -221,7 +221,7 @@ def test_a_folder_without_locks_warns_once(
 def test_a_lock_that_is_never_free_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.05)
     with filelock.FileLock(tmp_path / "records.lock"):
         assert_goes_on(RecordStore(tmp_path), "The file lock")
 

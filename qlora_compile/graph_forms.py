@@ -1,0 +1,153 @@
+"""Forms of a captured graph that its check compares: without dropout, with the masks of the fused
+op, and computed by the specification in its own dtypes or in wider ones.
+
+Each is a copy; the parameters are inputs of the graph, so that a copy holds none.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map
+
+from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.passes.nodes import (
+    arguments,
+    calls,
+    is_cast,
+    is_group,
+    is_linear,
+    is_qlora_linear,
+    linear_operands,
+    stored_weight,
+)
+from qlora_compile.specified_ops import SPECIFIED
+
+SEED = 20240229
+"""Of every fused op's dropout in a check."""
+
+_DROPOUT = torch.nn.functional.dropout
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_CASTS = ("float", "half", "bfloat16", "double")
+
+Masks = dict[str, tuple[int, float]]
+"""Stream and probability of each fused dropout, by the placeholder of the adapter's first factor:
+what the rewritten graph and the captured one both call it."""
+
+
+def fused_masks(rewritten: GraphModule) -> Masks:
+    """Those that the fused ops of `rewritten` draw; empty where none drops anything out."""
+    return {
+        stored_weight(call["lora_a"]).name: (call["stream"], call["dropout"])
+        for node in rewritten.graph.nodes
+        for call in calls(node)
+        if call["seed"] is not None and call["lora_a"] is not None
+    }
+
+
+def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) -> str | None:
+    """The placeholder of a fused adapter whose input `original` drops out with another probability
+    than `rewritten`, whose masks are `masks`; no comparison of numbers would tell."""
+    probabilities = {}
+    for node in original.graph.nodes:
+        if node.target is _DROPOUT:
+            call: dict[str, Any] = {"p": 0.5, "training": True}
+            call |= dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+            probabilities[_adapter_of(node)] = call["p"] if call["training"] else 0.0
+    for node in rewritten.graph.nodes:
+        for call in calls(node):
+            # A factor that was made of several adapters' has no dropout before it.
+            name = None if call["lora_a"] is None else stored_weight(call["lora_a"]).name
+            if name is not None and probabilities.get(name, 0.0) != masks.get(name, (0, 0.0))[1]:
+                return name
+    return None
+
+
+def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
+    """The captured or the rewritten graph with the fused ops' dropout drawn from SEED, and every
+    other dropout off; without `masks`, which are all of `fused_masks`, theirs too."""
+    graph_module = copy.deepcopy(graph_module)
+    for node in graph_module.graph.nodes:
+        if is_qlora_linear(node) or is_group(node):
+            call = arguments(node)
+            if not masks:
+                node.args = tuple((call | {"dropout": 0.0, "seed": None}).values())
+            elif call["seed"] is not None:
+                call["seed"].target, call["seed"].args = torch.full, ((1,), SEED)
+        elif node.target is _DROPOUT:
+            stream, probability = masks.get(_adapter_of(node) or "", (0, 0.0))
+            node.target, node.args = masked, (_operand(node), stream, probability)
+            node.kwargs = {}
+        elif node.target is _ATTENTION:
+            # query, key, value, attn_mask; dropout_p is the fifth.
+            node.args = (*node.args[:4], 0.0, *node.args[5:]) if len(node.args) > 4 else node.args
+            if len(node.args) <= 4:
+                node.kwargs = dict(node.kwargs) | {"dropout_p": 0.0}
+    graph_module.recompile()
+    return graph_module
+
+
+def masked(x: Tensor, stream: int, probability: float) -> Tensor:
+    """x [..., K] dropped out as the fused op drops it."""
+    if probability == 0.0:
+        return x.clone()
+    rows = x.numel() // x.shape[-1]
+    seed = torch.full((1,), SEED, dtype=torch.int64, device=x.device)
+    keep = keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
+    return x * keep / (1.0 - probability)
+
+
+def _operand(dropout: Node) -> Any:
+    return dropout.args[0] if dropout.args else dropout.kwargs["input"]
+
+
+def _adapter_of(dropout: Node) -> str | None:
+    """The placeholder of the factor A that a dropout's result is multiplied with."""
+    users = list(dropout.users)
+    while len(users) == 1 and is_cast(users[0]):
+        users = list(users[0].users)
+    linears = [user for user in users if is_linear(user)]
+    return stored_weight(linear_operands(linears[0])[1]).name if linears else None
+
+
+def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
+    """The captured graph with its packed weights decoded and multiplied as the formats specify
+    them, by none of the kernels that are to be checked; in its own dtypes, or `widened`."""
+    graph_module = copy.deepcopy(captured) if wide is None else widened(captured, wide)
+    for part in _parts(graph_module):
+        for node in part.graph.nodes:
+            specification = SPECIFIED.get(node.target)
+            if specification is not None:
+                node.args, node.target = (wide, *node.args), specification
+        part.recompile()
+    return graph_module
+
+
+def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
+    """`graph_module` with `wide` for every floating-point dtype that it names, and no autocast."""
+    graph_module = copy.deepcopy(graph_module).to(wide)
+    for part in _parts(graph_module):
+        for node in part.graph.nodes:
+            if node.target is torch.amp.autocast_mode._enter_autocast:
+                device, _, _, *rest = node.args
+                node.args = (device, None, False, *rest)
+            elif node.op == "call_method" and node.target in _CASTS:
+                node.target, node.args = "to", (node.args[0], wide)
+            else:
+                node.args = tree_map(lambda value: _widened(value, wide), tuple(node.args))
+                node.kwargs = tree_map(lambda value: _widened(value, wide), dict(node.kwargs))
+        part.recompile()
+    return graph_module
+
+
+def _parts(graph_module: GraphModule) -> list[GraphModule]:
+    """Itself and the graphs that it hands to higher-order ops."""
+    return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
+
+
+def _widened(value: Any, wide: torch.dtype) -> Any:
+    return wide if isinstance(value, torch.dtype) and value.is_floating_point else value

@@ -1,0 +1,83 @@
+"""What a graph computes: its outputs, and the gradients of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten
+
+
+def outputs_and_gradients(
+    graph_module: GraphModule,
+    names: Sequence[str],
+    args: Sequence[Any],
+    wide: torch.dtype | None,
+) -> dict[str, Tensor | None]:
+    """Of the graph's outputs, weighted at random, with respect to every input that requires one.
+
+    wide: the dtype that floating-point inputs are converted to.
+    """
+    leaves: dict[str, Tensor] = {}
+    values = []
+    for name, arg in zip(names, args, strict=True):
+        value = arg
+        if isinstance(arg, Tensor):
+            value = _converted(arg.detach(), wide)
+            if arg.requires_grad:
+                leaves[f"gradient of {name}"] = value.requires_grad_()
+            # Not the leaf itself, nor the model's own tensor: the graph may write to its inputs.
+            value = value if _is_frozen(arg) else value.clone()
+        values.append(value)
+    with _undisturbed(args, wide):
+        outputs = [o for o in tree_flatten(graph_module(*values))[0] if isinstance(o, Tensor)]
+    del values
+    results: dict[str, Tensor | None] = {
+        f"output {index}": output.detach() for index, output in enumerate(outputs)
+    }
+    generator = torch.Generator().manual_seed(0)
+    weighted = []
+    for output in outputs:
+        if output.is_floating_point():
+            # Exact in every dtype that a graph may compute in.
+            weight = torch.randn(output.shape, generator=generator).to(torch.bfloat16).float()
+            if output.requires_grad:
+                weighted.append((output, weight.to(output.device, output.dtype)))
+    if torch.is_grad_enabled():
+        results |= dict.fromkeys(leaves)
+        if weighted and leaves:
+            roots, weights = zip(*weighted, strict=True)
+            with _undisturbed(args, wide, autocast=False):
+                found = torch.autograd.grad(
+                    roots, list(leaves.values()), weights, allow_unused=True
+                )
+            results |= dict(zip(leaves, found, strict=True))
+    return results
+
+
+def _converted(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
+    return tensor.to(wide) if wide is not None and tensor.is_floating_point() else tensor
+
+
+def _is_frozen(arg: Tensor) -> bool:
+    return isinstance(arg, nn.Parameter) and not arg.requires_grad
+
+
+@contextmanager
+def _undisturbed(
+    args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
+) -> Iterator[None]:
+    """The random state is left as found; autocast is off for wide dtypes and for gradients."""
+    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    with ExitStack() as stack:
+        on = [device for device in devices if device.type == "cuda"]
+        stack.enter_context(torch.random.fork_rng(devices=on))
+        torch.manual_seed(0)
+        if wide is not None or not autocast:
+            for kind in {device.type for device in devices}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -1,0 +1,54 @@
+"""Token sequences of documents, as training and verifying take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_compile.documents import Document, pack
+from qlora_compile.errors import SequenceLengthError, TokenizerVocabularyError, TooLittleTextError
+
+
+def check_sequence_length(length: int, config: Any, model: str) -> None:
+    """Raises SequenceLengthError if the model of `config` takes no sequences so long."""
+    from qlora_compile.hf.loading import longest_sequence
+
+    limit = longest_sequence(config)
+    if limit is not None and length > limit:
+        raise SequenceLengthError(value=length, model=model, limit=limit)
+
+
+def token_sequences(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    config: Any,
+    length: int,
+    *,
+    data: str,
+    purpose: str,
+) -> list[list[int]]:
+    """Sequences of `length` tokens, none of no documents; `data` and `purpose` are for errors.
+
+    Raises:
+        TooLittleTextError: there is not one full sequence.
+        TokenizerVocabularyError: the tokenizer is another model's.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    sequences = pack(documents, encode, tokenizer.eos_token_id, length)
+    if documents and not sequences:
+        raise TooLittleTextError(
+            value=data,
+            count="less than one sequence",
+            unit=f"of {length} tokens",
+            purpose=f"{purpose} text",
+            needed="one or more",
+            option="--sequence-length",
+        )
+    largest = config.get_text_config().vocab_size - 1
+    highest = max(map(max, sequences), default=0)
+    if highest > largest:
+        raise TokenizerVocabularyError(site=data, value=highest, largest=largest)
+    return sequences

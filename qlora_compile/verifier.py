@@ -1,0 +1,107 @@
+"""Verifier: has every rewritten graph of a kind of block checked, and keeps what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from qlora_compile.certificate import Certificate, versions_here
+from qlora_compile.certificate_store import CertificateStore
+from qlora_compile.errors import OptionError, VerificationError
+from qlora_compile.graph_pattern import graph_pattern
+from qlora_compile.kernels import selection
+from qlora_compile.kernels.experts.registry import choose
+from qlora_compile.passes.context import FusedExperts, FusedSite
+from qlora_compile.tuning.store import cache_folder
+from qlora_compile.verification import FACTORS, CapturedInput, check
+
+Verify = bool | Literal["once"]
+
+
+def check_option(verify: object) -> Verify:
+    """`verify` itself. Raises OptionError for what is no way to verify."""
+    if verify is True or verify is False or verify == "once":
+        return verify  # pyright: ignore[reportReturnType]
+    raise OptionError(option="verify", value=verify, known="True, False, 'once'")
+
+
+@dataclass
+class Verifier:
+    """The check of one region kind's graphs. once: a certificate that was stored for the same
+    pattern, kernels and versions stands for the check.
+
+    `certificates` and `mismatches` are of the graphs checked so far.
+    """
+
+    region: str
+    strict: bool
+    once: bool
+    certificates: dict[str, Certificate] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)
+
+    def checks(
+        self,
+        original: GraphModule,
+        rewritten: GraphModule,
+        inputs: Sequence[CapturedInput],
+        fused: Iterable[FusedSite | FusedExperts],
+        source: str,
+    ) -> Callable[[Sequence[Any]], str | None]:
+        """A function of a graph's first arguments: what differs, None if nothing does.
+
+        In strict mode it raises VerificationError instead.
+        """
+
+        def first_call(args: Sequence[Any]) -> str | None:
+            device = next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
+            pattern, versions = graph_pattern(rewritten, inputs, args), versions_here(device)
+            kernels, store = _kernels(fused, source), CertificateStore(cache_folder())
+            known = None
+            if self.once and versions is not None:
+                known = store.find((pattern, kernels, versions))
+            if known is None:
+                result = check(original, rewritten, inputs, args)
+                if result.mismatch is not None:
+                    problem = f"{self.region}: {result.mismatch}"
+                    self.mismatches.append(problem)
+                    if self.strict:
+                        raise VerificationError(problem=problem)
+                    return problem
+                known = Certificate(
+                    pattern=pattern,
+                    region=self.region,
+                    kernels=kernels,
+                    versions=versions,
+                    device=device,
+                    dtype=str(result.dtype).removeprefix("torch."),
+                    reference=result.reference,
+                    factor=FACTORS[result.dtype],
+                    comparisons=result.comparisons,
+                )
+                store.append(known)
+            self.certificates[pattern] = known
+            return None
+
+        return first_call
+
+
+def _kernels(fused: Iterable[FusedSite | FusedExperts], source: str) -> tuple[str, ...]:
+    """What computes the sites, as `build_report` tells it."""
+    names = set()
+    for site in fused:
+        if isinstance(site, FusedExperts):
+            backward = [replace(site.forward, direction="backward")] * site.trains
+            names |= {f"{p.direction} {choose(p).variant.name}" for p in (site.forward, *backward)}
+            continue
+        keeps = bool(site.trains and site.forward.rank)
+        keeps = keeps and selection.prefers_keeping(site.forward, source)
+        forward = replace(site.forward, keeps_low_rank=keeps)
+        names.add(f"forward {selection.look_up(forward, source).name}")
+        if site.trains:
+            backward = replace(forward, direction="backward")
+            names.add(f"backward {selection.look_up(backward, source).name}")
+    return tuple(sorted(names))

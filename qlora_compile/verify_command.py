@@ -1,0 +1,92 @@
+"""The command line's `verify`: one training step on real text, every rewritten graph checked."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_compile.bad_input import bad_input_in_one_line
+from qlora_compile.command_options import (
+    AlphaOption,
+    DropoutOption,
+    FormatOption,
+    ModelOption,
+    RankOption,
+    TuneOption,
+)
+from qlora_compile.demo import docstring_documents
+from qlora_compile.documents import read_documents
+from qlora_compile.model_choice import DEMO, ModelChoice, quiet_choice
+from qlora_compile.text_table import text_table
+
+if TYPE_CHECKING:
+    from qlora_compile.report import Report
+
+
+def verify(
+    model: ModelOption,
+    data: Annotated[
+        str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
+    ] = DEMO,
+    format: FormatOption = "nf4",
+    rank: RankOption = 16,
+    alpha: AlphaOption = None,
+    dropout: DropoutOption = 0.0,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=2, help="Tokens per sequence.")
+    ] = 128,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences.")] = 4,
+    tune: TuneOption = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
+) -> None:
+    """Check outputs and gradients of every compiled block against float64; exits with 1 if one is
+    wrong."""
+    with bad_input_in_one_line():
+        choice = quiet_choice(model, format, rank, alpha, dropout, tune)
+        report = _checked(choice, data, sequence_length, batch_size)
+    verified = bool(report.certificates) and not report.mismatches
+    if json:
+        told = {name: report.to_dict()[name] for name in ("certificates", "mismatches")}
+        typer.echo(json_format.dumps({"verified": verified, **told}, indent=2))
+    else:
+        typer.echo("\n".join(closing_table(report)))
+    raise typer.Exit(0 if verified else 1)
+
+
+def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Report:
+    documents = docstring_documents() if data == DEMO else read_documents(Path(data))
+    config = choice.check()
+    import torch
+
+    from qlora_compile import api
+    from qlora_compile.hf import loading
+    from qlora_compile.token_sequences import check_sequence_length, token_sequences
+
+    check_sequence_length(length, config, choice.model)
+    tokenizer = loading.load_tokenizer(choice.source)
+    named = {"data": data, "purpose": "verifying"}
+    sequences = token_sequences(documents, tokenizer, config, length, **named)
+    torch.manual_seed(0)  # the adapters'
+    model: Any = choice.optimized(config, verify=True).train()
+    ids = torch.tensor(sequences[:batch_size], device=model.device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return api.explain(model)
+
+
+def closing_table(report: Report) -> list[str]:
+    """For every checked graph and kind of inputs the largest ratio, and what was wrong."""
+    rows = []
+    for certificate in report.certificates:
+        for inputs in certificate.inputs:
+            worst = certificate.worst_on(inputs)
+            ratio = "unknown" if worst.ratio is None else f"{worst.ratio:.2f}"
+            numbers = (f"{x:.1e}" for x in (worst.error, worst.plain_error, worst.allowed))
+            rows.append((certificate.region, inputs, ratio, *numbers, worst.tensor))
+    header = ("block", "inputs", "ratio", "error", "plain", "allowed", "worst")
+    count = len(report.certificates)
+    told = [f"{count} graphs verified, {report.fused} of {len(report.sites)} linears fused"]
+    told += [f"mismatch in {problem}" for problem in report.mismatches]
+    return [*(text_table(header, rows) if rows else ()), "", *told]
