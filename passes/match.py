@@ -195,7 +195,8 @@ def _dropout_probability(node: Any) -> float | None:
 def _draw_seed(graph: Graph, device: torch.device) -> Node:
     """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
     activation checkpointing, which restores the generator's state, reproduce the masks."""
-    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    # The first that computes a tensor: no_grad and autocast are nodes too.
+    anchor = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
     return insert_before(
         anchor, torch.randint, (0, _SEED_LIMIT, (1,)), dtype=torch.int64, device=device
     )
