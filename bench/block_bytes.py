@@ -111,7 +111,7 @@ def _model(setting: Setting, ours: bool) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     lora = LoraConfig(r=RANK, lora_dropout=setting.dropout, target_modules="all-linear")
     if ours:
-        model = qlora_compile.optimize(model, lora, quantize="nf4")
+        model = qlora_compile.optimize(model, lora, quantize="nf4", tune="model")
     else:
         model = get_peft_model(with_bitsandbytes(model, 4), lora)
     for name, parameter in model.named_parameters():

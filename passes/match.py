@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from qlora_compile.passes.nodes import (
     base_weight,
     example,
     insert_before,
+    is_barred,
     is_cast,
     is_linear,
     is_private,
@@ -79,6 +81,8 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
         result, fake_x, low_rank = example(last), example(base["x"]), example(branch.first)
         if result is None or fake_x is None or low_rank is None:
             continue
+        if _is_apart(branch, node):
+            continue
         seed = None
         if branch.dropout > 0.0:
             if fake_x.device not in seeds:
@@ -89,12 +93,12 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             if base["lora_dtype"] != low_rank.dtype:
                 continue
             factors = ((base["lora_b"], base["scaling"]), (lora_b, scaling))
-            scaled = [insert_before(last, torch.mul, factor) for factor in factors]
-            lora_a = insert_before(last, torch.cat, ([base["lora_a"], lora_a],))
-            lora_b, scaling = insert_before(last, torch.cat, (scaled,), dim=1), 1.0
+            scaled = [insert_before(node, torch.mul, factor) for factor in factors]
+            lora_a = insert_before(node, torch.cat, ([base["lora_a"], lora_a],))
+            lora_b, scaling = insert_before(node, torch.cat, (scaled,), dim=1), 1.0
         base |= {
             "x": branch.x,
-            "bias": _with_adapter_bias(base["bias"], branch, last),
+            "bias": _with_adapter_bias(base["bias"], branch, node),
             "lora_a": lora_a,
             "lora_b": lora_b,
             "seed": seed,
@@ -104,7 +108,7 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             "lora_dtype": low_rank.dtype,
             "out_dtype": result.dtype,
         }
-        new = insert_before(last, QLORA_LINEAR, tuple(base.values()))
+        new = insert_before(node, QLORA_LINEAR, tuple(base.values()))
         replace_node(last, new)
         rewritten += 1
     return rewritten
@@ -166,6 +170,25 @@ def _match_branch(add: Node) -> _Branch | None:
             a, b = strip_casts(lora_a), strip_casts(lora_b)
             return _Branch(base, x, first, a, b, bias, float(scaling), probability)
     return None
+
+
+def _is_apart(branch: _Branch, add: Node) -> bool:
+    """Whether base and adapter may read different values, since somebody writes to x or a copy of it
+    in between; or whether only one of them is differentiated."""
+    ways = [
+        way
+        for node in (arguments(branch.base)["x"], linear_operands(branch.first)[0])
+        for way in _way(branch.x, node)
+    ]
+    first = min([branch.base, branch.first, *ways])
+    return is_barred(first, add, [branch.x, *ways])
+
+
+def _way(source: Node, node: Any) -> Iterator[Node]:
+    """The casts, copies and dropout that lead from `source` to `node`."""
+    while node is not source:
+        yield node
+        node = node.args[0]
 
 
 def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:

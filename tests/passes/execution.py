@@ -47,6 +47,8 @@ def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
                 streams[strip_casts(call["lora_b"]).name].append(call["stream"])
         if node.target is torch.randint:
             node.target, node.args, node.kwargs = _seed, (), {}
+    for mine in streams.values():
+        mine.sort()  # numbered in the order of the dropouts
     for graph_module in (original, rewritten):
         for node in graph_module.graph.nodes:
             if node.target is not nn.functional.dropout:
