@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from qlora_compile.passes.nodes import (
     base_weight,
     example,
     insert_before,
+    is_barred,
     is_cast,
     is_linear,
     is_private,
@@ -79,6 +81,8 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
         result, fake_x, low_rank = example(last), example(base["x"]), example(branch.first)
         if result is None or fake_x is None or low_rank is None:
             continue
+        if _is_apart(branch, node):
+            continue
         seed = None
         if branch.dropout > 0.0:
             if fake_x.device not in seeds:
@@ -89,12 +93,12 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             if base["lora_dtype"] != low_rank.dtype:
                 continue
             factors = ((base["lora_b"], base["scaling"]), (lora_b, scaling))
-            scaled = [insert_before(last, torch.mul, factor) for factor in factors]
-            lora_a = insert_before(last, torch.cat, ([base["lora_a"], lora_a],))
-            lora_b, scaling = insert_before(last, torch.cat, (scaled,), dim=1), 1.0
+            scaled = [insert_before(node, torch.mul, factor) for factor in factors]
+            lora_a = insert_before(node, torch.cat, ([base["lora_a"], lora_a],))
+            lora_b, scaling = insert_before(node, torch.cat, (scaled,), dim=1), 1.0
         base |= {
             "x": branch.x,
-            "bias": _with_adapter_bias(base["bias"], branch, last),
+            "bias": _with_adapter_bias(base["bias"], branch, node),
             "lora_a": lora_a,
             "lora_b": lora_b,
             "seed": seed,
@@ -104,7 +108,7 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             "lora_dtype": low_rank.dtype,
             "out_dtype": result.dtype,
         }
-        new = insert_before(last, QLORA_LINEAR, tuple(base.values()))
+        new = insert_before(node, QLORA_LINEAR, tuple(base.values()))
         replace_node(last, new)
         rewritten += 1
     return rewritten
@@ -168,6 +172,25 @@ def _match_branch(add: Node) -> _Branch | None:
     return None
 
 
+def _is_apart(branch: _Branch, add: Node) -> bool:
+    """Whether base and adapter may read different values, since somebody writes to x or a copy of it
+    in between; or whether only one of them is differentiated."""
+    ways = [
+        way
+        for node in (arguments(branch.base)["x"], linear_operands(branch.first)[0])
+        for way in _way(branch.x, node)
+    ]
+    first = min([branch.base, branch.first, *ways])
+    return is_barred(first, add, [branch.x, *ways])
+
+
+def _way(source: Node, node: Any) -> Iterator[Node]:
+    """The casts, copies and dropout that lead from `source` to `node`."""
+    while node is not source:
+        yield node
+        node = node.args[0]
+
+
 def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
     """What base and adapter both read, behind casts: the base's own input where the adapter's is
     cast from it, so that no wider copy is kept for the backward."""
@@ -195,7 +218,8 @@ def _dropout_probability(node: Any) -> float | None:
 def _draw_seed(graph: Graph, device: torch.device) -> Node:
     """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
     activation checkpointing, which restores the generator's state, reproduce the masks."""
-    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    # The first that computes a tensor: no_grad and autocast are nodes too.
+    anchor = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
     return insert_before(
         anchor, torch.randint, (0, _SEED_LIMIT, (1,)), dtype=torch.int64, device=device
     )

@@ -48,7 +48,8 @@ def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
         if weight is None:
             weight = insert_before(node, torch.t, (factor,))
         linear = torch.nn.functional.linear
-        replace_node(last, insert_before(last, linear, (x, weight, bias)))
+        # Where the product stood: before the bias is added somebody may write to x.
+        replace_node(last, insert_before(node, linear, (x, weight, bias)))
         rewritten += 1
     return rewritten
 

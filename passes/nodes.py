@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _WRITES = (
     operator.itruediv,
     operator.setitem,
 )
+
+_GRAD_MODES = (torch._C._set_grad_enabled, torch.set_grad_enabled)
 
 
 def example(node: object) -> Tensor | None:
@@ -93,6 +95,26 @@ def written_by(node: Node) -> Node | None:
     if not node.args or not (method or node.target in _WRITES):
         return None
     return node.args[0] if isinstance(node.args[0], Node) else None
+
+
+def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
+    """Whether what reads `reads` at `first` may not do so at `last`, or the other way round: on the
+    way somebody may write to their memory, or autograd is switched on or off."""
+    storages = {_storage(node) for node in reads}
+    node = first.next
+    while node is not last:
+        if node.target in _GRAD_MODES:
+            return True
+        written = written_by(node)
+        if written is not None and (None in storages or _storage(written) in {None, *storages}):
+            return True
+        node = node.next
+    return False
+
+
+def _storage(node: Node) -> int | None:
+    value = example(node)
+    return None if value is None else value.untyped_storage()._cdata
 
 
 def is_linear(node: object) -> bool:

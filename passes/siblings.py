@@ -21,11 +21,11 @@ from qlora_compile.passes.nodes import (
     arguments,
     example,
     insert_before,
+    is_barred,
     is_cast,
     is_qlora_linear,
     is_written,
     replace_node,
-    written_by,
 )
 
 _MOVABLE = (torch.add, torch.cat, torch.mul)
@@ -71,7 +71,7 @@ def _joins(node: Node, group: list[Node], order: dict[Node, int]) -> bool:
             if other["lora_a"] is not None and any(call[name] != other[name] for name in names):
                 return False
     first = group[0]
-    if _is_written_between(call["x"], first, node, order):
+    if is_barred(first, node, (call["x"],)):
         return False
     inputs = [each for each in node.all_input_nodes if each is not call["x"]]
     return all(_is_available(each, first, order) for each in inputs)
@@ -85,23 +85,6 @@ def _is_available(node: Node, anchor: Node, order: dict[Node, int]) -> bool:
         return True
     movable = is_cast(node) or (node.op == "call_function" and node.target in _MOVABLE)
     return movable and all(_is_available(each, anchor, order) for each in node.all_input_nodes)
-
-
-def _is_written_between(x: Node, first: Node, last: Node, order: dict[Node, int]) -> bool:
-    """Whether the memory of `x` may be written to after `first` has read it and before `last`."""
-    storage = _storage(x)
-    node = first.next
-    while node is not last:
-        written = written_by(node)
-        if written is not None and (storage is None or _storage(written) in (None, storage)):
-            return True
-        node = node.next
-    return False
-
-
-def _storage(node: Node) -> int | None:
-    value = example(node)
-    return None if value is None else value.untyped_storage()._cdata
 
 
 def _rewrite(group: list[Node], order: dict[Node, int]) -> None:
