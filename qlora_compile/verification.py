@@ -25,9 +25,9 @@ from qlora_compile.graph_forms import (
 from qlora_compile.graph_results import outputs_and_gradients
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 
-FACTORS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 3.0, torch.bfloat16: 3.0}
-"""An error may be this many times that of the plain computation in the same dtypes, of which this
-is the lowest. In the wider ones more is luck, and less is lost by allowing it."""
+FACTOR = 4.0
+"""An error may be this many times that of the plain computation in the same dtypes: of hundreds of
+gradients the plain one's is, by luck, a third of the others' in some."""
 
 LOST_FACTOR = 10.0
 """The same where the plain computation has no correct digit, as of gradients that cancel out."""
@@ -36,7 +36,7 @@ _LOST = 0.5
 
 NOISE = {
     torch.float64: 64 * torch.finfo(torch.float64).eps,
-    torch.float32: 2 * torch.finfo(torch.float32).eps,
+    torch.float32: 64 * torch.finfo(torch.float32).eps,
     torch.float16: torch.finfo(torch.float16).eps / 4,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
 }
@@ -47,6 +47,9 @@ _OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfl
 """Allowed where the captured graph runs in no other dtype and is its own reference."""
 
 _OWN_DTYPES = "its own dtypes"
+
+_SEED = 1
+"""Of random inputs."""
 
 IN_FLOAT32 = "random, in float32"
 
@@ -202,7 +205,7 @@ class _Case:
         exact = torch.where(defined, exact, 0.0).double()
         error = _error(torch.where(defined, actual, 0.0), exact)
         plain_error = _error(torch.where(defined, plain, 0.0), exact)
-        factor = FACTORS[self.lowest] if plain_error < _LOST else LOST_FACTOR
+        factor = FACTOR if plain_error < _LOST else LOST_FACTOR
         allowed = factor * max(plain_error, NOISE[self.lowest])
         if exacts is None:
             allowed = _OWN[self.lowest]
@@ -224,7 +227,7 @@ def _error(value: Tensor, exact: Tensor) -> float:
 def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[Any]:
     """`args` with normal numbers for activations, of their own mean and deviation, and for trained
     parameters: matrices, which as adapters begin with zeros, of variance 1 / columns."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(_SEED)
     values = []
     for each, arg in zip(inputs, args, strict=True):
         value = arg

@@ -17,7 +17,7 @@ from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.passes.context import FusedExperts, FusedSite
 from qlora_compile.tuning.store import cache_folder
-from qlora_compile.verification import FACTORS, CapturedInput, check
+from qlora_compile.verification import FACTOR, CapturedInput, check
 
 Verify = bool | Literal["once"]
 
@@ -79,7 +79,7 @@ class Verifier:
                     device=device,
                     dtype=str(result.dtype).removeprefix("torch."),
                     reference=result.reference,
-                    factor=FACTORS[result.dtype],
+                    factor=FACTOR,
                     comparisons=result.comparisons,
                 )
                 store.append(known)
