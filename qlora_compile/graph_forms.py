@@ -24,6 +24,7 @@ from qlora_compile.passes.nodes import (
     is_qlora_linear,
     linear_operands,
     stored_weight,
+    strip_casts,
 )
 from qlora_compile.specified_ops import SPECIFIED
 
@@ -52,19 +53,28 @@ def fused_masks(rewritten: GraphModule) -> Masks:
 def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) -> str | None:
     """The placeholder of a fused adapter whose input `original` drops out with another probability
     than `rewritten`, whose masks are `masks`; no comparison of numbers would tell."""
-    probabilities = {}
-    for node in original.graph.nodes:
-        if node.target is _DROPOUT:
-            call: dict[str, Any] = {"p": 0.5, "training": True}
-            call |= dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-            probabilities[_adapter_of(node)] = call["p"] if call["training"] else 0.0
+    dropouts = [node for node in original.graph.nodes if node.target is _DROPOUT]
+    expected = {name: _probability(node) for node in dropouts for name in _weights_after(node)}
     for node in rewritten.graph.nodes:
         for call in calls(node):
+            if call["lora_a"] is None:
+                continue
             # A factor that was made of several adapters' has no dropout before it.
-            name = None if call["lora_a"] is None else stored_weight(call["lora_a"]).name
-            if name is not None and probabilities.get(name, 0.0) != masks.get(name, (0, 0.0))[1]:
+            name = stored_weight(call["lora_a"]).name
+            # Where the base product reads what is dropped out, as in DoRA, that stays a node.
+            before = _probability(strip_casts(call["x"]))
+            if expected.get(name, 0.0) != (masks[name][1] if name in masks else before):
                 return name
     return None
+
+
+def _probability(node: Node) -> float:
+    """Of a dropout; 0 of any other node."""
+    if node.target is not _DROPOUT:
+        return 0.0
+    call: dict[str, Any] = {"p": 0.5, "training": True}
+    call |= dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return call["p"] if call["training"] else 0.0
 
 
 def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
@@ -79,7 +89,8 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
             elif call["seed"] is not None:
                 call["seed"].target, call["seed"].args = torch.full, ((1,), SEED)
         elif node.target is _DROPOUT:
-            stream, probability = masks.get(_adapter_of(node) or "", (0, 0.0))
+            found = [masks[name] for name in _weights_after(node) if name in masks]
+            stream, probability = found[0] if found else (0, 0.0)
             node.target, node.args = masked, (_operand(node), stream, probability)
             node.kwargs = {}
         elif node.target is _ATTENTION:
@@ -105,13 +116,16 @@ def _operand(dropout: Node) -> Any:
     return dropout.args[0] if dropout.args else dropout.kwargs["input"]
 
 
-def _adapter_of(dropout: Node) -> str | None:
-    """The placeholder of the factor A that a dropout's result is multiplied with."""
-    users = list(dropout.users)
-    while len(users) == 1 and is_cast(users[0]):
-        users = list(users[0].users)
-    linears = [user for user in users if is_linear(user)]
-    return stored_weight(linear_operands(linears[0])[1]).name if linears else None
+def _weights_after(dropout: Node) -> list[str]:
+    """The placeholders of what a dropout's result is multiplied with: an adapter's A, mostly."""
+    users, weights = list(dropout.users), []
+    while users:
+        user = users.pop()
+        if is_linear(user):
+            weights.append(stored_weight(linear_operands(user)[1]).name)
+        elif is_cast(user):
+            users += user.users
+    return weights
 
 
 def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:

@@ -80,6 +80,17 @@ def test_a_right_rewrite_has_a_certificate(
         assert str(certificate) in str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dropout_before_base_and_adapter_is_not_lost(dtype: torch.dtype) -> None:
+    model = toy(dtype=dtype, num_hidden_layers=1).requires_grad_(False)
+    config = lora(0.1, use_dora=True)
+    model = qlora_compile.optimize(model, config, verify=True, tune="model").train()
+    step(model, tokens())
+    report = qlora_compile.explain(model)
+    assert not report.mismatches
+    assert len(report.certificates) == 1
+
+
 def test_a_check_inside_a_checkpoint_leaves_the_checkpoint_alone() -> None:
     gradients = []
     for verify in (False, True):
