@@ -208,11 +208,17 @@ def main() -> None:
             for side in ("stock", "ours")
         ]
         ratios = [f"{entry[f'{kind} ratio']:.2f}" for kind in ("written", "saved")]
-        rows.append([str(setting), *megabytes[:2], ratios[0], *megabytes[2:4], ratios[1], *megabytes[4:]])
+        rows.append(
+            [str(setting), *megabytes[:2], ratios[0], *megabytes[2:4], ratios[1], *megabytes[4:]]
+        )
         console.print(rows[-1])
     header = ["setting"]
-    header += [f"{kind} {column}" for kind in ("written", "saved") for column in ("stock", "ours", "ratio")]
-    header += [f"{kind} {side}" for kind in ("gemm", "decoded", "inside") for side in ("stock", "ours")]
+    header += [
+        f"{kind} {column}" for kind in ("written", "saved") for column in ("stock", "ours", "ratio")
+    ]
+    header += [
+        f"{kind} {side}" for kind in ("gemm", "decoded", "inside") for side in ("stock", "ours")
+    ]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = f"MB of 10⁶ bytes.\n\n{table}\n"

@@ -13,7 +13,14 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.passes.nodes import calls, example, is_cast, is_linear, linear_operands, strip_casts
+from qlora_compile.passes.nodes import (
+    calls,
+    example,
+    is_cast,
+    is_linear,
+    linear_operands,
+    strip_casts,
+)
 from tests.passes.recorder import source_name
 
 WIDE = torch.float64
@@ -74,7 +81,9 @@ def _dropped(x: Tensor, p: float, stream: int) -> Tensor:
 
 def inputs_of(program: nn.Module, x: Tensor, *, wide: bool) -> dict[str, Tensor]:
     """What a program's graph takes, by its sources; planes of packed weights are never widened."""
-    named = [(source_name(program, n), t) for n, t in program.named_parameters(remove_duplicate=False)]
+    named = [
+        (source_name(program, n), t) for n, t in program.named_parameters(remove_duplicate=False)
+    ]
     tensors = {"L['x']": x} | dict(named)
     if wide:
         tensors = {

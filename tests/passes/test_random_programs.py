@@ -18,7 +18,10 @@ from tests.passes.programs import Program, programs
 from tests.passes.recorder import record
 
 
-@settings(max_examples=int(__import__('os').environ.get('N','2000')), phases=eval(__import__('os').environ.get('PH','None')) or tuple(hypothesis.Phase))
+@settings(
+    max_examples=int(__import__("os").environ.get("N", "2000")),
+    phases=eval(__import__("os").environ.get("PH", "None")) or tuple(hypothesis.Phase),
+)
 @given(program=programs, rows=st.sampled_from((4, 4, 2, 0)), trains_x=st.booleans())
 def test_a_program_is_computed_as_before(program: Program, rows: int, trains_x: bool) -> None:
     x = torch.randn(rows, 8, dtype=program.dtype, requires_grad=trains_x)
