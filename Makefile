@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench bench-static bench-tuning bench-coverage wheel setup clean
+.PHONY: demo test lint bench bench-static bench-tuning bench-bytes bench-coverage wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -30,6 +30,9 @@ bench-static: setup
 bench-tuning: setup
 	$(BIN)/python -m bench.tuning.ranking
 	$(BIN)/python -m bench.tuning.steps
+
+bench-bytes: setup
+	$(BIN)/python -m bench.block_bytes
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
