@@ -12,8 +12,9 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from torch import Tensor, nn
 
 import qlora_compile
+from bench.agreement import distance
 from qlora_compile.report import Report
-from tests.test_equality import without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["without_inductor"]
@@ -104,3 +105,27 @@ def test_a_batch_that_names_its_adapters_is_exact(base: str) -> None:
             assert each is None or all(str(site.reason).startswith(HOOKED) for site in sites)
     assert not torch.allclose(results[0], results[1], atol=1e-2)
     assert not torch.allclose(results[0], results[2], atol=1e-2)
+
+
+def test_alora_trains_as_stock() -> None:
+    """An adapter that sets in at a row's own position, handed to its layers by hooks."""
+    models: list[Any] = []
+    for optimized in (False, True):
+        model: Any = toy()
+        torch.manual_seed(1)
+        config = LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            alora_invocation_tokens=[5, 6],
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+        models.append((qlora_compile.optimize(model) if optimized else model).train())
+    for start in (4, 9):
+        ids = tokens(2, 16)
+        ids[:, start], ids[:, start + 1] = 5, 6
+        for group, error in distance(*(step(model, ids) for model in reversed(models))).items():
+            assert error < FLOAT32_TOLERANCE, group
+    sites = qlora_compile.explain(models[1]).sites[:-1]
+    assert all(str(site.reason).startswith(HOOKED) for site in sites)
