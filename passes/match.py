@@ -173,8 +173,8 @@ def _match_branch(add: Node) -> _Branch | None:
 
 
 def _is_apart(branch: _Branch, add: Node) -> bool:
-    """Whether base and adapter may read different values, since somebody writes to x or a copy of it
-    in between; or whether only one of them is differentiated."""
+    """Whether base and adapter may read different values, since somebody writes to x or to a copy
+    of it in between; or whether only one of them is differentiated."""
     ways = [
         way
         for node in (arguments(branch.base)["x"], linear_operands(branch.first)[0])

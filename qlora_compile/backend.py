@@ -71,12 +71,18 @@ def compile_inner(
     graph_module: GraphModule, example_inputs: list[Any], baked: Sequence[object] = ()
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor; baked: what else the result depends on."""
+    from torch._functorch import config as partitioner_config
     from torch._inductor.compile_fx import compile_fx
 
     # Their caches on disk know the graph, not what its ops decompose to.
     parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
-    with compiler_config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
+    # An op's input that elementwise code made, as SwiGLU and norms do, is made again for the
+    # backward instead of kept: torch would keep it, as that writes less.
+    with (
+        compiler_config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
+        partitioner_config.patch(ban_recompute_materialized_backward=False),
+    ):
         compiled = compile_fx(graph_module, example_inputs)
     assert callable(compiled)
     return compiled
