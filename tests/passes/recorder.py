@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -99,7 +100,7 @@ def record(module: nn.Module, x: Tensor) -> GraphModule:
     with _Recording(graph, names) as recording:
         outputs = torch.func.functional_call(module, tensors, (fake_x,), tie_weights=False)
     graph.output(tree_map(recording.node, outputs))
-    return GraphModule({}, graph)
+    return _LazyGraphModule({}, graph)
 
 
 def source_name(module: nn.Module, name: str) -> str:
