@@ -141,13 +141,20 @@ def test_an_unknown_reduction_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "format", "softcap"),
-    [(1, UNQUANTIZED, None), (1, "nf4", 30.0), (3, UNQUANTIZED, 30.0), (4, UNQUANTIZED, None)],
+    ("rows", "vocabulary", "precision", "format", "softcap"),
+    [
+        (1024, 32768, 1, UNQUANTIZED, None),
+        (1024, 32768, 1, "nf4", 30.0),
+        (1024, 32768, 3, UNQUANTIZED, 30.0),
+        (512, 131072, 4, UNQUANTIZED, None),
+    ],
 )
-def test_memory_at_a_large_vocabulary(precision: int, format: str, softcap: float | None) -> None:
+def test_memory_at_a_large_vocabulary(
+    rows: int, vocabulary: int, precision: int, format: str, softcap: float | None
+) -> None:
     """At most a fifth of the plain computation's peak, forward and backward."""
     d = PRECISIONS[precision]
-    case = Case(1024, 32768, 32, format=format, precision=d, softcap=softcap)
+    case = Case(rows, vocabulary, 32, format=format, precision=d, softcap=softcap)
     call = case.build()
     hidden = call.tensors["hidden"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,11 @@ from torch.nn import functional
 from qlora_compile.quantized_linear import QuantizedLinear
 
 WIDTHS = (8, 4)
-STYLES = ("plain", "scaling first", "branch first", "in place", "cloned", "leaky", "magnitude")
-"""How a site joins its adapter; the last two are no plain LoRA."""
+STYLES = (
+    *("plain", "scaling first", "branch first", "in place", "cloned"),
+    *("leaky", "magnitude", "x written", "base without grad"),
+)
+"""How a site joins its adapter; what stands in the second line is no plain LoRA."""
 
 
 class SiteSpec(NamedTuple):
@@ -58,9 +62,12 @@ class Site(nn.Module):
         return self.base_layer if tied == "base" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)
+        with torch.no_grad() if self.spec.style == "base without grad" else nullcontext():
+            result = self.base_layer(x)
         if not self.spec.rank:
             return result
+        if self.spec.style == "x written":
+            x.mul_(0.5)
         dtype, style, scaling = result.dtype, self.spec.style, self.scaling
         if style == "cloned":
             result = result.clone()
@@ -250,10 +257,10 @@ def adapter_alone(m: Any, values: list[Tensor], left: Tensor, second: int, site:
     return left + low.sum(1, keepdim=True).to(left.dtype)
 
 
-_FREQUENT = (linear, linear, linear, linear_onto, residual)
+_FREQUENT = (linear, linear, linear, linear_onto, residual, cast)
 _OTHERS: tuple[Callable[..., Tensor], ...] = (
     *(linear_no_grad, linear_3d, add_onto, write_method, write_slice, write_function),
-    *(write_dropout, gate, cast, cast_and_back, null_cast, copied, reshaped, transposed),
+    *(write_dropout, gate, cast_and_back, null_cast, copied, reshaped, transposed),
     *(expanded, viewed, halved, joined, weight_read, adapter_alone),
 )
 OPERATIONS = {each.__name__: each for each in (*_FREQUENT, *_OTHERS)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -31,10 +32,11 @@ _OPERATORS = {
 
 
 class _Recording(TorchFunctionMode):
-    def __init__(self, graph: Graph, names: dict[int, str]) -> None:
+    def __init__(self, graph: Graph, names: dict[int, tuple[str, int]]) -> None:
         super().__init__()
         self.graph, self.names = graph, names
         self.nodes: dict[int, Node] = {}
+        self.placeholders: dict[int, Node] = {}
         self.keep: list[Any] = []
 
     def node(self, value: Any) -> Any:
@@ -42,15 +44,19 @@ class _Recording(TorchFunctionMode):
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.nodes:
-            name = self.names[id(value)]
-            after = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
-            root = self.graph._root if after is None else after
-            with self.graph.inserting_before(root):
-                placeholder = self.graph.placeholder(re.sub(r"\W", "_", name))
-            placeholder.meta["example_value"] = value
-            placeholder.meta["grapharg"] = SimpleNamespace(source=SimpleNamespace(name=name))
-            self.nodes[id(value)] = placeholder
+            name, shared = self.names[id(value)]
+            if shared not in self.placeholders:
+                self.placeholders[shared] = self._placeholder(name, value)
+            self.nodes[id(value)] = self.placeholders[shared]
         return self.nodes[id(value)]
+
+    def _placeholder(self, name: str, value: Tensor) -> Node:
+        after = next((n for n in self.graph.nodes if n.op != "placeholder"), self.graph._root)
+        with self.graph.inserting_before(after):
+            placeholder = self.graph.placeholder(re.sub(r"\W", "_", name))
+        placeholder.meta["example_value"] = value
+        placeholder.meta["grapharg"] = SimpleNamespace(source=SimpleNamespace(name=name))
+        return placeholder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
@@ -58,8 +64,9 @@ class _Recording(TorchFunctionMode):
         attribute = name == "__get__"
         if attribute:
             name = func.__self__.__name__
+        unchanged = func is torch._C._set_grad_enabled and args[0] == torch.is_grad_enabled()
         result = func(*args, **kwargs)
-        if attribute and not isinstance(result, Tensor):
+        if unchanged or (attribute and not isinstance(result, Tensor)):
             return result
         arguments = tree_map(self.node, tuple(args)), tree_map(self.node, kwargs)
         if attribute:
@@ -84,22 +91,22 @@ class _Recording(TorchFunctionMode):
 def record(module: nn.Module, x: Tensor) -> GraphModule:
     """The torch-level graph of `module(x)`; placeholders are named as Dynamo's sources are."""
     mode = FakeTensorMode()
-    tensors = {
-        name: mode.from_tensor(tensor, static_shapes=True)
-        for named in (module.named_parameters, module.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    }
     # No leaf, so that programs may write to it.
     fake_x = mode.from_tensor(x.detach(), static_shapes=True)
     fake_x = fake_x.requires_grad_(x.requires_grad).clone()
-    names = {id(fake_x): "L['x']"}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), source_name(module, name))
+    names = {id(fake_x): ("L['x']", id(x))}
+    tensors = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            # One object for each name: what is shared goes by the name that is read first.
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            tensors[name] = fake.requires_grad_(tensor.requires_grad)
+            names[id(fake)] = (source_name(module, name), id(tensor))
     graph = Graph()
     with _Recording(graph, names) as recording:
         outputs = torch.func.functional_call(module, tensors, (fake_x,), tie_weights=False)
     graph.output(tree_map(recording.node, outputs))
-    return GraphModule({}, graph)
+    return _LazyGraphModule({}, graph)
 
 
 def source_name(module: nn.Module, name: str) -> str:
