@@ -3,7 +3,7 @@ with the same dropout masks: then nothing but a wrong rewrite tells them apart."
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.passes.nodes import (
+    arguments,
     calls,
     example,
     is_cast,
@@ -46,7 +47,7 @@ def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
     """Gives the dropouts of `original` the masks of the fused calls they became.
 
     A dropout is known by the B behind it. One that is still in `rewritten` keeps all there and
-    here."""
+    here; where an adapter is fused in some of its calls only, nothing is dropped anywhere."""
     streams: dict[str, list[int]] = defaultdict(list)
     for node in rewritten.graph.nodes:
         for call in calls(node):
@@ -54,19 +55,32 @@ def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
                 streams[strip_casts(call["lora_b"]).name].append(call["stream"])
         if node.target is torch.randint:
             node.target, node.args, node.kwargs = _seed, (), {}
+    dropouts = Counter(filter(None, map(_dropped_factor, original.graph.nodes)))
+    if any(len(mine) != dropouts[name] for name, mine in streams.items()):
+        streams.clear()
+        for node in rewritten.graph.nodes:
+            if calls(node):
+                node.args = tuple((arguments(node) | {"dropout": 0.0, "seed": None}).values())
     for mine in streams.values():
         mine.sort()  # numbered in the order of the dropouts
     for graph_module in (original, rewritten):
         for node in graph_module.graph.nodes:
             if node.target is not nn.functional.dropout:
                 continue
-            low_ranks = [user for user in node.users if is_linear(user)]
-            products = [user for low in low_ranks for user in low.users if is_linear(user)]
-            mine = streams[strip_casts(linear_operands(products[0])[1]).name] if products else []
+            mine = streams[_dropped_factor(node) or ""]
             if mine and graph_module is original:
                 node.target, node.kwargs = _dropped, {"p": node.kwargs["p"], "stream": mine.pop(0)}
             else:
                 node.kwargs = node.kwargs | {"p": 0.0}
+
+
+def _dropped_factor(node: Node) -> str | None:
+    """The B behind a dropout, by its placeholder's name."""
+    if node.target is not nn.functional.dropout:
+        return None
+    low_ranks = [user for user in node.users if is_linear(user)]
+    products = [user for low in low_ranks for user in low.users if is_linear(user)]
+    return strip_casts(linear_operands(products[0])[1]).name if products else None
 
 
 def _seed() -> Tensor:
