@@ -57,7 +57,7 @@ class Setting(NamedTuple):
     dropout: float
 
     def __str__(self) -> str:
-        return f"{str(self.adapter).removeprefix('torch.')} adapters, dropout {self.dropout}"
+        return f"{str(self.adapter).removeprefix('torch.')}, {self.dropout}"
 
 
 SETTINGS = [Setting(a, p) for a in (torch.float32, torch.bfloat16) for p in (0.0, 0.05)]
@@ -177,7 +177,7 @@ def _inside(profiler: Any) -> int:
         if not event.name.startswith((OURS, "bitsandbytes::gem")):
             pending += event.children
             continue
-        sizes = [each for each in _allocations(event.children)]
+        sizes = list(_allocations(event.children))
         total += sum(size for size in sizes if size > 0) - max(sum(sizes), 0)
     return total
 
@@ -189,41 +189,37 @@ def _allocations(events: list[Any]) -> Iterator[int]:
         yield from _allocations(event.children)
 
 
+KINDS = ("written", "saved", "gemm", "decoded", "inside")
+
+
 def main() -> None:
     """Count the bytes and compare them with stock's."""
     console = Console()
-    rows, results = [], {}
+    header = ["adapters, dropout", *(f"{k} {side}" for k in KINDS for side in ("stock", "ours"))]
+    rows = [[*header, "written ratio", "saved ratio"], ["---"] + ["---:"] * (len(header) + 1)]
+    results: dict[str, Any] = {}
     for setting in SETTINGS:
         entry: dict[str, Any] = {}
         for side in ("stock", "ours"):
             kinds, origins = block_bytes(setting, side == "ours")
-            entry[side] = dict(kinds) | {"largest": origins.most_common(12)}
+            entry[side] = {kind: kinds[kind] for kind in KINDS} | {
+                "largest written": origins.most_common(12)
+            }
             torch._dynamo.reset()
+        cells = [entry[side][kind] / 1e6 for kind in KINDS for side in ("stock", "ours")]
         for kind in ("written", "saved"):
             entry[f"{kind} ratio"] = entry["ours"][kind] / entry["stock"][kind]
+            cells.append(entry[f"{kind} ratio"])
         results[str(setting)] = entry
-        megabytes = [
-            f"{entry[side].get(kind, 0) / 1e6:.1f}"
-            for kind in ("written", "saved", "gemm", "decoded", "inside")
-            for side in ("stock", "ours")
-        ]
-        ratios = [f"{entry[f'{kind} ratio']:.2f}" for kind in ("written", "saved")]
         rows.append(
-            [str(setting), *megabytes[:2], ratios[0], *megabytes[2:4], ratios[1], *megabytes[4:]]
+            [str(setting), *(f"{cell:.{1 if i < 10 else 2}f}" for i, cell in enumerate(cells))]
         )
-        console.print(rows[-1])
-    header = ["setting"]
-    header += [
-        f"{kind} {column}" for kind in ("written", "saved") for column in ("stock", "ours", "ratio")
-    ]
-    header += [
-        f"{kind} {side}" for kind in ("gemm", "decoded", "inside") for side in ("stock", "ours")
-    ]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = f"MB of 10⁶ bytes.\n\n{table}\n"
-    console.print(text)
-    (RESULTS / "block_bytes.md").write_text(text)
+        console.print(", ".join(map(" ".join, zip(rows[0], rows[-1], strict=True))))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    description = f"MB of 10⁶ bytes; {BATCH} x {LENGTH} tokens, rank {RANK}, bfloat16 model."
+    (RESULTS / "block_bytes.md").write_text(
+        f"{description} What is counted: bench/block_bytes.py.\n\n{table}\n"
+    )
     (RESULTS / "block_bytes.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
