@@ -88,6 +88,8 @@ class Site(nn.Module):
         return result.to(dtype)
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
 Step = tuple[str, int, int, int]
 """An operation on two earlier values and a site, each by its index modulo how many there are."""
 
@@ -143,6 +145,19 @@ def _wide(values: list[Tensor], width: int, index: int) -> Tensor:
 
 def linear(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
     return site(_wide(values, site.spec.k, second).to(m.dtype))
+
+
+def siblings(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
+    """All sites that can read the same value; some programs write to it on the way."""
+    x = _wide(values, site.spec.k, second).to(m.dtype)
+    outputs = []
+    for each in m.children():
+        if each.spec.k == site.spec.k:
+            outputs.append(each(x))
+            if second == 7:
+                x.add_(0.5)
+    values += outputs
+    return torch.cat(outputs, 1)[:, : WIDTHS[0]].sum(1, keepdim=True) * left
 
 
 def linear_no_grad(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
@@ -257,7 +272,7 @@ def adapter_alone(m: Any, values: list[Tensor], left: Tensor, second: int, site:
     return left + low.sum(1, keepdim=True).to(left.dtype)
 
 
-_FREQUENT = (linear, linear, linear, linear_onto, residual, cast)
+_FREQUENT = (linear, linear, siblings, linear_onto, residual, cast)
 _OTHERS: tuple[Callable[..., Tensor], ...] = (
     *(linear_no_grad, linear_3d, add_onto, write_method, write_slice, write_function),
     *(write_dropout, gate, cast_and_back, null_cast, copied, reshaped, transposed),
@@ -281,19 +296,16 @@ site_specs = st.builds(
     style=st.sampled_from((*STYLES[:1] * 4, *STYLES)),
     tied=st.sampled_from(("", "", "", "base", "lora_a")),
 )
-programs = st.builds(
-    Program,
-    sites=st.lists(site_specs, min_size=1, max_size=4),
-    steps=st.lists(
-        st.tuples(
-            st.sampled_from([each.__name__ for each in (*_FREQUENT * 3, *_OTHERS)]),
-            _small,
-            _small,
-            _small,
-        ),
-        min_size=1,
-        max_size=9,
-    ),
-    returned=st.lists(_small, min_size=1, max_size=3),
-    dtype=st.sampled_from((torch.float32, torch.float64, torch.bfloat16)),
+steps = st.tuples(
+    st.sampled_from([each.__name__ for each in (*_FREQUENT * 3, *_OTHERS)]), _small, _small, _small
 )
+
+
+def programs(*dtypes: torch.dtype) -> st.SearchStrategy[Program]:
+    return st.builds(
+        Program,
+        sites=st.lists(site_specs, min_size=1, max_size=4),
+        steps=st.lists(steps, min_size=1, max_size=9),
+        returned=st.lists(_small, min_size=1, max_size=3),
+        dtype=st.sampled_from(dtypes),
+    )

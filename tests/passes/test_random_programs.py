@@ -23,7 +23,7 @@ from qlora_compile.passes.nodes import (
 )
 from qlora_compile.pipeline import run_pipeline
 from tests.passes.execution import drop_alike, inputs_of, run, widen
-from tests.passes.programs import Program, SiteSpec, Step, programs
+from tests.passes.programs import DTYPES, Program, SiteSpec, Step, programs
 from tests.passes.recorder import record
 
 NARROW_FACTOR = 64
@@ -77,10 +77,13 @@ def _dtypes(graph_module: GraphModule) -> set[torch.dtype]:
     return {value.dtype for value in values if value is not None and value.is_floating_point()}
 
 
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
-@given(program=programs, rows=st.sampled_from((4, 4, 2, 0)), trains_x=st.booleans())
-def test_a_program_is_computed_as_before(program: Program, rows: int, trains_x: bool) -> None:
-    check(program, rows, trains_x)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=670, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), rows=st.sampled_from((4, 4, 2, 0)), trains_x=st.booleans())
+def test_a_program_is_computed_as_before(
+    dtype: torch.dtype, data: st.DataObject, rows: int, trains_x: bool
+) -> None:
+    check(data.draw(programs(dtype)), rows, trains_x)
 
 
 ADAPTED = SiteSpec(rank=2)
@@ -100,7 +103,7 @@ def test_what_once_went_wrong(sites: list[SiteSpec], steps: list[Step]) -> None:
 
 
 @settings(max_examples=20, phases=[p for p in Phase if p is not Phase.explain])
-@given(program=programs)
+@given(program=programs(*DTYPES))
 def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
     x = torch.randn(4, 8, dtype=program.dtype, requires_grad=True)
     captured = []
