@@ -1,6 +1,8 @@
 """Runs a captured graph and its rewritten twin on the same values, all arithmetic in float64 and
 with the same dropout masks: then nothing but a wrong rewrite tells them apart."""
 
+# Attributes of modules and options of configs are not as typed.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from collections import Counter, defaultdict

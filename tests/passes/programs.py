@@ -1,5 +1,7 @@
 """Modules that run a drawn program: what models do around, between and to their Linears."""
 
+# Attributes of modules and options of configs are not as typed.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from collections.abc import Callable
