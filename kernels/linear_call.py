@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,30 +60,37 @@ def linears_of_call(
     x: Tensor,
     tensors: Sequence[Tensor],
     seed: Tensor | None,
-    low_rank: Tensor | None,
     layout: tuple[Sequence[bool], Sequence[bool]],
     constants: Sequence[Any],
 ) -> Group:
     """The Linears of a call. tensors: of each Linear its planes, its bias if it has one and its
-    lora_a and lora_b if it has them, as `layout` tells; low_rank: S of all in one."""
+    lora_a and lora_b if it has them, as `layout` tells."""
     format, n, k, block_size, scaling, dropout, stream, *dtypes = constants
     optional = sum(map(sum, layout)) + sum(layout[1])
     count = (len(tensors) - optional) // len(n)
     rest = iter(tensors)
     group = []
-    rank = 0
     for has_bias, has_adapter, *own in zip(*layout, n, scaling, stream, strict=True):
         planes = list(itertools.islice(rest, count))
         bias = next(rest) if has_bias else None
         lora_a, lora_b = (next(rest), next(rest)) if has_adapter else (None, None)
-        low = None
-        if low_rank is not None and lora_a is not None:
-            low = low_rank[:, rank : rank + lora_a.shape[0]]
-            rank += lora_a.shape[0]
         mask = seed if has_adapter else None
         spec = linear_spec(format, own[0], k, block_size, own[1], dropout, own[2], *dtypes)
-        group.append((LinearTensors(x, planes, bias, lora_a, lora_b, mask, low), spec))
+        group.append((LinearTensors(x, planes, bias, lora_a, lora_b, mask), spec))
     return group
+
+
+def with_low_rank(group: Group, low_rank: Tensor) -> Group:
+    """`group` with S of all in one [M, sum of ranks]: each adapter has its columns."""
+    adapted = []
+    rank = 0
+    for tensors, spec in group:
+        linear = tensors
+        if tensors.lora_a is not None:
+            columns = slice(rank, rank + tensors.lora_a.shape[0])
+            linear, rank = replace(tensors, low_rank=low_rank[:, columns]), columns.stop
+        adapted.append((linear, spec))
+    return adapted
 
 
 # No defaults in the schemas: autograd of custom ops drops defaulted arguments and then miscounts
@@ -117,11 +125,11 @@ def qlora_linear_forward(
         *(compute_dtype, lora_dtype, out_dtype),
     )
     x_rows = x.reshape(-1, k)
-    group = linears_of_call(x_rows, tensors, seed, None, (has_bias, has_adapter), constants)
+    group = linears_of_call(x_rows, tensors, seed, (has_bias, has_adapter), constants)
     low_rank = x.new_empty(0)
     if keeps:
         low_rank = x.new_empty(x_rows.shape[0], _total_rank(group), dtype=lora_dtype)
-        group = linears_of_call(x_rows, tensors, seed, low_rank, (has_bias, has_adapter), constants)
+        group = with_low_rank(group, low_rank)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(group_problem("forward", x_rows.shape[0], group), source)
         results = choice.variant.forward_group(group, choice.config)
@@ -144,7 +152,7 @@ def _(x, tensors, seed, has_bias, has_adapter, keeps, source, format, n, k, *con
     if not keeps:
         return [*results, x.new_empty(0)]
     layout = (has_bias, has_adapter)
-    group = linears_of_call(x, tensors, seed, None, layout, (format, n, k, *constants))
+    group = linears_of_call(x, tensors, seed, layout, (format, n, k, *constants))
     rows = x.numel() // k if k else 0
     return [*results, x.new_empty((rows, _total_rank(group)), dtype=constants[-2])]
 
@@ -179,7 +187,9 @@ def qlora_linear_backward(
         *(compute_dtype, lora_dtype, out_dtype),
     )
     x_rows = x.reshape(-1, k)
-    group = linears_of_call(x_rows, tensors, seed, low_rank, (has_bias, has_adapter), constants)
+    group = linears_of_call(x_rows, tensors, seed, (has_bias, has_adapter), constants)
+    if low_rank is not None:
+        group = with_low_rank(group, low_rank)
     needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
     rows = [grad.reshape(-1, each) for grad, each in zip(grads, n, strict=True)]
     with torch.autocast(x.device.type, enabled=False):
@@ -195,7 +205,7 @@ def qlora_linear_backward(
 def _(grads, x, tensors, seed, low_rank, needs_x, needs_adapter, needs_bias, *rest):
     has_bias, has_adapter, _, *constants = rest
     results = [x.new_empty(x.shape)] if needs_x else []
-    for linear, _ in linears_of_call(x, tensors, seed, None, (has_bias, has_adapter), constants):
+    for linear, _ in linears_of_call(x, tensors, seed, (has_bias, has_adapter), constants):
         wanted = [linear.bias] if needs_bias else []
         wanted += [linear.lora_a, linear.lora_b] if needs_adapter else []
         results += [each.new_empty(each.shape) for each in wanted if each is not None]

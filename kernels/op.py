@@ -89,7 +89,7 @@ def qlora_linear_group(
     keeps, source = False, current_source()
     factors = [factor for factor in (*lora_a, *lora_b) if factor is not None]
     if any(factor.requires_grad for factor in factors) and torch.is_grad_enabled():
-        group = linears_of_call(x, flat, seed, None, layout, (*constants, *dtypes))
+        group = linears_of_call(x, flat, seed, layout, (*constants, *dtypes))
         keeps = keeps_low_rank(group_problem("forward", hinted_rows(x, k), group), source)
     *results, _ = qlora_linear_forward(x, flat, seed, *layout, keeps, source, *constants, *dtypes)
     return results

@@ -17,6 +17,7 @@ from qlora_compile.passes.nodes import (
     ADDS,
     arguments,
     base_weight,
+    dropout_probability,
     example,
     insert_before,
     is_barred,
@@ -159,7 +160,8 @@ def _match_branch(add: Node) -> _Branch | None:
         adapted, lora_a, _ = linear_operands(first)
         _, lora_b, bias = linear_operands(second)
         before = _strip_private(adapted)
-        probability = _dropout_probability(before)
+        # Of one that nobody else uses.
+        probability = dropout_probability(before) if is_private(before) else None
         call = arguments(base)
         x = _shared_input(call["x"], adapted if probability is None else before.args[0])
         probability = probability or 0.0
@@ -201,18 +203,6 @@ def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
         return base_x
     source = strip_casts(base_x)
     return source if source is strip_casts(adapter_x) else None
-
-
-def _dropout_probability(node: Any) -> float | None:
-    """Of a dropout node nobody else uses; 0 outside training."""
-    if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
-        return None
-    names = ("input", "p", "training", "inplace")
-    call: dict[str, Any] = {"p": 0.5, "training": True}
-    call |= dict(zip(names, node.args, strict=False)) | node.kwargs
-    if not is_private(node):
-        return None
-    return float(call["p"]) if call["training"] else 0.0
 
 
 def _draw_seed(graph: Graph, device: torch.device) -> Node:

@@ -84,6 +84,15 @@ def transposed(node: Any) -> Node | None:
     return source if isinstance(source, Node) and (attribute or method) else None
 
 
+def dropout_probability(node: object) -> float | None:
+    """Of a dropout, 0 outside training; None of every other node."""
+    if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
+        return None
+    call: dict[str, Any] = {"p": 0.5, "training": True}
+    call |= dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+    return float(call["p"]) if call["training"] else 0.0
+
+
 def is_written(node: Node) -> bool:
     """Whether a user of `node` changes it in place."""
     return any(written_by(user) is node for user in node.users)
@@ -117,12 +126,12 @@ def _storage(node: Node) -> int | None:
     return None if value is None else value.untyped_storage()._cdata
 
 
+def _is_call(node: object, target: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target is target
+
+
 def is_linear(node: object) -> bool:
-    return (
-        isinstance(node, Node)
-        and node.op == "call_function"
-        and node.target is torch.nn.functional.linear
-    )
+    return _is_call(node, torch.nn.functional.linear)
 
 
 def linear_operands(node: Node) -> tuple[Any, Any, Any]:
@@ -132,13 +141,11 @@ def linear_operands(node: Node) -> tuple[Any, Any, Any]:
 
 
 def is_qlora_linear(node: object) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target is QLORA_LINEAR
+    return _is_call(node, QLORA_LINEAR)
 
 
 def is_group(node: object) -> bool:
-    return (
-        isinstance(node, Node) and node.op == "call_function" and node.target is QLORA_LINEAR_GROUP
-    )
+    return _is_call(node, QLORA_LINEAR_GROUP)
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -18,10 +18,9 @@ from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.passes.nodes import (
     arguments,
     calls,
+    dropout_probability,
     is_cast,
-    is_group,
     is_linear,
-    is_qlora_linear,
     linear_operands,
     stored_weight,
     strip_casts,
@@ -54,7 +53,9 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
     """The placeholder of a fused adapter whose input `original` drops out with another probability
     than `rewritten`, whose masks are `masks`; no comparison of numbers would tell."""
     dropouts = [node for node in original.graph.nodes if node.target is _DROPOUT]
-    expected = {name: _probability(node) for node in dropouts for name in _weights_after(node)}
+    expected = {
+        name: dropout_probability(node) for node in dropouts for name in _weights_after(node)
+    }
     for node in rewritten.graph.nodes:
         for call in calls(node):
             if call["lora_a"] is None:
@@ -62,19 +63,10 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
             # A factor that was made of several adapters' has no dropout before it.
             name = stored_weight(call["lora_a"]).name
             # Where the base product reads what is dropped out, as in DoRA, that stays a node.
-            before = _probability(strip_casts(call["x"]))
+            before = dropout_probability(strip_casts(call["x"])) or 0.0
             if expected.get(name, 0.0) != (masks[name][1] if name in masks else before):
                 return name
     return None
-
-
-def _probability(node: Node) -> float:
-    """Of a dropout; 0 of any other node."""
-    if node.target is not _DROPOUT:
-        return 0.0
-    call: dict[str, Any] = {"p": 0.5, "training": True}
-    call |= dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return call["p"] if call["training"] else 0.0
 
 
 def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
@@ -82,7 +74,7 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
     other dropout off; without `masks`, which are all of `fused_masks`, theirs too."""
     graph_module = copy.deepcopy(graph_module)
     for node in graph_module.graph.nodes:
-        if is_qlora_linear(node) or is_group(node):
+        if calls(node):
             call = arguments(node)
             if not masks:
                 node.args = tuple((call | {"dropout": 0.0, "seed": None}).values())

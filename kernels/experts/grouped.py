@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 
 import torch
@@ -23,7 +22,7 @@ from qlora_compile.kernels.gpu.configs import (
     GemmConfig,
     adapter_width,
 )
-from qlora_compile.kernels.gpu.target import target_of, tuned_target
+from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
 
 _FEW = GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline_absmax=True)
 _SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
@@ -144,8 +143,7 @@ class GroupedExperts(ExpertsVariant):
     def rejects(self, problem: ExpertsProblem) -> list[str]:
         target = target_of(problem.device)
         if target is None:
-            missing = importlib.util.find_spec("triton") is None
-            return ["Triton is not installed" if missing else f"no Triton on {problem.device}"]
+            return [why_no_target(problem.device)]
         reasons = []
         if tuned_target(target) is None:
             reasons.append(f"{target} has no tensor cores for bfloat16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -125,6 +126,22 @@ class QuantFormat(ABC):
         with torch.no_grad():
             self._dequantize_flat(packed, start * columns, stop * columns, out.view(-1))
         return out
+
+    def decoded(
+        self,
+        packed: PackedWeight,
+        dtype: torch.dtype,
+        rows: int,
+        memory: Callable[[int], Tensor | None] = lambda rows: None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Pairs (n, W[n] in `dtype`) that go through the weight once, about so many `rows` at a
+        time. memory: where so many rows are decoded to, None for memory of their own."""
+        total, alignment = packed.shape[0], self.row_alignment(packed)
+        step = total if rows >= total else max(rows // alignment, 1) * alignment
+        for start in range(0, total, step):
+            n = slice(start, min(start + step, total))
+            out = memory(n.stop - n.start)
+            yield n, self.dequantize_rows(packed, n.start, n.stop, dtype, out)
 
     def row_alignment(self, packed: PackedWeight) -> int:
         """The least r >= 1 such that every r-th row begins at a byte and at an absmax block."""

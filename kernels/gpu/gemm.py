@@ -27,7 +27,7 @@ def _place(c0, step, BC: tl.constexpr, BR: tl.constexpr, BACKWARD: tl.constexpr)
 
 
 @triton.jit
-def _load_x(
+def load_x(
     x,
     x_tile,
     m0,
@@ -158,7 +158,7 @@ def gemm_kernel(
             )
 
     for step in tl.range(first, last, num_stages=STAGES):
-        xs = _load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
+        xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
         if DECODE is None:
             n0, k0 = _place(c0, step, BC, BR, BACKWARD)
             tile = load_dense(weight, weight_stride, n0, k0, N, K, ROWS, COLUMNS, EVEN_N, EVEN_K)

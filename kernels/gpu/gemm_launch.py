@@ -21,7 +21,9 @@ from qlora_compile.kernels.gpu.packed_operand import (
 from qlora_compile.kernels.gpu.products import AdapterStart, decoded_absmax
 from qlora_compile.kernels.variants.base import LinearSpec
 
-_GROUP_M = 8
+GROUP_M = 8
+"""Rows of tiles whose programs run together."""
+
 _LARGEST_WIDTH_BLOCK = 64
 
 
@@ -45,7 +47,6 @@ def gemm(
     rows, columns = out.shape
     if not rows:
         return
-    reduction = x.shape[1]
     tile_rows = config.block_r if backward else config.block_c
     tile_columns = config.block_c if backward else config.block_r
     if config.decoder is None:
@@ -56,12 +57,7 @@ def gemm(
         weight, packed, constexprs = packed_operand(
             planes, spec, decoder, spec.compute_dtype, tile_columns
         )
-    x = with_contiguous_rows(x)
-    # A descriptor's rows begin at multiples of 16 bytes.
-    descriptor = config.descriptor and x.dtype == spec.compute_dtype and reduction % 8 == 0
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() % 8 == 0
-    if descriptor and not aligned:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x, x_argument = x_operand(x, config, spec.compute_dtype)
     target = out
     if config.splits > 1:
         target = out.new_empty(config.splits, rows, columns, dtype=torch.float32)
@@ -69,7 +65,7 @@ def gemm(
     nested = packed["nested_codebook"] is not None
     width = 0 if adapter is None else adapter.low.values.shape[1]
     arguments: dict[str, Any] = {
-        "x": x,
+        "x": x_argument,
         "x_stride": x.stride(0),
         "weight": weight,
         "weight_stride": weight.stride(0) if config.decoder is None else None,
@@ -84,12 +80,6 @@ def gemm(
         "K": spec.k,
         "width": width,
     }
-    if descriptor:
-        arguments["x"] = TensorDescriptor(
-            x, [rows, reduction], [x.stride(0), 1], [config.block_m, config.block_r]
-        )
-    # Its padding makes every width a multiple of sixteen.
-    width_block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
     constexprs = {
         **constexprs,
         "DTYPE": TRITON_DTYPES[spec.compute_dtype],
@@ -97,12 +87,11 @@ def gemm(
         "BM": config.block_m,
         "BC": config.block_c,
         "BR": config.block_r,
-        "BWIDTH": width_block,
-        "CHUNKS": width // width_block,
-        "GROUP_M": _GROUP_M,
+        **width_blocks(width),
+        "GROUP_M": GROUP_M,
         "SPLITS": config.splits,
         "WEIGHT_LEFT": config.weight_left,
-        "DESCRIPTOR": descriptor,
+        "DESCRIPTOR": x_argument is not x,
         "PREFETCH": config.prefetch,
         "AHEAD": 2 if nested else int(config.prefetch),
         "EVEN_N": spec.n % tile_rows == 0,
@@ -123,6 +112,27 @@ def gemm(
     if config.splits > 1:
         total = target.sum(0)
         out.add_(total) if accumulate else out.copy_(total)
+
+
+def x_operand(
+    x: Tensor, config: GemmConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | TensorDescriptor]:
+    """x [M, R] with contiguous rows, and what a kernel whose products are in `dtype` gets for it:
+    itself, or a descriptor of its tiles where the config wants one and x can have it."""
+    x = with_contiguous_rows(x)
+    if not config.descriptor or x.dtype != dtype or x.shape[1] % 8:
+        return x, x
+    # A descriptor's rows begin at multiples of 16 bytes.
+    if x.stride(0) * x.element_size() % 16 or x.storage_offset() % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
+    tile = [config.block_m, config.block_r]
+    return x, TensorDescriptor(x, list(x.shape), [x.stride(0), 1], tile)
+
+
+def width_blocks(width: int) -> dict[str, int]:
+    """How a kernel cuts an adapter's `width`, which is padded to a multiple of sixteen."""
+    block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
+    return {"BWIDTH": block, "CHUNKS": width // block}
 
 
 def _adapter_arguments(adapter: AdapterStart | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qlora_compile.kernels.gpu.adapter_start import adapter_start
+from qlora_compile.kernels.gpu.gemm import load_x
 from qlora_compile.kernels.gpu.weight import edge, load_absmax, load_words, scales_of
 
 
@@ -140,14 +141,7 @@ def grouped_gemm_kernel(
             )  # fmt: skip
 
     for step in tl.range(0, steps, num_stages=STAGES):
-        if DESCRIPTOR:
-            xs = x.load([m0, step * BR])
-        elif EVEN_R:
-            xs = tl.load(x_tile + step * BR)
-        else:
-            inside = step * BR + tl.arange(0, BR) < reduction
-            xs = tl.load(x_tile + step * BR, mask=inside[None, :], other=0.0)
-        xs = xs.to(DTYPE)
+        xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
         if DECODE is None:
             n0 = step * BR if BACKWARD else c0
             k0 = c0 if BACKWARD else step * BR

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qlora_compile.kernels.experts.base import ExpertsGradients, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
+from qlora_compile.kernels.gpu.gemm_launch import GROUP_M, width_blocks, x_operand
 from qlora_compile.kernels.gpu.grouped_gemm import grouped_gemm_kernel, grouped_gradient_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.packed_operand import (
@@ -21,9 +20,6 @@ from qlora_compile.kernels.gpu.packed_operand import (
     packed_operand,
 )
 from qlora_compile.kernels.gpu.products import decoded_absmax
-
-_GROUP_M = 8
-_LARGEST_WIDTH_BLOCK = 64
 
 _THIN = GemmConfig(64, 64, 64, 4, 3)
 """Of the adapter's products, whose output has the rank's columns."""
@@ -157,19 +153,13 @@ def _gemm(
         strides = weight.stride()
     else:
         codes, packed, constexprs = weight
-    x = with_contiguous_rows(x)
-    # A descriptor's rows begin at multiples of 16 bytes.
-    descriptor = config.descriptor and x.dtype == spec.compute_dtype and x.shape[1] % 8 == 0
-    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() % 8 == 0
-    if descriptor and not aligned:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x, x_argument = x_operand(x, config, spec.compute_dtype)
     tiles = rows // config.block_m + experts + 1
     width = 0 if adapter is None else adapter.low.shape[1]
-    width_block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
     tile_rows = config.block_r if backward else config.block_c
     tile_columns = config.block_c if backward else config.block_r
     arguments: dict[str, Any] = {
-        "x": x,
+        "x": x_argument,
         "x_stride": x.stride(0),
         "offsets": offsets,
         "experts": experts,
@@ -190,9 +180,6 @@ def _gemm(
         "width": width,
         "tiles": tiles,
     }
-    if descriptor:
-        extent, block = list(x.shape), [config.block_m, config.block_r]
-        arguments["x"] = TensorDescriptor(x, extent, [x.stride(0), 1], block)
     constexprs = {
         **constexprs,
         "DTYPE": TRITON_DTYPES[spec.compute_dtype],
@@ -201,11 +188,10 @@ def _gemm(
         "BM": config.block_m,
         "BC": config.block_c,
         "BR": config.block_r,
-        "BWIDTH": width_block,
-        "CHUNKS": width // width_block,
-        "GROUP_M": _GROUP_M,
+        **width_blocks(width),
+        "GROUP_M": GROUP_M,
         "WEIGHT_LEFT": config.weight_left,
-        "DESCRIPTOR": descriptor,
+        "DESCRIPTOR": x_argument is not x,
         "PREFETCH": config.prefetch,
         "EVEN_N": n % tile_rows == 0,
         "EVEN_K": k % tile_columns == 0,

@@ -42,6 +42,12 @@ def _present_target(device: str) -> str | None:
     return f"sm_{major}{minor}"
 
 
+def why_no_target(device: str) -> str:
+    """The reason where `target_of` finds none."""
+    missing = importlib.util.find_spec("triton") is None
+    return "Triton is not installed" if missing else f"no Triton on {device}"
+
+
 def tuned_target(target: str) -> str | None:
     """The target whose configs serve `target`: itself, or the nearest of its kind; None if its
     tensor cores lack bfloat16."""

@@ -17,6 +17,7 @@ from qlora_compile.kernels.variants.base import (
     LinearSpec,
     LinearTensors,
     NeedsGradient,
+    SeparateVariant,
     bias_gradient,
 )
 from qlora_compile.kernels.variants.decoding import dequantize_seconds
@@ -24,7 +25,7 @@ from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.problem import Problem
 
 
-class Augmented(TritonVariant):
+class Augmented(SeparateVariant, TritonVariant):
     name = "augmented"
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
@@ -37,10 +38,7 @@ class Augmented(TritonVariant):
             reasons.append("adapter, base and activations differ in dtype")
         return reasons
 
-    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
-        if problem.siblings:
-            # They share nothing here.
-            return sum(self.cost(part, config, device) for part in problem.parts)
+    def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         m, n, k = problem.m, problem.n, problem.k + problem.rank
         gemm = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
         # Forward copies x; backward leaves dX in rows of K + rank and writes it anew.

@@ -69,8 +69,7 @@ class LinearSpec:
         rows: int,
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Pairs (n, W[n] in `dtype`) that go through the weight once, about so many `rows` at a
-        time. memory: where so many rows are decoded to, None for memory of their own."""
+        """As `QuantFormat.decoded`, for a weight in its own dtype too."""
         if self.format is None:
             step = max(rows, 1)
             for start in range(0, self.n, step):
@@ -79,12 +78,7 @@ class LinearSpec:
             return
         shape = (self.n, self.k)
         packed = PackedWeight.from_planes(self.format.name, shape, self.block_size, planes)
-        alignment = self.format.row_alignment(packed)
-        step = self.n if rows >= self.n else max(rows // alignment, 1) * alignment
-        for start in range(0, self.n, step):
-            n = slice(start, min(start + step, self.n))
-            out = memory(n.stop - n.start)
-            yield n, self.format.dequantize_rows(packed, n.start, n.stop, dtype, out)
+        yield from self.format.decoded(packed, dtype, rows, memory)
 
 
 @dataclass(frozen=True)
@@ -159,8 +153,43 @@ class Variant(ABC):
         """Modelled seconds, never measured ones: good for ranking variants and configs."""
 
     @abstractmethod
+    def forward_group(self, group: Group, config: Config) -> list[Tensor]:
+        """y [M, N] of each Linear in `out_dtype`."""
+
+    @abstractmethod
+    def backward_group(
+        self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
+    ) -> tuple[Tensor | None, list[LinearGradients]]:
+        """For `grads` [M, N] of each: the gradient of the shared x, and each Linear's others. The
+        base weights are frozen and get none."""
+
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        """y [M, N] in `spec.out_dtype`."""
+        """y of a single Linear."""
+        (y,) = self.forward_group([(tensors, spec)], config)
+        return y
+
+    def backward(
+        self,
+        grad: Tensor,
+        tensors: LinearTensors,
+        spec: LinearSpec,
+        needs: NeedsGradient,
+        config: Config,
+    ) -> LinearGradients:
+        """Gradients of a single Linear."""
+        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
+        return replace(others, x=grad_x)
+
+
+class SeparateVariant(Variant):
+    """One that knows a single Linear alone: siblings go one after the other and share nothing."""
+
+    @abstractmethod
+    def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        """`cost` of a single Linear's problem."""
+
+    @abstractmethod
+    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor: ...
 
     @abstractmethod
     def backward(
@@ -170,17 +199,17 @@ class Variant(ABC):
         spec: LinearSpec,
         needs: NeedsGradient,
         config: Config,
-    ) -> LinearGradients:
-        """Gradients for `grad` [M, N]; the base weight is frozen and gets none."""
+    ) -> LinearGradients: ...
+
+    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+        return sum(self.single_cost(part, config, device) for part in problem.parts)
 
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
-        """`forward` of each, sharing nothing unless a variant knows better."""
         return [self.forward(tensors, spec, config) for tensors, spec in group]
 
     def backward_group(
         self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
     ) -> tuple[Tensor | None, list[LinearGradients]]:
-        """The gradient of the shared x, and each Linear's others."""
         grad_x = None
         others = []
         for grad, (tensors, spec) in zip(grads, group, strict=True):

@@ -130,21 +130,6 @@ class Dense(Variant):
             total += device.stream_seconds(m * k * 20) + 60 * LAUNCH_SECONDS
         return total
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        (y,) = self.forward_group([(tensors, spec)], config)
-        return y
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients:
-        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
-        return replace(others, x=grad_x)
-
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
         assert isinstance(config, DenseConfig)
         adapters = NativeAdapters.of(group, config.gemm_dtype)

@@ -15,7 +15,7 @@ from qlora_compile.kernels.variants.base import (
     LinearSpec,
     LinearTensors,
     NeedsGradient,
-    Variant,
+    SeparateVariant,
     bias_gradient,
 )
 from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
@@ -34,7 +34,7 @@ _DECODED = 1 << 17
 """Weights decoded at a time, in cache, before they are put into the workspace's longer rows."""
 
 
-class NativeAugmented(Variant):
+class NativeAugmented(SeparateVariant):
     """y = [x | S] [W | B]ᵀ with S = s drop(x) Aᵀ; backward dY [W | B] gives dX and dS / s."""
 
     name = "augmented_native"
@@ -56,12 +56,10 @@ class NativeAugmented(Variant):
             if torch.promote_types(problem.lora_dtype, dtype) == dtype
         ]
 
-    def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
+    def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, DenseConfig)
         assert isinstance(device, CpuModel)  # what there is where it does not reject
-        # Siblings share nothing here.
-        dtype = config.gemm_dtype
-        return sum(augmented_seconds(part, device, dtype) for part in problem.parts)
+        return augmented_seconds(problem, device, config.gemm_dtype)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
         """[W | B] as [N, K + rank]."""

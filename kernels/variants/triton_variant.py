@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
-from qlora_compile.kernels.gpu.target import target_of, tuned_target
+from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
     Config,
@@ -44,8 +43,7 @@ class TritonVariant(Variant):
     def rejects(self, problem: Problem) -> list[str]:
         target = target_of(problem.device)
         if target is None:
-            missing = importlib.util.find_spec("triton") is None
-            return ["Triton is not installed" if missing else f"no Triton on {problem.device}"]
+            return [why_no_target(problem.device)]
         reasons = self.rejects_on(target, problem)
         if not reasons and not self.configs_on(target, problem):
             reasons.append(f"no config for {target}")
@@ -132,21 +130,6 @@ class GemmVariant(TritonVariant):
             decoder.name == config.decoder and not decoder.rejects(target, problem.compute_dtype)
             for decoder in format_named(problem.format).device_decoders()
         )
-
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        (y,) = self.forward_group([(tensors, spec)], config)
-        return y
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients:
-        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
-        return replace(others, x=grad_x)
 
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
         assert isinstance(config, GemmConfig)

@@ -189,13 +189,7 @@ def squared_row_norms(base: Any) -> Tensor:
     rows, columns = packed.shape
     if packed.codes.device.type == "meta":
         return packed.codes.new_empty(rows, dtype=torch.float32)
-    quant_format = format_named(packed.format)
-    step = quant_format.row_alignment(packed)
-    step *= max(1, _ELEMENTS_AT_ONCE // (step * columns))
-    blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    return torch.cat(
-        [
-            quant_format.dequantize_rows(packed, *block, torch.float32).square().sum(dim=1)
-            for block in blocks
-        ]
+    blocks = format_named(packed.format).decoded(
+        packed, torch.float32, _ELEMENTS_AT_ONCE // columns
     )
+    return torch.cat([weight.square().sum(dim=1) for _, weight in blocks])
