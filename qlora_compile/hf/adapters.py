@@ -78,7 +78,12 @@ def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
     PEFT does for `adapter_names` and aLoRA. Dynamo guards on no hook: a graph captured without one
     would serve, and ignore it."""
     layers = (_wrapper(block, site) for site in sites)
-    return any(isinstance(each, BaseTunerLayer) and each._forward_pre_hooks for each in layers)
+    return any(
+        # The block's own have run by now; what they can add to its call is keywords.
+        each._forward_pre_hooks_with_kwargs if each is block else each._forward_pre_hooks
+        for each in layers
+        if isinstance(each, BaseTunerLayer)
+    )
 
 
 def active_rank(model: nn.Module, site: str) -> int:
