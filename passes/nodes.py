@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -24,6 +25,9 @@ _WRITES = (
     operator.isub,
     operator.imul,
     operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
     operator.setitem,
 )
 
@@ -95,15 +99,36 @@ def dropout_probability(node: object) -> float | None:
 
 def is_written(node: Node) -> bool:
     """Whether a user of `node` changes it in place."""
-    return any(written_by(user) is node for user in node.users)
+    return any(node in written_by(user) for user in node.users)
 
 
-def written_by(node: Node) -> Node | None:
-    """What `node` changes in place, if anything."""
-    method = node.op == "call_method" and re.fullmatch(r"\w*[^_]_", str(node.target))
-    if not node.args or not (method or node.target in _WRITES):
-        return None
-    return node.args[0] if isinstance(node.args[0], Node) else None
+def written_by(node: Node) -> list[Node]:
+    """What `node` changes in place."""
+    if node.target is triton_kernel_wrapper_mutation:
+        return node.all_input_nodes  # Which of them, only the kernel's code tells.
+    written = [node.kwargs.get("out")]
+    # Of an operator called without naming the overload, the default one's.
+    schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
+    if schema is not None:
+        call = dict(enumerate(node.args)) | node.kwargs
+        places = enumerate(schema.arguments)
+        written += [call.get(i, call.get(each.name)) for i, each in places if each.is_write]
+    elif node.args and _writes_first(node):
+        written.append(node.args[0])
+    found: list[Node] = []
+    map_arg(written, found.append)
+    return found
+
+
+def _writes_first(node: Node) -> bool:
+    """`x += y`, `x.relu_()`, `torch.relu_(x)`, `functional.relu(x, inplace=True)`."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target in _WRITES or re.fullmatch(r"\w*[^_]_", name):
+        return True
+    code = getattr(node.target, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code is not None else ()
+    call = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return bool(call.get("inplace"))
 
 
 def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
@@ -114,8 +139,8 @@ def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
     while node is not last:
         if node.target in _GRAD_MODES:
             return True
-        written = written_by(node)
-        if written is not None and (None in storages or _storage(written) in {None, *storages}):
+        written = {_storage(each) for each in written_by(node)}
+        if written and (None in storages or not written.isdisjoint({None, *storages})):
             return True
         node = node.next
     return False

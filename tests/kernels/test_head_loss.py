@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from tests.kernels.test_memory import allocations
 FACTOR = 1.5
 """Ours may err this many times as much as the plain computation in the same dtypes, plus a part of
 what one rounding of every product does."""
-FLOORS = {F64: 1.0, F32: 1.0, BF16: 0.25}
-"""That part; bfloat16's is twice what was seen, the others' too."""
+FLOORS = {F64: 2.0 + FACTOR, F32: 1.0, BF16: 0.25}
+"""That part; float32's and bfloat16's are twice what was seen. In float64 nothing more precise is
+at hand: the plain computation is the reference too and errs by about one such rounding, which its
+distance from itself does not show."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,7 +50,9 @@ def check(case: Case) -> None:
         assert value.dtype == plain[name].dtype, name
         error = (value.double() - exact[name]).norm()
         allowed = FACTOR * (plain[name].double() - exact[name]).norm()
-        floor = FLOORS[case.precision.lowest] * case.precision.eps * magnitudes[name].norm()
+        # A sum continued from chunk to chunk is rounded after each: a random walk of their number.
+        steps = ceil(case.vocabulary / (case.vocabulary_chunk or case.vocabulary)) ** 0.5
+        floor = FLOORS[case.precision.lowest] * case.precision.eps * magnitudes[name].norm() * steps
         assert error <= allowed + floor, (name, error, allowed, floor)
 
 

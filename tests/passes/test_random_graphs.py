@@ -86,7 +86,9 @@ def test_every_linear_is_fused_and_nothing_changes(
             results.append({"y": y, "x": leaf.grad} | grads)
         assert results[0].keys() == results[1].keys()
         for name, expected in results[0].items():
-            torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
+            # By norms: elements in which terms cancel carry the roundings of the others.
+            error = (results[1][name] - expected).norm()
+            assert error <= 1e-4 * expected.norm() + 1e-5, (name, error)
 
     used = [index for operation, *_, index in steps if operation == "linear"]
     assert len(rewritten_graphs) == 2

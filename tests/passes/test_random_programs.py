@@ -1,0 +1,165 @@
+"""Thousands of random programs: the passes change no output and no gradient of any of them, and
+give a reason for every Linear that they leave."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from torch.fx import GraphModule, Node
+
+from qlora_compile.passes.context import PassContext
+from qlora_compile.passes.nodes import (
+    calls,
+    example,
+    is_linear,
+    linear_operands,
+    stored_weight,
+    written_by,
+)
+from qlora_compile.pipeline import run_pipeline
+from tests.passes.execution import drop_alike, inputs_of, run, widen
+from tests.passes.programs import DTYPES, Program, SiteSpec, Step, programs
+from tests.passes.recorder import record
+
+NARROW_FACTOR = 64
+"""In the program's own dtypes ours may be twice as far from float64 as the original is, plus this
+many roundings of the coarsest of them."""
+
+
+def check(program: Program, rows: int, trains_x: bool) -> None:
+    x = torch.randn(rows, 8, dtype=program.dtype, requires_grad=trains_x)
+    try:
+        original = record(program, x)
+    except RuntimeError:
+        assume(False)  # It writes to what torch lets nobody write to.
+        raise
+    rewritten = copy.deepcopy(original)
+    context = PassContext(frozenset(program.names))
+    run_pipeline(rewritten, context)
+    assert _sites(original, context) <= context.fused.keys() | context.unfused.keys()
+
+    drop_alike(original, rewritten)
+    tensors = inputs_of(program, x, wide=False)
+    try:
+        plain = run(original, tensors)
+    except RuntimeError:
+        assume(False)  # It writes to what is expanded, which torch refuses.
+        raise
+    ours = run(rewritten, tensors)
+    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(original))
+    for graph_module in (original, rewritten):
+        widen(graph_module)
+    wide = inputs_of(program, x, wide=True)
+    expected, actual = (run(each, wide) for each in (original, rewritten))
+    for name, value in expected.items():
+        same, mine, theirs = actual[name], ours[name], plain[name]
+        if value is None or same is None or mine is None or theirs is None:
+            assert value is same is mine is theirs, name
+            continue
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
+        size = value.norm() + value.numel() ** 0.5
+        assert (same - value).norm() <= 1e-9 * size, name
+        error, allowed = ((each - value).norm() for each in (mine, theirs))
+        assert error <= 2 * allowed + NARROW_FACTOR * eps * size, name
+
+
+def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
+    weights = []
+    for node in graph_module.graph.nodes:
+        weights += [call["planes"][0] for call in calls(node)]
+        weights += [linear_operands(node)[1]] if is_linear(node) else []
+    return {site for w in weights if (site := context.site_of(stored_weight(w))) is not None}
+
+
+def _dtypes(graph_module: GraphModule) -> set[torch.dtype]:
+    values = [example(node) for node in graph_module.graph.nodes]
+    return {value.dtype for value in values if value is not None and value.is_floating_point()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=670, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), rows=st.sampled_from((4, 4, 2, 0)), trains_x=st.booleans())
+def test_a_program_is_computed_as_before(
+    dtype: torch.dtype, data: st.DataObject, rows: int, trains_x: bool
+) -> None:
+    check(data.draw(programs(dtype)), rows, trains_x)
+
+
+ADAPTED = SiteSpec(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("sites", "steps", "returned"),
+    [
+        ([ADAPTED], [("linear", 0, 0, 0), ("write_method", 0, 0, 0), ("cast", 1, 2, 0)], [2, 3]),
+        ([ADAPTED], [("linear_no_grad", 0, 0, 0), ("linear", 0, 0, 0)], [1, 2]),
+        ([ADAPTED._replace(dropout=0.5)], [("linear_no_grad", 0, 0, 0)], [1]),
+        ([ADAPTED._replace(style="x written")], [("linear", 0, 0, 0)], [1]),
+        (
+            [ADAPTED],
+            [("linear", 0, 0, 0), ("write_function", 0, 0, 0), ("linear", 0, 0, 0)],
+            [1, 3],
+        ),
+        (
+            [ADAPTED],
+            [("linear", 0, 0, 0), ("write_function", 0, 1, 0), ("linear", 0, 0, 0)],
+            [1, 3],
+        ),
+        ([ADAPTED._replace(style="base without grad")], [("linear", 0, 0, 0)], [1]),
+    ],
+    ids=[
+        "x written before a trailing cast",
+        "a sibling without grad",
+        "dropout without grad",
+        "x written between base and adapter",
+        "x written by a function between siblings",
+        "x written by an argument inplace between siblings",
+        "base without grad",
+    ],
+)
+def test_what_once_went_wrong(
+    sites: list[SiteSpec], steps: list[Step], returned: list[int]
+) -> None:
+    check(Program(sites, steps, returned, torch.float32), 4, True)
+
+
+@settings(max_examples=20, phases=[p for p in Phase if p is not Phase.explain])
+@given(program=programs(*DTYPES))
+def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
+    x = torch.randn(4, 8, dtype=program.dtype, requires_grad=True)
+    captured = []
+
+    def keep(graph_module: GraphModule, inputs: object) -> GraphModule:
+        captured.append(_described(graph_module))
+        return graph_module
+
+    torch._dynamo.reset()
+    try:
+        torch.compile(program, backend=keep, fullgraph=True)(x.clone())
+    except RuntimeError:
+        assume(False)  # It writes to what is expanded.
+    # Dynamo gives nothing to compile where nothing is computed.
+    assert (captured or [[]]) == [_described(record(program, x))]
+
+
+def _described(graph_module: GraphModule) -> list[Any]:
+    """What each operation computes from which inputs, but for those that nothing comes of."""
+    described: dict[Node, Any] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            described[node] = node.meta["grapharg"].source.name
+        else:
+            inputs = tuple(described[each] for each in node.all_input_nodes)
+            described[node] = (node.op, str(node.target), inputs)
+    living: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        lasting = node.op == "output" or node.is_impure() or bool(written_by(node))
+        if lasting or not living.isdisjoint(node.users):
+            living.add(node)
+    calls = ("call_function", "call_method")
+    return [each for node, each in described.items() if node in living and node.op in calls]
