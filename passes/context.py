@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
 from torch.fx import Node
 
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.problem import Problem
 
-_MODULE = re.compile(r"_modules\['([^']*)'\]")
+_PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
 @dataclass(frozen=True)
@@ -35,36 +38,61 @@ class FusedExperts:
 class PassContext:
     """The Linears of a region, each by its path in it ("self_attn.q_proj"; the base of an adapted
     one under the adapted path) and weights of experts ("mlp.experts.down_proj"), those to leave
-    alone with the reason, and what became of each."""
+    alone with the reason, and what became of each. tensors: of each parameter and buffer, by `id`,
+    its names."""
 
     sites: frozenset[str]
     kept: dict[str, str] = field(default_factory=dict)
     fused: dict[str, FusedSite] = field(default_factory=dict)
     experts: dict[str, FusedExperts] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
+    tensors: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     def site_of(self, node: object) -> str | None:
-        """The site whose base weight the placeholder `node` is."""
-        path = _module_path(node)
-        if path is None:
-            return None
-        site = path.removesuffix("base_layer").removesuffix(".")
+        """The site whose base weight or bias the placeholder `node` is."""
+        site = linear_site(self._name(node))
         return site if site in self.sites else None
 
     def adapter_site_of(self, node: object) -> str | None:
         """The site to whose adapter the placeholder `node` belongs."""
-        path = _module_path(node)
-        if path is None or "lora_" not in path:
-            return None
-        site = path[: path.index("lora_")].removesuffix(".")
+        site, adapter, _ = self._name(node).partition("lora_")
+        site = site.removesuffix(".")
+        return site if adapter and site in self.sites else None
+
+    def experts_site_of(self, node: object) -> str | None:
+        """The weight of experts that the placeholder `node` is."""
+        site = experts_site(self._name(node))
         return site if site in self.sites else None
 
+    def _name(self, node: object) -> str:
+        """Of the parameter or buffer that `node` stands for; "" for every other node."""
+        if not isinstance(node, Node) or node.op != "placeholder":
+            return ""
+        argument = node.meta.get("grapharg")
+        if argument is None or argument.source is None:
+            return ""
+        name = ".".join(_PART.findall(argument.source.name))
+        # After a graph break the source may start at a module within, or be a bare tensor.
+        names = self.tensors.get(id(argument.example)) if self.tensors else None
+        return name if names is None or name in names else names[0]
 
-def _module_path(node: object) -> str | None:
-    """Path inside the region of the module that owns the parameter or buffer `node` stands for."""
-    if not isinstance(node, Node) or node.op != "placeholder":
-        return None
-    graph_argument = node.meta.get("grapharg")
-    if graph_argument is None or graph_argument.source is None:
-        return None
-    return ".".join(_MODULE.findall(graph_argument.source.name))
+
+def linear_site(name: str) -> str:
+    """The site whose parameter or buffer has that name, if it is a Linear's."""
+    return name.rpartition(".")[0].removesuffix("base_layer").removesuffix(".")
+
+
+def experts_site(name: str) -> str:
+    """The site whose parameter or buffer has that name, if it is a weight of experts."""
+    parts = [part for part in name.split(".") if part != "base_layer"]
+    # A packed weight is a module where the parameter was, its codes the parameter of that.
+    return ".".join(parts).removesuffix(".weight")
+
+
+def tensor_names(module: nn.Module) -> dict[int, list[str]]:
+    """Of each parameter and buffer of `module`, by its `id`, its names: several if it is tied."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            found[id(tensor)].append(name)
+    return found

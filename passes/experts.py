@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from qlora_compile.kernels.experts.op import (
     experts_spec,
 )
 from qlora_compile.passes.context import FusedExperts, PassContext
-from qlora_compile.passes.nodes import example
+from qlora_compile.passes.nodes import example, stored_weight
 
-_PART = re.compile(r"_(?:modules|parameters)\['([^']*)'\]")
 _TENSORS = ("x", "offsets", "planes", "bias", "lora_a", "lora_b")
 
 
@@ -27,20 +25,9 @@ def record_experts(graph_module: GraphModule, context: PassContext) -> None:
         if node.op == "call_function" and node.target is QLORA_EXPERTS:
             names = [argument.name for argument in QLORA_EXPERTS._schema.arguments]
             call = dict(zip(names, node.args, strict=False)) | node.kwargs
-            site = _site(call["planes"][0])
-            if site in context.sites:
+            site = context.experts_site_of(stored_weight(call["planes"][0]))
+            if site is not None:
                 context.experts[site] = _fused(call)
-
-
-def _site(weight: Any) -> str:
-    """The site, inside the region, of the placeholder behind a weight's first plane."""
-    while weight.op != "placeholder" and weight.all_input_nodes:
-        weight = weight.all_input_nodes[0]
-    argument = weight.meta.get("grapharg")
-    source = "" if argument is None or argument.source is None else argument.source.name
-    parts = [part for part in _PART.findall(source) if part != "base_layer"]
-    # A packed weight is a module where the parameter was, its codes the parameter of that.
-    return ".".join(parts).removesuffix(".weight")
 
 
 def _fused(call: dict[str, Any]) -> FusedExperts:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.compiler.config as compiler_config
+from torch import nn
 from torch.fx import GraphModule
 
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
-from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext
+from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.pipeline import run_pipeline
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verification import captured_inputs
@@ -26,17 +27,20 @@ from qlora_compile.verifier import Verifier
 class RunningRegion(Protocol):
     """What the backend reads of the region whose call is being compiled."""
 
+    module: nn.Module
     sites: frozenset[str]
     kept: dict[str, str]
 
 
 @dataclass(eq=False)
 class RegionGraph:
-    """One compiled graph and what became of its sites; calling it runs it."""
+    """One compiled graph and what became of its sites; calling it runs it. places: of each site the
+    argument that is its weight."""
 
     fused: dict[str, FusedSite]
     experts: dict[str, FusedExperts]
     unfused: dict[str, str]
+    places: dict[str, int]
     run: Callable[..., Any]
     original: GraphModule | None = None
     check: Callable[[Sequence[Any]], str | None] | None = None
@@ -49,17 +53,20 @@ class RegionGraph:
                 self.unfused |= dict.fromkeys(self.fused, mismatch)
                 self.fused = {}
             self.original = self.check = None
-        _running[-1][1].append(self)
+        _running[-1][1].append((self, [id(args[place]) for place in self.places.values()]))
         return self.run(*args)
 
 
-_running: list[tuple[RunningRegion, list[RegionGraph]]] = []
+GraphCall = tuple[RegionGraph, list[int]]
+"""A graph that ran, and the `id` of the weight of each of its `places`."""
+
+_running: list[tuple[RunningRegion, list[GraphCall]]] = []
 
 
 @contextmanager
-def running(region: RunningRegion) -> Iterator[list[RegionGraph]]:
+def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
     """Names the region whose call follows; yields the graphs that call runs."""
-    executed: list[RegionGraph] = []
+    executed: list[GraphCall] = []
     _running.append((region, executed))
     try:
         yield executed
@@ -109,7 +116,8 @@ def make_backend(
         checked = verifier if inductor else None
         original = copy.deepcopy(graph_module) if checked is not None else None
         inputs = captured_inputs(graph_module) if checked is not None else []
-        context = PassContext(region.sites, dict(region.kept))
+        context = PassContext(region.sites, dict(region.kept), tensors=tensor_names(region.module))
+        places = _places(graph_module, context)
         run_pipeline(graph_module, context)
         check = None
         if checked is not None and original is not None:
@@ -128,6 +136,16 @@ def make_backend(
             source = current_source()
             keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
             run = compile_inner(graph_module, list(example_inputs), [source, keeping])
-        return RegionGraph(context.fused, context.experts, context.unfused, run, original, check)
+        told = (context.fused, context.experts, context.unfused, places)
+        return RegionGraph(*told, run, original, check)
 
     return qlora_compile_backend
+
+
+def _places(graph_module: GraphModule, context: PassContext) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
+        site = context.site_of(node) or context.experts_site_of(node)
+        if site is not None:
+            found.setdefault(site, place)
+    return found

@@ -19,12 +19,18 @@ from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
-from qlora_compile.backend import RegionGraph, make_backend, running
+from qlora_compile.backend import GraphCall, RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import is_hooked
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.kernels.selection import MODELLED, choosing_from
-from qlora_compile.passes.context import FusedExperts, FusedSite
+from qlora_compile.passes.context import (
+    FusedExperts,
+    FusedSite,
+    experts_site,
+    linear_site,
+    tensor_names,
+)
 from qlora_compile.tuning.modes import tuner_of
 from qlora_compile.verifier import Verifier
 
@@ -80,7 +86,7 @@ class Region:
         self.kind = kind
         self.sites = sites
         self.kept = kept
-        self.graphs: list[RegionGraph] | None = None
+        self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
         self.uncompiled = _GIVEN_UP
         self.__signature__ = inspect.signature(module.forward)
@@ -126,11 +132,28 @@ class Region:
         ):
             result = self.kind.compiled()(self.module, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
-        if executed != self.graphs:
-            self.graphs = executed
+        if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
+            self.graphs = self._told(executed)
             if self.kind.strict:
                 self.raise_unfused()
         return result
+
+    def _told(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
+        """The graphs that ran, each with its names of sites → those of the weights it was given: a
+        part of a split block may have been compiled for another module of the same kind."""
+        if len(executed) == 1:
+            return [(executed[0][0], {})]
+        tensors = tensor_names(self.module)
+        told = []
+        for graph, weights in executed:
+            names = {}
+            for site, weight in zip(graph.places, weights, strict=True):
+                found = tensors.get(weight, ())
+                sites = {s for n in found for s in (linear_site(n), experts_site(n))}
+                if site not in sites:
+                    names[site] = min(sites & self.sites, default=site)
+            told.append((graph, names))
+        return told
 
     @property
     def source(self) -> str:
@@ -147,11 +170,19 @@ class Region:
 
     def fused(self) -> dict[str, FusedSite]:
         """Sites the last call computed by a fused op."""
-        return {site: fused for graph in self.graphs or () for site, fused in graph.fused.items()}
+        return self._named("fused")
 
     def experts(self) -> dict[str, FusedExperts]:
         """Weights of experts the last call computed by their op."""
-        return {site: found for graph in self.graphs or () for site, found in graph.experts.items()}
+        return self._named("experts")
+
+    def _named(self, what: str) -> dict[str, Any]:
+        """What the last call's graphs tell of their sites."""
+        return {
+            names.get(site, site): value
+            for graph, names in self.graphs or ()
+            for site, value in getattr(graph, what).items()
+        }
 
     def unfused(self) -> dict[str, str]:
         """All the other sites, with the reason."""
@@ -165,10 +196,7 @@ class Region:
         broken = f"graph breaks split its block into {len(self.graphs)} graphs"
         missing = broken if len(self.graphs) > 1 else "not used in the last call"
         served = self.fused().keys() | self.experts().keys()
-        reasons = dict.fromkeys(self.sites - served, missing)
-        for graph in self.graphs:
-            reasons |= graph.unfused
-        return reasons
+        return dict.fromkeys(self.sites - served, missing) | self._named("unfused")
 
 
 def install(

@@ -270,3 +270,27 @@ def test_what_a_fused_linear_returns_may_be_written_to(
             expected = type(layer).forward(layer, expected) + 1.0
             expected[..., 0] *= 2.0
     torch.testing.assert_close(y, expected)
+
+
+class Breaking(nn.Module):
+    """Reads a value in Python, where Dynamo ends a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        return self.down(y / y.abs().max().item()) + x
+
+
+def test_sites_of_a_split_block_are_known_by_their_weights(calls: dict[str, int]) -> None:
+    model: Any = nn.Sequential(Breaking(), nn.Tanh(), Breaking(), nn.Linear(8, 8))
+    model = qlora_compile.optimize(
+        model, LoraConfig(r=2, target_modules=["up", "down"]), scope="model", quantize="int8"
+    ).train()
+    model(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert calls == {"forward": 5, "backward": 5}
+    report = qlora_compile.explain(model)
+    assert counters["graph_break"]
+    assert [site.fused for site in report.sites] == [True] * 5, str(report)
