@@ -16,6 +16,9 @@ from qlora_compile.problem import Problem
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
+READ_PAST_THE_LAYER = "the model computes with its weight past the layer"
+
+
 @dataclass(frozen=True)
 class FusedSite:
     """One Linear that became a `qlora_linear`: its forward as it was captured, the dropout

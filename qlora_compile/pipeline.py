@@ -12,7 +12,7 @@ from qlora_compile.errors import PassError
 from qlora_compile.kernels.linear_call import group_problem, linear_spec
 from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.kernels.variants.base import LinearTensors
-from qlora_compile.passes.context import FusedSite, PassContext
+from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
 from qlora_compile.passes.experts import record_experts
 from qlora_compile.passes.nodes import (
@@ -95,7 +95,7 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     for node in graph_module.graph.nodes:
         site, value = context.site_of(node), example(node)
         if site is not None and site not in found and value is not None and value.dim() == 2:
-            context.unfused.setdefault(site, "the model computes with its weight past the layer")
+            context.unfused.setdefault(site, READ_PAST_THE_LAYER)
     for site in context.unfused:
         context.fused.pop(site, None)
     context.unfused |= context.kept

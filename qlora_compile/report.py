@@ -17,11 +17,12 @@ from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
-from qlora_compile.passes.context import FusedSite
+from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
 from qlora_compile.problem import Problem
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import Region, region_of
 from qlora_compile.text_table import text_table
+from qlora_compile.weight_reads import read_by_parent
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def build_report(model: nn.Module) -> Report:
         for name, module in model.named_modules()
         if (region := region_of(module)) is not None
     }
+    read = {name.removesuffix(".base_layer") for name in read_by_parent(model)}
     sites = []
     for name, linear in adapters.linear_sites(model).items():
         found = _enclosing(name, regions)
@@ -217,6 +219,8 @@ def build_report(model: nn.Module) -> Report:
             local = name[len(prefix) :].lstrip(".")
             fused, source = region.fused().get(local), region.source
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
+            if region.graphs is None and name in read:
+                reason = READ_PAST_THE_LAYER
         chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
     weights = tuple(_expert_sites(model, regions))

@@ -30,7 +30,7 @@ def read_by_parent(model: nn.Module) -> set[str]:
 def _read_weights(module_class: type[nn.Module]) -> frozenset[str]:
     found = set()
     for owner in module_class.__mro__:
-        if not issubclass(owner, nn.Module) or owner.__module__.startswith("torch.nn."):
+        if not issubclass(owner, nn.Module):
             continue
         for name, member in vars(owner).items():
             function = inspect.unwrap(member) if callable(member) else None

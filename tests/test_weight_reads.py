@@ -32,6 +32,8 @@ class Reading(nn.Module):
 def test_only_weights_that_are_computed_with_are_read() -> None:
     assert read_by_parent(nn.Sequential(Reading())) == {"0.layer"}
     assert not read_by_parent(toy("Llama"))
+    torchs = nn.TransformerEncoderLayer(8, 2, 8)  # its fast path for inference
+    assert read_by_parent(torchs) >= {"linear1", "linear2", "self_attn.out_proj"}
 
 
 @pytest.mark.parametrize(

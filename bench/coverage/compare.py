@@ -243,6 +243,9 @@ def _describe(row: Row, ours: Any) -> None:
     row.left_experts = dict(
         Counter(without_names(str(site.reason)) for site in weights if not site.fused)
     )
+    adapted = (*targets, *weights)
+    row.target_parameters = sum(site.parameters for site in adapted)
+    row.fused_parameters = sum(site.parameters for site in adapted if site.fused)
     known = {site.name for site in report.sites}
     known |= {site.name.rpartition(".")[0] for site in weights}
     row.other_targets = dict(

@@ -18,7 +18,7 @@ BATCH, LENGTH = 2, 12
 FIRST_TOKEN, LAST_TOKEN = 3, 100
 """Below are padding and the like, above are the tokens that stand for images."""
 
-WITH_IMAGES = ("clip", "gemma3", "git", "llava", "qwen2_vl", "siglip", "vit")
+WITH_IMAGES = ("clip", "gemma3", "git", "got_ocr2", "llava", "qwen2_vl", "siglip", "vit")
 """Model types that get pictures; other multimodal ones get text alone, which trains them too."""
 
 WITHOUT_CACHE = ("blt", "hrm_text", "recurrent_gemma", "xlstm")
@@ -101,6 +101,14 @@ def batch(model: Any) -> dict[str, Tensor]:
         rows = config.num_codebooks if config.model_type in _CODEBOOKS else 1
         made["input_ids"] = tokens(BATCH * rows, LENGTH)
     made |= _image(model, made, generator)
+    made |= _audio(config, made, generator)
+    if model.main_input_name != "input_features" and _has_cross_attention(model):
+        width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
+        encoded = torch.randn(BATCH, LENGTH // 2, width, generator=generator)
+        if "encoder_hidden_states" in taken:
+            made["encoder_hidden_states"] = encoded
+        elif "encoder_outputs" in taken:
+            made["encoder_outputs"] = (encoded,)
     if "return_loss" in taken:
         made["return_loss"] = True
     elif "labels" in taken:
@@ -108,6 +116,11 @@ def batch(model: Any) -> dict[str, Tensor]:
     if config.model_type in WITHOUT_CACHE:
         made["use_cache"] = False
     return made
+
+
+def _has_cross_attention(model: Any) -> bool:
+    names = ("encoder_attn", "cross_attn")
+    return any(name.endswith(names) for name, _ in model.named_modules())
 
 
 def _labels(model: Any, made: dict[str, Any], tokens: Callable[..., Tensor]) -> Tensor:
@@ -136,5 +149,27 @@ def _image(model: Any, made: dict[str, Any], generator: torch.Generator) -> dict
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     if token is not None:
         count = getattr(config, "mm_tokens_per_image", (size // vision.patch_size) ** 2)
+        # Two convolutions halve its sides.
+        count = max(count // 16, 1) if config.model_type == "got_ocr2" else count
         made["input_ids"][:, 2 : 2 + count] = token
     return {"pixel_values": torch.randn(BATCH, 3, size, size, generator=generator)}
+
+
+def _audio(config: Any, made: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Sound for the models that take it beside text, and its tokens put into the text's place."""
+    if config.model_type == "phi4_multimodal":
+        audio = config.audio_config
+        made["input_ids"][:, 2] = audio.audio_token_id
+        return {
+            "audio_input_features": torch.randn(BATCH, 16, audio.input_size, generator=generator),
+            "audio_embed_sizes": torch.ones(BATCH, dtype=torch.int64),
+        }
+    if config.model_type == "moss_transcribe_diarize":
+        audio = config.audio_config
+        frames = 2 * audio.max_source_positions
+        made["input_ids"][:, 2 : 2 + frames // 2 // config.audio_merge_size] = config.audio_token_id
+        return {
+            "input_features": torch.randn(BATCH, audio.num_mel_bins, frames, generator=generator),
+            "input_features_mask": torch.ones(BATCH, frames, dtype=torch.int64),
+        }
+    return {}

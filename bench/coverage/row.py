@@ -22,7 +22,8 @@ class Row:
     sites: all Linears; targets: those stock adapts; fused, fused_targets: of these, fused. left,
     left_targets: why the others were left alone, with their number; examples: of each of these
     reasons, the first site. expert_targets, fused_experts, left_experts: the same of the adapted
-    weights of experts. other_targets: what else stock adapts.
+    weights of experts. target_parameters, fused_parameters: of both, by their weights' elements.
+    other_targets: what else stock adapts.
     breaks: graph breaks inside blocks by reason. kinds: block classes that are compiled; graphs:
     what Dynamo captured of them in all.
     """
@@ -47,6 +48,8 @@ class Row:
     expert_targets: int = 0
     fused_experts: int = 0
     left_experts: dict[str, int] = field(default_factory=dict)
+    target_parameters: int = 0
+    fused_parameters: int = 0
     other_targets: dict[str, int] = field(default_factory=dict)
     breaks: dict[str, int] = field(default_factory=dict)
     kinds: int = 0

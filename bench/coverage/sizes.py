@@ -91,6 +91,9 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": HEAD_WIDTH},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "ministral": {"head_dim": HEAD_WIDTH},
+    "phi4_multimodal_audio": dict.fromkeys(
+        ("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), WIDTH
+    ),
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

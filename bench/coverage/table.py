@@ -17,6 +17,8 @@ def summary(rows: list[Row]) -> list[str]:
     others = sum(sum(row.other_targets.values()) for row in trained)
     experts = sum(row.expert_targets for row in trained)
     fused_experts = sum(row.fused_experts for row in trained)
+    parameters = sum(row.target_parameters for row in trained)
+    fused_parameters = sum(row.fused_parameters for row in trained)
     broken = [row for row in trained if row.breaks]
     whole = [row for row in equal if row.targets == row.fused_targets and not row.breaks]
     lines = [
@@ -26,6 +28,7 @@ def summary(rows: list[Row]) -> list[str]:
         f"{sum(row.fused_targets for row in trained)} of {targets} adapted linears fused; "
         f"{others} adapted modules are no linears",
         f"{fused_experts} of {experts} adapted weights of experts fused",
+        f"together {fused_parameters / max(parameters, 1):.1%} of the elements of adapted weights",
         f"{len(whole)} types are equal with all adapted linears fused and no graph break",
         f"{len(broken)} types have graph breaks inside blocks",
     ]
