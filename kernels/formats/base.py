@@ -19,6 +19,7 @@ from qlora_compile.errors import (
     WeightShapeError,
     WeightValueError,
 )
+from qlora_compile.kernels.formats import compiled
 from qlora_compile.kernels.formats.nested import block_absmax, quantize_absmax
 from qlora_compile.packed import PackedWeight
 
@@ -52,6 +53,9 @@ class QuantFormat(ABC):
     has_double_quantize: ClassVar[bool]
     absmax_divisor: ClassVar[float] = 1.0
     """A code's value is multiplied with absmax / absmax_divisor, itself rounded to float32."""
+    _write_blocks: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Writes whole blocks, codes [blocks, bytes] times scales [blocks], to bfloat16 `out`
+    [blocks, size] on CPU; None where nothing is faster than the methods below."""
 
     def quantize(
         self,
@@ -180,6 +184,17 @@ class QuantFormat(ABC):
         scales = self._scales(block_absmax(packed, first_block, -(-last // block_size)))
         codes = packed.codes.reshape(-1)
         per_code = 8 // self.bits
+        if compiled.decodes(out, block_size) and self._write_blocks is not None:
+            blocks = (last - first) // block_size
+            begun = blocks * block_size
+            stored = codes[first // per_code : (first + begun) // per_code]
+            self._write_blocks(
+                stored.view(blocks, -1), scales[:blocks], out[:begun].view(blocks, block_size)
+            )
+            first, first_block, out = first + begun, first_block + blocks, out[begun:]
+            scales = scales[blocks:]
+        if first == last:
+            return
         unit = math.lcm(block_size, per_code)
         limit = _CPU_CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
         chunk = unit * max(1, limit // unit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.compiled import write_pairs
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder
@@ -76,6 +77,9 @@ class CodebookFormat(QuantFormat):
         if not aligned:
             out.copy_(target.view(torch.float32)[: out.numel()])
 
+    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        write_pairs(codes, scales, *_halves(self.codebook), out)
+
 
 @functools.cache
 def _codebook(codebook: tuple[float, ...], device: torch.device) -> Tensor:
@@ -90,6 +94,14 @@ def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
         values = torch.tensor(codebook, dtype=torch.float32, device="cpu")
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
         return pairs.view(torch.int64).view(-1).to(device)
+
+
+@functools.cache
+def _halves(codebook: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The values of every byte's high and low code: float32 [256] each, on CPU."""
+    pairs = _pairs(codebook, torch.device("cpu")).view(torch.float32).view(-1, 2)
+    with torch.inference_mode(False):
+        return pairs[:, 0].clone(), pairs[:, 1].clone()
 
 
 @functools.cache

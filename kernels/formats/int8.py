@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.compiled import write_products
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder
@@ -36,6 +37,9 @@ class Int8Format(QuantFormat):
 
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         out.copy_(codes)
+
+    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        write_products(codes, scales, out)
 
     def device_decoders(self) -> tuple[Decoder, ...]:
         from qlora_compile.kernels.gpu.decoders import INT8_DECODERS
