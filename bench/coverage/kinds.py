@@ -102,7 +102,7 @@ def batch(model: Any) -> dict[str, Tensor]:
         made["input_ids"] = tokens(BATCH * rows, LENGTH)
     made |= _image(model, made, generator)
     made |= _audio(config, made, generator)
-    if model.main_input_name != "input_features" and _has_cross_attention(model):
+    if not config.is_encoder_decoder and _has_cross_attention(model):
         width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
         encoded = torch.randn(BATCH, LENGTH // 2, width, generator=generator)
         if "encoder_hidden_states" in taken:
