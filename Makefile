@@ -5,10 +5,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
+PEERS := .venv/peers
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench bench-static bench-tuning bench-bytes bench-coverage wheel setup clean
+.PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -21,8 +22,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup
-	$(BIN)/python -m bench.run
+bench: setup $(PEERS)
+	$(BIN)/python -m bench.peers
 
 bench-static: setup
 	$(BIN)/python -m bench.static.run
@@ -36,6 +37,14 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-stock: setup
+	$(BIN)/python -m bench.run
+
+# What only contenders of the comparison need, where nothing else imports it.
+$(PEERS): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
 
 wheel: setup
 	rm -rf build dist

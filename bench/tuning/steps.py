@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ import typer
 from peft import LoraConfig
 
 import qlora_compile
+from bench.paired import interval_of_median
 from bench.run import batches
 from qlora_compile.demo import demo_model_file
 from qlora_compile.hf import loading
@@ -69,20 +69,8 @@ class Comparison:
     ratios: list[float]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Of the median, by order statistics: no shape of the noise is assumed."""
-        ordered, count = sorted(self.ratios), len(self.ratios)
-        # The largest rank that leaves at most 2.5 % of a fair coin's throws on either side.
-        rank, chance = 0, 0.5**count
-        while chance <= 0.025 and rank < count // 2:
-            rank += 1
-            chance += 0.5**count * math.comb(count, rank)
-        rank = max(rank - 1, 0)
-        return ordered[rank], ordered[-1 - rank]
-
-    @property
     def row(self) -> tuple[str, ...]:
-        low, high = self.interval
+        low, high = interval_of_median(self.ratios)
         return (
             self.setting,
             str(self.measured),

@@ -32,6 +32,7 @@ from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapters,
     NativeGradients,
     add_product,
+    adds_in_place,
     native_dtypes,
     row_blocks,
 )
@@ -158,8 +159,10 @@ class Dense(Variant):
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
         merged = adapter if config.merged else None
         separate = None if config.merged else adapter
-        plain = {x.dtype, spec.out_dtype, separate.dtype if separate else dtype} == {dtype}
-        blocks = row_blocks(x, whole=plain)
+        whole = {x.dtype, spec.out_dtype} == {dtype}
+        if separate is not None:
+            whole = whole and adds_in_place(y.dtype, separate.dtype)
+        blocks = row_blocks(x, whole=whole)
         for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
             for m in blocks:
                 part = target = y[m, n]

@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from bench.allocations import allocations
 from qlora_compile.kernels import op, workspace
 from qlora_compile.kernels.formats import base as formats
 from qlora_compile.kernels.op import QLORA_LINEAR
@@ -62,34 +62,6 @@ def test_only_inputs_are_saved(
     y.backward(call.grad)
 
 
-def allocations(run: Callable[[], Any]) -> tuple[list[int], int]:
-    """(bytes of every allocation, most bytes held at a time) on CPU while `run` runs, inside
-    torch's operators too; what it returns counts."""
-    run()  # tables that are made once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    held = most = 0
-    sizes = []
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = list(_walk(profiler.profiler.kineto_results.experimental_event_tree()))
-    for event in sorted(events, key=lambda event: event.start_time_ns):
-        size = event.typed[1].alloc_size
-        held += size
-        most = max(most, held)
-        if size > 0:
-            sizes.append(size)
-    del result
-    return sizes, most
-
-
-def _walk(events: list[Any]) -> Iterator[Any]:
-    for event in events:
-        if event.tag.name == "Allocation":
-            yield event
-        yield from _walk(event.children)
-
-
 def runs(call: Call, direction: Direction) -> Iterator[tuple[Config, Callable[[], Any]]]:
     """One direction of the call by every config of dense."""
     tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
@@ -107,7 +79,7 @@ def test_allocations_are_counted() -> None:
         x = torch.ones(1000, 1000)
         return (x + 1).sum()
 
-    sizes, most = allocations(run)
+    sizes, most, _ = allocations(run)
     assert sizes.count(4_000_000) == 2
     assert 8_000_000 <= most < 8_100_000
 
@@ -130,7 +102,7 @@ def test_nothing_grows_with_the_rows_but_the_output(
     copy = rows * width * dtypes.lowest.itemsize
     with mock.patch.object(native_adapter, "ROW_BLOCK", 64):
         for config, run in runs(call, direction):
-            sizes, most = allocations(run)
+            sizes, most, _ = allocations(run)
             assert output in sizes
             sizes.remove(output)
             assert max(sizes) < copy / 2, config
@@ -148,7 +120,7 @@ def test_no_decoded_weight_is_allocated(direction: Direction, dtypes: Dtypes) ->
         mock.patch.object(formats, "_CPU_CHUNK", 1 << 14),
     ):
         for config, run in runs(call, direction):
-            _, most = allocations(run)
+            most = allocations(run).most
             assert most < n * k * torch.bfloat16.itemsize, config
 
 

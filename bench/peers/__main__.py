@@ -1,0 +1,103 @@
+"""qlora_compile beside what users would train with instead, in the same run.
+
+The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
+steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
+dense weights. Prints the figures and writes bench/results/peers.{md,json,png}. Without an agreement
+of the losses no speed is told.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import peft
+import torch
+import transformers
+import typer
+
+from bench.peers.contenders import CONTENDERS
+from bench.peers.plot import plot
+from bench.peers.race import ROOT, Run, race
+from bench.peers.settings import SETTINGS, Setting
+from bench.peers.table import section
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Contenders; all by default, ours always.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each, the first not timed with them.")] = 12,
+    setting: Annotated[
+        list[int] | None, typer.Option(help="By number, from 0; all four by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="A commit to compare ours with, too.")] = None,
+) -> None:
+    """Compare step time, memory and losses with the peers'."""
+    for name in names or ():
+        if name not in CONTENDERS:
+            raise typer.BadParameter(f"{name!r}; there are {', '.join(CONTENDERS)}")
+    chosen = [each for each in CONTENDERS if not names or each in names]
+    chosen = list(dict.fromkeys([next(iter(CONTENDERS)), *chosen]))
+    settings = [SETTINGS[number] for number in setting or range(len(SETTINGS))]
+    results: list[tuple[Setting, list[Run]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = None
+        if base is not None:
+            root = Path(folder) / "base"
+            git = [
+                "git",
+                "-C",
+                str(ROOT),
+                "worktree",
+                "add",
+                "--detach",
+                "--quiet",
+                str(root),
+                base,
+            ]
+            subprocess.run(git, check=True)
+        try:
+            for each in settings:
+                results.append((each, race(each, chosen, steps, root)))
+                typer.echo("\n".join(section(*results[-1])))
+        finally:
+            if root is not None:
+                command = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(root)]
+                subprocess.run(command, check=True)
+    if names or setting or base:
+        return
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    machine = {
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    entries = [{"setting": asdict(s), "runs": [asdict(r) for r in runs]} for s, runs in results]
+    content = {"versions": versions, "machine": machine, "settings": entries}
+    (RESULTS / "peers.json").write_text(json.dumps(content, indent=1) + "\n")
+    told = ", ".join(f"{name} {value}" for name, value in {**versions, **machine}.items())
+    lines = [
+        *("# Beside the peers", ""),
+        f"By `make bench`: {told}.",
+        f"bfloat16, NF4 where not said otherwise, rank 16 on all linears, {steps - 1} steps each,",
+        "in turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
+        "beyond weights, adapters and the optimiser's state. Operators: of torch and libraries, that",
+        "call none.",
+        "",
+    ]
+    for each in results:
+        lines += section(*each)
+    (RESULTS / "peers.md").write_text("\n".join(lines))
+    plot(results, RESULTS / "peers.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

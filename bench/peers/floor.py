@@ -1,0 +1,94 @@
+"""The floor: a step's own products, attention and head alone, on weights that are decoded already.
+
+What is left out is all that a faster implementation could hope to hide: decoding, norms,
+activations, rotations, residuals, casts, autograd's bookkeeping and the optimiser.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.peers.settings import Setting
+
+ADAPTER_DTYPE = torch.float32
+"""PEFT's, for a model in bfloat16."""
+
+
+class _Products:
+    """All products of one Linear and its adapter, forward and backward, into memory made once."""
+
+    def __init__(self, weight: Tensor, rows: int, rank: int, *, first: bool) -> None:
+        (n, k), dtype = weight.shape, weight.dtype
+
+        def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float32).to(dtype)
+
+        self.weight, self.first = weight, first
+        self.x, self.grad = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
+        self.wide_x, self.wide_grad = self.x.to(ADAPTER_DTYPE), self.grad.to(ADAPTER_DTYPE)
+        self.a, self.b = normal(rank, k, dtype=ADAPTER_DTYPE), normal(n, rank, dtype=ADAPTER_DTYPE)
+        self.low = self.wide_x @ self.a.t()
+        self.y, self.wide_y = torch.empty_like(self.grad), torch.empty_like(self.wide_grad)
+        self.grad_x, self.wide_grad_x = torch.empty_like(self.x), torch.empty_like(self.wide_x)
+        self.grad_low = torch.empty_like(self.low)
+        self.grad_a, self.grad_b = torch.empty_like(self.a), torch.empty_like(self.b)
+
+    def forward(self) -> None:
+        torch.mm(self.x, self.weight.t(), out=self.y)
+        torch.mm(self.wide_x, self.a.t(), out=self.low)
+        torch.mm(self.low, self.b.t(), out=self.wide_y)
+
+    def backward(self) -> None:
+        torch.mm(self.wide_grad, self.b, out=self.grad_low)
+        torch.mm(self.wide_grad.t(), self.low, out=self.grad_b)
+        torch.mm(self.grad_low.t(), self.wide_x, out=self.grad_a)
+        if not self.first:  # Nobody asks for the embedding's gradient.
+            torch.mm(self.grad, self.weight, out=self.grad_x)
+            torch.mm(self.grad_low, self.a, out=self.wide_grad_x)
+
+
+class Floor:
+    """Of a Llama-like model; to call it is to run one step."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        config = model.config
+        self.products = []
+        # One set of operands for every shape: as many layers' would not fit the caches any better.
+        shapes: dict[tuple[bool, tuple[int, ...]], _Products] = {}
+        for layer, block in enumerate(model.model.layers):
+            for name, linear in block.named_modules():
+                if isinstance(linear, nn.Linear):
+                    first = layer == 0 and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
+                    key = (first, tuple(linear.weight.shape))
+                    if key not in shapes:
+                        products = _Products(
+                            linear.weight.detach(), setting.tokens, setting.rank, first=first
+                        )
+                        shapes[key] = products
+                    self.products.append((shapes[key], linear.weight.detach()))
+        heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        shape = (setting.batch_size, heads, setting.length, width)
+        self.layers = config.num_hidden_layers
+        self.qkv = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
+        self.attended = torch.randn(shape).bfloat16()
+        self.head = model.get_output_embeddings().weight.detach()
+        self.hidden = torch.randn(setting.tokens, self.head.shape[1]).bfloat16().requires_grad_()
+        self.labels = torch.randint(len(self.head), (setting.tokens,))
+
+    def __call__(self) -> None:
+        for products, weight in self.products:
+            products.weight = weight
+            products.forward()
+        for _ in range(self.layers):
+            y = functional.scaled_dot_product_attention(*self.qkv, is_causal=True)
+            torch.autograd.grad(y, self.qkv, self.attended)
+        logits = functional.linear(self.hidden, self.head)
+        loss = functional.cross_entropy(logits.float(), self.labels)
+        torch.autograd.grad(loss, self.hidden)
+        for products, weight in reversed(self.products):
+            products.weight = weight
+            products.backward()

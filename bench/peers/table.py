@@ -1,0 +1,112 @@
+"""The figures of a comparison as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from bench.paired import interval_of_median
+from bench.peers.contenders import CONTENDERS, FLOOR, OURS, STOCK, STOCK_COMPILED, UNQUANTISED
+from bench.peers.race import Run
+from bench.peers.settings import Setting
+
+AGREEMENT = {"nf4": 0.02, "none": 0.1, "int8": 0.1, "hqq": 0.1}
+"""How far from stock's the losses of a family may be, relative, on the mean over the steps: of the
+same rounded weights what 16-bit arithmetic leaves, of others what another rounding does."""
+
+TIME_TARGETS = {FLOOR: 1.15, STOCK: 0.75, STOCK_COMPILED: 0.85, UNQUANTISED: 1.0}
+PEAK_TARGET, FIRST_TARGET = 0.6, 0.35
+
+HEADER = (
+    *("contender", "step s, median", "quartiles", "tokens/s", "ours / this", "95 % of it"),
+    *("first step s", "peak MB", "saved MB", "stored MB", "operators", "last loss"),
+)
+
+
+def disagreement(runs: Iterable[Run]) -> list[str]:
+    """What forbids to compare speeds: contenders whose losses are not stock's."""
+    by_name = {run.name: run for run in runs if run.losses}
+    problems = []
+    stock = statistics.mean(by_name[STOCK].losses)
+    for name, run in by_name.items():
+        family = CONTENDERS[OURS if name == "base" else name].family
+        apart = abs(statistics.mean(run.losses) / stock - 1)
+        if not apart <= AGREEMENT[family]:
+            problems.append(f"{name}: its losses are {apart:.1%} from those of {STOCK}")
+    return problems
+
+
+def ratios(runs: list[Run], other: str) -> list[float]:
+    """Seconds of ours over another contender's, step by step; empty where one of them failed."""
+    by_name = {run.name: run for run in runs}
+    if other not in by_name:
+        return []
+    return [a / b for a, b in zip(by_name[OURS].seconds, by_name[other].seconds, strict=False)]
+
+
+def section(setting: Setting, runs: list[Run]) -> list[str]:
+    """Lines of one setting: without speeds where the losses disagree."""
+    problems = disagreement(runs)
+    lines = [f"## {setting}", "", *(f"- {problem}: no speed is told" for problem in problems)]
+    lines += ["", _line(HEADER), _line(["---", *["---:"] * (len(HEADER) - 1)])]
+    for run in runs:
+        if run.failed:
+            lines.append(_line([run.name, f"failed: {run.failed}", *[""] * (len(HEADER) - 2)]))
+            continue
+        lines.append(_line(_cells(setting, runs, run, told=not problems)))
+    if not problems:
+        lines += ["", *(f"- {line}" for line in verdicts(runs))]
+    return [*lines, ""]
+
+
+def _cells(setting: Setting, runs: list[Run], run: Run, *, told: bool) -> list[str]:
+    times = [""] * 5
+    if told:
+        low, median, high = statistics.quantiles(run.seconds, n=4)
+        pairs = ratios(runs, run.name)
+        times = [f"{median:.3f}", f"{low:.3f} to {high:.3f}", f"{setting.tokens / median:.0f}"]
+        times += [
+            f"{statistics.median(pairs):.3f}",
+            "{:.3f} to {:.3f}".format(*interval_of_median(pairs)),
+        ]
+    if run.name == FLOOR:
+        return [run.name, *times, *[""] * 6]
+    sizes = [f"{size / 1e6:.0f}" for size in (run.peak, run.saved, run.stored)]
+    return [
+        run.name,
+        *times,
+        f"{run.first:.1f}",
+        *sizes,
+        str(run.operators),
+        f"{run.losses[-1]:.4f}",
+    ]
+
+
+def verdicts(runs: list[Run]) -> list[str]:
+    """The targets, each met or not."""
+    by_name = {run.name: run for run in runs if not run.failed}
+    ours = by_name[OURS]
+    lines = []
+    for name, target in TIME_TARGETS.items():
+        pairs = ratios(runs, name)
+        if pairs:
+            lines.append(_verdict(f"time / {name}", statistics.median(pairs), target))
+    if STOCK in by_name:
+        lines.append(_verdict(f"peak / {STOCK}", ours.peak / by_name[STOCK].peak, PEAK_TARGET))
+        if FLOOR in by_name:
+            floor = statistics.median(
+                a / b for a, b in zip(by_name[FLOOR].seconds, by_name[STOCK].seconds, strict=True)
+            )
+            lines.append(f"floor / {STOCK}: {floor:.3f}")
+    if STOCK_COMPILED in by_name:
+        first = ours.first / by_name[STOCK_COMPILED].first
+        lines.append(_verdict(f"first step / {STOCK_COMPILED}", first, FIRST_TARGET))
+    return lines
+
+
+def _verdict(what: str, value: float, target: float) -> str:
+    return f"{what}: {value:.3f}, target {target}: {'met' if value <= target else 'not met'}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,118 @@
+"""The process of one contender: builds it, then does what it is told, a JSON line for each."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.allocations import allocations
+from bench.peers.contenders import CONTENDERS
+from bench.peers.floor import Floor
+from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
+
+
+@dataclass
+class Trainee:
+    """One contender in training."""
+
+    model: Any
+    batches: list[Tensor]
+    optimizer: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        trained = [p for p in self.model.train().parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+    def forward(self, index: int) -> Tensor:
+        ids = self.batches[index % len(self.batches)]
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step(self, index: int) -> float:
+        loss = self.forward(index)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def describe(self) -> dict[str, float]:
+        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators.
+        The scratch memory that qlora_compile keeps from step to step counts as the step's."""
+        with contextlib.suppress(ImportError):
+            from qlora_compile.kernels import workspace
+
+            workspace._buffers.by_stream.clear()
+        gc.collect()
+        saved = allocations(lambda: self.forward(0)).held
+        most = allocations(lambda: self.step(0)).most
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            self.step(0)
+        assert profiler.profiler is not None
+        assert profiler.profiler.kineto_results is not None
+        tree = profiler.profiler.kineto_results.experimental_event_tree()
+        return {"peak": most, "saved": saved, "operators": _leaves(tree)}
+
+
+def _leaves(events: Any) -> int:
+    """How many operators of torch or of others ran that called no other."""
+    count = 0
+    for event in events:
+        inner = _leaves(event.children)
+        count += inner or (event.tag.name == "TorchOp" and "::" in event.name)
+    return count
+
+
+def stored_bytes(model: Any) -> int:
+    """Of all parameters and buffers, each memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def main() -> None:
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    # Whatever libraries print must not come between the lines.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    order = json.loads(sys.stdin.readline())
+    setting = Setting(**order["setting"])
+    contender = CONTENDERS[order["contender"]]
+    batches = data(setting, order["steps"])
+    model = base_model(setting)
+    torch.manual_seed(0)  # of the adapters' initialisation
+    start = time.perf_counter()
+    built = contender.build(model, setting)
+    trainee = built if isinstance(built, Floor) else Trainee(built, batches)
+    del model
+    answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    if isinstance(trainee, Trainee):
+        answer["stored"] = stored_bytes(trainee.model)
+    print(json.dumps(answer), file=results, flush=True)
+    for line in sys.stdin:
+        what, index = json.loads(line)
+        start = time.perf_counter()
+        answer = {"loss": None}
+        if what == "describe":
+            answer = trainee.describe() if isinstance(trainee, Trainee) else {}
+        elif isinstance(trainee, Trainee):
+            answer = {"loss": trainee.step(index)}
+        else:
+            trainee()
+        answer["seconds"] = time.perf_counter() - start
+        print(json.dumps(answer), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()
