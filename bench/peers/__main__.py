@@ -89,7 +89,7 @@ def main(
         f"By `make bench`: {told}.",
         f"bfloat16, NF4 where not said otherwise, rank 16 on all linears, {steps - 1} steps each,",
         "in turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
-        "beyond weights, adapters and the optimiser's state. Operators: of torch and libraries, that",
+        "beyond weights, adapters and the optimiser's state. Operators: torch's and others', that",
         "call none.",
         "",
     ]

@@ -73,12 +73,17 @@ def _hqq(model: Any, setting: Setting) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=64)
+    replaced = set()
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear is not model.get_output_embeddings():
             parent, _, leaf = name.rpartition(".")
             layer = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
             setattr(model.get_submodule(parent), leaf, layer)
-    return get_peft_model(model, lora(setting))
+            replaced.add(leaf)
+    # "all-linear" does not see HQQ's layers.
+    adapters = lora(setting)
+    adapters.target_modules = replaced
+    return get_peft_model(model, adapters)
 
 
 CONTENDERS = {

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bench.allocations import allocations
 from bench.peers.contenders import CONTENDERS
@@ -75,9 +76,16 @@ def _leaves(events: Any) -> int:
 
 def stored_bytes(model: Any) -> int:
     """Of all parameters and buffers, each memory once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [part for t in (*model.parameters(), *model.buffers()) for part in _plain(t)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """What a tensor subclass, such as torchao's, holds."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [t for name in tensor.__tensor_flatten__()[0] for t in _plain(getattr(tensor, name))]
 
 
 def main() -> None:

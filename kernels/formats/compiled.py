@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._inductor import exc
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 SMALLEST = 1 << 14
 """Weights that are worth a compiled call."""
@@ -31,6 +29,10 @@ def decodes(out: Tensor, block_size: int) -> bool:
 
 @functools.cache
 def _has_compiler() -> bool:
+    # Inductor imports Triton, which decides at that moment whether it interprets kernels.
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
     try:
         get_cpp_compiler()
     except exc.InvalidCxxCompiler:
