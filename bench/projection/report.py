@@ -102,7 +102,7 @@ kernels at the memory's pace, embedding and final norm as nothing.
   that selection's cost model chooses, forward and backward, at its own modelled cost; elementwise
   kernels as counted from Inductor's for CPU (block_bytes.md), their reads estimated; the loss is
   the model's own, in eager mode, as `optimize` leaves it.
-- **Unsloth**: its published algorithm, from documentation alone; experts in 16 bits, as published.
+- **Unsloth**: its published algorithm, from descriptions alone; experts in 16 bits, as published.
 - **stock**: PEFT + bitsandbytes in eager mode, with autocast (bf16=True) and without it, where the
   adapters compute in float32; experts in 16 bits, their adapter merged for every forward.
 

@@ -1,4 +1,4 @@
-"""Unsloth's published algorithm, by its documentation and blog; its code was not used.
+"""Unsloth's published algorithm, by descriptions of it; its code was not used.
 
 Published: each Linear's weight is dequantised into a buffer that all share, then multiplied by the
 vendor's GEMM, and the adapter is added in place (addmm); autograd functions written by hand for
@@ -6,7 +6,8 @@ q/k/v, for o and for the MLP keep no dense weight and no product of the adapter,
 the backward and accumulate dX in place; norms, rotation, SwiGLU and cross-entropy are one kernel
 each way. Adapters' factors are cast to 16 bits, activations never. Experts: 16-bit weights,
 grouped products, and "split LoRA", which multiplies the rows by the factors.
-https://unsloth.ai/docs/basics/faster-moe, https://unsloth.ai/blog/gemma
+https://unsloth.ai/docs/basics/faster-moe,
+https://deepwiki.com/unslothai/unsloth/5.2-lora-and-activation-kernels (third-party)
 """
 
 from __future__ import annotations
