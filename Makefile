@@ -9,7 +9,8 @@ PEERS := .venv/peers
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage wheel setup clean
+.PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-project wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -37,6 +38,9 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-project: setup
+	$(BIN)/python -m bench.project
 
 bench-stock: setup
 	$(BIN)/python -m bench.run

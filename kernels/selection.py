@@ -176,11 +176,15 @@ def prefers_keeping(problem: Problem, source: str = MODELLED) -> bool:
     choices = [recorded(source, each) for each in problems]
     if None in choices:
         choices = [_look_up_modelled(each, source) for each in problems]
-    seconds = {True: 0.0, False: 0.0}
-    for each, choice in zip(problems, choices, strict=True):
-        assert choice is not None
-        seconds[each.keeps_low_rank] += choice.seconds
-    return seconds[True] < seconds[False]
+    return keeping_is_faster(problems, [choice.seconds for choice in choices if choice])
+
+
+def keeping_is_faster(problems: Sequence[Problem], seconds: Sequence[float]) -> bool:
+    """Of a call's `problems` and the seconds of each one's choice."""
+    total = {True: 0.0, False: 0.0}
+    for problem, each in zip(problems, seconds, strict=True):
+        total[problem.keeps_low_rank] += each
+    return total[True] < total[False]
 
 
 def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from qlora_compile.errors import NoVariantError
-from qlora_compile.kernels.device_model import CPU, device_model
+from qlora_compile.kernels.device_model import CPU, DeviceModel, device_model
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsVariant
 from qlora_compile.kernels.experts.grouped import GroupedExperts
 from qlora_compile.kernels.experts.native import NativeExperts
@@ -23,15 +23,19 @@ class ExpertsChoice:
     seconds: float
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(problem: ExpertsProblem) -> ExpertsChoice:
+    """As `cheapest`, on the problem's own device."""
+    target = target_of(problem.device)
+    # On CPU the same on every run: not by figures that were measured.
+    return cheapest(problem, CPU if target is None else device_model(problem.device, target))
+
+
+@functools.lru_cache(maxsize=4096)
+def cheapest(problem: ExpertsProblem, model: DeviceModel) -> ExpertsChoice:
     """The implementation with the least modelled cost of those that do not reject `problem`.
 
     Raises NoVariantError, with every reason, when all reject it.
     """
-    target = target_of(problem.device)
-    # On CPU the same on every run: not by figures that were measured.
-    model = CPU if target is None else device_model(problem.device, target)
     reasons = {variant.name: variant.rejects(problem) for variant in EXPERTS_VARIANTS}
     able = [variant for variant in EXPERTS_VARIANTS if not reasons[variant.name]]
     if not able:
