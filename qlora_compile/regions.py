@@ -146,7 +146,7 @@ class Region:
         tensors = tensor_names(self.module)
         told = []
         for graph, weights in executed:
-            names = {}
+            names: dict[str, str] = {}
             for site, weight in zip(graph.places, weights, strict=True):
                 found = tensors.get(weight, ())
                 sites = {s for n in found for s in (linear_site(n), experts_site(n))}
@@ -178,11 +178,10 @@ class Region:
 
     def _named(self, what: str) -> dict[str, Any]:
         """What the last call's graphs tell of their sites."""
-        return {
-            names.get(site, site): value
-            for graph, names in self.graphs or ()
-            for site, value in getattr(graph, what).items()
-        }
+        told: dict[str, Any] = {}
+        for graph, names in self.graphs or ():
+            told |= {names.get(site, site): value for site, value in getattr(graph, what).items()}
+        return told
 
     def unfused(self) -> dict[str, str]:
         """All the other sites, with the reason."""

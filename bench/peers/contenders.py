@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# What only some contenders need is not installed beside the others.
+# pyright: reportMissingImports=false
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +37,10 @@ class Contender:
         return self.needs is not None and importlib.util.find_spec(self.needs) is None
 
 
-def lora(setting: Setting) -> LoraConfig:
-    return LoraConfig(r=setting.rank, lora_alpha=ALPHA, target_modules="all-linear")
+def lora(setting: Setting, modules: set[str] | None = None) -> LoraConfig:
+    return LoraConfig(
+        r=setting.rank, lora_alpha=ALPHA, target_modules=list(modules or ()) or "all-linear"
+    )
 
 
 def _ours(model: Any, setting: Setting) -> Any:
@@ -81,9 +85,7 @@ def _hqq(model: Any, setting: Setting) -> Any:
             setattr(model.get_submodule(parent), leaf, layer)
             replaced.add(leaf)
     # "all-linear" does not see HQQ's layers.
-    adapters = lora(setting)
-    adapters.target_modules = replaced
-    return get_peft_model(model, adapters)
+    return get_peft_model(model, lora(setting, replaced))
 
 
 CONTENDERS = {

@@ -84,7 +84,8 @@ class Floor:
             products.weight = weight
             products.forward()
         for _ in range(self.layers):
-            y = functional.scaled_dot_product_attention(*self.qkv, is_causal=True)
+            q, k, v = self.qkv
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             torch.autograd.grad(y, self.qkv, self.attended)
         logits = functional.linear(self.hidden, self.head)
         loss = functional.cross_entropy(logits.float(), self.labels)

@@ -95,7 +95,8 @@ def race(setting: Setting, names: list[str], steps: int, base: Path | None = Non
     processes: dict[str, Process] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for index, name in enumerate([*names, *(["base"] if base else [])]):
+            chosen: list[str] = [*names, "base"] if base else names
+            for index, name in enumerate(chosen):
                 runs[name] = run = Run(name)
                 contender = OURS if name == "base" else name
                 if CONTENDERS[contender].missing and not PEERS.exists():

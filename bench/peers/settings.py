@@ -60,8 +60,8 @@ def base_model(setting: Setting) -> Any:
     config = LlamaConfig(num_hidden_layers=setting.layers, **{**STACK_SHAPE, **scaled})
     torch.manual_seed(0)
     with torch.device("meta"):
-        empty = LlamaForCausalLM(config).to(torch.bfloat16)
-    model: Any = empty.to_empty(device="cpu")
+        empty: Any = LlamaForCausalLM(config)
+    model = empty.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -53,9 +53,6 @@ class QuantFormat(ABC):
     has_double_quantize: ClassVar[bool]
     absmax_divisor: ClassVar[float] = 1.0
     """A code's value is multiplied with absmax / absmax_divisor, itself rounded to float32."""
-    _write_blocks: Callable[[Tensor, Tensor, Tensor], None] | None = None
-    """Writes whole blocks, codes [blocks, bytes] times scales [blocks], to bfloat16 `out`
-    [blocks, size] on CPU; None where nothing is faster than the methods below."""
 
     def quantize(
         self,
@@ -184,17 +181,17 @@ class QuantFormat(ABC):
         scales = self._scales(block_absmax(packed, first_block, -(-last // block_size)))
         codes = packed.codes.reshape(-1)
         per_code = 8 // self.bits
-        if compiled.decodes(out, block_size) and self._write_blocks is not None:
-            blocks = (last - first) // block_size
-            begun = blocks * block_size
-            stored = codes[first // per_code : (first + begun) // per_code]
-            self._write_blocks(
-                stored.view(blocks, -1), scales[:blocks], out[:begun].view(blocks, block_size)
-            )
+        blocks = (last - first) // block_size
+        begun = blocks * block_size
+        if compiled.decodes(out, block_size) and self._write_blocks(
+            codes[first // per_code : (first + begun) // per_code].view(blocks, -1),
+            scales[:blocks],
+            out[:begun].view(blocks, block_size),
+        ):
+            if first + begun == last:
+                return
             first, first_block, out = first + begun, first_block + blocks, out[begun:]
             scales = scales[blocks:]
-        if first == last:
-            return
         unit = math.lcm(block_size, per_code)
         limit = _CPU_CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
         chunk = unit * max(1, limit // unit)
@@ -226,6 +223,11 @@ class QuantFormat(ABC):
     @abstractmethod
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         """Like `_code_values`, written to `out`, float32 [elements] and contiguous; fast."""
+
+    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
+        """Writes whole blocks, codes [blocks, bytes] times scales [blocks], to bfloat16 `out`
+        [blocks, size] on CPU; False where nothing is faster than the other methods."""
+        return False
 
     @abstractmethod
     def device_decoders(self) -> tuple[Decoder, ...]:

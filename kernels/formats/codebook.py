@@ -77,8 +77,9 @@ class CodebookFormat(QuantFormat):
         if not aligned:
             out.copy_(target.view(torch.float32)[: out.numel()])
 
-    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
         write_pairs(codes, scales, *_halves(self.codebook), out)
+        return True
 
 
 @functools.cache

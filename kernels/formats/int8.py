@@ -38,8 +38,9 @@ class Int8Format(QuantFormat):
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         out.copy_(codes)
 
-    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
         write_products(codes, scales, out)
+        return True
 
     def device_decoders(self) -> tuple[Decoder, ...]:
         from qlora_compile.kernels.gpu.decoders import INT8_DECODERS
