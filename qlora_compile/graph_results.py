@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
+Results = dict[str, Tensor | None]
+"""By what people call them; a gradient that there is not is None."""
+
 
 def outputs_and_gradients(
     graph_module: GraphModule,
     names: Sequence[str],
     args: Sequence[Any],
     wide: torch.dtype | None,
-) -> dict[str, Tensor | None]:
+) -> Results:
     """Of the graph's outputs, weighted at random, with respect to every input that requires one.
 
     wide: the dtype that floating-point inputs are converted to.
@@ -33,12 +36,10 @@ def outputs_and_gradients(
             # Not the leaf itself, nor the model's own tensor: the graph may write to its inputs.
             value = value if _is_frozen(arg) else value.clone()
         values.append(value)
-    with _undisturbed(args, wide):
+    with undisturbed(args, wide):
         outputs = [o for o in tree_flatten(graph_module(*values))[0] if isinstance(o, Tensor)]
     del values
-    results: dict[str, Tensor | None] = {
-        f"output {index}": output.detach() for index, output in enumerate(outputs)
-    }
+    results: Results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     generator = torch.Generator().manual_seed(0)
     weighted = []
     for output in outputs:
@@ -51,7 +52,7 @@ def outputs_and_gradients(
         results |= dict.fromkeys(leaves)
         if weighted and leaves:
             roots, weights = zip(*weighted, strict=True)
-            with _undisturbed(args, wide, autocast=False):
+            with undisturbed(args, wide, autocast=False):
                 found = torch.autograd.grad(
                     roots, list(leaves.values()), weights, allow_unused=True
                 )
@@ -68,7 +69,7 @@ def _is_frozen(arg: Tensor) -> bool:
 
 
 @contextmanager
-def _undisturbed(
+def undisturbed(
     args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
 ) -> Iterator[None]:
     """The random state is left as found; autocast is off for wide dtypes and for gradients."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
+from qlora_compile.call_check import CallInterpreter
 from qlora_compile.certificate import Comparison
 from qlora_compile.graph_forms import (
     Masks,
@@ -22,12 +23,15 @@ from qlora_compile.graph_forms import (
     widened,
     with_masks,
 )
-from qlora_compile.graph_results import outputs_and_gradients
+from qlora_compile.graph_results import Results, outputs_and_gradients, undisturbed
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 
 FACTOR = 4.0
 """An error may be this many times that of the plain computation in the same dtypes: of hundreds of
 gradients the plain one's is, by luck, a third of the others' in some."""
+
+CALL_FACTOR = 2.0
+"""The same for a single fused call, where little adds up."""
 
 LOST_FACTOR = 10.0
 """The same where the plain computation has no correct digit, as of gradients that cancel out."""
@@ -52,6 +56,7 @@ _SEED = 1
 """Of random inputs."""
 
 IN_FLOAT32 = "random, in float32"
+EACH_LINEAR = "random, each linear alone"
 
 _MODULE = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
@@ -93,7 +98,8 @@ def check(
     """Compares both graphs on `args`, with dropout off; on random activations and trained
     parameters of the same shapes and dtypes; where the fused ops drop out, on these with the masks
     of the fused op in both; and, where they compute in 16 bits, on the same in float32, whose small
-    errors hide no wrong rewrite. Stops at the first case with a mismatch."""
+    errors hide no wrong rewrite. Before that, each fused call by itself: there the small errors of
+    one call hide no wrong kernel. Stops at the first case with a mismatch."""
     # A checkpoint that is under way would count what is saved here.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         return _check(original, rewritten, inputs, args)
@@ -108,7 +114,9 @@ def _check(
     masks, lowest = fused_masks(rewritten), _lowest_precision(args)
     random = _randomized(inputs, args)
     names = [each.name for each in inputs]
-    cases = [_Case("real", names, args, {}, lowest), _Case("random", names, random, {}, lowest)]
+    real = _Case("real", names, args, {}, lowest)
+    alone = _Calls(EACH_LINEAR, names, random, {}, lowest)
+    cases = [alone, real, _Case("random", names, random, {}, lowest)]
     if masks:
         cases.append(_Case("random, dropped out", names, random, masks, lowest))
     if torch.finfo(lowest).bits < 32:
@@ -118,15 +126,15 @@ def _check(
         return Checked((), "", lowest, f"the dropout before {lost} is not the original's")
     comparisons: list[Comparison] = []
     for case in cases:
-        if case.wide is not None and cases[0].reference.startswith(_OWN_DTYPES):
+        if case.wide is not None and real.reference.startswith(_OWN_DTYPES):
             break
         case.run(original, rewritten)
         comparisons += case.comparisons
         if case.mismatch is not None:
             break
     mismatch = next((case.mismatch for case in cases if case.mismatch is not None), None)
-    # That of the first case: of all that ran, they differ in nothing it depends on.
-    return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch)
+    # What it is that runs in no wider dtype does not depend on the inputs.
+    return Checked(tuple(comparisons), real.reference, lowest, mismatch)
 
 
 @dataclass
@@ -144,6 +152,10 @@ class _Case:
     reference: str = "float64"
     mismatch: str | None = None
 
+    @property
+    def factor(self) -> float:
+        return FACTOR
+
     def run(self, original: GraphModule, rewritten: GraphModule) -> None:
         captured = with_masks(original, self.masks)
         plain = self._results(specified(captured, self.wide), self.wide)
@@ -158,7 +170,7 @@ class _Case:
         for name in dict.fromkeys([*plain, *actual]):
             self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
 
-    def _exact(self, captured: GraphModule) -> dict[str, Tensor | None] | None:
+    def _exact(self, captured: GraphModule) -> Results | None:
         """In float64 or, if it does not run in that, float32; None if in neither."""
         reasons = []
         for dtype in (torch.float64, torch.float32):
@@ -171,15 +183,15 @@ class _Case:
         self.reference = "; ".join([_OWN_DTYPES, *reasons])
         return None
 
-    def _results(self, graph: GraphModule, wide: torch.dtype | None) -> dict[str, Tensor | None]:
+    def _results(self, graph: GraphModule, wide: torch.dtype | None) -> Results:
         return outputs_and_gradients(graph, self.names, self.args, wide)
 
     def _compare(
         self,
         name: str,
-        plains: dict[str, Tensor | None],
-        exacts: dict[str, Tensor | None] | None,
-        actuals: dict[str, Tensor | None],
+        plains: Results,
+        exacts: Results | None,
+        actuals: Results,
     ) -> str | None:
         """Notes the comparison; returns what is wrong with it."""
         plain, actual = plains.get(name), actuals.get(name)
@@ -205,7 +217,7 @@ class _Case:
         exact = torch.where(defined, exact, 0.0).double()
         error = _error(torch.where(defined, actual, 0.0), exact)
         plain_error = _error(torch.where(defined, plain, 0.0), exact)
-        factor = FACTOR if plain_error < _LOST else LOST_FACTOR
+        factor = self.factor if plain_error < _LOST else LOST_FACTOR
         allowed = factor * max(plain_error, NOISE[self.lowest])
         if exacts is None:
             allowed = _OWN[self.lowest]
@@ -217,6 +229,24 @@ class _Case:
             f"{told} is off by {error:.1e} of its norm, allowed {allowed:.1e} "
             f"(the original's own error is {plain_error:.1e})"
         )
+
+
+class _Calls(_Case):
+    """Each fused call of the rewritten graph by itself."""
+
+    @property
+    def factor(self) -> float:
+        return CALL_FACTOR
+
+    def run(self, original: GraphModule, rewritten: GraphModule) -> None:
+        def on_call(plain: Results, exact: Results, actual: Results) -> None:
+            for name in plain:
+                self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
+
+        calls = CallInterpreter(with_masks(rewritten, {}), self.names, on_call)
+        values = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
+        with undisturbed(self.args, None):
+            calls.run(*values)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

@@ -16,11 +16,12 @@ import qlora_compile
 from qlora_compile import backend, errors, pipeline
 from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.kernels.registry import FORMATS, VARIANTS
+from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.passes.nodes import calls, is_group
 from qlora_compile.regions import region_of
 from qlora_compile.specified_ops import specified_experts, specified_linear
-from qlora_compile.verification import IN_FLOAT32, CapturedInput, check
+from qlora_compile.verification import EACH_LINEAR, IN_FLOAT32, CapturedInput, check
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 
@@ -61,7 +62,7 @@ def test_a_right_rewrite_has_a_certificate(
     blocks = {type(m).__name__ for m in model.modules() if region_of(m) is not None}
     assert {certificate.region for certificate in report.certificates} == blocks
     for certificate in report.certificates:
-        cases = ["real", "random"] + ["random, dropped out"] * bool(dropout)
+        cases = [EACH_LINEAR, "real", "random"] + ["random, dropped out"] * bool(dropout)
         cases += [IN_FLOAT32] * (dtype == torch.bfloat16)
         assert list(certificate.inputs) == cases
         assert certificate.reference == "float64"
@@ -213,6 +214,35 @@ def test_a_wrong_decoder_is_found_in_both_graphs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(QuantFormat, "dequantize_rows", wrong)
     _, report = verified("Llama", torch.float32)
     assert report.mismatches
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_kernel_that_is_wrong_in_one_dtype_is_found_and_its_linear_named(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One per cent, which is less than all of a block's roundings in bfloat16."""
+
+    def made_wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(self: Variant, *args: Any) -> Any:
+            results = right(self, *args)
+            group = args[0 if direction == "forward" else 1]
+            outputs = results if direction == "forward" else [results[0]]
+            if group[0][1].compute_dtype == torch.bfloat16 and group[0][1].k == 128:
+                for output in outputs:
+                    output.mul_(1.01)
+            return results
+
+        return wrong
+
+    name = f"{direction}_group"
+    wrong = [(type(variant), made_wrong(getattr(type(variant), name))) for variant in VARIANTS]
+    for variant_class, method in wrong:
+        monkeypatch.setattr(variant_class, name, method)
+    _, report = verified("Llama", torch.bfloat16)
+    (mismatch,) = report.mismatches
+    tensor = "output of" if direction == "forward" else "gradient of the input of"
+    assert f"{tensor} mlp.down_proj" in mismatch, mismatch
+    assert EACH_LINEAR in mismatch
 
 
 def test_strict_raises_and_names_block_tensor_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
