@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.passes.nodes import (
     arguments,
     calls,
@@ -25,7 +24,7 @@ from qlora_compile.passes.nodes import (
     stored_weight,
     strip_casts,
 )
-from qlora_compile.specified_ops import SPECIFIED
+from qlora_compile.specified_ops import SPECIFIED, dropped_out
 
 SEED = 20240229
 """Of every fused op's dropout in a check."""
@@ -98,10 +97,8 @@ def masked(x: Tensor, stream: int, probability: float) -> Tensor:
     """x [..., K] dropped out as the fused op drops it."""
     if probability == 0.0:
         return x.clone()
-    rows = x.numel() // x.shape[-1]
     seed = torch.full((1,), SEED, dtype=torch.int64, device=x.device)
-    keep = keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
-    return x * keep / (1.0 - probability)
+    return dropped_out(x, seed, stream, probability)
 
 
 def _operand(dropout: Node) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 Results = dict[str, Tensor | None]
@@ -16,7 +15,7 @@ Results = dict[str, Tensor | None]
 
 
 def outputs_and_gradients(
-    graph_module: GraphModule,
+    graph: Callable[..., Any],
     names: Sequence[str],
     args: Sequence[Any],
     wide: torch.dtype | None,
@@ -36,8 +35,8 @@ def outputs_and_gradients(
             # Not the leaf itself, nor the model's own tensor: the graph may write to its inputs.
             value = value if _is_frozen(arg) else value.clone()
         values.append(value)
-    with undisturbed(args, wide):
-        outputs = [o for o in tree_flatten(graph_module(*values))[0] if isinstance(o, Tensor)]
+    with _undisturbed(args, wide):
+        outputs = [o for o in tree_flatten(graph(*values))[0] if isinstance(o, Tensor)]
     del values
     results: Results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +51,7 @@ def outputs_and_gradients(
         results |= dict.fromkeys(leaves)
         if weighted and leaves:
             roots, weights = zip(*weighted, strict=True)
-            with undisturbed(args, wide, autocast=False):
+            with _undisturbed(args, wide, autocast=False):
                 found = torch.autograd.grad(
                     roots, list(leaves.values()), weights, allow_unused=True
                 )
@@ -69,7 +68,7 @@ def _is_frozen(arg: Tensor) -> bool:
 
 
 @contextmanager
-def undisturbed(
+def _undisturbed(
     args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
 ) -> Iterator[None]:
     """The random state is left as found; autocast is off for wide dtypes and for gradients."""

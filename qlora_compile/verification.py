@@ -23,7 +23,7 @@ from qlora_compile.graph_forms import (
     widened,
     with_masks,
 )
-from qlora_compile.graph_results import Results, outputs_and_gradients, undisturbed
+from qlora_compile.graph_results import Results, outputs_and_gradients
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 
 FACTOR = 4.0
@@ -115,7 +115,7 @@ def _check(
     random = _randomized(inputs, args)
     names = [each.name for each in inputs]
     real = _Case("real", names, args, {}, lowest)
-    alone = _Calls(EACH_LINEAR, names, random, {}, lowest)
+    alone = _Calls(EACH_LINEAR, names, random, masks, lowest, factor=CALL_FACTOR)
     cases = [alone, real, _Case("random", names, random, {}, lowest)]
     if masks:
         cases.append(_Case("random, dropped out", names, random, masks, lowest))
@@ -151,10 +151,7 @@ class _Case:
     comparisons: list[Comparison] = field(default_factory=list)
     reference: str = "float64"
     mismatch: str | None = None
-
-    @property
-    def factor(self) -> float:
-        return FACTOR
+    factor: float = FACTOR
 
     def run(self, original: GraphModule, rewritten: GraphModule) -> None:
         captured = with_masks(original, self.masks)
@@ -234,19 +231,13 @@ class _Case:
 class _Calls(_Case):
     """Each fused call of the rewritten graph by itself."""
 
-    @property
-    def factor(self) -> float:
-        return CALL_FACTOR
-
     def run(self, original: GraphModule, rewritten: GraphModule) -> None:
         def on_call(plain: Results, exact: Results, actual: Results) -> None:
             for name in plain:
                 self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
 
-        calls = CallInterpreter(with_masks(rewritten, {}), self.names, on_call)
-        values = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.args]
-        with undisturbed(self.args, None):
-            calls.run(*values)
+        calls = CallInterpreter(with_masks(rewritten, self.masks), self.names, on_call)
+        outputs_and_gradients(calls.run, self.names, self.args, None)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
