@@ -21,8 +21,8 @@ _VERSION_KEY = "qlora_compile_certificate"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output or gradient of a region, on `inputs`: "real", "random", "random, dropped out" or
-    "random, in float32"; or of a fused call in it, on "random, each linear alone".
+    """One output or gradient of a region or of a fused call in it, on `inputs`: "real", "random",
+    "random, dropped out" or "random, in float32".
 
     Errors are Euclidean norms of the difference from the reference, over the reference's: `error`
     of the rewritten graph, `plain_error` of the captured one in the same dtypes; `allowed` is what

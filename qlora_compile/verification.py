@@ -4,7 +4,7 @@ evaluation of the captured one, next to the errors the captured one makes in its
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,6 @@ _SEED = 1
 """Of random inputs."""
 
 IN_FLOAT32 = "random, in float32"
-EACH_LINEAR = "random, each linear alone"
 
 _MODULE = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
@@ -98,8 +97,8 @@ def check(
     """Compares both graphs on `args`, with dropout off; on random activations and trained
     parameters of the same shapes and dtypes; where the fused ops drop out, on these with the masks
     of the fused op in both; and, where they compute in 16 bits, on the same in float32, whose small
-    errors hide no wrong rewrite. Before that, each fused call by itself: there the small errors of
-    one call hide no wrong kernel. Stops at the first case with a mismatch."""
+    errors hide no wrong rewrite. In its own dtypes each fused call is compared by itself too: the
+    small errors of one call hide no wrong kernel. Stops at the first case with a mismatch."""
     # A checkpoint that is under way would count what is saved here.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         return _check(original, rewritten, inputs, args)
@@ -114,9 +113,7 @@ def _check(
     masks, lowest = fused_masks(rewritten), _lowest_precision(args)
     random = _randomized(inputs, args)
     names = [each.name for each in inputs]
-    real = _Case("real", names, args, {}, lowest)
-    alone = _Calls(EACH_LINEAR, names, random, masks, lowest, factor=CALL_FACTOR)
-    cases = [alone, real, _Case("random", names, random, {}, lowest)]
+    cases = [_Case("real", names, args, {}, lowest), _Case("random", names, random, {}, lowest)]
     if masks:
         cases.append(_Case("random, dropped out", names, random, masks, lowest))
     if torch.finfo(lowest).bits < 32:
@@ -126,15 +123,15 @@ def _check(
         return Checked((), "", lowest, f"the dropout before {lost} is not the original's")
     comparisons: list[Comparison] = []
     for case in cases:
-        if case.wide is not None and real.reference.startswith(_OWN_DTYPES):
+        if case.wide is not None and cases[0].reference.startswith(_OWN_DTYPES):
             break
         case.run(original, rewritten)
         comparisons += case.comparisons
         if case.mismatch is not None:
             break
     mismatch = next((case.mismatch for case in cases if case.mismatch is not None), None)
-    # What it is that runs in no wider dtype does not depend on the inputs.
-    return Checked(tuple(comparisons), real.reference, lowest, mismatch)
+    # That of the first case: of all that ran, they differ in nothing it depends on.
+    return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch)
 
 
 @dataclass
@@ -151,7 +148,6 @@ class _Case:
     comparisons: list[Comparison] = field(default_factory=list)
     reference: str = "float64"
     mismatch: str | None = None
-    factor: float = FACTOR
 
     def run(self, original: GraphModule, rewritten: GraphModule) -> None:
         captured = with_masks(original, self.masks)
@@ -159,13 +155,22 @@ class _Case:
         exact = self._exact(captured)
         rewritten = with_masks(rewritten, self.masks)
         if self.wide is None:
-            actual = self._results(rewritten, None)
+            calls = CallInterpreter(rewritten, self.names, self._compare_call)
+            actual = self._results(calls.run, None)
         else:
             # No model runs in these dtypes: nothing is looked up, or measured later, for them.
             with choosing_from(MODELLED):
                 actual = self._results(widened(rewritten, self.wide), self.wide)
+        self._compare_all(plain, exact, actual, FACTOR)
+
+    def _compare_call(self, plain: Results, exact: Results, actual: Results) -> None:
+        self._compare_all(plain, exact, actual, CALL_FACTOR)
+
+    def _compare_all(
+        self, plain: Results, exact: Results | None, actual: Results, factor: float
+    ) -> None:
         for name in dict.fromkeys([*plain, *actual]):
-            self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
+            self.mismatch = self.mismatch or self._compare(name, plain, exact, actual, factor)
 
     def _exact(self, captured: GraphModule) -> Results | None:
         """In float64 or, if it does not run in that, float32; None if in neither."""
@@ -180,7 +185,7 @@ class _Case:
         self.reference = "; ".join([_OWN_DTYPES, *reasons])
         return None
 
-    def _results(self, graph: GraphModule, wide: torch.dtype | None) -> Results:
+    def _results(self, graph: Callable[..., Any], wide: torch.dtype | None) -> Results:
         return outputs_and_gradients(graph, self.names, self.args, wide)
 
     def _compare(
@@ -189,6 +194,7 @@ class _Case:
         plains: Results,
         exacts: Results | None,
         actuals: Results,
+        factor: float,
     ) -> str | None:
         """Notes the comparison; returns what is wrong with it."""
         plain, actual = plains.get(name), actuals.get(name)
@@ -214,7 +220,7 @@ class _Case:
         exact = torch.where(defined, exact, 0.0).double()
         error = _error(torch.where(defined, actual, 0.0), exact)
         plain_error = _error(torch.where(defined, plain, 0.0), exact)
-        factor = self.factor if plain_error < _LOST else LOST_FACTOR
+        factor = factor if plain_error < _LOST else LOST_FACTOR
         allowed = factor * max(plain_error, NOISE[self.lowest])
         if exacts is None:
             allowed = _OWN[self.lowest]
@@ -226,18 +232,6 @@ class _Case:
             f"{told} is off by {error:.1e} of its norm, allowed {allowed:.1e} "
             f"(the original's own error is {plain_error:.1e})"
         )
-
-
-class _Calls(_Case):
-    """Each fused call of the rewritten graph by itself."""
-
-    def run(self, original: GraphModule, rewritten: GraphModule) -> None:
-        def on_call(plain: Results, exact: Results, actual: Results) -> None:
-            for name in plain:
-                self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
-
-        calls = CallInterpreter(with_masks(rewritten, self.masks), self.names, on_call)
-        outputs_and_gradients(calls.run, self.names, self.args, None)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
