@@ -47,7 +47,7 @@ class CallInterpreter(Interpreter):
 
     def _results(self, n: Node, compute: Any, wide: torch.dtype | None) -> Results:
         args, structure = tree_flatten(self.fetch_args_kwargs_from_env(n)[0])
-        x, *others = tree_flatten(n.args)[0]
+        _, *others = tree_flatten(n.args)[0]
         linears = calls(n) or [arguments(n)]
         sites = [self._site(linear["planes"][0]) for linear in linears]
         names = [f"the input of {', '.join(sites)}", *(self._name(each) for each in others)]
@@ -62,4 +62,4 @@ class CallInterpreter(Interpreter):
         return self._names.get(stored_weight(value), str(value))
 
     def _site(self, weight: Node) -> str:
-        return self._name(weight).removesuffix(".weight").removesuffix(".base_layer")
+        return self._name(weight).removesuffix(".weight").replace(".base_layer", "")
