@@ -19,6 +19,7 @@ from qlora_compile.passes.nodes import (
     calls,
     dropout_probability,
     is_cast,
+    is_group,
     is_linear,
     linear_operands,
     stored_weight,
@@ -79,6 +80,15 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
                 node.args = tuple((call | {"dropout": 0.0, "seed": None}).values())
             elif call["seed"] is not None:
                 call["seed"].target, call["seed"].args = torch.full, ((1,), SEED)
+                # A Linear that is called twice has two: by its name there is one to give both.
+                streams = [
+                    each["stream"]
+                    if each["lora_a"] is None
+                    else masks[stored_weight(each["lora_a"]).name][0]
+                    for each in calls(node)
+                ]
+                call["stream"] = streams if is_group(node) else streams[0]
+                node.args = tuple(call.values())
         elif node.target is _DROPOUT:
             found = [masks[name] for name in _weights_after(node) if name in masks]
             stream, probability = found[0] if found else (0, 0.0)
