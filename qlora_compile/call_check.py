@@ -50,7 +50,9 @@ class CallInterpreter(Interpreter):
         _, *others = tree_flatten(n.args)[0]
         linears = calls(n) or [arguments(n)]
         sites = [self._site(linear["planes"][0]) for linear in linears]
-        names = [f"the input of {', '.join(sites)}", *(self._name(each) for each in others)]
+        names = [f"the input of {', '.join(sites)}"]
+        # The block's gradient of it bears its plain name.
+        names += [f"{self._name(each)} in its own call" for each in others]
         found = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
         )

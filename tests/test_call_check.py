@@ -44,14 +44,14 @@ def plant(
     [
         ("y", "output of mlp.up_proj"),
         ("x", "gradient of the input of mlp.gate_proj, mlp.up_proj"),
-        ("lora_a", "gradient of mlp.up_proj.lora_A.default.weight"),
-        ("lora_b", "gradient of mlp.up_proj.lora_B.default.weight"),
+        ("lora_a", "gradient of mlp.up_proj.lora_A.default.weight in its own call"),
+        ("lora_b", "gradient of mlp.up_proj.lora_B.default.weight in its own call"),
     ],
 )
 def test_a_kernel_that_is_wrong_in_one_dtype_is_found(
     part: str, told: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of siblings the last is wrong, and with a dropout only those that drop out."""
+    """Of siblings the last is wrong, where dropout is drawn only what drops out."""
 
     def spoil(results: Any, *args: Any) -> None:
         tensors, spec = args[0 if part == "y" else 1][-1]
@@ -79,7 +79,7 @@ def test_a_kernel_that_is_wrong_in_one_dtype_is_found(
     [
         ("y", "output of mlp.experts.gate_up_proj"),
         ("x", "gradient of the input of mlp.experts.gate_up_proj"),
-        ("lora_a", "gradient of mlp.experts.base_layer.lora_A.default.weight"),
+        ("lora_a", "gradient of mlp.experts.base_layer.lora_A.default.weight in its own call"),
     ],
 )
 def test_experts_that_are_wrong_are_found(
