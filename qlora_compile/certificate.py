@@ -21,8 +21,8 @@ _VERSION_KEY = "qlora_compile_certificate"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output or gradient of a region, on `inputs`: "real", "random", "random, dropped out" or
-    "random, in float32".
+    """One output or gradient of a region or of a fused call in it, on `inputs`: "real", "random",
+    "random, dropped out" or "random, in float32".
 
     Errors are Euclidean norms of the difference from the reference, over the reference's: `error`
     of the rewritten graph, `plain_error` of the captured one in the same dtypes; `allowed` is what
@@ -68,7 +68,7 @@ class Certificate:
     pattern: digest of the graph, as in `graph_pattern`. region: the class of the block. kernels:
     the implementations chosen, with their directions. reference: the dtype of the evaluation that
     errors are from, and why it is not float64 where it is not. factor: how many times the plain
-    error was allowed.
+    error was allowed a whole region.
     """
 
     pattern: str

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.passes.nodes import (
     arguments,
     calls,
     dropout_probability,
     is_cast,
+    is_group,
     is_linear,
     linear_operands,
     stored_weight,
     strip_casts,
 )
-from qlora_compile.specified_ops import SPECIFIED
+from qlora_compile.specified_ops import SPECIFIED, dropped_out
 
 SEED = 20240229
 """Of every fused op's dropout in a check."""
@@ -80,6 +80,15 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
                 node.args = tuple((call | {"dropout": 0.0, "seed": None}).values())
             elif call["seed"] is not None:
                 call["seed"].target, call["seed"].args = torch.full, ((1,), SEED)
+                # A Linear that is called twice has two: by its name there is one to give both.
+                streams = [
+                    each["stream"]
+                    if each["lora_a"] is None
+                    else masks[stored_weight(each["lora_a"]).name][0]
+                    for each in calls(node)
+                ]
+                call["stream"] = streams if is_group(node) else streams[0]
+                node.args = tuple(call.values())
         elif node.target is _DROPOUT:
             found = [masks[name] for name in _weights_after(node) if name in masks]
             stream, probability = found[0] if found else (0, 0.0)
@@ -98,10 +107,8 @@ def masked(x: Tensor, stream: int, probability: float) -> Tensor:
     """x [..., K] dropped out as the fused op drops it."""
     if probability == 0.0:
         return x.clone()
-    rows = x.numel() // x.shape[-1]
     seed = torch.full((1,), SEED, dtype=torch.int64, device=x.device)
-    keep = keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
-    return x * keep / (1.0 - probability)
+    return dropped_out(x, seed, stream, probability)
 
 
 def _operand(dropout: Node) -> Any:

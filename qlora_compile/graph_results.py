@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
+
+Results = dict[str, Tensor | None]
+"""By what people call them; a gradient that there is not is None."""
 
 
 def outputs_and_gradients(
-    graph_module: GraphModule,
+    graph: Callable[..., Any],
     names: Sequence[str],
     args: Sequence[Any],
     wide: torch.dtype | None,
-) -> dict[str, Tensor | None]:
+) -> Results:
     """Of the graph's outputs, weighted at random, with respect to every input that requires one.
 
     wide: the dtype that floating-point inputs are converted to.
@@ -34,11 +36,9 @@ def outputs_and_gradients(
             value = value if _is_frozen(arg) else value.clone()
         values.append(value)
     with _undisturbed(args, wide):
-        outputs = [o for o in tree_flatten(graph_module(*values))[0] if isinstance(o, Tensor)]
+        outputs = [o for o in tree_flatten(graph(*values))[0] if isinstance(o, Tensor)]
     del values
-    results: dict[str, Tensor | None] = {
-        f"output {index}": output.detach() for index, output in enumerate(outputs)
-    }
+    results: Results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     generator = torch.Generator().manual_seed(0)
     weighted = []
     for output in outputs:

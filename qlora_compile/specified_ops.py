@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec
 from qlora_compile.kernels.linear_call import linear_spec
-from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
 from qlora_compile.kernels.variants.base import LinearSpec
 from qlora_compile.packed import PackedWeight
 
@@ -28,15 +29,54 @@ def specified_linear(
     seed: Tensor | None,
     *constants: Any,
 ) -> Tensor:
-    """`qlora_linear` by its specification, in its own dtypes or `wide`; without an adapter, as the
-    captured graph knows it."""
-    assert lora_a is lora_b is seed is None, "an adapter before the passes fused one"
+    """`qlora_linear` by its specification, in its own dtypes or `wide`."""
     spec = linear_spec(*constants)
-    dtype = wide or spec.compute_dtype
+    dtype, lora_dtype = wide or spec.compute_dtype, wide or spec.lora_dtype
     with torch.autocast(x.device.type, enabled=False):
         factors = x.to(dtype), None if bias is None else bias.to(dtype)
         y = _Linear.apply(*factors, lambda: _decoded(planes, spec, (spec.n, spec.k), dtype))
+        if lora_a is not None and lora_b is not None:
+            adapted = x.to(lora_dtype)
+            if seed is not None:
+                adapted = dropped_out(adapted, seed, spec.stream, spec.dropout)
+            low_rank = adapted @ lora_a.to(lora_dtype).T
+            y = y + spec.scaling * (low_rank @ lora_b.to(lora_dtype).T)
         return y.to(wide or spec.out_dtype)
+
+
+def specified_group(
+    wide: torch.dtype | None,
+    x: Tensor,
+    planes: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    seed: Tensor | None,
+    format: str,
+    n: Sequence[int],
+    k: int,
+    block_size: int,
+    scaling: Sequence[float],
+    dropout: float,
+    stream: Sequence[int],
+    *dtypes: torch.dtype,
+) -> list[Tensor]:
+    """`qlora_linear_group` likewise, one Linear after the other."""
+    count = len(planes) // len(n)
+    return [
+        specified_linear(
+            *(wide, x, planes[i * count : (i + 1) * count], bias[i], lora_a[i], lora_b[i], seed),
+            *(format, n[i], k, block_size, scaling[i], dropout, stream[i], *dtypes),
+        )
+        for i in range(len(n))
+    ]
+
+
+def dropped_out(x: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
+    """x [..., K] with the mask of a fused op; seed: int64 [1]."""
+    rows = x.numel() // x.shape[-1]
+    keep = keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
+    return x * keep / (1.0 - probability)
 
 
 class _Linear(torch.autograd.Function):
@@ -122,8 +162,9 @@ def _decoded(
     return spec.format.dequantize(packed, exact).to(dtype).view(shape)
 
 
-SPECIFIED: dict[Any, Callable[..., Tensor]] = {
+SPECIFIED: dict[Any, Callable[..., Any]] = {
     QLORA_LINEAR: specified_linear,
+    QLORA_LINEAR_GROUP: specified_group,
     QLORA_EXPERTS: specified_experts,
 }
-"""What a captured graph may hold of ours, and what stands for it in a check."""
+"""What a graph may hold of ours, and what stands for it in a check."""

@@ -4,7 +4,7 @@ evaluation of the captured one, next to the errors the captured one makes in its
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
+from qlora_compile.call_check import CallInterpreter
 from qlora_compile.certificate import Comparison
 from qlora_compile.graph_forms import (
     Masks,
@@ -22,12 +23,15 @@ from qlora_compile.graph_forms import (
     widened,
     with_masks,
 )
-from qlora_compile.graph_results import outputs_and_gradients
+from qlora_compile.graph_results import Results, outputs_and_gradients
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 
 FACTOR = 4.0
 """An error may be this many times that of the plain computation in the same dtypes: of hundreds of
 gradients the plain one's is, by luck, a third of the others' in some."""
+
+CALL_FACTOR = 2.0
+"""The same for a single fused call, where little adds up."""
 
 LOST_FACTOR = 10.0
 """The same where the plain computation has no correct digit, as of gradients that cancel out."""
@@ -93,7 +97,8 @@ def check(
     """Compares both graphs on `args`, with dropout off; on random activations and trained
     parameters of the same shapes and dtypes; where the fused ops drop out, on these with the masks
     of the fused op in both; and, where they compute in 16 bits, on the same in float32, whose small
-    errors hide no wrong rewrite. Stops at the first case with a mismatch."""
+    errors hide no wrong rewrite. In its own dtypes each fused call is compared by itself too: the
+    small errors of one call hide no wrong kernel. Stops at the first case with a mismatch."""
     # A checkpoint that is under way would count what is saved here.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         return _check(original, rewritten, inputs, args)
@@ -150,15 +155,24 @@ class _Case:
         exact = self._exact(captured)
         rewritten = with_masks(rewritten, self.masks)
         if self.wide is None:
-            actual = self._results(rewritten, None)
+            calls = CallInterpreter(rewritten, self.names, self._compare_call)
+            actual = self._results(calls.run, None)
         else:
             # No model runs in these dtypes: nothing is looked up, or measured later, for them.
             with choosing_from(MODELLED):
                 actual = self._results(widened(rewritten, self.wide), self.wide)
-        for name in dict.fromkeys([*plain, *actual]):
-            self.mismatch = self.mismatch or self._compare(name, plain, exact, actual)
+        self._compare_all(plain, exact, actual, FACTOR)
 
-    def _exact(self, captured: GraphModule) -> dict[str, Tensor | None] | None:
+    def _compare_call(self, plain: Results, exact: Results, actual: Results) -> None:
+        self._compare_all(plain, exact, actual, CALL_FACTOR)
+
+    def _compare_all(
+        self, plain: Results, exact: Results | None, actual: Results, factor: float
+    ) -> None:
+        for name in dict.fromkeys([*plain, *actual]):
+            self.mismatch = self.mismatch or self._compare(name, plain, exact, actual, factor)
+
+    def _exact(self, captured: GraphModule) -> Results | None:
         """In float64 or, if it does not run in that, float32; None if in neither."""
         reasons = []
         for dtype in (torch.float64, torch.float32):
@@ -171,15 +185,16 @@ class _Case:
         self.reference = "; ".join([_OWN_DTYPES, *reasons])
         return None
 
-    def _results(self, graph: GraphModule, wide: torch.dtype | None) -> dict[str, Tensor | None]:
+    def _results(self, graph: Callable[..., Any], wide: torch.dtype | None) -> Results:
         return outputs_and_gradients(graph, self.names, self.args, wide)
 
     def _compare(
         self,
         name: str,
-        plains: dict[str, Tensor | None],
-        exacts: dict[str, Tensor | None] | None,
-        actuals: dict[str, Tensor | None],
+        plains: Results,
+        exacts: Results | None,
+        actuals: Results,
+        factor: float,
     ) -> str | None:
         """Notes the comparison; returns what is wrong with it."""
         plain, actual = plains.get(name), actuals.get(name)
@@ -205,7 +220,7 @@ class _Case:
         exact = torch.where(defined, exact, 0.0).double()
         error = _error(torch.where(defined, actual, 0.0), exact)
         plain_error = _error(torch.where(defined, plain, 0.0), exact)
-        factor = FACTOR if plain_error < _LOST else LOST_FACTOR
+        factor = factor if plain_error < _LOST else LOST_FACTOR
         allowed = factor * max(plain_error, NOISE[self.lowest])
         if exacts is None:
             allowed = _OWN[self.lowest]

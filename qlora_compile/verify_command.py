@@ -70,8 +70,9 @@ def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Re
     named = {"data": data, "purpose": "verifying"}
     sequences = token_sequences(documents, tokenizer, config, length, **named)
     torch.manual_seed(0)  # the adapters'
-    model: Any = choice.optimized(config, verify=True).train()
-    ids = torch.tensor(sequences[:batch_size], device=model.device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train it
+    model: Any = choice.optimized(config, verify=True).to(device).train()
+    ids = torch.tensor(sequences[:batch_size], device=device)
     model(input_ids=ids, labels=ids).loss.backward()
     return api.explain(model)
 

@@ -91,6 +91,24 @@ def test_a_dropout_before_base_and_adapter_is_not_lost(dtype: torch.dtype) -> No
     assert len(report.certificates) == 1
 
 
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.linear(x).tanh())
+
+
+def test_a_linear_that_is_called_twice_drops_out_in_both() -> None:
+    config = lora(0.5, target_modules=["linear"])
+    model: Any = qlora_compile.optimize(Twice(), config, verify=True, tune="model").train()
+    model(torch.randn(8, 16)).sum().backward()
+    report = qlora_compile.explain(model)
+    assert not report.mismatches
+    assert len(report.certificates) == 1
+
+
 def test_a_check_inside_a_checkpoint_leaves_the_checkpoint_alone() -> None:
     gradients = []
     for verify in (False, True):

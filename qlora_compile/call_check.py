@@ -1,0 +1,67 @@
+"""Single fused calls on the inputs that they have in a graph, next to their specification.
+
+Errors of a whole block hide what one kernel adds to them; those of one call are a rounding or two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from qlora_compile.graph_results import Results, outputs_and_gradients
+from qlora_compile.passes.nodes import arguments, calls, stored_weight
+from qlora_compile.specified_ops import SPECIFIED
+
+
+class CallInterpreter(Interpreter):
+    """Runs a rewritten graph and calls `on_call` with the results of every call in it of an op of
+    ours: by its specification in its own dtypes, by that in float64, and its own.
+
+    names: of the graph's placeholders.
+    """
+
+    def __init__(
+        self,
+        rewritten: GraphModule,
+        names: Iterable[str],
+        on_call: Callable[[Results, Results, Results], None],
+    ) -> None:
+        super().__init__(rewritten)
+        placeholders = rewritten.graph.find_nodes(op="placeholder")
+        self._names = dict(zip(placeholders, names, strict=True))
+        self._on_call = on_call
+
+    def run_node(self, n: Node) -> Any:
+        specification: Any = SPECIFIED.get(n.target)
+        if specification is not None:
+            plain = self._results(n, functools.partial(specification, None), None)
+            wide = functools.partial(specification, torch.float64)
+            exact = self._results(n, wide, torch.float64)
+            self._on_call(plain, exact, self._results(n, n.target, None))
+        return super().run_node(n)
+
+    def _results(self, n: Node, compute: Any, wide: torch.dtype | None) -> Results:
+        args, structure = tree_flatten(self.fetch_args_kwargs_from_env(n)[0])
+        _, *others = tree_flatten(n.args)[0]
+        linears = calls(n) or [arguments(n)]
+        sites = [self._site(linear["planes"][0]) for linear in linears]
+        names = [f"the input of {', '.join(sites)}"]
+        # The block's gradient of it bears its plain name.
+        names += [f"{self._name(each)} in its own call" for each in others]
+        found = outputs_and_gradients(
+            lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
+        )
+        told = {f"output {i}": f"output of {site}" for i, site in enumerate(sites)}
+        return {told.get(name, name): value for name, value in found.items()}
+
+    def _name(self, value: Any) -> str:
+        """Of a stored tensor, a cast or a view of it: the placeholder's."""
+        return self._names.get(stored_weight(value), str(value))
+
+    def _site(self, weight: Node) -> str:
+        return self._name(weight).removesuffix(".weight").replace(".base_layer", "")
