@@ -180,7 +180,8 @@ class Region:
         """What the last call's graphs tell of their sites."""
         told: dict[str, Any] = {}
         for graph, names in self.graphs or ():
-            told |= {names.get(site, site): value for site, value in getattr(graph, what).items()}
+            for site, value in getattr(graph, what).items():
+                told[names[site] if site in names else site] = value
         return told
 
     def unfused(self) -> dict[str, str]:
