@@ -181,7 +181,7 @@ class Region:
         told: dict[str, Any] = {}
         for graph, names in self.graphs or ():
             for site, value in getattr(graph, what).items():
-                told[names[site] if site in names else site] = value
+                told[str(names.get(site, site))] = value
         return told
 
     def unfused(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from qlora_compile.errors import (
     WeightShapeError,
     WeightValueError,
 )
-from qlora_compile.kernels.formats import compiled
+from qlora_compile.kernels.formats import cpu_decode
 from qlora_compile.kernels.formats.nested import block_absmax, quantize_absmax
 from qlora_compile.packed import PackedWeight
 
@@ -177,21 +177,16 @@ class QuantFormat(ABC):
     def _dequantize_flat(self, packed: PackedWeight, first: int, last: int, out: Tensor) -> None:
         """Elements `first` … `last` to `out` [last - first]; `first` begins a byte and a block."""
         block_size = packed.block_size
+        if cpu_decode.writes(out, block_size):
+            whole = (last - first) // block_size * block_size
+            if self._write_blocks(packed, first // block_size, out[:whole]):
+                first, out = first + whole, out[whole:]
+                if first == last:
+                    return
         first_block = first // block_size
         scales = self._scales(block_absmax(packed, first_block, -(-last // block_size)))
         codes = packed.codes.reshape(-1)
         per_code = 8 // self.bits
-        blocks = (last - first) // block_size
-        begun = blocks * block_size
-        if compiled.decodes(out, block_size) and self._write_blocks(
-            codes[first // per_code : (first + begun) // per_code].view(blocks, -1),
-            scales[:blocks],
-            out[:begun].view(blocks, block_size),
-        ):
-            if first + begun == last:
-                return
-            first, first_block, out = first + begun, first_block + blocks, out[begun:]
-            scales = scales[blocks:]
         unit = math.lcm(block_size, per_code)
         limit = _CPU_CHUNK if out.device.type == "cpu" else _DEVICE_CHUNK
         chunk = unit * max(1, limit // unit)
@@ -224,9 +219,9 @@ class QuantFormat(ABC):
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         """Like `_code_values`, written to `out`, float32 [elements] and contiguous; fast."""
 
-    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
-        """Writes whole blocks, codes [blocks, bytes] times scales [blocks], to bfloat16 `out`
-        [blocks, size] on CPU; False where nothing is faster than the other methods."""
+    def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
+        """Writes blocks `first` … to `out` on CPU, float32 or bfloat16, contiguous and of whole
+        blocks; False where nothing is faster than the methods above."""
         return False
 
     @abstractmethod

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.compiled import write_pairs
+from qlora_compile.kernels.formats.cpu_decode import write_codebook
+from qlora_compile.packed import PackedWeight
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder
@@ -77,8 +78,10 @@ class CodebookFormat(QuantFormat):
         if not aligned:
             out.copy_(target.view(torch.float32)[: out.numel()])
 
-    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
-        write_pairs(codes, scales, *_halves(self.codebook), out)
+    def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
+        if packed.block_size % 2:
+            return False
+        write_codebook(packed, self.codebook_on(out.device), first, out)
         return True
 
 
@@ -95,14 +98,6 @@ def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
         values = torch.tensor(codebook, dtype=torch.float32, device="cpu")
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
         return pairs.view(torch.int64).view(-1).to(device)
-
-
-@functools.cache
-def _halves(codebook: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """The values of every byte's high and low code: float32 [256] each, on CPU."""
-    pairs = _pairs(codebook, torch.device("cpu")).view(torch.float32).view(-1, 2)
-    with torch.inference_mode(False):
-        return pairs[:, 0].clone(), pairs[:, 1].clone()
 
 
 @functools.cache

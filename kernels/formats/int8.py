@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.compiled import write_products
+from qlora_compile.kernels.formats.cpu_decode import write_integers
+from qlora_compile.packed import PackedWeight
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder
@@ -38,8 +39,10 @@ class Int8Format(QuantFormat):
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
         out.copy_(codes)
 
-    def _write_blocks(self, codes: Tensor, scales: Tensor, out: Tensor) -> bool:
-        write_products(codes, scales, out)
+    def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
+        size, count = packed.block_size, out.numel()
+        scales = self._scales(packed.absmax.reshape(-1)[first : first + count // size])
+        write_integers(packed.codes.reshape(-1)[first * size :], scales, out)
         return True
 
     def device_decoders(self) -> tuple[Decoder, ...]:

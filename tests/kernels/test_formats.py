@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_compile.kernels.formats import compiled
+from qlora_compile.kernels.formats import cpu_decode
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.nested import dynamic_map
 from qlora_compile.kernels.registry import FORMATS, format_named
@@ -150,8 +150,8 @@ def test_no_temporary_exceeds_one_float32_copy(quant_format: QuantFormat) -> Non
 
 @pytest.fixture(params=["compiled", "operators"])
 def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether bfloat16 is written by what Inductor compiles, however small the weight."""
-    monkeypatch.setattr(compiled, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
+    """Whether whole blocks are decoded by compiled code, however small the weight."""
+    monkeypatch.setattr(cpu_decode, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
 
 
 @pytest.mark.usefixtures("smallest")

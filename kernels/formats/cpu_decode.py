@@ -1,0 +1,189 @@
+"""Decoding whole blocks on a CPU in one pass: C++ that Inductor's toolchain builds and caches.
+
+torch's own operators take five passes, each through the caches: widen, look up, scale, round, copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
+
+SMALLEST = 1 << 12
+"""Weights that are worth the call."""
+
+_TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
+
+_ROUNDING = r"""
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// To nearest even; finite values only.
+static inline void store(uint16_t* out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *out = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+static inline void store(float* out, float value) { *out = value; }
+
+#if defined(__AVX512F__)
+// The upper halves are bfloat16.
+static inline __m512i rounded(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+#endif
+"""
+
+_CODEBOOK = (
+    _ROUNDING
+    + r"""
+#if defined(__AVX512F__)
+static inline void store_pairs(uint16_t* out, __m512 high, __m512 low) {
+  const __m512i second = _mm512_and_si512(rounded(low), _mm512_set1_epi32(0xFFFF0000));
+  _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(rounded(high), 16), second));
+}
+static inline void store_pairs(float* out, __m512 high, __m512 low) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(out, _mm512_permutex2var_ps(high, first, low));
+  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(high, second, low));
+}
+#endif
+
+extern "C" void kernel(
+    const uint8_t* codes, const float* codebook, const uint8_t* absmax,
+    const float* nested_codebook, const float* nested_absmax, const float* nested_offset,
+    int64_t nested, int64_t first_block, int64_t blocks, int64_t bytes, int64_t threads,
+    TYPE* out) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t block = first_block + b;
+    float scale;
+    if (nested) {
+      const float product = nested_codebook[absmax[block]] * nested_absmax[block / NESTED];
+      scale = product + *nested_offset;
+    } else {
+      scale = reinterpret_cast<const float*>(absmax)[block];
+    }
+    const uint8_t* in = codes + b * bytes;
+    TYPE* to = out + 2 * b * bytes;
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512 table = _mm512_loadu_ps(codebook), scales = _mm512_set1_ps(scale);
+    for (; i + 16 <= bytes; i += 16) {
+      const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+      const __m512i index = _mm512_cvtepu8_epi32(stored);
+      // The permutation takes an index's last four bits.
+      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table);
+      const __m512 low = _mm512_permutexvar_ps(index, table);
+      store_pairs(to + 2 * i, _mm512_mul_ps(high, scales), _mm512_mul_ps(low, scales));
+    }
+#endif
+    for (; i < bytes; ++i) {
+      store(to + 2 * i, codebook[in[i] >> 4] * scale);
+      store(to + 2 * i + 1, codebook[in[i] & 0xF] * scale);
+    }
+  }
+}
+""".replace("NESTED", str(NESTED_BLOCK_SIZE))
+)
+
+_INTEGERS = (
+    _ROUNDING
+    + r"""
+#if defined(__AVX512F__)
+static inline void store(uint16_t* out, __m512 values) {
+  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
+}
+static inline void store(float* out, __m512 values) { _mm512_storeu_ps(out, values); }
+#endif
+
+extern "C" void kernel(
+    const int8_t* codes, const float* scales, int64_t blocks, int64_t size, int64_t threads,
+    TYPE* out) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float scale = scales[b];
+    const int8_t* in = codes + b * size;
+    TYPE* to = out + b * size;
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= size; i += 16) {
+      const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+      const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(stored));
+      store(to + i, _mm512_mul_ps(values, _mm512_set1_ps(scale)));
+    }
+#endif
+    for (; i < size; ++i) {
+      store(to + i, static_cast<float>(in[i]) * scale);
+    }
+  }
+}
+"""
+)
+
+
+def writes(out: Tensor, block_size: int) -> bool:
+    """Whether whole blocks of `out` [elements] can be written so."""
+    return (
+        out.device.type == "cpu"
+        and out.numel() >= max(SMALLEST, block_size)
+        and out.dtype in _TYPES
+        and _has_compiler()
+    )
+
+
+def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tensor) -> None:
+    """Decodes blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the
+    first begins a byte. codebook: float32 [16]."""
+    bytes_per_block = packed.block_size // 2
+    codes = packed.codes.reshape(-1)[first * bytes_per_block :]
+    absmax = packed.absmax.reshape(-1)
+    nested = (packed.nested_codebook, packed.nested_absmax, packed.nested_offset)
+    tables = [codebook if each is None else each for each in nested]
+    sizes = (int(packed.double_quantized), first, out.numel() // packed.block_size, bytes_per_block)
+    kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 5, out.dtype)
+    kernel(codes, codebook, absmax, *tables, *sizes, torch.get_num_threads(), out)
+
+
+def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """out = codes * scales: int8 codes and contiguous `out` of [blocks * size], float32 scales
+    [blocks]."""
+    kernel = _kernel(_INTEGERS, ("int8_t", "float"), 3, out.dtype)
+    blocks = scales.numel()
+    kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)
+
+
+@functools.cache
+def _kernel(
+    source: str, inputs: tuple[str, ...], sizes: int, dtype: torch.dtype
+) -> Callable[..., Any]:
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    arguments = [f"const {each}*" for each in inputs] + ["int64_t"] * sizes
+    code = source.replace("TYPE", _TYPES[dtype])
+    return CppPythonBindingsCodeCache.load_pybinding([*arguments, f"{_TYPES[dtype]}*"], code)
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    # Inductor imports Triton, which decides at that moment whether it interprets kernels.
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
