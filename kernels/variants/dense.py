@@ -201,21 +201,20 @@ class Dense(Variant):
             if grad_x is not None:
                 merged = adapter if config.merged else None
                 passes = _weight_blocks(tensors.planes, spec, config, merged)
+            plain = {x.dtype, grad.dtype} == {dtype}
             # What is converted once serves both products.
-            together = config.weight_block is None or grad_x is None
-            plain = {x.dtype, grad.dtype, taken.adapters.dtype if taken else dtype} == {dtype}
-            blocks = row_blocks(x, whole=plain)
+            same = taken is not None and taken.adapters.dtype == dtype
+            together = same and (config.weight_block is None or grad_x is None)
             for n, weight in passes:
-                for m in blocks:
+                for m in row_blocks(x, whole=plain):
                     part = grad[m, n].to(dtype)
                     if grad_x is not None and weight is not None:
                         _add_input_gradient(grad_x[m], part, weight, first=not begun)
                     if taken is not None and together:
-                        same = taken.adapters.dtype == dtype
-                        taken.take(position, m, part if same else grad[m].to(taken.adapters.dtype))
+                        taken.take(position, m, part)
                 begun = True
             if taken is not None and not together:
-                for m in blocks:
+                for m in row_blocks(x, whole=plain and same):
                     taken.take(position, m, grad[m].to(taken.adapters.dtype))
             grad_bias = None
             if needs.bias and tensors.bias is not None:
