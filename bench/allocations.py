@@ -23,19 +23,28 @@ def allocations(run: Callable[[], Any]) -> Allocations:
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
     sizes = []
     held = most = 0
-    events = _walk(profiler.profiler.kineto_results.experimental_event_tree())
-    for event in sorted(events, key=lambda event: event.start_time_ns):
-        size = event.typed[1].alloc_size
+    for size in allocation_sizes(event_tree(profiler)):
         held += size
         most = max(most, held)
         if size > 0:
             sizes.append(size)
     del result
     return Allocations(sizes, most, held)
+
+
+def event_tree(profiler: profile) -> list[Any]:
+    """The outermost events, each with those inside it."""
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    return list(profiler.profiler.kineto_results.experimental_event_tree())
+
+
+def allocation_sizes(events: list[Any]) -> list[int]:
+    """Bytes of what is allocated in `events`, in the order of time; freed ones are negative."""
+    found = sorted(_walk(events), key=lambda event: event.start_time_ns)
+    return [event.typed[1].alloc_size for event in found]
 
 
 def _walk(events: Any) -> Iterator[Any]:

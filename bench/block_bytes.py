@@ -36,9 +36,11 @@ from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import qlora_compile
+from bench.allocations import allocation_sizes, event_tree
+from bench.random_llama import random_llama
 from bench.stock import with_bitsandbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,14 +105,7 @@ def block_bytes(setting: Setting, ours: bool) -> tuple[Counter[str], Counter[str
 
 
 def _model(setting: Setting, ours: bool) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, **SHAPE)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config).to(torch.bfloat16)
-    model: Any = empty.to_empty(device="cpu")
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = random_llama(LlamaConfig(vocab_size=64, num_hidden_layers=1, **SHAPE))
     lora = LoraConfig(r=RANK, lora_dropout=setting.dropout, target_modules="all-linear")
     if ours:
         model = qlora_compile.optimize(model, lora, quantize="nf4", tune="model")
@@ -173,22 +168,15 @@ def _saved(out: Tensor, model: nn.Module) -> int:
 def _inside(profiler: Any) -> int:
     """Bytes of all allocations in the library's ops but for the last ones, which they return."""
     total = 0
-    pending = list(profiler.profiler.kineto_results.experimental_event_tree())
+    pending = event_tree(profiler)
     while pending:
         event = pending.pop()
         if not event.name.startswith((OURS, "bitsandbytes::gem")):
             pending += event.children
             continue
-        sizes = list(_allocations(event.children))
+        sizes = list(allocation_sizes(event.children))
         total += sum(size for size in sizes if size > 0) - max(sum(sizes), 0)
     return total
-
-
-def _allocations(events: list[Any]) -> Iterator[int]:
-    for event in events:
-        if event.tag.name == "Allocation":
-            yield event.typed[1].alloc_size
-        yield from _allocations(event.children)
 
 
 KINDS = ("written", "saved", "gemm", "decoded", "inside")

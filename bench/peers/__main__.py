@@ -21,7 +21,7 @@ import torch
 import transformers
 import typer
 
-from bench.peers.contenders import CONTENDERS
+from bench.peers.contenders import CONTENDERS, OURS
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
 from bench.peers.settings import SETTINGS, Setting
@@ -45,33 +45,22 @@ def main(
         if name not in CONTENDERS:
             raise typer.BadParameter(f"{name!r}; there are {', '.join(CONTENDERS)}")
     chosen = [each for each in CONTENDERS if not names or each in names]
-    chosen = list(dict.fromkeys([next(iter(CONTENDERS)), *chosen]))
+    chosen = list(dict.fromkeys([OURS, *chosen]))
     settings = [SETTINGS[number] for number in setting or range(len(SETTINGS))]
     results: list[tuple[Setting, list[Run]]] = []
+    worktree = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         root = None
         if base is not None:
             root = Path(folder) / "base"
-            git = [
-                "git",
-                "-C",
-                str(ROOT),
-                "worktree",
-                "add",
-                "--detach",
-                "--quiet",
-                str(root),
-                base,
-            ]
-            subprocess.run(git, check=True)
+            subprocess.run([*worktree, "add", "--detach", "--quiet", str(root), base], check=True)
         try:
             for each in settings:
                 results.append((each, race(each, chosen, steps, root)))
                 typer.echo("\n".join(section(*results[-1])))
         finally:
             if root is not None:
-                command = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(root)]
-                subprocess.run(command, check=True)
+                subprocess.run([*worktree, "remove", "--force", str(root)], check=True)
     if names or setting or base:
         return
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}

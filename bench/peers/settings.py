@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
+from bench.random_llama import random_llama
 from bench.run import batches
 from qlora_compile.demo import demo_model_file
 from qlora_compile.hf import loading
@@ -57,19 +58,7 @@ def base_model(setting: Setting) -> Any:
     scale = setting.hidden / STACK_SHAPE["hidden_size"]
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     scaled = {name: max(int(STACK_SHAPE[name] * scale), 1) for name in sizes}
-    config = LlamaConfig(num_hidden_layers=setting.layers, **{**STACK_SHAPE, **scaled})
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        empty: Any = LlamaForCausalLM(config)
-    model = empty.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-        else:
-            torch.nn.init.ones_(parameter)
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model
+    return random_llama(LlamaConfig(num_hidden_layers=setting.layers, **{**STACK_SHAPE, **scaled}))
 
 
 def data(setting: Setting, steps: int) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
@@ -18,10 +17,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bench.allocations import allocations
+from bench.allocations import allocations, event_tree
 from bench.peers.contenders import CONTENDERS
 from bench.peers.floor import Floor
 from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
+from qlora_compile.kernels import workspace
 
 
 @dataclass
@@ -50,19 +50,13 @@ class Trainee:
     def describe(self) -> dict[str, float]:
         """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators.
         The scratch memory that qlora_compile keeps from step to step counts as the step's."""
-        with contextlib.suppress(ImportError):
-            from qlora_compile.kernels import workspace
-
-            workspace._buffers.by_stream.clear()
         gc.collect()
         saved = allocations(lambda: self.forward(0)).held
         most = allocations(lambda: self.step(0)).most
+        most += sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.step(0)
-        assert profiler.profiler is not None
-        assert profiler.profiler.kineto_results is not None
-        tree = profiler.profiler.kineto_results.experimental_event_tree()
-        return {"peak": most, "saved": saved, "operators": _leaves(tree)}
+        return {"peak": most, "saved": saved, "operators": _leaves(event_tree(profiler))}
 
 
 def _leaves(events: Any) -> int:

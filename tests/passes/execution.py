@@ -12,7 +12,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
-from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.passes.nodes import (
     arguments,
     calls,
@@ -22,6 +21,7 @@ from qlora_compile.passes.nodes import (
     linear_operands,
     strip_casts,
 )
+from qlora_compile.specified_ops import dropped_out
 from tests.passes.recorder import source_name
 
 WIDE = torch.float64
@@ -91,9 +91,7 @@ def _seed() -> Tensor:
 
 
 def _dropped(x: Tensor, p: float, stream: int) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    keep = keep_mask(_SEED, stream, p, (0, rows), x.shape[-1])
-    return x * keep.view(x.shape) / (1.0 - p)
+    return dropped_out(x, _SEED, stream, p)
 
 
 def inputs_of(program: nn.Module, x: Tensor, *, wide: bool) -> dict[str, Tensor]:

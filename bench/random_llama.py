@@ -1,0 +1,25 @@
+"""A Llama of any shape with random weights, made without a float32 copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def random_llama(config: LlamaConfig) -> Any:
+    """In bfloat16 on the CPU, the same for the same config; norms are ones."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        empty: Any = LlamaForCausalLM(config)
+    model = empty.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.ones_(parameter)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
