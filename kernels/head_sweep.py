@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu import softmax
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.packed import PackedWeight
 
 SMALLEST_BUDGET = 1 << 22
 """Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""
+
+IN_PLACE = 4
+"""As many times so many need the same memory where they become their gradient where they lie."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class Sweep:
         self.bias = None if bias is None else bias.to(wide)
         self.lora_a = None if lora_a is None else lora_a.to(wide)
         self.lora_b = None if lora_b is None else lora_b.to(wide)
+        self.in_place = (
+            softmax.available(hidden.device, settings.compute)
+            and self.weight is not None
+            and self.weight.dtype == settings.compute
+            and settings.vocabulary_chunk is None
+            and settings.softcap is None
+            and bias is None
+            and lora_a is None
+        )
         self.rows, self.blocks = self._partition()
 
         def zeros(*shape: int, dtype: torch.dtype = wide) -> Tensor:
@@ -83,7 +96,7 @@ class Sweep:
         """Rows of `hidden`, and of the weight, that are taken at a time."""
         rows, width = self.hidden.shape
         settings = self.settings
-        budget = max(self.hidden.numel(), SMALLEST_BUDGET)
+        budget = max(self.hidden.numel(), SMALLEST_BUDGET) * (IN_PLACE if self.in_place else 1)
         converted = self.weight is None or self.weight.dtype != settings.compute
         block = settings.vocabulary_chunk
         if block is None:
@@ -92,8 +105,9 @@ class Sweep:
             unit = format_named(settings.packed.format).row_alignment(settings.packed)
             block = max(block // unit, 1) * unit
         block = max(min(block, settings.size), 1)
-        chunk = settings.chunk or max(budget // block, 1)
-        return _slices(rows, chunk), _slices(settings.size, block)
+        count = -(-rows // (settings.chunk or max(budget // block, 1)))
+        chunk = -(-rows // max(count, 1))
+        return _slices(rows, max(chunk, 1)), _slices(settings.size, block)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
         """The sum of the losses of all rows that count, and the gradients of it: of hidden, weight,
@@ -106,6 +120,9 @@ class Sweep:
         once = len(self.blocks) == 1
         for weight, block in self._weights():
             for rows in self.rows:
+                if self.in_place:
+                    self._run_in_place(rows, weight, block)
+                    continue
                 logits = self._logits(rows, weight, block)
                 self._count(rows, logits, block)
                 if once and self.differentiates:
@@ -151,6 +168,22 @@ class Sweep:
             return logits.mul_(factor).tanh_().mul_(settings.softcap)
         return logits.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else logits
 
+    def _run_in_place(self, rows: slice, weight: Tensor, block: slice) -> None:
+        """All of `rows` where nothing but the weight makes their logits."""
+        settings = self.settings
+        logits = self.hidden[rows].to(settings.compute) @ weight.t()
+        softmax.cross_entropy_rows(
+            logits,
+            self.labels[rows].contiguous(),
+            (self.log_sum[rows], self.target[rows], self.total[rows]),
+            factor=settings.logit_scale,
+            smoothing=settings.label_smoothing,
+            ignored=settings.ignore_index,
+            differentiates=self.differentiates,
+        )
+        if self.differentiates:
+            self._through_weight(rows, logits, weight, block)
+
     def _targets(self, rows: slice, block: slice) -> tuple[Tensor, Tensor]:
         """Each row's label as a column of the block [rows, 1], and whether it is one."""
         local = self.labels[rows] - block.start
@@ -189,8 +222,17 @@ class Sweep:
             self.grad_low_rank[rows].addmm_(grad, self.lora_b[block])
         if self.grad_b is not None:
             self.grad_b[block].addmm_(grad.t(), self.low_rank[rows])
+        self._through_weight(rows, grad, weight, block)
+
+    def _through_weight(self, rows: slice, grad: Tensor, weight: Tensor, block: slice) -> None:
+        """From the gradient of the base product's logits to those of `hidden` and the weight."""
+        settings = self.settings
         if self.grad_hidden is not None:
-            self.grad_hidden[rows] += grad.to(settings.compute) @ weight
+            target, narrow = self.grad_hidden[rows], grad.to(settings.compute)
+            if target.dtype == narrow.dtype:
+                torch.addmm(target, narrow, weight, out=target)
+            else:
+                target += narrow @ weight
         if self.grad_weight is not None:
             # Not yet divided by the number of rows, this sum could be too large for float16.
             half = settings.compute == torch.float16

@@ -19,7 +19,7 @@ from qlora_compile.errors import (
     WeightShapeError,
     WeightValueError,
 )
-from qlora_compile.kernels.formats import cpu_decode
+from qlora_compile.kernels.cpu import decode
 from qlora_compile.kernels.formats.nested import block_absmax, quantize_absmax
 from qlora_compile.packed import PackedWeight
 
@@ -177,7 +177,7 @@ class QuantFormat(ABC):
     def _dequantize_flat(self, packed: PackedWeight, first: int, last: int, out: Tensor) -> None:
         """Elements `first` … `last` to `out` [last - first]; `first` begins a byte and a block."""
         block_size = packed.block_size
-        if cpu_decode.writes(out, block_size):
+        if decode.writes(out, block_size):
             whole = (last - first) // block_size * block_size
             if self._write_blocks(packed, first // block_size, out[:whole]):
                 first, out = first + whole, out[whole:]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu.decode import write_codebook
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.cpu_decode import write_codebook
 from qlora_compile.packed import PackedWeight
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_compile.kernels.formats import cpu_decode
+from qlora_compile.kernels.cpu import decode
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.nested import dynamic_map
 from qlora_compile.kernels.registry import FORMATS, format_named
@@ -151,7 +151,7 @@ def test_no_temporary_exceeds_one_float32_copy(quant_format: QuantFormat) -> Non
 @pytest.fixture(params=["compiled", "operators"])
 def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether whole blocks are decoded by compiled code, however small the weight."""
-    monkeypatch.setattr(cpu_decode, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
+    monkeypatch.setattr(decode, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
 
 
 @pytest.mark.usefixtures("smallest")

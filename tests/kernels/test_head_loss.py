@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from math import ceil
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def check(case: Case) -> None:
         error = (value.double() - exact[name]).norm()
         allowed = FACTOR * (plain[name].double() - exact[name]).norm()
         # A sum continued from chunk to chunk is rounded after each: a random walk of their number.
-        steps = ceil(case.vocabulary / (case.vocabulary_chunk or case.vocabulary)) ** 0.5
+        steps = math.ceil(case.vocabulary / (case.vocabulary_chunk or case.vocabulary)) ** 0.5
         floor = FLOORS[case.precision.lowest] * case.precision.eps * magnitudes[name].norm() * steps
         assert error <= allowed + floor, (name, error, allowed, floor)
 
@@ -87,6 +87,38 @@ def cases() -> st.SearchStrategy[Case]:
 @example(Case(rank=3, bias=True, precision=PRECISIONS[4], softcap=1.5, chunk=2))
 def test_equals_cross_entropy_over_all_logits(case: Case) -> None:
     check(case)
+
+
+@settings(max_examples=60)
+@given(
+    st.builds(
+        Case,
+        rows=st.integers(1, 40),
+        vocabulary=st.integers(1, 300),
+        width=st.integers(1, 40),
+        precision=st.just(PRECISIONS[2]),
+        ignored=st.sampled_from([0.0, 0.3, 1.0]),
+        logit_scale=st.sampled_from([1.0, 0.25, 3.0]),
+        label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+        reduction=st.sampled_from(["mean", "sum"]),
+        chunk=st.none() | st.integers(1, 45),
+        seed=st.integers(0, 1 << 16),
+    )
+)
+def test_logits_that_become_their_gradient_in_place(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_logit_that_is_no_number_is_not_hidden(value: float) -> None:
+    hidden = torch.ones(2, 4, dtype=BF16, requires_grad=True)
+    weight = torch.ones(40, 4, dtype=BF16)
+    weight[17, 1] = value
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([3, 4]))
+    loss.backward()
+    assert not loss.isfinite()
+    assert hidden.grad is not None
+    assert not hidden.grad.isfinite().any()
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias", "lora_a", "lora_b"])
@@ -151,6 +183,7 @@ def test_an_unknown_reduction_is_refused() -> None:
         (1024, 32768, 1, UNQUANTIZED, None),
         (1024, 32768, 1, "nf4", 30.0),
         (1024, 32768, 3, UNQUANTIZED, 30.0),
+        (1024, 32768, 3, UNQUANTIZED, None),
         (512, 131072, 4, UNQUANTIZED, None),
     ],
 )

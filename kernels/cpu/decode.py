@@ -1,17 +1,17 @@
-"""Decoding whole blocks on a CPU in one pass: C++ that Inductor's toolchain builds and caches.
+"""Decoding whole blocks in one pass.
 
 torch's own operators take five passes, each through the caches: widen, look up, scale, round, copy.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu.toolchain import BFLOAT16, compiled, has_compiler
 from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 SMALLEST = 1 << 12
@@ -19,22 +19,12 @@ SMALLEST = 1 << 12
 
 _TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 
-_ROUNDING = r"""
-#include <cstdint>
-#include <cstring>
+_ROUNDING = (
+    BFLOAT16
+    + r"""
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
-// To nearest even; finite values only.
-static inline void store(uint16_t* out, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  *out = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-static inline void store(float* out, float value) { *out = value; }
-
-#if defined(__AVX512F__)
 // The upper halves are bfloat16.
 static inline __m512i rounded(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
@@ -43,6 +33,7 @@ static inline __m512i rounded(__m512 value) {
 }
 #endif
 """
+)
 
 _CODEBOOK = (
     _ROUNDING
@@ -140,7 +131,7 @@ def writes(out: Tensor, block_size: int) -> bool:
         out.device.type == "cpu"
         and out.numel() >= max(SMALLEST, block_size)
         and out.dtype in _TYPES
-        and _has_compiler()
+        and has_compiler()
     )
 
 
@@ -165,25 +156,9 @@ def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)
 
 
-@functools.cache
 def _kernel(
     source: str, inputs: tuple[str, ...], sizes: int, dtype: torch.dtype
 ) -> Callable[..., Any]:
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
     arguments = [f"const {each}*" for each in inputs] + ["int64_t"] * sizes
     code = source.replace("TYPE", _TYPES[dtype])
-    return CppPythonBindingsCodeCache.load_pybinding([*arguments, f"{_TYPES[dtype]}*"], code)
-
-
-@functools.cache
-def _has_compiler() -> bool:
-    # Inductor imports Triton, which decides at that moment whether it interprets kernels.
-    from torch._inductor import exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return False
-    return True
+    return compiled(code, (*arguments, f"{_TYPES[dtype]}*"))

@@ -1,0 +1,107 @@
+"""Cross-entropy and its gradient over rows of bfloat16 logits, in place and without float32 copies
+of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
+
+_SOURCE = (
+    VECTORISED
+    + BFLOAT16
+    + r"""
+#include <cmath>
+
+// e^x within two units in the last place; NaN stays NaN, and below -87 it is as good as 0.
+static inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer, in the low bits
+  const float whole = shifted - 12582912.0f;
+  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const int32_t power = static_cast<int32_t>(static_cast<uint32_t>(bits + 127) << 23);
+  float scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return p * scale;
+}
+
+extern "C" void kernel(
+    uint16_t* logits, const int64_t* labels, float* log_sum, float* target, float* total,
+    float factor, float smoothing, int64_t rows, int64_t size, int64_t ignored,
+    int64_t differentiates, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t m = 0; m < rows; ++m) {
+    uint16_t* row = logits + m * size;
+    const bool counts = labels[m] != ignored;
+    const int64_t label = counts ? labels[m] : 0;
+    float most = -INFINITY, sum = 0.0f, all = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < size; ++i) {
+      const float z = load(row + i) * factor;
+      most = z > most ? z : most;
+    }
+#pragma omp simd reduction(+ : sum, all)
+    for (int64_t i = 0; i < size; ++i) {
+      const float z = load(row + i) * factor;
+      sum += exponential(z - most);
+      all += z;
+    }
+    const float logarithm = most + std::log(sum);
+    log_sum[m] = logarithm;
+    total[m] = all;
+    const float z = load(row + label) * factor;
+    target[m] = z;
+    if (!differentiates) continue;
+    const float each = smoothing / size, scale = counts ? factor : 0.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const float p = exponential(load(row + i) * factor - logarithm);
+      store(row + i, (p - each) * scale);
+    }
+    const float p = exponential(z - logarithm);
+    store(row + label, (p - each - (1.0f - smoothing)) * scale);
+  }
+}
+"""
+)
+
+_ARGUMENTS = (
+    *("uint16_t*", "const int64_t*", "float*", "float*", "float*", "float", "float"),
+    *["int64_t"] * 5,
+)
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_compiler()
+
+
+def cross_entropy_rows(
+    logits: Tensor,
+    labels: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor],
+    *,
+    factor: float,
+    smoothing: float,
+    ignored: int,
+    differentiates: bool,
+) -> None:
+    """Of z = factor * `logits` (bfloat16 [m, V], contiguous) writes to `sums`, each float32 [m],
+    every row's log-sum-exp, its label's z and the sum of its z; if it `differentiates`, `logits`
+    become the gradient of each row's loss with respect to themselves, 0 in the `ignored` rows.
+
+    labels: int64 [m], in [0, V) or `ignored`.
+    """
+    kernel = compiled(_SOURCE, _ARGUMENTS)
+    threads = torch.get_num_threads()
+    settings = (factor, smoothing, *logits.shape, ignored, int(differentiates), threads)
+    kernel(logits, labels, *sums, *settings)

@@ -1,0 +1,62 @@
+"""Compiling C++ functions for the processor at hand, by Inductor's toolchain and into its cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+VECTORISED = r"""
+#if defined(__GNUC__) && !defined(__clang__)
+// Inductor's flags leave it off, for its code has vectors of its own.
+#pragma GCC optimize("tree-loop-vectorize")
+#if defined(__AVX512F__)
+#pragma GCC target("prefer-vector-width=512")
+#endif
+#endif
+"""
+"""C++, to come first: has the compiler vectorise the loops that `omp simd` marks."""
+
+BFLOAT16 = r"""
+#include <cstdint>
+#include <cstring>
+
+static inline float load(const uint16_t* in) {
+  const uint32_t bits = static_cast<uint32_t>(*in) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+static inline float load(const float* in) { return *in; }
+
+// To nearest even; of a NaN at least the sign's neighbour stays set.
+static inline void store(uint16_t* out, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *out = static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+static inline void store(float* out, float value) { *out = value; }
+"""
+"""C++: reading and writing one number, bfloat16 or float32."""
+
+
+@functools.cache
+def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+    """The function `kernel` of a C++ source as one of Python's. arguments: its types in C++, of
+    which a pointer takes a tensor."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source)
+
+
+@functools.cache
+def has_compiler() -> bool:
+    # Inductor imports Triton, which decides at that moment whether it interprets kernels.
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
+    return True
