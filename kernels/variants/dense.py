@@ -214,8 +214,8 @@ class Dense(Variant):
                         taken.take(position, m, part)
                 begun = True
             if taken is not None and not together:
-                for m in row_blocks(x, whole=plain and same):
-                    taken.take(position, m, grad[m].to(taken.adapters.dtype))
+                for m in row_blocks(x, whole=taken.adapters.is_thin(grad) or (plain and same)):
+                    taken.take(position, m, grad[m])
             grad_bias = None
             if needs.bias and tensors.bias is not None:
                 grad_bias = bias_gradient(grad, tensors.bias)

@@ -1,12 +1,15 @@
-"""The adapter's thin products and gradients in torch's own operators, over blocks of rows."""
+"""The adapter's thin products and gradients in torch's own operators, over blocks of rows, or on a
+CPU that has the instructions for it in one pass."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.variants.base import (
     ROW_BLOCK,
@@ -66,11 +69,11 @@ class NativeAdapter:
 
 @dataclass(frozen=True)
 class NativeAdapters:
-    """A group's adapters, by their Linear's position in it, and their A's in one [sum of r, K]."""
+    """A group's adapters, by their Linear's position in it. rank: the sum of theirs."""
 
     x: Tensor
     dtype: torch.dtype
-    stacked: Tensor
+    rank: int
     members: dict[int, NativeAdapter]
 
     @classmethod
@@ -79,7 +82,6 @@ class NativeAdapters:
         first, spec = group[0]
         wider = gemm_dtype.itemsize > spec.lora_dtype.itemsize
         dtype = gemm_dtype if wider else spec.lora_dtype
-        factors = []
         members = {}
         rank = 0
         for position, (tensors, spec) in enumerate(group):
@@ -88,15 +90,16 @@ class NativeAdapters:
                 continue
             columns = slice(rank, rank + a.shape[0])
             scaling = adapter_scaling(tensors, spec)
-            factors.append(a.to(dtype))
-            members[position] = NativeAdapter(
-                tensors, spec, factors[-1], b.to(dtype), dtype, scaling, columns
-            )
+            factors = (a.to(dtype), b.to(dtype))
+            members[position] = NativeAdapter(tensors, spec, *factors, dtype, scaling, columns)
             rank = columns.stop
-        if not members:
-            return None
-        stacked = factors[0] if len(factors) == 1 else torch.cat(factors)
-        return cls(first.x, dtype, stacked, members)
+        return cls(first.x, dtype, rank, members) if members else None
+
+    @functools.cached_property
+    def stacked(self) -> Tensor:
+        """All A's in one [rank, K]."""
+        factors = [member.a for member in self.members.values()]
+        return factors[0] if len(factors) == 1 else torch.cat(factors)
 
     @property
     def masked(self) -> bool:
@@ -108,10 +111,19 @@ class NativeAdapters:
         """Whether the products take x as it is."""
         return self.x.dtype == self.dtype and not self.masked
 
+    def is_thin(self, rows: Tensor) -> bool:
+        """Whether products with `rows` take them as they are, all at once."""
+        return not self.masked and thin.available(rows, self.dtype)
+
     def low_rank(self) -> Tensor:
-        """S: scaling * drop(x) aᵀ of each member in its columns, [M, sum of ranks] in `dtype`."""
+        """S: scaling * drop(x) aᵀ of each member in its columns, [M, rank] in `dtype`."""
         x = self.x
-        low = x.new_empty(x.shape[0], self.stacked.shape[0], dtype=self.dtype)
+        low = x.new_empty(x.shape[0], self.rank, dtype=self.dtype)
+        if self.is_thin(x):
+            x = _contiguous_rows(x)
+            for member in self.members.values():
+                thin.product(x, member.a, low[:, member.columns], member.scaling)
+            return low
         for m in row_blocks(x, whole=self.plain):
             if not self.masked:
                 torch.mm(x[m].to(self.dtype), self.stacked.t(), out=low[m])
@@ -144,65 +156,70 @@ class NativeGradients:
     def __init__(self, adapters: NativeAdapters, needs: NeedsGradient) -> None:
         self.adapters = adapters
         self.needs = needs
-        x, stacked, dtype = adapters.x, adapters.stacked, adapters.dtype
         self.low = None
         if needs.adapter:
             stored = adapters.stored()
             self.low = adapters.low_rank() if stored is None else stored
-        self.grad_low = x.new_empty(x.shape[0], stacked.shape[0], dtype=dtype)
-        wide = torch.promote_types(torch.float32, dtype)
-        self._a = stacked.new_zeros(stacked.shape, dtype=wide)
-        self._b = {
-            position: member.b.new_zeros(member.b.shape, dtype=wide)
-            for position, member in adapters.members.items()
-        }
+        x = adapters.x
+        self.grad_low = x.new_empty(x.shape[0], adapters.rank, dtype=adapters.dtype)
+        self._a: dict[int, Tensor] = {}
+        self._b: dict[int, Tensor] = {}
 
     def take(self, position: int, rows: slice, grad: Tensor, product: Tensor | None = None) -> None:
-        """The rows `rows` of one Linear's gradient [m, N], in the adapters' dtype, and its product
-        with lora_b, where that is known."""
+        """The rows `rows` of one Linear's gradient [m, N], and its product with lora_b, where that
+        is known."""
         member = self.adapters.members[position]
+        grad_low = self.grad_low[rows, member.columns]
+        low = None if self.low is None else self.low[rows, member.columns]
+        if product is None and self.adapters.is_thin(grad) and len(grad) == len(self.grad_low):
+            grad = _contiguous_rows(grad)
+            thin.product(grad, member.b.t(), grad_low, member.scaling)
+            if low is not None:
+                self._b[position] = torch.empty_like(member.b).t()
+                thin.gradient(low, grad, self._b[position])
+            return
+        grad = grad.to(self.adapters.dtype)
         if product is None:
             product = grad @ member.b
-        torch.mul(product, member.scaling, out=self.grad_low[rows, member.columns])
-        if self.low is not None:
-            _accumulate(self._b[position], grad, self.low[rows, member.columns])
+        torch.mul(product, member.scaling, out=grad_low)
+        if low is not None:
+            # The other way round torch multiplies half as fast.
+            _accumulate(self._sum(self._b, position, member.b.t()), low, grad)
+
+    def _sum(self, sums: dict[int, Tensor], position: int, factor: Tensor) -> Tensor:
+        """What is summed up for a factor, as wide as sums have to be."""
+        if position not in sums:
+            wide = torch.promote_types(torch.float32, factor.dtype)
+            sums[position] = torch.zeros(factor.shape, dtype=wide, device=factor.device)
+        return sums[position]
 
     def finish(self, grad_x: Tensor | None) -> None:
         """Adds up what the rows taken give to A, and to `grad_x` [M, K] if it is needed."""
         adapters = self.adapters
         x = adapters.x
         total = grad_x if self.needs.x else None
-        for m in row_blocks(x, whole=adapters.plain and (total is None or total.dtype == x.dtype)):
-            wide = x[m].to(adapters.dtype) if self.needs.adapter else None
-            if not adapters.masked:
-                self._finish(m, self.adapters.stacked, slice(None), wide, None, total)
-                continue
-            for member in adapters.members.values():
-                keep = member.keep(m)
-                self._finish(m, member.a, member.columns, wide, keep, total)
-
-    def _finish(
-        self,
-        rows: slice,
-        a: Tensor,
-        columns: slice,
-        x: Tensor | None,
-        keep: Tensor | None,
-        total: Tensor | None,
-    ) -> None:
-        grad_low = self.grad_low[rows, columns]
-        if total is not None:
-            target = total[rows]
-            if keep is None:
-                added = add_product(target, grad_low, a)
-            else:
-                product = grad_low @ a
-                same = target.dtype == product.dtype
-                added = torch.addcmul(target, product, keep, out=target if same else None)
-            if added is not target:
-                target.copy_(added)
-        if x is not None:
-            _accumulate(self._a[columns], grad_low, x if keep is None else keep.mul_(x))
+        whole = total is None or total.dtype == x.dtype
+        if adapters.is_thin(x) and whole:
+            if total is not None:
+                add_product(total, self.grad_low, adapters.stacked)
+            for position, member in adapters.members.items() if self.needs.adapter else ():
+                self._a[position] = torch.empty_like(member.a)
+                grad_low = self.grad_low[:, member.columns]
+                thin.gradient(grad_low, _contiguous_rows(x), self._a[position])
+            return
+        for m in row_blocks(x, whole=adapters.plain and whole):
+            target = None if total is None else total[m]
+            if target is not None and not adapters.masked:
+                _write(target, add_product(target, self.grad_low[m], adapters.stacked))
+            converts = self.needs.adapter and not adapters.masked
+            rows = x[m].to(adapters.dtype) if converts else x[m]
+            for position, member in adapters.members.items():
+                grad_low, keep = self.grad_low[m, member.columns], member.keep(m)
+                if target is not None and keep is not None:
+                    _write(target, torch.addcmul(target, grad_low @ member.a, keep))
+                if self.needs.adapter:
+                    wide = rows if keep is None else keep.mul_(rows)
+                    _accumulate(self._sum(self._a, position, member.a), grad_low, wide)
 
     def of(self, position: int) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of lora_a and lora_b of one Linear, in their own dtypes."""
@@ -212,9 +229,18 @@ class NativeGradients:
         a, b = member.tensors.lora_a, member.tensors.lora_b
         assert a is not None
         assert b is not None
-        # Of a member its own memory: an op returns no two views of one tensor.
-        grad_a = self._a[member.columns].to(a.dtype, copy=len(self._b) > 1)
-        return grad_a, self._b[position].to(b.dtype)
+        grad_b = self._sum(self._b, position, member.b.t()).t()
+        return self._sum(self._a, position, member.a).to(a.dtype), grad_b.to(b.dtype).contiguous()
+
+
+def _write(total: Tensor, added: Tensor) -> None:
+    if added is not total:
+        total.copy_(added)
+
+
+def _contiguous_rows(rows: Tensor) -> Tensor:
+    """`rows`, each of them contiguous."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -235,8 +261,22 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if not adds_in_place(total.dtype, left.dtype):
         return torch.add(total, left @ right)
     if total.dtype != left.dtype:
-        left, right = _in_three(left, right)
+        left, right = (_in_three_fast if thin.has_amx() else _in_three)(left, right)
     return total.addmm_(left, right)
+
+
+def _in_three_fast(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_in_three`, in one pass each."""
+    (rows, rank), columns = left.shape, right.shape[1]
+    lefts = left.new_empty(rows, 3, rank, dtype=torch.bfloat16)
+    thin.three_parts(left, lefts.transpose(0, 1), left=True)
+    if right.stride(1) == 1:
+        rights = right.new_empty(3, rank, columns, dtype=torch.bfloat16)
+        thin.three_parts(right, rights, left=False)
+        return lefts.view(rows, 3 * rank), rights.view(3 * rank, columns)
+    rights = right.new_empty(columns, 3, rank, dtype=torch.bfloat16)
+    thin.three_parts(right.t(), rights.transpose(0, 1), left=False)
+    return lefts.view(rows, 3 * rank), rights.view(columns, 3 * rank).t()
 
 
 def _in_three(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
