@@ -218,36 +218,105 @@ static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const
   }
 }
 
-// left @ right is hi·hi + lo·hi + hi·lo of factors in two parts each but for 2^-16 of its terms:
-// the three parts of one factor, `apart` from each other. The left one is (hi, lo, hi).
-static void three_parts(const float* in, int64_t rows, int64_t columns, int64_t ld, uint16_t* out,
-                        int64_t ld_out, int64_t apart, bool left) {
-  for (int64_t i = 0; i < rows; ++i)
+// Rows i … i + 15 of low [m, rank], columns from `first`, as a left tile: 16 high parts and 16 low
+// ones a row.
+static void pack_rows(const float* low, int64_t first, int64_t rank, int64_t i, int64_t m,
+                      int64_t ld, uint16_t* out) {
+  const int64_t rows = std::min(TILE, m - i), columns = std::min(TILE, rank - first);
+  std::memset(out, 0, TILE_SIZE * sizeof(*out));
+  for (int64_t j = 0; j < rows; ++j)
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) {
-      const float value = in[i * ld + j];
-      uint16_t high, low;
-      store(&high, value);
-      store(&low, value - load(&high));
-      uint16_t* to = out + i * ld_out + j;
-      to[0] = high;
-      to[apart] = left ? low : high;
-      to[2 * apart] = left ? high : low;
+    for (int64_t c = 0; c < columns; ++c) {
+      float value = low[(i + j) * ld + first + c];
+      out[j * 32 + c] = take(value) >> 16;
+      out[j * 32 + TILE + c] = take(value) >> 16;
     }
+}
+
+// 16 rows, from `first`, of t [rank, n], columns j … j + 15, as two right tiles: the high parts
+// twice, then the low ones. Times the tile above they give all but 2^-17 of the product.
+static void pack_columns(const float* t, int64_t first, int64_t rank, int64_t j, int64_t n,
+                         int64_t step, int64_t step_n, uint16_t* out) {
+  float values[TILE][TILE] = {};
+  const int64_t rows = std::min(TILE, rank - first), columns = std::min(TILE, n - j);
+  for (int64_t c = 0; c < rows; ++c)
+    for (int64_t i = 0; i < columns; ++i) values[c][i] = t[(first + c) * step + (j + i) * step_n];
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
+  for (int64_t c = 0; c < TILE / 2; ++c)
+#pragma omp simd
+    for (int64_t i = 0; i < TILE; ++i) {
+      float even = values[2 * c][i], odd = values[2 * c + 1][i];
+      const uint32_t high = take(even) >> 16 | take(odd), low = take(even) >> 16 | take(odd);
+      uint32_t* to = pairs + c * TILE + i;
+      to[0] = to[TILE_SIZE / 4] = high;
+      to[TILE_SIZE / 2] = to[TILE_SIZE * 3 / 4] = low;
+    }
+}
+
+static inline void add_row(uint16_t* y, const float* sums, __mmask32 mask) {
+  const __m512i in = _mm512_maskz_loadu_epi16(mask, y);
+  const auto wide = [](__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  const __m512 first = wide(_mm512_castsi512_si256(in)) + _mm512_load_ps(sums);
+  const __m512 second = wide(_mm512_extracti64x4_epi64(in, 1)) + _mm512_load_ps(sums + TILE * TILE);
+  _mm512_mask_storeu_epi16(y, mask, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+static void add(uint16_t* y, int64_t ldy, int64_t m, int64_t n, const float* low, int64_t ld,
+                int64_t rank, const float* t, int64_t step, int64_t step_n, int64_t threads) {
+  const int64_t groups = ceil_div(rank, TILE), columns = ceil_div(n, 32) * 2;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<uint16_t> packed, lefts;
+    packed.resize(columns * groups * 2 * TILE_SIZE);
+    lefts.resize(groups * 2 * TILE_SIZE);
+    for (int64_t i = 0; i < columns * groups; ++i)
+      pack_columns(t, i % groups * TILE, rank, i / groups * TILE, n, step, step_n,
+                   packed.data() + i * 2 * TILE_SIZE);
+    Tiles tiles;
+    alignas(64) float sum[4 * TILE * TILE];
+#pragma omp for
+    for (int64_t row = 0; row < ceil_div(m, 32) * 32; row += 32) {
+      for (int64_t i = 0; i < groups * 2; ++i)
+        pack_rows(low, i / 2 * TILE, rank, row + i % 2 * TILE, m, ld, lefts.data() + i * TILE_SIZE);
+      for (int64_t column = 0; column < n; column += 32) {
+        clear();
+        for (int64_t group = 0; group < groups; ++group) {
+          const uint16_t* left = lefts.data() + group * 2 * TILE_SIZE;
+          const uint16_t* right = packed.data() + (column / TILE * groups + group) * 2 * TILE_SIZE;
+          _tile_loadd(4, left, 64);
+          _tile_loadd(5, left + TILE_SIZE, 64);
+          for (int part = 0; part < 2; ++part) {
+            _tile_loadd(6, right + part * TILE_SIZE, 64);
+            _tile_loadd(7, right + (groups * 2 + part) * TILE_SIZE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        stored(sum);
+        const int64_t width = n - column;
+        const __mmask32 mask = width >= 32 ? 0xFFFFFFFFu : (1u << width) - 1;
+        for (int64_t i = 0; i < std::min<int64_t>(32, m - row); ++i)
+          add_row(y + (row + i) * ldy + column, sum + i / TILE * 2 * TILE * TILE + i % TILE * TILE,
+                  mask);
+      }
+    }
+  }
 }
 
 // operation 0: out [m, rank] = scale * x [m, k] tᵀ of t [rank, k], of any two steps.
 // operation 1: out [rank, k], of any two steps, = tᵀ x of t [m, rank].
-// operation 2, 3: `parts` of t [rank, k] as a left or right factor.
-extern "C" void kernel(int64_t operation, const uint16_t* x, int64_t ldx, int64_t m, int64_t k,
+// operation 2: x [m, k] += out [m, rank] t of t [rank, k], of any two steps.
+extern "C" void kernel(int64_t operation, uint16_t* x, int64_t ldx, int64_t m, int64_t k,
                        const float* t, int64_t rank, int64_t step, int64_t step_k, float* out,
-                       int64_t step_out, int64_t step_out_k, uint16_t* parts, int64_t ld_parts,
-                       int64_t apart, float scale, int64_t threads) {
-  if (operation == 0) {
+                       int64_t step_out, int64_t step_out_k, float scale, int64_t threads) {
+  if (operation == 0)
     product(x, ldx, m, k, t, rank, step, step_k, out, step_out, scale, threads);
-  } else if (operation == 1) {
+  else if (operation == 1)
     gradient(x, ldx, m, k, t, step, rank, out, step_out, step_out_k, threads);
-  } else {
-    three_parts(t, rank, k, step, parts, ld_parts, apart, operation == 2);
-  }
+  else
+    add(x, ldx, m, k, out, step_out, rank, t, step, step_k, threads);
 }

@@ -13,10 +13,9 @@ from torch import Tensor
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
 
 _ARGUMENTS = (
-    *("int64_t", "const uint16_t*", "int64_t", "int64_t", "int64_t"),
+    *("int64_t", "uint16_t*", "int64_t", "int64_t", "int64_t"),
     *("const float*", "int64_t", "int64_t", "int64_t"),
-    *("float*", "int64_t", "int64_t"),
-    *("uint16_t*", "int64_t", "int64_t", "float", "int64_t"),
+    *("float*", "int64_t", "int64_t", "float", "int64_t"),
 )
 
 
@@ -42,27 +41,34 @@ def has_amx() -> bool:
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
     """out = scaling * x @ factorᵀ: bfloat16 x [M, K] of contiguous rows, float32 factor [R, K],
     float32 out [M, R] of contiguous rows."""
-    steps = (*factor.stride(), out, out.stride(0), 1, x, 0, 0)
-    _run(0, x, x.stride(0), *x.shape, factor, factor.shape[0], *steps, scaling)
+    _run(0, x, factor, factor.shape[0], factor.stride(), out, scaling)
 
 
 def gradient(low: Tensor, x: Tensor, out: Tensor) -> None:
     """out = lowᵀ @ x: float32 low [M, R] and bfloat16 x [M, K] of contiguous rows, float32 out
     [R, K]."""
-    steps = (low.stride(0), 1, out, *out.stride(), x, 0, 0)
-    _run(1, x, x.stride(0), *x.shape, low, low.shape[1], *steps, 1.0)
+    _run(1, x, low, low.shape[1], low.stride(), out)
 
 
-def three_parts(factor: Tensor, out: Tensor, *, left: bool) -> None:
-    """Writes a float32 factor [M, N] as three in bfloat16, `out` [3, M, N]: a `left` one times a
-    right one, summed over the three, is the float32 factors' product but for 2^-16 of its terms.
-    Rows of both are contiguous."""
-    steps = (factor.stride(0), 1, factor, 0, 0, out, out.stride(1), out.stride(0))
-    _run(2 if left else 3, out, 0, 0, factor.shape[1], factor, factor.shape[0], *steps, 1.0)
+def add_product(total: Tensor, low: Tensor, factor: Tensor) -> None:
+    """total += low @ factor but for 2^-17 of the product: bfloat16 total [M, N] and float32 low
+    [M, R] of contiguous rows, float32 factor [R, N]."""
+    _run(2, total, factor, factor.shape[0], factor.stride(), low)
 
 
-def _run(*arguments: object) -> None:
-    _kernel()(*arguments, torch.get_num_threads())
+def _run(
+    operation: int,
+    rows: Tensor,
+    factor: Tensor,
+    rank: int,
+    steps: tuple[int, ...],
+    out: Tensor,
+    scaling: float = 1.0,
+) -> None:
+    """As thin.cpp tells of each `operation`."""
+    threads = torch.get_num_threads()
+    shape = (rows.stride(0), *rows.shape)
+    _kernel()(operation, rows, *shape, factor, rank, *steps, out, *out.stride(), scaling, threads)
 
 
 @functools.cache

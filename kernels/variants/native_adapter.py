@@ -260,23 +260,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right: in place, or in the wider of two dtypes."""
     if not adds_in_place(total.dtype, left.dtype):
         return torch.add(total, left @ right)
-    if total.dtype != left.dtype:
-        left, right = (_in_three_fast if thin.has_amx() else _in_three)(left, right)
-    return total.addmm_(left, right)
-
-
-def _in_three_fast(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_in_three`, in one pass each."""
-    (rows, rank), columns = left.shape, right.shape[1]
-    lefts = left.new_empty(rows, 3, rank, dtype=torch.bfloat16)
-    thin.three_parts(left, lefts.transpose(0, 1), left=True)
-    if right.stride(1) == 1:
-        rights = right.new_empty(3, rank, columns, dtype=torch.bfloat16)
-        thin.three_parts(right, rights, left=False)
-        return lefts.view(rows, 3 * rank), rights.view(3 * rank, columns)
-    rights = right.new_empty(columns, 3, rank, dtype=torch.bfloat16)
-    thin.three_parts(right.t(), rights.transpose(0, 1), left=False)
-    return lefts.view(rows, 3 * rank), rights.view(columns, 3 * rank).t()
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right)
+    if thin.available(total, left.dtype) and total.stride(1) == 1:
+        thin.add_product(total, left, right)
+        return total
+    return total.addmm_(*_in_three(left, right))
 
 
 def _in_three(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

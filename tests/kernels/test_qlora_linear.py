@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,7 +71,11 @@ def bounds(call: Call | GroupCall) -> dict[str, Bound]:
         # The last rounding and the order of a sum are a matter of luck, and among few elements so
         # is everything else.
         rounding = float(exact[name].norm()) * torch.finfo(value.dtype).eps / 2
-        luck = max(accumulation, lowest / max(value.numel(), 1) ** 0.5)
+        # All elements of an adapter's gradient share the roundings of [M, rank] products.
+        drawn = value.numel()
+        if name.startswith("grad lora"):
+            drawn = min(drawn, math.prod(call.case.batch) * min(value.shape))
+        luck = max(accumulation, lowest / max(drawn, 1) ** 0.5)
         allowed = FACTOR * max(plain_error, rounding) + luck * float(magnitudes[name].norm())
         result[name] = Bound(exact[name], allowed, value.dtype)
     return result
