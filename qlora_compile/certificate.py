@@ -151,7 +151,7 @@ def _sources_digest() -> str | None:
     folder = Path(str(qlora_compile.__file__)).parent
     digest = hashlib.sha256()
     try:
-        for path in sorted(_python_files(folder)):
+        for path in sorted(_source_files(folder)):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
             digest.update(content)
@@ -160,12 +160,12 @@ def _sources_digest() -> str | None:
     return digest.hexdigest()
 
 
-def _python_files(folder: Path) -> list[Path]:
+def _source_files(folder: Path) -> list[Path]:
     # Not rglob, which does not enter `kernels` and `passes` where they are links.
     files = []
     for path in folder.iterdir():
         if path.is_dir() and path.name != "__pycache__":
-            files += _python_files(path)
-        elif path.suffix == ".py":
+            files += _source_files(path)
+        elif path.suffix in (".py", ".cpp"):
             files.append(path)
     return files

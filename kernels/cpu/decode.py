@@ -22,7 +22,7 @@ _TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 _ROUNDING = (
     BFLOAT16
     + r"""
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 #include <immintrin.h>
 
 // The upper halves are bfloat16.
@@ -38,16 +38,39 @@ static inline __m512i rounded(__m512 value) {
 _CODEBOOK = (
     _ROUNDING
     + r"""
-#if defined(__AVX512F__)
-static inline void store_pairs(uint16_t* out, __m512 high, __m512 low) {
-  const __m512i second = _mm512_and_si512(rounded(low), _mm512_set1_epi32(0xFFFF0000));
-  _mm512_storeu_si512(out, _mm512_or_si512(_mm512_srli_epi32(rounded(high), 16), second));
+#if defined(__AVX512BW__)
+// Decode as many whole vectors as `bytes` of one block hold; return the bytes read. A permutation
+// takes as many of an index's bits as its table needs and ignores the others.
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, uint16_t* to) {
+  // The block's sixteen values are scaled and rounded once, not each weight.
+  const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
+  const __m256i sixteen = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(values), 16));
+  const __m512i table = _mm512_broadcast_i64x4(sixteen);
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    const __m512i byte = _mm512_cvtepu8_epi32(stored);
+    const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(index, table));
+  }
+  return i;
 }
-static inline void store_pairs(float* out, __m512 high, __m512 low) {
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, float* to) {
+  const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  _mm512_storeu_ps(out, _mm512_permutex2var_ps(high, first, low));
-  _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(high, second, low));
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    const __m512i byte = _mm512_cvtepu8_epi32(stored);
+    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
+    const __m512 low = _mm512_permutexvar_ps(byte, table);
+    _mm512_storeu_ps(to + 2 * i, _mm512_permutex2var_ps(high, first, low));
+    _mm512_storeu_ps(to + 2 * i + 16, _mm512_permutex2var_ps(high, second, low));
+  }
+  return i;
 }
 #endif
 
@@ -69,16 +92,8 @@ extern "C" void kernel(
     const uint8_t* in = codes + b * bytes;
     TYPE* to = out + 2 * b * bytes;
     int64_t i = 0;
-#if defined(__AVX512F__)
-    const __m512 table = _mm512_loadu_ps(codebook), scales = _mm512_set1_ps(scale);
-    for (; i + 16 <= bytes; i += 16) {
-      const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-      const __m512i index = _mm512_cvtepu8_epi32(stored);
-      // The permutation takes an index's last four bits.
-      const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table);
-      const __m512 low = _mm512_permutexvar_ps(index, table);
-      store_pairs(to + 2 * i, _mm512_mul_ps(high, scales), _mm512_mul_ps(low, scales));
-    }
+#if defined(__AVX512BW__)
+    i = decode(in, bytes, codebook, scale, to);
 #endif
     for (; i < bytes; ++i) {
       store(to + 2 * i, codebook[in[i] >> 4] * scale);
@@ -92,7 +107,7 @@ extern "C" void kernel(
 _INTEGERS = (
     _ROUNDING
     + r"""
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 static inline void store(uint16_t* out, __m512 values) {
   const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
@@ -109,7 +124,7 @@ extern "C" void kernel(
     const int8_t* in = codes + b * size;
     TYPE* to = out + b * size;
     int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
     for (; i + 16 <= size; i += 16) {
       const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
       const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(stored));

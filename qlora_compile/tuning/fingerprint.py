@@ -125,7 +125,8 @@ class _Unestablished(Exception):
 @functools.cache
 def _kernels_digest(variants: tuple[Variant, ...]) -> str:
     folder = Path(str(registry.__file__)).resolve().parent
-    sources = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    found = [path for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)]
+    sources = {path.relative_to(folder).as_posix(): path for path in found}
     if not sources:
         raise _Unestablished(f"the kernels' sources are not in {folder}")
     for variant in variants:
