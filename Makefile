@@ -10,7 +10,7 @@ PEERS := .venv/peers
 TEST_PROCESSES ?= 2
 
 .PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-project wheel setup clean
+	bench-project bench-scaling wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -41,6 +41,9 @@ bench-coverage: setup
 
 bench-project: setup
 	$(BIN)/python -m bench.project
+
+bench-scaling: setup
+	$(BIN)/python -m bench.scaling
 
 bench-stock: setup
 	$(BIN)/python -m bench.run
