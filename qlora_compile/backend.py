@@ -79,16 +79,19 @@ def compile_inner(
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor; baked: what else the result depends on."""
     from torch._functorch import config as partitioner_config
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
     # Their caches on disk know the graph, not what its ops decompose to.
     parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
     # An op's input that elementwise code made, as SwiGLU and norms do, is made again for the
-    # backward instead of kept: torch would keep it, as that writes less.
+    # backward instead of kept: torch would keep it, as that writes less. Checks of every tensor's
+    # strides, of which there are a dozen for each Linear, take a hundredth of a small model's step.
     with (
         compiler_config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
         partitioner_config.patch(ban_recompute_materialized_backward=False),
+        inductor_config.patch(size_asserts=False),
     ):
         compiled = compile_fx(graph_module, example_inputs)
     assert callable(compiled)

@@ -34,7 +34,8 @@ class Trainee:
 
     def __post_init__(self) -> None:
         trained = [p for p in self.model.train().parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        # What the HF Trainer takes by default.
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
 
     def forward(self, index: int) -> Tensor:
         ids = self.batches[index % len(self.batches)]

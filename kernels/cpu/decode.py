@@ -5,6 +5,7 @@ torch's own operators take five passes, each through the caches: widen, look up,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,7 @@ def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)
 
 
+@functools.cache
 def _kernel(
     source: str, inputs: tuple[str, ...], sizes: int, dtype: torch.dtype
 ) -> Callable[..., Any]:
