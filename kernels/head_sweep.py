@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
 from qlora_compile.kernels.registry import format_named
+from qlora_compile.kernels.workspace import workspace
 from qlora_compile.packed import PackedWeight
 
 SMALLEST_BUDGET = 1 << 22
@@ -171,7 +172,9 @@ class Sweep:
     def _run_in_place(self, rows: slice, weight: Tensor, block: slice) -> None:
         """All of `rows` where nothing but the weight makes their logits."""
         settings = self.settings
-        logits = self.hidden[rows].to(settings.compute) @ weight.t()
+        hidden = self.hidden[rows].to(settings.compute)
+        logits = workspace(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+        torch.mm(hidden, weight.t(), out=logits)
         softmax.cross_entropy_rows(
             logits,
             self.labels[rows].contiguous(),

@@ -34,7 +34,7 @@ def main(
     names: Annotated[
         list[str] | None, typer.Argument(help="Contenders; all by default, ours always.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each, the first not timed with them.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps of each, the first not timed with them.")] = 9,
     setting: Annotated[
         list[int] | None, typer.Option(help="By number, from 0; all four by default.")
     ] = None,

@@ -43,7 +43,8 @@ _CODEBOOK = (
 // Decode as many whole vectors as `bytes` of one block hold; return the bytes read. A permutation
 // takes as many of an index's bits as its table needs and ignores the others.
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, uint16_t* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
+    uint16_t* to) {
   // The block's sixteen values are scaled and rounded once, not each weight.
   const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
   const __m256i sixteen = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(values), 16));
@@ -53,12 +54,17 @@ static inline int64_t decode(
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-    _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(index, table));
+    const __m512i weights = _mm512_permutexvar_epi16(index, table);
+    if (streams) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * i), weights);
+    } else {
+      _mm512_storeu_si512(to + 2 * i, weights);
+    }
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, float* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -80,6 +86,9 @@ extern "C" void kernel(
     const float* nested_codebook, const float* nested_absmax, const float* nested_offset,
     int64_t nested, int64_t first_block, int64_t blocks, int64_t bytes, int64_t threads,
     TYPE* out) {
+  // What no core's cache holds goes to memory without being read from there first.
+  const bool lines = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const bool streams = lines && 4 * blocks * bytes > STREAMED;
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t block = first_block + b;
@@ -94,7 +103,7 @@ extern "C" void kernel(
     TYPE* to = out + 2 * b * bytes;
     int64_t i = 0;
 #if defined(__AVX512BW__)
-    i = decode(in, bytes, codebook, scale, to);
+    i = decode(in, bytes, codebook, scale, streams, to);
 #endif
     for (; i < bytes; ++i) {
       store(to + 2 * i, codebook[in[i] >> 4] * scale);
@@ -102,7 +111,7 @@ extern "C" void kernel(
     }
   }
 }
-""".replace("NESTED", str(NESTED_BLOCK_SIZE))
+""".replace("NESTED", str(NESTED_BLOCK_SIZE)).replace("STREAMED", str(4 << 20))
 )
 
 _INTEGERS = (
