@@ -190,6 +190,15 @@ def test_row_blocks_longer_than_a_chunk(
     assert torch.equal(bits(quant_format.dequantize_rows(packed, 0, 601, dtype)), bits(expected))
 
 
+@each_format
+def test_weights_larger_than_the_caches(quant_format: QuantFormat) -> None:
+    """Past a size they are written another way."""
+    packed = quant_format.quantize(normal(2305, 1024))
+    expected = quant_format.dequantize(packed, torch.bfloat16)
+    made = quant_format.dequantize_rows(packed, 0, 2305, torch.bfloat16)
+    assert torch.equal(bits(made), bits(expected))
+
+
 @pytest.mark.parametrize(
     ("columns", "block_size", "four_bit", "eight_bit"),
     [(128, 64, 1, 1), (96, 64, 2, 2), (65, 64, 64, 64), (32, 4096, 128, 128), (65, "row", 2, 1)],
