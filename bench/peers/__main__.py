@@ -21,7 +21,7 @@ import torch
 import transformers
 import typer
 
-from bench.peers.contenders import CONTENDERS, OURS
+from bench.peers.contenders import CONTENDERS, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
 from bench.peers.settings import SETTINGS, Setting
@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Contenders; all by default, ours always.")
+        list[str] | None, typer.Argument(help="Contenders; all by default, ours and stock always.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each, the first not timed with them.")] = 9,
     setting: Annotated[
@@ -45,7 +45,7 @@ def main(
         if name not in CONTENDERS:
             raise typer.BadParameter(f"{name!r}; there are {', '.join(CONTENDERS)}")
     chosen = [each for each in CONTENDERS if not names or each in names]
-    chosen = list(dict.fromkeys([OURS, *chosen]))
+    chosen = list(dict.fromkeys([OURS, STOCK, *chosen]))
     settings = [SETTINGS[number] for number in setting or range(len(SETTINGS))]
     results: list[tuple[Setting, list[Run]]] = []
     worktree = ["git", "-C", str(ROOT), "worktree"]

@@ -26,6 +26,8 @@ HEADER = (
 def disagreement(runs: Iterable[Run]) -> list[str]:
     """What forbids to compare speeds: contenders whose losses are not stock's."""
     by_name = {run.name: run for run in runs if run.losses}
+    if STOCK not in by_name:
+        return [f"{STOCK} did not train: there is nothing for losses to agree with"]
     problems = []
     stock = statistics.mean(by_name[STOCK].losses)
     for name, run in by_name.items():

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import functools
 import platform
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +35,22 @@ def available(rows: Tensor, factor: torch.dtype) -> bool:
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether there is AMX, and a compiler: without them there is nothing here to call."""
+    """Whether there is AMX, and a compiler that knows it: without them there is nothing to call."""
     if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
         return False
-    return has_compiler() and torch.cpu._init_amx()
+    if not has_compiler() or not torch.cpu._init_amx():
+        return False
+    from torch._inductor.exc import CppCompileError
+
+    try:
+        _kernel()
+    except CppCompileError as error:
+        message = (
+            f"this CPU's AMX is not used for adapters, the compiler does not build it: {error}"
+        )
+        warnings.warn(message, stacklevel=2)
+        return False
+    return True
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
@@ -72,6 +87,6 @@ def _run(
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Callable[..., Any]:
     source = (Path(__file__).parent / "thin.cpp").read_text()
     return compiled(VECTORISED + BFLOAT16 + source, _ARGUMENTS)

@@ -107,3 +107,15 @@ def test_scaling() -> None:
 )
 def test_other_operands_are_left_to_torch(rows: Tensor, factor: torch.dtype) -> None:
     assert not thin.available(rows, factor)
+
+
+def test_a_compiler_without_amx_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import CppCompileError
+
+    def fail() -> None:
+        raise CppCompileError(["g++"], "unrecognized command-line option '-mamx-tile'")
+
+    monkeypatch.setattr(thin, "_kernel", fail)
+    with pytest.warns(UserWarning, match="(?s)AMX is not used for adapters.*unrecognized") as told:
+        assert not thin.has_amx.__wrapped__()
+    assert len(told) == 1
