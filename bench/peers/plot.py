@@ -37,7 +37,7 @@ def plot(results: list[tuple[Setting, list[Run]]], file: Path) -> None:
         right.barh(
             [run.name for run in measured], [run.saved / 1e6 for run in measured], color="C0"
         )
-        right.set_xlabel("MB beyond weights: at most (grey), kept for the backward (blue)")
+        right.set_xlabel("MB beyond weights; blue: kept for the backward")
         for axis in (left, right):
             axis.invert_yaxis()
     figure.savefig(file, dpi=110)
