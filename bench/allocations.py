@@ -10,28 +10,31 @@ from torch.profiler import ProfilerActivity, profile
 
 class Allocations(NamedTuple):
     """sizes: bytes of every allocation. most: held at a time. held: still held at the end, where
-    what the code returned counts."""
+    what the code returned counts. events: all of the profile, the outermost ones."""
 
     sizes: list[int]
     most: int
     held: int
+    events: list[Any]
 
 
-def allocations(run: Callable[[], Any]) -> Allocations:
-    """Of `run`, inside torch's operators and compiled code too. It runs twice, first for what is
-    made once."""
-    run()
+def allocations(run: Callable[[], Any], *, warm: bool = True) -> Allocations:
+    """Of `run`, inside torch's operators and compiled code too. Where `warm`, it runs once before,
+    for what is made once."""
+    if warm:
+        run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
     sizes = []
     held = most = 0
-    for size in allocation_sizes(event_tree(profiler)):
+    events = event_tree(profiler)
+    for size in allocation_sizes(events):
         held += size
         most = max(most, held)
         if size > 0:
             sizes.append(size)
     del result
-    return Allocations(sizes, most, held)
+    return Allocations(sizes, most, held, events)
 
 
 def event_tree(profiler: profile) -> list[Any]:

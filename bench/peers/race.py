@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ class Process:
         self.built = self.ask(order)
 
     def ask(self, order: Any) -> dict[str, Any]:
-        """The answer to `order`. Raises RuntimeError with the last lines of the log without one."""
+        """The answer to `order`. Raises RuntimeError without one: with the signal that killed the
+        process, or else the last line of its log."""
         stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
         line = ""
         try:
@@ -74,6 +76,10 @@ class Process:
         except BrokenPipeError:
             pass
         if not line:
+            code = self.process.wait()
+            if code < 0:
+                name = signal.Signals(-code).name
+                raise RuntimeError(f"killed by {name}" + ", out of memory" * (name == "SIGKILL"))
             raise RuntimeError(self.log.read_text().strip().splitlines()[-1][:300])
         return json.loads(line)
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bench.allocations import allocations, event_tree
+from bench.allocations import allocations
 from bench.peers.contenders import CONTENDERS
 from bench.peers.floor import Floor
 from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
@@ -52,12 +51,11 @@ class Trainee:
         """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators.
         The scratch memory that qlora_compile keeps from step to step counts as the step's."""
         gc.collect()
-        saved = allocations(lambda: self.forward(0)).held
-        most = allocations(lambda: self.step(0)).most
-        most += sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            self.step(0)
-        return {"peak": most, "saved": saved, "operators": _leaves(event_tree(profiler))}
+        # The first step has made what is made once.
+        saved = allocations(lambda: self.forward(0), warm=False).held
+        step = allocations(lambda: self.step(0), warm=False)
+        scratch = sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
+        return {"peak": step.most + scratch, "saved": saved, "operators": _leaves(step.events)}
 
 
 def _leaves(events: Any) -> int:
