@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bench.peers.contenders import STOCK
 from bench.peers.race import Run
 from bench.peers.settings import Setting
 from bench.peers.table import disagreement
@@ -19,7 +18,7 @@ Points = Mapping[Setting, list[Run]]
 def problems(runs: list[Run]) -> list[str]:
     """Why a point has no part in any curve: contenders that failed, losses that are not stock's."""
     failed = [f"{run.name} failed: {run.failed}" for run in runs if run.failed]
-    return failed or (disagreement(runs) if any(run.name == STOCK for run in runs) else [])
+    return failed or disagreement(runs)
 
 
 def curve(

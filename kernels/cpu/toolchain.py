@@ -29,7 +29,7 @@ static inline float load(const uint16_t* in) {
 }
 static inline float load(const float* in) { return *in; }
 
-// To nearest even; of a NaN at least the sign's neighbour stays set.
+// To nearest even. Arithmetic's own NaNs stay NaN; one whose mantissa is all ones may not.
 static inline void store(uint16_t* out, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

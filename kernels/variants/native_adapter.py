@@ -162,7 +162,8 @@ class NativeGradients:
             self.low = adapters.low_rank() if stored is None else stored
         x = adapters.x
         self.grad_low = x.new_empty(x.shape[0], adapters.rank, dtype=adapters.dtype)
-        self._a: dict[int, Tensor] = {}
+        wide = torch.promote_types(torch.float32, adapters.dtype)
+        self._a = x.new_zeros(adapters.rank, x.shape[1], dtype=wide)
         self._b: dict[int, Tensor] = {}
 
     def take(self, position: int, rows: slice, grad: Tensor, product: Tensor | None = None) -> None:
@@ -184,14 +185,14 @@ class NativeGradients:
         torch.mul(product, member.scaling, out=grad_low)
         if low is not None:
             # The other way round torch multiplies half as fast.
-            _accumulate(self._sum(self._b, position, member.b.t()), low, grad)
+            _accumulate(self._sum_b(position), low, grad)
 
-    def _sum(self, sums: dict[int, Tensor], position: int, factor: Tensor) -> Tensor:
-        """What is summed up for a factor, as wide as sums have to be."""
-        if position not in sums:
-            wide = torch.promote_types(torch.float32, factor.dtype)
-            sums[position] = torch.zeros(factor.shape, dtype=wide, device=factor.device)
-        return sums[position]
+    def _sum_b(self, position: int) -> Tensor:
+        """What is summed up for the transpose of one Linear's B."""
+        if position not in self._b:
+            n, rank = self.adapters.members[position].b.shape
+            self._b[position] = self._a.new_zeros(rank, n)
+        return self._b[position]
 
     def finish(self, grad_x: Tensor | None) -> None:
         """Adds up what the rows taken give to A, and to `grad_x` [M, K] if it is needed."""
@@ -202,24 +203,39 @@ class NativeGradients:
         if adapters.is_thin(x) and whole:
             if total is not None:
                 add_product(total, self.grad_low, adapters.stacked)
-            for position, member in adapters.members.items() if self.needs.adapter else ():
-                self._a[position] = torch.empty_like(member.a)
-                grad_low = self.grad_low[:, member.columns]
-                thin.gradient(grad_low, _contiguous_rows(x), self._a[position])
+            if self.needs.adapter:
+                thin.gradient(self.grad_low, _contiguous_rows(x), self._a)
             return
         for m in row_blocks(x, whole=adapters.plain and whole):
             target = None if total is None else total[m]
-            if target is not None and not adapters.masked:
-                _write(target, add_product(target, self.grad_low[m], adapters.stacked))
-            converts = self.needs.adapter and not adapters.masked
-            rows = x[m].to(adapters.dtype) if converts else x[m]
-            for position, member in adapters.members.items():
-                grad_low, keep = self.grad_low[m, member.columns], member.keep(m)
-                if target is not None and keep is not None:
-                    _write(target, torch.addcmul(target, grad_low @ member.a, keep))
-                if self.needs.adapter:
-                    wide = rows if keep is None else keep.mul_(rows)
-                    _accumulate(self._sum(self._a, position, member.a), grad_low, wide)
+            wide = x[m].to(adapters.dtype) if self.needs.adapter else None
+            if not adapters.masked:
+                self._finish(m, adapters.stacked, slice(None), wide, None, target)
+                continue
+            for member in adapters.members.values():
+                self._finish(m, member.a, member.columns, wide, member.keep(m), target)
+
+    def _finish(
+        self,
+        rows: slice,
+        a: Tensor,
+        columns: slice,
+        x: Tensor | None,
+        keep: Tensor | None,
+        target: Tensor | None,
+    ) -> None:
+        grad_low = self.grad_low[rows, columns]
+        if target is not None:
+            if keep is None:
+                added = add_product(target, grad_low, a)
+            else:
+                product = grad_low @ a
+                same = target.dtype == product.dtype
+                added = torch.addcmul(target, product, keep, out=target if same else None)
+            if added is not target:
+                target.copy_(added)
+        if x is not None:
+            _accumulate(self._a[columns], grad_low, x if keep is None else keep.mul_(x))
 
     def of(self, position: int) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of lora_a and lora_b of one Linear, in their own dtypes."""
@@ -229,13 +245,9 @@ class NativeGradients:
         a, b = member.tensors.lora_a, member.tensors.lora_b
         assert a is not None
         assert b is not None
-        grad_b = self._sum(self._b, position, member.b.t()).t()
-        return self._sum(self._a, position, member.a).to(a.dtype), grad_b.to(b.dtype).contiguous()
-
-
-def _write(total: Tensor, added: Tensor) -> None:
-    if added is not total:
-        total.copy_(added)
+        # Of a member its own memory: an op returns no two views of one tensor.
+        grad_a = self._a[member.columns].to(a.dtype, copy=len(self.adapters.members) > 1)
+        return grad_a, self._sum_b(position).t().to(b.dtype).contiguous()
 
 
 def _contiguous_rows(rows: Tensor) -> Tensor:
