@@ -9,18 +9,15 @@ of the losses no speed is told.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import peft
-import torch
-import transformers
 import typer
 
+from bench.measured_on import measured_on
 from bench.peers.contenders import CONTENDERS, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
@@ -63,16 +60,12 @@ def main(
                 subprocess.run([*worktree, "remove", "--force", str(root)], check=True)
     if names or setting or base:
         return
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    machine = {
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    surroundings = measured_on()
     entries = [{"setting": asdict(s), "runs": [asdict(r) for r in runs]} for s, runs in results]
-    content = {"versions": versions, "machine": machine, "settings": entries}
+    content = {**surroundings, "settings": entries}
     (RESULTS / "peers.json").write_text(json.dumps(content, indent=1) + "\n")
-    told = ", ".join(f"{name} {value}" for name, value in {**versions, **machine}.items())
+    parts = [part for each in surroundings.values() for part in each.items()]
+    told = ", ".join(f"{name} {value}" for name, value in parts)
     lines = [
         *("# Beside the peers", ""),
         f"By `make bench`: {told}.",

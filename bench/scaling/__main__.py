@@ -7,17 +7,14 @@ steps in turn. Prints the figures and writes bench/results/scaling.{md,json,png}
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import peft
-import torch
-import transformers
 import typer
 
+from bench.measured_on import measured_on
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Run, race
 from bench.peers.settings import Setting
@@ -70,12 +67,7 @@ def _point(setting: Setting, runs: list[Run]) -> str:
 
 
 def _write(axes: list[Axis], points: Points) -> None:
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    machine = {
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    surroundings = measured_on()
     laws = [
         {"axis": axis.name, "quantity": quantity.name, "contender": name, "law": asdict(fitted)}
         for axis in axes
@@ -84,9 +76,10 @@ def _write(axes: list[Axis], points: Points) -> None:
         if (fitted := law(axis, quantity, name, points)) is not None
     ]
     measured = [{"setting": asdict(s), "runs": [asdict(r) for r in rs]} for s, rs in points.items()]
-    content = {"versions": versions, "machine": machine, "laws": laws, "points": measured}
+    content = {**surroundings, "laws": laws, "points": measured}
     (RESULTS / "scaling.json").write_text(json.dumps(content, indent=1) + "\n")
-    told = ", ".join(f"{name} {value}" for name, value in {**versions, **machine}.items())
+    parts = [part for each in surroundings.values() for part in each.items()]
+    told = ", ".join(f"{name} {value}" for name, value in parts)
     lines = [
         *("# Scaling", ""),
         f"By `make bench-scaling`: {told}.",

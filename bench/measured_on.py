@@ -1,0 +1,21 @@
+"""What measurements were taken with."""
+
+from __future__ import annotations
+
+import platform
+
+import peft
+import torch
+import transformers
+
+
+def measured_on() -> dict[str, dict[str, str | int]]:
+    """Versions of what was measured, and the machine."""
+    return {
+        "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
+        "machine": {
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
