@@ -9,17 +9,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def random_llama(config: LlamaConfig) -> Any:
-    """In bfloat16 on the CPU, the same for the same config; norms are ones."""
+def random_llama(config: LlamaConfig, device: str = "cpu") -> Any:
+    """In bfloat16, on one device the same for the same config; norms are ones."""
     torch.manual_seed(0)
     with torch.device("meta"):
         empty: Any = LlamaForCausalLM(config)
-    model = empty.to(torch.bfloat16).to_empty(device="cpu")
+    model = empty.to(torch.bfloat16).to_empty(device=device)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
         else:
             nn.init.ones_(parameter)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model

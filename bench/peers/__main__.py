@@ -2,8 +2,8 @@
 
 The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
 steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
-dense weights. Prints the figures and writes bench/results/peers.{md,json,png}. Without an agreement
-of the losses no speed is told.
+dense weights. Prints the figures and writes bench/results/peers.{md,json,png}, or peers_cuda where
+torch sees a GPU. Without an agreement of the losses no speed is told.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.measured_on import measured_on
 from bench.peers.contenders import CONTENDERS, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
-from bench.peers.settings import SETTINGS, Setting
+from bench.peers.settings import DEVICE, SETTINGS, Setting
 from bench.peers.table import section
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -33,7 +33,7 @@ def main(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each, the first not timed with them.")] = 9,
     setting: Annotated[
-        list[int] | None, typer.Option(help="By number, from 0; all four by default.")
+        list[int] | None, typer.Option(help="By number, from 0; all by default.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="A commit to compare ours with, too.")] = None,
 ) -> None:
@@ -61,9 +61,10 @@ def main(
     if names or setting or base:
         return
     surroundings = measured_on()
+    file = "peers" if DEVICE == "cpu" else f"peers_{DEVICE}"
     entries = [{"setting": asdict(s), "runs": [asdict(r) for r in runs]} for s, runs in results]
     content = {**surroundings, "settings": entries}
-    (RESULTS / "peers.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
     parts = [part for each in surroundings.values() for part in each.items()]
     told = ", ".join(f"{name} {value}" for name, value in parts)
     lines = [
@@ -71,14 +72,14 @@ def main(
         f"By `make bench`: {told}.",
         f"bfloat16, NF4 where not said otherwise, rank 16 on all linears, {steps - 1} steps each,",
         "in turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
-        "beyond weights, adapters and the optimiser's state. Operators: torch's and others', that",
-        "call none.",
+        "beyond weights, adapters and the optimiser's state. Launched: kernels of a GPU, operators",
+        "that call no other on a CPU.",
         "",
     ]
     for each in results:
         lines += section(*each)
-    (RESULTS / "peers.md").write_text("\n".join(lines))
-    plot(results, RESULTS / "peers.png")
+    (RESULTS / f"{file}.md").write_text("\n".join(lines))
+    plot(results, RESULTS / f"{file}.png")
 
 
 if __name__ == "__main__":

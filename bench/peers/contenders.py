@@ -15,7 +15,7 @@ from torch import nn
 
 import qlora_compile
 from bench.peers.floor import Floor
-from bench.peers.settings import ALPHA, Setting
+from bench.peers.settings import ALPHA, DEVICE, Setting
 from bench.stock import with_bitsandbytes
 
 OURS, STOCK, STOCK_COMPILED = "qlora_compile", "PEFT + bnb", "PEFT + bnb, compiled"
@@ -81,7 +81,7 @@ def _hqq(model: Any, setting: Setting) -> Any:
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear is not model.get_output_embeddings():
             parent, _, leaf = name.rpartition(".")
-            layer = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
+            layer = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device=DEVICE)
             setattr(model.get_submodule(parent), leaf, layer)
             replaced.add(leaf)
     # "all-linear" does not see HQQ's layers.

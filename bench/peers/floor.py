@@ -25,7 +25,7 @@ class _Products:
         (n, k), dtype = weight.shape, weight.dtype
 
         def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float32).to(dtype)
+            return torch.randn(*shape, dtype=torch.float32, device=weight.device).to(dtype)
 
         self.weight, self.first = weight, first
         self.x, self.grad = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
@@ -73,11 +73,15 @@ class Floor:
         heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         shape = (setting.batch_size, heads, setting.length, width)
         self.layers = config.num_hidden_layers
-        self.qkv = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
-        self.attended = torch.randn(shape).bfloat16()
         self.head = model.get_output_embeddings().weight.detach()
-        self.hidden = torch.randn(setting.tokens, self.head.shape[1]).bfloat16().requires_grad_()
-        self.labels = torch.randint(len(self.head), (setting.tokens,))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.head.device).bfloat16()
+
+        self.qkv = [normal(*shape).requires_grad_() for _ in range(3)]
+        self.attended = normal(*shape)
+        self.hidden = normal(setting.tokens, self.head.shape[1]).requires_grad_()
+        self.labels = torch.randint(len(self.head), (setting.tokens,), device=self.head.device)
 
     def __call__(self) -> None:
         for products, weight in self.products:

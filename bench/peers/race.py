@@ -25,7 +25,8 @@ class Run:
     """What was measured of one contender. build, first: seconds of making the model and of its
     first step, with empty caches. stored: bytes of its parameters and buffers. peak, saved: bytes
     that a step holds at most, and from its forward to its backward, beyond these and the
-    optimiser's. operators: that ran without calling others. failed: what went wrong, else empty."""
+    optimiser's. launched: operators that ran without calling others, or a GPU's kernels. failed:
+    what went wrong, else empty."""
 
     name: str
     build: float = 0.0
@@ -33,7 +34,7 @@ class Run:
     stored: int = 0
     peak: int = 0
     saved: int = 0
-    operators: int = 0
+    launched: int = 0
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     failed: str = ""
@@ -45,9 +46,11 @@ class Process:
     def __init__(self, name: str, setting: Setting, steps: int, folder: Path, root: Path) -> None:
         folder.mkdir(parents=True)
         self.log = folder / "log"
+        path = os.environ.get("PYTHONPATH")
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(root), str(PEERS)]),
+            "PYTHONPATH": os.pathsep.join([str(root), str(PEERS), *filter(None, [path])]),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
             "QLORA_COMPILE_CACHE": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
         }
@@ -119,7 +122,7 @@ def race(setting: Setting, names: list[str], steps: int, base: Path | None = Non
                     continue
                 run.build, run.first = process.built["seconds"], first["seconds"]
                 run.stored = process.built.get("stored", 0)
-                for what in ("peak", "saved", "operators"):
+                for what in ("peak", "saved", "launched"):
                     setattr(run, what, described.get(what, 0))
             racing = [name for name, run in runs.items() if not run.failed]
             for step in range(1, steps):

@@ -19,7 +19,7 @@ PEAK_TARGET, FIRST_TARGET = 0.6, 0.35
 
 HEADER = (
     *("contender", "step s, median", "quartiles", "tokens/s", "ours / this", "95 % of it"),
-    *("first step s", "peak MB", "saved MB", "stored MB", "operators", "last loss"),
+    *("first step s", "peak MB", "saved MB", "stored MB", "launched", "last loss"),
 )
 
 
@@ -66,7 +66,7 @@ def _cells(setting: Setting, runs: list[Run], run: Run, *, told: bool) -> list[s
     if told:
         low, median, high = statistics.quantiles(run.seconds, n=4)
         pairs = ratios(runs, run.name)
-        times = [f"{median:.3f}", f"{low:.3f} to {high:.3f}", f"{setting.tokens / median:.0f}"]
+        times = [f"{median:#.4g}", f"{low:#.4g} to {high:#.4g}", f"{setting.tokens / median:.0f}"]
         times += [
             f"{statistics.median(pairs):.3f}",
             "{:.3f} to {:.3f}".format(*interval_of_median(pairs)),
@@ -79,7 +79,7 @@ def _cells(setting: Setting, runs: list[Run], run: Run, *, told: bool) -> list[s
         *times,
         f"{run.first:.1f}",
         *sizes,
-        str(run.operators),
+        str(run.launched),
         f"{run.losses[-1]:.4f}",
     ]
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bench.allocations import allocations
+from bench.gpu_memory import on_gpu
 from bench.peers.contenders import CONTENDERS
 from bench.peers.floor import Floor
-from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
+from bench.peers.settings import DEVICE, LEARNING_RATE, Setting, base_model, data
 from qlora_compile.kernels import workspace
 
 
@@ -48,14 +49,28 @@ class Trainee:
         return float(loss.detach())
 
     def describe(self) -> dict[str, float]:
-        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators.
-        The scratch memory that qlora_compile keeps from step to step counts as the step's."""
+        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators,
+        or the kernels it launches on a GPU. The scratch memory that qlora_compile keeps from step
+        to step counts as the step's."""
         gc.collect()
         # The first step has made what is made once.
-        saved = allocations(lambda: self.forward(0), warm=False).held
-        step = allocations(lambda: self.step(0), warm=False)
-        scratch = sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
-        return {"peak": step.most + scratch, "saved": saved, "operators": _leaves(step.events)}
+        if DEVICE == "cpu":
+            saved = allocations(lambda: self.forward(0), warm=False).held
+            step = allocations(lambda: self.step(0), warm=False)
+            scratch = sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
+            most, launched = step.most + scratch, _leaves(step.events)
+        else:
+            saved = on_gpu(lambda: self.forward(0)).held
+            step = on_gpu(lambda: self.step(0))
+            most, launched = step.most - self.kept_bytes, step.kernels
+        return {"peak": most, "saved": saved, "launched": launched}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of weights, adapters and the optimiser's state."""
+        states = self.optimizer.state.values()
+        kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+        return stored_bytes(self.model) + sum(t.nbytes for t in kept)
 
 
 def _leaves(events: Any) -> int:
@@ -111,6 +126,8 @@ def main() -> None:
             answer = {"loss": trainee.step(index)}
         else:
             trainee()
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
         answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), file=results, flush=True)
 
