@@ -1,8 +1,9 @@
 """Every variant on this machine's GPU beside what users run today, forward and backward.
 
 Candidates of one layer run in turn, over rotated inputs that do not fit the second-level cache, and
-are timed by events; the table gives medians and the ratio to dequantise + vendor GEMM + LoRA. Peers
-that are not installed are named as such. Needs a CUDA or ROCm device.
+are timed by events, without the time that launching them takes; the table gives medians and the
+ratio to dequantise + vendor GEMM + LoRA. Peers that are not installed are named as such. Needs a
+CUDA or ROCm device.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import LinearSpec, LinearTensors, NeedsGradient
 from qlora_compile.packed import PackedWeight
 from qlora_compile.problem import Direction
+from qlora_compile.tuning.measure import device_seconds
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "dequantise + vendor GEMM + LoRA"
@@ -155,12 +157,7 @@ def milliseconds(candidates: dict[str, list[Run]], repeats: int) -> dict[str, fl
     torch.cuda.synchronize()
     for index in range(repeats):
         for name, runs in candidates.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[index % len(runs)]()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(1e3 * device_seconds(runs[index % len(runs)]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

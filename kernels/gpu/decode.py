@@ -50,6 +50,12 @@ def prepare_pointer(tables, PROGRAM: tl.constexpr):
 
 
 @triton.jit
+def prepare_nothing(tables, PROGRAM: tl.constexpr):
+    # Triton 3.6 lets no function return None, which is what `tables` is.
+    return 0
+
+
+@triton.jit
 def prepare_lane_table(tables, PROGRAM: tl.constexpr):
     """tables[lane % 16] in every lane's register: a scalar that differs between the lanes."""
     return tl.inline_asm_elementwise(

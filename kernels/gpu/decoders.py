@@ -75,6 +75,6 @@ def _int8_programs(dtype: str) -> tuple[str, ...]:
 
 
 INT8_DECODERS = (
-    Decoder("plain", 4, decode.decode_int8, decode.prepare_pointer),
-    Decoder("prmt", 4, decode.decode_int8_prmt, decode.prepare_pointer, _int8_programs),
+    Decoder("plain", 4, decode.decode_int8, decode.prepare_nothing),
+    Decoder("prmt", 4, decode.decode_int8_prmt, decode.prepare_nothing, _int8_programs),
 )

@@ -50,9 +50,50 @@ class Launch:
         if _recorded is not None:
             _recorded.append(self)
         elif all(self.grid):
-            device = next(t.device for t in self.arguments.values() if torch.is_tensor(t))
-            with torch.cuda.device(device if device.type == "cuda" else -1):
-                self.kernel[self.grid](**self.arguments, **self.constexprs, **self.compile_options)
+            device = next(t.device for t in self.arguments.values() if isinstance(t, Tensor))
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                self._run(device)
+            else:
+                with torch.cuda.device(device):
+                    self._run(device)
+
+    def _run(self, device: torch.device) -> None:
+        """On the current device. Triton's JIT looks for what it compiled by the text of all options
+        and by every parameter, which takes longer than many of these kernels run."""
+        key = (
+            *(id(self.kernel), device, self.num_warps, self.num_stages, *self.options.items()),
+            *map(_specialisation, self.arguments.values()),
+            *self.arguments,
+            *self.constexprs.values(),
+            *self.constexprs,
+        )
+        known = _compiled.get(key)
+        if known is not None:
+            compiled, names = known
+            given = self.arguments | self.constexprs
+            compiled[(*self.grid, 1, 1)[:3]](*[given[name] for name in names])
+            return
+        compiled = self.kernel[self.grid](
+            **self.arguments, **self.constexprs, **self.compile_options
+        )
+        # Nothing from the interpreter. On AMD a tensor's size, too, decides what is compiled.
+        if compiled is not None and torch.version.hip is None:
+            _compiled[key] = compiled, tuple(self.kernel.arg_names)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
+"""Triton's CompiledKernel, and its parameters' names, by all that it was compiled for."""
+
+
+def _specialisation(argument: Any) -> Any:
+    """What Triton compiles a kernel for of an argument that is no constexpr."""
+    if argument is None or isinstance(argument, float):
+        return type(argument)
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return argument.base.dtype, *argument.block_shape
 
 
 _recorded: list[Launch] | None = None

@@ -205,7 +205,7 @@ def experts_forward(
     x = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", x, offsets, factors)
     x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
     x = _linear(self, "down_proj", x, offsets, factors)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):  # not in transformers 5.17
         x = self.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
     x = torch.zeros_like(x).index_copy(0, order, x)

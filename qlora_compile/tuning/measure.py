@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
 _FEWEST_UNDISTURBED, _PATIENCE = 4, 3
 """Timings each candidate should have that nothing disturbed; for them it may take so many times as
 long as it was given."""
+
+_SPIN_CYCLES = 4_000_000
+"""Two milliseconds, and more than any call takes to launch."""
 
 _DISTURBED = 2.0
 _CLEARLY_WORSE = 1.25
@@ -154,14 +158,21 @@ def _rotation(problem: Problem) -> list[Operands]:
 
 
 def _timed(call: Operands, choice: Choice) -> float:
-    """Seconds of one run; events on an accelerator, whose launches return at once."""
-    if call.x.device.type != "cuda":
-        start = time.perf_counter()
-        call.run(choice.variant, choice.config)
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    """Seconds of one run."""
+    if call.x.device.type == "cuda":
+        return device_seconds(lambda: call.run(choice.variant, choice.config))
+    start = time.perf_counter()
     call.run(choice.variant, choice.config)
+    return time.perf_counter() - start
+
+
+def device_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that what `run` launches takes on the current accelerator, without the host's."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # While it spins, everything is launched: else its waiting for launches would be timed.
+    torch.cuda._sleep(_SPIN_CYCLES)
+    begin.record()
+    run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
