@@ -1,4 +1,5 @@
-"""A thin factor of an adapter as tensor cores take it: 16-bit, no less accurate than the result."""
+"""The thin factors of an adapter as tensor cores take them: 16-bit, no less accurate than the
+result."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -8,21 +9,14 @@ import triton.language as tl
 
 # fmt: off
 @triton.jit
-def adapter_operand_kernel(
-    source, stride_split, stride_row, stride_rank, out, scale, total, rows, rank, width,
+def _operand(
+    source, stride_split, stride_row, stride_rank, out, scale, total, tile, rows, rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """out [rows, width] of OUT, from the sum of SPLITS planes of source, each [rows, rank].
-
-    With `scale` [rows], float32, rows are divided by their largest magnitude, which goes there, so
-    that float16 holds 11 bits of every element that counts. TERMS 1: width is the rank padded with
-    zeros. TERMS 3: [high | low | high], or with UP [high | high | low], so that the product of two
-    operands has the three largest of the four products of their halves. total [rows, rank]: the
-    float32 sum itself, where it is wanted.
-    """
-    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS planes of source."""
+    at = tile * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, BRANK)
     inside = (at < rows)[:, None] & (ranks < rank)[None, :]
     base = source + tl.cast(at, tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank
@@ -47,3 +41,36 @@ def adapter_operand_kernel(
         tl.store(target + 2 * rank, low if UP else high, mask=inside)
         padding = (at < rows)[:, None] & (3 * rank + ranks < width)[None, :]
         tl.store(target + 3 * rank, tl.zeros_like(high), mask=padding)
+
+
+# fmt: off
+@triton.jit
+def adapter_operand_kernel(
+    low, low_stride_split, low_stride_row, low_stride_rank, low_out, low_scale, total, rows,
+    up, up_stride_row, up_stride_rank, up_out, up_scale, columns,
+    rank, width,
+    OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr,
+    ROWS: tl.constexpr, BRANK: tl.constexpr,
+):
+    # fmt: on
+    """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank]; and
+    up_out [columns, width] from up [columns, rank].
+
+    With scales [rows] and [columns], float32, rows are divided by their largest magnitude, which
+    goes there, so that float16 holds 11 bits of every element that counts. TERMS 1: width is the
+    rank padded with zeros. TERMS 3: [high | low | high] and, of up, [high | high | low], so that
+    the product of the two has the three largest of the four products of their halves. total
+    [rows, rank]: the float32 sum itself, where it is wanted.
+    """
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(rows, ROWS)
+    if tile < tiles:
+        _operand(
+            low, low_stride_split, low_stride_row, low_stride_rank, low_out, low_scale, total,
+            tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
+        )  # fmt: skip
+    else:
+        _operand(
+            up, 0, up_stride_row, up_stride_rank, up_out, up_scale, None,
+            tile - tiles, columns, rank, width, OUT, 1, TERMS, True, ROWS, BRANK,
+        )  # fmt: skip

@@ -122,32 +122,49 @@ class AdapterStart:
     bits: Tensor | None = None
 
 
-def adapter_operand(
-    source: Tensor, dtype: torch.dtype, result: torch.dtype, *, up: bool, total: bool = False
-) -> tuple[AdapterOperand, Tensor | None]:
-    """(operand, float32 sum [rows, rank] if `total`) of source [planes, rows, rank], any strides.
+def adapter_operands(
+    low: Tensor,
+    up: Tensor,
+    dtype: torch.dtype,
+    result: torch.dtype,
+    *,
+    total: bool = False,
+    bits: Tensor | None = None,
+) -> tuple[AdapterStart, Tensor | None]:
+    """(the start, float32 sum [M, rank] of `low` if `total`) of low [planes, M, rank] and up
+    [C, rank], any strides.
 
     dtype: of the adapter's product. A float32 one becomes float16 relative to each row's largest
     element: 11 bits where the `result` is rounded to bfloat16's 8; to float16's 11, a second half
     as well.
     """
-    splits, rows, rank = source.shape
+    (splits, rows, rank), columns = low.shape, up.shape[0]
     normalized = dtype == torch.float32
     terms, width = adapter_terms(dtype, result), adapter_width(rank, dtype, result)
     out_dtype = torch.float16 if normalized else dtype
-    values = source.new_empty(rows, width, dtype=out_dtype)
-    scale = source.new_empty(rows, dtype=torch.float32) if normalized else None
-    summed = source.new_empty(rows, rank, dtype=torch.float32) if total else None
+
+    def empty(count: int) -> AdapterOperand:
+        scale = low.new_empty(count, dtype=torch.float32) if normalized else None
+        return AdapterOperand(low.new_empty(count, width, dtype=out_dtype), scale)
+
+    start = AdapterStart(empty(rows), empty(columns), bits)
+    summed = low.new_empty(rows, rank, dtype=torch.float32) if total else None
     block = 16
     arguments = {
-        "source": source,
-        "stride_split": source.stride(0),
-        "stride_row": source.stride(1),
-        "stride_rank": source.stride(2),
-        "out": values,
-        "scale": scale,
+        "low": low,
+        "low_stride_split": low.stride(0),
+        "low_stride_row": low.stride(1),
+        "low_stride_rank": low.stride(2),
+        "low_out": start.low.values,
+        "low_scale": start.low.scale,
         "total": summed,
         "rows": rows,
+        "up": up,
+        "up_stride_row": up.stride(0),
+        "up_stride_rank": up.stride(1),
+        "up_out": start.up.values,
+        "up_scale": start.up.scale,
+        "columns": columns,
         "rank": rank,
         "width": width,
     }
@@ -155,12 +172,12 @@ def adapter_operand(
         "OUT": TRITON_DTYPES[out_dtype],
         "SPLITS": splits,
         "TERMS": terms,
-        "UP": up,
         "ROWS": block,
         "BRANK": _padded(rank),
     }
-    Launch(adapter_operand_kernel, (-(-rows // block),), arguments, constexprs).run()
-    return AdapterOperand(values, scale), summed
+    grid = (-(-rows // block) + -(-columns // block),)
+    Launch(adapter_operand_kernel, grid, arguments, constexprs).run()
+    return start, summed
 
 
 def adapter_gradient(
@@ -177,7 +194,10 @@ def adapter_gradient(
     block_m, block_c, block_rank = 64, 64, _rank_block(rank, z.dtype)
     grid = (-(-columns // block_c), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-rows // block_m))
-    parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
+    whole = splits == 1 and out.dtype == torch.float32
+    parts = out[None]
+    if not whole:
+        parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
     arguments = {
         "z": z,
         "z_stride": z.stride(0),
@@ -200,7 +220,8 @@ def adapter_gradient(
         "EVEN_C": columns % block_c == 0,
     }
     Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs, num_warps=8).run()
-    out.copy_(added_up(parts))
+    if not whole:
+        out.copy_(added_up(parts))
 
 
 def adapter_gradients(

@@ -17,9 +17,8 @@ from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.needed import meta_planes
 from qlora_compile.kernels.gpu.products import (
-    AdapterStart,
     adapter_gradient,
-    adapter_operand,
+    adapter_operands,
     decoded_absmax,
     dequantize,
     keep_bits,
@@ -148,15 +147,11 @@ def _products(
     adapter = None
     if case.rank:
         low = _meta(1, rows, case.rank, dtype=torch.float32)
-        up = _meta(1, WIDTH, case.rank, dtype=case.lora_dtype)
+        up = _meta(WIDTH, case.rank, dtype=case.lora_dtype)
         masked = backward and case.dropout
         bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
         with recording():
-            (low, _), (up, _) = (
-                adapter_operand(source, case.lora_dtype, dtype, up=is_up)
-                for source, is_up in ((low, False), (up, True))
-            )
-        adapter = AdapterStart(low, up, bits)
+            adapter, _ = adapter_operands(low, up, case.lora_dtype, dtype, bits=bits)
     x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
     bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
     for config in variant.configs_on(target, case.problem(direction, rows)):
@@ -228,7 +223,7 @@ def _thin_products() -> Iterator[ShippedLaunch]:
         gradient = _meta(WIDTH, rank, dtype=torch.float32)
         with recording() as launches:
             planes = low_rank(x, factor, lora_dtype, 2.0, bits)
-            adapter_operand(planes, lora_dtype, dtype, up=False, total=True)
+            adapter_operands(planes, gradient, lora_dtype, dtype, total=True)
             adapter_gradient(x, low, lora_dtype, gradient, bits)
         note = f"adapter {lora_dtype}".replace("torch.", "")
         note += ", dropout" if dropout else ""

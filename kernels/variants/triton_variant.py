@@ -138,15 +138,15 @@ class GemmVariant(TritonVariant):
         for (tensors, spec), low in zip(group, lows, strict=True):
             adapter = None
             if low is not None and tensors.lora_b is not None:
-                from qlora_compile.kernels.gpu.products import AdapterStart, adapter_operand
+                from qlora_compile.kernels.gpu.products import adapter_operands
 
                 dtypes = (spec.lora_dtype, spec.compute_dtype)
                 kept = tensors.low_rank
-                operand, total = adapter_operand(low, *dtypes, up=False, total=kept is not None)
+                adapter, total = adapter_operands(
+                    low, tensors.lora_b, *dtypes, total=kept is not None
+                )
                 if kept is not None and total is not None:
                     kept.copy_(total)
-                up, _ = adapter_operand(tensors.lora_b[None], *dtypes, up=True)
-                adapter = AdapterStart(operand, up)
             y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
             self.product(
                 *(tensors.x, tensors, spec, config, y),
@@ -173,20 +173,16 @@ class GemmVariant(TritonVariant):
             a, b = tensors.lora_a, tensors.lora_b
             adapter = None
             if a is not None and b is not None and (needs.x or needs.adapter):
-                from qlora_compile.kernels.gpu.products import (
-                    AdapterStart,
-                    adapter_operand,
-                    low_rank,
-                )
+                from qlora_compile.kernels.gpu.products import adapter_operands, added_up, low_rank
 
                 dtypes = (spec.lora_dtype, spec.compute_dtype)
                 planes = low_rank(grad, b.t(), spec.lora_dtype, adapter_scaling(tensors, spec))
-                operand, grads_low[i] = adapter_operand(
-                    planes, *dtypes, up=False, total=needs.adapter
-                )
                 if needs.x:
-                    up, _ = adapter_operand(a.t()[None], *dtypes, up=True)
-                    adapter = AdapterStart(operand, up, bits[i])
+                    adapter, grads_low[i] = adapter_operands(
+                        planes, a.t(), *dtypes, total=needs.adapter, bits=bits[i]
+                    )
+                else:
+                    grads_low[i] = added_up(planes)
             if grad_x is not None:
                 self.product(
                     *(grad, tensors, spec, config, grad_x),

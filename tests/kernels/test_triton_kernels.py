@@ -16,7 +16,7 @@ from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.gpu.products import (
     adapter_gradient,
-    adapter_operand,
+    adapter_operands,
     decoded_absmax,
     dequantize,
     keep_bits,
@@ -130,32 +130,32 @@ def test_adapter_operands_lose_less_than_the_result(data: st.DataObject) -> None
     # Rows of very different size, and one of zeros: a row's own largest element is the measure.
     low = torch.randn(splits, rows, rank) * torch.logspace(-12, 12, rows)[:, None]
     low[:, 0] = 0
-    up = torch.randn(1, rows, rank)
+    # Transposed, as A is for the backward.
+    up = torch.randn(rank, data.draw(st.sampled_from([1, 40]))).t()
     total = low.sum(0)
-    (left, summed), (right, _) = (
-        adapter_operand(low, F32, result, up=False, total=True),
-        adapter_operand(up, F32, result, up=True),
-    )
+    start, summed = adapter_operands(low, up, F32, result, total=True)
+    left, right = start.low, start.up
     assert summed is not None
     torch.testing.assert_close(summed, total, rtol=1e-6, atol=0)
     assert left.scale is not None
     assert right.scale is not None
     product = left.values.double() @ right.values.double().t()
     product = product * left.scale.double()[:, None] * right.scale.double()
-    exact = summed.double() @ up[0].double().t()
-    size = summed.abs().amax(1).double()[:, None] * up[0].abs().amax(1).double() * rank
+    exact = summed.double() @ up.double().t()
+    size = summed.abs().amax(1).double()[:, None] * up.abs().amax(1).double() * rank
     allowed = 2**-10 if result == BF16 else 2**-19
     assert ((product - exact).abs() <= allowed * size).all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_16_bit_adapters_are_operands_as_they_are(dtype: torch.dtype) -> None:
-    source = torch.randn(1, 9, 5).to(dtype)
-    operand, total = adapter_operand(source, dtype, dtype, up=True)
-    assert operand.scale is None
+    low, up = torch.randn(1, 9, 5).to(dtype), torch.randn(20, 5).to(dtype)
+    start, total = adapter_operands(low, up, dtype, dtype)
     assert total is None
-    assert torch.equal(operand.values[:, :5], source[0])
-    assert not operand.values[:, 5:].any()
+    for operand, source in ((start.low, low[0]), (start.up, up)):
+        assert operand.scale is None
+        assert torch.equal(operand.values[:, :5], source)
+        assert not operand.values[:, 5:].any()
 
 
 @triton.jit
