@@ -68,7 +68,9 @@ def measure_cpu() -> CpuModel:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Least seconds of a few runs, of one where it takes long."""
+    """Least seconds of a few runs, of one where it takes long; a run before these loads or compiles
+    what it calls."""
+    run()
     best = float("inf")
     for _ in range(_REPEATS):
         start = time.perf_counter()
