@@ -205,6 +205,17 @@ def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
     )
 
 
+def problems_to_measure(forward: Problem, source: str, *, trains: bool) -> tuple[Problem, ...]:
+    """Those of `problems_of_call` that a measurement decides between. Where, by the cost model, no
+    forward is faster for leaving S to its backward, keeping S only spares that one a product."""
+    problems = problems_of_call(forward, trains=trains)
+    seconds = {each: _look_up_modelled(each, source).seconds for each in problems}
+    keeping = tuple(each for each in problems if each.keeps_low_rank)
+    if keeping and seconds[keeping[0]] <= seconds[problems[0]]:
+        return keeping
+    return problems
+
+
 def remember(source: str, problem: Problem, choice: Choice) -> None:
     """Makes `choice` the answer of `source` for `problem`."""
     _records.setdefault(source, {})[_key(problem)] = choice
