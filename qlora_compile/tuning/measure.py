@@ -136,9 +136,7 @@ def _measured(
             on_run(index)
             taken = _timed(rotation[timings % len(rotation)], candidates[index])
             result.seconds[index].append(taken)
-        worse = next(
-            _WORSE[least] for least in sorted(_WORSE, reverse=True) if timings + 1 >= least
-        )
+        worse = min(factor for least, factor in _WORSE.items() if least <= timings + 1)
         fastest = min(map(result.median, alive), default=0.0)
         alive = [index for index in alive if min(result.seconds[index]) <= worse * fastest]
     return result
