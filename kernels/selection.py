@@ -8,6 +8,7 @@ only look them up.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,10 @@ HANDFUL = 5
 
 _OF_ONE_VARIANT = 3
 """Configs of one variant differ less, in the model, than variants do."""
+
+_HOPELESS = 2.0
+"""What is modelled at this many times the standard *dense* is not measured beside it: the model
+would have to be wrong by as much."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,16 @@ def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
 
 def shortlist(ranked: Sequence[Choice], problem: Problem, limit: int = HANDFUL) -> list[Choice]:
     """What is worth measuring of the candidates `ranked` by modelled cost: the best `limit`, no
-    more than a few of one variant, and the standard *dense* that gains are counted from."""
+    more than a few of one variant, and the standard *dense* that gains are counted from; nothing
+    much slower than that one."""
     count: Counter[str] = Counter()
     listed = []
+    standard = next((choice for choice in ranked if is_standard(choice, problem)), None)
+    longest = math.inf if standard is None else _HOPELESS * standard.seconds
     for choice in ranked:
         count[choice.variant.name] += 1
-        if (len(listed) < limit and count[choice.variant.name] <= _OF_ONE_VARIANT) or is_standard(
-            choice, problem
-        ):
+        few = len(listed) < limit and count[choice.variant.name] <= _OF_ONE_VARIANT
+        if choice is standard or (few and choice.seconds <= longest):
             listed.append(choice)
     return listed
 
@@ -196,6 +203,17 @@ def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
         for keeps in keeping
         for direction in directions
     )
+
+
+def problems_to_measure(forward: Problem, source: str, *, trains: bool) -> tuple[Problem, ...]:
+    """Those of `problems_of_call` that a measurement decides between. Where, by the cost model, no
+    forward is faster for leaving S to its backward, keeping S only spares that one a product."""
+    problems = problems_of_call(forward, trains=trains)
+    seconds = {each: _look_up_modelled(each, source).seconds for each in problems}
+    keeping = tuple(each for each in problems if each.keeps_low_rank)
+    if keeping and seconds[keeping[0]] <= seconds[problems[0]]:
+        return keeping
+    return problems
 
 
 def remember(source: str, problem: Problem, choice: Choice) -> None:

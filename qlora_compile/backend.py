@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qlora_compile.kernels import linear_call, op
-from qlora_compile.kernels.selection import current_source, keeps_low_rank, problems_of_call
+from qlora_compile.kernels.selection import current_source, keeps_low_rank
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.pipeline import run_pipeline
 from qlora_compile.tuning.tuner import Tuner
@@ -131,11 +131,7 @@ def make_backend(
         if inductor:
             sites = context.fused.values()
             if tuner is not None:
-                tuner.ensure(
-                    problem
-                    for site in sites
-                    for problem in problems_of_call(site.forward, trains=site.trains)
-                )
+                tuner.ensure_calls((site.forward, site.trains) for site in sites)
             source = current_source()
             keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
             run = compile_inner(graph_module, list(example_inputs), [source, keeping])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,20 +20,21 @@ from qlora_compile.tuning.plain_mode import plain_mode
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _LARGEST_ROTATION = 8
-"""Runs take turns among copies of the operands, up to that many bytes or copies: not among so many
+"""Runs take turns among copies of the operands, of that many bytes or copies: not among so many
 that making them would take longer than the timing."""
 
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 40
-_FEWEST_UNDISTURBED, _PATIENCE = 4, 3
-"""Timings each candidate should have that nothing disturbed; for them it may take so many times as
-long as it was given."""
+_FEWEST_TIMINGS, _MOST_TIMINGS = 3, 40
+_PATIENCE = 3
+"""The fewest should be timings that nothing disturbed; for them it may take so many times as long
+as it was given."""
 
 _SPIN_CYCLES = 4_000_000
 """Two milliseconds, and more than any call takes to launch."""
 
 _DISTURBED = 2.0
-_CLEARLY_WORSE = 1.25
-"""A candidate whose best time is above this many medians of the fastest is timed no more."""
+_WORSE = {2: 2.0, 3: 1.25, 6: 1.0}
+"""A candidate whose best of so many timings or more is above so many medians of the fastest is
+timed no more. The best of six that are no slower exceeds the median once in 64 times."""
 
 
 def rejected_errors() -> tuple[type[Exception], ...]:
@@ -114,34 +116,33 @@ def _measured(
         on_run(index)
         try:
             wrong = correctness.problem_with(choice)
-            _timed(rotation[-1], choice)
+            if wrong is None:
+                result.seconds[index] = [_timed(rotation[-1], choice)]
         except rejected_errors() as error:
             wrong = _first_line(error)
         if wrong is not None and torch.device(problem.device).type == "cuda":
             # A fault stays with the context and would fail the others: here it ends the process,
             # while the one that ran is known.
             torch.cuda.synchronize(problem.device)
-        if wrong is None:
-            result.seconds[index] = []
-        else:
+        if wrong is not None:
             result.rejected[index] = wrong
     alive = list(result.seconds)
     start = time.monotonic()
-    for turn in range(_MOST_ROUNDS):
+    for timings in range(1, _MOST_TIMINGS):
         spent = time.monotonic() - start
-        quiet = all(len(result.undisturbed(i)) >= _FEWEST_UNDISTURBED for i in alive if turn)
+        quiet = all(len(result.undisturbed(i)) >= _FEWEST_TIMINGS for i in alive)
         enough = spent > seconds or len(alive) < 2
-        if turn >= _FEWEST_ROUNDS and enough and (quiet or spent > _PATIENCE * seconds):
+        if timings >= _FEWEST_TIMINGS and enough and (quiet or spent > _PATIENCE * seconds):
             break
         # Nobody always runs behind the same neighbour.
-        first = turn % max(len(alive), 1)
+        first = timings % max(len(alive), 1)
         for index in alive[first:] + alive[:first]:
             on_run(index)
-            taken = _timed(rotation[turn % len(rotation)], candidates[index])
+            taken = _timed(rotation[timings % len(rotation)], candidates[index])
             result.seconds[index].append(taken)
-        if turn >= 1 and alive:
-            limit = _CLEARLY_WORSE * min(map(result.median, alive))
-            alive = [index for index in alive if min(result.seconds[index]) <= limit]
+        worse = min(factor for least, factor in _WORSE.items() if least <= timings + 1)
+        fastest = min(map(result.median, alive), default=0.0)
+        alive = [index for index in alive if min(result.seconds[index]) <= worse * fastest]
     return result
 
 
@@ -153,8 +154,8 @@ def _first_line(error: BaseException) -> str:
 def _rotation(problem: Problem) -> list[Operands]:
     first = operands(problem)
     limit = _ROTATED_BYTES.get(torch.device(problem.device).type, 0)
-    copies = max(2, min(_LARGEST_ROTATION, limit // max(first.nbytes, 1)))
-    return [first, *(operands(problem, seed) for seed in range(1, copies))]
+    copies = min(_LARGEST_ROTATION, math.ceil(limit / max(first.nbytes, 1)))
+    return [first, *(first.copied() for _ in range(1, copies))]
 
 
 def _timed(call: Operands, choice: Choice) -> float:

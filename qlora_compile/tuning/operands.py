@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,8 +34,8 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Operands:
-    """One call of `problem`: random activations, gradients and adapters over random weights; the
-    Linears in the order of the problem's parts."""
+    """One call of `problem`: random activations and adapters over random weights, for a backward
+    gradients, too; the Linears in the order of the problem's parts."""
 
     problem: Problem
     group: list[tuple[LinearTensors, LinearSpec]]
@@ -48,6 +49,12 @@ class Operands:
     def nbytes(self) -> int:
         planes = [plane for tensors, _ in self.group for plane in tensors.planes]
         return sum(t.numel() * t.element_size() for t in (self.x, *self.grads, *planes))
+
+    def copied(self) -> Operands:
+        """The same numbers in other memory."""
+        tensors, grads = copy.deepcopy(([each for each, _ in self.group], self.grads))
+        specs = (spec for _, spec in self.group)
+        return Operands(self.problem, list(zip(tensors, specs, strict=True)), grads)
 
     def run(self, variant: Variant, config: Config) -> dict[str, Tensor]:
         """The problem's results by `variant`: y, or the gradients of x and the adapter; of one
@@ -85,71 +92,100 @@ class Operands:
         out = torch.float64 if exact else p.out_dtype
         x_dtype = torch.float64 if exact else p.x_dtype
         lora = torch.float64 if exact else p.lora_dtype
-        wide = torch.promote_types(torch.float32, compute)
-        grad_x = self.x.new_zeros(len(self.checked), p.k, dtype=wide)
-        results: dict[str, Tensor | None] = {}
-        for i, part in enumerate(p.parts):
-            y, own, thin = self._expected(i, compute, lora)
-            # Autograd, too, rounds what each gives before it adds them up.
-            grad_x += own.to(x_dtype)
-            low, grad_a, grad_b = thin or (None, None, None)
-            if p.direction == "forward":
-                results[self._name("y", i)] = y.to(out)
-                results[self._name("low rank", i)] = low if part.keeps_low_rank else None
+        forward = p.direction == "forward"
+        grad_x = self.x.new_zeros(len(self.checked), p.k, dtype=_wide(compute))
+        results: dict[str, Tensor] = {}
+        for i, (part, (tensors, spec)) in enumerate(zip(p.parts, self.group, strict=True)):
+            if forward:
+                results[self._name("y", i)] = self._y(i, compute, lora).to(out)
+                if part.keeps_low_rank:
+                    results[self._name("low rank", i)] = _low_rank(tensors, spec, lora)
             else:
-                results[self._name("grad lora_a", i)] = grad_a
-                results[self._name("grad lora_b", i)] = grad_b
-        if p.direction == "backward":
+                # Autograd, too, rounds what each gives before it adds them up.
+                grad_x += self._grad_x(i, compute, lora).to(x_dtype)
+                if part.rank:
+                    grad_a, grad_b = _adapter_gradients(tensors, spec, self.grads[i], lora)
+                    results[self._name("grad lora_a", i)] = grad_a
+                    results[self._name("grad lora_b", i)] = grad_b
+        if not forward:
             results["grad x"] = grad_x.to(x_dtype)
-        return {name: value for name, value in results.items() if value is not None}
+        return results
 
-    def _expected(
-        self, position: int, compute: torch.dtype, lora: torch.dtype
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-        """y, grad x and what `_thin` gives, of one Linear."""
+    def _y(self, position: int, compute: torch.dtype, lora: torch.dtype) -> Tensor:
+        """Of one Linear, the `checked` rows."""
         tensors, spec = self.group[position]
-        wide = torch.promote_types(torch.float32, compute)
-        rows = self.checked
-        x, grad = tensors.x[rows].to(compute), self.grads[position][rows].to(compute)
-        y = x.new_empty(len(rows), spec.n)
-        grad_x = x.new_zeros(len(rows), spec.k, dtype=wide)
+        x = tensors.x[self.checked]
+        y = x.new_empty(len(x), spec.n, dtype=compute)
         for n, weight in _weight(tensors, spec, compute):
-            y[:, n] = x @ weight.t()
-            grad_x += grad[:, n] @ weight
+            y[:, n] = x.to(compute) @ weight.t()
         if tensors.bias is not None:
             y += tensors.bias.to(compute)
-        y = y.to(wide)
-        if tensors.lora_a is None or tensors.lora_b is None:
-            return y, grad_x, None
-        a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
-        scaling = spec.scaling / (1 - spec.dropout)
-        keep = _keep(tensors, spec, slice(0, self.problem.m), lora)
-        kept = 1.0 if keep is None else keep[rows]
-        y += (tensors.x[rows].to(lora) * kept @ a.t() @ b.t()).to(wide) * scaling
-        grad_x += (self.grads[position][rows].to(lora) @ b @ a * kept).to(wide) * scaling
-        return y, grad_x, _thin(tensors, spec, self.grads[position], lora)
+        y = y.to(_wide(compute))
+        if tensors.lora_a is not None and tensors.lora_b is not None:
+            a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
+            kept = self._kept(position, lora)
+            y += (x.to(lora) * kept @ a.t() @ b.t()).to(y.dtype) * _scaling(spec)
+        return y
+
+    def _grad_x(self, position: int, compute: torch.dtype, lora: torch.dtype) -> Tensor:
+        """Of one Linear, the `checked` rows."""
+        tensors, spec = self.group[position]
+        grad = self.grads[position][self.checked]
+        grad_x = grad.new_zeros(len(grad), spec.k, dtype=_wide(compute))
+        for n, weight in _weight(tensors, spec, compute):
+            grad_x += grad[:, n].to(compute) @ weight
+        if tensors.lora_a is not None and tensors.lora_b is not None:
+            a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
+            kept = self._kept(position, lora)
+            grad_x += (grad.to(lora) @ b @ a * kept).to(grad_x.dtype) * _scaling(spec)
+        return grad_x
+
+    def _kept(self, position: int, dtype: torch.dtype) -> Tensor | float:
+        """The `checked` rows of the dropout mask."""
+        keep = _keep(*self.group[position], slice(0, self.problem.m), dtype)
+        return 1.0 if keep is None else keep[self.checked]
 
 
-def _thin(
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
+
+
+def _scaling(spec: LinearSpec) -> float:
+    return spec.scaling / (1 - spec.dropout)
+
+
+def _low_rank(tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+    """S, of all rows."""
+    assert tensors.lora_a is not None
+    a = tensors.lora_a.to(dtype)
+    lows = [x @ a.t() * _scaling(spec) for _, x in _dropped(tensors, spec, dtype)]
+    return torch.cat(lows)
+
+
+def _adapter_gradients(
     tensors: LinearTensors, spec: LinearSpec, all_grad: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """S and the adapter's gradients, of all rows."""
+) -> tuple[Tensor, Tensor]:
+    """Those of A and B, of all rows."""
     assert tensors.lora_a is not None
     assert tensors.lora_b is not None
-    a, b, x = tensors.lora_a.to(dtype), tensors.lora_b.to(dtype), tensors.x
-    scaling = spec.scaling / (1 - spec.dropout)
-    wide = torch.promote_types(torch.float32, dtype)
-    grad_a, grad_b = (t.new_zeros(t.shape, dtype=wide) for t in (a, b))
-    lows = []
-    for start in range(0, len(x), _CHUNK):
-        m = slice(start, min(start + _CHUNK, len(x)))
-        keep = _keep(tensors, spec, m, dtype)
-        dropped = x[m].to(dtype) if keep is None else x[m].to(dtype) * keep
+    a, b = tensors.lora_a.to(dtype), tensors.lora_b.to(dtype)
+    grad_a, grad_b = (t.new_zeros(t.shape, dtype=_wide(dtype)) for t in (a, b))
+    for m, x in _dropped(tensors, spec, dtype):
         grad = all_grad[m].to(dtype)
-        lows.append(dropped @ a.t() * scaling)
-        grad_a += (grad @ b * scaling).t() @ dropped
-        grad_b += grad.t() @ lows[-1]
-    return torch.cat(lows), grad_a, grad_b
+        grad_a += (grad @ b * _scaling(spec)).t() @ x
+        grad_b += grad.t() @ (x @ a.t() * _scaling(spec))
+    return grad_a, grad_b
+
+
+def _dropped(
+    tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """x with its dropout by blocks of rows, so that no copy of it in float64 is needed."""
+    for start in range(0, len(tensors.x), _CHUNK):
+        m = slice(start, min(start + _CHUNK, len(tensors.x)))
+        keep = _keep(tensors, spec, m, dtype)
+        x = tensors.x[m].to(dtype)
+        yield m, x if keep is None else x * keep
 
 
 def _keep(
@@ -198,9 +234,10 @@ def operands(problem: Problem, seed: int = 0) -> Operands:
         spec = LinearSpec.of(p, scaling=_SCALING, dropout=DROPOUT, stream=stream)
         mask = drawn if p.dropout else None
         tensors = LinearTensors(x, planes, bias, lora_a, lora_b, mask, low_rank)
-        grads.append(normal(p.m, p.n, 1.0, p.out_dtype))
-        if p.direction == "backward" and low_rank is not None:
-            low_rank.copy_(_thin(tensors, spec, grads[-1], p.lora_dtype)[0])
+        if p.direction == "backward":
+            grads.append(normal(p.m, p.n, 1.0, p.out_dtype))
+            if low_rank is not None:
+                low_rank.copy_(_low_rank(tensors, spec, p.lora_dtype))
         group.append((tensors, spec))
     return Operands(problem, group, grads)
 

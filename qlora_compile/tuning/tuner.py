@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 AUTO_BUDGET = 60.0
 """Seconds that one model's problems may take to measure without anyone asking for it."""
 
-_SECONDS_EACH = 1.0
+_SECONDS_EACH = 0.3
 """Of timing one problem where the budget does not allow for more or less."""
 
 _SHORTEST_LIMIT, _LONGEST_RUN = 30.0, 120.0
@@ -103,6 +103,18 @@ class Tuner:
             finally:
                 self._isolated.close()
 
+    def ensure_calls(self, calls: Iterable[tuple[Problem, bool]]) -> None:
+        """`ensure` for what has to be chosen for calls: the forward of each, and whether it
+        trains."""
+        calls = dict.fromkeys(calls)
+        if self.budget > 0 and any(forward.device == "cpu" for forward, _ in calls):
+            self._use_measured_cpu()
+        self.ensure(
+            problem
+            for forward, trains in calls
+            for problem in selection.problems_to_measure(forward, self.source, trains=trains)
+        )
+
     def refresh(self, budget: float) -> None:
         """Gives a new budget, also to what an earlier one did not reach."""
         self.budget = budget
@@ -147,7 +159,7 @@ class Tuner:
 
     def _measure(self, problem: Problem, here: Fingerprint | None, seconds: float) -> Choice | None:
         if problem.device == "cpu":
-            use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
+            self._use_measured_cpu()
         timings = self._timings(problem, seconds if self.each is None else min(self.each, seconds))
         if timings is None:
             return None
@@ -162,6 +174,9 @@ class Tuner:
         assert choice is not None
         logger.info("measured %s for %s", choice.name, problem)
         return choice
+
+    def _use_measured_cpu(self) -> None:
+        use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
 
     def _timings(self, problem: Problem, seconds: float) -> Timings | None:
         """Of a handful of candidates, and of more only while none of them is right; None where

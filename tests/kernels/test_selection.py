@@ -218,6 +218,35 @@ def test_a_decision_to_keep_stays_while_records_change() -> None:
     assert not selection.keeps_low_rank(replace(problem, rank=0), "source")
 
 
+def test_only_what_a_measurement_decides_is_measured() -> None:
+    """Where a forward is faster without S, it is measured whether its backward may lose as much."""
+    bfloat16 = replace(TYPICAL, device="cpu")
+    kept = selection.problems_to_measure(bfloat16, "source", trains=True)
+    assert [each.direction for each in kept] == ["forward", "backward"]
+    assert all(each.keeps_low_rank for each in kept)
+    assert selection.prefers_keeping(bfloat16, "source")
+    assert selection.problems_to_measure(bfloat16, "source", trains=False) == (bfloat16,)
+    plain = replace(bfloat16, rank=0, lora_dtype=torch.bfloat16)
+    assert len(selection.problems_to_measure(plain, "source", trains=True)) == 2
+    dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "out_dtype"), torch.float32)
+    # An adapter that is merged into the weight needs no S.
+    merged = replace(bfloat16, m=1 << 16, **dtypes)
+    assert "merged" in select(merged).name
+    assert len(selection.problems_to_measure(merged, "source", trains=True)) == 4
+
+
+def test_what_is_modelled_far_slower_than_dense_is_not_measured() -> None:
+    problem = replace(TYPICAL, device="cpu")
+    slow = replace(CPU, gemm=(*CPU.gemm[:1], CPU.gemm[2] / 9, *CPU.gemm[2:]))
+    ranked = selection.candidates(problem, slow)
+    listed = selection.shortlist(ranked, problem)
+    assert listed
+    assert all("bfloat16" in choice.name for choice in listed)
+    # Unless that one has turned out wrong.
+    left = [choice for choice in ranked if choice not in listed]
+    assert any("float32" in choice.config.label for choice in selection.shortlist(left, problem))
+
+
 def test_measured_seconds_are_not_compared_with_modelled_ones() -> None:
     """When the budget ended between the problems of one call."""
     problem = replace(TYPICAL, device="cpu")

@@ -34,6 +34,24 @@ class Wrong(Preferred):
         return [y * 1.01 for y in super().forward_group(group, config)]
 
 
+class WrongAtTheEnd(Preferred):
+    """In the last number of y, or of the gradient of x, as where a tail is forgotten."""
+
+    name = "wrong_at_the_end"
+
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
+        ys = super().forward_group(group, config)
+        for y in ys:
+            y[-1, -1] = 0
+        return ys
+
+    def backward_group(self, grads: Any, group: Any, needs: Any, config: Any) -> Any:
+        grad_x, others = super().backward_group(grads, group, needs, config)
+        assert grad_x is not None
+        grad_x[-1, -1] = 0
+        return grad_x, others
+
+
 class Nan(Preferred):
     name = "nan"
 
@@ -111,7 +129,7 @@ class Forgetful(Preferred):
     name = "forgetful"
 
     def cost(self, problem: Any, config: Any, device: Any) -> float:
-        return 1e9
+        return 1.9 * Dense().cost(problem, Dense().configs(problem)[0], device)
 
     def forward_group(self, group: Any, config: Any) -> list[Tensor]:
         forgotten = [(replace(tensors, low_rank=None), spec) for tensors, spec in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from qlora_compile.kernels import registry, selection
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.selection import HANDFUL
 from qlora_compile.kernels.variants.base import Variant
+from qlora_compile.problem import Direction, Problem
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
 from qlora_compile.tuning.errors import CandidateError, NoCorrectVariantError, TuningProcessError
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
+from qlora_compile.tuning.operands import operands
 from qlora_compile.tuning.record import Timing
 from qlora_compile.tuning.store import RecordFile, RecordStore
 from qlora_compile.tuning.tuner import NotMeasuredWarning, Tuner, WrongResultWarning
@@ -114,6 +117,19 @@ def test_wrong_numbers_are_never_chosen(
     assert record is not None
     assert [name for name, _ in record.rejected] == [f"{variant.name} whole float32"]
     assert all(timing.variant != variant.name for timing in record.timings)
+
+
+@pytest.mark.parametrize("m", [1, 63, 512, 2048])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_tail_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, direction: Direction, m: int
+) -> None:
+    """Of the rows only some are."""
+    offer(monkeypatch, odd_variants.WrongAtTheEnd(), *VARIANTS)
+    problem = replace(PROBLEM, direction=direction, m=m)
+    wrong = "y" if direction == "forward" else "grad x"
+    with pytest.warns(WrongResultWarning, match=f"wrong_at_the_end .* {wrong} is off by"):
+        tuner(tmp_path).ensure([problem])
 
 
 @pytest.mark.filterwarnings("ignore::qlora_compile.tuning.tuner.WrongResultWarning")
@@ -394,6 +410,41 @@ def test_the_cpu_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         use(tmp_path)
         assert selection.device_model("cpu", None) == measured[-1]
     assert len(measured) == 6
+
+
+def test_a_first_run_does_not_count() -> None:
+    """It compiles."""
+    waits = [0.2]
+
+    def run() -> None:
+        time.sleep(waits.pop() if waits else 0.001)
+
+    assert 0.001 <= cpu_figures._best(run) < 0.1
+
+
+def test_copies_are_the_same_numbers_elsewhere() -> None:
+    problem = replace(PROBLEM, direction="backward")
+    first = operands(Problem.of_group([problem, replace(problem, n=8)]))
+    other = first.copied()
+    for mine, theirs in zip([first.x, *first.grads], [other.x, *other.grads], strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
+    [(one, _), (two, _)] = other.group
+    assert one.x is two.x
+
+
+def test_a_call_is_measured_with_s_kept_where_that_loses_nothing(tmp_path: Path) -> None:
+    dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "out_dtype"), torch.bfloat16)
+    problem = replace(PROBLEM, m=256, n=256, k=256, **dtypes)
+    used = tuner(tmp_path)
+    used.ensure_calls([(problem, True), (problem, True)])
+    for each in selection.problems_of_call(problem, trains=True):
+        assert (selection.recorded(SOURCE, each) is not None) == each.keeps_low_rank
+    assert used.measurements == 2
+    assert selection.keeps_low_rank(problem, SOURCE)
+    # An evaluation keeps nothing.
+    used.ensure_calls([(problem, False)])
+    assert selection.recorded(SOURCE, problem) is not None
 
 
 def test_measured_figures_are_plausible() -> None:
