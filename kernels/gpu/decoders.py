@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ class Decoder:
     prepare: Any
     programs: Callable[[str], tuple[str, ...]] | None = None
 
+    @functools.cache  # noqa: B019  decoders are few, and stay
     def program(self, dtype: torch.dtype) -> tuple[str, ...]:
         return () if self.programs is None else self.programs(_PTX_DTYPES[dtype])
 
