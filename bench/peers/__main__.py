@@ -3,7 +3,8 @@
 The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
 steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
 dense weights. Prints the figures and writes bench/results/peers.{md,json,png}, or peers_cuda where
-torch sees a GPU. Without an agreement of the losses no speed is told.
+torch sees a GPU; settings that did not run keep what they had. Without an agreement of the losses
+no speed is told.
 """
 
 from __future__ import annotations
@@ -58,28 +59,40 @@ def main(
         finally:
             if root is not None:
                 subprocess.run([*worktree, "remove", "--force", str(root)], check=True)
-    if names or setting or base:
-        return
-    surroundings = measured_on()
-    file = "peers" if DEVICE == "cpu" else f"peers_{DEVICE}"
-    entries = [{"setting": asdict(s), "runs": [asdict(r) for r in runs]} for s, runs in results]
-    content = {**surroundings, "settings": entries}
-    (RESULTS / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
-    parts = [part for each in surroundings.values() for part in each.items()]
-    told = ", ".join(f"{name} {value}" for name, value in parts)
+    if not names and base is None:
+        keep(results)
+
+
+def keep(results: list[tuple[Setting, list[Run]]]) -> None:
+    """Writes the results, each with what it was measured on, in place of earlier ones of its
+    setting."""
+    name = "peers" if DEVICE == "cpu" else f"peers_{DEVICE}"
+    file = RESULTS / f"{name}.json"
+    known = json.loads(file.read_text()) if file.exists() else []
+    entries = {Setting(**each["setting"]): each for each in known}
+    for setting, runs in results:
+        told = {"setting": asdict(setting), **measured_on(), "runs": [asdict(run) for run in runs]}
+        entries[setting] = told
+    ordered = [(each, entries[each]) for each in SETTINGS if each in entries]
+    file.write_text(json.dumps([entry for _, entry in ordered], indent=1) + "\n")
     lines = [
         *("# Beside the peers", ""),
-        f"By `make bench`: {told}.",
-        f"bfloat16, NF4 where not said otherwise, rank 16 on all linears, {steps - 1} steps each,",
-        "in turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
+        "By `make bench`: bfloat16, NF4 where not said otherwise, rank 16 on all linears, steps in",
+        "turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
         "beyond weights, adapters and the optimiser's state. Launched: kernels of a GPU, operators",
         "that call no other on a CPU.",
         "",
     ]
-    for each in results:
-        lines += section(*each)
-    (RESULTS / f"{file}.md").write_text("\n".join(lines))
-    plot(results, RESULTS / f"{file}.png")
+    shown = []
+    for setting, entry in ordered:
+        shown.append((setting, [Run(**run) for run in entry["runs"]]))
+        title, *rest = section(*shown[-1])
+        parts = [part for each in ("versions", "machine") for part in entry[each].items()]
+        steps = max(len(run.seconds) for run in shown[-1][1])
+        told = ", ".join(f"{what} {value}" for what, value in parts)
+        lines += [title, "", f"{steps} steps of each; {told}.", *rest]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines))
+    plot(shown, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

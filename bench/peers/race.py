@@ -128,7 +128,13 @@ def race(setting: Setting, names: list[str], steps: int, base: Path | None = Non
             for step in range(1, steps):
                 turn = step % len(racing)
                 for name in racing[turn:] + racing[:turn]:
-                    answer = processes[name].ask(("step", step))
+                    if runs[name].failed:
+                        continue
+                    try:
+                        answer = processes[name].ask(("step", step))
+                    except RuntimeError as error:
+                        runs[name].failed = str(error)
+                        continue
                     runs[name].seconds.append(answer["seconds"])
                     if answer["loss"] is not None:
                         runs[name].losses.append(answer["loss"])

@@ -25,7 +25,7 @@ HEADER = (
 
 def disagreement(runs: Iterable[Run]) -> list[str]:
     """What forbids to compare speeds: contenders whose losses are not stock's."""
-    by_name = {run.name: run for run in runs if run.losses}
+    by_name = {run.name: run for run in runs if run.losses and not run.failed}
     if STOCK not in by_name:
         return [f"{STOCK} did not train: there is nothing for losses to agree with"]
     problems = []
@@ -40,8 +40,8 @@ def disagreement(runs: Iterable[Run]) -> list[str]:
 
 def ratios(runs: list[Run], other: str) -> list[float]:
     """Seconds of ours over another contender's, step by step; empty where one of them failed."""
-    by_name = {run.name: run for run in runs}
-    if other not in by_name:
+    by_name = {run.name: run for run in runs if not run.failed}
+    if not {OURS, other} <= by_name.keys():
         return []
     return [a / b for a, b in zip(by_name[OURS].seconds, by_name[other].seconds, strict=False)]
 

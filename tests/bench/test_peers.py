@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.paired import interval_of_median
-from bench.peers.contenders import FLOOR, OURS, STOCK
+from bench.peers import __main__ as peers
+from bench.peers.contenders import FLOOR, OURS, STOCK, UNQUANTISED
 from bench.peers.floor import Floor
 from bench.peers.race import Run
-from bench.peers.settings import STACK, Setting, base_model
+from bench.peers.settings import SETTINGS, STACK, Setting, base_model
 from bench.peers.table import disagreement, section, verdicts
 from bench.peers.worker import stored_bytes
 
@@ -48,6 +50,27 @@ def test_a_missed_target_is_named() -> None:
     slow = runs(3.0)
     slow[0].seconds = [3.0] * 4
     assert any(line.endswith("target 0.75: not met") for line in verdicts(slow))
+
+
+def test_one_that_was_lost_on_the_way_is_compared_with_nothing() -> None:
+    lost = runs(3.0)
+    lost[2].failed, lost[2].seconds = "killed by SIGKILL", [0.1]
+    lost.append(Run(UNQUANTISED, seconds=[0.1], losses=[9.0], failed="killed by SIGKILL"))
+    assert disagreement(lost) == []
+    told = verdicts(lost)
+    assert [line.split(":")[0] for line in told] == [f"time / {STOCK}", f"peak / {STOCK}"]
+
+
+def test_settings_that_did_not_run_keep_their_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    for setting in (SETTINGS[1], SETTINGS[0], SETTINGS[1]):
+        peers.keep([(setting, runs(3.0))])
+    text = next(tmp_path.glob("peers*.md")).read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [f"## {setting}" for setting in SETTINGS[:2]]
+    assert text.count("4 steps of each; torch ") == 2
 
 
 def test_the_floor_multiplies_what_a_step_has_to() -> None:
