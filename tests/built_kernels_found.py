@@ -46,7 +46,7 @@ class FakeUtils:
 class FakeDriver:
     """The driver of a device of `target` that notes launches in `launched`."""
 
-    def __init__(self, target: GPUTarget, launched: list[str]) -> None:
+    def __init__(self, target: GPUTarget, launched: list[Any]) -> None:
         self.target = target
         self.launched = launched
         self.utils = FakeUtils()
@@ -65,7 +65,7 @@ class FakeDriver:
 
 
 def main(arch: str, shapes: str, first: str, last: str, dropout: str) -> None:
-    launched: list[str] = []
+    launched: list[Any] = []
     found: list[tuple[str, bool]] = []
 
     def listener(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:

@@ -83,7 +83,7 @@ def as_json(rows: Sequence[Row]) -> str:
 INTRODUCTION = """\
 # Projected training steps on GPUs
 
-**Everything here is modelled. Nothing was run on a GPU.** Cards are their data sheets' peak and
+**Everything here is modelled, nothing of it was run.** Cards are their data sheets' peak and
 bandwidth, the part of the peak that the vendor's GEMM is taken to reach, 92 % of the bandwidth, and
 {launch:.0f} µs for each kernel (kernels/device_model.py). The host is taken to keep up, which
 favours whoever starts many kernels. Made by `make bench-project`.
