@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import peft
 import torch
@@ -21,3 +23,9 @@ def measured_on() -> dict[str, dict[str, str | int]]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """What `measured_on` returned, among other entries or alone, as a list on one line."""
+    parts = [part for each in ("versions", "machine") for part in found[each].items()]
+    return ", ".join(f"{name} {value}" for name, value in parts)

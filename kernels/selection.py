@@ -209,10 +209,11 @@ def problems_to_measure(forward: Problem, source: str, *, trains: bool) -> tuple
     """Those of `problems_of_call` that a measurement decides between. Where, by the cost model, no
     forward is faster for leaving S to its backward, keeping S only spares that one a product."""
     problems = problems_of_call(forward, trains=trains)
-    seconds = {each: _look_up_modelled(each, source).seconds for each in problems}
     keeping = tuple(each for each in problems if each.keeps_low_rank)
-    if keeping and seconds[keeping[0]] <= seconds[problems[0]]:
-        return keeping
+    if keeping:
+        kept, plain = (_look_up_modelled(each[0], source) for each in (keeping, problems))
+        if kept.seconds <= plain.seconds:
+            return keeping
     return problems
 
 

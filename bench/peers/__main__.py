@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from bench.measured_on import measured_on
+from bench.measured_on import in_words, measured_on
 from bench.peers.contenders import CONTENDERS, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
@@ -87,10 +87,8 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     for setting, entry in ordered:
         shown.append((setting, [Run(**run) for run in entry["runs"]]))
         title, *rest = section(*shown[-1])
-        parts = [part for each in ("versions", "machine") for part in entry[each].items()]
         steps = max(len(run.seconds) for run in shown[-1][1])
-        told = ", ".join(f"{what} {value}" for what, value in parts)
-        lines += [title, "", f"{steps} steps of each; {told}.", *rest]
+        lines += [title, "", f"{steps} steps of each; {in_words(entry)}.", *rest]
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
     plot(shown, RESULTS / f"{name}.png")
 

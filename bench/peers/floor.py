@@ -6,6 +6,7 @@ activations, rotations, residuals, casts, autograd's bookkeeping and the optimis
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ ADAPTER_DTYPE = torch.float32
 """PEFT's, for a model in bfloat16."""
 
 
+def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
+
+
 class _Products:
     """All products of one Linear and its adapter, forward and backward, into memory made once."""
 
     def __init__(self, weight: Tensor, rows: int, rank: int, *, first: bool) -> None:
         (n, k), dtype = weight.shape, weight.dtype
-
-        def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float32, device=weight.device).to(dtype)
-
+        normal = partial(_normal, device=weight.device)
         self.weight, self.first = weight, first
         self.x, self.grad = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
         self.wide_x, self.wide_grad = self.x.to(ADAPTER_DTYPE), self.grad.to(ADAPTER_DTYPE)
@@ -74,10 +76,7 @@ class Floor:
         shape = (setting.batch_size, heads, setting.length, width)
         self.layers = config.num_hidden_layers
         self.head = model.get_output_embeddings().weight.detach()
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, device=self.head.device).bfloat16()
-
+        normal = partial(_normal, dtype=torch.bfloat16, device=self.head.device)
         self.qkv = [normal(*shape).requires_grad_() for _ in range(3)]
         self.attended = normal(*shape)
         self.hidden = normal(setting.tokens, self.head.shape[1]).requires_grad_()

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from bench.measured_on import measured_on
+from bench.measured_on import in_words, measured_on
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Run, race
 from bench.peers.settings import Setting
@@ -78,11 +78,9 @@ def _write(axes: list[Axis], points: Points) -> None:
     measured = [{"setting": asdict(s), "runs": [asdict(r) for r in rs]} for s, rs in points.items()]
     content = {**surroundings, "laws": laws, "points": measured}
     (RESULTS / "scaling.json").write_text(json.dumps(content, indent=1) + "\n")
-    parts = [part for each in surroundings.values() for part in each.items()]
-    told = ", ".join(f"{name} {value}" for name, value in parts)
     lines = [
         *("# Scaling", ""),
-        f"By `make bench-scaling`: {told}.",
+        f"By `make bench-scaling`: {in_words(surroundings)}.",
         "Blocks of a Llama with random weights, bfloat16, NF4, adapters on all linears; stock is",
         f"{STOCK}. Step time: the median of {STEPS}, in turn. Peak and saved: bytes that a step",
         "holds at most, and from forward to backward, beyond weights, adapters and the optimiser's",

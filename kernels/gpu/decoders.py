@@ -43,6 +43,7 @@ class Decoder:
         return reasons
 
 
+@functools.cache
 def codebook_decoders(codebook: tuple[float, ...]) -> tuple[Decoder, ...]:
     """For sixteen values in bitsandbytes' order of nibbles."""
     return (

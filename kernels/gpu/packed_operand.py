@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.gpu.decoders import Decoder
 from qlora_compile.kernels.variants.base import LinearSpec
 
@@ -19,12 +17,7 @@ if TYPE_CHECKING:
 
 def decoder_named(spec: LinearSpec | ExpertsSpec, name: str) -> Decoder:
     assert spec.format is not None
-    return _decoder(spec.format, name)
-
-
-@functools.cache
-def _decoder(quant_format: QuantFormat, name: str) -> Decoder:
-    return next(d for d in quant_format.device_decoders() if d.name == name)
+    return next(d for d in spec.format.device_decoders() if d.name == name)
 
 
 def packed_operand(

@@ -195,9 +195,7 @@ def adapter_gradient(
     grid = (-(-columns // block_c), -(-rank // block_rank))
     splits = _splits(grid[0] * grid[1], -(-rows // block_m))
     whole = splits == 1 and out.dtype == torch.float32
-    parts = out[None]
-    if not whole:
-        parts = z.new_empty(splits, columns, rank, dtype=torch.float32)
+    parts = out[None] if whole else z.new_empty(splits, columns, rank, dtype=torch.float32)
     arguments = {
         "z": z,
         "z_stride": z.stride(0),

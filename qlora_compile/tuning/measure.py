@@ -120,12 +120,13 @@ def _measured(
                 result.seconds[index] = [_timed(rotation[-1], choice)]
         except rejected_errors() as error:
             wrong = _first_line(error)
-        if wrong is not None and torch.device(problem.device).type == "cuda":
+        if wrong is None:
+            continue
+        if torch.device(problem.device).type == "cuda":
             # A fault stays with the context and would fail the others: here it ends the process,
             # while the one that ran is known.
             torch.cuda.synchronize(problem.device)
-        if wrong is not None:
-            result.rejected[index] = wrong
+        result.rejected[index] = wrong
     alive = list(result.seconds)
     start = time.monotonic()
     # One that nothing is compared with has its one timing.

@@ -19,6 +19,7 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     NeedsGradient,
     Variant,
+    adapter_scaling,
 )
 from qlora_compile.packed import NESTED_BLOCK_SIZE
 from qlora_compile.problem import Problem
@@ -124,7 +125,7 @@ class Operands:
         if tensors.lora_a is not None and tensors.lora_b is not None:
             a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
             kept = self._kept(position, lora)
-            y += (x.to(lora) * kept @ a.t() @ b.t()).to(y.dtype) * _scaling(spec)
+            y += (x.to(lora) * kept @ a.t() @ b.t()).to(y.dtype) * adapter_scaling(tensors, spec)
         return y
 
     def _grad_x(self, position: int, compute: torch.dtype, lora: torch.dtype) -> Tensor:
@@ -137,7 +138,9 @@ class Operands:
         if tensors.lora_a is not None and tensors.lora_b is not None:
             a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
             kept = self._kept(position, lora)
-            grad_x += (grad.to(lora) @ b @ a * kept).to(grad_x.dtype) * _scaling(spec)
+            grad_x += (grad.to(lora) @ b @ a * kept).to(grad_x.dtype) * adapter_scaling(
+                tensors, spec
+            )
         return grad_x
 
     def _kept(self, position: int, dtype: torch.dtype) -> Tensor | float:
@@ -150,15 +153,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
-def _scaling(spec: LinearSpec) -> float:
-    return spec.scaling / (1 - spec.dropout)
-
-
 def _low_rank(tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
     """S, of all rows."""
     assert tensors.lora_a is not None
     a = tensors.lora_a.to(dtype)
-    lows = [x @ a.t() * _scaling(spec) for _, x in _dropped(tensors, spec, dtype)]
+    lows = [x @ a.t() * adapter_scaling(tensors, spec) for _, x in _dropped(tensors, spec, dtype)]
     return torch.cat(lows)
 
 
@@ -172,8 +171,8 @@ def _adapter_gradients(
     grad_a, grad_b = (t.new_zeros(t.shape, dtype=_wide(dtype)) for t in (a, b))
     for m, x in _dropped(tensors, spec, dtype):
         grad = all_grad[m].to(dtype)
-        grad_a += (grad @ b * _scaling(spec)).t() @ x
-        grad_b += grad.t() @ (x @ a.t() * _scaling(spec))
+        grad_a += (grad @ b * adapter_scaling(tensors, spec)).t() @ x
+        grad_b += grad.t() @ (x @ a.t() * adapter_scaling(tensors, spec))
     return grad_a, grad_b
 
 
@@ -206,17 +205,17 @@ def _weight(
         yield n, block.to(dtype)
 
 
-def operands(problem: Problem, seed: int = 0) -> Operands:
-    """Random operands on the problem's device."""
+def operands(problem: Problem) -> Operands:
+    """Random operands on the problem's device, the same every time."""
     device = torch.device(problem.device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
         made = torch.randn(rows, columns, generator=generator, device=device) * scale
         return made.to(dtype)
 
     x = normal(problem.m, problem.k, 1.0, problem.x_dtype)
-    drawn = torch.tensor([12345 + seed], device=device)
+    drawn = torch.tensor([12345], device=device)
     group, grads = [], []
     for stream, p in enumerate(problem.parts):
         if p.format == UNQUANTIZED:
