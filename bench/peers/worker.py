@@ -104,11 +104,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     order = json.loads(sys.stdin.readline())
-    if CONTENDERS[order["contender"]].needs is not None:
-        # Where memory is short, it is one without a target that goes.
-        Path("/proc/self/oom_score_adj").write_text("900")
     setting = Setting(**order["setting"])
     contender = CONTENDERS[order["contender"]]
+    if contender.needs is not None and sys.platform == "linux":
+        # Where memory is short, it is one without a target that goes.
+        Path("/proc/self/oom_score_adj").write_text("900")
     batches = data(setting, order["steps"])
     model = base_model(setting)
     torch.manual_seed(0)  # of the adapters' initialisation
