@@ -138,9 +138,8 @@ class Operands:
         if tensors.lora_a is not None and tensors.lora_b is not None:
             a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
             kept = self._kept(position, lora)
-            grad_x += (grad.to(lora) @ b @ a * kept).to(grad_x.dtype) * adapter_scaling(
-                tensors, spec
-            )
+            added = (grad.to(lora) @ b @ a * kept).to(grad_x.dtype)
+            grad_x += added * adapter_scaling(tensors, spec)
         return grad_x
 
     def _kept(self, position: int, dtype: torch.dtype) -> Tensor | float:
