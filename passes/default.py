@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from qlora_compile.passes.attention import replace_attention
 from qlora_compile.passes.canonicalize import drop_null_casts
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.match import match_adapters, match_linears
@@ -20,4 +21,5 @@ PASSES: tuple[Pass, ...] = (
     match_linears,
     match_adapters,
     group_siblings,
+    replace_attention,
 )

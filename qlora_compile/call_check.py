@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qlora_compile.graph_results import Results, outputs_and_gradients
+from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.passes.nodes import arguments, calls, stored_weight
 from qlora_compile.specified_ops import SPECIFIED
 
@@ -47,12 +48,15 @@ class CallInterpreter(Interpreter):
 
     def _results(self, n: Node, compute: Any, wide: torch.dtype | None) -> Results:
         args, structure = tree_flatten(self.fetch_args_kwargs_from_env(n)[0])
-        _, *others = tree_flatten(n.args)[0]
-        linears = calls(n) or [arguments(n)]
-        sites = [self._site(linear["planes"][0]) for linear in linears]
-        names = [f"the input of {', '.join(sites)}"]
-        # The block's gradient of it bears its plain name.
-        names += [f"{self._name(each)} in its own call" for each in others]
+        if n.target is ATTENTION:
+            sites, names = ["attention"], [f"{each} of attention" for each in arguments(n)]
+        else:
+            _, *others = tree_flatten(n.args)[0]
+            linears = calls(n) or [arguments(n)]
+            sites = [self._site(linear["planes"][0]) for linear in linears]
+            names = [f"the input of {', '.join(sites)}"]
+            # The block's gradient of it bears its plain name.
+            names += [f"{self._name(each)} in its own call" for each in others]
         found = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec
@@ -162,9 +163,28 @@ def _decoded(
     return spec.format.dequantize(packed, exact).to(dtype).view(shape)
 
 
+def specified_attention(
+    wide: torch.dtype | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """`attention` by its specification, in its own dtype or `wide`."""
+    query, key, value = (each.to(wide or each.dtype) for each in (query, key, value))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(wide or query.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+    )
+
+
 SPECIFIED: dict[Any, Callable[..., Any]] = {
     QLORA_LINEAR: specified_linear,
     QLORA_LINEAR_GROUP: specified_group,
     QLORA_EXPERTS: specified_experts,
+    ATTENTION: specified_attention,
 }
 """What a graph may hold of ours, and what stands for it in a check."""

@@ -21,7 +21,7 @@ LAYERS = {
     "kernels": ("errors", "problem", "packed", "kernels"),
     "passes": (
         *("errors", "problem", "packed", "passes"),
-        *("kernels.op", "kernels.registry", "kernels.experts"),
+        *("kernels.op", "kernels.registry", "kernels.experts", "kernels.attention"),
     ),
     "tuning": ("errors", "problem", "packed", "kernels", "tuning"),
 }

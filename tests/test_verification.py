@@ -14,9 +14,11 @@ from torch.fx import Graph, GraphModule, Node
 
 import qlora_compile
 from qlora_compile import backend, errors, pipeline
+from qlora_compile.kernels import attention
 from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.passes import attention as attention_pass
 from qlora_compile.passes.nodes import calls, is_group
 from qlora_compile.regions import region_of
 from qlora_compile.specified_ops import specified_experts, specified_linear
@@ -220,6 +222,20 @@ def test_a_planted_fault_is_found(
     assert report.fused == 0
     assert re.search(expected, mismatch), mismatch
     assert all(mismatch in (site.reason or "") for site in report.sites[:7])
+
+
+def test_a_wrong_gradient_of_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.attention_backward
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
+        query, key, value = right(*args)
+        return query * 1.05, key, value
+
+    monkeypatch.setattr(attention, "attention_backward", wrong)
+    monkeypatch.setattr(attention_pass, "available", lambda *_: True)
+    _, report = verified("Llama", torch.bfloat16)
+    (mismatch,) = report.mismatches
+    assert "gradient of query of attention (inputs: real) is off by" in mismatch
 
 
 def test_a_wrong_decoder_is_found_in_both_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

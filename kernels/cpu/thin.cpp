@@ -3,13 +3,7 @@
 // Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
 // Computations").
 
-#include <immintrin.h>
-
-#include <algorithm>
 #include <vector>
-
-static constexpr int64_t TILE = 16;
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The bits of a float32 rounded to bfloat16, in their upper half; what is left of the value.
 static inline uint32_t take(float& value) {
@@ -21,40 +15,6 @@ static inline uint32_t take(float& value) {
   value -= taken;
   return bits;
 }
-
-// Eight tiles of 16 rows of 64 bytes. Not made on the stack: GCC takes only its first bytes to be
-// read and leaves out what writes the others.
-alignas(64) extern const uint8_t CONFIG[64];
-const uint8_t CONFIG[64] = {
-    1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,  // palette
-    64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  // bytes in a row
-    0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,  //
-    16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0,  // rows
-};
-
-struct Tiles {
-  Tiles() { _tile_loadconfig(CONFIG); }
-  ~Tiles() { _tile_release(); }
-};
-
-// GCC's intrinsics do not tell that loading a tile reads memory.
-static inline void barrier() { asm volatile("" ::: "memory"); }
-
-// Tiles 0 to 3 are sums: 16 x 16 float32 each.
-static inline void clear() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-static inline void stored(float* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(1, to + TILE * TILE, 64);
-  _tile_stored(2, to + 2 * TILE * TILE, 64);
-  _tile_stored(3, to + 3 * TILE * TILE, 64);
-  barrier();
-}
-static constexpr int64_t TILE_SIZE = 512;  // bfloat16 numbers of a tile
 
 // 16 columns, from `first`, of rows i … i + 31 of tᵀ, t [rank, k], as tiles of a right operand:
 // [part][16 pairs of rows][16][2].
@@ -153,18 +113,13 @@ static void pack_left(const float* low, int64_t first, int64_t rank, int64_t i, 
 }
 
 // 64 columns of rows i, i + 1 of x [m, k] side by side, as one row of four right tiles.
-static inline void interleave(const uint16_t* in, int64_t ld, const __mmask32* masks, uint16_t* to) {
-  alignas(64) static constexpr int16_t ORDER[32] = {
-      0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(ORDER);
-  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+static inline void interleave_rows(const uint16_t* in, int64_t ld, const __mmask32* masks,
+                                   uint16_t* to) {
   for (int half = 0; half < 2; ++half) {
     const __m512i even = _mm512_maskz_loadu_epi16(masks[half], in + half * 32);
     const __m512i odd = _mm512_maskz_loadu_epi16(masks[2 + half], in + ld + half * 32);
     uint16_t* tile = to + half * 2 * TILE_SIZE;
-    _mm512_storeu_si512(tile, _mm512_permutex2var_epi16(even, first, odd));
-    _mm512_storeu_si512(tile + TILE_SIZE, _mm512_permutex2var_epi16(even, second, odd));
+    interleave(even, odd, tile, tile + TILE_SIZE);
   }
 }
 
@@ -193,7 +148,7 @@ static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const
           const __mmask32 masks[] = {i < m ? lower : 0, i < m ? upper : 0, i + 1 < m ? lower : 0,
                                      i + 1 < m ? upper : 0};
           uint16_t* to = columns.data() + block * 4 * TILE_SIZE + i % 32 / 2 * 32;
-          interleave(x + std::min(i, m - 1) * ldx + column, i + 1 < m ? ldx : 0, masks, to);
+          interleave_rows(x + std::min(i, m - 1) * ldx + column, i + 1 < m ? ldx : 0, masks, to);
         }
       };
       pack(0);

@@ -3,17 +3,13 @@ rows, on CPUs with AMX. Without it torch's float32 products are the faster ones.
 
 from __future__ import annotations
 
-import functools
-import platform
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
+from qlora_compile.kernels.cpu import amx
 
 _ARGUMENTS = (
     *("int64_t", "uint16_t*", "int64_t", "int64_t", "int64_t"),
@@ -33,24 +29,9 @@ def available(rows: Tensor, factor: torch.dtype) -> bool:
     )
 
 
-@functools.cache
 def has_amx() -> bool:
     """Whether there is AMX, and a compiler that knows it: without them there is nothing to call."""
-    if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
-        return False
-    if not has_compiler() or not torch.cpu._init_amx():
-        return False
-    from torch._inductor.exc import CppCompileError
-
-    try:
-        _kernel()
-    except CppCompileError as error:
-        message = (
-            f"this CPU's AMX is not used for adapters, the compiler does not build it: {error}"
-        )
-        warnings.warn(message, stacklevel=2)
-        return False
-    return True
+    return _kernel() is not None
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
@@ -81,12 +62,12 @@ def _run(
     scaling: float = 1.0,
 ) -> None:
     """As thin.cpp tells of each `operation`."""
+    kernel = _kernel()
+    assert kernel is not None
     threads = torch.get_num_threads()
     shape = (rows.stride(0), *rows.shape)
-    _kernel()(operation, rows, *shape, factor, rank, *steps, out, *out.stride(), scaling, threads)
+    kernel(operation, rows, *shape, factor, rank, *steps, out, *out.stride(), scaling, threads)
 
 
-@functools.cache
-def _kernel() -> Callable[..., Any]:
-    source = (Path(__file__).parent / "thin.cpp").read_text()
-    return compiled(VECTORISED + BFLOAT16 + source, _ARGUMENTS)
+def _kernel() -> Callable[..., Any] | None:
+    return amx.kernel("thin", _ARGUMENTS)

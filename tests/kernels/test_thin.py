@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu import amx, thin
 
 pytestmark = pytest.mark.skipif(not thin.has_amx(), reason="this CPU has no AMX, or no compiler")
 
@@ -109,13 +109,13 @@ def test_other_operands_are_left_to_torch(rows: Tensor, factor: torch.dtype) -> 
     assert not thin.available(rows, factor)
 
 
-def test_a_compiler_without_amx_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_without_amx_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.exc import CppCompileError
 
-    def fail() -> None:
+    def fail(source: str, arguments: tuple[str, ...]) -> None:
         raise CppCompileError(["g++"], "unrecognized command-line option '-mamx-tile'")
 
-    monkeypatch.setattr(thin, "_kernel", fail)
-    with pytest.warns(UserWarning, match="(?s)AMX is not used for adapters.*unrecognized") as told:
-        assert not thin.has_amx.__wrapped__()
+    monkeypatch.setattr(amx, "compiled", fail)
+    with pytest.warns(UserWarning, match="(?s)AMX is not used for thin.*unrecognized") as told:
+        assert amx.kernel.__wrapped__("thin", ()) is None
     assert len(told) == 1

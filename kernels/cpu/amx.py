@@ -1,0 +1,34 @@
+"""AMX: whether there is any, and the kernels that need it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
+
+
+@functools.cache
+def kernel(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
+    """The function `kernel` of the file `name`.cpp, with `arguments` as in `compiled`; None where
+    there is no AMX, or no compiler that knows it."""
+    if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
+        return None
+    if not has_compiler() or not torch.cpu._init_amx():
+        return None
+    from torch._inductor.exc import CppCompileError
+
+    folder = Path(__file__).parent
+    files = [(folder / f"{each}.cpp").read_text() for each in ("tiles", name)]
+    try:
+        return compiled("".join([VECTORISED, BFLOAT16, *files]), arguments)
+    except CppCompileError as error:
+        message = f"this CPU's AMX is not used for {name}, the compiler does not build it: {error}"
+        warnings.warn(message, stacklevel=2)
+        return None

@@ -1,0 +1,364 @@
+// The gradients of scaled dot-product attention (Dao 2023, "FlashAttention-2"): scores are computed
+// again, block by block, as keys times queries, so that a query's log-sum-exp is one lane of a
+// vector, and rows of probabilities and of the scores' gradients are tiles of a left operand.
+
+#include <cmath>
+#include <vector>
+
+static constexpr int64_t SUMS = TILE * TILE;  // float32 numbers of a tile
+static constexpr int64_t KEYS = 128, QUERIES = 256;  // of a block
+static constexpr float LOG2_E = 1.44269504f;
+
+// Where the numbers of one head are: of the batch's entry, the head and the row.
+struct Steps {
+  int64_t batch, head, row;
+  int64_t of(int64_t b, int64_t h) const { return b * batch + h * head; }
+};
+
+// 2^x within 4e-6 of it; 0 below -150, NaN stays NaN.
+static inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = x - whole;
+  __m512 p = _mm512_set1_ps(9.6181291e-3f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// 16 x 16 numbers of 32 bits.
+static inline void transpose(__m512i* rows) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(rows[i + j], rows[i + j + 4], 0xDD);
+    }
+  for (int j = 0; j < 8; ++j) {
+    rows[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    rows[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xDD);
+  }
+}
+
+// 32 columns of a row of d, from `column`; zeros past the last of `rows` and columns.
+static inline __m512i row_of(const uint16_t* in, int64_t step, int64_t row, int64_t rows,
+                             int64_t column, int64_t d) {
+  if (row >= rows) return _mm512_setzero_si512();
+  const int64_t inside = std::min<int64_t>(32, d - column);
+  const __mmask32 mask = inside == 32 ? 0xFFFFFFFFu : (1u << inside) - 1;
+  return _mm512_maskz_loadu_epi16(mask, in + row * step + column);
+}
+
+// t [rows, d] as tiles of tᵀ as a right operand, [d / 32][rows / 16][16 pairs][16][2].
+static void pack_transposed(const uint16_t* t, int64_t step, int64_t rows, int64_t d,
+                            uint16_t* out) {
+  for (int64_t column = 0; column < d; column += 32)
+    for (int64_t row = 0; row < ceil_div(rows, 32) * 32; row += TILE, out += TILE_SIZE) {
+      __m512i block[16];
+      for (int i = 0; i < 16; ++i) block[i] = row_of(t, step, row + i, rows, column, d);
+      transpose(block);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 32, block[i]);
+    }
+}
+
+// t [rows, d] as tiles of a right operand, [rows / 32][d / 16][16 pairs][16][2].
+static void pack_right(const uint16_t* t, int64_t step, int64_t rows, int64_t d, uint16_t* out) {
+  for (int64_t row = 0; row < rows; row += 32)
+    for (int64_t column = 0; column < d; column += 32, out += 2 * TILE_SIZE)
+      for (int64_t i = 0; i < 32; i += 2)
+        interleave(row_of(t, step, row + i, rows, column, d),
+                   row_of(t, step, row + i + 1, rows, column, d), out + i * TILE,
+                   out + i * TILE + TILE_SIZE);
+}
+
+// A left tile of tᵀ from the right tile of t.
+static inline void transpose_tile(const uint16_t* in, uint16_t* out) {
+  __m512i block[16];
+  for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(in + i * 32);
+  transpose(block);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 32, block[i]);
+}
+
+static inline void load_sums(const float* first, const float* second) {
+  _tile_loadd(0, first, 64);
+  _tile_loadd(1, first + SUMS, 64);
+  _tile_loadd(2, second, 64);
+  _tile_loadd(3, second + SUMS, 64);
+}
+static inline void store_sums(float* first, float* second) {
+  _tile_stored(0, first, 64);
+  _tile_stored(1, first + SUMS, 64);
+  _tile_stored(2, second, 64);
+  _tile_stored(3, second + SUMS, 64);
+  barrier();
+}
+
+// Sums of 32 x 32 += left [32, steps * 32] right [steps * 32, 32].
+static inline void multiply(const uint16_t* left, int64_t ld, int64_t left_step,
+                            const uint16_t* right, int64_t right_step, int64_t steps,
+                            int64_t left_second) {
+  barrier();
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, left + i * left_step, ld * 2);
+    _tile_loadd(5, left + i * left_step + left_second, ld * 2);
+    _tile_loadd(6, right + i * right_step, 64);
+    _tile_loadd(7, right + i * right_step + TILE_SIZE, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// One thread's memory for one head at a time; d, keys and queries are rounded up to 32.
+struct Scratch {
+  std::vector<uint16_t> memory;
+  int64_t d, queries;
+  uint16_t *query_t, *query, *grad_t, *grad;  // packed, of all queries
+  uint16_t *key, *value, *key_t;              // of a block of keys: rows; left tiles
+  uint16_t *probability, *slope, *packed;     // of a block: [KEYS, QUERIES]; right tiles
+  float *log_sum, *delta;                     // [queries]
+  float *grad_query, *grad_key, *grad_value;  // tiles of sums
+
+  void reserve(int64_t rows, int64_t keys, int64_t width) {
+    d = width, queries = rows;
+    const int64_t sizes[] = {rows * d,       rows * d,       rows * d,       rows * d,
+                             KEYS * d,       KEYS * d,       KEYS * d,       KEYS * QUERIES,
+                             KEYS * QUERIES, KEYS * QUERIES, 2 * rows,       2 * rows,
+                             2 * rows * d,   2 * keys * d,   2 * keys * d};
+    int64_t total = 32;
+    for (int64_t size : sizes) total += size;
+    if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
+    uint16_t* at = memory.data();
+    at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64 / 2;
+    uint16_t** narrow[] = {&query_t, &query, &grad_t,      &grad,  &key,
+                           &value,   &key_t, &probability, &slope, &packed};
+    float** wide[] = {&log_sum, &delta, &grad_query, &grad_key, &grad_value};
+    for (int i = 0; i < 10; at += sizes[i++]) *narrow[i] = at;
+    for (int i = 0; i < 5; at += sizes[10 + i++]) *wide[i] = reinterpret_cast<float*>(at);
+  }
+};
+
+struct Mask {
+  const float* at;  // transposed, [keys, queries] of `step`; null where there is none
+  int64_t step;
+  bool causal;
+  float scale;
+  int64_t queries, keys;
+};
+
+// Probabilities and the scores' gradients of 32 keys, from `key`, and 32 queries, from `query`, as
+// rows of the block's at `row`, `column`.
+static void scores(const Scratch& s, const Mask& mask, int64_t key, int64_t query, int64_t row,
+                   int64_t column) {
+  alignas(64) float score[4 * SUMS], product[4 * SUMS];
+  const int64_t tile = query / TILE * TILE_SIZE, step = s.queries / TILE * TILE_SIZE;
+  clear();
+  multiply(s.key + row * s.d, s.d, 32, s.query_t + tile, step, s.d / 32, TILE * s.d);
+  stored(score);
+  clear();
+  multiply(s.value + row * s.d, s.d, 32, s.grad_t + tile, step, s.d / 32, TILE * s.d);
+  stored(product);
+  const __m512 scale = _mm512_set1_ps(mask.scale * LOG2_E);
+  const bool whole = key + 32 <= mask.keys && !mask.at && (!mask.causal || query >= key + 31);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 sums[2], deltas[2];
+  for (int half = 0; half < 2; ++half) {
+    sums[half] = _mm512_load_ps(s.log_sum + query + half * TILE);
+    deltas[half] = _mm512_load_ps(s.delta + query + half * TILE);
+  }
+  uint16_t* probability = s.probability + row * QUERIES + column;
+  uint16_t* slope = s.slope + row * QUERIES + column;
+  uint16_t* packed = s.packed + (row / 32 * (QUERIES / TILE) + column / TILE) * TILE_SIZE;
+  __m512i even = _mm512_setzero_si512();
+  for (int64_t i = 0; i < 32; ++i) {
+    const float* at = score + i / TILE * 2 * SUMS + i % TILE * TILE;
+    const float* of = product + i / TILE * 2 * SUMS + i % TILE * TILE;
+    __m512 p[2], ds[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = query + half * TILE;
+      __m512 exponent = _mm512_fmsub_ps(_mm512_load_ps(at + half * SUMS), scale, sums[half]);
+      if (mask.at && key + i < mask.keys) {
+        const int64_t inside = std::clamp<int64_t>(mask.queries - first, 0, TILE);
+        const float* bias = mask.at + (key + i) * mask.step + first;
+        const __m512 added = _mm512_maskz_loadu_ps((1u << inside) - 1, bias);
+        exponent = _mm512_fmadd_ps(added, _mm512_set1_ps(LOG2_E), exponent);
+      }
+      p[half] = exponential(exponent);
+      if (!whole) {
+        const auto past = static_cast<int>(key + i - first);  // lanes before the key's own
+        __mmask16 counts = key + i < mask.keys ? 0xFFFF : 0;
+        if (mask.causal) counts &= _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(past));
+        p[half] = _mm512_maskz_mov_ps(counts, p[half]);
+      }
+      ds[half] = p[half] * (_mm512_load_ps(of + half * SUMS) - deltas[half]);
+      if (!whole) ds[half] = _mm512_maskz_mov_ps(
+          _mm512_cmp_ps_mask(p[half], _mm512_setzero_ps(), _CMP_NEQ_UQ), ds[half]);
+    }
+    _mm512_storeu_si512(probability + i * QUERIES, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
+    const auto narrow = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
+    _mm512_storeu_si512(slope + i * QUERIES, narrow);
+    if (i % 2) {
+      interleave(even, narrow, packed + i / 2 * 32, packed + i / 2 * 32 + TILE_SIZE);
+    } else {
+      even = narrow;
+    }
+  }
+}
+
+// Adds what a block of `keys` and `queries`, from `key` and `query`, gives to all three gradients.
+static void block(const Scratch& s, const Mask& mask, int64_t key, int64_t keys, int64_t query,
+                  int64_t queries) {
+  // The first query, and past the last key, that count.
+  const auto first = [&](int64_t row) {
+    return mask.causal ? std::max<int64_t>(0, key + row - query) : 0;
+  };
+  for (int64_t row = 0; row < keys; row += 32)
+    for (int64_t column = first(row); column < queries; column += 32)
+      scores(s, mask, key + row, query + column, row, column);
+  const int64_t width = s.d / TILE;
+  for (int64_t row = 0; row < keys; row += 32) {
+    const int64_t column = first(row);
+    if (column >= queries) break;
+    const int64_t steps = (queries - column) / 32, right_step = width * TILE_SIZE;
+    for (int64_t i = 0; i < width; i += 2)
+      for (int both = 0; both < 2; ++both) {
+        float* sums = (both ? s.grad_key : s.grad_value) + ((key + row) / TILE * width + i) * SUMS;
+        const uint16_t* left = (both ? s.slope : s.probability) + row * QUERIES + column;
+        const uint16_t* right = both ? s.query : s.grad;
+        load_sums(sums, sums + width * SUMS);
+        multiply(left, QUERIES, 32, right + ((query + column) / 32 * width + i) * TILE_SIZE,
+                 right_step, steps, TILE * QUERIES);
+        store_sums(sums, sums + width * SUMS);
+      }
+  }
+  const int64_t tiles = s.queries / TILE;
+  for (int64_t column = 0; column < queries; column += 32) {
+    const int64_t rows = mask.causal ? std::min(keys, query + column + 32 - key) : keys;
+    if (rows <= 0) continue;
+    for (int64_t i = 0; i < width; i += 2) {
+      float* sums = s.grad_query + (i * tiles + (query + column) / TILE) * SUMS;
+      load_sums(sums, sums + tiles * SUMS);
+      multiply(s.key_t + i * (KEYS / 32) * TILE_SIZE, 32, TILE_SIZE,
+               s.packed + column / TILE * TILE_SIZE, QUERIES / TILE * TILE_SIZE, rows / 32,
+               KEYS / 32 * TILE_SIZE);
+      store_sums(sums, sums + tiles * SUMS);
+    }
+  }
+}
+
+static void store_row(const float* sums, float scale, int64_t inside, uint16_t* to) {
+  const __m512 row = _mm512_load_ps(sums) * scale;
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << inside) - 1),
+                           (__m256i)_mm512_cvtneps_pbh(row));
+}
+
+struct Operand {
+  const uint16_t* at;
+  int64_t step;
+};
+
+// Adds what one head of queries gives to grad_key and grad_value; grad_query is its own.
+static void head(const Scratch& s, const Mask& mask, Operand q, Operand k, Operand v, Operand grad,
+                 Operand out, const float* log_sum, int64_t log_step, int64_t d) {
+  const int64_t rows = s.queries, width = s.d;
+  pack_transposed(q.at, q.step, mask.queries, d, s.query_t);
+  pack_right(q.at, q.step, mask.queries, d, s.query);
+  pack_transposed(grad.at, grad.step, mask.queries, d, s.grad_t);
+  pack_right(grad.at, grad.step, mask.queries, d, s.grad);
+  for (int64_t i = 0; i < rows; ++i) {
+    // What is no query has no probabilities.
+    s.log_sum[i] = i < mask.queries ? log_sum[i * log_step] * LOG2_E : INFINITY;
+    __m512 delta = _mm512_setzero_ps();
+    for (int64_t j = 0; j < d; j += 32)
+      delta = _mm512_dpbf16_ps(delta, (__m512bh)row_of(grad.at, grad.step, i, mask.queries, j, d),
+                               (__m512bh)row_of(out.at, out.step, i, mask.queries, j, d));
+    s.delta[i] = _mm512_reduce_add_ps(delta);
+  }
+  std::memset(s.grad_query, 0, rows * width * sizeof(float));
+  for (int64_t key = 0; key < mask.keys; key += KEYS) {
+    const int64_t keys = std::min(KEYS, ceil_div(mask.keys - key, 32) * 32);
+    for (int64_t i = 0; i < keys; ++i)
+      for (int64_t j = 0; j < d; j += 32) {
+        const int64_t to = i * width + j;
+        _mm512_storeu_si512(s.key + to, row_of(k.at, k.step, key + i, mask.keys, j, d));
+        _mm512_storeu_si512(s.value + to, row_of(v.at, v.step, key + i, mask.keys, j, d));
+      }
+    for (int64_t i = 0; i < keys; i += 32)
+      for (int64_t j = 0; j < width; j += 32) {
+        alignas(64) uint16_t pair[2 * TILE_SIZE];
+        pack_right(s.key + i * width + j, width, 32, 32, pair);
+        uint16_t* to = s.key_t + (j / TILE * (KEYS / 32) + i / 32) * TILE_SIZE;
+        transpose_tile(pair, to);
+        transpose_tile(pair + TILE_SIZE, to + KEYS / 32 * TILE_SIZE);
+      }
+    for (int64_t query = mask.causal ? key / QUERIES * QUERIES : 0; query < rows; query += QUERIES)
+      block(s, mask, key, keys, query, std::min(QUERIES, rows - query));
+  }
+}
+
+// q, grad, out and grad_q [batch, groups * shared, queries, d], k, v, grad_k and grad_v [batch,
+// groups, keys, d] of contiguous rows; log_sum [batch, groups * shared, queries] of the scaled and
+// masked scores; bias [batch, groups * shared, keys, queries], to be added to them, if it is
+// `masked`. strides: three of each, in the order of the arguments, 0 where they repeat.
+extern "C" void kernel(const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                       const uint16_t* grad, const uint16_t* out, const float* log_sum,
+                       const float* bias, uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v,
+                       const int64_t* strides, int64_t masked, int64_t batch, int64_t groups,
+                       int64_t shared, int64_t queries, int64_t keys, int64_t d, int64_t causal,
+                       float scale, int64_t threads) {
+  const auto* steps = reinterpret_cast<const Steps*>(strides);
+  const int64_t rows = ceil_div(queries, 32) * 32, width = ceil_div(d, 32) * 32;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch s;
+    const int64_t all_keys = ceil_div(keys, 32) * 32;
+    s.reserve(rows, all_keys, width);
+    Tiles tiles;
+#pragma omp for schedule(dynamic)
+    for (int64_t group = 0; group < batch * groups; ++group) {
+      const int64_t b = group / groups, of_keys = group % groups;
+      std::memset(s.grad_key, 0, all_keys * width * sizeof(float));
+      std::memset(s.grad_value, 0, all_keys * width * sizeof(float));
+      for (int64_t h = of_keys * shared; h < (of_keys + 1) * shared; ++h) {
+        const auto operand = [&](const uint16_t* at, int i) {
+          return Operand{at + steps[i].of(b, i == 1 || i == 2 ? of_keys : h), steps[i].row};
+        };
+        const Mask mask{masked ? bias + steps[6].of(b, h) : nullptr, steps[6].row, causal != 0,
+                        scale, queries, keys};
+        head(s, mask, operand(q, 0), operand(k, 1), operand(v, 2), operand(grad, 3),
+             operand(out, 4), log_sum + steps[5].of(b, h), steps[5].row, d);
+        for (int64_t j = 0; j < d; j += TILE)
+          for (int64_t i = 0; i < queries; i += TILE) {
+            alignas(64) __m512i sum[16];
+            const float* from = s.grad_query + (j / TILE * (rows / TILE) + i / TILE) * SUMS;
+            for (int c = 0; c < 16; ++c) sum[c] = _mm512_loadu_si512(from + c * TILE);
+            transpose(sum);
+            for (int64_t c = 0; c < std::min(TILE, queries - i); ++c)
+              store_row(reinterpret_cast<const float*>(sum + c), scale, std::min(TILE, d - j),
+                        grad_q + steps[7].of(b, h) + (i + c) * steps[7].row + j);
+          }
+      }
+      for (int64_t i = 0; i < keys; ++i)
+        for (int64_t j = 0; j < d; j += TILE) {
+          const int64_t from = (i / TILE * (width / TILE) + j / TILE) * SUMS + i % TILE * TILE;
+          const int64_t inside = std::min(TILE, d - j);
+          store_row(s.grad_key + from, scale, inside,
+                    grad_k + steps[8].of(b, of_keys) + i * steps[8].row + j);
+          store_row(s.grad_value + from, 1.0f, inside,
+                    grad_v + steps[9].of(b, of_keys) + i * steps[9].row + j);
+        }
+    }
+  }
+}

@@ -1,0 +1,69 @@
+"""The gradients of scaled dot-product attention on CPUs with AMX, from bfloat16 operands and block
+by block. torch's own take seven times as long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.cpu import amx
+
+_ARGUMENTS = (
+    *["const uint16_t*"] * 5,
+    *["const float*"] * 2,
+    *["uint16_t*"] * 3,
+    "const int64_t*",
+    *["int64_t"] * 8,
+    *("float", "int64_t"),
+)
+
+
+def available(*operands: Tensor) -> bool:
+    """Whether the gradients of attention between such can be computed so."""
+    kind = {(each.device.type, each.dtype) for each in operands}
+    return kind == {("cpu", torch.bfloat16)} and _kernel() is not None
+
+
+def gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value, in their dtypes and strides; all but `grad` of contiguous rows.
+
+    query, grad, out: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], each for
+    H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. mask:
+    float, of a shape that broadcasts to [B, H, M, N], added to the scores. is_causal: key n counts
+    for query m if n <= m.
+    """
+    kernel = _kernel()
+    assert kernel is not None
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1:3]
+    bias, steps = log_sum, (0, 0, 0)
+    if mask is not None:
+        # The kernel has a lane for each query.
+        bias = mask.expand(*mask.shape[:-2], queries, keys).transpose(-2, -1).float().contiguous()
+        steps = bias.expand(batch, heads, keys, queries).stride()[:3]
+    inputs = [query, key, value, grad if grad.stride(3) == 1 else grad.contiguous(), out]
+    results = [torch.empty_like(each) for each in inputs[:3]]
+    strides = [each.stride()[:3] for each in inputs]
+    strides += [log_sum.stride(), steps, *(each.stride()[:3] for each in results)]
+    shape = (int(mask is not None), batch, groups, heads // groups, queries, keys, width)
+    settings = (*shape, int(is_causal), scale, torch.get_num_threads())
+    kernel(*inputs, log_sum, bias, *results, torch.tensor(strides), *settings)
+    return results[0], results[1], results[2]
+
+
+def _kernel() -> Callable[..., Any] | None:
+    return amx.kernel("attention", _ARGUMENTS)

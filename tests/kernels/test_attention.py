@@ -1,0 +1,148 @@
+"""The gradients of attention by AMX: against float64, and no worse than torch's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlora_compile.kernels.attention import ATTENTION, available
+
+FACTOR = 1.1
+"""As many times the error of torch's own gradients is allowed, beside one rounding."""
+
+
+def plain(
+    operands: list[Tensor], mask: Tensor | None, *, is_causal: bool, scale: float | None = None
+) -> Tensor:
+    query, key, value = operands
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+    )
+
+
+MASKS = ("none", "causal", "rows", "one", "heads", "queries", "numbers", "a row of nothing")
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    groups: int
+    shared: int
+    queries: int
+    keys: int
+    width: int
+    mask: str = "none"
+    scale: float | None = None
+
+    def operands(self, seed: int) -> tuple[list[Tensor], Tensor | None, Tensor]:
+        """query, key and value as a model's projections are, the mask, and the gradient."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(heads: int, rows: int) -> Tensor:
+            values = torch.randn(self.batch, rows, heads, self.width, generator=generator)
+            return values.bfloat16().transpose(1, 2)
+
+        heads = self.groups * self.shared
+        sizes = ((heads, self.queries), (self.groups, self.keys), (self.groups, self.keys))
+        operands = [normal(*size).requires_grad_() for size in sizes]
+        b, m, n = self.batch, self.queries, self.keys
+        shapes = {
+            "rows": (m, n),
+            "one": (1, 1, m, n),
+            "heads": (b, heads, m, n),
+            "queries": (b, 1, 1, n),
+            "numbers": (b, heads, m, n),
+            "a row of nothing": (b, 1, m, n),
+        }
+        mask = None
+        if self.mask in shapes:
+            mask = torch.rand(shapes[self.mask], generator=generator) < 0.8
+            if self.mask == "numbers":
+                mask = torch.randn(shapes[self.mask], generator=generator).bfloat16()
+            elif self.mask == "a row of nothing":
+                mask[..., 0, :] = False
+            else:
+                mask[..., 0] = True
+        return operands, mask, normal(heads, m)
+
+    def gradients(self, operands: list[Tensor], mask: Tensor | None, grad: Tensor) -> list[Tensor]:
+        y = plain(operands, mask, is_causal=self.mask == "causal", scale=self.scale)
+        return list(torch.autograd.grad(y, operands, grad))
+
+
+cases = st.builds(
+    Case,
+    *(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
+    *(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90)),
+    mask=st.sampled_from(MASKS),
+    scale=st.sampled_from([None, 0.3]),
+)
+
+
+@settings(max_examples=60)
+@given(cases, st.integers(0, 1 << 16))
+@example(Case(2, 1, 3, 256, 256, 64, "causal"), 0)
+@example(Case(1, 1, 1, 257, 129, 33, "causal"), 0)
+@example(Case(1, 1, 1, 3, 290, 32, "causal"), 0)
+@example(Case(1, 1, 2, 40, 300, 128, "numbers"), 0)
+@example(Case(1, 1, 2, 40, 30, 16, "a row of nothing"), 0)
+@example(Case(1, 1, 1, 1, 1, 1), 0)
+def test_gradients(case: Case, seed: int) -> None:
+    operands, mask, grad = case.operands(seed)
+    y = ATTENTION(*operands, mask, case.mask == "causal", case.scale)
+    actual = torch.autograd.grad(y, operands, grad)
+    torchs = case.gradients(operands, mask, grad)
+    wide = [each.detach().double().requires_grad_() for each in operands]
+    wide_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    exact = case.gradients(wide, wide_mask, grad.double())
+    for name, own, theirs, true in zip(("q", "k", "v"), actual, torchs, exact, strict=True):
+        # Where a single key counts, the gradients of q and k are zero, and what is computed noise.
+        largest = torch.finfo(torch.bfloat16).eps * (true.norm() + grad.double().norm() * 0.05)
+        error = (own.double() - true).norm()
+        assert error <= FACTOR * (theirs.double() - true).norm() + largest, name
+
+
+def test_output_is_torchs_own() -> None:
+    operands, _, _ = Case(2, 2, 2, 50, 50, 40).operands(0)
+    assert torch.equal(
+        ATTENTION(*operands, None, True, None), plain(operands, None, is_causal=True)
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_op_is_well_formed(mask: str) -> None:
+    operands, given_mask, _ = Case(2, 2, 2, 20, 30, 16, mask).operands(0)
+    torch.library.opcheck(ATTENTION, (*operands, given_mask, mask == "causal", None))
+
+
+def test_other_operands_are_torchs() -> None:
+    operands = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
+    assert not available(*operands)
+    assert not available(*(each.bfloat16().to("meta") for each in operands))
+    grad = torch.randn(1, 2, 8, 16)
+    own = torch.autograd.grad(ATTENTION(*operands, None, True, None), operands, grad)
+    theirs = torch.autograd.grad(plain(operands, None, is_causal=True), operands, grad)
+    assert all(map(torch.equal, own, theirs))
+
+
+def test_a_gradient_of_any_strides() -> None:
+    operands, _, grad = Case(1, 2, 1, 70, 70, 48).operands(0)
+    y = ATTENTION(*operands, None, False, None)
+    for strided in (grad.mT.contiguous().mT, grad[:, :1, :1, :1].expand(grad.shape)):
+        actual = torch.autograd.grad(y, operands, strided, retain_graph=True)
+        expected = torch.autograd.grad(y, operands, strided.clone(), retain_graph=True)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_not_a_number_stays_one() -> None:
+    operands, _, grad = Case(1, 1, 1, 64, 64, 32).operands(0)
+    with torch.no_grad():
+        operands[0][0, 0, 40, 3] = torch.nan
+    grads = torch.autograd.grad(ATTENTION(*operands, None, False, None), operands, grad)
+    assert all(each.isnan().any() for each in grads)
+    assert grads[0].isnan().any(-1).flatten().tolist() == [row == 40 for row in range(64)]
