@@ -16,9 +16,15 @@ TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defau
 _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def available(*operands: Tensor) -> bool:
-    """Whether there is a backward of ours for operands of such dtypes and devices."""
-    return cpu_attention.available(*operands)
+def expected(*operands: Tensor) -> bool:
+    """Whether there is a backward of ours for operands of such dtypes and devices, if the compiler
+    builds it."""
+    return cpu_attention.expected(*operands)
+
+
+def start() -> None:
+    """Has that built while this thread goes on."""
+    cpu_attention.start()
 
 
 def attention(
@@ -30,7 +36,7 @@ def attention(
     scale: float | None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` without dropout, for operands that torch
-    has its flash attention for CPUs for and that are `available`; `attn_mask` has no gradient.
+    has its flash attention for CPUs for and that are `expected`; `attn_mask` has no gradient.
 
     query: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], G a divisor of H.
     """
@@ -71,9 +77,9 @@ def attention_backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value; where ours is not `available`, by torch."""
+    """The gradients of query, key and value; where ours is not available, by torch."""
     operands = (grad, query, key, value, out, log_sum)
-    if available(grad, query, key, value):
+    if cpu_attention.available(grad, query, key, value):
         return cpu_attention.gradients(*operands, mask, is_causal=is_causal, scale=scale)
     return _TORCH_BACKWARD(*operands, 0.0, is_causal, attn_mask=mask, scale=scale)
 

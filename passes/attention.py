@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_compile.kernels.attention import ATTENTION, TORCH_FORWARD, available
+from qlora_compile.kernels.attention import ATTENTION, TORCH_FORWARD, expected
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import example, insert_before, replace_node
 
@@ -42,7 +42,7 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     if not trains or (mask is not None and mask.requires_grad):
         return False
-    return available(query, key, value) and TORCH_FORWARD in _operators(node)
+    return expected(query, key, value) and TORCH_FORWARD in _operators(node)
 
 
 def _operators(node: Node) -> list[Any]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.compiler.config as compiler_config
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qlora_compile.kernels import linear_call, op
+from qlora_compile.kernels import attention, linear_call, op
+from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.selection import current_source, keeps_low_rank
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.pipeline import run_pipeline
@@ -82,6 +83,8 @@ def compile_inner(
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
+    if any(isinstance(each, Tensor) and each.device.type == "cpu" for each in example_inputs):
+        choose_instructions()
     # Their caches on disk know the graph, not what its ops decompose to.
     parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -100,8 +103,8 @@ def compile_inner(
 
 @functools.cache
 def _sources_digest() -> str:
-    """Of what `qlora_linear` becomes and saves in a compiled graph."""
-    sources = [Path(str(module.__file__)).read_bytes() for module in (op, linear_call)]
+    """Of what our ops become and save in a compiled graph."""
+    sources = [Path(str(module.__file__)).read_bytes() for module in (op, linear_call, attention)]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
@@ -132,6 +135,8 @@ def make_backend(
             sites = context.fused.values()
             if tuner is not None:
                 tuner.ensure_calls((site.forward, site.trains) for site in sites)
+            if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
+                attention.start()
             source = current_source()
             keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
             run = compile_inner(graph_module, list(example_inputs), [source, keeping])

@@ -209,7 +209,7 @@ def test_models_with_different_modes_live_side_by_side(cache: Path) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_the_report_tells_what_was_measured(cache: Path) -> None:
-    model = optimized(dropout=0.1)
+    model = optimized()
     step(model, tokens())
     report = qlora_compile.explain(model)
     records = {r.problem: r for r in RecordStore(cache).read().values()}

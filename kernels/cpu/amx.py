@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,32 @@ import torch
 
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
 
+_one_at_a_time = threading.Lock()
+
 
 @functools.cache
+def available() -> bool:
+    """Whether there is AMX, and a compiler, which may be too old for it."""
+    if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
+        return False
+    return has_compiler() and torch.cpu._init_amx()
+
+
+def start(name: str, arguments: tuple[str, ...]) -> None:
+    """Has `kernel` built while this thread goes on."""
+    threading.Thread(target=kernel, args=(name, arguments)).start()
+
+
 def kernel(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
     """The function `kernel` of the file `name`.cpp, with `arguments` as in `compiled`; None where
     there is no AMX, or no compiler that knows it."""
-    if platform.system() != "Linux" or not torch.cpu._is_amx_tile_supported():
-        return None
-    if not has_compiler() or not torch.cpu._init_amx():
+    with _one_at_a_time:
+        return _kernel(name, arguments)
+
+
+@functools.cache
+def _kernel(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
+    if not available():
         return None
     from torch._inductor.exc import CppCompileError
 

@@ -23,8 +23,18 @@ _ARGUMENTS = (
 
 def available(*operands: Tensor) -> bool:
     """Whether the gradients of attention between such can be computed so."""
+    return expected(*operands) and _kernel() is not None
+
+
+def expected(*operands: Tensor) -> bool:
+    """`available`, as far as that is known before the kernel is built."""
     kind = {(each.device.type, each.dtype) for each in operands}
-    return kind == {("cpu", torch.bfloat16)} and _kernel() is not None
+    return kind == {("cpu", torch.bfloat16)} and amx.available()
+
+
+def start() -> None:
+    """Has the kernel built while this thread goes on."""
+    amx.start("attention", _ARGUMENTS)
 
 
 def gradients(

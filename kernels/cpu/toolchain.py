@@ -44,6 +44,28 @@ static inline void store(float* out, float value) { *out = value; }
 def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
     """The function `kernel` of a C++ source as one of Python's. arguments: its types in C++, of
     which a pointer takes a tensor."""
+    choose_instructions()
+    return _built(source, arguments)
+
+
+@functools.cache
+def choose_instructions() -> None:
+    """Has Inductor take the largest set of vector instructions that the processor names, if the
+    compiler builds one function with it. Inductor itself builds two for every set there is, one
+    after another, which on a new machine takes a quarter of compiling four blocks."""
+    from torch._inductor import config, cpu_vec_isa, exc
+
+    if config.cpp.vec_isa_ok is not None or not has_compiler():
+        return
+    with config.patch({"cpp.vec_isa_ok": True}):
+        cpu_vec_isa.valid_vec_isa_list()
+    try:
+        _built('extern "C" void kernel(int64_t) {}', ("int64_t",))
+    except exc.CppCompileError:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def _built(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source)

@@ -58,8 +58,9 @@ class Tuner:
     """Fills the records of `source` (see kernels/selection.py) for the problems it is given.
 
     store: where records are found and, if it is a RecordStore, kept. budget: seconds it may spend
-    measuring in all; 0 measures nothing. each: seconds of timing one problem, None for its share of
-    the budget. again: measures also what has a record. `measurements` counts the problems measured.
+    measuring in all; 0 measures nothing. each: seconds of timing one problem, if there is a choice;
+    None times every problem, for its share of the budget. again: measures also what has a record.
+    `measurements` counts the problems measured.
     """
 
     def __init__(
@@ -180,12 +181,14 @@ class Tuner:
 
     def _timings(self, problem: Problem, seconds: float) -> Timings | None:
         """Of a handful of candidates, and of more only while none of them is right; None where
-        none could run."""
+        there is only one, or none could run."""
         model = device_model(problem.device, target_of(problem.device))
         ranked = selection.candidates(problem, model)
         rejected: dict[str, str] = {}
         while ranked:
             tried = selection.shortlist(ranked, problem)
+            if self.each is not None and len(tried) == 1 and not rejected:
+                return None  # There is nothing to choose between.
             ranked = [choice for choice in ranked if choice not in tried]
             try:
                 result = self._run(problem, tried, seconds)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels.attention import ATTENTION, available
+from qlora_compile.kernels.attention import ATTENTION, expected
 
 FACTOR = 1.1
 """As many times the error of torch's own gradients is allowed, beside one rounding."""
@@ -122,8 +122,8 @@ def test_op_is_well_formed(mask: str) -> None:
 
 def test_other_operands_are_torchs() -> None:
     operands = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
-    assert not available(*operands)
-    assert not available(*(each.bfloat16().to("meta") for each in operands))
+    assert not expected(*operands)
+    assert not expected(*(each.bfloat16().to("meta") for each in operands))
     grad = torch.randn(1, 2, 8, 16)
     own = torch.autograd.grad(ATTENTION(*operands, None, True, None), operands, grad)
     theirs = torch.autograd.grad(plain(operands, None, is_causal=True), operands, grad)

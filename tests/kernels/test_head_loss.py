@@ -25,9 +25,9 @@ FACTOR = 1.5
 what one rounding of every product does."""
 FLOORS = {F64: 2.0 + FACTOR, F32: 1.0, BF16: 0.5}
 """That part; float32's is twice what was seen, and bfloat16's what two roundings of a single number
-come to, where the gradient is written in place and rounded again when it is scaled. In float64 nothing more precise is
-at hand: the plain computation is the reference too and errs by about one such rounding, which its
-distance from itself does not show."""
+come to, where the gradient is written in place and rounded again when it is scaled. In float64
+nothing more precise is at hand: the plain computation is the reference too and errs by about one
+such rounding, which its distance from itself does not show."""
 
 
 @pytest.fixture(autouse=True, scope="module")

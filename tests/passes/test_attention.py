@@ -30,10 +30,10 @@ Body = Callable[[Tensor, Tensor, Tensor], Tensor]
 def any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op computes without AMX, too: its gradients are torch's there."""
 
-    def available(*operands: Tensor) -> bool:
+    def expected(*operands: Tensor) -> bool:
         return all(each.dtype == torch.bfloat16 for each in operands)
 
-    monkeypatch.setattr(attention_pass, "available", available)
+    monkeypatch.setattr(attention_pass, "expected", expected)
 
 
 class Attending(nn.Module):

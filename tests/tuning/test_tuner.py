@@ -167,7 +167,7 @@ def test_when_nothing_can_run_the_cost_model_chooses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer(monkeypatch, odd_variants.OutOfMemory())
-    used = tuner(tmp_path)
+    used = Tuner(SOURCE, RecordStore(tmp_path), 60.0, each=None)
     message = "is chosen by the cost model, no candidate could be timed:\n  out_of_memory whole"
     with pytest.warns(NotMeasuredWarning, match=message):
         used.ensure([PROBLEM])
@@ -177,6 +177,19 @@ def test_when_nothing_can_run_the_cost_model_chooses(
     offer(monkeypatch, *VARIANTS)
     used.ensure([PROBLEM])
     assert used.measurements == 1
+
+
+def test_a_single_candidate_is_timed_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(selection, "_HOPELESS", 0.0)
+    unasked = tuner(tmp_path)
+    unasked.ensure([PROBLEM])
+    assert unasked.measurements == 0
+    assert selection.select(PROBLEM, SOURCE).measured is None
+    asked = Tuner(SOURCE, RecordStore(tmp_path), 60.0, each=None)
+    asked.ensure([PROBLEM])
+    assert asked.measurements == 1
 
 
 @pytest.mark.usefixtures("fresh_figures")
