@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,35 +61,28 @@ def linears_of_call(
     seed: Tensor | None,
     layout: tuple[Sequence[bool], Sequence[bool]],
     constants: Sequence[Any],
+    low_rank: Tensor | None = None,
 ) -> Group:
     """The Linears of a call. tensors: of each Linear its planes, its bias if it has one and its
-    lora_a and lora_b if it has them, as `layout` tells."""
+    lora_a and lora_b if it has them, as `layout` tells. low_rank: S of all in one [M, sum of
+    ranks], of which each adapter has its columns."""
     format, n, k, block_size, scaling, dropout, stream, *dtypes = constants
     optional = sum(map(sum, layout)) + sum(layout[1])
     count = (len(tensors) - optional) // len(n)
     rest = iter(tensors)
     group = []
+    rank = 0
     for has_bias, has_adapter, *own in zip(*layout, n, scaling, stream, strict=True):
         planes = list(itertools.islice(rest, count))
         bias = next(rest) if has_bias else None
-        lora_a, lora_b = (next(rest), next(rest)) if has_adapter else (None, None)
-        mask = seed if has_adapter else None
+        lora_a = lora_b = mask = low = None
+        if has_adapter:
+            lora_a, lora_b, mask = next(rest), next(rest), seed
+            if low_rank is not None:
+                low, rank = low_rank[:, rank : rank + len(lora_a)], rank + len(lora_a)
         spec = linear_spec(format, own[0], k, block_size, own[1], dropout, own[2], *dtypes)
-        group.append((LinearTensors(x, planes, bias, lora_a, lora_b, mask), spec))
+        group.append((LinearTensors(x, planes, bias, lora_a, lora_b, mask, low), spec))
     return group
-
-
-def with_low_rank(group: Group, low_rank: Tensor) -> Group:
-    """`group` with S of all in one [M, sum of ranks]: each adapter has its columns."""
-    adapted = []
-    rank = 0
-    for tensors, spec in group:
-        linear = tensors
-        if tensors.lora_a is not None:
-            columns = slice(rank, rank + tensors.lora_a.shape[0])
-            linear, rank = replace(tensors, low_rank=low_rank[:, columns]), columns.stop
-        adapted.append((linear, spec))
-    return adapted
 
 
 # No defaults in the schemas: autograd of custom ops drops defaulted arguments and then miscounts
@@ -124,12 +116,12 @@ def qlora_linear_forward(
         *(format, n, k, block_size, scaling, dropout, stream),
         *(compute_dtype, lora_dtype, out_dtype),
     )
-    x_rows = x.reshape(-1, k)
-    group = linears_of_call(x_rows, tensors, seed, (has_bias, has_adapter), constants)
+    x_rows, layout = x.reshape(-1, k), (has_bias, has_adapter)
+    group = linears_of_call(x_rows, tensors, seed, layout, constants)
     low_rank = x.new_empty(0)
     if keeps:
         low_rank = x.new_empty(x_rows.shape[0], _total_rank(group), dtype=lora_dtype)
-        group = with_low_rank(group, low_rank)
+        group = linears_of_call(x_rows, tensors, seed, layout, constants, low_rank)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(group_problem("forward", x_rows.shape[0], group), source)
         results = choice.variant.forward_group(group, choice.config)
@@ -187,9 +179,7 @@ def qlora_linear_backward(
         *(compute_dtype, lora_dtype, out_dtype),
     )
     x_rows = x.reshape(-1, k)
-    group = linears_of_call(x_rows, tensors, seed, (has_bias, has_adapter), constants)
-    if low_rank is not None:
-        group = with_low_rank(group, low_rank)
+    group = linears_of_call(x_rows, tensors, seed, (has_bias, has_adapter), constants, low_rank)
     needs = NeedsGradient(needs_x, needs_adapter, needs_bias)
     rows = [grad.reshape(-1, each) for grad, each in zip(grads, n, strict=True)]
     with torch.autocast(x.device.type, enabled=False):

@@ -12,12 +12,16 @@ import threading
 import torch
 from torch import Tensor
 
+_MOST_VIEWS = 256
+
 
 class _Buffers(threading.local):
-    """Of one thread: two threads that launch on one stream would overwrite each other's weight."""
+    """Of one thread: two threads that launch on one stream would overwrite each other's weight.
+    views: those handed out of each, which take as long to make as a small product."""
 
     def __init__(self) -> None:
         self.by_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self.views: dict[tuple[torch.device, int, tuple[int, ...], torch.dtype], Tensor] = {}
 
 
 _buffers = _Buffers()
@@ -42,11 +46,18 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if buffer is None or buffer.numel() < size:
         # The old one is freed before the new one is made.
         _buffers.by_stream.pop((device, stream), None)
+        _buffers.views.clear()
         del buffer
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
         _buffers.by_stream[device, stream] = buffer
-    view = buffer[:size].view(dtype).view(shape)
+    key = (device, stream, shape, dtype)
+    view = _buffers.views.get(key)
+    if view is None:
+        if len(_buffers.views) >= _MOST_VIEWS:
+            _buffers.views.clear()
+        with torch.inference_mode(False):
+            view = _buffers.views[key] = buffer[:size].view(dtype).view(shape)
     poisoned = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     if poisoned and torch.are_deterministic_algorithms_enabled():
         # What torch.empty would hold in this mode.

@@ -33,6 +33,7 @@ from qlora_compile.kernels.variants.native_adapter import (
     NativeGradients,
     add_product,
     adds_in_place,
+    cut,
     native_dtypes,
     row_blocks,
 )
@@ -134,16 +135,15 @@ class Dense(Variant):
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
         assert isinstance(config, DenseConfig)
         adapters = NativeAdapters.of(group, config.gemm_dtype)
-        low_rank = None
+        lows: dict[int, Tensor] = {}
         if adapters is not None:
             kept = any(tensors.low_rank is not None for tensors, _ in group)
             if kept or not config.merged:
-                low_rank = adapters.low_rank()
-                adapters.store(low_rank)
+                lows = adapters.low_ranks()
         results = []
         for position, (tensors, spec) in enumerate(group):
             adapter = None if adapters is None else adapters.members.get(position)
-            results.append(self._forward(tensors, spec, config, adapter, low_rank))
+            results.append(self._forward(tensors, spec, config, adapter, lows.get(position)))
         return results
 
     def _forward(
@@ -165,15 +165,16 @@ class Dense(Variant):
         blocks = row_blocks(x, whole=whole)
         for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
             for m in blocks:
-                part = target = y[m, n]
+                part = target = cut(y, m, n)
+                rows = cut(x, m).to(dtype)
                 if y.dtype != dtype:
                     part = torch.empty_like(target, dtype=dtype)
                 if bias is None:
-                    torch.mm(x[m].to(dtype), weight.t(), out=part)
+                    torch.mm(rows, weight.t(), out=part)
                 else:
-                    torch.addmm(bias[n], x[m].to(dtype), weight.t(), out=part)
+                    torch.addmm(bias[n], rows, weight.t(), out=part)
                 if separate is not None and low_rank is not None:
-                    part = add_product(part, low_rank[m, separate.columns], separate.b[n].t())
+                    part = add_product(part, cut(low_rank, m), cut(separate.b, n).t())
                 if part is not target:
                     target.copy_(part)
         return y
@@ -207,15 +208,15 @@ class Dense(Variant):
             together = same and (config.weight_block is None or grad_x is None)
             for n, weight in passes:
                 for m in row_blocks(x, whole=plain):
-                    part = grad[m, n].to(dtype)
+                    part = cut(grad, m, n).to(dtype)
                     if grad_x is not None and weight is not None:
-                        _add_input_gradient(grad_x[m], part, weight, first=not begun)
+                        _add_input_gradient(cut(grad_x, m), part, weight, first=not begun)
                     if taken is not None and together:
                         taken.take(position, m, part)
                 begun = True
             if taken is not None and not together:
                 for m in row_blocks(x, whole=taken.adapters.is_thin(grad) or (plain and same)):
-                    taken.take(position, m, grad[m])
+                    taken.take(position, m, cut(grad, m))
             grad_bias = None
             if needs.bias and tensors.bias is not None:
                 grad_bias = bias_gradient(grad, tensors.bias)

@@ -41,6 +41,16 @@ def row_blocks(x: Tensor, whole: bool) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def cut(tensor: Tensor, *parts: slice) -> Tensor:
+    """tensor[parts], and `tensor` itself where they take all of it: a view takes as long as many a
+    small product."""
+    whole = all(
+        part.start == 0 and part.stop == size
+        for part, size in zip(parts, tensor.shape, strict=False)
+    )
+    return tensor if whole else tensor[parts]
+
+
 @dataclass(frozen=True)
 class NativeAdapter:
     """The adapter of one Linear of a group, its factors in the `dtype` its products run in.
@@ -115,15 +125,32 @@ class NativeAdapters:
         """Whether products with `rows` take them as they are, all at once."""
         return not self.masked and thin.available(rows, self.dtype)
 
-    def low_rank(self) -> Tensor:
-        """S: scaling * drop(x) aᵀ of each member in its columns, [M, rank] in `dtype`."""
+    def low_ranks(self) -> dict[int, Tensor]:
+        """S of each member, scaling * drop(x) aᵀ [M, R] in `dtype`, which is also written where the
+        forward has to return it."""
         x = self.x
-        low = x.new_empty(x.shape[0], self.rank, dtype=self.dtype)
         if self.is_thin(x):
             x = _contiguous_rows(x)
-            for member in self.members.values():
-                thin.product(x, member.a, low[:, member.columns], member.scaling)
-            return low
+            lows = {}
+            for position, member in self.members.items():
+                kept = member.tensors.low_rank
+                writes = kept is not None and kept.dtype == self.dtype
+                low = kept if writes else x.new_empty(len(x), len(member.a), dtype=self.dtype)
+                thin.product(x, member.a, low, member.scaling)
+                lows[position] = low
+        else:
+            low = self._low_rank()
+            lows = {i: cut(low, slice(0, len(x)), m.columns) for i, m in self.members.items()}
+        for position, member in self.members.items():
+            kept = member.tensors.low_rank
+            if kept is not None and kept is not lows[position]:
+                kept.copy_(lows[position])
+        return lows
+
+    def _low_rank(self) -> Tensor:
+        """S of all members in one [M, rank]."""
+        x = self.x
+        low = x.new_empty(x.shape[0], self.rank, dtype=self.dtype)
         for m in row_blocks(x, whole=self.plain):
             if not self.masked:
                 torch.mm(x[m].to(self.dtype), self.stacked.t(), out=low[m])
@@ -136,17 +163,11 @@ class NativeAdapters:
             low[:, member.columns] *= member.scaling
         return low
 
-    def store(self, low_rank: Tensor) -> None:
-        """Writes S where the forward has to return it."""
-        for member in self.members.values():
-            if member.tensors.low_rank is not None:
-                member.tensors.low_rank.copy_(low_rank[:, member.columns])
-
-    def stored(self) -> Tensor | None:
-        """S as the forward stored it."""
-        parts = [member.tensors.low_rank for member in self.members.values()]
-        kept = [part.to(self.dtype) for part in parts if part is not None]
-        return torch.cat(kept, dim=1) if len(kept) == len(parts) else None
+    def stored(self) -> dict[int, Tensor] | None:
+        """S of each member as the forward stored it; None where it did not."""
+        parts = {i: member.tensors.low_rank for i, member in self.members.items()}
+        kept = {i: part.to(self.dtype) for i, part in parts.items() if part is not None}
+        return kept if len(kept) == len(parts) else None
 
 
 class NativeGradients:
@@ -156,10 +177,10 @@ class NativeGradients:
     def __init__(self, adapters: NativeAdapters, needs: NeedsGradient) -> None:
         self.adapters = adapters
         self.needs = needs
-        self.low = None
+        self.lows: dict[int, Tensor] = {}
         if needs.adapter:
             stored = adapters.stored()
-            self.low = adapters.low_rank() if stored is None else stored
+            self.lows = adapters.low_ranks() if stored is None else stored
         x = adapters.x
         self.grad_low = x.new_empty(x.shape[0], adapters.rank, dtype=adapters.dtype)
         wide = torch.promote_types(torch.float32, adapters.dtype)
@@ -170,8 +191,8 @@ class NativeGradients:
         """The rows `rows` of one Linear's gradient [m, N], and its product with lora_b, where that
         is known."""
         member = self.adapters.members[position]
-        grad_low = self.grad_low[rows, member.columns]
-        low = None if self.low is None else self.low[rows, member.columns]
+        grad_low = cut(self.grad_low, rows, member.columns)
+        low = cut(self.lows[position], rows) if self.lows else None
         if product is None and self.adapters.is_thin(grad) and len(grad) == len(self.grad_low):
             grad = _contiguous_rows(grad)
             thin.product(grad, member.b.t(), grad_low, member.scaling)

@@ -76,8 +76,7 @@ class NativeAugmented(SeparateVariant):
         x, dtype = tensors.x, config.gemm_dtype
         adapters = NativeAdapters.of([(tensors, spec)], dtype)
         assert adapters is not None
-        low_rank = adapters.low_rank()
-        adapters.store(low_rank)
+        low_rank = adapters.low_ranks()[0]
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
         weight = self._weight(adapters.members[0], dtype).t()
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
