@@ -133,9 +133,9 @@ class NativeAdapters:
             x = _contiguous_rows(x)
             lows = {}
             for position, member in self.members.items():
-                kept = member.tensors.low_rank
-                writes = kept is not None and kept.dtype == self.dtype
-                low = kept if writes else x.new_empty(len(x), len(member.a), dtype=self.dtype)
+                low = member.tensors.low_rank
+                if low is None or low.dtype != self.dtype:
+                    low = x.new_empty(len(x), len(member.a), dtype=self.dtype)
                 thin.product(x, member.a, low, member.scaling)
                 lows[position] = low
         else:
