@@ -15,9 +15,10 @@ struct Steps {
   int64_t of(int64_t b, int64_t h) const { return b * batch + h * head; }
 };
 
-// 2^x within 4e-6 of it; 0 below -150, NaN stays NaN.
+// 2^x within 4e-6 of it; 0 where that is no normal number, as arithmetic with the others is slow;
+// NaN stays NaN.
 static inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = x - whole;
   __m512 p = _mm512_set1_ps(9.6181291e-3f);
@@ -25,7 +26,7 @@ static inline __m512 exponential(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
+  return _mm512_maskz_scalef_ps(normal, p, whole);
 }
 
 // 16 x 16 numbers of 32 bits.
@@ -151,18 +152,52 @@ struct Scratch {
 };
 
 struct Mask {
-  const float* at;  // transposed, [keys, queries] of `step`; null where there is none
-  int64_t step;
+  const uint8_t* at;  // of numbers of `size` bytes, [queries, keys] of `step`; null: there is none
+  int64_t size, step;
   bool causal;
   float scale;
   int64_t queries, keys;
+
+  // What is added to the scores of 16 keys, from `key`, for one query.
+  __m512 load(int64_t query, int64_t key) const {
+    if (query >= queries) return _mm512_setzero_ps();
+    const auto inside = static_cast<__mmask16>((1u << std::clamp<int64_t>(keys - key, 0, TILE)) - 1);
+    const uint8_t* from = at + (query * step + key) * size;
+    if (size == 4) return _mm512_maskz_loadu_ps(inside, from);
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
 };
+
+// Whether any of 32 keys, from `key`, counts for any of 32 queries, from `query`.
+static bool counts(const Scratch& s, const Mask& mask, int64_t key, int64_t query) {
+  if (!mask.at) return true;
+  for (int64_t i = 0; i < 32; ++i) {
+    // Where no key counts, some masks have the lowest number for all of them, and so has the sum.
+    const __m512 sum = _mm512_set1_ps(s.log_sum[query + i]), least = _mm512_set1_ps(-1e30f);
+    for (int64_t half = 0; half < 32; half += TILE)
+      if (_mm512_cmp_ps_mask(mask.load(query + i, key + half) - sum, least, _CMP_NLT_UQ)) return true;
+  }
+  return false;
+}
 
 // Probabilities and the scores' gradients of 32 keys, from `key`, and 32 queries, from `query`, as
 // rows of the block's at `row`, `column`.
 static void scores(const Scratch& s, const Mask& mask, int64_t key, int64_t query, int64_t row,
                    int64_t column) {
+  uint16_t* probability = s.probability + row * QUERIES + column;
+  uint16_t* slope = s.slope + row * QUERIES + column;
+  uint16_t* packed = s.packed + (row / 32 * (QUERIES / TILE) + column / TILE) * TILE_SIZE;
+  if (!counts(s, mask, key, query)) {
+    for (int64_t i = 0; i < 32; ++i) {
+      _mm512_storeu_si512(probability + i * QUERIES, _mm512_setzero_si512());
+      _mm512_storeu_si512(slope + i * QUERIES, _mm512_setzero_si512());
+    }
+    std::memset(packed, 0, 2 * TILE_SIZE * sizeof(*packed));
+    return;
+  }
   alignas(64) float score[4 * SUMS], product[4 * SUMS];
+  alignas(64) __m512i bias[64];
   const int64_t tile = query / TILE * TILE_SIZE, step = s.queries / TILE * TILE_SIZE;
   clear();
   multiply(s.key + row * s.d, s.d, 32, s.query_t + tile, step, s.d / 32, TILE * s.d);
@@ -170,41 +205,40 @@ static void scores(const Scratch& s, const Mask& mask, int64_t key, int64_t quer
   clear();
   multiply(s.value + row * s.d, s.d, 32, s.grad_t + tile, step, s.d / 32, TILE * s.d);
   stored(product);
-  const __m512 scale = _mm512_set1_ps(mask.scale * LOG2_E);
-  const bool whole = key + 32 <= mask.keys && !mask.at && (!mask.causal || query >= key + 31);
+  if (mask.at)
+    for (int64_t part = 0; part < 4; ++part) {
+      for (int64_t i = 0; i < TILE; ++i)
+        bias[part * TILE + i] = _mm512_castps_si512(
+            mask.load(query + part % 2 * TILE + i, key + part / 2 * TILE));
+      transpose(bias + part * TILE);
+    }
+  const __m512 scale = _mm512_set1_ps(mask.scale), log2_e = _mm512_set1_ps(LOG2_E);
+  const bool whole = key + 32 <= mask.keys && (!mask.causal || query >= key + 31);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 sums[2], deltas[2];
   for (int half = 0; half < 2; ++half) {
     sums[half] = _mm512_load_ps(s.log_sum + query + half * TILE);
     deltas[half] = _mm512_load_ps(s.delta + query + half * TILE);
   }
-  uint16_t* probability = s.probability + row * QUERIES + column;
-  uint16_t* slope = s.slope + row * QUERIES + column;
-  uint16_t* packed = s.packed + (row / 32 * (QUERIES / TILE) + column / TILE) * TILE_SIZE;
   __m512i even = _mm512_setzero_si512();
   for (int64_t i = 0; i < 32; ++i) {
     const float* at = score + i / TILE * 2 * SUMS + i % TILE * TILE;
     const float* of = product + i / TILE * 2 * SUMS + i % TILE * TILE;
     __m512 p[2], ds[2];
     for (int half = 0; half < 2; ++half) {
-      const int64_t first = query + half * TILE;
-      __m512 exponent = _mm512_fmsub_ps(_mm512_load_ps(at + half * SUMS), scale, sums[half]);
-      if (mask.at && key + i < mask.keys) {
-        const int64_t inside = std::clamp<int64_t>(mask.queries - first, 0, TILE);
-        const float* bias = mask.at + (key + i) * mask.step + first;
-        const __m512 added = _mm512_maskz_loadu_ps((1u << inside) - 1, bias);
-        exponent = _mm512_fmadd_ps(added, _mm512_set1_ps(LOG2_E), exponent);
-      }
-      p[half] = exponential(exponent);
-      if (!whole) {
-        const auto past = static_cast<int>(key + i - first);  // lanes before the key's own
-        __mmask16 counts = key + i < mask.keys ? 0xFFFF : 0;
-        if (mask.causal) counts &= _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(past));
-        p[half] = _mm512_maskz_mov_ps(counts, p[half]);
-      }
+      __m512 exponent = _mm512_load_ps(at + half * SUMS) * scale;
+      if (mask.at)
+        exponent += _mm512_castsi512_ps(bias[(i / TILE * 2 + half) * TILE + i % TILE]);
+      p[half] = exponential((exponent - sums[half]) * log2_e);
       ds[half] = p[half] * (_mm512_load_ps(of + half * SUMS) - deltas[half]);
-      if (!whole) ds[half] = _mm512_maskz_mov_ps(
-          _mm512_cmp_ps_mask(p[half], _mm512_setzero_ps(), _CMP_NEQ_UQ), ds[half]);
+      if (!whole) {
+        // Lanes before the key's own are of queries that come before it.
+        const auto past = static_cast<int>(key + i - query - half * TILE);
+        __mmask16 inside = key + i < mask.keys ? 0xFFFF : 0;
+        if (mask.causal) inside &= _mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(past));
+        p[half] = _mm512_maskz_mov_ps(inside, p[half]);
+        ds[half] = _mm512_maskz_mov_ps(inside, ds[half]);
+      }
     }
     _mm512_storeu_si512(probability + i * QUERIES, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
     const auto narrow = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
@@ -279,7 +313,7 @@ static void head(const Scratch& s, const Mask& mask, Operand q, Operand k, Opera
   pack_right(grad.at, grad.step, mask.queries, d, s.grad);
   for (int64_t i = 0; i < rows; ++i) {
     // What is no query has no probabilities.
-    s.log_sum[i] = i < mask.queries ? log_sum[i * log_step] * LOG2_E : INFINITY;
+    s.log_sum[i] = i < mask.queries ? log_sum[i * log_step] : INFINITY;
     __m512 delta = _mm512_setzero_ps();
     for (int64_t j = 0; j < d; j += 32)
       delta = _mm512_dpbf16_ps(delta, (__m512bh)row_of(grad.at, grad.step, i, mask.queries, j, d),
@@ -310,12 +344,13 @@ static void head(const Scratch& s, const Mask& mask, Operand q, Operand k, Opera
 
 // q, grad, out and grad_q [batch, groups * shared, queries, d], k, v, grad_k and grad_v [batch,
 // groups, keys, d] of contiguous rows; log_sum [batch, groups * shared, queries] of the scaled and
-// masked scores; bias [batch, groups * shared, keys, queries], to be added to them, if it is
-// `masked`. strides: three of each, in the order of the arguments, 0 where they repeat.
+// masked scores; bias [batch, groups * shared, queries, keys], to be added to them, of numbers of
+// `bias_size` bytes, 0 if there is none. strides: three of each, in the order of the arguments, 0
+// where they repeat.
 extern "C" void kernel(const uint16_t* q, const uint16_t* k, const uint16_t* v,
                        const uint16_t* grad, const uint16_t* out, const float* log_sum,
-                       const float* bias, uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v,
-                       const int64_t* strides, int64_t masked, int64_t batch, int64_t groups,
+                       const uint8_t* bias, uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v,
+                       const int64_t* strides, int64_t bias_size, int64_t batch, int64_t groups,
                        int64_t shared, int64_t queries, int64_t keys, int64_t d, int64_t causal,
                        float scale, int64_t threads) {
   const auto* steps = reinterpret_cast<const Steps*>(strides);
@@ -335,8 +370,8 @@ extern "C" void kernel(const uint16_t* q, const uint16_t* k, const uint16_t* v,
         const auto operand = [&](const uint16_t* at, int i) {
           return Operand{at + steps[i].of(b, i == 1 || i == 2 ? of_keys : h), steps[i].row};
         };
-        const Mask mask{masked ? bias + steps[6].of(b, h) : nullptr, steps[6].row, causal != 0,
-                        scale, queries, keys};
+        const uint8_t* added = bias_size ? bias + steps[6].of(b, h) * bias_size : nullptr;
+        const Mask mask{added, bias_size, steps[6].row, causal != 0, scale, queries, keys};
         head(s, mask, operand(q, 0), operand(k, 1), operand(v, 2), operand(grad, 3),
              operand(out, 4), log_sum + steps[5].of(b, h), steps[5].row, d);
         for (int64_t j = 0; j < d; j += TILE)

@@ -13,7 +13,7 @@ from qlora_compile.kernels.cpu import amx
 
 _ARGUMENTS = (
     *["const uint16_t*"] * 5,
-    *["const float*"] * 2,
+    *("const float*", "const uint8_t*"),
     *["uint16_t*"] * 3,
     "const int64_t*",
     *["int64_t"] * 8,
@@ -62,14 +62,23 @@ def gradients(
     groups, keys = key.shape[1:3]
     bias, steps = log_sum, (0, 0, 0)
     if mask is not None:
-        # The kernel has a lane for each query.
-        bias = mask.expand(*mask.shape[:-2], queries, keys).transpose(-2, -1).float().contiguous()
-        steps = bias.expand(batch, heads, keys, queries).stride()[:3]
+        bias = mask if mask.dtype in (torch.bfloat16, torch.float32) else mask.float()
+        bias = bias.expand(*bias.shape[:-2], queries, keys)
+        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+        steps = bias.expand(batch, heads, queries, keys).stride()[:3]
     inputs = [query, key, value, grad if grad.stride(3) == 1 else grad.contiguous(), out]
     results = [torch.empty_like(each) for each in inputs[:3]]
     strides = [each.stride()[:3] for each in inputs]
     strides += [log_sum.stride(), steps, *(each.stride()[:3] for each in results)]
-    shape = (int(mask is not None), batch, groups, heads // groups, queries, keys, width)
+    shape = (
+        0 if mask is None else bias.itemsize,
+        batch,
+        groups,
+        heads // groups,
+        queries,
+        keys,
+        width,
+    )
     settings = (*shape, int(is_causal), scale, torch.get_num_threads())
     kernel(*inputs, log_sum, bias, *results, torch.tensor(strides), *settings)
     return results[0], results[1], results[2]

@@ -25,7 +25,10 @@ def plain(
     )
 
 
-MASKS = ("none", "causal", "rows", "one", "heads", "queries", "numbers", "a row of nothing")
+MASKS = (
+    *("none", "causal", "rows", "one", "heads", "queries", "keys", "numbers", "wide numbers"),
+    *("lowest", "a row of nothing"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,22 @@ class Case:
             "one": (1, 1, m, n),
             "heads": (b, heads, m, n),
             "queries": (b, 1, 1, n),
+            "keys": (b, heads, m, 1),
             "numbers": (b, heads, m, n),
+            "wide numbers": (m, n),
+            "lowest": (b, 1, m, n),
             "a row of nothing": (b, 1, m, n),
         }
         mask = None
         if self.mask in shapes:
             mask = torch.rand(shapes[self.mask], generator=generator) < 0.8
-            if self.mask == "numbers":
-                mask = torch.randn(shapes[self.mask], generator=generator).bfloat16()
+            if self.mask in ("keys", "numbers", "wide numbers"):
+                mask = torch.randn(shapes[self.mask], generator=generator)
+                mask = mask if self.mask.startswith("wide") else mask.bfloat16()
+            elif self.mask == "lowest":
+                mask[..., 0] = True
+                lowest = torch.finfo(torch.bfloat16).min
+                mask = torch.zeros(mask.shape).masked_fill(~mask, lowest).bfloat16()
             elif self.mask == "a row of nothing":
                 mask[..., 0, :] = False
             else:
