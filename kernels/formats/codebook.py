@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu.decode import write_codebook
+from qlora_compile.kernels.cpu.encode import encode, encodes
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.packed import PackedWeight
 
@@ -53,7 +54,10 @@ class CodebookFormat(QuantFormat):
             absmax.clamp_(min=_SMALLEST_ABSMAX)
             scaled = blocks / absmax.unsqueeze(1)
         else:
-            scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(1)
+            reciprocals = 1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)
+            if encodes(blocks):
+                return encode(blocks, reciprocals, *_decision(self.codebook, blocks.device))
+            scaled = blocks * reciprocals.unsqueeze(1)
         scaled = scaled.clamp_(-1.0, 1.0).view(-1)
         if scaled.numel() % 2:
             scaled = torch.nn.functional.pad(scaled, (0, 1))

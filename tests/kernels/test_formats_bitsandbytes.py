@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qlora_compile.kernels.cpu import encode
 from qlora_compile.kernels.formats.codebook import CodebookFormat
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nested import dynamic_map
@@ -24,9 +25,10 @@ each_codebook_format = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _without_compilation():
-    """bitsandbytes compiles its fallback for odd K anew for every shape; eager is the same."""
+@pytest.fixture(autouse=True, params=[1, 1 << 40], ids=["encoded in one pass", "by torch"])
+def _each_encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(encode, "SMALLEST", request.param)
+    # bitsandbytes compiles its fallback for odd K anew for every shape; eager is the same.
     with torch.compiler.set_stance("force_eager"):
         yield
 
