@@ -25,29 +25,31 @@ def available() -> bool:
     return has_compiler() and torch.cpu._init_amx()
 
 
-def start(name: str, arguments: tuple[str, ...]) -> None:
+def start(files: tuple[str, ...], arguments: tuple[str, ...]) -> None:
     """Has `kernel` built while this thread goes on."""
-    threading.Thread(target=kernel, args=(name, arguments)).start()
+    threading.Thread(target=kernel, args=(files, arguments)).start()
 
 
-def kernel(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
-    """The function `kernel` of the file `name`.cpp, with `arguments` as in `compiled`; None where
-    there is no AMX, or no compiler that knows it."""
+def kernel(files: tuple[str, ...], arguments: tuple[str, ...]) -> Callable[..., Any] | None:
+    """The function `kernel` of these C++ files, one behind the other, with `arguments` as in
+    `compiled`; None where there is no AMX, or no compiler that knows it."""
     with _one_at_a_time:
-        return _kernel(name, arguments)
+        return _kernel(files, arguments)
 
 
 @functools.cache
-def _kernel(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
+def _kernel(files: tuple[str, ...], arguments: tuple[str, ...]) -> Callable[..., Any] | None:
     if not available():
         return None
     from torch._inductor.exc import CppCompileError
 
     folder = Path(__file__).parent
-    files = [(folder / f"{each}.cpp").read_text() for each in ("tiles", name)]
+    sources = [(folder / f"{each}.cpp").read_text() for each in ("tiles", *files)]
     try:
-        return compiled("".join([VECTORISED, BFLOAT16, *files]), arguments)
+        return compiled("".join([VECTORISED, BFLOAT16, *sources]), arguments)
     except CppCompileError as error:
-        message = f"this CPU's AMX is not used for {name}, the compiler does not build it: {error}"
+        message = (
+            f"this CPU's AMX is not used for {files[-1]}, the compiler does not build it: {error}"
+        )
         warnings.warn(message, stacklevel=2)
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.cpu import amx
 
+_FILES = ("attention_operands", "attention")
 _ARGUMENTS = (
     *["const uint16_t*"] * 5,
     *("const float*", "const uint8_t*"),
@@ -34,7 +35,7 @@ def expected(*operands: Tensor) -> bool:
 
 def start() -> None:
     """Has the kernel built while this thread goes on."""
-    amx.start("attention", _ARGUMENTS)
+    amx.start(_FILES, _ARGUMENTS)
 
 
 def gradients(
@@ -85,4 +86,4 @@ def gradients(
 
 
 def _kernel() -> Callable[..., Any] | None:
-    return amx.kernel("attention", _ARGUMENTS)
+    return amx.kernel(_FILES, _ARGUMENTS)

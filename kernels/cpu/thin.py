@@ -70,4 +70,4 @@ def _run(
 
 
 def _kernel() -> Callable[..., Any] | None:
-    return amx.kernel("thin", _ARGUMENTS)
+    return amx.kernel(("thin",), _ARGUMENTS)

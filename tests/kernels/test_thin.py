@@ -117,5 +117,5 @@ def test_a_compiler_without_amx_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(amx, "compiled", fail)
     with pytest.warns(UserWarning, match="(?s)AMX is not used for thin.*unrecognized") as told:
-        assert amx._kernel.__wrapped__("thin", ()) is None
+        assert amx._kernel.__wrapped__(("thin",), ()) is None
     assert len(told) == 1
