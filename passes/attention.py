@@ -34,8 +34,7 @@ def replace_attention(graph_module: GraphModule, context: PassContext) -> int:
 
 
 def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
-    operands = [example(call[name]) for name in ("query", "key", "value")]
-    query, key, value = operands
+    query, key, value = (example(call[name]) for name in ("query", "key", "value"))
     mask = example(call["attn_mask"])
     if query is None or key is None or value is None or call["dropout_p"]:
         return False

@@ -10,13 +10,6 @@ static inline void load_sums(const float* first, const float* second) {
   _tile_loadd(2, second, 64);
   _tile_loadd(3, second + SUMS, 64);
 }
-static inline void store_sums(float* first, float* second) {
-  _tile_stored(0, first, 64);
-  _tile_stored(1, first + SUMS, 64);
-  _tile_stored(2, second, 64);
-  _tile_stored(3, second + SUMS, 64);
-  barrier();
-}
 
 // One thread's memory for one head at a time; d, keys and queries are rounded up to 32.
 struct Scratch {
@@ -146,7 +139,7 @@ static void block(const Scratch& s, const Mask& mask, int64_t key, int64_t keys,
         load_sums(sums, sums + width * SUMS);
         multiply(left, QUERIES, 32, right + ((query + column) / 32 * width + i) * TILE_SIZE,
                  right_step, steps, TILE * QUERIES);
-        store_sums(sums, sums + width * SUMS);
+        stored(sums, sums + width * SUMS);
       }
   }
   const int64_t tiles = s.queries / TILE;
@@ -159,7 +152,7 @@ static void block(const Scratch& s, const Mask& mask, int64_t key, int64_t keys,
       multiply(s.key_t + i * (KEYS / 32) * TILE_SIZE, 32, TILE_SIZE,
                s.packed + column / TILE * TILE_SIZE, QUERIES / TILE * TILE_SIZE, rows / 32,
                KEYS / 32 * TILE_SIZE);
-      store_sums(sums, sums + tiles * SUMS);
+      stored(sums, sums + tiles * SUMS);
     }
   }
 }

@@ -3,6 +3,7 @@ by block. torch's own take seven times as long."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,5 +86,6 @@ def gradients(
     return results[0], results[1], results[2]
 
 
+@functools.cache
 def _kernel() -> Callable[..., Any] | None:
     return amx.kernel(_FILES, _ARGUMENTS)

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <vector>
 
-static constexpr int64_t SUMS = TILE * TILE;  // float32 numbers of a tile
 static constexpr float LOG2_E = 1.44269504f;
 
 // Where the numbers of one head are: of the batch's entry, the head and the row.

@@ -57,8 +57,6 @@ def encode(blocks: Tensor, reciprocals: Tensor, boundaries: Tensor, order: Tenso
     `boundaries` [15] below the number. Of NaN any code."""
     codes = order.new_empty(blocks.numel() // 2)
     kernel = compiled(_SOURCE, _ARGUMENTS)
-    kernel(
-        *(blocks, reciprocals, boundaries, order),
-        *(*blocks.shape, torch.get_num_threads(), codes),
-    )
+    sizes = (*blocks.shape, torch.get_num_threads())
+    kernel(blocks, reciprocals, boundaries, order, *sizes, codes)
     return codes

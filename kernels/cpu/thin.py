@@ -3,6 +3,7 @@ rows, on CPUs with AMX. Without it torch's float32 products are the faster ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,5 +70,6 @@ def _run(
     kernel(operation, rows, *shape, factor, rank, *steps, out, *out.stride(), scaling, threads)
 
 
+@functools.cache
 def _kernel() -> Callable[..., Any] | None:
     return amx.kernel(("thin",), _ARGUMENTS)

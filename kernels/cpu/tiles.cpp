@@ -5,7 +5,8 @@
 #include <algorithm>
 
 static constexpr int64_t TILE = 16;
-static constexpr int64_t TILE_SIZE = 512;  // bfloat16 numbers of a tile
+static constexpr int64_t TILE_SIZE = 512;     // bfloat16 numbers of a tile
+static constexpr int64_t SUMS = TILE * TILE;  // float32 numbers of a tile
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Eight tiles of 16 rows of 64 bytes. Not made on the stack: GCC takes only its first bytes to be
@@ -33,13 +34,14 @@ static inline void clear() {
   _tile_zero(2);
   _tile_zero(3);
 }
-static inline void stored(float* to) {
-  _tile_stored(0, to, 64);
-  _tile_stored(1, to + TILE * TILE, 64);
-  _tile_stored(2, to + 2 * TILE * TILE, 64);
-  _tile_stored(3, to + 3 * TILE * TILE, 64);
+static inline void stored(float* first, float* second) {
+  _tile_stored(0, first, 64);
+  _tile_stored(1, first + SUMS, 64);
+  _tile_stored(2, second, 64);
+  _tile_stored(3, second + SUMS, 64);
   barrier();
 }
+static inline void stored(float* to) { stored(to, to + 2 * SUMS); }
 
 // Two rows of 32 bfloat16 numbers side by side, as one row of two right tiles.
 static inline void interleave(__m512i even, __m512i odd, uint16_t* first, uint16_t* second) {
