@@ -24,10 +24,10 @@ from torch import Tensor
 
 from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.kernels.linear_call import linear_problem
+from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import LinearSpec, LinearTensors, NeedsGradient
-from qlora_compile.packed import PackedWeight
-from qlora_compile.problem import Direction
 from qlora_compile.tuning.measure import device_seconds
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_compile.errors import LabelRangeError, OptionError
 from qlora_compile.kernels.head_sweep import HeadSettings, Sweep
-from qlora_compile.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
 
 
 def chunked_cross_entropy(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.workspace import workspace
-from qlora_compile.packed import PackedWeight
 
 SMALLEST_BUDGET = 1 << 22
 """Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
 from qlora_compile.kernels.selection import select
 from qlora_compile.kernels.variants.base import (
@@ -18,7 +19,6 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     NeedsGradient,
 )
-from qlora_compile.problem import Direction, Problem, bucket_rows
 
 
 def linear_spec(format: str, *constants: Any) -> LinearSpec:

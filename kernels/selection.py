@@ -21,8 +21,8 @@ from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import registry
 from qlora_compile.kernels.device_model import CPU, DeviceModel, device_model
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.variants.base import Config, Variant
-from qlora_compile.problem import Direction, Problem
 
 MODELLED = ""
 """The source without records."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from qlora_compile.kernels.experts.base import ExpertsProblem
-from qlora_compile.problem import Problem
+from qlora_compile.kernels.problem import Problem
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 

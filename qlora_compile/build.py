@@ -19,9 +19,9 @@ import torch
 
 import qlora_compile
 from qlora_compile.errors import ArchitectureError, NoKernelsError, TritonMissingError
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import HANDFUL
 from qlora_compile.outputs import writable_directory
-from qlora_compile.problem import Problem
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.needed import NeededKernel

@@ -30,7 +30,7 @@ from qlora_compile.shapes import parse_shapes
 
 if TYPE_CHECKING:
     from qlora_compile.build import BuiltKernel
-    from qlora_compile.problem import Problem
+    from qlora_compile.kernels.problem import Problem
 
 
 def build(

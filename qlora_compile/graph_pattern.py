@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from qlora_compile.problem import bucket_rows
+from qlora_compile.kernels.problem import bucket_rows
 from qlora_compile.verification import CapturedInput
 
 

@@ -7,8 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.packed import PackedWeight
 
 _BUFFERS = ("absmax", "nested_codebook", "nested_absmax", "nested_offset")
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from qlora_compile.errors import PassError
 from qlora_compile.kernels.linear_call import group_problem, linear_spec
 from qlora_compile.kernels.op import hinted_rows
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
@@ -23,7 +24,6 @@ from qlora_compile.passes.nodes import (
     linear_operands,
     stored_weight,
 )
-from qlora_compile.problem import Problem
 
 logger = logging.getLogger(__name__)
 

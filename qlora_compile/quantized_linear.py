@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_compile.kernels.op import quantized_linear
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.packed import PackedWeight
 from qlora_compile.packed_module import PackedModule
 
 

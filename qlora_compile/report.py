@@ -17,8 +17,8 @@ from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
-from qlora_compile.problem import Problem
 from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import Region, region_of
 from qlora_compile.text_table import text_table

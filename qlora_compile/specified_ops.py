@@ -16,8 +16,8 @@ from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec
 from qlora_compile.kernels.linear_call import linear_spec
 from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.variants.base import LinearSpec
-from qlora_compile.packed import PackedWeight
 
 
 def specified_linear(

@@ -26,8 +26,8 @@ from qlora_compile.shapes import parse_shapes
 from qlora_compile.text_table import text_table
 
 if TYPE_CHECKING:
+    from qlora_compile.kernels.problem import Problem
     from qlora_compile.kernels.selection import Choice
-    from qlora_compile.problem import Problem
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

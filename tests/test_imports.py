@@ -16,14 +16,12 @@ LONGEST_FILE = 320
 # not listed may import everything.
 LAYERS = {
     "errors": (),
-    "problem": ("errors",),
-    "packed": ("errors",),
-    "kernels": ("errors", "problem", "packed", "kernels"),
+    "kernels": ("errors", "kernels"),
     "passes": (
-        *("errors", "problem", "packed", "passes"),
+        *("errors", "passes", "kernels.problem"),
         *("kernels.op", "kernels.registry", "kernels.experts", "kernels.attention"),
     ),
-    "tuning": ("errors", "problem", "packed", "kernels", "tuning"),
+    "tuning": ("errors", "kernels", "tuning"),
 }
 HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}
 

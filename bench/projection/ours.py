@@ -22,10 +22,10 @@ from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import cheapest
 from qlora_compile.kernels.gpu.configs import FUSED_UTILIZATION
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
 from qlora_compile.kernels.registry import UNQUANTIZED
 from qlora_compile.kernels.selection import Choice, choose, keeping_is_faster, problems_of_call
 from qlora_compile.kernels.variants.fused import Fused
-from qlora_compile.problem import Direction, Problem, bucket_rows
 
 AnyProblem = TypeVar("AnyProblem", Problem, ExpertsProblem)
 

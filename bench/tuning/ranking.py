@@ -18,8 +18,8 @@ import typer
 from rich.progress import track
 
 from qlora_compile.kernels.device_model import CpuModel
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.selection import candidates
-from qlora_compile.problem import Direction, Problem
 from qlora_compile.tuning.cpu_figures import measure_cpu
 from qlora_compile.tuning.measure import measure
 from qlora_compile.tuning.record import DTYPES

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, compiled, has_compiler
-from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 SMALLEST = 1 << 12
 """Weights that are worth the call."""

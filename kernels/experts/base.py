@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.packed import PackedWeight
-from qlora_compile.problem import Direction
+from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.problem import Direction
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
-from qlora_compile.problem import Direction, bucket_rows
+from qlora_compile.kernels.problem import Direction, bucket_rows
 
 
 def experts_spec(format: str, *constants: Any) -> ExpertsSpec:

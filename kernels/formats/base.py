@@ -21,7 +21,7 @@ from qlora_compile.errors import (
 )
 from qlora_compile.kernels.cpu import decode
 from qlora_compile.kernels.formats.nested import block_absmax, quantize_absmax
-from qlora_compile.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder

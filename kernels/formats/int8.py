@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.cpu.decode import write_integers
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder

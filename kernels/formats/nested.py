@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 _GRID = 65535
 """bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.variants.base import Config
-from qlora_compile.problem import Direction
 
 
 @dataclass(frozen=True)

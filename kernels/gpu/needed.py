@@ -20,6 +20,8 @@ from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS, cache_key
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import (
     Config,
@@ -30,8 +32,6 @@ from qlora_compile.kernels.variants.base import (
 )
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.packed import NESTED_BLOCK_SIZE
-from qlora_compile.problem import Problem
 
 _ROW_BLOCK = 64
 """Launches follow the row count's number of such blocks, the rest only by what divides it."""

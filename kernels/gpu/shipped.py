@@ -24,11 +24,11 @@ from qlora_compile.kernels.gpu.products import (
     keep_bits,
     low_rank,
 )
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.variants.base import LinearSpec
 from qlora_compile.kernels.variants.fused import Fused, Skinny
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import GemmVariant
-from qlora_compile.problem import Direction, Problem
 
 ROWS, WIDTH, BLOCK_SIZE = 4096, 4096, 64
 _FEW_ROWS = 16

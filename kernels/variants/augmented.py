@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.gpu.configs import dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearGradients,
@@ -22,7 +23,6 @@ from qlora_compile.kernels.variants.base import (
 )
 from qlora_compile.kernels.variants.decoding import dequantize_seconds
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.problem import Problem
 
 
 class Augmented(SeparateVariant, TritonVariant):

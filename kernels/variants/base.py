@@ -12,8 +12,8 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
-from qlora_compile.packed import PackedWeight
-from qlora_compile.problem import Problem
+from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
 """Rows of x that torch's own operators convert or drop out at a time on CPU, so that no [M, K] or

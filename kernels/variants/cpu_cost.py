@@ -8,7 +8,7 @@ import torch
 
 from qlora_compile.kernels.device_model import CpuModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
-from qlora_compile.problem import Problem
+from qlora_compile.kernels.problem import Problem
 
 _DECODE_OPERATORS = 5
 """Operators that decode a block: widen, look up, scale, round, double quantisation."""

@@ -7,7 +7,7 @@ import torch
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.target import tuned_target
-from qlora_compile.problem import Problem
+from qlora_compile.kernels.problem import Problem
 
 NOT_PACKED = "the weight is not packed"
 

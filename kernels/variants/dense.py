@@ -15,6 +15,7 @@ from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceM
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.gpu.configs import dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     Group,
@@ -38,7 +39,6 @@ from qlora_compile.kernels.variants.native_adapter import (
     row_blocks,
 )
 from qlora_compile.kernels.workspace import workspace
-from qlora_compile.problem import Problem
 
 
 @dataclass(frozen=True)

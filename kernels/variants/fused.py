@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.gpu.configs import FUSED, FUSED_UTILIZATION, SKINNY, GemmConfig
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
 from qlora_compile.kernels.variants.decoding import packed_bytes
 from qlora_compile.kernels.variants.triton_variant import GemmVariant
-from qlora_compile.problem import Problem
 
 
 class Fused(GemmVariant):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.device_model import CpuModel, DeviceModel
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearGradients,
@@ -28,7 +29,6 @@ from qlora_compile.kernels.variants.native_adapter import (
     row_blocks,
 )
 from qlora_compile.kernels.workspace import workspace
-from qlora_compile.problem import Problem
 
 _DECODED = 1 << 17
 """Weights decoded at a time, in cache, before they are put into the workspace's longer rows."""

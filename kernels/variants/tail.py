@@ -10,10 +10,10 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.gpu.configs import TAIL, TAIL_UTILIZATION, GemmConfig, dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
 from qlora_compile.kernels.variants.decoding import dequantize_seconds
 from qlora_compile.kernels.variants.triton_variant import GemmVariant
-from qlora_compile.problem import Problem
 
 
 class Tail(GemmVariant):

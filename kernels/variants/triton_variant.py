@@ -14,6 +14,7 @@ from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
 from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
     Config,
@@ -27,7 +28,6 @@ from qlora_compile.kernels.variants.base import (
     bias_gradient,
 )
 from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons
-from qlora_compile.problem import Problem
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.products import AdapterStart

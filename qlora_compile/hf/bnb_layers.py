@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.op import quantized_linear
-from qlora_compile.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 
 class AdoptedLinear4bit(bnb.nn.Linear4bit):

@@ -16,8 +16,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.packed import PackedWeight
 from qlora_compile.quantized_linear import QuantizedLinear
 
 _ELEMENTS_AT_ONCE = 2**22

@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qlora_compile.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.quantized_linear import QuantizedLinear
 
 

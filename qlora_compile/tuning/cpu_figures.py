@@ -18,7 +18,7 @@ from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.device_model import CPU, CpuModel, use_cpu_model
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.tuning.files import replace_file
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.plain_mode import plain_mode

@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
-from qlora_compile.problem import Problem
 from qlora_compile.tuning.errors import CandidateError, TuningProcessError
 from qlora_compile.tuning.measure import Measurement
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
-from qlora_compile.problem import Problem
 from qlora_compile.tuning.correctness import Correctness
 from qlora_compile.tuning.operands import Operands, operands
 from qlora_compile.tuning.plain_mode import plain_mode

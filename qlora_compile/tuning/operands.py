@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     LinearSpec,
@@ -21,8 +23,6 @@ from qlora_compile.kernels.variants.base import (
     Variant,
     adapter_scaling,
 )
-from qlora_compile.packed import NESTED_BLOCK_SIZE
-from qlora_compile.problem import Problem
 
 DROPOUT = 0.1
 _SCALING = 2.0

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import BASELINE
-from qlora_compile.problem import Problem
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
 

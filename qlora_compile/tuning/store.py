@@ -11,7 +11,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
-from qlora_compile.problem import Problem
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.tuning.contents import FolderContents
 from qlora_compile.tuning.errors import RecordFileError
 from qlora_compile.tuning.files import (

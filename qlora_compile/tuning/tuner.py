@@ -16,8 +16,8 @@ import torch
 from qlora_compile.kernels import registry, selection
 from qlora_compile.kernels.device_model import device_model
 from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice, Measured
-from qlora_compile.problem import Problem
 from qlora_compile.tuning.correctness import WRONG
 from qlora_compile.tuning.cpu_figures import use_measured_cpu
 from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError

@@ -20,8 +20,8 @@ from bench.projection.shapes import MODELS, ModelShape
 from bench.projection.step import RANK, Step
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import candidates
-from qlora_compile.problem import Problem
 
 LLAMA_8B = MODELS[0]
 BLOCK_BYTES = RESULTS / "block_bytes.json"

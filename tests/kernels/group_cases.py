@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import Config, LinearTensors, Variant
-from qlora_compile.problem import Direction, Problem
 from tests.kernels.linear_cases import Call, Case
 
 _PER_SIBLING = {"bias": 2, "lora_a": 3, "lora_b": 4, "n": 7, "scaling": 10, "stream": 12}

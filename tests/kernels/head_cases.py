@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
-from qlora_compile.packed import PackedWeight
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
 from qlora_compile.kernels.selection import Choice
@@ -22,8 +24,6 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     Variant,
 )
-from qlora_compile.packed import PackedWeight
-from qlora_compile.problem import Direction, Problem
 
 STREAM = 9
 

@@ -12,8 +12,8 @@ from bench.tuning.ranking import LOOKED_AT, RESULTS, problem_set, ranked
 from qlora_compile.kernels.device_model import DEVICE_MODELS, CpuModel
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.problem import Direction
 from tests.kernels.test_selection import TYPICAL
 
 DENSE, FUSED = (next(v for v in VARIANTS if v.name == name) for name in ("dense", "fused"))

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_compile.kernels.cpu import decode
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.nested import dynamic_map
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import FORMATS, format_named
-from qlora_compile.packed import PackedWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 512, 4096, "row")

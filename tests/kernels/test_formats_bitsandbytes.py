@@ -12,8 +12,8 @@ from qlora_compile.kernels.cpu import encode
 from qlora_compile.kernels.formats.codebook import CodebookFormat
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nested import dynamic_map
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import FORMATS
-from qlora_compile.packed import PackedWeight
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 

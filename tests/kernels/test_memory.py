@@ -14,10 +14,10 @@ from bench.allocations import allocations
 from qlora_compile.kernels import op, workspace
 from qlora_compile.kernels.formats import base as formats
 from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from qlora_compile.kernels.variants import dense, native_adapter
 from qlora_compile.kernels.variants.base import Config, LinearTensors, NeedsGradient
-from qlora_compile.problem import Direction
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 

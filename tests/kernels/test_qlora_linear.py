@@ -18,12 +18,12 @@ from torch import Tensor
 
 from qlora_compile.kernels import linear_call, op
 from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
 from qlora_compile.kernels.selection import MODELLED, Choice
 from qlora_compile.kernels.variants import dense, native_adapter, native_augmented
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.problem import Direction, Problem
 from tests.kernels.group_cases import GroupCall, groups
 from tests.kernels.linear_cases import BF16, DTYPES, F16, F32, F64, Call, Case, Dtypes
 

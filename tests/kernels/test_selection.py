@@ -15,12 +15,12 @@ from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import device_model, registry, selection
 from qlora_compile.kernels.device_model import CPU, DEVICE_MODELS, DeviceModel, model_of_target
 from qlora_compile.kernels.gpu import target as targets
+from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, format_named
 from qlora_compile.kernels.selection import Measured, select
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.problem import Problem, bucket_rows
 
 TYPICAL = Problem(
     direction="forward",

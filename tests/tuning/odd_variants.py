@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.dense import Dense, DenseConfig
-from qlora_compile.problem import Problem
 
 
 class Preferred(Dense):

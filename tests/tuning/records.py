@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from qlora_compile.problem import Problem, Sibling
+from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import Record, Timing
 

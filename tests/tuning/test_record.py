@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_compile.errors import QloraCompileError
-from qlora_compile.problem import Problem, Sibling
+from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import (

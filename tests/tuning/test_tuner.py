@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from qlora_compile.kernels import registry, selection
+from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.selection import HANDFUL
 from qlora_compile.kernels.variants.base import Variant
-from qlora_compile.problem import Direction, Problem
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
 from qlora_compile.tuning.errors import CandidateError, NoCorrectVariantError, TuningProcessError
