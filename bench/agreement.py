@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bench.stock import with_bitsandbytes, without_repacking
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 
 
 def training_step(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

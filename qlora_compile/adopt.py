@@ -20,7 +20,7 @@ from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeat
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
 
 

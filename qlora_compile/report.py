@@ -18,8 +18,8 @@ from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.problem import Problem
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
-from qlora_compile.quantized_linear import QuantizedLinear
 from qlora_compile.regions import Region, region_of
 from qlora_compile.text_table import text_table
 from qlora_compile.weight_reads import read_by_parent

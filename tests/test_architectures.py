@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import qlora_compile
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import ARCHITECTURES, tokens, toy
 

@@ -20,7 +20,7 @@ from bench.agreement import Errors, distance, training_step
 from qlora_compile.hf.adapters import linear_sites
 from qlora_compile.hf.conv1d import as_linear, features
 from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import (
     BF16_FACTOR,
     FLOAT32_TOLERANCE,

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import qlora_compile
 from bench.agreement import Errors, distance
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.nodes import is_qlora_linear
-from qlora_compile.quantized_linear import QuantizedLinear
 from tests.passes.rewritten import rewritten_graphs
 from tests.test_equality import (
     BF16_FACTOR,

@@ -20,7 +20,7 @@ from bench.agreement import Errors, distance, training_step
 from qlora_compile import backend
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.registry import VARIANTS
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 

@@ -20,8 +20,8 @@ from bench.coverage.compare import largest, trained
 from qlora_compile.errors import StrictError, WeightValueError
 from qlora_compile.expert_errors import FrozenExpertsError
 from qlora_compile.hf import experts
-from qlora_compile.packed_experts import PackedExperts
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.experts import PackedExperts
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import without_inductor
 
 __all__ = ["without_inductor"]

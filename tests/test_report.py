@@ -13,7 +13,7 @@ from torch import nn
 
 import qlora_compile
 from bench.agreement import distance, training_step
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
 from tests.toy_models import toy
 

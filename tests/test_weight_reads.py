@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qlora_compile
 from bench.coverage.kinds import KINDS, batch, built
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
 from tests.test_equality import without_inductor
 from tests.toy_models import toy

@@ -16,7 +16,7 @@ from torch import nn
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear, dora_layer_class
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 
 
 class QuantizedLoraLinear(DoraLinear):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 
 _ELEMENTS_AT_ONCE = 2**22
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qlora_compile.hf.experts import Factors, is_served, is_transposed
-from qlora_compile.packed_experts import PackedExperts
+from qlora_compile.modules.experts import PackedExperts
 
 
 # PEFT recognises its wrapper by this very name when a further adapter is added.

@@ -22,7 +22,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from qlora_compile.expert_errors import FrozenExpertsError
 from qlora_compile.kernels.experts.op import qlora_experts
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
-from qlora_compile.packed_experts import PackedExperts
+from qlora_compile.modules.experts import PackedExperts
 
 IMPLEMENTATION = "qlora_compile"
 """The name that ours goes by in `config._experts_implementation`."""

@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from qlora_compile.kernels.packed import PackedWeight
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 
 WIDTHS = (8, 4)
 STYLES = (

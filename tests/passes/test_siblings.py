@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qlora_compile
 from qlora_compile.kernels.problem import Sibling
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.regions import region_of
 from tests.test_equality import without_inductor
 

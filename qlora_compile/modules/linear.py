@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_compile.kernels.op import quantized_linear
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
-from qlora_compile.packed_module import PackedModule
+from qlora_compile.modules.packed import PackedModule
 
 
 class QuantizedLinear(PackedModule, nn.Linear):
