@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from qlora_compile import api
+from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.selection import problems_of_call
-from qlora_compile.regions import region_of
 
 
 def problems_of_model(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.certificate import Certificate
 from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import kept_linears
@@ -20,7 +21,6 @@ from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
-from qlora_compile.regions import Region, region_of
 from qlora_compile.text_table import text_table
 from qlora_compile.weight_reads import read_by_parent
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import qlora_compile
-from qlora_compile import backend, verifier
+from qlora_compile import verifier
+from qlora_compile.capture import backend
 from qlora_compile.certificate import Certificate, Comparison, from_line, to_line, versions_here
 from qlora_compile.certificate_store import CertificateStore
 from qlora_compile.tuning.errors import RecordLineError

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import qlora_compile
 from bench.agreement import Errors, distance, training_step
-from qlora_compile import backend
+from qlora_compile.capture import backend
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.modules.linear import QuantizedLinear

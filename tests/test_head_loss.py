@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qlora_compile
 from bench.agreement import distance
-from qlora_compile import backend
+from qlora_compile.capture import backend
 from tests.test_architectures import losses
 from tests.test_equality import lora
 from tests.toy_models import tokens

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import LogitsFreeLossError
 from qlora_compile.hf.lazy_logits import LazyLogits
-from qlora_compile.regions import region_of
 from tests.test_equality import lora
 from tests.test_head_loss import optimized, toy
 

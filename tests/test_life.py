@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import qlora_compile
+from qlora_compile.capture.regions import region_of
 from qlora_compile.modules.linear import QuantizedLinear
-from qlora_compile.regions import region_of
 from tests.test_equality import build, lora, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import qlora_compile
-from qlora_compile.regions import region_of
+from qlora_compile.capture.regions import region_of
 from qlora_compile.report import build_report
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import tokens, toy

@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 import qlora_compile
 from qlora_compile import errors
+from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.variants.dense import Dense
-from qlora_compile.regions import region_of
 from qlora_compile.verifier import Verifier
 from tests.test_equality import lora, step, without_inductor
 from tests.toy_models import tokens, toy
@@ -170,7 +170,7 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
                 node.args = tuple((arguments(node) | {"scaling": 1.25}).values())
         return 1
 
-    import qlora_compile.pipeline as pipeline
+    import qlora_compile.capture.pipeline as pipeline
 
     monkeypatch.setattr(pipeline, "PASSES", (*pipeline.PASSES, wrong))
     model = qlora_compile.optimize(toy(), lora(), quantize="nf4", verify=True).train()

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule, Node
 
 import qlora_compile
-from qlora_compile import backend, errors, pipeline
+from qlora_compile import errors
+from qlora_compile.capture import backend, pipeline
+from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels import attention
 from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.passes import attention as attention_pass
 from qlora_compile.passes.nodes import calls, is_group
-from qlora_compile.regions import region_of
 from qlora_compile.specified_ops import specified_experts, specified_linear
 from qlora_compile.verification import IN_FLOAT32, CapturedInput, check
 from tests.test_equality import lora, step

@@ -19,9 +19,9 @@ import qlora_compile
 from bench.agreement import distance
 from bench.coverage.kinds import Kind, batch, built
 from bench.coverage.row import EQUAL, TRAINS, UNEQUAL, Row, first_line, target_kind, without_names
-from qlora_compile import backend
+from qlora_compile.capture import backend
+from qlora_compile.capture.regions import region_of
 from qlora_compile.hf import expert_adapters, experts
-from qlora_compile.regions import region_of
 from qlora_compile.report import build_report
 
 STEPS, LEARNING_RATE = 2, 0.01

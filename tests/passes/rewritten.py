@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.fx import GraphModule
 
-from qlora_compile import backend
+from qlora_compile.capture import backend
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 import qlora_compile
-from qlora_compile import errors, pipeline
+from qlora_compile import errors
+from qlora_compile.capture import pipeline
 from qlora_compile.kernels import registry
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import is_qlora_linear

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch.fx import GraphModule, Node
 
+from qlora_compile.capture.pipeline import run_pipeline
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
     calls,
@@ -21,7 +22,6 @@ from qlora_compile.passes.nodes import (
     stored_weight,
     written_by,
 )
-from qlora_compile.pipeline import run_pipeline
 from tests.passes.execution import drop_alike, inputs_of, run, widen
 from tests.passes.programs import DTYPES, Program, SiteSpec, Step, programs
 from tests.passes.recorder import record

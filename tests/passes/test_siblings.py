@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import qlora_compile
+from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.problem import Sibling
 from qlora_compile.modules.linear import QuantizedLinear
-from qlora_compile.regions import region_of
 from tests.test_equality import without_inductor
 
 __all__ = ["without_inductor"]

@@ -15,11 +15,11 @@ import torch.compiler.config as compiler_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from qlora_compile.capture.pipeline import run_pipeline
 from qlora_compile.kernels import attention, linear_call, op
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.selection import current_source, keeps_low_rank
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
-from qlora_compile.pipeline import run_pipeline
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verification import captured_inputs
 from qlora_compile.verifier import Verifier

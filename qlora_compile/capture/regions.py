@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
-from qlora_compile.backend import GraphCall, RegionGraph, make_backend, running
+from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import is_hooked
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward

@@ -1,0 +1,1 @@
+"""Capturing blocks with torch.compile and rewriting their graphs."""
