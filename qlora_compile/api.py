@@ -29,7 +29,7 @@ from qlora_compile.hf import adapters, experts, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
 from qlora_compile.report import Report, build_report
 from qlora_compile.tuning.modes import check_mode
-from qlora_compile.verifier import Verifier, Verify, check_option
+from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig

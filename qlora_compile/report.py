@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from qlora_compile.capture.regions import Region, region_of
-from qlora_compile.certificate import Certificate
 from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
@@ -22,6 +21,7 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
 from qlora_compile.text_table import text_table
+from qlora_compile.verify.certificate import Certificate
 from qlora_compile.weight_reads import read_by_parent
 
 

@@ -17,7 +17,7 @@ from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import FORMATS, VARIANTS
-from qlora_compile.specified_ops import specified_group
+from qlora_compile.verify.specified_ops import specified_group
 from tests import test_experts
 from tests.test_verification import uncompiled, verified
 

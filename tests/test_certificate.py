@@ -11,13 +11,19 @@ import pytest
 import torch
 
 import qlora_compile
-from qlora_compile import verifier
 from qlora_compile.capture import backend
-from qlora_compile.certificate import Certificate, Comparison, from_line, to_line, versions_here
-from qlora_compile.certificate_store import CertificateStore
 from qlora_compile.tuning.errors import RecordLineError
 from qlora_compile.tuning.warning import RecordWarning
-from qlora_compile.verification import Checked
+from qlora_compile.verify import verifier
+from qlora_compile.verify.certificate import (
+    Certificate,
+    Comparison,
+    from_line,
+    to_line,
+    versions_here,
+)
+from qlora_compile.verify.check import Checked
+from qlora_compile.verify.store import CertificateStore
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 

@@ -14,7 +14,7 @@ import qlora_compile
 from qlora_compile import errors
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.variants.dense import Dense
-from qlora_compile.verifier import Verifier
+from qlora_compile.verify.verifier import Verifier
 from tests.test_equality import lora, step, without_inductor
 from tests.toy_models import tokens, toy
 

@@ -22,8 +22,8 @@ from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.passes import attention as attention_pass
 from qlora_compile.passes.nodes import calls, is_group
-from qlora_compile.specified_ops import specified_experts, specified_linear
-from qlora_compile.verification import IN_FLOAT32, CapturedInput, check
+from qlora_compile.verify.check import IN_FLOAT32, CapturedInput, check
+from qlora_compile.verify.specified_ops import specified_experts, specified_linear
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 

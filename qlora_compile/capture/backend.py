@@ -21,8 +21,8 @@ from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.selection import current_source, keeps_low_rank
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
-from qlora_compile.verification import captured_inputs
-from qlora_compile.verifier import Verifier
+from qlora_compile.verify.check import captured_inputs
+from qlora_compile.verify.verifier import Verifier
 
 
 class RunningRegion(Protocol):

@@ -32,7 +32,7 @@ from qlora_compile.passes.context import (
     tensor_names,
 )
 from qlora_compile.tuning.modes import tuner_of
-from qlora_compile.verifier import Verifier
+from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
     # A scaling that differs between layers is a constant of each layer's graph, not an input.

@@ -21,7 +21,7 @@ from qlora_compile.passes.nodes import (
     linear_operands,
     strip_casts,
 )
-from qlora_compile.specified_ops import dropped_out
+from qlora_compile.verify.specified_ops import dropped_out
 from tests.passes.recorder import source_name
 
 WIDE = torch.float64

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from qlora_compile.kernels.problem import bucket_rows
-from qlora_compile.verification import CapturedInput
+from qlora_compile.verify.check import CapturedInput
 
 
 def graph_pattern(

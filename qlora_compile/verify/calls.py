@@ -13,10 +13,10 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qlora_compile.graph_results import Results, outputs_and_gradients
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.passes.nodes import arguments, calls, stored_weight
-from qlora_compile.specified_ops import SPECIFIED
+from qlora_compile.verify.graph_results import Results, outputs_and_gradients
+from qlora_compile.verify.specified_ops import SPECIFIED
 
 
 class CallInterpreter(Interpreter):

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
-from qlora_compile.call_check import CallInterpreter
-from qlora_compile.certificate import Comparison
-from qlora_compile.graph_forms import (
+from qlora_compile.kernels.selection import MODELLED, choosing_from
+from qlora_compile.verify.calls import CallInterpreter
+from qlora_compile.verify.certificate import Comparison
+from qlora_compile.verify.graph_forms import (
     Masks,
     fused_masks,
     lost_dropout,
@@ -23,8 +24,7 @@ from qlora_compile.graph_forms import (
     widened,
     with_masks,
 )
-from qlora_compile.graph_results import Results, outputs_and_gradients
-from qlora_compile.kernels.selection import MODELLED, choosing_from
+from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 
 FACTOR = 4.0
 """An error may be this many times that of the plain computation in the same dtypes: of hundreds of

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qlora_compile.certificate import Certificate, versions_here
-from qlora_compile.certificate_store import CertificateStore
 from qlora_compile.errors import OptionError, VerificationError
-from qlora_compile.graph_pattern import graph_pattern
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.passes.context import FusedExperts, FusedSite
 from qlora_compile.tuning.store import cache_folder
-from qlora_compile.verification import FACTOR, CapturedInput, check
+from qlora_compile.verify.certificate import Certificate, versions_here
+from qlora_compile.verify.check import FACTOR, CapturedInput, check
+from qlora_compile.verify.graph_pattern import graph_pattern
+from qlora_compile.verify.store import CertificateStore
 
 Verify = bool | Literal["once"]
 

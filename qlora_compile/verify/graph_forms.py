@@ -25,7 +25,7 @@ from qlora_compile.passes.nodes import (
     stored_weight,
     strip_casts,
 )
-from qlora_compile.specified_ops import SPECIFIED, dropped_out
+from qlora_compile.verify.specified_ops import SPECIFIED, dropped_out
 
 SEED = 20240229
 """Of every fused op's dropout in a check."""

@@ -1,0 +1,1 @@
+"""Checking rewritten graphs against what they were captured from."""
