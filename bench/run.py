@@ -31,9 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import qlora_compile
 from bench.agreement import Errors, float32_twin, stock_twin, training_step
 from bench.stock import with_bitsandbytes
-from qlora_compile.demo import demo_model_file, docstring_documents
-from qlora_compile.documents import pack, split
 from qlora_compile.hf import loading
+from qlora_compile.training.demo import demo_model_file, docstring_documents
+from qlora_compile.training.documents import pack, split
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

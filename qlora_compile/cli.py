@@ -74,7 +74,7 @@ def train(
 ) -> None:
     """Fine-tune a causal language model; write adapter, loss curve, report and figures."""
     with bad_input_in_one_line():
-        from qlora_compile.training_run import TrainingRun
+        from qlora_compile.training.run import TrainingRun
 
         run = TrainingRun(
             choice=quiet_choice(model, format, rank, alpha, dropout, tune),

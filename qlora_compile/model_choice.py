@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_compile.demo import demo_model_file
 from qlora_compile.errors import CausalModelError, FormatChoiceError
+from qlora_compile.training.demo import demo_model_file
 
 DEMO = "demo"
 _QUANTIZE: dict[str, Literal["nf4", "fp4", "int8"] | None] = {

@@ -17,10 +17,10 @@ from qlora_compile.command_options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.demo import docstring_documents
-from qlora_compile.documents import read_documents
 from qlora_compile.model_choice import DEMO, ModelChoice, quiet_choice
 from qlora_compile.text_table import text_table
+from qlora_compile.training.demo import docstring_documents
+from qlora_compile.training.documents import read_documents
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
@@ -63,7 +63,7 @@ def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Re
 
     from qlora_compile import api
     from qlora_compile.hf import loading
-    from qlora_compile.token_sequences import check_sequence_length, token_sequences
+    from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
 
     check_sequence_length(length, config, choice.model)
     tokenizer = loading.load_tokenizer(choice.source)

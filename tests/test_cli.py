@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from qlora_compile import api, loss_curve, training_run
+from qlora_compile import api
 from qlora_compile.cli import app
+from qlora_compile.training import loss_curve
+from qlora_compile.training import run as training_run
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

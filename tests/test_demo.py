@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from qlora_compile import demo
-from qlora_compile.documents import Document, pack, read_documents, split
 from qlora_compile.errors import (
     DemoModelMissingError,
     DemoTextMissingError,
     TextFileError,
     TooLittleTextError,
 )
-from qlora_compile.figures import held_out_figures, training_figures
-from qlora_compile.loss_curve import smoothed
+from qlora_compile.training import demo
+from qlora_compile.training.documents import Document, pack, read_documents, split
+from qlora_compile.training.figures import held_out_figures, training_figures
+from qlora_compile.training.loss_curve import smoothed
 
 LONG = "A docstring that goes on for long enough to be worth reading by a language model. " * 3
 

@@ -13,9 +13,9 @@ from peft import LoraConfig
 
 import qlora_compile
 from bench.agreement import Errors, float32_twin, stock_twin, training_step
-from qlora_compile.demo import demo_model_file, docstring_documents
-from qlora_compile.documents import pack
 from qlora_compile.hf import loading
+from qlora_compile.training.demo import demo_model_file, docstring_documents
+from qlora_compile.training.documents import pack
 from tests.test_equality import BF16_FACTOR, without_inductor
 
 __all__ = ["without_inductor"]

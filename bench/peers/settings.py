@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from bench.random_llama import random_llama
 from bench.run import batches
-from qlora_compile.demo import demo_model_file
 from qlora_compile.hf import loading
+from qlora_compile.training.demo import demo_model_file
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

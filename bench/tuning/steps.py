@@ -26,9 +26,9 @@ from peft import LoraConfig
 import qlora_compile
 from bench.paired import interval_of_median
 from bench.run import batches
-from qlora_compile.demo import demo_model_file
 from qlora_compile.hf import loading
 from qlora_compile.text_table import text_table
+from qlora_compile.training.demo import demo_model_file
 from qlora_compile.tuning.modes import tuner_of
 from qlora_compile.tuning.record import to_line
 from qlora_compile.tuning.store import RecordStore, cache_folder

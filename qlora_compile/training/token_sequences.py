@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_compile.documents import Document, pack
 from qlora_compile.errors import SequenceLengthError, TokenizerVocabularyError, TooLittleTextError
+from qlora_compile.training.documents import Document, pack
 
 
 def check_sequence_length(length: int, config: Any, model: str) -> None:

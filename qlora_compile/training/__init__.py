@@ -1,0 +1,1 @@
+"""One training run of the command line: data, figures, loss curve."""
