@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from qlora_compile.cli.shapes import Shape
 from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
 from qlora_compile.kernels.selection import problems_of_call
-from qlora_compile.shapes import Shape
 
 COMPUTE_DTYPE = torch.bfloat16
 BLOCK_SIZE = 64

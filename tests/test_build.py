@@ -14,7 +14,7 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 import qlora_compile
-from qlora_compile.cli import app
+from qlora_compile.cli.app import app
 from qlora_compile.model_problems import problems_of_model
 from qlora_compile.training_problems import problems_of_shapes
 from tests.bench.compiled import run
@@ -36,7 +36,7 @@ def asked(folder: Path, first: int) -> dict[str, Any]:
 def test_a_gpu_finds_every_kernel_in_the_moved_folder(tmp_path: Path) -> None:
     built, moved = tmp_path / "built", tmp_path / "moved"
     options = ("--arch", ARCH, "--shapes", SHAPES, "--dropout", "0.1", "--candidates", "99")
-    done = run("qlora_compile.cli", "build", *options, "--jobs", "2", "--output", str(built))
+    done = run("qlora_compile.cli.app", "build", *options, "--jobs", "2", "--output", str(built))
     assert done.returncode == 0, done.stderr
     assert f"Kernels for {ARCH}" in done.stdout
     assert f"export TRITON_CACHE_DIR={built}" in done.stdout

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from qlora_compile import api
-from qlora_compile.cli import app
+from qlora_compile.cli.app import app
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import qlora_compile
-from qlora_compile.cli import app
+from qlora_compile.cli.app import app
 from qlora_compile.kernels import selection
 from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_compile.cli.model_choice import DEMO, ModelChoice, check_format
 from qlora_compile.errors import (
     OutOfRangeError,
     OutputDirectoryError,
     ResumeError,
 )
-from qlora_compile.model_choice import DEMO, ModelChoice, check_format
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document, read_documents, split
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures

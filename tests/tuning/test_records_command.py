@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from qlora_compile.cli import app
+from qlora_compile.cli.app import app
 from qlora_compile.tuning import fingerprint as fingerprints
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.record import Record, key_digest, to_line
@@ -127,5 +127,5 @@ def test_what_cannot_be_read_or_written_is_one_line(folder: Path):
 
 
 def test_the_command_line_is_there_before_torch():
-    code = "import sys, qlora_compile.cli; assert not {'torch', 'filelock'} & set(sys.modules)"
+    code = "import sys, qlora_compile.cli.app; assert not {'torch', 'filelock'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_compile.bad_input import bad_input_in_one_line
-from qlora_compile.command_options import (
+from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.model_choice import DEMO, ModelChoice, quiet_choice
+from qlora_compile.cli.options import (
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -17,7 +18,6 @@ from qlora_compile.command_options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.model_choice import DEMO, ModelChoice, quiet_choice
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import read_documents

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlora_compile.bad_input import bad_input_in_one_line
-from qlora_compile.build_command import build
-from qlora_compile.command_options import (
+from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.build import build
+from qlora_compile.cli.model_choice import quiet_choice
+from qlora_compile.cli.options import (
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -20,10 +21,9 @@ from qlora_compile.command_options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.model_choice import quiet_choice
-from qlora_compile.records_command import records
-from qlora_compile.tune_command import tune as tune_command
-from qlora_compile.verify_command import verify
+from qlora_compile.cli.records import records
+from qlora_compile.cli.tune import tune as tune_command
+from qlora_compile.cli.verify import verify
 
 app = typer.Typer(
     help="Fine-tune quantised models with LoRA through a compiler.",

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qlora_compile.bad_input import bad_input_in_one_line
-from qlora_compile.command_options import (
+from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.model_choice import check_format, quiet_choice
+from qlora_compile.cli.options import (
     TRAINED_ROWS,
     DropoutOption,
     FormatOption,
@@ -20,9 +21,8 @@ from qlora_compile.command_options import (
     ShapesOption,
     require_model_or_shapes,
 )
+from qlora_compile.cli.shapes import parse_shapes
 from qlora_compile.errors import BudgetError, DtypeChoiceError
-from qlora_compile.model_choice import check_format, quiet_choice
-from qlora_compile.shapes import parse_shapes
 from qlora_compile.text_table import text_table
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_compile.bad_input import bad_input_in_one_line
+from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.text_table import text_table
 
 if TYPE_CHECKING:
