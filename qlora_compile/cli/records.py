@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_compile.tuning.store import RecordStore
 
 records = typer.Typer(
+    name="records",
     help="What was measured, in $QLORA_COMPILE_CACHE or the user's cache folder.",
     no_args_is_help=True,
 )
