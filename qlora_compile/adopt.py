@@ -16,6 +16,7 @@ from qlora_compile.errors import (
     WeightValueError,
 )
 from qlora_compile.hf import adapters, expert_adapters, experts
+from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
@@ -98,10 +99,8 @@ def adopt(
     experts.adopt(model)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
-        if _is_bitsandbytes(linear) and name not in left:
-            from qlora_compile.hf import bnb_layers
-
-            bnb_layers.adopt(linear)
+        if name not in left and (base := base_of(linear)) is not None:
+            base.adopt(linear)
     for module in list(model.modules()):
         adapters.adopt_adapter_layer(module)
         expert_adapters.adopt(module)
@@ -109,19 +108,17 @@ def adopt(
 
 
 def unadoptable(model: nn.Module) -> dict[str, str]:
-    """Sites of bitsandbytes' that stay bitsandbytes', with the reason."""
+    """Quantised layers of other libraries that stay as they are: site → reason."""
     reasons = {}
     for name, linear in adapters.linear_sites(model).items():
-        if _is_bitsandbytes(linear):
-            from qlora_compile.hf import bnb_layers
-
-            if (reason := bnb_layers.obstacle(linear)) is not None:
-                reasons[name] = reason
+        base = base_of(linear)
+        if base is not None and (reason := base.obstacle(linear)) is not None:
+            reasons[name] = reason
     return reasons
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    return isinstance(linear, QuantizedLinear) or _is_bitsandbytes(linear)
+    return isinstance(linear, QuantizedLinear) or base_of(linear) is not None
 
 
 def quantizable(model: nn.Module, lora: object) -> list[str]:
@@ -135,10 +132,3 @@ def quantizable(model: nn.Module, lora: object) -> list[str]:
         for name, linear in adapters.linear_sites(model).items()
         if name not in left and type(linear) in (nn.Linear, Conv1D)
     ]
-
-
-def _is_bitsandbytes(module: nn.Module) -> bool:
-    # Without importing it: bitsandbytes is optional and slow to import.
-    return any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__) and (
-        isinstance(module, nn.Linear)
-    )

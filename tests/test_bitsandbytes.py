@@ -14,7 +14,7 @@ from torch import nn
 import qlora_compile
 from bench.agreement import distance
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.bnb_layers import AdoptedLinear4bit, AdoptedLinear8bitLt
+from qlora_compile.hf.bases.bitsandbytes_layers import AdoptedLinear4bit, AdoptedLinear8bitLt
 from tests.test_equality import FLOAT32_TOLERANCE, lora, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 

@@ -9,13 +9,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
+from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.conv1d import LinearSite
-from qlora_compile.hf.dora import DoraLayer, DoraLinear, dora_layer_class
+from qlora_compile.hf.dora import DoraLayer, DoraLinear
 from qlora_compile.modules.linear import QuantizedLinear
 
 
@@ -219,7 +221,21 @@ def adopt_adapter_layer(module: nn.Module) -> None:
         if type(module) is LoraLinear:
             module.__class__ = QuantizedLoraLinear
         module.fan_in_fan_out = False
-    elif (dora := dora_layer_class(module)) is not None:
+    elif (dora := _dora_layer(module)) is not None:
         module.__class__ = dora  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(module, DoraLayer):
         module.adopt_variants()
+
+
+def _dora_layer(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that stands for a stock adapter layer with DoRA. None where the layer stays PEFT's:
+    its base neither multiplies as nn.Linear does nor is packed."""
+    variants: dict = getattr(layer, "lora_variant", {})
+    if not any(type(variant) is DoraLinearVariant for variant in variants.values()):
+        return None
+    assert isinstance(layer, BaseTunerLayer)
+    linear = layer.get_base_layer()
+    if type(layer) is LoraLinear and type(linear).forward is nn.Linear.forward:
+        return DoraLinear
+    base = base_of(linear)
+    return base.dora_layer(layer) if base is not None and hasattr(linear, "packed") else None

@@ -151,21 +151,6 @@ class DoraLinear(DoraLayer, LoraLinear):  # type: ignore[misc]
     """Stock PEFT's LoRA layer over a plain Linear, with DoRA factored."""
 
 
-def dora_layer_class(layer: Any) -> type[nn.Module] | None:
-    """What stands for a stock adapter layer with DoRA, None where it stays PEFT's: the base is
-    neither a Linear that multiplies as nn.Linear does nor packed."""
-    if not any(type(v) is DoraLinearVariant for v in getattr(layer, "lora_variant", {}).values()):
-        return None
-    base = layer.get_base_layer()
-    if type(layer) is LoraLinear and type(base).forward is nn.Linear.forward:
-        return DoraLinear
-    if type(layer).__module__ == "peft.tuners.lora.bnb" and hasattr(base, "packed"):
-        from qlora_compile.hf.dora_bnb import DORA_LAYERS
-
-        return DORA_LAYERS.get(type(layer))
-    return None
-
-
 def _measure_loaded(module: Any, incompatible_keys: object) -> None:
     module.remeasure_base()
 

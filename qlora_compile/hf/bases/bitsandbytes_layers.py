@@ -10,8 +10,10 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor
 
+from qlora_compile.hf.dora import DoraLayer
 from qlora_compile.kernels.op import quantized_linear
 from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
 
@@ -84,6 +86,18 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
             compute_dtype=_compute_dtype(x, x.dtype),
             out_dtype=x.dtype,
         )
+
+
+class DoraLinear4bit(DoraLayer, Linear4bit):  # type: ignore[misc]
+    """PEFT's adapter layer over 4-bit layers, with DoRA factored."""
+
+
+class DoraLinear8bitLt(DoraLayer, Linear8bitLt):  # type: ignore[misc]
+    """PEFT's adapter layer over 8-bit layers, with DoRA factored."""
+
+
+DORA_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
+"""By the class of stock PEFT's that each stands for."""
 
 
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:

@@ -1,0 +1,15 @@
+"""Every adopter of another library's quantised layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qlora_compile.hf.bases.base import Base
+from qlora_compile.hf.bases.bitsandbytes import BitsAndBytes
+
+BASES: tuple[Base, ...] = (BitsAndBytes(),)
+
+
+def base_of(module: nn.Module) -> Base | None:
+    """The adopter of a quantised layer, None for any other module."""
+    return next((base for base in BASES if base.recognises(module)), None)
