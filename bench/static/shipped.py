@@ -15,7 +15,7 @@ from bench.static.figures import Figures, figures
 
 
 class ShippedLaunch(Protocol):
-    """What is read of `qlora_compile.kernels.gpu.shipped.ShippedLaunch`.
+    """What is read of `bench.static.launches.ShippedLaunch`.
 
     config: the label and, after a comma, what is unusual about the launch."""
 
@@ -84,7 +84,7 @@ STREAMS = ("dequantize",)
 @cache
 def launches(arch: str) -> tuple[ShippedLaunch, ...]:
     """In the order in which the package gives them, the same in every process."""
-    from qlora_compile.kernels.gpu.shipped import shipped_launches
+    from bench.static.launches import shipped_launches
 
     return tuple(shipped_launches(arch))
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 from qlora_compile.kernels.gpu.products import low_rank
-from tests.built_kernels_found import FakeDriver
+from tests.cli.built_kernels_found import FakeDriver
 
 
 class RecordingDriver(FakeDriver):

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from qlora_compile.capture import backend, pipeline
 from qlora_compile.cli.app import app
-from tests.test_verification import changed, fused
 from tests.toy_language_model import toy_llama, toy_tokenizer
+from tests.verify.test_check import changed, fused
 
 
 @pytest.fixture

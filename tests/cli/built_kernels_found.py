@@ -1,7 +1,7 @@
 """Runs the Triton variants through Triton's JIT for a GPU that is not there, and counts which of
 their kernels its cache, $TRITON_CACHE_DIR, knew.
 
-    python -m tests.built_kernels_found sm_90 256x256x512x16 129 256 0.1
+    python -m tests.cli.built_kernels_found sm_90 256x256x512x16 129 256 0.1
 
 The arguments are a target, shapes, the first and the last of the row counts that replace the
 shapes' M, and a dropout probability. Operands are real ones on the CPU. Only what touches a device

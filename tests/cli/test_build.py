@@ -28,7 +28,7 @@ SHAPES = "x".join(map(str, SHAPE))
 def asked(folder: Path, first: int) -> dict[str, Any]:
     """What row counts up to 32 ask of `folder`: see built_kernels_found.py."""
     arguments = (ARCH, SHAPES, str(first), "32", "0.1")
-    found = run("tests.built_kernels_found", *arguments, TRITON_CACHE_DIR=str(folder))
+    found = run("tests.cli.built_kernels_found", *arguments, TRITON_CACHE_DIR=str(folder))
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
 

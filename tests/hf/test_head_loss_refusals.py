@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import LogitsFreeLossError
 from qlora_compile.hf.lazy_logits import LazyLogits
+from tests.hf.test_head_loss import optimized, toy
 from tests.test_equality import lora
-from tests.test_head_loss import optimized, toy
 
 
 class Sorted(LlamaForCausalLM):
