@@ -18,7 +18,7 @@ from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import FORMATS, VARIANTS
 from qlora_compile.verify.specified_ops import specified_group
-from tests import test_experts
+from tests.hf import test_experts
 from tests.verify.test_check import uncompiled, verified
 
 __all__ = ["uncompiled"]
