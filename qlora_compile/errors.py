@@ -52,6 +52,10 @@ class WeightShapeError(QloraCompileError, ValueError):
     )
 
 
+class LayoutTextError(QloraCompileError):
+    template = '{value!r} is no layout; one reads "nf4[576x1536] block_size=64 double_quantize=1"'
+
+
 class PackedWeightError(QloraCompileError, ValueError):
     template = "packed weight of format {format!r} and shape {shape}: {problem}"
 

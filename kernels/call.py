@@ -1,0 +1,92 @@
+"""Call: what one fused op computes, as a value that crosses torch's dispatcher as text."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import astuple, dataclass
+
+import torch
+
+from qlora_compile.kernels.layout import Layout
+
+
+@dataclass(frozen=True)
+class NeedsGradient:
+    """Of what a backward computes gradients."""
+
+    x: bool = False
+    adapter: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """One Linear of a Call: its weight's layout, whether it has a bias, the rank of its adapter (0
+    without one), and the number that sets its dropout's stream apart from the other Linears'."""
+
+    layout: Layout
+    bias: bool = False
+    rank: int = 0
+    stream: int = 0
+
+    @property
+    def n(self) -> int:
+        return self.layout.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.layout.shape[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One fused op: y_i = x W_iᵀ + bias_i + scaling_i * drop(x) A_iᵀ B_iᵀ for Linears that share x.
+
+    A single Linear is a group of one. The base product runs in `compute_dtype`, the adapter's in
+    `lora_dtype`, y is returned in `out_dtype`. dropout: the probability of dropping an element of
+    the adapters' input. save_low_rank: the forward also returns, and the backward is given,
+    S = scaling / (1 - dropout) * drop(x) Aᵀ of all adapters. needs: the gradients a backward
+    returns; a forward's Call has none. records: the name of the selector that chooses variants.
+
+    Scaling is data, a tensor, and no part of a Call, so that a new one compiles nothing.
+    """
+
+    linears: tuple[LinearCall, ...]
+    compute_dtype: torch.dtype
+    lora_dtype: torch.dtype
+    out_dtype: torch.dtype
+    dropout: float = 0.0
+    save_low_rank: bool = False
+    needs: NeedsGradient = NeedsGradient()
+    records: str = ""
+
+    @functools.cached_property
+    def text(self) -> str:
+        """JSON that `parse` reads back; equal Calls have equal texts."""
+        told = {name: getattr(self, name) for name in _PLAIN}
+        told |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
+        told["needs"] = astuple(self.needs)
+        told["linears"] = [(str(each.layout), *astuple(each)[1:]) for each in self.linears]
+        return json.dumps(told, separators=(",", ":"))
+
+    def __str__(self) -> str:
+        return self.text
+
+    @staticmethod
+    @functools.cache
+    def parse(text: str) -> Call:
+        """The Call that wrote `text`."""
+        told = json.loads(text)
+        return Call(
+            linears=tuple(
+                LinearCall(Layout.parse(layout), *others) for layout, *others in told["linears"]
+            ),
+            needs=NeedsGradient(*told["needs"]),
+            **{name: getattr(torch, told[name]) for name in _DTYPES},
+            **{name: told[name] for name in _PLAIN},
+        )
+
+
+_DTYPES = ("compute_dtype", "lora_dtype", "out_dtype")
+_PLAIN = ("dropout", "save_low_rank", "records")

@@ -1,0 +1,54 @@
+"""Layout: how a frozen weight is stored, as a value that graphs, files and records can carry."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_compile.errors import LayoutTextError
+
+_TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parameters>( \w+=\d+)*)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that is known of a stored weight but its tensors.
+
+    format: the name of a QuantFormat, or "none" for a weight kept in its own floating-point dtype.
+    shape: the logical [N, K]; weights of experts [E, N, K] are stored as [E * N, K].
+    parameters: what that format lets one choose, such as a block size, as sorted pairs of a name
+    and a whole number. The format checks them and derives the planes from them.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    parameters: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, format: str, shape: tuple[int, int], **parameters: int) -> Layout:
+        """The Layout with `parameters` by name."""
+        return cls(format, shape, tuple(sorted(parameters.items())))
+
+    @property
+    def named(self) -> Mapping[str, int]:
+        """The parameters by name."""
+        return dict(self.parameters)
+
+    def __str__(self) -> str:
+        """Such as "nf4[576x1536] block_size=64 double_quantize=1"; `parse` reads it back."""
+        rows, columns = self.shape
+        listed = "".join(f" {name}={value}" for name, value in self.parameters)
+        return f"{self.format}[{rows}x{columns}]{listed}"
+
+    @staticmethod
+    @functools.cache
+    def parse(text: str) -> Layout:
+        """The Layout that `str` wrote. Raises LayoutTextError."""
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise LayoutTextError(value=text)
+        pairs = (pair.split("=") for pair in found["parameters"].split())
+        parameters = tuple((name, int(value)) for name, value in pairs)
+        return Layout(found["format"], (int(found["rows"]), int(found["columns"])), parameters)
