@@ -48,6 +48,8 @@ class Call:
     the adapters' input. save_low_rank: the forward also returns, and the backward is given,
     S = scaling / (1 - dropout) * drop(x) Aᵀ of all adapters. needs: the gradients a backward
     returns; a forward's Call has none. records: the name of the selector that chooses variants.
+    experts: 0, or the number of experts whose weights [E, N, K] the single Linear's layout stores
+    as [E * N, K]; rank is then each expert's.
 
     Scaling is data, a tensor, and no part of a Call, so that a new one compiles nothing.
     """
@@ -60,6 +62,17 @@ class Call:
     save_low_rank: bool = False
     needs: NeedsGradient = NeedsGradient()
     records: str = ""
+    experts: int = 0
+
+    @property
+    def k(self) -> int:
+        """Columns of x and of every weight."""
+        return self.linears[0].k
+
+    @property
+    def rank(self) -> int:
+        """The ranks of all adapters together: columns of S."""
+        return sum(each.rank for each in self.linears)
 
     @functools.cached_property
     def text(self) -> str:
@@ -72,6 +85,10 @@ class Call:
 
     def __str__(self) -> str:
         return self.text
+
+    def __hash__(self) -> int:
+        # A text keeps its hash; that of all fields would be computed in every look-up.
+        return hash(self.text)
 
     @staticmethod
     @functools.cache
@@ -89,4 +106,4 @@ class Call:
 
 
 _DTYPES = ("compute_dtype", "lora_dtype", "out_dtype")
-_PLAIN = ("dropout", "save_low_rank", "records")
+_PLAIN = ("dropout", "save_low_rank", "records", "experts")

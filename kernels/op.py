@@ -1,23 +1,24 @@
-"""`qlora_compile::qlora_linear`: quantised matmul plus LoRA as one op, and `qlora_linear_group` for
-Linears that share their input.
+"""`qlora_compile::qlora_linear`: the Linears of a Call, which share their input, as one op.
 
-The graph names what is computed, never how.
+Registered by hand and not as a `custom_op`, whose wrapper takes longer than small products do. The
+autograd kernel hands every tensor to torch.autograd.Function by itself: in a list it would be
+overlooked.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.linear_call import (
-    group_problem,
-    linears_of_call,
-    qlora_linear_forward,
-)
-from qlora_compile.kernels.selection import current_source, keeps_low_rank
+from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
+from qlora_compile.kernels.selection import select
 
 
 def hinted_rows(x: Tensor, k: int) -> int:
@@ -26,99 +27,181 @@ def hinted_rows(x: Tensor, k: int) -> int:
     return rows if isinstance(rows, int) else rows.node.hint or 0
 
 
-def qlora_linear(
-    x: Tensor,
-    planes: Sequence[Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    seed: Tensor | None,
-    format: str,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    dropout: float,
-    stream: int,
-    compute_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """y [..., n] = x [..., k] @ dequant(planes)ᵀ + bias + scaling * drop(x) lora_aᵀ lora_bᵀ.
+def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
+    """Every y [..., N] of the Call, and last, if the Call saves it, S [M, sum of ranks].
 
-    planes: as `PackedWeight.planes`, or [weight] with format "none". seed: int64 [1] where the
-    adapter's input is dropped out with probability `dropout`. Dtypes as in `LinearSpec`; casts
-    happen inside, so autocast leaves the op alone.
+    x [..., K]; tensors as `places` tells; seed: int64 [1] where the adapters' input is dropped out.
     """
-    (y,) = qlora_linear_group(
-        *(x, planes, [bias], [lora_a], [lora_b], seed, format, [n], k, block_size, [scaling]),
-        *(dropout, [stream], compute_dtype, lora_dtype, out_dtype),
-    )
-    return y
+    call = Call.parse(text)
+    rows = x.reshape(-1, call.k)
+    low_rank = None
+    if call.save_low_rank:
+        low_rank = x.new_empty(rows.shape[0], call.rank, dtype=call.lora_dtype)
+    group = bound(call, rows, tensors, seed, low_rank)
+    with torch.autocast(x.device.type, enabled=False):
+        choice = select(problem_of(call, "forward", rows.shape[0], x), call.records)
+        results = choice.variant.forward_group(group, choice.config)
+    outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
+    return outputs if low_rank is None else [*outputs, low_rank]
 
 
-def qlora_linear_group(
-    x: Tensor,
-    planes: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor | None],
-    lora_b: Sequence[Tensor | None],
-    seed: Tensor | None,
-    format: str,
-    n: Sequence[int],
-    k: int,
-    block_size: int,
-    scaling: Sequence[float],
-    dropout: float,
-    stream: Sequence[int],
-    compute_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    out_dtype: torch.dtype,
+def _fake_forward(
+    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """`qlora_linear` of several Linears that share x, with as many of each list; `planes` has
-    those of the first, then those of the second, and so on."""
-    constants = (format, n, k, block_size, scaling, dropout, stream)
-    dtypes = (compute_dtype, lora_dtype, out_dtype)
-    has_bias = [each is not None for each in bias]
-    has_adapter = [each is not None for each in lora_a]
-    count = len(planes) // len(n)
-    flat = []
-    for i, parts in enumerate(zip(bias, lora_a, lora_b, strict=True)):
-        flat += [*planes[i * count : (i + 1) * count], *(t for t in parts if t is not None)]
-    layout = (has_bias, has_adapter)
-    keeps, source = False, current_source()
-    factors = [factor for factor in (*lora_a, *lora_b) if factor is not None]
-    if any(factor.requires_grad for factor in factors) and torch.is_grad_enabled():
-        group = linears_of_call(x, flat, seed, layout, (*constants, *dtypes))
-        keeps = keeps_low_rank(group_problem("forward", hinted_rows(x, k), group), source)
-    *results, _ = qlora_linear_forward(x, flat, seed, *layout, keeps, source, *constants, *dtypes)
-    return results
+    call = Call.parse(text)
+    outputs = [x.new_empty((*x.shape[:-1], each.n), dtype=call.out_dtype) for each in call.linears]
+    if call.save_low_rank:
+        rows = x.numel() // call.k if call.k else 0
+        outputs.append(x.new_empty((rows, call.rank), dtype=call.lora_dtype))
+    return outputs
 
 
-# Ops of their own in the graphs that the passes see, and nothing but the next one to autograd.
-_LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
-for _op in (qlora_linear, qlora_linear_group):
-    _LIBRARY.define(_op.__name__ + torch.library.infer_schema(_op, mutates_args=()))
-    _LIBRARY.impl(_op.__name__, _op, "CompositeImplicitAutograd")
+def _backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    """The gradients that the Call needs: of x, then of each Linear those of its bias, lora_a and
+    lora_b. grads: of every y. tensors: the forward's, then S if the Call saves it."""
+    call = Call.parse(text)
+    rows = x.reshape(-1, call.k)
+    low_rank = tensors[-1] if call.save_low_rank else None
+    group = bound(call, rows, tensors, seed, low_rank)
+    grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
+    with torch.autocast(x.device.type, enabled=False):
+        choice = select(problem_of(call, "backward", rows.shape[0], x), call.records)
+        grad_x, others = choice.variant.backward_group(grad_rows, group, call.needs, choice.config)
+    found = [None if grad_x is None else _shaped(grad_x, x.shape)]
+    for each in others:
+        found += [each.bias, each.lora_a, each.lora_b]
+    return [grad for grad in found if grad is not None]
 
-QLORA_LINEAR = torch.ops.qlora_compile.qlora_linear.default
+
+def _fake_backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    results = [x.new_empty(x.shape)] if call.needs.x else []
+    return results + [tensors[i].new_empty(tensors[i].shape) for i in differentiated(call)]
+
+
+def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """`rows` in another shape, and no view of them: autograd lets nobody write to a view that an
+    op made, as a model may to a Linear's output (`hidden += residual`)."""
+    return torch.ops.aten._unsafe_view(rows, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _needing(call: Call, needs: NeedsGradient) -> Call:
+    return replace(call, needs=needs)
+
+
+@functools.lru_cache(maxsize=4096)
+def differentiated(call: Call) -> tuple[int, ...]:
+    """The places of the tensors whose gradients a backward returns, in that order."""
+    found = []
+    for place in places(call):
+        found += [place.bias] * call.needs.bias
+        found += [place.lora_a, place.lora_b] * call.needs.adapter
+    return tuple(place for place in found if place is not None)
+
+
+LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
+LIBRARY.define("qlora_linear(Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]")
+LIBRARY.define(
+    "qlora_linear_backward"
+    "(Tensor[] grads, Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]"
+)
+
+QLORA_LINEAR: Any = torch.ops.qlora_compile.qlora_linear.default
 """The op as it appears in a graph."""
 
-QLORA_LINEAR_GROUP = torch.ops.qlora_compile.qlora_linear_group.default
+QLORA_LINEAR_BACKWARD: Any = torch.ops.qlora_compile.qlora_linear_backward.default
+
+
+class _Linears(torch.autograd.Function):
+    """Saves x, handles to the packed weights, the small adapters and perhaps S [M, ranks]: nothing
+    else of [M, K], [M, N] or [N, K]."""
+
+    @staticmethod
+    def forward(keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor) -> Any:
+        return tuple(below_autograd(QLORA_LINEAR, keys, x, list(tensors), seed, text))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, text, x, seed, *tensors = inputs
+        ctx.call = Call.parse(text)
+        ctx.x_dtype = x.dtype
+        saved = list(tensors)
+        if ctx.call.save_low_rank:
+            ctx.mark_non_differentiable(output[-1])
+            saved.append(output[-1])
+        ctx.set_materialize_grads(False)
+        # x is for the adapters alone: without any the model may write to it afterwards.
+        ctx.save_for_backward(x if ctx.call.rank else None, seed, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, seed, *tensors = ctx.saved_tensors
+        _, _, needs_x, _, *needs = ctx.needs_input_grad
+        linears, spots = ctx.call.linears, places(ctx.call)
+        adapters = [i for each in spots for i in (each.lora_a, each.lora_b) if i is not None]
+        biases = [each.bias for each in spots if each.bias is not None]
+        call = _needing(
+            ctx.call,
+            NeedsGradient(needs_x, any(needs[i] for i in adapters), any(needs[i] for i in biases)),
+        )
+        results: list[Tensor | None] = [None] * tensor_count(call)
+        given = next((grad for grad in grads[: len(linears)] if grad is not None), None)
+        if given is None or call.needs == NeedsGradient():
+            return None, None, None, None, *results
+        if x is None:
+            x = given.new_empty(1, dtype=ctx.x_dtype).expand(*given.shape[:-1], call.k)
+        dense = [
+            x.new_zeros((*x.shape[:-1], each.n), dtype=call.out_dtype) if grad is None else grad
+            for grad, each in zip(grads, linears, strict=False)
+        ]
+        found = iter(QLORA_LINEAR_BACKWARD(dense, x, tensors, seed, str(call)))
+        grad_x = next(found) if needs_x else None
+        unused = [each for each, grad in zip(spots, grads, strict=False) if grad is None]
+        dropped = {i for each in unused for i in (each.bias, each.lora_a, each.lora_b)}
+        for i, grad in zip(differentiated(call), found, strict=True):
+            results[i] = None if i in dropped else grad
+        return None, None, grad_x, None, *results
+
+
+def below_autograd(
+    op: Any, keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, x, tensors, seed, text)
+
+
+def _with_autograd(
+    keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
+        return list(_Linears.apply(keys, text, x, seed, *tensors))
+    return below_autograd(QLORA_LINEAR, keys, x, tensors, seed, text)
+
+
+LIBRARY.impl("qlora_linear", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("qlora_linear", _with_autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("qlora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("qlora_compile::qlora_linear", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("qlora_compile::qlora_linear_backward", _fake_backward, lib=LIBRARY)
 
 
 def quantized_linear(
     x: Tensor,
     planes: Sequence[Tensor],
     bias: Tensor | None,
+    layout: str,
     *,
-    format: str,
-    shape: tuple[int, int],
-    block_size: int,
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] @ dequant(planes)ᵀ + bias for a packed weight of `shape` [N, K].
+    """y [..., N] = x [..., K] @ dequant(planes)ᵀ + bias for a weight [N, K] stored as the
+    Layout that `layout` is the text of.
 
     Without dtypes it runs and returns in x's dtype, or in autocast's where that is on, as
     `torch.nn.functional.linear` would.
@@ -128,5 +211,20 @@ def quantized_linear(
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     own = torch.get_autocast_dtype(device) if casts else x.dtype
     compute_dtype = compute_dtype or own
-    constants = (*shape, block_size, 1.0, 0.0, 0, compute_dtype, compute_dtype, out_dtype or own)
-    return QLORA_LINEAR(x, planes, bias, None, None, None, format, *constants)
+    text = _text_of_one(layout, bias is not None, compute_dtype, out_dtype or own)
+    tensors = [*planes] if bias is None else [*planes, bias]
+    return QLORA_LINEAR(x, tensors, None, text)[0]
+
+
+# Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
+@torch.compiler.assume_constant_result
+def _text_of_one(*constants: Any) -> str:
+    return _cached_text(*constants)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_text(
+    layout: str, bias: bool, compute_dtype: torch.dtype, out_dtype: torch.dtype
+) -> str:
+    linear = LinearCall(Layout.parse(layout), bias)
+    return str(Call((linear,), compute_dtype, compute_dtype, out_dtype))

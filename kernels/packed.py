@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from qlora_compile.errors import PackedWeightError
+from qlora_compile.kernels.layout import Layout
 
 NESTED_BLOCK_SIZE = 256
 """Absmax values per second-level block of double quantisation (QLoRA, Dettmers et al. 2023)."""
+
+
+def block_layout(
+    format: str, shape: tuple[int, int], block_size: int, double_quantized: bool
+) -> Layout:
+    """The Layout of a PackedWeight."""
+    nested = {"double_quantize": 1} if double_quantized else {}
+    return Layout.of(format, shape, block_size=block_size, **nested)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +73,10 @@ class PackedWeight:
     @property
     def double_quantized(self) -> bool:
         return self.nested_codebook is not None
+
+    @property
+    def layout(self) -> Layout:
+        return block_layout(self.format, self.shape, self.block_size, self.double_quantized)
 
     @property
     def planes(self) -> list[Tensor]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,7 +126,6 @@ _records: dict[str, dict[_Key, Choice]] = {}
 _missed: dict[str, dict[Problem, None]] = {}
 _excluded: dict[tuple[str, _Key], frozenset[str]] = {}
 _keeping: dict[tuple[Problem, str], bool] = {}
-_source: ContextVar[str] = ContextVar("source", default=MODELLED)
 
 
 def select(problem: Problem, source: str = MODELLED) -> Choice:
@@ -248,18 +245,3 @@ def forget() -> None:
     for known in (_records, _missed, _excluded, _keeping):
         known.clear()
     _modelled.cache_clear()
-
-
-def current_source() -> str:
-    """The source that calls made now will carry."""
-    return _source.get()
-
-
-@contextmanager
-def choosing_from(source: str) -> Iterator[None]:
-    """Calls that run, or are compiled, inside carry `source`."""
-    token = _source.set(source)
-    try:
-        yield
-    finally:
-        _source.reset(token)

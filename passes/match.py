@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.call import LinearCall
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import UNQUANTIZED
+from qlora_compile.passes.calls import (
+    FusedCall,
+    LinearNodes,
+    base_weights,
+    fused_call_of,
+    insert_call,
+    output,
+    read,
+)
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
     ADDS,
-    arguments,
-    base_weight,
     dropout_probability,
     example,
     insert_before,
@@ -24,7 +32,6 @@ from qlora_compile.passes.nodes import (
     is_cast,
     is_linear,
     is_private,
-    is_qlora_linear,
     linear_operands,
     replace_node,
     strip_casts,
@@ -36,29 +43,35 @@ _SEED_LIMIT = 2**62
 
 
 def match_linears(graph_module: GraphModule, context: PassContext) -> int:
-    """linear(x, frozen W, bias) at a site  ⇒  qlora_linear with an unquantised plane."""
+    """linear(x, frozen W, bias) at a site  ⇒  a fused call whose weight is not quantised."""
     rewritten = 0
     for node in list(graph_module.graph.nodes):
         if not is_linear(node):
             continue
-        site = context.site_of(base_weight(node))
+        (base,) = base_weights(node)
+        site = context.site_of(base)
         if site is None or site in context.kept:
             continue
         x, weight, bias = linear_operands(node)
-        fake_weight, result = example(base_weight(node)), example(node)
+        fake_weight, result = example(base), example(node)
         plane = strip_casts(weight)
         stored = strip_casts(transposed(plane) or plane)
-        if fake_weight is None or result is None or stored is not base_weight(node):
+        if fake_weight is None or result is None or stored is not base:
             context.unfused[site] = "the weight is computed, not stored"
             continue
         if fake_weight.requires_grad:
             context.unfused[site] = "the base weight is trained"
             continue
         n, k = fake_weight.shape if stored is plane else fake_weight.shape[::-1]
-        dtypes = (result.dtype,) * 3
-        constants = (UNQUANTIZED, n, k, 0, 1.0, 0.0, 0, *dtypes)
-        new = insert_before(node, QLORA_LINEAR, (x, [plane], bias, None, None, None, *constants))
-        replace_node(node, new)
+        fused = FusedCall.of_one(
+            x,
+            LinearNodes((plane,), bias),
+            LinearCall(Layout(UNQUANTIZED, (n, k)), bias is not None),
+            compute_dtype=result.dtype,
+            lora_dtype=result.dtype,
+            out_dtype=result.dtype,
+        )
+        replace_node(node, output(node, insert_call(node, fused)))
         rewritten += 1
     return rewritten
 
@@ -73,13 +86,15 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
     graph = graph_module.graph
     rewritten = 0
     seeds: dict[torch.device, Node] = {}
+    scalings = _Scalings(graph)
     for node in list(graph.nodes):
         branch = _match_branch(node)
         if branch is None or any(map(context.site_of, (branch.lora_a, branch.lora_b))):
             continue
-        base = arguments(branch.base)
+        base = read(branch.base)
+        (nodes,), (linear,) = base.linears, base.call.linears
         last = _trailing_cast(node)
-        result, fake_x, low_rank = example(last), example(base["x"]), example(branch.first)
+        result, fake_x, low_rank = example(last), example(base.x), example(branch.first)
         if result is None or fake_x is None or low_rank is None:
             continue
         if _is_apart(branch, node):
@@ -89,28 +104,34 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             if fake_x.device not in seeds:
                 seeds[fake_x.device] = _draw_seed(graph, fake_x.device)
             seed = seeds[fake_x.device]
-        lora_a, lora_b, scaling = branch.lora_a, branch.lora_b, branch.scaling
-        if base["lora_a"] is not None:
-            if base["lora_dtype"] != low_rank.dtype:
+        lora_a, lora_b = branch.lora_a, branch.lora_b
+        rank = low_rank.shape[-1]
+        lora_dtype = low_rank.dtype
+        if nodes.lora_a is None:
+            scaling = scalings.tensor(branch.scaling, fake_x.device, lora_dtype)
+        else:
+            if base.call.lora_dtype != lora_dtype:
                 continue
-            factors = ((base["lora_b"], base["scaling"]), (lora_b, scaling))
+            scaling = scalings.tensor(1.0, fake_x.device, lora_dtype)
+            factors = ((nodes.lora_b, nodes.scaling), (lora_b, branch.scaling))
             scaled = [insert_before(node, torch.mul, factor) for factor in factors]
-            lora_a = insert_before(node, torch.cat, ([base["lora_a"], lora_a],))
-            lora_b, scaling = insert_before(node, torch.cat, (scaled,), dim=1), 1.0
-        base |= {
-            "x": branch.x,
-            "bias": _with_adapter_bias(base["bias"], branch, node),
-            "lora_a": lora_a,
-            "lora_b": lora_b,
-            "seed": seed,
-            "scaling": scaling,
-            "dropout": branch.dropout,
-            "stream": rewritten,
-            "lora_dtype": low_rank.dtype,
-            "out_dtype": result.dtype,
-        }
-        new = insert_before(node, QLORA_LINEAR, tuple(base.values()))
-        replace_node(last, new)
+            lora_a = insert_before(node, torch.cat, ([nodes.lora_a, lora_a],))
+            lora_b = insert_before(node, torch.cat, (scaled,), dim=1)
+            rank += linear.rank
+        bias = _with_adapter_bias(nodes.bias, branch, node)
+        fused = FusedCall(
+            branch.x,
+            (LinearNodes(nodes.planes, bias, lora_a, lora_b, scaling),),
+            seed,
+            replace(
+                base.call,
+                linears=(LinearCall(linear.layout, bias is not None, rank, rewritten),),
+                dropout=branch.dropout,
+                lora_dtype=lora_dtype,
+                out_dtype=result.dtype,
+            ),
+        )
+        replace_node(last, output(node, insert_call(node, fused)))
         rewritten += 1
     return rewritten
 
@@ -136,13 +157,14 @@ def _with_adapter_bias(bias: Any, branch: _Branch, anchor: Node) -> Any:
 
 
 def _match_branch(add: Node) -> _Branch | None:
-    """The LoRA branch that `add` joins to a `qlora_linear`; every value between them
+    """The LoRA branch that `add` joins to a fused call; every value between them
     has no other user, or the rewrite would compute it twice."""
     if add.op != "call_function" or add.target not in ADDS or len(add.args) != 2 or add.kwargs:
         return None
     for base, scaled in (add.args, add.args[::-1]):
         base, scaled = _strip_private(base), _strip_private(scaled)
-        if not is_qlora_linear(base) or not is_private(base):
+        fused = fused_call_of(base)
+        if fused is None or not is_private(base):
             continue
         if not isinstance(scaled, Node) or scaled.target not in (operator.mul, torch.mul):
             continue
@@ -162,15 +184,15 @@ def _match_branch(add: Node) -> _Branch | None:
         before = _strip_private(adapted)
         # Of one that nobody else uses.
         probability = dropout_probability(before) if is_private(before) else None
-        call = arguments(base)
-        x = _shared_input(call["x"], adapted if probability is None else before.args[0])
+        call = read(fused)
+        x = _shared_input(call.x, adapted if probability is None else before.args[0])
         probability = probability or 0.0
-        if x is None or (call["lora_a"] is not None and (probability or call["dropout"])):
+        if x is None or (call.linears[0].lora_a and (probability or call.call.dropout)):
             continue
         private = (scaled, second, first)
         if all(is_private(node) for node in private) and 0.0 <= probability < 1.0:
             a, b = strip_casts(lora_a), strip_casts(lora_b)
-            return _Branch(base, x, first, a, b, bias, float(scaling), probability)
+            return _Branch(fused, x, first, a, b, bias, float(scaling), probability)
     return None
 
 
@@ -179,7 +201,7 @@ def _is_apart(branch: _Branch, add: Node) -> bool:
     of it in between; or whether only one of them is differentiated."""
     ways = [
         way
-        for node in (arguments(branch.base)["x"], linear_operands(branch.first)[0])
+        for node in (read(branch.base).x, linear_operands(branch.first)[0])
         for way in _way(branch.x, node)
     ]
     first = min([branch.base, branch.first, *ways])
@@ -205,14 +227,40 @@ def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
     return source if source is strip_casts(adapter_x) else None
 
 
+@dataclass
+class _Scalings:
+    """The tensors of a graph's scalings, one for each value, dtype and device."""
+
+    graph: Graph
+    known: dict[Hashable, Node] = field(default_factory=dict)
+
+    def tensor(self, value: float, device: torch.device, lora_dtype: torch.dtype) -> Node:
+        """A node that holds `value`: float32 [1], or float64 where the adapter's product is."""
+        dtype = torch.promote_types(torch.float32, lora_dtype)
+        key = (value, device, dtype)
+        if key not in self.known:
+            anchor = _first_computed(self.graph)
+            self.known[key] = insert_before(
+                anchor, torch.full, ((1,), value), dtype=dtype, device=device
+            )
+        return self.known[key]
+
+
 def _draw_seed(graph: Graph, device: torch.device) -> Node:
     """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
     activation checkpointing, which restores the generator's state, reproduce the masks."""
-    # The first that computes a tensor: no_grad and autocast are nodes too.
-    anchor = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
     return insert_before(
-        anchor, torch.randint, (0, _SEED_LIMIT, (1,)), dtype=torch.int64, device=device
+        _first_computed(graph),
+        torch.randint,
+        (0, _SEED_LIMIT, (1,)),
+        dtype=torch.int64,
+        device=device,
     )
+
+
+def _first_computed(graph: Graph) -> Node:
+    """The first node that computes a tensor: no_grad and autocast are nodes too."""
+    return next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
 
 
 def _is_plain_linear(node: Any) -> bool:

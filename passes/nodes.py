@@ -13,8 +13,6 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mut
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
-
 ADDS = (operator.add, operator.iadd, torch.add)
 
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
@@ -151,60 +149,19 @@ def _storage(node: Node) -> int | None:
     return None if value is None else value.untyped_storage()._cdata
 
 
-def _is_call(node: object, target: object) -> bool:
+def is_call(node: Any, target: object) -> bool:
+    """Whether `node` is a call of the function `target`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
 
 
 def is_linear(node: object) -> bool:
-    return _is_call(node, torch.nn.functional.linear)
+    return is_call(node, torch.nn.functional.linear)
 
 
 def linear_operands(node: Node) -> tuple[Any, Any, Any]:
     """x, weight and bias (or None) of a linear node."""
     operands = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     return operands["input"], operands["weight"], operands.get("bias")
-
-
-def is_qlora_linear(node: object) -> bool:
-    return _is_call(node, QLORA_LINEAR)
-
-
-def is_group(node: object) -> bool:
-    return _is_call(node, QLORA_LINEAR_GROUP)
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a `qlora_linear` or `qlora_linear_group` node by their names."""
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
-
-
-PER_SIBLING = ("bias", "lora_a", "lora_b", "n", "scaling", "stream")
-"""What a group has a list of, and its `planes` one after another."""
-
-
-def calls(node: Node) -> list[dict[str, Any]]:
-    """The `arguments` of each Linear that `node` computes as `qlora_linear` takes them; of other
-    nodes none."""
-    if is_qlora_linear(node):
-        return [arguments(node)]
-    if not is_group(node):
-        return []
-    call = arguments(node)
-    count = len(call["planes"]) // len(call["n"])
-    return [
-        call
-        | {name: call[name][i] for name in PER_SIBLING}
-        | {"planes": call["planes"][i * count : (i + 1) * count]}
-        for i in range(len(call["n"]))
-    ]
-
-
-def base_weight(node: Node) -> Any:
-    """The placeholder of a linear's or `qlora_linear`'s weight, behind casts and views."""
-    call = arguments(node)["planes"][0] if is_qlora_linear(node) else linear_operands(node)[1]
-    return stored_weight(call)
 
 
 def stored_weight(weight: Any) -> Any:

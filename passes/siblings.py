@@ -1,29 +1,24 @@
-"""Siblings: Linears that share their input become one `qlora_linear_group`.
+"""Siblings: Linears that share their input become one fused call.
 
 x is read and saved once, the adapters' A's are one product, and dX is summed up once. They may
-differ in N, bias, adapter, rank and scaling; what has to agree is in `_key`.
+differ in N, bias, adapter and rank; what has to agree is in `_key`.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Hashable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
 
-from qlora_compile.kernels.op import QLORA_LINEAR_GROUP
+from qlora_compile.passes.calls import FusedCall, insert_call, is_fused, output, read
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
-    PER_SIBLING,
-    arguments,
     example,
-    insert_before,
     is_barred,
     is_cast,
-    is_qlora_linear,
     is_written,
     replace_node,
 )
@@ -33,13 +28,13 @@ _MOVABLE = (torch.add, torch.cat, torch.mul)
 
 
 def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
-    """qlora_linear(x, …) of one x, several  ⇒  qlora_linear_group(x, …) where the first stood."""
+    """Fused calls of one x, each of a single Linear  ⇒  one fused call where the first stood."""
     found: dict[Hashable, list[list[Node]]] = defaultdict(list)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
-        if not is_qlora_linear(node) or not node.users:
+        if not is_fused(node) or not any(result.users for result in node.users):
             continue
-        groups = found[_key(arguments(node))]
+        groups = found[_key(read(node))]
         for group in groups:
             if _joins(node, group, order):
                 group.append(node)
@@ -55,26 +50,30 @@ def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
     return rewritten
 
 
-def _key(call: dict[str, Any]) -> Hashable:
-    names = ("x", "format", "k", "block_size", "compute_dtype", "out_dtype")
-    planes = [example(plane) for plane in call["planes"]]
-    described = tuple((plane.dtype, plane.device) for plane in planes if plane is not None)
-    return (*(call[name] for name in names), described)
+def _key(fused: FusedCall) -> Hashable:
+    call, layout = fused.call, fused.call.linears[0].layout
+    planes = [example(plane) for plane in fused.linears[0].planes]
+    stored = tuple((plane.dtype, plane.device) for plane in planes if plane is not None)
+    dtypes = (call.compute_dtype, call.out_dtype)
+    return fused.x, call.k, layout.format, layout.parameters, *dtypes, stored
 
 
 def _joins(node: Node, group: list[Node], order: dict[Node, int]) -> bool:
     """Whether `node` may be computed with and where `group` is."""
-    call = arguments(node)
-    if call["lora_a"] is not None:
-        for other in map(arguments, group):
-            names = ("lora_dtype", "dropout", "seed")
-            if other["lora_a"] is not None and any(call[name] != other[name] for name in names):
-                return False
-    first = group[0]
-    if is_barred(first, node, (call["x"],)):
+    fused = read(node)
+    adapters = [other for other in map(read, group) if other.call.rank]
+    if fused.call.rank and any(_drop(fused) != _drop(other) for other in adapters):
         return False
-    inputs = [each for each in node.all_input_nodes if each is not call["x"]]
+    first = group[0]
+    if is_barred(first, node, (fused.x,)):
+        return False
+    inputs = [each for each in node.all_input_nodes if each is not fused.x]
     return all(_is_available(each, first, order) for each in inputs)
+
+
+def _drop(fused: FusedCall) -> Hashable:
+    """What adapters of one call have in common."""
+    return fused.call.lora_dtype, fused.call.dropout, fused.seed
 
 
 def _is_available(node: Node, anchor: Node, order: dict[Node, int]) -> bool:
@@ -88,17 +87,18 @@ def _is_available(node: Node, anchor: Node, order: dict[Node, int]) -> bool:
 
 
 def _rewrite(group: list[Node], order: dict[Node, int]) -> None:
-    linears = [arguments(node) for node in group]
-    anchor = group[0]
+    anchor, calls = group[0], [read(node) for node in group]
     for node in group[1:]:
         for source in node.all_input_nodes:
             _move_before(source, anchor, order)
-    adapted = next((call for call in linears if call["lora_a"] is not None), linears[0])
-    call = adapted | {name: [each[name] for each in linears] for name in PER_SIBLING}
-    call["planes"] = [plane for each in linears for plane in each["planes"]]
-    joined = insert_before(anchor, QLORA_LINEAR_GROUP, tuple(call.values()))
+    adapted = next((fused for fused in calls if fused.call.rank), calls[0])
+    linears = tuple(linear for fused in calls for linear in fused.call.linears)
+    nodes = tuple(each for fused in calls for each in fused.linears)
+    joined = replace(adapted, linears=nodes, call=replace(adapted.call, linears=linears))
+    call = insert_call(anchor, joined)
     for i, node in enumerate(group):
-        replace_node(node, insert_before(anchor if i == 0 else node, operator.getitem, (joined, i)))
+        for result in list(node.users):
+            replace_node(result, output(result, call, i))
 
 
 def _move_before(node: Node, anchor: Node, order: dict[Node, int]) -> None:

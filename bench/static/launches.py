@@ -89,7 +89,7 @@ class _Case:
 
     @property
     def spec(self) -> LinearSpec:
-        return LinearSpec.of(self.problem("forward", ROWS), scaling=2.0, dropout=0.1, stream=0)
+        return LinearSpec.of(self.problem("forward", ROWS), dropout=0.1, stream=0)
 
     @property
     def planes(self) -> list[Tensor]:
@@ -151,7 +151,11 @@ def _products(
         masked = backward and case.dropout
         bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
         with recording():
-            adapter, _ = adapter_operands(low, up, case.lora_dtype, dtype, bits=bits)
+            adapter, _ = adapter_operands(
+                *(low, up, case.lora_dtype, dtype),
+                scaling=_meta(1, dtype=torch.float32),
+                bits=bits,
+            )
     x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
     bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
     for config in variant.configs_on(target, case.problem(direction, rows)):
@@ -197,6 +201,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
                     case = _Case(quant_format.name, dtype, rank, double)
                     decoder = dequantize_decoder(target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
+                    scaling = _meta(1, dtype=torch.float32) if rank else None
                     with recording() as launches:
                         dequantize(
                             meta_planes(case.problem("forward", ROWS)),
@@ -204,6 +209,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
                             dtype,
                             decoder,
                             up,
+                            scaling,
                         )
                     kernel = "dequantize_augmented" if rank else "dequantize"
                     yield _streaming(kernel, case, decoder, "-", launches[-1])
@@ -220,10 +226,11 @@ def _thin_products() -> Iterator[ShippedLaunch]:
         bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
         factor = _meta(rank, WIDTH, dtype=torch.float32)
         low = _meta(ROWS, rank, dtype=torch.float32)
+        scaling = _meta(1, dtype=torch.float32)
         gradient = _meta(WIDTH, rank, dtype=torch.float32)
         with recording() as launches:
-            planes = low_rank(x, factor, lora_dtype, 2.0, bits)
-            adapter_operands(planes, gradient, lora_dtype, dtype, total=True)
+            planes = low_rank(x, factor, lora_dtype, bits)
+            adapter_operands(planes, gradient, lora_dtype, dtype, scaling=scaling, total=True)
             adapter_gradient(x, low, lora_dtype, gradient, bits)
         note = f"adapter {lora_dtype}".replace("torch.", "")
         note += ", dropout" if dropout else ""

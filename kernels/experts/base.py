@@ -48,7 +48,6 @@ class ExpertsSpec:
     n: int
     k: int
     block_size: int
-    scaling: float
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
 
@@ -59,7 +58,7 @@ class ExpertsTensors:
 
     planes: of one PackedWeight of shape [E * N, K], expert e in the rows from e * N, or one plain
     weight [E, N, K] of any strides. bias [E, N]; lora_a [E, R, K] and lora_b [E, N, R], of any
-    strides.
+    strides; scaling, one float32 element, where lora_a and lora_b are.
     """
 
     x: Tensor
@@ -68,6 +67,14 @@ class ExpertsTensors:
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
+    scaling: Tensor | None
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Scaling as a number on a CPU; elsewhere the tensor, as reading it would wait for the
+        device."""
+        assert self.scaling is not None
+        return self.scaling.item() if self.scaling.device.type == "cpu" else self.scaling
 
     @property
     def experts(self) -> int:

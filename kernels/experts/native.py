@@ -64,8 +64,8 @@ class NativeExperts(ExpertsVariant):
             else:
                 torch.addmm(tensors.bias[expert].to(dtype), x, weight.t(), out=part)
             if tensors.lora_a is not None and tensors.lora_b is not None:
-                low = x @ tensors.lora_a[expert].to(dtype).t()
-                part.addmm_(low, tensors.lora_b[expert].to(dtype).t(), alpha=spec.scaling)
+                low = (x @ tensors.lora_a[expert].to(dtype).t()).mul_(tensors.scale)
+                part.addmm_(low, tensors.lora_b[expert].to(dtype).t())
             if y.dtype != dtype:
                 y[rows] = part
         y[end:] = 0
@@ -96,7 +96,7 @@ class NativeExperts(ExpertsVariant):
             a = b = grad_low = None
             if lora_a is not None and lora_b is not None:
                 a, b = lora_a[expert].to(dtype), lora_b[expert].to(dtype)
-                grad_low = (g @ b).mul_(spec.scaling)
+                grad_low = (g @ b).mul_(tensors.scale)
             if needs_x:
                 part = g @ _decoded(tensors, spec, expert, dtype)
                 if a is not None and grad_low is not None:
@@ -105,7 +105,7 @@ class NativeExperts(ExpertsVariant):
             if grad_a is not None and grad_b is not None and a is not None and grad_low is not None:
                 x = tensors.x[rows].to(dtype)
                 grad_a[expert] = grad_low.t() @ x
-                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(spec.scaling)
+                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(tensors.scale)
         grad_x[end:] = 0
         return ExpertsGradients(grad_x if needs_x else None, grad_a, grad_b)
 

@@ -1,140 +1,212 @@
-"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op."""
+"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op of the form
+that `qlora_linear` has."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.registry import choose
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
-from qlora_compile.kernels.problem import Direction, bucket_rows
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.linear_call import places, problem_of, specs
+from qlora_compile.kernels.op import LIBRARY, below_autograd
+from qlora_compile.kernels.problem import Direction
 
 
-def experts_spec(format: str, *constants: Any) -> ExpertsSpec:
-    """The spec of a call, from `qlora_experts`' arguments behind its tensors."""
-    return ExpertsSpec(None if format == UNQUANTIZED else format_named(format), *constants)
-
-
-def experts_problem(
-    direction: Direction, rows: int, tensors: ExpertsTensors, spec: ExpertsSpec
-) -> ExpertsProblem:
-    return ExpertsProblem(
-        direction=direction,
-        m=bucket_rows(rows),
-        experts=tensors.experts,
-        n=spec.n,
+def experts_spec(call: Call) -> ExpertsSpec:
+    """The constants of an experts' Call as variants take them."""
+    (spec,) = specs(call)
+    return ExpertsSpec(
+        format=spec.format,
+        n=spec.n // call.experts,
         k=spec.k,
-        rank=0 if tensors.lora_a is None else tensors.lora_a.shape[1],
-        format=UNQUANTIZED if spec.format is None else spec.format.name,
         block_size=spec.block_size,
-        double_quantized=len(tensors.planes) > 2,
-        x_dtype=tensors.x.dtype,
         compute_dtype=spec.compute_dtype,
         out_dtype=spec.out_dtype,
-        bias=tensors.bias is not None,
-        device=str(tensors.x.device),
     )
 
 
-# No defaults in the schemas, as in kernels/op.py.
-@torch.library.custom_op("qlora_compile::qlora_experts", mutates_args=())
-def qlora_experts(
-    x: Tensor,
-    offsets: Tensor,
-    planes: Sequence[Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    format: str,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """y [S, n] in `out_dtype`: for the rows of expert e, which end at offsets[e],
+def experts_tensors(call: Call, x: Tensor, tensors: Sequence[Any]) -> ExpertsTensors:
+    """The tensors of an experts' Call by their names: first the offsets, then as `places` tells."""
+    offsets, *others = tensors
+    (place,) = places(call)
+
+    def at(index: int | None) -> Any:
+        return None if index is None else others[index]
+
+    return ExpertsTensors(
+        x=x,
+        offsets=offsets,
+        planes=others[place.planes],
+        bias=at(place.bias),
+        lora_a=at(place.lora_a),
+        lora_b=at(place.lora_b),
+        scaling=at(place.scaling),
+    )
+
+
+def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> ExpertsProblem:
+    """The Problem of an experts' Call in one direction, for `rows` rows of all experts together."""
+    problem = problem_of(call, direction, rows, x)
+    return ExpertsProblem(
+        direction=direction,
+        m=problem.m,
+        experts=call.experts,
+        n=problem.n // call.experts,
+        k=problem.k,
+        rank=problem.rank,
+        format=problem.format,
+        block_size=problem.block_size,
+        double_quantized=problem.double_quantized,
+        x_dtype=problem.x_dtype,
+        compute_dtype=problem.compute_dtype,
+        out_dtype=problem.out_dtype,
+        bias=problem.bias,
+        device=problem.device,
+    )
+
+
+def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
+    """[y] of shape [S, N]: for the rows of expert e, which end at offsets[e],
     y = x @ dequant(W)[e]ᵀ + bias[e] + scaling * x lora_a[e]ᵀ lora_b[e]ᵀ; zero past the last offset.
 
-    Shapes as in `ExpertsTensors`. Products run in `compute_dtype`; casts happen inside. W and bias
-    are frozen.
+    Shapes as in `ExpertsTensors`. Products run in the compute dtype; casts happen inside. W and
+    bias are frozen. seed: None, as nothing is dropped out here.
     """
-    spec = experts_spec(format, n, k, block_size, scaling, compute_dtype, out_dtype)
-    tensors = ExpertsTensors(x, offsets, planes, bias, lora_a, lora_b)
+    call = Call.parse(text)
     with torch.autocast(x.device.type, enabled=False):
-        choice = choose(experts_problem("forward", x.shape[0], tensors, spec))
-        return choice.variant.forward(tensors, spec)
+        choice = choose(experts_problem(call, "forward", x.shape[0], x))
+        return [choice.variant.forward(experts_tensors(call, x, tensors), experts_spec(call))]
 
 
-QLORA_EXPERTS = torch.ops.qlora_compile.qlora_experts.default
+def _fake_forward(
+    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    return [x.new_empty((x.shape[0], experts_spec(call).n), dtype=call.out_dtype)]
+
+
+def _backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    """The needed ones of [grad x, grad lora_a, grad lora_b], in that order, contiguous."""
+    call = Call.parse(text)
+    with torch.autocast(x.device.type, enabled=False):
+        choice = choose(experts_problem(call, "backward", x.shape[0], x))
+        found = choice.variant.backward(
+            grads[0],
+            experts_tensors(call, x, tensors),
+            experts_spec(call),
+            needs_x=call.needs.x,
+            needs_adapter=call.needs.adapter,
+        )
+    return [grad for grad in (found.x, found.lora_a, found.lora_b) if grad is not None]
+
+
+def _fake_backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    own = experts_tensors(call, x, tensors)
+    factors = (own.lora_a, own.lora_b) if call.needs.adapter else ()
+    needed = [x] * call.needs.x + [factor for factor in factors if factor is not None]
+    return [tensor.new_empty(tensor.shape) for tensor in needed]
+
+
+LIBRARY.define("qlora_experts(Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]")
+LIBRARY.define(
+    "qlora_experts_backward"
+    "(Tensor[] grads, Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]"
+)
+
+QLORA_EXPERTS: Any = torch.ops.qlora_compile.qlora_experts.default
 """The op as it appears in a graph."""
 
-
-@qlora_experts.register_fake
-def _(x, offsets, planes, bias, lora_a, lora_b, format, n, k, *constants):
-    return x.new_empty((x.shape[0], n), dtype=constants[-1])
+QLORA_EXPERTS_BACKWARD: Any = torch.ops.qlora_compile.qlora_experts_backward.default
 
 
-@torch.library.custom_op("qlora_compile::qlora_experts_backward", mutates_args=())
-def qlora_experts_backward(
-    grad: Tensor,
+class _Experts(torch.autograd.Function):
+    """Saves x and handles to what is stored anyway; the low-rank product is computed again."""
+
+    @staticmethod
+    def forward(keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor) -> Any:
+        return tuple(below_autograd(QLORA_EXPERTS, keys, x, list(tensors), seed, text))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.text, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, seed, *tensors = ctx.saved_tensors
+        _, _, needs_x, _, *needs = ctx.needs_input_grad
+        call = Call.parse(ctx.text)
+        (place,) = places(call)
+        # Behind the offsets.
+        factors = [] if place.lora_a is None else [place.lora_a + 1, place.lora_a + 2]
+        needs_adapter = any(needs[i] for i in factors)
+        results: list[Tensor | None] = [None] * len(tensors)
+        if not (needs_x or needs_adapter):
+            return None, None, None, None, *results
+        call = replace(call, needs=NeedsGradient(needs_x, needs_adapter))
+        found = iter(QLORA_EXPERTS_BACKWARD([grad], x, tensors, seed, str(call)))
+        grad_x = next(found) if needs_x else None
+        for i, each in zip(factors, found, strict=False):
+            results[i] = each
+        return None, None, grad_x, None, *results
+
+
+def _with_autograd(
+    keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
+        return list(_Experts.apply(keys, text, x, seed, *tensors))
+    return below_autograd(QLORA_EXPERTS, keys, x, tensors, seed, text)
+
+
+LIBRARY.impl("qlora_experts", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("qlora_experts", _with_autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("qlora_experts_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("qlora_compile::qlora_experts", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("qlora_compile::qlora_experts_backward", _fake_backward, lib=LIBRARY)
+
+
+def experts_linear(
     x: Tensor,
     offsets: Tensor,
     planes: Sequence[Tensor],
     bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    needs_x: bool,
-    needs_adapter: bool,
-    format: str,
-    n: int,
-    k: int,
-    block_size: int,
-    scaling: float,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> list[Tensor]:
-    """The needed ones of [grad x, grad lora_a, grad lora_b], in that order, contiguous."""
-    spec = experts_spec(format, n, k, block_size, scaling, compute_dtype, out_dtype)
-    tensors = ExpertsTensors(x, offsets, planes, bias, lora_a, lora_b)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = choose(experts_problem("backward", x.shape[0], tensors, spec))
-        grads = choice.variant.backward(
-            grad, tensors, spec, needs_x=needs_x, needs_adapter=needs_adapter
-        )
-    return [g for g in (grads.x, grads.lora_a, grads.lora_b) if g is not None]
+    layout: str,
+    *,
+    adapter: tuple[Tensor, Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [S, N] of x [S, K] in `dtype`, whose rows are sorted by expert and end at `offsets` [E].
+
+    layout: the text of the Layout of all experts' weights, [E * N, K]. adapter: lora_a, lora_b and
+    scaling.
+    """
+    rank = 0 if adapter is None else adapter[0].shape[1]
+    text = _text(layout, bias is not None, rank, offsets.shape[0], dtype)
+    others = [*([] if bias is None else [bias]), *(adapter or ())]
+    return QLORA_EXPERTS(x, [offsets, *planes, *others], None, text)[0]
 
 
-@qlora_experts_backward.register_fake
-def _(grad, x, offsets, planes, bias, lora_a, lora_b, needs_x, needs_adapter, *constants):
-    needed = ((x, needs_x), (lora_a, needs_adapter), (lora_b, needs_adapter))
-    return [tensor.new_empty(tensor.shape) for tensor, need in needed if need]
+# Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
+@torch.compiler.assume_constant_result
+def _text(*constants: Any) -> str:
+    return _cached_text(*constants)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    # x and handles to what is stored anyway; the low-rank product is computed again.
-    x, offsets, planes, bias, lora_a, lora_b, *ctx.constants = inputs
-    ctx.plane_count = len(planes)
-    ctx.save_for_backward(x, offsets, bias, lora_a, lora_b, *planes)
-
-
-def _backward(ctx, grad):
-    x, offsets, bias, lora_a, lora_b, *planes = ctx.saved_tensors
-    needs_x, _, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
-    needs_adapter = needs_a or needs_b
-    unneeded = (None,) * len(ctx.constants)
-    frozen = [None] * ctx.plane_count
-    if not (needs_x or needs_adapter):
-        return (None, None, frozen, None, None, None, *unneeded)
-    tensors = (grad, x, offsets, planes, bias, lora_a, lora_b)
-    grads = iter(qlora_experts_backward(*tensors, needs_x, needs_adapter, *ctx.constants))
-    grad_x = next(grads) if needs_x else None
-    grad_a, grad_b = (next(grads), next(grads)) if needs_adapter else (None, None)
-    return (grad_x, None, frozen, None, grad_a, grad_b, *unneeded)
-
-
-qlora_experts.register_autograd(_backward, setup_context=_setup_context)
+@functools.lru_cache(maxsize=4096)
+def _cached_text(layout: str, bias: bool, rank: int, experts: int, dtype: torch.dtype) -> str:
+    linear = LinearCall(Layout.parse(layout), bias, rank)
+    return str(Call((linear,), dtype, dtype, dtype, experts=experts))

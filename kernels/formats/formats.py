@@ -7,6 +7,7 @@ from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.fp4 import FP4
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nf4 import NF4
+from qlora_compile.kernels.layout import Layout
 
 FORMATS: tuple[QuantFormat, ...] = (NF4, FP4, INT8)
 
@@ -22,3 +23,10 @@ def format_named(name: str) -> QuantFormat:
 
 UNQUANTIZED = "none"
 """Format name of a weight kept in its own floating-point dtype."""
+
+
+def plane_count(layout: Layout) -> int:
+    """How many tensors a weight of `layout` is stored in."""
+    if layout.format == UNQUANTIZED:
+        return 1
+    return 5 if layout.named.get("double_quantize") else 2

@@ -10,12 +10,14 @@ import triton.language as tl
 # fmt: off
 @triton.jit
 def _operand(
-    source, stride_split, stride_row, stride_rank, out, scale, total, tile, rows, rank, width,
+    source, stride_split, stride_row, stride_rank, scaling, kept, out, scale, total, tile, rows,
+    rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS planes of source."""
+    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS planes of source, times the
+    number at `scaling` and `kept` if there is one."""
     at = tile * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, BRANK)
     inside = (at < rows)[:, None] & (ranks < rank)[None, :]
@@ -23,6 +25,8 @@ def _operand(
     values = tl.zeros((ROWS, BRANK), tl.float32)
     for split in tl.static_range(SPLITS):
         values += tl.load(base + split * stride_split, mask=inside, other=0.0).to(tl.float32)
+    if scaling is not None:
+        values *= tl.load(scaling) * kept
     if total is not None:
         flat = tl.cast(at, tl.int64)[:, None] * rank + ranks[None, :]
         tl.store(total + flat, values, mask=inside)
@@ -46,31 +50,31 @@ def _operand(
 # fmt: off
 @triton.jit
 def adapter_operand_kernel(
-    low, low_stride_split, low_stride_row, low_stride_rank, low_out, low_scale, total, rows,
-    up, up_stride_row, up_stride_rank, up_out, up_scale, columns,
+    low, low_stride_split, low_stride_row, low_stride_rank, scaling, kept, low_out, low_scale,
+    total, rows, up, up_stride_row, up_stride_rank, up_out, up_scale, columns,
     rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank]; and
-    up_out [columns, width] from up [columns, rank].
+    """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank],
+    times the number at `scaling` and `kept`; and up_out [columns, width] from up [columns, rank].
 
     With scales [rows] and [columns], float32, rows are divided by their largest magnitude, which
     goes there, so that float16 holds 11 bits of every element that counts. TERMS 1: width is the
     rank padded with zeros. TERMS 3: [high | low | high] and, of up, [high | high | low], so that
     the product of the two has the three largest of the four products of their halves. total
-    [rows, rank]: the float32 sum itself, where it is wanted.
+    [rows, rank]: the scaled sum in float32, where it is wanted.
     """
     tile = tl.program_id(0)
     tiles = tl.cdiv(rows, ROWS)
     if tile < tiles:
         _operand(
-            low, low_stride_split, low_stride_row, low_stride_rank, low_out, low_scale, total,
-            tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
+            low, low_stride_split, low_stride_row, low_stride_rank, scaling, kept, low_out,
+            low_scale, total, tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
         )  # fmt: skip
     else:
         _operand(
-            up, 0, up_stride_row, up_stride_rank, up_out, up_scale, None,
+            up, 0, up_stride_row, up_stride_rank, None, 1.0, up_out, up_scale, None,
             tile - tiles, columns, rank, width, OUT, 1, TERMS, True, ROWS, BRANK,
         )  # fmt: skip

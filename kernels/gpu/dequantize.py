@@ -38,7 +38,8 @@ def dequantize_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """out [N, K] = W, of DTYPE, or out [N, K + rank] = [W | scaling * up] with up [N, rank].
+    """out [N, K] = W, of DTYPE, or out [N, K + rank] = [W | s * up] with up [N, rank] and
+    the number s at `scaling`.
 
     Grid: tiles of rows, and of columns with as many more as cover the adapter.
     """
@@ -82,5 +83,6 @@ def dequantize_kernel(
             scaled_inside = inside[:, None] & (ranks < rank)[None, :]
             base = up + tl.cast(n0, tl.int64) * rank
             at = edge(n0, N, ROWS, EVEN_N)[:, None] * rank + ranks[None, :]
-            scaled = tl.load(base + at, mask=scaled_inside, other=0.0).to(tl.float32) * scaling
+            scaled = tl.load(base + at, mask=scaled_inside, other=0.0).to(tl.float32)
+            scaled *= tl.load(scaling)
             tl.store(target + (K + ranks)[None, :], scaled.to(DTYPE), mask=scaled_inside)

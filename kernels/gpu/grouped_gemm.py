@@ -47,8 +47,8 @@ def grouped_gemm_kernel(
 ):
     # fmt: on
     """For the rows of each expert e, forward: out [S, N] = x [S, K] W[e]ᵀ + bias[e] + low up[e]ᵀ;
-    backward: out [S, K] = x [S, N] W[e] + low up[e]ᵀ; times `scaling` if not None. Rows past the
-    last offset become zero.
+    backward: out [S, K] = x [S, N] W[e] + low up[e]ᵀ; times the number at `scaling` if not None.
+    Rows past the last offset become zero.
 
     offsets: int32 [experts], the end of each expert's rows. weight: int32 words of packed codes of
     W [experts * N, K], or W [experts, N, K] where DECODE is None. low: [S, width] and up
@@ -182,7 +182,7 @@ def grouped_gemm_kernel(
         terms = tl.load(terms).to(tl.float32)
         acc += terms[:, None] if WEIGHT_LEFT else terms[None, :]
     if scaling is not None:
-        acc *= scaling
+        acc *= tl.load(scaling)
     result = acc.to(out.dtype.element_ty)
     result = result.T if WEIGHT_LEFT else result
     tl.store(target, result, mask=stored)

@@ -125,7 +125,7 @@ def _thin(
     thin = replace(_THIN, block_m=min(config.block_m, _THIN.block_m), block_c=block_c)
     out = x.new_empty(x.shape[0], width, dtype=spec.compute_dtype)
     shape = (width, factor.shape[2])
-    _gemm(x, factor, shape, tensors.offsets, spec, thin, out, scaling=spec.scaling)
+    _gemm(x, factor, shape, tensors.offsets, spec, thin, out, scaling=tensors.scaling)
     return out
 
 
@@ -140,7 +140,7 @@ def _gemm(
     backward: bool = False,
     bias: Tensor | None = None,
     adapter: _Adapter | None = None,
-    scaling: float | None = None,
+    scaling: Tensor | None = None,
 ) -> None:
     """One launch. weight: [E, N, K], or what `packed_operand` made of it; shape: (N, K)."""
     n, k = shape

@@ -18,7 +18,6 @@ def low_rank_kernel(
     factor_stride_r,
     factor_stride_k,
     bits,
-    scaling,
     out,
     out_stride_split,
     M,
@@ -31,7 +30,7 @@ def low_rank_kernel(
     SPLITS: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """out [SPLITS, M, rank], float32: parts of scaling * drop(x) [M, K] @ factor [rank, K]ᵀ.
+    """out [SPLITS, M, rank], float32: parts of drop(x) [M, K] @ factor [rank, K]ᵀ.
 
     The product runs in LORA; float32 keeps every bit of the factor against a 16-bit x.
     """
@@ -68,4 +67,4 @@ def low_rank_kernel(
     target = out + tl.cast(split, tl.int64) * out_stride_split + tl.cast(m0, tl.int64) * rank
     target = target + (tl.arange(0, BM)[:, None] * rank + ranks[None, :])
     stored = (m0 + tl.arange(0, BM) < M)[:, None] & (ranks < rank)[None, :]
-    tl.store(target, acc * scaling, mask=stored)
+    tl.store(target, acc, mask=stored)

@@ -37,7 +37,7 @@ _ROW_BLOCK = 64
 """Launches follow the row count's number of such blocks, the rest only by what divides it."""
 
 # Numbers that no kernel is compiled for.
-_FREE: dict[str, Any] = {"scaling": 2.0, "dropout": 0.1, "stream": 2}
+_FREE: dict[str, Any] = {"dropout": 0.1, "stream": 2}
 
 _RESTS = (0, 8, 4, 2, 1)
 """Taken off a multiple of 64, rows that 64, 8, 4, 2 and nothing divides: Triton's JIT asks of each
@@ -70,8 +70,9 @@ class Call:
 
     def _linear(self, problem: Problem) -> tuple[LinearTensors, LinearSpec]:
         rank = problem.rank
-        low_rank = lora_a = lora_b = seed = None
+        low_rank = lora_a = lora_b = scaling = seed = None
         if rank:
+            scaling = _meta(1, dtype=torch.float32)
             lora_a = _meta(rank, problem.k, dtype=self.factor_dtype)
             lora_b = _meta(problem.n, rank, dtype=self.factor_dtype)
             if problem.dropout:
@@ -84,6 +85,7 @@ class Call:
             bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
             lora_a=lora_a,
             lora_b=lora_b,
+            scaling=scaling,
             seed=seed,
             low_rank=low_rank,
         )

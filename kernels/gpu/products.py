@@ -59,10 +59,9 @@ def decoded_absmax(planes: list[Tensor]) -> list[Tensor]:
     return [codes, absmax]
 
 
-def low_rank(
-    x: Tensor, factor: Tensor, dtype: torch.dtype, scaling: float, bits: Tensor | None = None
-) -> Tensor:
-    """scaling * drop(x) [M, K] @ factor [rank, K]ᵀ; the product in `dtype`.
+def low_rank(x: Tensor, factor: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
+    """drop(x) [M, K] @ factor [rank, K]ᵀ; the product in `dtype`, what is kept not yet divided by
+    the probability of keeping it.
 
     As float32 planes [splits, M, rank], to be added up: parts of one sum.
     """
@@ -79,7 +78,6 @@ def low_rank(
         "factor_stride_r": factor.stride(0),
         "factor_stride_k": factor.stride(1),
         "bits": bits,
-        "scaling": scaling,
         "out": out,
         "out_stride_split": out.stride(0),
         "M": rows,
@@ -128,11 +126,13 @@ def adapter_operands(
     dtype: torch.dtype,
     result: torch.dtype,
     *,
+    scaling: Tensor | None = None,
+    kept: float = 1.0,
     total: bool = False,
     bits: Tensor | None = None,
 ) -> tuple[AdapterStart, Tensor | None]:
     """(the start, float32 sum [M, rank] of `low` if `total`) of low [planes, M, rank] and up
-    [C, rank], any strides.
+    [C, rank], any strides. scaling: one float32 element that, times `kept`, multiplies the sum.
 
     dtype: of the adapter's product. A float32 one becomes float16 relative to each row's largest
     element: 11 bits where the `result` is rounded to bfloat16's 8; to float16's 11, a second half
@@ -155,6 +155,8 @@ def adapter_operands(
         "low_stride_split": low.stride(0),
         "low_stride_row": low.stride(1),
         "low_stride_rank": low.stride(2),
+        "scaling": scaling,
+        "kept": kept,
         "low_out": start.low.values,
         "low_scale": start.low.scale,
         "total": summed,
@@ -228,21 +230,20 @@ def adapter_gradients(
     grad_low: Tensor,
     factors: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-    scaling: float,
-    bits: Tensor | None = None,
+    scaling: Tensor,
     low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of lora_a [rank, K] and lora_b [N, rank], the `factors`, in their own dtypes.
 
-    grad_low [M, rank] float32: of drop(x) lora_aᵀ, `scaling` included. low [M, rank]: scaling *
-    drop(x) lora_aᵀ, where the forward kept it.
+    grad_low [M, rank] float32: of x lora_aᵀ, `scaling` included. low [M, rank]: scaling * x
+    lora_aᵀ, where the forward saved it. Nothing is dropped out.
     """
     grad_a, grad_b = (
         torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors
     )
     if low is None:
-        low = added_up(low_rank(x, factors[0], dtype, scaling, bits))
-    adapter_gradient(x, grad_low, dtype, grad_a.t(), bits)
+        low = added_up(low_rank(x, factors[0], dtype)) * scaling
+    adapter_gradient(x, grad_low, dtype, grad_a.t())
     adapter_gradient(grad, low.float(), dtype, grad_b)
     return grad_a, grad_b
 
@@ -253,10 +254,10 @@ def dequantize(
     dtype: torch.dtype,
     decoder_name: str,
     up: Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: Tensor | None = None,
 ) -> Tensor:
-    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank]; in the
-    workspace."""
+    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank] and scaling one
+    float32 element; in the workspace."""
     decoder = decoder_named(spec, decoder_name)
     tile_rows, tile_columns = 32, 256
     rank = 0 if up is None else up.shape[1]

@@ -52,7 +52,9 @@ class Augmented(SeparateVariant, TritonVariant):
 
         decoder = dequantize_decoder(target_of(str(tensors.x.device)), spec.compute_dtype)
         planes = list(tensors.planes)
-        return dequantize(planes, spec, spec.compute_dtype, decoder, tensors.lora_b, spec.scaling)
+        return dequantize(
+            planes, spec, spec.compute_dtype, decoder, tensors.lora_b, tensors.scaling
+        )
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         from qlora_compile.kernels.gpu.products import added_up, low_rank
@@ -61,10 +63,10 @@ class Augmented(SeparateVariant, TritonVariant):
         assert a is not None
         wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
         wide[:, : spec.k] = x
-        low = added_up(low_rank(x, a, spec.lora_dtype, 1.0))
+        low = added_up(low_rank(x, a, spec.lora_dtype))
         wide[:, spec.k :] = low
         if tensors.low_rank is not None:
-            tensors.low_rank.copy_(low.mul_(spec.scaling))
+            tensors.low_rank.copy_(low.mul_(tensors.scaling))
         weight = self._workspace(tensors, spec).t()
         if tensors.bias is None:
             y = wide @ weight
@@ -82,9 +84,10 @@ class Augmented(SeparateVariant, TritonVariant):
     ) -> LinearGradients:
         from qlora_compile.kernels.gpu.products import adapter_gradients, added_up, low_rank
 
-        x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
+        x, a, b, scaling = tensors.x, tensors.lora_a, tensors.lora_b, tensors.scaling
         assert a is not None
         assert b is not None
+        assert scaling is not None
         grad = grad.to(spec.compute_dtype)
         grad_x = grad_a = grad_b = None
         if needs.x:
@@ -92,7 +95,7 @@ class Augmented(SeparateVariant, TritonVariant):
             grad_low = wide[:, spec.k :]
             grad_x = torch.addmm(wide[:, : spec.k], grad_low, a.to(wide.dtype))
         else:
-            grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype, spec.scaling))
+            grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype)) * scaling
         if needs.adapter:
             grad_a, grad_b = adapter_gradients(
                 x,
@@ -100,7 +103,7 @@ class Augmented(SeparateVariant, TritonVariant):
                 grad_low.float(),
                 (a, b),
                 spec.lora_dtype,
-                spec.scaling,
+                scaling,
                 low=tensors.low_rank,
             )
         grad_bias = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
@@ -34,7 +35,6 @@ class LinearSpec:
     n: int
     k: int
     block_size: int
-    scaling: float
     dropout: float
     stream: int
     compute_dtype: torch.dtype
@@ -42,14 +42,13 @@ class LinearSpec:
     out_dtype: torch.dtype
 
     @classmethod
-    def of(cls, problem: Problem, *, scaling: float, dropout: float, stream: int) -> LinearSpec:
+    def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
         """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
         return cls(
             format=None if problem.format == UNQUANTIZED else format_named(problem.format),
             n=problem.n,
             k=problem.k,
             block_size=problem.block_size,
-            scaling=scaling,
             dropout=dropout if problem.dropout else 0.0,
             stream=stream,
             compute_dtype=problem.compute_dtype,
@@ -85,8 +84,10 @@ class LinearSpec:
 class LinearTensors:
     """The tensors of one call; `x` is [M, K], `planes` are the packed weight's.
 
-    low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's `lora_dtype`. A
-    forward that is given one writes it, a backward reads it instead of computing it again.
+    scaling: what the adapter's product is multiplied with, one float32 element; there where lora_a
+    and lora_b are. low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's
+    `lora_dtype`. A forward that is given one writes it, a backward reads it instead of computing it
+    again.
     """
 
     x: Tensor
@@ -94,6 +95,7 @@ class LinearTensors:
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
+    scaling: Tensor | None
     seed: Tensor | None
     low_rank: Tensor | None = None
 
@@ -110,13 +112,6 @@ class LinearGradients:
 
 Group = Sequence[tuple[LinearTensors, LinearSpec]]
 """Linears that share x, format, dtypes and dropout: one, or the siblings of a Problem."""
-
-
-@dataclass(frozen=True)
-class NeedsGradient:
-    x: bool
-    adapter: bool
-    bias: bool
 
 
 @dataclass(frozen=True)
@@ -220,10 +215,19 @@ class SeparateVariant(Variant):
         return grad_x, others
 
 
-def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float:
+def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
     """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
-    instead of one of [M, K]."""
-    return spec.scaling if tensors.seed is None else spec.scaling / (1.0 - spec.dropout)
+    instead of one of [M, K]. A number on a CPU; elsewhere a tensor, as reading its value would wait
+    for the device."""
+    assert tensors.scaling is not None
+    scaling = tensors.scaling
+    known = scaling.item() if scaling.device.type == "cpu" else scaling
+    return known * kept_factor(tensors, spec)
+
+
+def kept_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
+    """What dropout multiplies the elements it keeps with."""
+    return 1.0 if tensors.seed is None else 1.0 / (1.0 - spec.dropout)
 
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:

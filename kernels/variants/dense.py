@@ -259,6 +259,6 @@ def _weight_blocks(
         if merged is not None:
             # An unquantised weight is the model's own.
             out = None if block.data_ptr() == planes[0].data_ptr() else block
-            left, right = merged.b[n].to(dtype), merged.a.to(dtype)
-            block = torch.addmm(block, left, right, alpha=merged.scaling, out=out)
+            left, right = merged.b[n].to(dtype) * merged.scaling, merged.a.to(dtype)
+            block = torch.addmm(block, left, right, out=out)
         yield n, block

@@ -64,7 +64,7 @@ class NativeAdapter:
     a: Tensor
     b: Tensor
     dtype: torch.dtype
-    scaling: float
+    scaling: float | Tensor
     columns: slice
 
     def keep(self, rows: slice) -> Tensor | None:
@@ -136,7 +136,7 @@ class NativeAdapters:
                 low = member.tensors.low_rank
                 if low is None or low.dtype != self.dtype:
                     low = x.new_empty(len(x), len(member.a), dtype=self.dtype)
-                thin.product(x, member.a, low, member.scaling)
+                thin.product(x, member.a, low, float(member.scaling))
                 lows[position] = low
         else:
             low = self._low_rank()
@@ -195,7 +195,7 @@ class NativeGradients:
         low = cut(self.lows[position], rows) if self.lows else None
         if product is None and self.adapters.is_thin(grad) and len(grad) == len(self.grad_low):
             grad = _contiguous_rows(grad)
-            thin.product(grad, member.b.t(), grad_low, member.scaling)
+            thin.product(grad, member.b.t(), grad_low, float(member.scaling))
             if low is not None:
                 self._b[position] = torch.empty_like(member.b).t()
                 thin.gradient(low, grad, self._b[position])
@@ -203,7 +203,7 @@ class NativeGradients:
         grad = grad.to(self.adapters.dtype)
         if product is None:
             product = grad @ member.b
-        torch.mul(product, member.scaling, out=grad_low)
+        torch.mul(product, member.scaling, out=grad_low)  # pyright: ignore[reportCallIssue]
         if low is not None:
             # The other way round torch multiplies half as fast.
             _accumulate(self._sum_b(position), low, grad)

@@ -26,6 +26,7 @@ from qlora_compile.kernels.variants.base import (
     Variant,
     adapter_scaling,
     bias_gradient,
+    kept_factor,
 )
 from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons
 
@@ -141,12 +142,15 @@ class GemmVariant(TritonVariant):
                 from qlora_compile.kernels.gpu.products import adapter_operands
 
                 dtypes = (spec.lora_dtype, spec.compute_dtype)
-                kept = tensors.low_rank
+                saved = tensors.low_rank
                 adapter, total = adapter_operands(
-                    low, tensors.lora_b, *dtypes, total=kept is not None
+                    *(low, tensors.lora_b, *dtypes),
+                    scaling=tensors.scaling,
+                    kept=kept_factor(tensors, spec),
+                    total=saved is not None,
                 )
-                if kept is not None and total is not None:
-                    kept.copy_(total)
+                if saved is not None and total is not None:
+                    saved.copy_(total)
             y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
             self.product(
                 *(tensors.x, tensors, spec, config, y),
@@ -176,13 +180,17 @@ class GemmVariant(TritonVariant):
                 from qlora_compile.kernels.gpu.products import adapter_operands, added_up, low_rank
 
                 dtypes = (spec.lora_dtype, spec.compute_dtype)
-                planes = low_rank(grad, b.t(), spec.lora_dtype, adapter_scaling(tensors, spec))
+                planes = low_rank(grad, b.t(), spec.lora_dtype)
                 if needs.x:
                     adapter, grads_low[i] = adapter_operands(
-                        planes, a.t(), *dtypes, total=needs.adapter, bits=bits[i]
+                        *(planes, a.t(), *dtypes),
+                        scaling=tensors.scaling,
+                        kept=kept_factor(tensors, spec),
+                        total=needs.adapter,
+                        bits=bits[i],
                     )
                 else:
-                    grads_low[i] = added_up(planes)
+                    grads_low[i] = added_up(planes) * adapter_scaling(tensors, spec)
             if grad_x is not None:
                 self.product(
                     *(grad, tensors, spec, config, grad_x),
@@ -202,8 +210,8 @@ class GemmVariant(TritonVariant):
 
 
 def _low_ranks(group: Group, bits: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """S of each Linear with an adapter, in planes as `products.low_rank` makes them: x is read once
-    for all of them, unless dropout gives each one of its own."""
+    """S of each Linear with an adapter, not yet scaled, in planes as `products.low_rank` makes
+    them: x is read once for all of them, unless dropout gives each one of its own."""
     adapted = [i for i, (tensors, _) in enumerate(group) if tensors.lora_a is not None]
     results: list[Tensor | None] = [None] * len(group)
     if not adapted:
@@ -211,19 +219,17 @@ def _low_ranks(group: Group, bits: Sequence[Tensor | None]) -> list[Tensor | Non
     from qlora_compile.kernels.gpu.products import low_rank
 
     factors = {i: group[i][0].lora_a for i in adapted}
-    scaling = {i: adapter_scaling(*group[i]) for i in adapted}
     x, dtype = group[0][0].x, group[0][1].lora_dtype
     if len(adapted) == 1 or any(each is not None for each in bits):
         for i, factor in factors.items():
             assert factor is not None
-            results[i] = low_rank(x, factor, dtype, scaling[i], bits[i])
+            results[i] = low_rank(x, factor, dtype, bits[i])
         return results
-    shared = scaling[adapted[0]] if len(set(scaling.values())) == 1 else None
     stacked = torch.cat([factor for factor in factors.values() if factor is not None])
-    planes = low_rank(x, stacked, dtype, 1.0 if shared is None else shared)
+    planes = low_rank(x, stacked, dtype)
     parts = planes.split([len(factor) for factor in factors.values() if factor is not None], dim=2)
     for i, part in zip(adapted, parts, strict=True):
-        results[i] = part * scaling[i] if shared is None else part
+        results[i] = part
     return results
 
 
@@ -241,7 +247,10 @@ def _fill_in_adapters(
     adapted = [i for i, grad_low in enumerate(grads_low) if grad_low is not None]
     lows = [tensors.low_rank for tensors, _ in group]
     if any(lows[i] is None for i in adapted):
-        lows = [None if low is None else added_up(low) for low in _low_ranks(group, bits)]
+        lows = [
+            None if low is None else added_up(low) * adapter_scaling(*linear)
+            for low, linear in zip(_low_ranks(group, bits), group, strict=True)
+        ]
     masked = any(each is not None for each in bits)
     # One product reads x for all of them, unless each drops out an x of its own.
     for together in [[i] for i in adapted] if masked else [adapted] * bool(adapted):

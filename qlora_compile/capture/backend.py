@@ -15,10 +15,10 @@ import torch.compiler.config as compiler_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qlora_compile.capture.pipeline import run_pipeline
+from qlora_compile.capture.pipeline import run_pipeline, settle_calls
 from qlora_compile.kernels import attention, linear_call, op
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
-from qlora_compile.kernels.selection import current_source, keeps_low_rank
+from qlora_compile.kernels.selection import MODELLED
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.check import captured_inputs
@@ -75,10 +75,8 @@ def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
         _running.pop()
 
 
-def compile_inner(
-    graph_module: GraphModule, example_inputs: list[Any], baked: Sequence[object] = ()
-) -> Callable[..., Any]:
-    """AOTAutograd and Inductor; baked: what else the result depends on."""
+def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """AOTAutograd and Inductor."""
     from torch._functorch import config as partitioner_config
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
@@ -86,7 +84,7 @@ def compile_inner(
     if any(isinstance(each, Tensor) and each.device.type == "cpu" for each in example_inputs):
         choose_instructions()
     # Their caches on disk know the graph, not what its ops decompose to.
-    parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
+    parts = (compiler_config.cache_key_tag, _sources_digest())
     tag = hashlib.sha256(repr(parts).encode()).hexdigest()
     # An op's input that elementwise code made, as SwiGLU and norms do, is made again for the
     # backward instead of kept: torch would keep it, as that writes less. Checks of every tensor's
@@ -126,20 +124,21 @@ def make_backend(
         places = _places(graph_module, context)
         run_pipeline(graph_module, context)
         check = None
-        if checked is not None and original is not None:
-            rewritten = copy.deepcopy(graph_module)
-            fused = (*context.fused.values(), *context.experts.values())
-            check = checked.checks(original, rewritten, inputs, fused, current_source())
         run: Callable[..., Any] = graph_module.forward
         if inductor:
             sites = context.fused.values()
+            records = MODELLED
             if tuner is not None:
                 tuner.ensure_calls((site.forward, site.trains) for site in sites)
+                records = tuner.source
+            settle_calls(graph_module, records)
+            if checked is not None and original is not None:
+                rewritten = copy.deepcopy(graph_module)
+                fused = (*sites, *context.experts.values())
+                check = checked.checks(original, rewritten, inputs, fused, records)
             if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
                 attention.start()
-            source = current_source()
-            keeping = [s.trains and keeps_low_rank(s.forward, source) for s in sites]
-            run = compile_inner(graph_module, list(example_inputs), [source, keeping])
+            run = compile_inner(graph_module, list(example_inputs))
         told = (context.fused, context.experts, context.unfused, places)
         return RegionGraph(*told, run, original, check)
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qlora_compile.errors import PassError
-from qlora_compile.kernels.linear_call import group_problem, linear_spec
+from qlora_compile.kernels.linear_call import problem_of
 from qlora_compile.kernels.op import hinted_rows
-from qlora_compile.kernels.problem import Problem
-from qlora_compile.kernels.variants.base import LinearTensors
+from qlora_compile.kernels.selection import keeps_low_rank
+from qlora_compile.passes.calls import base_weights, is_fused, read
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
 from qlora_compile.passes.experts import record_experts
-from qlora_compile.passes.nodes import (
-    base_weight,
-    calls,
-    example,
-    is_linear,
-    linear_operands,
-    stored_weight,
-)
+from qlora_compile.passes.nodes import example, is_linear, linear_operands
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +26,12 @@ _ONE_OF_SEVERAL = (
     "either drops out its input by a mask of its own, or is not plain LoRA, or of another dtype"
 )
 
-_TENSORS = ("x", "planes", "bias", "lora_a", "lora_b", "seed")
-
 
 def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
     """Rewrites `graph_module` in place and fills `context`; returns the number of rewrites.
 
     Raises PassError when a pass loses a site: every Linear of the graph stays there, as a linear or
-    as a `qlora_linear`.
+    in a fused call.
     """
     rewritten = 0
     expected = _sites(graph_module, context)
@@ -62,7 +53,9 @@ def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
 
 def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
     found = (
-        context.site_of(weight) for node in graph_module.graph.nodes for weight in _weights(node)
+        context.site_of(weight)
+        for node in graph_module.graph.nodes
+        for weight in base_weights(node)
     )
     return {site for site in found if site is not None}
 
@@ -71,20 +64,22 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     """Reads off the rewritten graph what became of each site, whatever the passes believed."""
     adapted: set[str] = set()
     for node in graph_module.graph.nodes:
-        linears = calls(node)
-        if not linears:
+        if not is_fused(node):
             continue
-        forward = _forward(linears)
-        for call in linears:
-            site = context.site_of(stored_weight(call["planes"][0]))
+        fused = read(node)
+        x = example(fused.x)
+        assert x is not None
+        forward = problem_of(fused.call, "forward", hinted_rows(x, fused.call.k), x)
+        for nodes, linear in zip(fused.linears, fused.call.linears, strict=True):
+            site = context.site_of(nodes.weight)
             if site is None:
                 continue
-            if call["lora_a"] is not None:
+            if linear.rank:
                 adapted.add(site)
             elif site in adapted:
                 # DoRA multiplies by W for its norm, too; the product the adapter is in tells.
                 continue
-            dropout = call["dropout"] if call["lora_a"] is not None else 0.0
+            dropout = fused.call.dropout if linear.rank else 0.0
             context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
     for node in graph_module.graph.nodes:
         if is_linear(node):
@@ -101,22 +96,19 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     context.unfused |= context.kept
 
 
-def _weights(node: Node) -> list[Any]:
-    """What stands for the stored weight of each Linear that `node` computes."""
-    if is_linear(node):
-        return [base_weight(node)]
-    return [stored_weight(call["planes"][0]) for call in calls(node)]
-
-
-def _forward(linears: list[dict[str, Any]]) -> Problem:
-    """The Problem of a node that computes `linears`."""
-    group = []
-    for call in linears:
-        x, bias, lora_a, lora_b, seed = (
-            example(call[name]) for name in _TENSORS if name != "planes"
-        )
+def settle_calls(graph_module: GraphModule, records: str) -> None:
+    """Writes into every fused call what is decided by the selector named `records`: its name, and
+    whether the forward saves S for the backward."""
+    for node in filter(is_fused, graph_module.graph.nodes):
+        fused = read(node)
+        x = example(fused.x)
         assert x is not None
-        tensors = LinearTensors(x, call["planes"], bias, lora_a, lora_b, seed)
-        group.append((tensors, linear_spec(*list(call.values())[len(_TENSORS) :])))
-    rows = hinted_rows(group[0][0].x, group[0][1].k)
-    return group_problem("forward", rows, group)
+        factors = [each for nodes in fused.linears for each in (nodes.lora_a, nodes.lora_b)]
+        examples = [value for each in factors if (value := example(each)) is not None]
+        trains = torch.is_grad_enabled() and any(value.requires_grad for value in examples)
+        call = replace(fused.call, records=records)
+        if trains:
+            forward = problem_of(call, "forward", hinted_rows(x, call.k), x)
+            call = replace(call, save_low_rank=keeps_low_rank(forward, records))
+        node.args = replace(fused, call=call).arguments
+    graph_module.recompile()

@@ -23,7 +23,7 @@ from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, 
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import is_hooked
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
-from qlora_compile.kernels.selection import MODELLED, choosing_from
+from qlora_compile.kernels.selection import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
     FusedSite,
@@ -125,8 +125,6 @@ class Region:
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         with (
-            # What is probed is not what will run: nothing is looked up, or measured later, for it.
-            choosing_from(MODELLED if self.kind.probing else self.source),
             running(self) as executed,
             _dynamo_config.patch(_DYNAMO_SETTINGS),
         ):

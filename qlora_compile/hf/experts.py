@@ -20,8 +20,9 @@ from transformers.integrations import moe
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import FrozenExpertsError
-from qlora_compile.kernels.experts.op import qlora_experts
+from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.experts import PackedExperts
 
 IMPLEMENTATION = "qlora_compile"
@@ -237,15 +238,17 @@ def _linear(
     """All products in the weight's dtype, autocast or not, as transformers' grouped_mm."""
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    lora_a, lora_b, scaling = (factors or {}).get(name, (None, None, 1.0))
+    adapter = (factors or {}).get(name)
+    if adapter is not None:
+        lora_a, lora_b, scaling = adapter
+        wide = torch.promote_types(torch.float32, weight.dtype)
+        adapter = (lora_a, lora_b, torch.full((1,), scaling, dtype=wide, device=x.device))
     if isinstance(weight, PackedExperts):
-        planes, format, block_size = weight.planes, weight.format, weight.block_size
-        n, k = weight.n, weight.k
+        planes, layout = weight.planes, weight.layout
     else:
         if weight.requires_grad:
             raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")
         planes = [weight.transpose(1, 2) if is_transposed(module) else weight]
-        format, block_size = UNQUANTIZED, 0
-        n, k = planes[0].shape[1:]
-    constants = (format, n, k, block_size, scaling, weight.dtype, weight.dtype)
-    return qlora_experts(x, offsets, planes, bias, lora_a, lora_b, *constants)
+        experts, n, k = planes[0].shape
+        layout = str(Layout(UNQUANTIZED, (experts * n, k)))
+    return experts_linear(*(x, offsets, planes, bias, layout), adapter=adapter, dtype=weight.dtype)

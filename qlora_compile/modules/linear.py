@@ -77,11 +77,4 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] @ dequantize(weight)ᵀ + bias."""
-        return quantized_linear(
-            x,
-            self.planes,
-            bias,
-            format=self.format,
-            shape=self.packed_shape,
-            block_size=self.block_size,
-        )
+        return quantized_linear(x, self.planes, bias, self.layout)

@@ -34,6 +34,8 @@ class PackedModule(nn.Module):
 
     def _store(self, packed: PackedWeight) -> None:
         self.format, self.block_size = packed.format, packed.block_size
+        # As text, which Dynamo reads as a constant.
+        self.layout = str(packed.layout)
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         for name, plane in zip(_BUFFERS, (*packed.planes[1:], None, None, None), strict=False):
             self.register_buffer(name, plane)

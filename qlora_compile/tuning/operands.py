@@ -222,16 +222,18 @@ def operands(problem: Problem) -> Operands:
         else:
             rows = min(p.n, max(1, _QUANTIZED // p.k))
             planes = _planes(p, normal(rows, p.k, 1.0, torch.float32))
-        lora_a = lora_b = low_rank = None
+        lora_a = lora_b = scaling = low_rank = None
         if p.rank:
+            wide = torch.promote_types(torch.float32, p.lora_dtype)
+            scaling = torch.full((1,), _SCALING, dtype=wide, device=device)
             lora_a = normal(p.rank, p.k, p.k**-0.5, p.lora_dtype)
             lora_b = normal(p.n, p.rank, p.rank**-0.5, p.lora_dtype)
             if p.keeps_low_rank:
                 low_rank = torch.empty(p.m, p.rank, dtype=p.lora_dtype, device=device)
         bias = normal(1, p.n, 1.0, p.compute_dtype)[0] if p.bias else None
-        spec = LinearSpec.of(p, scaling=_SCALING, dropout=DROPOUT, stream=stream)
+        spec = LinearSpec.of(p, dropout=DROPOUT, stream=stream)
         mask = drawn if p.dropout else None
-        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, mask, low_rank)
+        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, scaling, mask, low_rank)
         if p.direction == "backward":
             grads.append(normal(p.m, p.n, 1.0, p.out_dtype))
             if low_rank is not None:

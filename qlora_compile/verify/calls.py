@@ -14,7 +14,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qlora_compile.kernels.attention import ATTENTION
-from qlora_compile.passes.nodes import arguments, calls, stored_weight
+from qlora_compile.passes.calls import base_weights, is_fused
+from qlora_compile.passes.experts import experts_weight
+from qlora_compile.passes.nodes import stored_weight
 from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 from qlora_compile.verify.specified_ops import SPECIFIED
 
@@ -49,11 +51,12 @@ class CallInterpreter(Interpreter):
     def _results(self, n: Node, compute: Any, wide: torch.dtype | None) -> Results:
         args, structure = tree_flatten(self.fetch_args_kwargs_from_env(n)[0])
         if n.target is ATTENTION:
-            sites, names = ["attention"], [f"{each} of attention" for each in arguments(n)]
+            schema = ATTENTION._schema.arguments
+            sites, names = ["attention"], [f"{each.name} of attention" for each in schema]
         else:
             _, *others = tree_flatten(n.args)[0]
-            linears = calls(n) or [arguments(n)]
-            sites = [self._site(linear["planes"][0]) for linear in linears]
+            weights = base_weights(n) if is_fused(n) else [experts_weight(n)]
+            sites = [self._site(weight) for weight in weights]
             names = [f"the input of {', '.join(sites)}"]
             # The block's gradient of it bears its plain name.
             names += [f"{self._name(each)} in its own call" for each in others]

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
-from qlora_compile.kernels.selection import MODELLED, choosing_from
 from qlora_compile.verify.calls import CallInterpreter
 from qlora_compile.verify.certificate import Comparison
 from qlora_compile.verify.graph_forms import (
@@ -158,9 +157,7 @@ class _Case:
             calls = CallInterpreter(rewritten, self.names, self._compare_call)
             actual = self._results(calls.run, None)
         else:
-            # No model runs in these dtypes: nothing is looked up, or measured later, for them.
-            with choosing_from(MODELLED):
-                actual = self._results(widened(rewritten, self.wide), self.wide)
+            actual = self._results(widened(rewritten, self.wide), self.wide)
         self._compare_all(plain, exact, actual, FACTOR)
 
     def _compare_call(self, plain: Results, exact: Results, actual: Results) -> None:

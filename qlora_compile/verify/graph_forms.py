@@ -7,6 +7,7 @@ Each is a copy; the parameters are inputs of the graph, so that a copy holds non
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
+from qlora_compile.kernels.attention import ATTENTION
+from qlora_compile.kernels.call import Call
+from qlora_compile.kernels.selection import MODELLED
+from qlora_compile.passes.calls import FusedCall, is_fused, read
 from qlora_compile.passes.nodes import (
-    arguments,
-    calls,
     dropout_probability,
     is_cast,
-    is_group,
     is_linear,
     linear_operands,
     stored_weight,
@@ -42,11 +44,15 @@ what the rewritten graph and the captured one both call it."""
 def fused_masks(rewritten: GraphModule) -> Masks:
     """Those that the fused ops of `rewritten` draw; empty where none drops anything out."""
     return {
-        stored_weight(call["lora_a"]).name: (call["stream"], call["dropout"])
-        for node in rewritten.graph.nodes
-        for call in calls(node)
-        if call["seed"] is not None and call["lora_a"] is not None
+        stored_weight(nodes.lora_a).name: (linear.stream, fused.call.dropout)
+        for fused in _fused_calls(rewritten)
+        for nodes, linear in zip(fused.linears, fused.call.linears, strict=True)
+        if fused.call.dropout and linear.rank
     }
+
+
+def _fused_calls(graph_module: GraphModule) -> list[FusedCall]:
+    return [read(node) for node in graph_module.graph.nodes if is_fused(node)]
 
 
 def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) -> str | None:
@@ -56,14 +62,14 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
     expected = {
         name: dropout_probability(node) for node in dropouts for name in _weights_after(node)
     }
-    for node in rewritten.graph.nodes:
-        for call in calls(node):
-            if call["lora_a"] is None:
+    for fused in _fused_calls(rewritten):
+        # Where the base product reads what is dropped out, as in DoRA, that stays a node.
+        before = dropout_probability(strip_casts(fused.x)) or 0.0
+        for nodes in fused.linears:
+            if nodes.lora_a is None:
                 continue
             # A factor that was made of several adapters' has no dropout before it.
-            name = stored_weight(call["lora_a"]).name
-            # Where the base product reads what is dropped out, as in DoRA, that stays a node.
-            before = dropout_probability(strip_casts(call["x"])) or 0.0
+            name = stored_weight(nodes.lora_a).name
             if expected.get(name, 0.0) != (masks[name][1] if name in masks else before):
                 return name
     return None
@@ -74,21 +80,8 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
     other dropout off; without `masks`, which are all of `fused_masks`, theirs too."""
     graph_module = copy.deepcopy(graph_module)
     for node in graph_module.graph.nodes:
-        if calls(node):
-            call = arguments(node)
-            if not masks:
-                node.args = tuple((call | {"dropout": 0.0, "seed": None}).values())
-            elif call["seed"] is not None:
-                call["seed"].target, call["seed"].args = torch.full, ((1,), SEED)
-                # A Linear that is called twice has two: by its name there is one to give both.
-                streams = [
-                    each["stream"]
-                    if each["lora_a"] is None
-                    else masks[stored_weight(each["lora_a"]).name][0]
-                    for each in calls(node)
-                ]
-                call["stream"] = streams if is_group(node) else streams[0]
-                node.args = tuple(call.values())
+        if is_fused(node):
+            node.args = _with_masks(read(node), masks).arguments
         elif node.target is _DROPOUT:
             found = [masks[name] for name in _weights_after(node) if name in masks]
             stream, probability = found[0] if found else (0, 0.0)
@@ -101,6 +94,22 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
                 node.kwargs = dict(node.kwargs) | {"dropout_p": 0.0}
     graph_module.recompile()
     return graph_module
+
+
+def _with_masks(fused: FusedCall, masks: Masks) -> FusedCall:
+    if not masks:
+        return fused.without_dropout()
+    if not fused.call.dropout:
+        return fused
+    fused.seed.target, fused.seed.args = torch.full, ((1,), SEED)
+    # A Linear that is called twice has two streams: by its name there is one to give both.
+    linears = tuple(
+        replace(linear, stream=masks[stored_weight(nodes.lora_a).name][0])
+        if linear.rank
+        else linear
+        for nodes, linear in zip(fused.linears, fused.call.linears, strict=True)
+    )
+    return replace(fused, call=replace(fused.call, linears=linears))
 
 
 def masked(x: Tensor, stream: int, probability: float) -> Tensor:
@@ -150,6 +159,9 @@ def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
                 node.args = (device, None, False, *rest)
             elif node.op == "call_method" and node.target in _CASTS:
                 node.target, node.args = "to", (node.args[0], wide)
+            elif node.target in SPECIFIED and node.target is not ATTENTION:
+                *tensors, text = node.args
+                node.args = (*tensors, str(_widened_call(Call.parse(str(text)), wide)))
             else:
                 node.args = tree_map(lambda value: _widened(value, wide), tuple(node.args))
                 node.kwargs = tree_map(lambda value: _widened(value, wide), dict(node.kwargs))
@@ -160,6 +172,12 @@ def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
 def _parts(graph_module: GraphModule) -> list[GraphModule]:
     """Itself and the graphs that it hands to higher-order ops."""
     return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
+
+
+def _widened_call(call: Call, wide: torch.dtype) -> Call:
+    """`call` in `wide`, chosen by the cost model: no model runs in these dtypes, so that nothing is
+    looked up, or measured later, for them."""
+    return replace(call, compute_dtype=wide, lora_dtype=wide, out_dtype=wide, records=MODELLED)
 
 
 def _widened(value: Any, wide: torch.dtype) -> Any:

@@ -5,72 +5,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.attention import ATTENTION
+from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
-from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec
-from qlora_compile.kernels.linear_call import linear_spec
-from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_GROUP
+from qlora_compile.kernels.experts.base import ExpertsSpec
+from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec, experts_tensors
+from qlora_compile.kernels.linear_call import bound
+from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.variants.base import LinearSpec
 
 
-def specified_linear(
+def specified_linears(
     wide: torch.dtype | None,
     x: Tensor,
-    planes: Sequence[Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    tensors: Sequence[Tensor],
     seed: Tensor | None,
-    *constants: Any,
-) -> Tensor:
-    """`qlora_linear` by its specification, in its own dtypes or `wide`."""
-    spec = linear_spec(*constants)
-    dtype, lora_dtype = wide or spec.compute_dtype, wide or spec.lora_dtype
-    with torch.autocast(x.device.type, enabled=False):
-        factors = x.to(dtype), None if bias is None else bias.to(dtype)
-        y = _Linear.apply(*factors, lambda: _decoded(planes, spec, (spec.n, spec.k), dtype))
-        if lora_a is not None and lora_b is not None:
-            adapted = x.to(lora_dtype)
-            if seed is not None:
-                adapted = dropped_out(adapted, seed, spec.stream, spec.dropout)
-            low_rank = adapted @ lora_a.to(lora_dtype).T
-            y = y + spec.scaling * (low_rank @ lora_b.to(lora_dtype).T)
-        return y.to(wide or spec.out_dtype)
-
-
-def specified_group(
-    wide: torch.dtype | None,
-    x: Tensor,
-    planes: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor | None],
-    lora_b: Sequence[Tensor | None],
-    seed: Tensor | None,
-    format: str,
-    n: Sequence[int],
-    k: int,
-    block_size: int,
-    scaling: Sequence[float],
-    dropout: float,
-    stream: Sequence[int],
-    *dtypes: torch.dtype,
+    text: str,
 ) -> list[Tensor]:
-    """`qlora_linear_group` likewise, one Linear after the other."""
-    count = len(planes) // len(n)
-    return [
-        specified_linear(
-            *(wide, x, planes[i * count : (i + 1) * count], bias[i], lora_a[i], lora_b[i], seed),
-            *(format, n[i], k, block_size, scaling[i], dropout, stream[i], *dtypes),
-        )
-        for i in range(len(n))
-    ]
+    """`qlora_linear` by its specification, in its own dtypes or `wide`."""
+    call = Call.parse(text)
+    results, low_ranks = [], []
+    with torch.autocast(x.device.type, enabled=False):
+        for own, spec in bound(call, x, tensors, seed):
+            dtype, lora_dtype = wide or spec.compute_dtype, wide or spec.lora_dtype
+            bias = None if own.bias is None else own.bias.to(dtype)
+            y = _Linear.apply(
+                x.to(dtype), bias, partial(_decoded, own.planes, spec, (spec.n, spec.k), dtype)
+            )
+            if own.lora_a is not None and own.lora_b is not None and own.scaling is not None:
+                adapted = x.to(lora_dtype)
+                if own.seed is not None:
+                    adapted = dropped_out(adapted, own.seed, spec.stream, spec.dropout)
+                low_rank = adapted @ own.lora_a.to(lora_dtype).T
+                scaling = own.scaling.to(lora_dtype)
+                low_ranks.append((scaling * low_rank).detach().reshape(-1, len(own.lora_a)))
+                y = y + scaling * (low_rank @ own.lora_b.to(lora_dtype).T)
+            results.append(y.to(wide or spec.out_dtype))
+    return [*results, torch.cat(low_ranks, dim=1)] if call.save_low_rank else results
 
 
 def dropped_out(x: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
@@ -97,33 +75,30 @@ class _Linear(torch.autograd.Function):
 def specified_experts(
     wide: torch.dtype | None,
     x: Tensor,
-    offsets: Tensor,
-    planes: Sequence[Tensor],
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    *constants: Any,
-) -> Tensor:
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    text: str,
+) -> list[Tensor]:
     """`qlora_experts` by its specification, in its own dtypes or `wide`."""
-    spec = experts_spec(*constants)
+    call = Call.parse(text)
+    spec, own = experts_spec(call), experts_tensors(call, x, tensors)
     dtype = wide or spec.compute_dtype
-    tensors = ExpertsTensors(x, offsets, planes, bias, lora_a, lora_b)
-    shape = (tensors.experts, spec.n, spec.k)
-    groups = list(tensors.groups())
+    shape = (own.experts, spec.n, spec.k)
+    groups = list(own.groups())
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
-        y = _Experts.apply(x, groups, spec.n, lambda: _decoded(planes, spec, shape, dtype))
+        y = _Experts.apply(x, groups, spec.n, partial(_decoded, own.planes, spec, shape, dtype))
         parts = []
         for expert, rows in groups:
             part = y[rows]
-            if bias is not None:
-                part = part + bias[expert].to(dtype)
-            if lora_a is not None and lora_b is not None:
-                low_rank = x[rows] @ lora_a[expert].to(dtype).T
-                part = part + spec.scaling * (low_rank @ lora_b[expert].to(dtype).T)
+            if own.bias is not None:
+                part = part + own.bias[expert].to(dtype)
+            if own.lora_a is not None and own.lora_b is not None and own.scaling is not None:
+                low_rank = x[rows] @ own.lora_a[expert].to(dtype).T
+                part = part + own.scaling.to(dtype) * (low_rank @ own.lora_b[expert].to(dtype).T)
             parts.append(part)
         served = sum(rows.stop - rows.start for _, rows in groups)
-        return torch.cat([*parts, y[served:]]).to(wide or spec.out_dtype)
+        return [torch.cat([*parts, y[served:]]).to(wide or spec.out_dtype)]
 
 
 class _Experts(torch.autograd.Function):
@@ -182,8 +157,7 @@ def specified_attention(
 
 
 SPECIFIED: dict[Any, Callable[..., Any]] = {
-    QLORA_LINEAR: specified_linear,
-    QLORA_LINEAR_GROUP: specified_group,
+    QLORA_LINEAR: specified_linears,
     QLORA_EXPERTS: specified_experts,
     ATTENTION: specified_attention,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_compile.hf.dora import DoraLayer
 from qlora_compile.kernels.op import quantized_linear
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight, block_layout
 
 
 class AdoptedLinear4bit(bnb.nn.Linear4bit):
@@ -45,9 +45,13 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
             x,
             self.planes,
             bias,
-            format=state.quant_type,
-            shape=(self.out_features, self.in_features),
-            block_size=state.blocksize,
+            _layout(
+                state.quant_type,
+                self.out_features,
+                self.in_features,
+                state.blocksize,
+                bool(state.nested),
+            ),
             compute_dtype=_compute_dtype(x, self.compute_dtype),
             out_dtype=x.dtype,
         )
@@ -80,9 +84,7 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
             x,
             self.planes,
             bias,
-            format="int8",
-            shape=(self.out_features, self.in_features),
-            block_size=self.in_features,
+            _layout("int8", self.out_features, self.in_features, self.in_features, False),
             compute_dtype=_compute_dtype(x, x.dtype),
             out_dtype=x.dtype,
         )
@@ -98,6 +100,12 @@ class DoraLinear8bitLt(DoraLayer, Linear8bitLt):  # type: ignore[misc]
 
 DORA_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
 """By the class of stock PEFT's that each stands for."""
+
+
+# Dynamo does not trace how a text is made; it depends on nothing but constants.
+@torch.compiler.assume_constant_result
+def _layout(format: str, n: int, k: int, block_size: int, double_quantized: bool) -> str:
+    return str(block_layout(format, (n, k), block_size, double_quantized))
 
 
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
