@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
-from qlora_compile.kernels.op import QLORA_LINEAR
+from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.kernels.selection import select
 from qlora_compile.kernels.variants.base import Config, LinearSpec, Variant
@@ -91,12 +91,8 @@ def test_the_tuner_measures_in_another_process(tmp_path: Path) -> None:
 def test_the_op_takes_what_the_cost_model_chooses(data: st.DataObject) -> None:
     variant, format = data.draw(st.sampled_from(PAIRS))
     call = data.draw(calls(variant, format, target())).on(DEVICE)
-    leaves = {}
-    arguments = list(call.arguments)
-    for name, position in {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}.items():
-        if arguments[position] is not None:
-            leaves[name] = arguments[position] = arguments[position].detach().requires_grad_()
-    y = QLORA_LINEAR(*arguments)
+    trained, leaves = call.leaves()
+    (y,) = QLORA_LINEAR(*trained.arguments())
     grads = torch.autograd.grad(y, list(leaves.values()), call.grad)
     actual = {"y": y.detach().cpu()}
     actual |= {f"grad {n}": g.cpu() for n, g in zip(leaves, grads, strict=True)}
@@ -144,15 +140,13 @@ def test_a_weight_of_more_than_2_to_the_31_elements() -> None:
         pytest.skip("needs 20 GB of device memory")
     codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=DEVICE)
     absmax = torch.rand(n * k // 64, device=DEVICE)
-    format = FORMATS[0]
-    spec = LinearSpec(format, n, k, 64, 1.0, 0.0, 0, *(torch.bfloat16,) * 3)
     x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
-    constants = [getattr(spec, name) for name in spec.__dataclass_fields__][1:]
-    y = QLORA_LINEAR(x, [codes, absmax], None, None, None, None, "nf4", *constants)
+    y = quantized_linear(x, [codes, absmax], None, f"nf4[{n}x{k}] block_size=64")
     last = slice(n - 64, n)
     part = codes[(n - 64) * k // 2 :]
     planes = [part, absmax[(n - 64) * k // 64 :]]
-    weight = replace(spec, n=64).dequantize(planes, torch.bfloat16)
+    spec = LinearSpec(FORMATS[0], 64, k, 64, 0.0, 0, *(torch.bfloat16,) * 3)
+    weight = spec.dequantize(planes, torch.bfloat16)
     torch.testing.assert_close(
         y[:, last].float(), x.float() @ weight.float().t(), rtol=0.02, atol=1
     )
@@ -162,7 +156,7 @@ def test_dropout_masks_have_the_bits_of_the_reference() -> None:
     from qlora_compile.kernels.gpu.products import keep_bits
 
     seed = torch.tensor([2**61 + 12345], device=DEVICE)
-    spec = LinearSpec(None, 1, 4096, 0, 1.0, 0.1, 3, *(torch.bfloat16,) * 3)
+    spec = LinearSpec(None, 1, 4096, 0, 0.1, 3, *(torch.bfloat16,) * 3)
     bits = keep_bits(seed, spec, 2048).cpu()
     unpacked = ((bits[:, None] >> torch.arange(8)) & 1).bool().view(2048, 4096)
     assert torch.equal(unpacked, keep_mask(seed.cpu(), 3, 0.1, (0, 2048), 4096))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels import linear_call, op
+from qlora_compile.kernels import op
+from qlora_compile.kernels.call import Call as FusedCall
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.linear_call import problem_of
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.selection import Choice
-from qlora_compile.kernels.variants.base import Config, LinearTensors, Variant
+from qlora_compile.kernels.variants.base import Config, Variant
 from tests.kernels.linear_cases import Call, Case
-
-_PER_SIBLING = {"bias": 2, "lora_a": 3, "lora_b": 4, "n": 7, "scaling": 10, "stream": 12}
 
 
 @dataclass(frozen=True)
@@ -47,48 +46,39 @@ class GroupCall:
     def case(self) -> Case:
         return self.calls[0].case
 
-    def problem(self, direction: Direction, keeps: bool = False) -> Problem:
-        kept = torch.empty(0) if keeps else None
-        group = [
-            (LinearTensors(c.x, c.planes, c.bias, c.lora_a, c.lora_b, c.seed, kept), c.spec)
-            for c in self.calls
-        ]
-        return linear_call.group_problem(direction, math.prod(self.case.batch), group)
+    def fused_call(self, save_low_rank: bool = False) -> FusedCall:
+        """What the op is told."""
+        calls = [call.fused_call() for call in self.calls]
+        adapted = next((call for call in calls if call.rank), calls[0])
+        linears = tuple(linear for call in calls for linear in call.linears)
+        return replace(adapted, linears=linears, save_low_rank=save_low_rank)
 
-    @property
-    def arguments(self) -> list[Any]:
-        """As the op takes them."""
-        rows = [call.arguments for call in self.calls]
-        adapted = next((call for call in self.calls if call.lora_a is not None), self.calls[0])
-        arguments = list(adapted.arguments)
-        arguments[1] = [plane for call in self.calls for plane in call.planes]
-        for position in _PER_SIBLING.values():
-            arguments[position] = [row[position] for row in rows]
-        return arguments
+    def problem(self, direction: Direction, keeps: bool = False) -> Problem:
+        rows = math.prod(self.case.batch)
+        return problem_of(self.fused_call(keeps), direction, rows, self.calls[0].x)
 
     def fused(
         self, variant: Variant, config: Config, backward_config: Config, keeps: bool
     ) -> dict[str, Tensor]:
         """Every y and all gradients through the op, in the names of `reference`."""
 
-        def choose(problem: Problem, source: str) -> Choice:
+        def choose(problem: Problem, records: str) -> Choice:
             is_backward = problem.direction == "backward"
             return Choice(variant, backward_config if is_backward else config, 0.0)
 
-        arguments = self.arguments
-        leaves = {"x": arguments[0].detach().requires_grad_()}
-        arguments[0] = leaves["x"]
-        for name in ("bias", "lora_a", "lora_b"):
-            values = arguments[_PER_SIBLING[name]]
-            for i, value in enumerate(values):
-                if value is not None:
-                    values[i] = leaves[f"{name} {i}"] = value.detach().requires_grad_()
-        keeping = mock.patch.object(op, "keeps_low_rank", return_value=keeps)
-        with mock.patch.object(linear_call, "select", side_effect=choose), keeping:
-            ys = op.QLORA_LINEAR_GROUP(*arguments)
+        leaves = {"x": self.calls[0].x.detach().requires_grad_()}
+        tensors: list[Tensor] = []
+        for i, each in enumerate(self.calls):
+            call, own = each.leaves(("bias", "lora_a", "lora_b"))
+            leaves |= {f"{name} {i}": leaf for name, leaf in own.items()}
+            tensors += call.tensors
+        seed = next((call.seed for call in self.calls if call.seed is not None), None)
+        with mock.patch.object(op, "select", side_effect=choose):
+            results = op.QLORA_LINEAR(leaves["x"], tensors, seed, str(self.fused_call(keeps)))
+            ys = results[: len(self.calls)]
             grads = torch.autograd.grad(ys, list(leaves.values()), [c.grad for c in self.calls])
-        results = {f"y {i}": y.detach() for i, y in enumerate(ys)}
-        return results | {f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}
+        found = {f"y {i}": y.detach() for i, y in enumerate(ys)}
+        return found | {f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
         """As `Call.reference`; the gradients of x are added up as autograd does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
-from qlora_compile.kernels.gpu.products import low_rank
+from qlora_compile.kernels.gpu.products import adapter_operands, low_rank
 from tests.cli.built_kernels_found import FakeDriver
 
 
@@ -47,20 +48,28 @@ def main() -> None:
 
     JITFunction.run = counted
     x, factor = torch.randn(64, 129).bfloat16(), torch.randn(16, 128)
+    low, scaling = torch.randn(1, 64, 16), torch.ones(1)
+    operands = partial(adapter_operands, low, factor.t(), torch.float32, torch.bfloat16)
     calls = {
-        "first": (x[:, :128].contiguous(), factor, torch.float32, 2.0),
-        "again": (x[:, :128].contiguous(), factor.clone(), torch.float32, 2.0),
-        "another scaling": (x[:, :128].contiguous(), factor, torch.float32, 3.0),
-        "one row": (x[:1, :128].contiguous(), factor, torch.float32, 2.0),
-        "unaligned": (x[:, 1:], factor, torch.float32, 2.0),
-        "16-bit factor": (x[:, :128].contiguous(), factor.bfloat16(), torch.float32, 2.0),
-        "16-bit product": (x[:, :128].contiguous(), factor, torch.bfloat16, 2.0),
-        "bits": (x[:, :128].contiguous(), factor, torch.float32, 2.0, torch.zeros(1024).byte()),
+        "first": partial(low_rank, x[:, :128].contiguous(), factor, torch.float32),
+        "again": partial(low_rank, x[:, :128].contiguous(), factor.clone(), torch.float32),
+        "one row": partial(low_rank, x[:1, :128].contiguous(), factor, torch.float32),
+        "unaligned": partial(low_rank, x[:, 1:], factor, torch.float32),
+        "16-bit factor": partial(
+            low_rank, x[:, :128].contiguous(), factor.bfloat16(), torch.float32
+        ),
+        "16-bit product": partial(low_rank, x[:, :128].contiguous(), factor, torch.bfloat16),
+        "bits": partial(
+            low_rank,
+            *(x[:, :128].contiguous(), factor, torch.float32, torch.zeros(1024).byte()),
+        ),
+        "scaled": partial(operands, scaling=scaling, kept=1.25),
+        "another number": partial(operands, scaling=scaling, kept=1.5),
     }
     counts = {}
-    for name, arguments in calls.items():
+    for name, call in calls.items():
         before = len(asked)
-        low_rank(*arguments)
+        call()
         counts[name] = len(asked) - before
     first, again = ([told(each) for each in launch] for launch in launched[:2])
     print(json.dumps({"asked": counts, "launched": len(launched), "same": first == again}))

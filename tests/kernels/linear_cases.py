@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels import linear_call, op
+from qlora_compile.kernels import op
+from qlora_compile.kernels.call import Call as FusedCall
+from qlora_compile.kernels.call import LinearCall
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.linear_call import bound, problem_of, specs
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.reference import qlora_linear_reference
@@ -26,6 +30,8 @@ from qlora_compile.kernels.variants.base import (
 )
 
 STREAM = 9
+
+_DIFFERENTIABLE = ("x", "bias", "lora_a", "lora_b")
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -151,8 +157,7 @@ class Call:
 
     def problem(self, direction: Direction) -> Problem:
         """The key of the call in one direction."""
-        tensors = LinearTensors(self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
-        return linear_call.linear_problem(direction, math.prod(self.case.batch), tensors, self.spec)
+        return problem_of(self.fused_call(), direction, math.prod(self.case.batch), self.x)
 
     @property
     def low_rank(self) -> Tensor:
@@ -168,28 +173,63 @@ class Call:
             return self.planes[0].to(dtype)
         return format_named(self.packed.format).dequantize(self.packed, dtype)
 
-    @property
-    def spec(self) -> LinearSpec:
+    def fused_call(self, save_low_rank: bool = False) -> FusedCall:
+        """What the op is told."""
         case, d = self.case, self.case.dtypes
-        return LinearSpec(
-            format=None if self.packed is None else format_named(self.packed.format),
-            n=case.n,
-            k=case.k,
-            block_size=0 if self.packed is None else self.packed.block_size,
-            scaling=case.scaling,
-            dropout=case.dropout or 0.0,
+        layout = Layout(UNQUANTIZED, (case.n, case.k))
+        linear = LinearCall(
+            layout if self.packed is None else self.packed.layout,
+            bias=self.bias is not None,
+            rank=case.rank,
             stream=case.stream,
+        )
+        return FusedCall(
+            (linear,),
             compute_dtype=d.compute,
             lora_dtype=d.lora,
             out_dtype=d.out,
+            dropout=case.dropout or 0.0,
+            save_low_rank=save_low_rank and case.rank > 0,
         )
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def spec(self) -> LinearSpec:
+        (spec,) = specs(self.fused_call())
+        return spec
+
+    @property
+    def scaling(self) -> Tensor | None:
+        if not self.case.rank:
+            return None
+        dtype = torch.promote_types(F32, self.case.dtypes.lora)
+        return torch.tensor([self.case.scaling], dtype=dtype, device=self.x.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
         """As the op takes them."""
-        tensors = (self.x, self.planes, self.bias, self.lora_a, self.lora_b, self.seed)
-        constants = [getattr(self.spec, each.name) for each in fields(LinearSpec)]
-        return (*tensors, self.case.format, *constants[1:])
+        own = (*self.planes, self.bias, self.lora_a, self.lora_b, self.scaling)
+        return [tensor for tensor in own if tensor is not None]
+
+    @property
+    def linear_tensors(self) -> LinearTensors:
+        """As variants take them."""
+        rows = self.x.reshape(-1, self.case.k)
+        ((tensors, _),) = bound(self.fused_call(), rows, self.tensors, self.seed)
+        return tensors
+
+    def arguments(self, save_low_rank: bool = False) -> tuple[Any, ...]:
+        """Of the op."""
+        return self.x, self.tensors, self.seed, str(self.fused_call(save_low_rank))
+
+    def leaves(self, wanted: tuple[str, ...] | None = None) -> tuple[Call, dict[str, Tensor]]:
+        """The call with those tensors that are `wanted` requiring a gradient, and these."""
+        names = [name for name in _DIFFERENTIABLE if wanted is None or name in wanted]
+        leaves = {
+            name: getattr(self, name).detach().requires_grad_()
+            for name in names
+            if getattr(self, name) is not None
+        }
+        return replace(self, **leaves), leaves
 
     def fused(
         self,
@@ -205,21 +245,15 @@ class Call:
         keeps: whether the forward keeps S for the backward.
         """
 
-        def choose(problem: Problem, source: str) -> Choice:
+        def choose(problem: Problem, records: str) -> Choice:
             own = backward_config if problem.direction == "backward" else None
             first = next(iter(variant.configs(problem)), NO_CONFIG)
             return Choice(variant, own or config or first, 0.0)
 
-        keeping = mock.patch.object(op, "keeps_low_rank", return_value=keeps)
-        with mock.patch.object(linear_call, "select", side_effect=choose), keeping:
-            arguments = list(self.arguments)
-            positions = {"x": 0, "bias": 2, "lora_a": 3, "lora_b": 4}
-            leaves = {}
-            for name, position in positions.items():
-                tensor = arguments[position]
-                if tensor is not None and (wanted is None or name in wanted):
-                    leaves[name] = arguments[position] = tensor.detach().requires_grad_()
-            return _results(op.QLORA_LINEAR(*arguments), leaves, self.grad)
+        with mock.patch.object(op, "select", side_effect=choose):
+            call, leaves = self.leaves(wanted)
+            y, *_ = op.QLORA_LINEAR(*call.arguments(keeps))
+            return _results(y, leaves, self.grad)
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
         """y and all gradients by the specification: in float64, or `plain` in the case's dtypes.

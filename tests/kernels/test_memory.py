@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bench.allocations import allocations
-from qlora_compile.kernels import op, workspace
+from qlora_compile.kernels import workspace
 from qlora_compile.kernels.formats import base as formats
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from qlora_compile.kernels.variants import dense, native_adapter
-from qlora_compile.kernels.variants.base import Config, LinearTensors, NeedsGradient
+from qlora_compile.kernels.variants.base import Config, NeedsGradient
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 
@@ -39,23 +39,18 @@ def test_only_inputs_are_saved(
 ) -> None:
     """And x Aᵀ [M, rank], if it is kept."""
     case = Case((2, 3), format=format, dtypes=dtypes, bias=True, dropout=dropout)
-    call = case.build()
-    tensors = [call.x, call.bias, call.lora_a, call.lora_b, call.seed, *call.planes]
-    arguments = list(call.arguments)
-    for position in (0, 2, 3, 4):
-        arguments[position] = arguments[position].detach().requires_grad_()
+    call, _ = case.build().leaves()
+    arguments = call.arguments(keeps)
+    x, tensors, seed, _ = arguments
     saved = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        mock.patch.object(op, "keeps_low_rank", return_value=keeps),
-    ):
-        y = QLORA_LINEAR(*arguments)
-    known = {each.data_ptr() for each in tensors if each is not None}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, *_ = QLORA_LINEAR(*arguments)
+    known = {each.data_ptr() for each in (x, *tensors, seed) if each is not None}
     others = [tensor for tensor in saved if tensor.data_ptr() not in known]
     assert len(saved) - len(others) == len(known)
     assert [(t.shape, t.dtype) for t in others] == [((6, case.rank), dtypes.lora)] * keeps
@@ -64,7 +59,7 @@ def test_only_inputs_are_saved(
 
 def runs(call: Call, direction: Direction) -> Iterator[tuple[Config, Callable[[], Any]]]:
     """One direction of the call by every config of dense."""
-    tensors = LinearTensors(call.x, call.planes, call.bias, call.lora_a, call.lora_b, call.seed)
+    tensors = call.linear_tensors
     needs = NeedsGradient(True, True, True)
     variant = dense.Dense()
     for config in variant.configs(call.problem(direction)):

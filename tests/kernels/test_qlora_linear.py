@@ -16,11 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels import linear_call, op
-from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
+from qlora_compile.kernels import op
+from qlora_compile.kernels.call import NeedsGradient
+from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_BACKWARD, quantized_linear
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
-from qlora_compile.kernels.selection import MODELLED, Choice
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants import dense, native_adapter, native_augmented
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
@@ -208,55 +209,35 @@ EXAMPLES = {
     "base": Case(rank=0, bias=True, format="int8", block_size="row"),
     "unquantised": Case(format=UNQUANTIZED),
 }
-BACKWARD = torch.ops.qlora_compile.qlora_linear_backward.default
 by_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES.keys())
-
-
-def low_level(call: Call) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The call's tensors and flags, and its constants, as the ops of autograd take them."""
-    x, planes, bias, lora_a, lora_b, seed, format, n, k, block_size, scaling, *rest = call.arguments
-    tensors = [*planes, *(each for each in (bias, lora_a, lora_b) if each is not None)]
-    dropout, stream, *dtypes = rest
-    layout = ([bias is not None], [lora_a is not None])
-    constants = (format, [n], k, block_size, [scaling], dropout, [stream], *dtypes)
-    return (x, tensors, seed, *layout), constants
 
 
 @by_example
 @pytest.mark.parametrize("keeps", [False, True])
 def test_opcheck(case: Case, keeps: bool) -> None:
-    call = case.build()
-
-    def leaf(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().requires_grad_()
-
-    names = ("x", "bias", "lora_a", "lora_b")
-    call = replace(call, **{name: leaf(getattr(call, name)) for name in names})
+    call, _ = case.build().leaves()
     utilities = (
         *("test_schema", "test_autograd_registration", "test_faketensor"),
         *("test_aot_dispatch_static", "test_aot_dispatch_dynamic"),
     )
-    with mock.patch.object(op, "keeps_low_rank", return_value=keeps):
-        torch.library.opcheck(QLORA_LINEAR, call.arguments, test_utils=utilities)
-    tensors, constants = low_level(call)
-    arguments = (*tensors, keeps and case.rank > 0, MODELLED, *constants)
-    forward = torch.ops.qlora_compile.qlora_linear_forward.default
-    torch.library.opcheck(forward, arguments, test_utils=utilities)
+    torch.library.opcheck(QLORA_LINEAR, call.arguments(keeps), test_utils=utilities)
+
+
+def backward_arguments(call: Call, needs: NeedsGradient, keeps: bool) -> tuple[Any, ...]:
+    told = replace(call.fused_call(keeps), needs=needs)
+    low_rank = [call.low_rank] if told.save_low_rank else []
+    return [call.grad], call.x, [*call.tensors, *low_rank], call.seed, str(told)
 
 
 @by_example
 def test_opcheck_backward(case: Case) -> None:
     call = case.build()
-    (x, tensors, seed, *layout), constants = low_level(call)
     utilities = ("test_schema", "test_faketensor")
-    for needs in itertools.product([True, False], repeat=3):
-        needs_x, needs_adapter, needs_bias = needs
-        needed = (needs_x, needs_adapter and case.rank > 0, needs_bias and case.bias)
-        kept = None if not case.rank else call.low_rank
-        for low_rank in {None, kept}:
-            arguments = ([call.grad], x, tensors, seed, low_rank, *needed, *layout)
-            arguments = (*arguments, MODELLED, *constants)
-            torch.library.opcheck(BACKWARD, arguments, test_utils=utilities)
+    for x, adapter, bias in itertools.product([True, False], repeat=3):
+        needs = NeedsGradient(x, adapter and case.rank > 0, bias and case.bias)
+        for keeps in {False, case.rank > 0}:
+            arguments = backward_arguments(call, needs, keeps)
+            torch.library.opcheck(QLORA_LINEAR_BACKWARD, arguments, test_utils=utilities)
 
 
 def test_gradients_have_the_strides_the_fake_promises() -> None:
@@ -269,10 +250,9 @@ def test_gradients_have_the_strides_the_fake_promises() -> None:
         lora_a=call.lora_a.t().contiguous().t(),
         lora_b=call.lora_b.t().contiguous().t(),
     )
-    (x, tensors, seed, *layout), constants = low_level(transposed)
-    arguments = ([call.grad], x, tensors, seed, None, True, True, False, *layout)
-    arguments = (*arguments, MODELLED, *constants)
-    torch.library.opcheck(BACKWARD, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = backward_arguments(transposed, NeedsGradient(True, True), False)
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(QLORA_LINEAR_BACKWARD, arguments, test_utils=utilities)
 
 
 @by_variant
@@ -305,16 +285,15 @@ def test_gradients_of_what_is_trained(
 
 def test_the_weight_is_not_decoded_for_the_adapters_gradients() -> None:
     call = Case().build()
-    leaf = call.lora_a.detach().requires_grad_() if call.lora_a is not None else None
-    y = QLORA_LINEAR(*call.arguments[:3], leaf, *call.arguments[4:])
+    adapted, leaves = call.leaves(("lora_a",))
+    (y,) = QLORA_LINEAR(*adapted.arguments())
     quant_format = call.spec.format
     assert quant_format is not None
     with mock.patch.object(
         type(quant_format), "dequantize_rows", side_effect=AssertionError("decoded")
     ):
         y.backward(call.grad)
-    assert leaf is not None
-    assert leaf.grad is not None
+    assert leaves["lora_a"].grad is not None
 
 
 @by_example
@@ -337,11 +316,11 @@ def test_quantized_linear_returns_the_dtype_of_linear(
     call = Case(rank=0, bias=True).build()
     assert call.packed is not None
     assert call.bias is not None
-    x, shape = call.x.to(x_dtype), call.packed.shape
+    x, layout = call.x.to(x_dtype), str(call.packed.layout)
     weight, bias = call.weight(x_dtype), call.bias.to(x_dtype)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         expected = torch.nn.functional.linear(x, weight, bias)
-        y = quantized_linear(x, call.planes, bias, format="nf4", shape=shape, block_size=64)
+        y = quantized_linear(x, call.planes, bias, layout)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=8 * torch.finfo(y.dtype).eps, atol=0.05)
 
@@ -357,13 +336,14 @@ def test_the_op_takes_the_selected_variant() -> None:
     call = Case().build()
     problems = []
 
-    def spy(problem: Problem, source: str) -> Choice:
+    def spy(problem: Problem, records: str) -> Choice:
         problems.append(problem)
         return Choice(VARIANTS[0], VARIANTS[0].configs(problem)[0], 0.0)
 
-    with mock.patch.object(linear_call, "select", spy):
-        leaf = call.x.detach().requires_grad_()
-        QLORA_LINEAR(leaf, *call.arguments[1:]).backward(call.grad)
+    with mock.patch.object(op, "select", spy):
+        call, _ = call.leaves(("x",))
+        (y,) = QLORA_LINEAR(*call.arguments())
+        y.backward(call.grad)
     forward, backward = problems
     assert (forward.direction, backward.direction) == ("forward", "backward")
     assert (forward.m, forward.n, forward.k, forward.rank) == (8, 24, 40, 3)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("interpreting")
 
 
 def spec_of(format, n: int, k: int, block_size: int, dropout: float = 0.0, stream: int = 0):
-    return LinearSpec(format, n, k, block_size, 1.0, dropout, stream, BF16, F32, BF16)
+    return LinearSpec(format, n, k, block_size, dropout, stream, BF16, F32, BF16)
 
 
 DECODERS = [(f, d.name) for f in FORMATS for d in f.device_decoders()]
@@ -54,7 +54,7 @@ def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -
     packed = format.quantize(torch.randn(n, k), block_size=block_size, double_quantize=double)
     spec = spec_of(format, n, k, packed.block_size)
     up = torch.randn(n, rank) if rank else None
-    out = dequantize(packed.planes, spec, dtype, decoder, up, 1.5)
+    out = dequantize(packed.planes, spec, dtype, decoder, up, torch.tensor([1.5]))
     assert out.shape == (n, k + rank)
     assert torch.equal(out[:, :k], format.dequantize(packed, dtype))
     if up is not None:
@@ -107,11 +107,11 @@ def test_thin_products_are_as_exact_as_their_dtype(data: st.DataObject) -> None:
     bits = keep_bits(seed, spec, rows) if dropped else None
     kept = keep_mask(seed, 0, 0.3, (0, rows), k, F32) if dropped else torch.ones(rows, k)
     masked = x.double() * kept
-    exact = (masked @ factor.double().t()) * 0.5
-    actual = low_rank(x, factor, lora_dtype, 0.5, bits).sum(0)
+    exact = masked @ factor.double().t()
+    actual = low_rank(x, factor, lora_dtype, bits).sum(0)
     # float32: every bit of the factor counts; 16 bits: the factor is rounded to them.
     eps = torch.finfo(lora_dtype).eps
-    scale = 0.5 * masked.abs() @ factor.double().abs().t()
+    scale = masked.abs() @ factor.double().abs().t()
     assert ((actual.double() - exact).abs() <= (eps + 4e-7) * scale + 1e-30).all()
     gradient = torch.full((rank, k), torch.nan)
     adapter_gradient(x, low, lora_dtype, gradient.t(), bits)
@@ -132,8 +132,9 @@ def test_adapter_operands_lose_less_than_the_result(data: st.DataObject) -> None
     low[:, 0] = 0
     # Transposed, as A is for the backward.
     up = torch.randn(rank, data.draw(st.sampled_from([1, 40]))).t()
-    total = low.sum(0)
-    start, summed = adapter_operands(low, up, F32, result, total=True)
+    scaling, kept = torch.tensor([data.draw(st.sampled_from([0.5, 1.0, 3.0]))]), 1.25
+    total = low.sum(0) * scaling * kept
+    start, summed = adapter_operands(low, up, F32, result, scaling=scaling, kept=kept, total=True)
     left, right = start.low, start.up
     assert summed is not None
     torch.testing.assert_close(summed, total, rtol=1e-6, atol=0)
