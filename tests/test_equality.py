@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 
 import qlora_compile
 from bench.agreement import Errors, distance, training_step
@@ -66,7 +67,9 @@ BF16_FACTOR = 1.5
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 
-    monkeypatch.setattr(backend, "compile_inner", lambda graph, inputs, _: aot_eager(graph, inputs))
+    monkeypatch.setattr(
+        backend, "compile_inner", lambda graph, inputs, *_: aot_eager(graph, inputs)
+    )
 
 
 def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:

@@ -106,7 +106,7 @@ def _without_inductor() -> Iterator[None]:
     from torch._dynamo.backends.debugging import aot_eager
 
     real = backend.compile_inner
-    backend.compile_inner = lambda graph, inputs, baked=(): aot_eager(graph, inputs)
+    backend.compile_inner = lambda graph, inputs, *_: aot_eager(graph, inputs)
     try:
         yield
     finally:

@@ -161,7 +161,7 @@ def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
                 node.target, node.args = "to", (node.args[0], wide)
             elif node.target in SPECIFIED and node.target is not ATTENTION:
                 *tensors, text = node.args
-                node.args = (*tensors, str(_widened_call(Call.parse(str(text)), wide)))
+                node.args = (*tensors, str(widened_call(Call.parse(str(text)), wide)))
             else:
                 node.args = tree_map(lambda value: _widened(value, wide), tuple(node.args))
                 node.kwargs = tree_map(lambda value: _widened(value, wide), dict(node.kwargs))
@@ -174,7 +174,7 @@ def _parts(graph_module: GraphModule) -> list[GraphModule]:
     return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
 
 
-def _widened_call(call: Call, wide: torch.dtype) -> Call:
+def widened_call(call: Call, wide: torch.dtype) -> Call:
     """`call` in `wide`, chosen by the cost model: no model runs in these dtypes, so that nothing is
     looked up, or measured later, for them."""
     return replace(call, compute_dtype=wide, lora_dtype=wide, out_dtype=wide, records=MODELLED)

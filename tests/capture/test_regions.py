@@ -163,11 +163,9 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
     assert torch.isfinite(expected).all()
 
     def wrong(graph_module, context):
-        from qlora_compile.passes.nodes import arguments, is_qlora_linear
-
         for node in graph_module.graph.nodes:
-            if is_qlora_linear(node):
-                node.args = tuple((arguments(node) | {"scaling": 1.25}).values())
+            if node.target is torch.full:
+                node.args = ((1,), 1.25)
         return 1
 
     import qlora_compile.capture.pipeline as pipeline

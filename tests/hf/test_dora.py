@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import qlora_compile
 from bench.agreement import Errors, distance
 from qlora_compile.modules.linear import QuantizedLinear
-from qlora_compile.passes.nodes import is_qlora_linear
+from qlora_compile.passes.calls import is_fused
 from tests.passes.rewritten import rewritten_graphs
 from tests.test_equality import (
     BF16_FACTOR,
@@ -251,7 +251,7 @@ def test_the_graph_holds_nothing_as_large_as_the_weight(
     sizes = [value.numel() for value in examples if isinstance(value, Tensor)]
     assert max(sizes) < n * k
     # W Aᵀ, the adapted product, and with dropout what that left out.
-    assert sum(is_qlora_linear(node) for node in computed) == (3 if dropout else 2)
+    assert sum(is_fused(node) for node in computed) == (3 if dropout else 2)
 
 
 def test_through_inductor_the_backward_drops_what_the_forward_dropped() -> None:

@@ -43,8 +43,9 @@ def launches(arch: str, rows: int, format: str, rank: int) -> dict[str, Launch]:
         bias=meta(E, N),
         lora_a=meta(E, rank, K, dtype=torch.float32),
         lora_b=meta(E, N, rank, dtype=torch.float32),
+        scaling=meta(1, dtype=torch.float32),
     )
-    spec = ExpertsSpec(quantized, N, K, 64, 2.0, BF16, BF16)
+    spec = ExpertsSpec(quantized, N, K, 64, BF16, BF16)
     with recording() as recorded:
         grouped_forward(tensors, spec, config)
         grouped_backward(meta(rows * E, N), tensors, spec, config, needs_x=True, needs_adapter=True)

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qlora_compile.kernels.call import Call as FusedCall
+from qlora_compile.kernels.call import LinearCall
 from qlora_compile.kernels.experts import op
 from qlora_compile.kernels.experts.base import ExpertsVariant
-from qlora_compile.kernels.experts.op import qlora_experts
+from qlora_compile.kernels.experts.op import QLORA_EXPERTS
 from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoice
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
 
 FACTOR = 1.5
@@ -58,7 +61,7 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=F64).mul_(scale).to(dtype)
 
         weight = normal(experts, self.n, self.k, dtype=F32, scale=0.3)
-        block_size, planes = 0, [weight.to(self.dtype)]
+        layout, planes = Layout(UNQUANTIZED, (experts * self.n, self.k)), [weight.to(self.dtype)]
         if self.transposed:
             planes = [planes[0].transpose(1, 2).contiguous().transpose(1, 2)]
         if self.format != UNQUANTIZED:
@@ -68,7 +71,7 @@ class Case:
                 double_quantize=self.double_quantize,
             )
             weight = format_named(self.format).dequantize(packed, F32).view_as(weight)
-            planes, block_size = packed.planes, packed.block_size
+            planes, layout = packed.planes, packed.layout
         leaves = {"x": normal(rows, self.k, dtype=self.dtype)}
         if self.rank:
             # Strided, as PEFT's factors come.
@@ -80,7 +83,7 @@ class Case:
             leaves=leaves,
             offsets=torch.tensor(self.counts, dtype=torch.int32).cumsum(0, dtype=torch.int32),
             planes=planes,
-            block_size=block_size,
+            layout=layout,
             weight=weight.to(self.dtype),
             bias=normal(experts, self.n, dtype=self.dtype) if self.bias else None,
             grad=normal(rows, self.n, dtype=self.dtype),
@@ -93,16 +96,21 @@ class Call:
     leaves: dict[str, Tensor]
     offsets: Tensor
     planes: list[Tensor]
-    block_size: int
+    layout: Layout
     weight: Tensor
     bias: Tensor | None
     grad: Tensor
 
     def arguments(self, leaves: dict[str, Tensor]) -> tuple[Any, ...]:
         case = self.case
-        adapter = (leaves.get("lora_a"), leaves.get("lora_b"))
-        constants = (case.format, case.n, case.k, self.block_size, SCALING, case.dtype, case.dtype)
-        return (leaves["x"], self.offsets, self.planes, self.bias, *adapter, *constants)
+        adapter = []
+        if case.rank:
+            scaling = torch.tensor([SCALING], dtype=torch.promote_types(F32, case.dtype))
+            adapter = [leaves["lora_a"], leaves["lora_b"], scaling]
+        bias = [] if self.bias is None else [self.bias]
+        linear = LinearCall(self.layout, case.bias, case.rank)
+        call = FusedCall((linear,), *[case.dtype] * 3, experts=len(case.counts))
+        return leaves["x"], [self.offsets, *self.planes, *bias, *adapter], None, str(call)
 
     def fused(self, variant: ExpertsVariant, wanted: set[str] | None = None) -> dict[str, Tensor]:
         choice = ExpertsChoice(variant, 0.0)
@@ -111,7 +119,8 @@ class Call:
             for name, leaf in self.leaves.items()
         }
         with mock.patch.object(op, "choose", return_value=choice):
-            return _results(qlora_experts(*self.arguments(leaves)), leaves, self.grad)
+            (y,) = QLORA_EXPERTS(*self.arguments(leaves))
+            return _results(y, leaves, self.grad)
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
         """In float64, or `plain` in the case's dtypes; `magnitudes`: of absolute values."""
@@ -226,7 +235,7 @@ def test_op_is_a_proper_operator() -> None:
     for case in (Case(format="nf4", double_quantize=True), Case(transposed=True, bias=False)):
         call = case.build()
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in call.leaves.items()}
-        torch.library.opcheck(qlora_experts, call.arguments(leaves))
+        torch.library.opcheck(QLORA_EXPERTS, call.arguments(leaves))
 
 
 def test_saves_its_operands_only() -> None:
@@ -239,8 +248,7 @@ def test_saves_its_operands_only() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        arguments = call.arguments(leaves)
-        qlora_experts(*arguments)
-    tensors = [leaves["x"], call.offsets, *call.planes, *arguments[3:6]]
-    known = {tensor.data_ptr() for tensor in tensors}
+        x, tensors, *_ = arguments = call.arguments(leaves)
+        QLORA_EXPERTS(*arguments)
+    known = {tensor.data_ptr() for tensor in (x, *tensors)}
     assert {tensor.data_ptr() for tensor in saved} <= known

@@ -4,6 +4,7 @@ with the same dropout masks: then nothing but a wrong rewrite tells them apart."
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
+from qlora_compile.passes.calls import is_fused, read
 from qlora_compile.passes.nodes import (
-    arguments,
-    calls,
     example,
     is_cast,
     is_linear,
     linear_operands,
     strip_casts,
 )
+from qlora_compile.verify.graph_forms import widened_call
 from qlora_compile.verify.specified_ops import dropped_out
 from tests.passes.recorder import source_name
 
@@ -44,6 +45,9 @@ def widen(graph_module: GraphModule) -> None:
             node.kwargs = {"copy": before.dtype != after.dtype}
             node.target, node.args = "to", (node.args[0], WIDE)
         node.args, node.kwargs = tree_map(wide, (node.args, node.kwargs))
+        if is_fused(node):
+            fused = read(node)
+            node.args = replace(fused, call=widened_call(fused.call, WIDE)).arguments
 
 
 def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
@@ -53,17 +57,18 @@ def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
     here; where an adapter is fused in some of its calls only, nothing is dropped anywhere."""
     streams: dict[str, list[int]] = defaultdict(list)
     for node in rewritten.graph.nodes:
-        for call in calls(node):
-            if call["seed"] is not None and call["lora_b"] is not None:
-                streams[strip_casts(call["lora_b"]).name].append(call["stream"])
+        if is_fused(node) and (fused := read(node)).call.dropout:
+            for nodes, linear in zip(fused.linears, fused.call.linears, strict=True):
+                if linear.rank:
+                    streams[strip_casts(nodes.lora_b).name].append(linear.stream)
         if node.target is torch.randint:
             node.target, node.args, node.kwargs = _seed, (), {}
     dropouts = Counter(filter(None, map(_dropped_factor, original.graph.nodes)))
     if any(len(mine) != dropouts[name] for name, mine in streams.items()):
         streams.clear()
         for node in rewritten.graph.nodes:
-            if calls(node):
-                node.args = tuple((arguments(node) | {"dropout": 0.0, "seed": None}).values())
+            if is_fused(node):
+                node.args = read(node).without_dropout().arguments
     for mine in streams.values():
         mine.sort()  # numbered in the order of the dropouts
     for graph_module in (original, rewritten):

@@ -13,13 +13,10 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule, Node
 
 from qlora_compile.capture.pipeline import run_pipeline
+from qlora_compile.passes.calls import base_weights
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
-    calls,
     example,
-    is_linear,
-    linear_operands,
-    stored_weight,
     written_by,
 )
 from tests.passes.execution import drop_alike, inputs_of, run, widen
@@ -71,9 +68,8 @@ def check(program: Program, rows: int, trains_x: bool) -> None:
 def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
     weights = []
     for node in graph_module.graph.nodes:
-        weights += [call["planes"][0] for call in calls(node)]
-        weights += [linear_operands(node)[1]] if is_linear(node) else []
-    return {site for w in weights if (site := context.site_of(stored_weight(w))) is not None}
+        weights += base_weights(node)
+    return {site for weight in weights if (site := context.site_of(weight)) is not None}
 
 
 def _dtypes(graph_module: GraphModule) -> set[torch.dtype]:

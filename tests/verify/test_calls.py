@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlora_compile
+from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import FORMATS, VARIANTS
-from qlora_compile.verify.specified_ops import specified_group
+from qlora_compile.verify.specified_ops import specified_linears
 from tests.hf import test_experts
 from tests.verify.test_check import uncompiled, verified
 
@@ -123,11 +124,12 @@ def test_the_specification_is_the_reference(
     drawn = torch.tensor([seed])
     mask = drawn if dropout else None
     scaling = [1.0 + i for i in range(count)]
-    ys = specified_group(
-        *(torch.float64, x, [plane for each in packed for plane in each.planes]),
-        *([None] * count, lora_a, lora_b, mask, format.name, widths, k, packed[0].block_size),
-        *(scaling, dropout, list(range(count)), *(torch.bfloat16,) * 3),
-    )
+    linears = [LinearCall(each.layout, rank=rank, stream=i) for i, each in enumerate(packed)]
+    call = Call(tuple(linears), *(torch.bfloat16,) * 3, dropout=dropout)
+    tensors = []
+    for i in range(count):
+        tensors += [*packed[i].planes, lora_a[i], lora_b[i], torch.tensor([scaling[i]])]
+    ys = specified_linears(torch.float64, x, tensors, mask, str(call))
     expected = [
         qlora_linear_reference(
             *(x, format.dequantize(packed[i], torch.float32).double(), None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -17,13 +18,14 @@ from qlora_compile import errors
 from qlora_compile.capture import backend, pipeline
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels import attention
+from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.passes import attention as attention_pass
-from qlora_compile.passes.nodes import calls, is_group
+from qlora_compile.passes.calls import is_fused, read
 from qlora_compile.verify.check import IN_FLOAT32, CapturedInput, check
-from qlora_compile.verify.specified_ops import specified_experts, specified_linear
+from qlora_compile.verify.specified_ops import specified_experts, specified_linears
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 
@@ -31,7 +33,7 @@ from tests.toy_models import tokens, toy
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewritten graph as it is: what compiles it is not under test."""
-    monkeypatch.setattr(backend, "compile_inner", lambda graph, inputs, _: graph.forward)
+    monkeypatch.setattr(backend, "compile_inner", lambda graph, inputs, *_: graph.forward)
 
 
 def verified(
@@ -138,7 +140,20 @@ def test_autocast_is_checked_against_float64() -> None:
 
 
 def fused(graph: GraphModule, number: int) -> Node:
-    return [node for node in graph.graph.nodes if calls(node)][number]
+    return [node for node in graph.graph.nodes if is_fused(node)][number]
+
+
+def result(graph: GraphModule) -> Node:
+    """What the last fused call of a graph returns."""
+    (node,) = fused(graph, -1).users
+    return node
+
+
+def rewrite(node: Node, **changes: Any) -> None:
+    """The fused call `node` of a single Linear with other nodes for its tensors."""
+    call = read(node)
+    linears = (replace(call.linears[0], **changes),)
+    node.args = replace(call, linears=linears).arguments
 
 
 def changed(node: Node, target: Any, *args: Any) -> Node:
@@ -151,7 +166,7 @@ def changed(node: Node, target: Any, *args: Any) -> Node:
 
 
 def one_per_cent(graph: GraphModule) -> None:
-    changed(fused(graph, -1), torch.mul, 1.01)
+    changed(result(graph), torch.mul, 1.01)
 
 
 def one_per_cent_of_a_gradient(graph: GraphModule) -> None:
@@ -169,31 +184,36 @@ def one_per_cent_of_a_gradient(graph: GraphModule) -> None:
 
 
 def not_a_number(graph: GraphModule) -> None:
-    changed(fused(graph, -1), torch.mul, float("nan"))
+    changed(result(graph), torch.mul, float("nan"))
 
 
 def swapped_adapters(graph: GraphModule) -> None:
-    group = next(node for node in graph.graph.nodes if is_group(node) and len(node.args[7]) == 2)
-    args = list(group.args)
-    args[3], args[4] = args[3][::-1], args[4][::-1]
-    group.args = tuple(args)
+    calls = filter(is_fused, graph.graph.nodes)
+    group = next(node for node in calls if len(read(node).linears) == 2)
+    call = read(group)
+    one, other = call.linears
+    swapped = (
+        replace(one, lora_a=other.lora_a, lora_b=other.lora_b),
+        replace(other, lora_a=one.lora_a, lora_b=one.lora_b),
+    )
+    group.args = replace(call, linears=swapped).arguments
 
 
 def missing_gradient(graph: GraphModule) -> None:
     node = fused(graph, -1)
     with graph.graph.inserting_before(node):
-        detached = graph.graph.call_method("detach", (node.args[3],))
-    node.args = (*node.args[:3], detached, *node.args[4:])
+        detached = graph.graph.call_method("detach", (read(node).linears[0].lora_a,))
+    rewrite(node, lora_a=detached)
 
 
 def lost_dropout(graph: GraphModule) -> None:
     node = fused(graph, -1)
-    node.args = (*node.args[:5], None, *node.args[6:11], 0.0, *node.args[12:])
+    node.args = read(node).without_dropout().arguments
 
 
 def changed_scaling(graph: GraphModule) -> None:
     node = fused(graph, -1)
-    node.args = (*node.args[:10], 2.5, *node.args[11:])
+    read(node).linears[0].scaling.args = ((1,), 2.5)
 
 
 FAULTS = {
@@ -315,10 +335,10 @@ def test_the_reference_sees_through_packed_weights(
     packed = format.quantize(weight, double_quantize=double and format.has_double_quantize)
     x = torch.randn(3, k, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(n, dtype=torch.float64, requires_grad=True) if has_bias else None
-    bfloat16 = (torch.bfloat16,) * 3
-    constants = (format.name, n, k, packed.block_size, 1.0, 0.0, 0, *bfloat16)
-    planes = [p.double() if p.is_floating_point() else p for p in packed.planes]
-    y = specified_linear(torch.float64, x, planes, bias, None, None, None, *constants)
+    call = Call((LinearCall(packed.layout, has_bias),), *(torch.bfloat16,) * 3)
+    tensors = [p.double() if p.is_floating_point() else p for p in packed.planes]
+    tensors += [] if bias is None else [bias]
+    (y,) = specified_linears(torch.float64, x, tensors, None, str(call))
     exact = format.dequantize(packed, torch.float32).double()
     expected = torch.nn.functional.linear(x, exact, bias)
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=1e-13)
@@ -354,8 +374,11 @@ def test_the_reference_sees_through_packed_experts(
         shapes = ((experts, rank, k), (experts, n, rank))
         factors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     a, b = factors or (None, None)
-    constants = (format.name, n, k, packed.block_size, 1.5, torch.bfloat16, torch.bfloat16)
-    y = specified_experts(torch.float64, x, offsets, packed.planes, bias, a, b, *constants)
+    linear = LinearCall(packed.layout, bias=True, rank=rank)
+    call = Call((linear,), *(torch.bfloat16,) * 3, experts=experts)
+    adapter = [*factors, torch.tensor([1.5], dtype=torch.float64)] if rank else []
+    tensors = [offsets, *packed.planes, bias, *adapter]
+    (y,) = specified_experts(torch.float64, x, tensors, None, str(call))
     weight = format.dequantize(packed, torch.float32).double().view(experts, n, k)
     expected = experts_reference(x, offsets, weight, bias, a, b, scaling=1.5)
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-12)
