@@ -108,7 +108,9 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
         rank = low_rank.shape[-1]
         lora_dtype = low_rank.dtype
         if nodes.lora_a is None:
-            scaling = scalings.tensor(branch.scaling, fake_x.device, lora_dtype)
+            scaling = branch.scaling
+            if not isinstance(scaling, Node):
+                scaling = scalings.tensor(float(scaling), fake_x.device, lora_dtype)
         else:
             if base.call.lora_dtype != lora_dtype:
                 continue
@@ -144,7 +146,7 @@ class _Branch:
     lora_a: Node
     lora_b: Node
     bias: Node | None
-    scaling: float
+    scaling: float | Node
     dropout: float
 
 
@@ -171,7 +173,7 @@ def _match_branch(add: Node) -> _Branch | None:
         product, scaling = scaled.args
         if isinstance(product, (int, float)):
             product, scaling = scaling, product
-        if not isinstance(scaling, (int, float)):
+        if not isinstance(scaling, (int, float)) and not _is_number(scaling):
             continue
         second = _strip_private(product)
         if not is_linear(second):
@@ -192,7 +194,7 @@ def _match_branch(add: Node) -> _Branch | None:
         private = (scaled, second, first)
         if all(is_private(node) for node in private) and 0.0 <= probability < 1.0:
             a, b = strip_casts(lora_a), strip_casts(lora_b)
-            return _Branch(fused, x, first, a, b, bias, float(scaling), probability)
+            return _Branch(fused, x, first, a, b, bias, scaling, probability)
     return None
 
 
@@ -261,6 +263,19 @@ def _draw_seed(graph: Graph, device: torch.device) -> Node:
 def _first_computed(graph: Graph) -> Node:
     """The first node that computes a tensor: no_grad and autocast are nodes too."""
     return next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
+
+
+def _is_number(node: Any) -> bool:
+    """Whether `node` is a given tensor of no dimension: a scaling that is data."""
+    value = example(node)
+    return (
+        value is not None
+        and isinstance(node, Node)
+        and node.op == "placeholder"
+        and value.dim() == 0
+        and value.is_floating_point()
+        and not value.requires_grad
+    )
 
 
 def _is_plain_linear(node: Any) -> bool:

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.fx import GraphModule
 
 import qlora_compile
 from bench.agreement import Errors, distance, training_step

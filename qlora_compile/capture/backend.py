@@ -119,8 +119,9 @@ def make_backend(
         region = _running[-1][0]
         checked = verifier if inductor else None
         original = copy.deepcopy(graph_module) if checked is not None else None
-        inputs = captured_inputs(graph_module) if checked is not None else []
-        context = PassContext(region.sites, dict(region.kept), tensors=tensor_names(region.module))
+        names = tensor_names(region.module)
+        inputs = captured_inputs(graph_module, names) if checked is not None else []
+        context = PassContext(region.sites, dict(region.kept), tensors=names)
         places = _places(graph_module, context)
         run_pipeline(graph_module, context)
         check = None

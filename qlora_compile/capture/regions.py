@@ -21,7 +21,7 @@ from torch._dynamo import config as _dynamo_config
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import is_hooked
+from qlora_compile.hf.adapters import SlottedAdapters, is_hooked
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.kernels.selection import MODELLED
 from qlora_compile.passes.context import (
@@ -89,6 +89,7 @@ class Region:
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
         self.uncompiled = _GIVEN_UP
+        self.adapters = SlottedAdapters(module, sites)
         self.__signature__ = inspect.signature(module.forward)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,6 +113,7 @@ class Region:
         if is_hooked(module, self.sites):
             self.graphs, self.uncompiled = [], _HOOKED
             return self.kind.module_class.forward(module, *args, **kwargs)
+        self.adapters.refresh(by_slots=True)
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
+from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
@@ -39,6 +40,10 @@ class QuantizedLoraLinear(DoraLinear):
         base = self.get_base_layer()
         assert isinstance(base, QuantizedLinear)
         return base
+
+
+class SlottedLinear(SlottedLayer, LoraLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a Conv1D, or a Linear that multiplies in a way of its own."""
 
 
 def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
@@ -86,6 +91,28 @@ def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
         for each in layers
         if isinstance(each, BaseTunerLayer)
     )
+
+
+class SlottedAdapters:
+    """The adapter layers at the `sites` inside `block`, whatever stands there at the time."""
+
+    def __init__(self, block: nn.Module, sites: Iterable[str]) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._block = [block] * ("" in sites)
+        for site in sites:
+            parent, _, leaf = site.rpartition(".")
+            if site and (holder := _wrapper(block, parent)) is not None:
+                self._places.append((holder.__dict__["_modules"], leaf))
+
+    def refresh(self, *, by_slots: bool) -> None:
+        """Brings their slots up to date; without `by_slots`, PEFT's own forward is compiled."""
+        modules = [children.get(leaf) for children, leaf in self._places]
+        for module in (*self._block, *modules):
+            if isinstance(module, SlottedLayer):
+                if by_slots:
+                    module.refresh_slots()
+                else:
+                    module.forget_slots()
 
 
 def active_rank(model: nn.Module, site: str) -> int:
@@ -214,28 +241,26 @@ def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> None:
 
 
 def adopt_adapter_layer(module: nn.Module) -> None:
-    """Lets a stock LoRA layer over a QuantizedLinear merge into it; ours as PEFT made it, too: its
-    config may say that weights are [K, N] (fan_in_fan_out), which a packed one never is. DoRA is
-    written as plain LoRA."""
-    if isinstance(module, LoraLinear) and isinstance(module.get_base_layer(), QuantizedLinear):
-        if type(module) is LoraLinear:
-            module.__class__ = QuantizedLoraLinear
-        module.fan_in_fan_out = False
-    elif (dora := _dora_layer(module)) is not None:
-        module.__class__ = dora  # pyright: ignore[reportAttributeAccessIssue]
+    """Gives a stock LoRA layer of a Linear the class by which compiled code reads its adapters by
+    slots, DoRA is written as plain LoRA, and merging packs a packed base anew. A packed weight is
+    never [K, N], whatever the layer's config says of it (fan_in_fan_out), ours included."""
+    if isinstance(module, LoraLayer):
+        own = _own_class(module)
+        if own is not None:
+            module.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(module, QuantizedLoraLinear):
+            module.fan_in_fan_out = False
     if isinstance(module, DoraLayer):
         module.adopt_variants()
 
 
-def _dora_layer(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that stands for a stock adapter layer with DoRA. None where the layer stays PEFT's:
-    its base neither multiplies as nn.Linear does nor is packed."""
-    variants: dict = getattr(layer, "lora_variant", {})
-    if not any(type(variant) is DoraLinearVariant for variant in variants.values()):
-        return None
-    assert isinstance(layer, BaseTunerLayer)
+def _own_class(layer: LoraLayer) -> type[nn.Module] | None:
+    """The class of ours that stands for a stock adapter layer; None where the layer stays as it
+    is: ours already, or over something else than a Linear."""
     linear = layer.get_base_layer()
-    if type(layer) is LoraLinear and type(linear).forward is nn.Linear.forward:
-        return DoraLinear
+    if type(layer) is LoraLinear:
+        if isinstance(linear, QuantizedLinear):
+            return QuantizedLoraLinear
+        return DoraLinear if type(linear).forward is nn.Linear.forward else SlottedLinear
     base = base_of(linear)
-    return base.dora_layer(layer) if base is not None and hasattr(linear, "packed") else None
+    return base.adapter_layer(layer) if base is not None and hasattr(linear, "packed") else None

@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.linear import QuantizedLinear
@@ -51,7 +52,7 @@ class FactoredDora(DoraLinearVariant):
         return result + (scale - 1) * product + scale * module.low_rank(active_adapter, x)
 
 
-class DoraLayer:
+class DoraLayer(SlottedLayer):
     """What an adapter layer of PEFT's is given, as a base before it, to run DoRA factored.
 
     `base_squared_norms`: ‖W‖² of each row, float32 or wider [N], a buffer outside the state dict.
@@ -94,6 +95,8 @@ class DoraLayer:
         return self
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.slots is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         adapter = self._only_dora_adapter()
         plain = not args and all(value is None for value in kwargs.values())
         if torch.compiler.is_compiling() and adapter is not None and plain:
@@ -148,7 +151,7 @@ class DoraLayer:
 
 
 class DoraLinear(DoraLayer, LoraLinear):  # type: ignore[misc]
-    """Stock PEFT's LoRA layer over a plain Linear, with DoRA factored."""
+    """Stock PEFT's LoRA layer over a plain Linear, by slots and with DoRA factored."""
 
 
 def _measure_loaded(module: Any, incompatible_keys: object) -> None:

@@ -4,7 +4,7 @@ evaluation of the captured one, next to the errors the captured one makes in its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,19 @@ class CapturedInput:
     stored: bool
 
 
-def captured_inputs(graph_module: GraphModule) -> list[CapturedInput]:
-    """Of a graph as Dynamo hands it over; later it has forgotten."""
+def captured_inputs(
+    graph_module: GraphModule, names: Mapping[int, Sequence[str]]
+) -> list[CapturedInput]:
+    """The inputs of a graph as Dynamo hands it over; later it has forgotten them. names: of the
+    block's parameters and buffers, by their `id`; an adapter is read by its slot, not by name."""
     found = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        path = _MODULE.findall(source.name) if source is not None else []
-        found.append(CapturedInput(".".join(path) or node.name, bool(path)))
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        path = ".".join(_MODULE.findall(source.name)) if source is not None else ""
+        known = names.get(id(getattr(argument, "example", None)), ())
+        stored = path if path or not known else known[0]
+        found.append(CapturedInput(stored or node.name, bool(stored)))
     return found
 
 

@@ -25,6 +25,6 @@ class Base(ABC):
         """Makes a `module` without an obstacle a site of the fused op, copying no weight."""
 
     @abstractmethod
-    def dora_layer(self, layer: nn.Module) -> type[nn.Module] | None:
-        """The class that runs DoRA factored in place of PEFT's adapter `layer` over an adopted
-        base; None where `layer` is none of PEFT's for this library."""
+    def adapter_layer(self, layer: nn.Module) -> type[nn.Module] | None:
+        """The class of ours that stands for PEFT's adapter `layer` over an adopted base; None where
+        `layer` is none of PEFT's for this library."""

@@ -25,9 +25,9 @@ class BitsAndBytes(Base):
 
         bitsandbytes_layers.adopt(module)
 
-    def dora_layer(self, layer: nn.Module) -> type[nn.Module] | None:
+    def adapter_layer(self, layer: nn.Module) -> type[nn.Module] | None:
         if type(layer).__module__ != "peft.tuners.lora.bnb":
             return None
         from qlora_compile.hf.bases import bitsandbytes_layers
 
-        return bitsandbytes_layers.DORA_LAYERS.get(type(layer))
+        return bitsandbytes_layers.ADAPTER_LAYERS.get(type(layer))

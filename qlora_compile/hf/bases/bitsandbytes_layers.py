@@ -91,14 +91,14 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
 
 class DoraLinear4bit(DoraLayer, Linear4bit):  # type: ignore[misc]
-    """PEFT's adapter layer over 4-bit layers, with DoRA factored."""
+    """PEFT's adapter layer over 4-bit layers, by slots and with DoRA factored."""
 
 
 class DoraLinear8bitLt(DoraLayer, Linear8bitLt):  # type: ignore[misc]
-    """PEFT's adapter layer over 8-bit layers, with DoRA factored."""
+    """PEFT's adapter layer over 8-bit layers, by slots and with DoRA factored."""
 
 
-DORA_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
+ADAPTER_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
 """By the class of stock PEFT's that each stands for."""
 
 
