@@ -1,0 +1,119 @@
+"""How many graphs adapters, their names and their scalings make; each against stock PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from torch._dynamo.utils import counters
+
+from bench.agreement import distance
+from tests.test_equality import build, lora, step, without_inductor
+from tests.toy_models import tokens
+
+__all__ = ["without_inductor"]
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+BASES = ("plain", "nf4", "bnb-4bit")
+by_base = pytest.mark.parametrize("base", BASES)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def pair(base: str, adapters: int = 1, **options: Any) -> list[Any]:
+    """Stock and ours with the same adapters "default", "1", "2", …."""
+    counters.clear()
+    models = build(base, torch.float32, 0.0, False)
+    for model in models:
+        for number in range(1, adapters):
+            torch.manual_seed(number)
+            model.add_adapter(str(number), lora(**options))
+    return models
+
+
+def assert_equal_steps(stock: Any, ours: Any) -> None:
+    ids = tokens()
+    expected, actual = step(stock, ids), step(ours, ids)
+    for group, error in distance(actual, expected).items():
+        assert error < 1e-4, group
+
+
+@by_base
+def test_any_scaling_runs_one_graph(base: str) -> None:
+    stock, ours = pair(base)
+    for scaling in (0.5, 2.0, 0.3, 3.0, 1.0):
+        for model in (stock, ours):
+            for module in model.modules():
+                if isinstance(module, LoraLayer) and "default" in module.scaling:
+                    module.set_scale("default", scaling)
+        assert_equal_steps(stock, ours)
+    assert graphs() == 1
+
+
+@by_base
+def test_adapters_of_one_shape_share_a_graph(base: str) -> None:
+    names = ["default", *map(str, range(1, 8))]
+    stock, ours = pair(base, len(names), lora_alpha=3)
+    for _ in range(2):
+        for name in names:
+            for model in (stock, ours):
+                model.set_adapter(name)
+            assert_equal_steps(stock, ours)
+    assert graphs() == 1
+
+
+def _switch(name: str) -> Callable[[Any], Any]:
+    return lambda model: model.set_adapter(name)
+
+
+def _disable(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def _enable(model: Any) -> None:
+    model.base_model.enable_adapter_layers()
+
+
+def _replace(model: Any) -> None:
+    """Deletes an adapter and adds another of its name and shape."""
+    model.set_adapter("default")
+    model.delete_adapter("1")
+    torch.manual_seed(7)
+    model.add_adapter("1", lora())
+
+
+STATES: dict[str, Callable[[Any], Any]] = {
+    "default": _switch("default"),
+    "1": _switch("1"),
+    "disabled": _disable,
+    "enabled": _enable,
+    "replaced": _replace,
+    "evaluation": lambda model: model.eval(),
+    "training": lambda model: model.train(),
+}
+MOST_GRAPHS = 4
+"""Training and evaluation, each with adapters and without."""
+
+
+@pytest.mark.parametrize("base", ["nf4"])
+@settings(max_examples=4)
+@given(states=st.lists(st.sampled_from(sorted(STATES)), min_size=3, max_size=6))
+def test_graphs_do_not_grow_with_repetition(base: str, states: list[str]) -> None:
+    torch._dynamo.reset()
+    stock, ours = pair(base, 2)
+    for _ in range(2):
+        for state in states:
+            for model in (stock, ours):
+                STATES[state](model)
+            ids = tokens()
+            outputs = [model(input_ids=ids, labels=ids, use_cache=False) for model in (stock, ours)]
+            torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
+    assert graphs() <= MOST_GRAPHS
