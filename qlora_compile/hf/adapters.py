@@ -100,19 +100,24 @@ class SlottedAdapters:
         self._places: list[tuple[dict[str, Any], str]] = []
         self._block = [block] * ("" in sites)
         for site in sites:
+            if not isinstance(_wrapper(block, site), (LinearSite, BaseTunerLayer)):
+                # A weight of experts, whose adapters wrap the module that has it.
+                site = site.rpartition(".")[0]
             parent, _, leaf = site.rpartition(".")
             if site and (holder := _wrapper(block, parent)) is not None:
-                self._places.append((holder.__dict__["_modules"], leaf))
+                place = (holder.__dict__["_modules"], leaf)
+                self._places += [] if place in self._places else [place]
 
     def refresh(self, *, by_slots: bool) -> None:
         """Brings their slots up to date; without `by_slots`, PEFT's own forward is compiled."""
         modules = [children.get(leaf) for children, leaf in self._places]
         for module in (*self._block, *modules):
-            if isinstance(module, SlottedLayer):
+            while isinstance(module, SlottedLayer):
                 if by_slots:
                     module.refresh_slots()
                 else:
                     module.forget_slots()
+                module = module.base_layer  # several adapted weights wrap one module of experts
 
 
 def active_rank(model: nn.Module, site: str) -> int:

@@ -11,12 +11,13 @@ from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.experts import Factors, is_served, is_transposed
 from qlora_compile.modules.experts import PackedExperts
 
 
 # PEFT recognises its wrapper by this very name when a further adapter is added.
-class ParamWrapper(PeftParamWrapper):
+class ParamWrapper(SlottedLayer, PeftParamWrapper):
     """PEFT's wrapper without a parametrization, which breaks graphs.
 
     Over experts that our op computes the base layer is called with the low-rank factors; over every
@@ -24,16 +25,22 @@ class ParamWrapper(PeftParamWrapper):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        served = is_served(self.get_base_layer()) and self.parameter_name in _WEIGHTS
+        if served and self.slots and torch.compiler.is_compiling():
+            factors = self._factors([(s.a, s.b, s.scaling) for s in self.slots])
+            return self._with_factors(factors, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names or "adapter_names" in kwargs:
-            return super().forward(x, *args, **kwargs)
-        if is_served(self.get_base_layer()) and self.parameter_name in _WEIGHTS:
-            others = kwargs.pop("factors", None) or {}
-            factors = {**others, self.parameter_name: self._factors(names)}
-            return self.base_layer(x, *args, **kwargs, factors=factors)
+            return PeftParamWrapper.forward(self, x, *args, **kwargs)
+        if served:
+            adapters = [
+                (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+                for name in names
+            ]
+            return self._with_factors(self._factors(adapters), x, *args, **kwargs)
         parameter = self.get_param()
         if parameter.dtype.itemsize < 2 or hasattr(self.get_base_layer(), "parametrizations"):
-            return super().forward(x, *args, **kwargs)
+            return PeftParamWrapper.forward(self, x, *args, **kwargs)
         path = self.parameter_name
         layer = self.base_layer
         while isinstance(layer, PeftParamWrapper):
@@ -52,15 +59,24 @@ class ParamWrapper(PeftParamWrapper):
             delta = delta + self.get_delta_weight(name)
         return parameter + delta
 
-    def _factors(self, names: list[str]) -> Factors:
-        """The adapters side by side: [A1; A2] and [s1 B1 | s2 B2]."""
+    def _with_factors(self, factors: Factors, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        others = kwargs.pop("factors", None) or {}
+        factors_by_weight = {**others, self.parameter_name: factors}
+        return self.base_layer(x, *args, **kwargs, factors=factors_by_weight)
+
+    def _factors(self, adapters: list[tuple[Tensor, Tensor, Any]]) -> Factors:
+        """The adapters, each the weights of its A and B and its scaling, side by side: [A1; A2] and
+        [s1 B1 | s2 B2]."""
         parts = []
-        for name in names:
-            left, right, scaling = self.get_delta_factors(name)
-            # These multiply to the weight's change in the layout of the parameter.
-            if is_transposed(self.get_base_layer()):
-                left, right = right.transpose(1, 2), left.transpose(1, 2)
-            parts.append((right, left, scaling))
+        for weight_a, weight_b, scaling in adapters:
+            # As PEFT lays them out: A [E * R, K], B [N, R * E].
+            a = weight_a.reshape(self.num_experts, -1, weight_a.shape[-1])
+            b = weight_b.reshape(weight_b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+            # PEFT may take what the model reads for what it writes; it says so by this.
+            if self._did_swap_in_out_features == is_transposed(self.get_base_layer()):
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+            dtype = self.get_param().dtype
+            parts.append((a.to(dtype), b.to(dtype), scaling))
         if len(parts) == 1:
             return parts[0]
         lora_a = torch.cat([a for a, _, _ in parts], dim=1)

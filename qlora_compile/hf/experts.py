@@ -30,7 +30,7 @@ IMPLEMENTATION = "qlora_compile"
 
 _TRAINED = "the base weight is trained"
 
-Factors = tuple[Tensor, Tensor, float]
+Factors = tuple[Tensor, Tensor, Tensor | float]
 """lora_a [E, R, K], lora_b [E, N, R] and the scaling of one weight's adapters."""
 
 
@@ -241,8 +241,10 @@ def _linear(
     adapter = (factors or {}).get(name)
     if adapter is not None:
         lora_a, lora_b, scaling = adapter
-        wide = torch.promote_types(torch.float32, weight.dtype)
-        adapter = (lora_a, lora_b, torch.full((1,), scaling, dtype=wide, device=x.device))
+        if not isinstance(scaling, Tensor):
+            wide = torch.promote_types(torch.float32, weight.dtype)
+            scaling = torch.full((1,), scaling, dtype=wide, device=x.device)
+        adapter = (lora_a, lora_b, scaling)
     if isinstance(weight, PackedExperts):
         planes, layout = weight.planes, weight.layout
     else:

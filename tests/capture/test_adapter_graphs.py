@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 
+import qlora_compile
 from bench.agreement import distance
+from tests.hf import test_experts as experts
 from tests.test_equality import build, lora, step, without_inductor
 from tests.toy_models import tokens
 
@@ -117,3 +120,29 @@ def test_graphs_do_not_grow_with_repetition(base: str, states: list[str]) -> Non
             outputs = [model(input_ids=ids, labels=ids, use_cache=False) for model in (stock, ours)]
             torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
     assert graphs() <= MOST_GRAPHS
+
+
+def test_adapters_of_experts_share_a_graph() -> None:
+    counters.clear()
+    config = experts.lora()
+    stock, ours = (
+        get_peft_model(experts.toy(), config),
+        qlora_compile.optimize(get_peft_model(experts.toy(), config)),
+    )
+    for model in (stock, ours):
+        model.add_adapter("other", config)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
+        model.train()
+    inputs = experts.batch(ours)
+    for name in ("default", "other", "default"):
+        losses = []
+        for model in (stock, ours):
+            model.set_adapter(name)
+            losses.append(model(**inputs).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
