@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qlora_compile.kernels.attention import ATTENTION
+from qlora_compile.kernels.specification import SPECIFIED
 from qlora_compile.passes.calls import base_weights, is_fused
 from qlora_compile.passes.experts import experts_weight
 from qlora_compile.passes.nodes import stored_weight
 from qlora_compile.verify.graph_results import Results, outputs_and_gradients
-from qlora_compile.verify.specified_ops import SPECIFIED
 
 
 class CallInterpreter(Interpreter):

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.selection import MODELLED
+from qlora_compile.kernels.specification import SPECIFIED, dropped_out
 from qlora_compile.passes.calls import FusedCall, is_fused, read
 from qlora_compile.passes.nodes import (
     dropout_probability,
@@ -27,7 +28,6 @@ from qlora_compile.passes.nodes import (
     stored_weight,
     strip_casts,
 )
-from qlora_compile.verify.specified_ops import SPECIFIED, dropped_out
 
 SEED = 20240229
 """Of every fused op's dropout in a check."""

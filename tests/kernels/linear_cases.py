@@ -18,9 +18,9 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.linear_call import bound, problem_of, specs
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.problem import Direction, Problem
-from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
 from qlora_compile.kernels.selection import Choice
+from qlora_compile.kernels.specification import linear_reference
 from qlora_compile.kernels.variants.base import (
     NO_CONFIG,
     Config,
@@ -278,7 +278,7 @@ class Call:
                 leaf = tensor.detach().to(leaf_dtype)
                 leaves[name] = (leaf.abs() if magnitudes else leaf).requires_grad_()
                 operands[name] = leaves[name].to(operand_dtype)
-        y = qlora_linear_reference(
+        y = linear_reference(
             operands["x"],
             weight,
             operands["bias"],

@@ -17,10 +17,10 @@ from qlora_compile.kernels.call import LinearCall
 from qlora_compile.kernels.experts import op
 from qlora_compile.kernels.experts.base import ExpertsVariant
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS
-from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoice
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
+from qlora_compile.kernels.specification import experts_reference
 
 FACTOR = 1.5
 """An error may be this many times that of the plain computation in the same dtypes."""

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
+from qlora_compile.kernels.specification import dropped_out
 from qlora_compile.passes.calls import is_fused, read
 from qlora_compile.passes.nodes import (
     example,
@@ -22,7 +23,6 @@ from qlora_compile.passes.nodes import (
     strip_casts,
 )
 from qlora_compile.verify.graph_forms import widened_call
-from qlora_compile.verify.specified_ops import dropped_out
 from tests.passes.recorder import source_name
 
 WIDE = torch.float64

@@ -16,9 +16,8 @@ from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.reference import qlora_linear_reference
 from qlora_compile.kernels.registry import FORMATS, VARIANTS
-from qlora_compile.verify.specified_ops import specified_linears
+from qlora_compile.kernels.specification import linear_reference, specified_linears
 from tests.hf import test_experts
 from tests.verify.test_check import uncompiled, verified
 
@@ -131,7 +130,7 @@ def test_the_specification_is_the_reference(
         tensors += [*packed[i].planes, lora_a[i], lora_b[i], torch.tensor([scaling[i]])]
     ys = specified_linears(torch.float64, x, tensors, mask, str(call))
     expected = [
-        qlora_linear_reference(
+        linear_reference(
             *(x, format.dequantize(packed[i], torch.float32).double(), None),
             *(lora_a[i], lora_b[i]),
             scaling=scaling[i],

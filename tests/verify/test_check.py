@@ -19,13 +19,16 @@ from qlora_compile.capture import backend, pipeline
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels import attention
 from qlora_compile.kernels.call import Call, LinearCall
-from qlora_compile.kernels.experts.reference import experts_reference
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.kernels.specification import (
+    experts_reference,
+    specified_experts,
+    specified_linears,
+)
 from qlora_compile.passes import attention as attention_pass
 from qlora_compile.passes.calls import is_fused, read
 from qlora_compile.verify.check import IN_FLOAT32, CapturedInput, check
-from qlora_compile.verify.specified_ops import specified_experts, specified_linears
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 

@@ -22,6 +22,56 @@ from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.variants.base import LinearSpec
 
 
+def linear_reference(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout: float = 0.0,
+    keep: Tensor | None = None,
+    product: Callable[[Tensor, Any, Tensor | None], Tensor] = torch.nn.functional.linear,
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling * (keep ⊙ x / (1 - dropout)) Aᵀ Bᵀ  (LoRA, Hu et al. 2021).
+
+    x [..., K], weight [N, K] (dequantised), lora_a [R, K], lora_b [N, R], keep bool [..., K]. Every
+    product runs in the dtype of its weights and the sum in the wider one, as in PEFT: pass float64
+    for a reference, low precisions for the plain computation whose error bounds a variant's.
+    product: how `weight`, whatever it is then, is multiplied with.
+    """
+    y = product(x, weight, bias)
+    if lora_a is None or lora_b is None:
+        return y
+    adapted = _dropped(x.to(lora_a.dtype), keep, dropout)
+    return y + scaling * (adapted @ lora_a.T @ lora_b.T)
+
+
+def experts_reference(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+) -> Tensor:
+    """y [S, N] of x [S, K], weight [E, N, K], bias [E, N], lora_a [E, R, K], lora_b [E, N, R]:
+    rows offsets[e - 1] … offsets[e] go through expert e, those past the last offset give zero."""
+    expert = torch.searchsorted(offsets, torch.arange(x.shape[0]), right=True)
+    served = expert < weight.shape[0]
+    expert = expert.clamp(max=weight.shape[0] - 1)
+    y = torch.einsum("snk,sk->sn", weight[expert], x)
+    if bias is not None:
+        y = y + bias[expert]
+    if lora_a is not None and lora_b is not None:
+        low = torch.einsum("srk,sk->sr", lora_a[expert], x)
+        y = y + scaling * torch.einsum("snr,sr->sn", lora_b[expert], low)
+    return y * served[:, None]
+
+
 def specified_linears(
     wide: torch.dtype | None,
     x: Tensor,
@@ -35,27 +85,44 @@ def specified_linears(
     with torch.autocast(x.device.type, enabled=False):
         for own, spec in bound(call, x, tensors, seed):
             dtype, lora_dtype = wide or spec.compute_dtype, wide or spec.lora_dtype
-            bias = None if own.bias is None else own.bias.to(dtype)
-            y = _Linear.apply(
-                x.to(dtype), bias, partial(_decoded, own.planes, spec, (spec.n, spec.k), dtype)
+            keep = None if own.seed is None else _keep(x, own.seed, spec.stream, spec.dropout)
+            a, b, scaling = (
+                None if each is None else each.to(lora_dtype)
+                for each in (own.lora_a, own.lora_b, own.scaling)
             )
-            if own.lora_a is not None and own.lora_b is not None and own.scaling is not None:
-                adapted = x.to(lora_dtype)
-                if own.seed is not None:
-                    adapted = dropped_out(adapted, own.seed, spec.stream, spec.dropout)
-                low_rank = adapted @ own.lora_a.to(lora_dtype).T
-                scaling = own.scaling.to(lora_dtype)
-                low_ranks.append((scaling * low_rank).detach().reshape(-1, len(own.lora_a)))
-                y = y + scaling * (low_rank @ own.lora_b.to(lora_dtype).T)
+            y = linear_reference(
+                x.to(dtype),
+                partial(_decoded, own.planes, spec, (spec.n, spec.k), dtype),
+                None if own.bias is None else own.bias.to(dtype),
+                *(a, b),
+                scaling=1.0 if scaling is None else scaling,
+                dropout=spec.dropout,
+                keep=keep,
+                product=_product,
+            )
+            if a is not None and scaling is not None and call.save_low_rank:
+                dropped = _dropped(x.detach().to(lora_dtype), keep, spec.dropout)
+                low_ranks.append((scaling * (dropped @ a.detach().T)).reshape(-1, len(a)))
             results.append(y.to(wide or spec.out_dtype))
     return [*results, torch.cat(low_ranks, dim=1)] if call.save_low_rank else results
 
 
 def dropped_out(x: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
     """x [..., K] with the mask of a fused op; seed: int64 [1]."""
+    return _dropped(x, _keep(x, seed, stream, probability), probability)
+
+
+def _keep(x: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    keep = keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
-    return x * keep / (1.0 - probability)
+    return keep_mask(seed, stream, probability, (0, rows), x.shape[-1]).view(x.shape)
+
+
+def _dropped(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+    return x if keep is None else x * keep / (1.0 - probability)
+
+
+def _product(x: Tensor, decode: Any, bias: Tensor | None) -> Tensor:
+    return _Linear.apply(x, bias, decode)
 
 
 class _Linear(torch.autograd.Function):
