@@ -88,8 +88,10 @@ def captured_inputs(
         source = getattr(argument, "source", None)
         path = ".".join(_MODULE.findall(source.name)) if source is not None else ""
         known = names.get(id(getattr(argument, "example", None)), ())
-        stored = path if path or not known else known[0]
-        found.append(CapturedInput(stored or node.name, bool(stored)))
+        name = path if path in known or not known else known[0]
+        # A slot's scaling lies in a module, but is none of its parameters and buffers.
+        is_named = bool(known) or not (names and path)
+        found.append(CapturedInput(name if name and is_named else node.name, bool(name)))
     return found
 
 
@@ -125,7 +127,9 @@ def _check(
         cases.append(_Case(IN_FLOAT32, names, random, masks, torch.float32, torch.float32))
     lost = lost_dropout(original, rewritten, masks)
     if lost is not None:
-        return Checked((), "", lowest, f"the dropout before {lost} is not the original's")
+        placeholders = original.graph.find_nodes(op="placeholder")
+        called = dict(zip((node.name for node in placeholders), names, strict=True))
+        return Checked((), "", lowest, f"the dropout before {called[lost]} is not the original's")
     comparisons: list[Comparison] = []
     for case in cases:
         if case.wide is not None and cases[0].reference.startswith(_OWN_DTYPES):
