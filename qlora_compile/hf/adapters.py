@@ -165,12 +165,6 @@ def other_modules(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def to_be_trained(model: nn.Module, config: object) -> set[str]:
-    """Sites that `config` asks PEFT to train in full."""
-    modules = tuple(getattr(config, "modules_to_save", None) or ())
-    return {name for name in linear_sites(model) if not set(modules).isdisjoint(name.split("."))}
-
-
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, else the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -180,9 +174,12 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> None:
-    """Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
-    would fail, or pass over a name, after it had begun to change the model."""
+def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> set[str]:
+    """The sites that PEFT will train beside the adapters of `config`, in full or a few rows.
+
+    Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
+    would fail, or pass over a name, after it had begun to change the model.
+    """
     if not isinstance(config, LoraConfig):
         raise AdapterConfigError(
             field="lora", value=config, remedy="pass a peft.LoraConfig or None"
@@ -207,7 +204,9 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the random state as the user left it.
     with torch.random.fork_rng():
-        attach(_without_data(model), config)
+        attached = base_model(attach(_without_data(model), config))
+    trained = {name for name, site in linear_sites(attached).items() if site.weight.requires_grad}
+    return trained | trained_copies(attached).keys()
 
 
 def _without_data(model: nn.Module) -> nn.Module:
