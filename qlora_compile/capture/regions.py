@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -20,9 +20,12 @@ from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
+from qlora_compile.capture.hooked_run import REFUSALS, SETTINGS, HookedRun, obstacle, untraced
+from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import SlottedAdapters, is_hooked
+from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
+from qlora_compile.hf.captured_outputs import hand_on
 from qlora_compile.kernels.selection import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -40,9 +43,17 @@ _DYNAMO_SETTINGS = {
     # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }
+_HOOKED_SETTINGS = _DYNAMO_SETTINGS | SETTINGS
 
+_BEHIND_HOOK = "_old_forward"
+"""Where accelerate's hooks, which are forwards of their own, keep the forward that they call."""
+
+_APART = (
+    "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
+    "a graph break, so call that torch.compile without fullgraph=True"
+)
 _GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
-_HOOKED = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
+_BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
 @dataclass
@@ -55,25 +66,33 @@ class RegionKind:
     repeated: bool
     tune: str
     probing: bool = False
-    _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    refused: dict[HookedRun, str] = field(default_factory=dict, repr=False)
+    _compiled: dict[tuple[bool, HookedRun | None], Callable[..., Any]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": {}, "probing": False}
+        return self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
 
     @property
     def forward(self) -> Callable[..., Any]:
         return own_forward(self.module_class)
 
-    def compiled(self) -> Callable[..., Any]:
-        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
-        if self.probing not in self._compiled:
+    def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
+        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing; `hooked`
+        where modules inside have hooks."""
+        key = (self.probing, hooked)
+        if key not in self._compiled:
             backend = make_backend(
                 inductor=not self.probing,
                 verifier=self.verifier,
                 tuner=tuner_of(self.tune),
             )
-            self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)
-        return self._compiled[self.probing]
+            forward = self.forward if hooked is None else hooked.prepared(self.forward)
+            self._compiled[key] = torch.compile(
+                _entry(forward), backend=backend, fullgraph=hooked is not None and hooked.whole
+            )
+        return self._compiled[key]
 
 
 class Region:
@@ -88,6 +107,7 @@ class Region:
         self.kept = kept
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
+        self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
         self.adapters = SlottedAdapters(module, sites)
         self.__signature__ = inspect.signature(module.forward)
@@ -101,42 +121,81 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        # Someone else's compilation inlines the block. A key-value cache changes shape at every
-        # token, so a block that sees one would recompile until Dynamo gives up. Without a single
-        # row (a head whose logits are not wanted), or a site to fuse, there is nothing to gain.
+        # A key-value cache changes shape at every token, so a block that sees one would recompile
+        # until Dynamo gives up. Without a single row (a head whose logits are not wanted), or a
+        # site to fuse, there is nothing to gain. An exported program has no use for our ops.
         idle = self.sites <= self.kept.keys()
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
-        if torch.compiler.is_compiling() or idle or empty or cached:
+        if idle or empty or cached or torch.compiler.is_exporting():
             return self.kind.module_class.forward(module, *args, **kwargs)
-        if is_hooked(module, self.sites):
-            self.graphs, self.uncompiled = [], _HOOKED
+        return self._apart(*args, **kwargs)
+
+    @torch.compiler.disable(reason=_APART)
+    def _apart(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block by itself, also where a torch.compile around the model is under way."""
+        module = self.module
+        hooks = hooks_inside(module) if has_hooks(module) else ()
+        if is_given_by_row((hook.function for hook in hooks), kwargs):
+            self.graphs, self.uncompiled = [], _BY_ROW
             return self.kind.module_class.forward(module, *args, **kwargs)
-        self.adapters.refresh(by_slots=True)
-        if self.kind.repeated and module.training and torch.is_grad_enabled():
+        if (reason := obstacle(module, hooks)) is not None:
+            self._leave_uncompiled(reason)
+            return self.kind.module_class.forward(module, *args, **kwargs)
+        hooked = self._hooked(hooks) if hooks else None
+        # Hooks may ask whether what they see requires a gradient.
+        seen = hooked is not None and hooked.hooks
+        # PEFT's own forward calls the modules of an adapter, slots only read their weights.
+        self.adapters.refresh(by_slots=not seen)
+        if self.kind.repeated and module.training and torch.is_grad_enabled() and not seen:
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
             # The region sits inside the checkpoint: recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
-            return checkpoint(partial(self._run, **kwargs), *args)
-        return self._run(*args, **kwargs)
+            return checkpoint(partial(self._run, hooked, **kwargs), *args)
+        return self._run(hooked, *args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
+        if hooked in self.kind.refused:
+            self._leave_uncompiled(self.kind.refused[hooked])
+            return self.kind.forward(self.module, *args, **kwargs)
         tuner = tuner_of(self.kind.tune)
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         with (
             running(self) as executed,
-            _dynamo_config.patch(_DYNAMO_SETTINGS),
+            _dynamo_config.patch(_DYNAMO_SETTINGS if hooked is None else _HOOKED_SETTINGS),
         ):
-            result = self.kind.compiled()(self.module, *args, **kwargs)
+            try:
+                result = self.kind.compiled(hooked)(self.module, *args, **kwargs)
+            except REFUSALS:
+                if hooked is None or not hooked.whole or executed:
+                    raise
+                self.kind.refused[hooked] = untraced(hooks_inside(self.module))
+                return self._run(hooked, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
             self.graphs = self._told(executed)
             if self.kind.strict:
                 self.raise_unfused()
+        if hooked is not None and hooked.captured is not None:
+            result, collected = result
+            hand_on(collected)
         return result
+
+    def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
+        hooked = HookedRun.of(self.module, hooks)
+        if torch._C._current_graph_task_id() != -1:
+            # A checkpoint around the block recomputes it during the backward: by the same graph.
+            return replace(hooked, captured=self.captured)
+        self.captured = hooked.captured
+        return hooked
+
+    def _leave_uncompiled(self, reason: str) -> None:
+        self.graphs, self.uncompiled = [], reason
+        if self.kind.strict:
+            self.raise_unfused()
 
     def _told(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
         """The graphs that ran, each with its names of sites → those of the weights it was given: a
@@ -203,18 +262,24 @@ def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
-    module.forward = region
+    if _BEHIND_HOOK in module.__dict__:
+        setattr(module, _BEHIND_HOOK, region)
+    else:
+        module.forward = region
     return region
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives `module` back the forward of its class."""
-    del module.forward
+    if isinstance(module.__dict__.get("forward"), Region):
+        del module.forward
+    else:
+        setattr(module, _BEHIND_HOOK, MethodType(type(module).forward, module))
 
 
 def region_of(module: nn.Module) -> Region | None:
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, Region) else None
+    forwards = (module.__dict__.get(name) for name in ("forward", _BEHIND_HOOK))
+    return next((forward for forward in forwards if isinstance(forward, Region)), None)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return None
 
 
-def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
-    """Whether the call under way passes something to the adapter layers of `block` by hooks, as
-    PEFT does for `adapter_names` and aLoRA. Dynamo guards on no hook: a graph captured without one
-    would serve, and ignore it."""
-    layers = (_wrapper(block, site) for site in sites)
-    return any(
-        # The block's own have run by now; what they can add to its call is keywords.
-        each._forward_pre_hooks_with_kwargs if each is block else each._forward_pre_hooks
-        for each in layers
-        if isinstance(each, BaseTunerLayer)
+_OF_ROWS = {"adapter_names", "alora_offsets"}
+"""Keywords by which PEFT tells an adapter layer what to do with each row."""
+
+
+def is_given_by_row(functions: Iterable[object], kwargs: Mapping[str, Any]) -> bool:
+    """Whether each row of a call is given its adapter: by one of the hooks `functions`, as PEFT
+    tells it to the layers inside a block, or by the block's own `kwargs`."""
+    return not _OF_ROWS.isdisjoint(kwargs) or any(
+        isinstance(function, partial) and not _OF_ROWS.isdisjoint(function.keywords)
+        for function in functions
     )
 
 
