@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.life.known_failures import KNOWN_FAILURES, KnownFailure, known_to_fail
 from tests.life.operations import OPERATIONS, TARGETS
-from tests.life.pair import BASES, OWN_FORMATS, Pair, Start, play
+from tests.life.pair import BASES, Pair, Start, play
 from tests.test_equality import without_inductor
 
 __all__ = ["without_inductor"]
