@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
@@ -15,7 +16,7 @@ from qlora_compile.errors import (
     StrictError,
     WeightValueError,
 )
-from qlora_compile.hf import adapters, expert_adapters, experts
+from qlora_compile.hf import adapters, expert_adapters, experts, full_training
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
 from qlora_compile.kernels.formats.base import check_block_size
@@ -32,8 +33,9 @@ def check(
     block_size: int | Literal["row"],
     strict: bool,
     scope: str,
-) -> None:
-    """Raises the error of everything `adopt` would stumble over; changes nothing."""
+) -> list[str]:
+    """The Linears and Conv1Ds to pack. Raises the error of everything `adopt` would stumble over;
+    changes nothing."""
     if quantize is not None:
         format_named(quantize)
         if block_size != "row":
@@ -58,43 +60,60 @@ def check(
         for name, linear in sites.items():
             if is_quantized(linear):
                 raise AlreadyQuantizedError(site=name, kind=type(linear).__name__, value=quantize)
-        for name in quantizable(model, lora):
-            weight = sites[name].weight
-            invalid = weight.numel() - int(weight.detach().isfinite().sum())
-            if invalid:
-                raise WeightValueError(site=name, count=invalid)
-        for name, invalid in experts.check_finite(model):
+    # PEFT freezes everything but what its config has it train, whatever was trained before.
+    trained = (
+        full_training.trained_in_full(model)
+        if lora is None
+        else adapters.check_lora_config(model, lora, quantize=quantize is not None)
+    )
+    if quantize is None:
+        return []
+    packed = [name for name in _quantizable(model) if name not in trained]
+    for name in packed:
+        weight = sites[name].weight
+        invalid = weight.numel() - int(weight.detach().isfinite().sum())
+        if invalid:
             raise WeightValueError(site=name, count=invalid)
-    if lora is not None:
-        adapters.check_lora_config(model, lora, quantize=quantize is not None)
+    for name, invalid in experts.check_finite(model):
+        raise WeightValueError(site=name, count=invalid)
+    return packed
 
 
 def adopt(
     model: nn.Module,
     lora,
     *,
+    packed: Sequence[str],
     quantize: str | None,
     block_size: int | Literal["row"],
     double_quantize: bool,
 ) -> nn.Module:
-    """Quantises layer by layer in place, then lets PEFT attach `lora`; returns the PeftModel if
-    one was made, else `model`."""
+    """Quantises the Linears named in `packed` in place, one after another, lets PEFT attach `lora`
+    and quantises experts; returns the PeftModel if one was made, else `model`."""
+    keep_trained = lora is not None or full_training.is_partly_frozen(model)
     if quantize is not None:
+        if lora is None and keep_trained:
+            _warn_of_trained(model)
         double = double_quantize and format_named(quantize).has_double_quantize
         sites = adapters.linear_sites(model)
-        for name in quantizable(model, lora):
+        for name in packed:
             # The last reference but the model's own goes with it: one layer exists twice at a time.
             linear = as_linear(sites.pop(name))
-            packed = QuantizedLinear.from_linear(
+            replacement = QuantizedLinear.from_linear(
                 linear, quantize, block_size=block_size, double_quantize=double, site=name
             )
-            adapters.replace_base(model, name, packed)
+            adapters.replace_base(model, name, replacement)
     if lora is not None:
         model = adapters.attach(model, lora)
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
         double = double_quantize and format_named(quantize).has_double_quantize
-        experts.pack(model, quantize, block_size=block_size, double_quantize=double)
+        experts.pack(
+            *(model, quantize),
+            block_size=block_size,
+            double_quantize=double,
+            keep_trained=keep_trained,
+        )
     experts.adopt(model)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
@@ -124,17 +143,26 @@ def is_quantized(linear: nn.Module) -> bool:
     return isinstance(linear, QuantizedLinear) or _is_bitsandbytes(linear)
 
 
-def quantizable(model: nn.Module, lora: object) -> list[str]:
-    """The sites `quantize` packs: every plain Linear and Conv1D but heads, tied weights, those that
-    the model computes with itself and what is trained in full."""
+def _quantizable(model: nn.Module) -> list[str]:
+    """Every plain Linear and Conv1D but heads, tied weights, what the model computes with itself
+    and what PEFT trains."""
     left = {*kept_linears(model), *full_precision_linears(model), *adapters.trained_copies(model)}
-    left |= adapters.to_be_trained(model, lora)
     left |= {name.removesuffix(".base_layer") for name in read_by_parent(model)}
     return [
         name
         for name, linear in adapters.linear_sites(model).items()
         if name not in left and type(linear) in (nn.Linear, Conv1D)
     ]
+
+
+def _warn_of_trained(model: nn.Module) -> None:
+    trained, sites = full_training.trained_in_full(model), adapters.linear_sites(model)
+    kept = [sites[name].weight for name in _quantizable(model) if name in trained]
+    packed = experts.packable(model, keep_trained=True)
+    others = experts.packable(model, keep_trained=False).items()
+    kept += [site.weight for name, site in others if name not in packed]
+    if kept:
+        full_training.warn(kept)
 
 
 def _is_bitsandbytes(module: nn.Module) -> bool:

@@ -58,7 +58,9 @@ def optimize(
     lora: adapters to attach; None when they are there already or none are wanted.
     quantize: the format plain Linears are packed in, layer by layer (output heads, tied weights and
     fully trained modules stay) and so are the weights of experts; None keeps or adopts what is
-    there. block_size: elements per
+    there. Packing freezes a weight. Where `lora` is given, PEFT's rule says what else is trained.
+    Without it, in a model that has adapters or any frozen parameter, a weight that is trained stays
+    as it is, and a warning tells of it. block_size: elements per
     absmax, a power of two from 32 to 4096, or "row". double_quantize: quantise the absmax too
     (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
     strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
@@ -81,6 +83,10 @@ def optimize(
     example_inputs: keyword arguments of `model`, needed by strict and logits_free_loss where the
     model is not a PreTrainedModel that knows inputs of its own.
 
+    Calls in training mode or with labels build no key-value cache, unless use_cache=True is given.
+    transformers then keeps sequences apart that lie packed in one row, with position_ids that start
+    again at each of them; with a cache, as by its default, they attend to one another.
+
     Compilation happens on the first call of each kind of block. Raises a QloraCompileError, before
     anything is changed, for every bad argument; a StrictError, or a LogitsFreeLossError about what
     `lora` puts on the head, leaves the model quantised and adapted but uncompiled.
@@ -91,13 +97,20 @@ def optimize(
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
     verify = check_option(verify)
-    adopt.check(model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope)
+    packed = adopt.check(
+        model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope
+    )
     if strict:
         _example_inputs(model, example_inputs)
     if logits_free_loss:
         head_loss.check(model, scope=scope, example_inputs=example_inputs)
     model = adopt.adopt(
-        model, lora, quantize=quantize, block_size=block_size, double_quantize=double_quantize
+        model,
+        lora,
+        packed=packed,
+        quantize=quantize,
+        block_size=block_size,
+        double_quantize=double_quantize,
     )
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
     _install_regions(model, strict=strict, verify=verify, scope=scope, tune=tune)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import torch.compiler.config as compiler_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from qlora_compile.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, linear_call, op
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
+from qlora_compile.kernels.experts import op as experts_op
 from qlora_compile.kernels.selection import current_source, keeps_low_rank
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.pipeline import run_pipeline
@@ -80,31 +83,43 @@ def compile_inner(
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor; baked: what else the result depends on."""
     from torch._functorch import config as partitioner_config
-    from torch._inductor import config as inductor_config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.utils import get_donated_idxs
 
-    if any(isinstance(each, Tensor) and each.device.type == "cpu" for each in example_inputs):
+    on_cpu = any(isinstance(e, Tensor) and e.device.type == "cpu" for e in example_inputs)
+    if on_cpu:
         choose_instructions()
-    # Their caches on disk know the graph, not what its ops decompose to.
-    parts = (compiler_config.cache_key_tag, _sources_digest(), *baked)
-    tag = hashlib.sha256(repr(parts).encode()).hexdigest()
+    tag = cache_key_tag(_sources_digest(), *baked, on_cpu=on_cpu)
+
+    def compile_half(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        # AOTAutograd shares this list with what it checks in every backward. Code that takes what
+        # was kept for the backward as memory of its own could run once only.
+        (get_donated_idxs() or []).clear()
+        with compiler_config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
+            return compile_fx_inner(graph, inputs, **options)
+
+    # The backward is compiled when it first runs, long after the `with` below: what matters to it
+    # has to be set in `compile_half` or by `config_patches`.
     # An op's input that elementwise code made, as SwiGLU and norms do, is made again for the
     # backward instead of kept: torch would keep it, as that writes less. Checks of every tensor's
     # strides, of which there are a dozen for each Linear, take a hundredth of a small model's step.
     with (
         compiler_config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
-        partitioner_config.patch(ban_recompute_materialized_backward=False),
-        inductor_config.patch(size_asserts=False),
+        # Donated buffers are asked for only to have the list.
+        partitioner_config.patch(ban_recompute_materialized_backward=False, donated_buffer=True),
     ):
-        compiled = compile_fx(graph_module, example_inputs)
+        compiled = compile_fx(
+            graph_module, example_inputs, compile_half, config_patches={"size_asserts": False}
+        )
     assert callable(compiled)
     return compiled
 
 
 @functools.cache
 def _sources_digest() -> str:
-    """Of what our ops become and save in a compiled graph."""
-    sources = [Path(str(module.__file__)).read_bytes() for module in (op, linear_call, attention)]
+    """Of what decides about compiled code: what our ops become and save, and how it is compiled."""
+    modules = (op, linear_call, attention, experts_op, sys.modules[__name__])
+    sources = [Path(str(module.__file__)).read_bytes() for module in modules]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 

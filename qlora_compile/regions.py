@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -21,8 +21,11 @@ from torch._dynamo import config as _dynamo_config
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.backend import GraphCall, RegionGraph, make_backend, running
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import is_hooked
+from qlora_compile.hf.adapters import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
+from qlora_compile.hf.captured_outputs import hand_on
+from qlora_compile.hooked_run import REFUSALS, SETTINGS, HookedRun, obstacle, untraced
+from qlora_compile.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.kernels.selection import MODELLED, choosing_from
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -40,9 +43,10 @@ _DYNAMO_SETTINGS = {
     # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }
+_HOOKED_SETTINGS = _DYNAMO_SETTINGS | SETTINGS
 
 _GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
-_HOOKED = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
+_BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
 @dataclass
@@ -55,25 +59,33 @@ class RegionKind:
     repeated: bool
     tune: str
     probing: bool = False
-    _compiled: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    refused: dict[HookedRun, str] = field(default_factory=dict, repr=False)
+    _compiled: dict[tuple[bool, HookedRun | None], Callable[..., Any]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": {}, "probing": False}
+        return self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
 
     @property
     def forward(self) -> Callable[..., Any]:
         return own_forward(self.module_class)
 
-    def compiled(self) -> Callable[..., Any]:
-        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing."""
-        if self.probing not in self._compiled:
+    def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
+        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing; `hooked`
+        where modules inside have hooks."""
+        key = (self.probing, hooked)
+        if key not in self._compiled:
             backend = make_backend(
                 inductor=not self.probing,
                 verifier=self.verifier,
                 tuner=tuner_of(self.tune),
             )
-            self._compiled[self.probing] = torch.compile(_entry(self.forward), backend=backend)
-        return self._compiled[self.probing]
+            forward = self.forward if hooked is None else hooked.prepared(self.forward)
+            self._compiled[key] = torch.compile(
+                _entry(forward), backend=backend, fullgraph=hooked is not None and hooked.whole
+            )
+        return self._compiled[key]
 
 
 class Region:
@@ -88,6 +100,7 @@ class Region:
         self.kept = kept
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
+        self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
         self.__signature__ = inspect.signature(module.forward)
 
@@ -109,18 +122,25 @@ class Region:
         self.cached |= cached
         if torch.compiler.is_compiling() or idle or empty or cached:
             return self.kind.module_class.forward(module, *args, **kwargs)
-        if is_hooked(module, self.sites):
-            self.graphs, self.uncompiled = [], _HOOKED
+        hooks = hooks_inside(module) if has_hooks(module) else ()
+        if is_given_by_row((hook.function for hook in hooks), kwargs):
+            self.graphs, self.uncompiled = [], _BY_ROW
             return self.kind.module_class.forward(module, *args, **kwargs)
+        if (reason := obstacle(module, hooks)) is not None:
+            self._leave_uncompiled(reason)
+            return self.kind.module_class.forward(module, *args, **kwargs)
+        hooked = self._hooked(hooks) if hooks else None
         if self.kind.repeated and module.training and torch.is_grad_enabled():
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
             # The region sits inside the checkpoint: recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
-            return checkpoint(partial(self._run, **kwargs), *args)
-        return self._run(*args, **kwargs)
+            return checkpoint(partial(self._run, hooked, **kwargs), *args)
+        return self._run(hooked, *args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
+        if hooked in self.kind.refused:
+            return self._refused(hooked, args, kwargs)
         tuner = tuner_of(self.kind.tune)
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
@@ -128,15 +148,42 @@ class Region:
             # What is probed is not what will run: nothing is looked up, or measured later, for it.
             choosing_from(MODELLED if self.kind.probing else self.source),
             running(self) as executed,
-            _dynamo_config.patch(_DYNAMO_SETTINGS),
+            _dynamo_config.patch(_DYNAMO_SETTINGS if hooked is None else _HOOKED_SETTINGS),
         ):
-            result = self.kind.compiled()(self.module, *args, **kwargs)
+            try:
+                result = self.kind.compiled(hooked)(self.module, *args, **kwargs)
+            except REFUSALS:
+                if hooked is None or not hooked.whole or executed:
+                    raise
+                self.kind.refused[hooked] = untraced(hooks_inside(self.module))
+                return self._refused(hooked, args, kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
             self.graphs = self._told(executed)
             if self.kind.strict:
                 self.raise_unfused()
+        if hooked is not None and hooked.captured is not None:
+            result, collected = result
+            hand_on(collected)
         return result
+
+    def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
+        hooked = HookedRun.of(self.module, hooks)
+        if torch._C._current_graph_task_id() != -1:
+            # A checkpoint around the block recomputes it during the backward: by the same graph.
+            return replace(hooked, captured=self.captured)
+        self.captured = hooked.captured
+        return hooked
+
+    def _refused(self, hooked: HookedRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the block as stock does, where Dynamo has refused to trace it with its hooks."""
+        self._leave_uncompiled(self.kind.refused[hooked])
+        return self.kind.forward(self.module, *args, **kwargs)
+
+    def _leave_uncompiled(self, reason: str) -> None:
+        self.graphs, self.uncompiled = [], reason
+        if self.kind.strict:
+            self.raise_unfused()
 
     def _told(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
         """The graphs that ran, each with its names of sites → those of the weights it was given: a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from qlora_compile.certificate import Certificate
 from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
+from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
+from qlora_compile.hf.full_training import trained_in_full
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
@@ -199,6 +201,7 @@ def _kept(keeps: bool, rank: str) -> str | None:
 def build_report(model: nn.Module) -> Report:
     """Reads the regions' last calls; sites no region has run yet say so."""
     kept = kept_linears(model) | adapters.trained_copies(model)
+    trained = trained_in_full(model)
     regions = {
         name: region
         for name, module in model.named_modules()
@@ -221,9 +224,11 @@ def build_report(model: nn.Module) -> Report:
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
             if region.graphs is None and name in read:
                 reason = READ_PAST_THE_LAYER
+        if fused is None and name in trained and name not in kept:
+            reason = TRAINED_IN_FULL
         chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
-    weights = tuple(_expert_sites(model, regions))
+    weights = tuple(_expert_sites(model, regions, trained))
     modules = {site.name.rpartition(".")[0] for site in weights}
     others = adapters.other_modules(model).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
@@ -236,7 +241,9 @@ def build_report(model: nn.Module) -> Report:
     )
 
 
-def _expert_sites(model: nn.Module, regions: dict[str, Region]) -> Iterator[Site]:
+def _expert_sites(
+    model: nn.Module, regions: dict[str, Region], trained: Collection[str]
+) -> Iterator[Site]:
     left = experts.obstacles(model)
     for name, site in experts.sites(model).items():
         rank = expert_adapters.active_rank(model, name)
@@ -246,6 +253,8 @@ def _expert_sites(model: nn.Module, regions: dict[str, Region]) -> Iterator[Site
             local = name[len(prefix) :].lstrip(".")
             fused = region.experts().get(local)
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
+        if fused is None and name in trained:
+            reason = TRAINED_IN_FULL
         chosen = {}
         if fused:
             backward = replace(fused.forward, direction="backward") if fused.trains else None

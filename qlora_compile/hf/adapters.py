@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -73,16 +75,16 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return None
 
 
-def is_hooked(block: nn.Module, sites: Iterable[str]) -> bool:
-    """Whether the call under way passes something to the adapter layers of `block` by hooks, as
-    PEFT does for `adapter_names` and aLoRA. Dynamo guards on no hook: a graph captured without one
-    would serve, and ignore it."""
-    layers = (_wrapper(block, site) for site in sites)
-    return any(
-        # The block's own have run by now; what they can add to its call is keywords.
-        each._forward_pre_hooks_with_kwargs if each is block else each._forward_pre_hooks
-        for each in layers
-        if isinstance(each, BaseTunerLayer)
+_OF_ROWS = {"adapter_names", "alora_offsets"}
+"""Keywords by which PEFT tells an adapter layer what to do with each row."""
+
+
+def is_given_by_row(functions: Iterable[object], kwargs: Mapping[str, Any]) -> bool:
+    """Whether each row of a call is given its adapter: by one of the hooks `functions`, as PEFT
+    tells it to the layers inside a block, or by the block's own `kwargs`."""
+    return not _OF_ROWS.isdisjoint(kwargs) or any(
+        isinstance(function, partial) and not _OF_ROWS.isdisjoint(function.keywords)
+        for function in functions
     )
 
 
@@ -131,12 +133,6 @@ def other_modules(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def to_be_trained(model: nn.Module, config: object) -> set[str]:
-    """Sites that `config` asks PEFT to train in full."""
-    modules = tuple(getattr(config, "modules_to_save", None) or ())
-    return {name for name in linear_sites(model) if not set(modules).isdisjoint(name.split("."))}
-
-
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, else the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -146,9 +142,12 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> None:
-    """Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
-    would fail, or pass over a name, after it had begun to change the model."""
+def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> set[str]:
+    """The sites that PEFT will train beside the adapters of `config`, in full or a few rows.
+
+    Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
+    would fail, or pass over a name, after it had begun to change the model.
+    """
     if not isinstance(config, LoraConfig):
         raise AdapterConfigError(
             field="lora", value=config, remedy="pass a peft.LoraConfig or None"
@@ -173,7 +172,9 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> No
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the random state as the user left it.
     with torch.random.fork_rng():
-        attach(_without_data(model), config)
+        attached = base_model(attach(_without_data(model), config))
+    trained = {name for name, site in linear_sites(attached).items() if site.weight.requires_grad}
+    return trained | trained_copies(attached).keys()
 
 
 def _without_data(model: nn.Module) -> nn.Module:

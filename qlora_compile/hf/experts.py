@@ -28,6 +28,7 @@ IMPLEMENTATION = "qlora_compile"
 """The name that ours goes by in `config._experts_implementation`."""
 
 _TRAINED = "the base weight is trained"
+_TRAINED_BESIDE = "another parameter of its experts is trained"
 
 Factors = tuple[Tensor, Tensor, float]
 """lora_a [E, R, K], lora_b [E, N, R] and the scaling of one weight's adapters."""
@@ -102,7 +103,8 @@ def obstacles(model: nn.Module) -> dict[str, str]:
         if id(site.module) in copied:
             reasons[name] = "it is trained in full (modules_to_save)"
         elif (reason := _obstacle(site.module)) is not None:
-            reasons[name] = reason
+            beside = reason == _TRAINED and not site.weight.requires_grad
+            reasons[name] = _TRAINED_BESIDE if beside else reason
     return reasons
 
 
@@ -139,12 +141,11 @@ def pack(
     *,
     block_size: int | Literal["row"],
     double_quantize: bool,
+    keep_trained: bool,
 ) -> None:
-    """Packs the weights of all experts that our op can compute, trained or not; one at a time."""
-    left = obstacles(model)
-    for name, site in sites(model).items():
-        if left.get(name, _TRAINED) != _TRAINED:
-            continue
+    """Packs the weights of all experts that our op can compute, one at a time. Experts of which a
+    parameter is trained are left alone if `keep_trained`, else frozen, biases too."""
+    for name, site in packable(model, keep_trained=keep_trained).items():
         packed = PackedExperts.from_parameter(
             getattr(site.module, site.parameter),
             format,
@@ -155,6 +156,14 @@ def pack(
         )
         delattr(site.module, site.parameter)
         setattr(site.module, site.parameter, packed)
+        site.module.requires_grad_(False)
+
+
+def packable(model: nn.Module, *, keep_trained: bool) -> dict[str, ExpertSite]:
+    """The sites that `pack` packs."""
+    left = obstacles(model)
+    allowed = (None,) if keep_trained else (None, _TRAINED, _TRAINED_BESIDE)
+    return {name: site for name, site in sites(model).items() if left.get(name) in allowed}
 
 
 def adopt(model: nn.Module) -> None:
@@ -238,6 +247,8 @@ def _linear(
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_a, lora_b, scaling = (factors or {}).get(name, (None, None, 1.0))
+    if bias is not None and bias.requires_grad:
+        raise FrozenExpertsError(site=f"{type(module).__name__}.{name}_bias")
     if isinstance(weight, PackedExperts):
         planes, format, block_size = weight.planes, weight.format, weight.block_size
         n, k = weight.n, weight.k

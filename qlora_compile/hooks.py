@@ -1,0 +1,102 @@
+"""The hooks that the modules inside a block have at the time of a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+_GLOBAL = {
+    "global forward hook": _global_forward_hooks,
+    "global forward pre-hook": _global_forward_pre_hooks,
+    "global backward hook": _global_backward_hooks,
+    "global backward pre-hook": _global_backward_pre_hooks,
+}
+_OWN = {
+    "forward hook": "_forward_hooks",
+    "forward pre-hook": "_forward_pre_hooks",
+    "backward hook": "_backward_hooks",
+    "backward pre-hook": "_backward_pre_hooks",
+}
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook on the module at a path inside a block; a global one has the path "every module"."""
+
+    kind: str
+    module: str
+    function: Callable[..., Any]
+
+    @property
+    def is_backward(self) -> bool:
+        return "backward" in self.kind
+
+    @property
+    def unbound(self) -> Any:
+        """The plain function behind partial objects and bound methods."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return getattr(function, "__func__", function)
+
+    @property
+    def code(self) -> object:
+        """What runs: hooks of one code differ in the values they hold only."""
+        return getattr(self.unbound, "__code__", type(self.unbound))
+
+    def __str__(self) -> str:
+        name = getattr(self.unbound, "__qualname__", type(self.unbound).__qualname__)
+        return f"the {self.kind} {name} on {self.module}"
+
+
+def has_hooks(block: nn.Module) -> bool:
+    """Whether a module inside `block` has hooks that its call runs. The block's own do not count:
+    they run before and after the forward that is compiled.
+
+    Every call of every block asks this. So it looks the modules up afresh, as adapters come and go,
+    but in a third of the time that `Module.modules` takes.
+    """
+    for hooks in _GLOBAL.values():
+        if hooks:
+            return True
+    modules = list(block._modules.values())
+    for module in modules:
+        if module is None:
+            continue
+        state = module.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ):
+            return True
+        if children := state["_modules"]:
+            modules += children.values()  # the loop goes on through them
+    return False
+
+
+def hooks_inside(block: nn.Module) -> tuple[Hook, ...]:
+    """The hooks that `has_hooks` tells of."""
+    return tuple(_hooks(block))
+
+
+def _hooks(block: nn.Module) -> Iterator[Hook]:
+    for kind, hooks in _GLOBAL.items():
+        for function in hooks.values():
+            yield Hook(kind, "every module", function)
+    for path, module in block.named_modules():
+        if module is not block:
+            for kind, name in _OWN.items():
+                for function in getattr(module, name).values():
+                    yield Hook(kind, path, function)

@@ -1,0 +1,202 @@
+"""Weights that are trained in full, beside adapters or frozen ones, are never packed: they go on
+training with stock's gradients, the report names them and one warning counts them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import qlora_compile
+from bench.coverage import kinds
+from qlora_compile.expert_errors import FrozenExpertsError
+from qlora_compile.hf import adapters, experts
+from qlora_compile.hf.full_training import TrainedInFullWarning
+from qlora_compile.kernels.formats.formats import FORMATS
+from qlora_compile.packed_experts import PackedExperts
+from qlora_compile.quantized_linear import QuantizedLinear
+from tests.test_conv1d import gpt2
+from tests.test_equality import without_inductor
+from tests.toy_models import tokens, toy
+
+__all__ = ["without_inductor"]
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+TOLERANCE = 2e-5
+FORMAT_NAMES = [each.name for each in FORMATS]
+
+
+def model_of(kind: str) -> Any:
+    if kind == "linear":
+        return toy("Llama", attention_bias=True, mlp_bias=True)
+    return gpt2() if kind == "conv1d" else kinds.built(kinds.KINDS[kind])
+
+
+def inputs_of(kind: str, model: Any) -> dict[str, Tensor]:
+    if kind in ("linear", "conv1d"):
+        ids = tokens(2, 9)
+        return {"input_ids": ids, "labels": ids}
+    return kinds.batch(adapters.base_model(model))
+
+
+TARGETS = {"linear": ["q_proj", "down_proj"], "conv1d": ["c_attn"]}
+KINDS = ("linear", "conv1d", "mixtral", "gpt_oss")
+
+
+def lora(kind: str, **options: Any) -> LoraConfig:
+    defaults = {
+        "r": 2,
+        "target_modules": TARGETS.get(kind, ["q_proj"]),
+        "init_lora_weights": False,
+        "fan_in_fan_out": kind == "conv1d",
+    }
+    return LoraConfig(**(defaults | options))
+
+
+def decode_into(stock: nn.Module, ours: nn.Module) -> None:
+    """Gives `stock` the weights that `ours` decodes."""
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantizedLinear):
+            target, weight = stock.get_submodule(name), module.dequantize()
+            target.weight.data = weight.t().contiguous() if isinstance(target, Conv1D) else weight
+        elif isinstance(module, PackedExperts):
+            stock.get_parameter(name).data = module.parameter().data
+
+
+def assert_trains_alike(ours: Any, stock: Any, inputs: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    actual, expected = gradients(ours, inputs), gradients(stock, inputs)
+    assert actual.keys() == expected.keys()
+    # A gradient that is zero but for rounding, as that of a key's bias, tells nothing.
+    least = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / gradient.norm().clamp_min(least)
+        assert error <= TOLERANCE, name
+
+
+def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def optimized(model: Any, kept: dict[str, Tensor], **options: Any) -> Any:
+    """The model, after one warning that counts the `kept` weights, if there are any."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = qlora_compile.optimize(model, tune="model", **options)
+    told = [str(each.message) for each in caught if each.category is TrainedInFullWarning]
+    assert len(told) == bool(kept)
+    size = sum(weight.nbytes for weight in kept.values())
+    assert not told or told[0].startswith(f"{len(kept)} weights ({size:,} bytes) are trained")
+    return model
+
+
+def kept_by_quantize(model: Any) -> dict[str, Tensor]:
+    """Sites that could be packed but for what is trained, and their weights."""
+    head = adapters.base_model(model).get_output_embeddings()
+    kept = {
+        name: linear.weight
+        for name, linear in adapters.linear_sites(model).items()
+        if linear is not head and linear.weight.requires_grad
+    }
+    for name, site in experts.sites(model).items():
+        if any(parameter.requires_grad for parameter in site.module.parameters()):
+            kept[name] = getattr(site.module, site.parameter)
+    return kept
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_what_is_thawed_trains_as_in_stock(kind: str, data: st.DataObject) -> None:
+    model = model_of(kind)
+    if data.draw(st.booleans(), label="adapters"):
+        model = get_peft_model(model, lora(kind))
+    else:
+        model.requires_grad_(False)
+    names = st.sampled_from([n for n, p in model.named_parameters() if not p.requires_grad])
+    for name in data.draw(st.lists(names, min_size=1, max_size=6, unique=True), label="before"):
+        model.get_parameter(name).requires_grad_(True)
+    stock, left = copy.deepcopy(model).train(), kept_by_quantize(model)
+    format = data.draw(st.sampled_from(FORMAT_NAMES), label="format")
+    ours = optimized(model, left, quantize=format).train()
+    assert trainable(ours) == trainable(stock)
+    decode_into(stock, ours)
+    inputs = inputs_of(kind, ours)
+    assert_trains_alike(ours, stock, inputs)
+    reasons = {site.name: str(site.reason) for site in qlora_compile.explain(ours).sites}
+    for name, weight in left.items():
+        told = "it is trained in full" if weight.requires_grad else "another parameter of its"
+        assert reasons[name].startswith(told), name
+    # What is packed has become another parameter, and what the experts' op computes stays frozen.
+    fixed = tuple(n for n, m in ours.named_modules() if experts.is_served(m))
+    floating = {n for n, p in ours.named_parameters() if p.is_floating_point()}
+    for name in data.draw(st.lists(names, max_size=3, unique=True), label="after"):
+        if name in floating and not (fixed and name.startswith(fixed)):
+            ours.get_parameter(name).requires_grad_(True)
+            stock.get_parameter(name).requires_grad_(True)
+    assert_trains_alike(ours, stock, inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=3)
+def test_where_adapters_are_attached_peft_decides(kind: str, data: st.DataObject) -> None:
+    """Whatever was trained or frozen before: what stock PEFT trains is trained, nothing else."""
+    model = model_of(kind)
+    for parameter in model.parameters():
+        parameter.requires_grad_(data.draw(st.booleans()))
+    leaves = sorted({name.rpartition(".")[2] for name in adapters.linear_sites(model)})
+    # PEFT compares endings: "proj" is all whose name ends so.
+    saved = data.draw(st.sampled_from([None, *leaves, *(leaf[-4:] for leaf in leaves)]))
+    bias = data.draw(st.sampled_from(["none", "all", "lora_only"]))
+    config = lora(kind, modules_to_save=saved and [saved], bias=bias)
+    stock = get_peft_model(copy.deepcopy(model), config).train()
+    ours = optimized(model, {}, lora=config, quantize="nf4").train()
+    assert trainable(ours) == trainable(stock)
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(ours.get_parameter(name))
+    decode_into(stock, ours)
+    assert_trains_alike(ours, stock, inputs_of(kind, ours))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_as_loaded_is_packed_whole(kind: str) -> None:
+    ours = optimized(model_of(kind), {}, quantize="nf4").train()
+    head = ours.get_output_embeddings()
+    linears = [m for m in adapters.linear_sites(ours).values() if m is not head]
+    assert all(isinstance(linear, QuantizedLinear) for linear in linears)
+    assert all(isinstance(s.weight, PackedExperts) for s in experts.sites(ours).values())
+    stock = model_of(kind).train()
+    decode_into(stock, ours)
+    for name in trainable(stock) - trainable(ours):
+        stock.get_parameter(name).requires_grad_(False)
+    assert_trains_alike(ours, stock, inputs_of(kind, ours))
+
+
+def test_an_experts_bias_that_begins_to_train_is_refused() -> None:
+    ours = optimized(model_of("gpt_oss").requires_grad_(False), {}, quantize="nf4").train()
+    inputs = inputs_of("gpt_oss", ours)
+    site = next(iter(experts.sites(ours).values()))
+    getattr(site.module, f"{site.parameter}_bias").requires_grad_(True)
+    with pytest.raises(Exception, match="takes it for frozen") as caught:
+        ours(**inputs)
+    errors = [caught.value, caught.value.__cause__]
+    assert any(isinstance(e, FrozenExpertsError) or "FrozenExperts" in str(e) for e in errors)
