@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,33 @@ BLOCK = "base_model.model.model.layers"
 
 @dataclass(frozen=True)
 class Attach:
-    """add_adapter"""
+    """add_adapter; saved: modules_to_save"""
 
     name: str
     targets: tuple[str, ...]
-    rank: int = 2
+    dora: bool = False
+    saved: tuple[str, ...] = ()
 
     @staticmethod
     def drawn(pair: Pair) -> Strategy | None:
         free = [name for name in NAMES if name not in pair.adapters]
         if not free or pair.merged:
             return None
-        return st.builds(Attach, st.just(free[0]), st.sampled_from((pair.start.targets, *TARGETS)))
+        return st.builds(
+            Attach,
+            st.just(free[0]),
+            st.sampled_from((pair.start.targets, *TARGETS)),
+            st.booleans(),
+            st.sampled_from(((), ("lm_head",), ("post_attention_layernorm",))),
+        )
 
     def apply(self, pair: Pair) -> None:
-        config = lora(r=self.rank, target_modules=list(self.targets))
+        config = lora(
+            r=2,
+            target_modules=list(self.targets),
+            use_dora=self.dora,
+            modules_to_save=list(self.saved) or None,
+        )
         pair.both(lambda model: model.add_adapter(self.name, config))
         # PEFT makes an adapter in the dtype of the base weight, which may be rounded or not.
         pair.share_parameters()
@@ -320,6 +333,34 @@ class Unhook:
 
 
 @dataclass(frozen=True)
+class ReplaceForward:
+    """Another forward on the instance of a module inside a block, as Liger does, or no longer"""
+
+    module: str
+
+    @staticmethod
+    def drawn(pair: Pair) -> Strategy | None:
+        paths = ("mlp", "input_layernorm", "self_attn.o_proj")
+        return st.sampled_from(
+            [f"{BLOCK}.{layer}.{path}" for layer in (0, 1) for path in paths]
+        ).map(ReplaceForward)
+
+    def apply(self, pair: Pair) -> None:
+        def replace(model: Any) -> None:
+            module = model.get_submodule(self.module)
+            if "forward" in module.__dict__:
+                del module.forward
+            else:
+                module.forward = partial(_halved_forward, module)
+
+        pair.both(replace)
+
+
+def _halved_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs) * 0.5
+
+
+@dataclass(frozen=True)
 class Mode:
     """train() or eval(), on the model or on a module"""
 
@@ -548,6 +589,29 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class FunctionalGradient:
+    """torch.func.grad over the model"""
+
+    @staticmethod
+    def drawn(pair: Pair) -> Strategy | None:
+        # torch's checkpointing refuses it, and so do bitsandbytes' products.
+        left = pair.checkpointing != "none" or pair.start.base.startswith("bnb")
+        return None if left or pair.disabled or pair.merged else st.builds(FunctionalGradient)
+
+    def apply(self, pair: Pair) -> None:
+        def gradients(model: Any) -> dict[str, Tensor]:
+            adapters = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+
+            def loss(values: dict[str, Tensor]) -> Tensor:
+                return torch.func.functional_call(model, values, kwargs=pair.inputs()).loss
+
+            return torch.func.grad(loss)(adapters)
+
+        expected, actual = pair.both(gradients)
+        pair.assert_equal(actual, expected)
+
+
+@dataclass(frozen=True)
 class LoadState:
     """load_state_dict of the model's own state_dict"""
 
@@ -572,6 +636,7 @@ OPERATIONS: tuple[Any, ...] = (
     Scale,
     Hook,
     Unhook,
+    ReplaceForward,
     Mode,
     Train,
     Cast,
@@ -584,5 +649,6 @@ OPERATIONS: tuple[Any, ...] = (
     Backward,
     Ask,
     Evaluate,
+    FunctionalGradient,
     LoadState,
 )
