@@ -9,7 +9,10 @@ PEERS := .venv/peers
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+LIFE_SEQUENCES ?= 500
+LIFE_SEED ?= 0
+
+.PHONY: demo test test-life lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-project bench-scaling wheel setup clean
 
 demo: setup
@@ -17,6 +20,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# Another LIFE_SEED draws other sequences.
+test-life: setup
+	QLORA_COMPILE_LIFE_SEQUENCES=$(LIFE_SEQUENCES) QLORA_COMPILE_LIFE_SEED=$(LIFE_SEED) \
+		$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal tests/life
 
 lint: setup
 	$(BIN)/ruff check .

@@ -96,6 +96,21 @@ def test_merge_and_unload_agrees_with_stock(base: str) -> None:
         assert torch.equal(packed.weight.data.flatten(), theirs.flatten())
 
 
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+def test_merging_nothing_changes_no_code(base: str) -> None:
+    """Packing what was decoded would round doubly quantised absmax once more."""
+    ours = build(base, torch.float32, 0.0, False)[1]
+    before = {name: plane.clone() for name, plane in ours.state_dict().items()}
+    ours.unmerge_adapter()
+    ours.add_adapter("elsewhere", lora(target_modules=["lm_head"]))
+    ours.base_model.set_adapter("elsewhere")
+    ours.merge_adapter()
+    after = ours.state_dict()
+    assert all(
+        torch.equal(after[name], plane) for name, plane in before.items() if "head" not in name
+    )
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_train_compiled_and_apart(how: str) -> None:
     model = build("nf4", torch.float32, 0.0, False)[1]

@@ -59,7 +59,13 @@ class PackedModule(nn.Module):
         return format_named(self.format).dequantize(self.packed, dtype or self.weight_dtype)
 
     def requantize(self, weight: Tensor) -> None:
-        """Replaces the weight by `weight` [rows, columns], packed as the present one is."""
+        """Replaces the weight by `weight` [rows, columns], packed as the present one is.
+
+        A weight that is what the present one decodes to changes nothing: packing what was decoded
+        would round the absmax anew.
+        """
+        if torch.equal(weight, self.dequantize(weight.dtype)):
+            return
         packed = self.packed
         block_size = "row" if packed.block_size == packed.shape[1] else packed.block_size
         self._store(

@@ -1,0 +1,312 @@
+"""A model trained by stock PEFT beside an optimised one: every operation is done to both, and a
+training step of both is compared after each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import qlora_compile
+from qlora_compile.quantized_linear import QuantizedLinear
+from tests.test_equality import lora
+from tests.toy_models import VOCABULARY, toy, with_bitsandbytes
+
+OWN_FORMATS = ("nf4", "int8")
+BASES = ("plain", *OWN_FORMATS, "bnb-4bit", "bnb-8bit")
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
+"""The error allowed, relative to the norm of what is compared."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the two models come into being.
+
+    targets: the Linears that get an adapter. thawed: a Linear that is trained in full. attached:
+    whether `optimize` attaches the adapters or finds them there.
+    """
+
+    base: str = "nf4"
+    targets: tuple[str, ...] = ("q_proj",)
+    thawed: str | None = None
+    attached: str = "before"
+
+
+class Operation(Protocol):
+    def apply(self, pair: Pair) -> None: ...
+
+
+class DecodedLinear(nn.Linear):
+    """A stock Linear with the weight that a packed one decodes. What is merged into it is rounded
+    as the packed one rounds: `packed` is quantised from the sum and decoded again."""
+
+    def __init__(self, linear: nn.Linear, packed: QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed = [packed]  # Within a list: no submodule, or its codes would be parameters.
+        self.decode(linear.weight.dtype)
+
+    def decode(self, dtype: torch.dtype) -> None:
+        self.weight.data = self.packed[0].dequantize(torch.float32).to(dtype)
+
+
+class Pair:
+    """The two models and the state of their use: `rows` is the shape of a batch, `backend` is for a
+    compilation around our model."""
+
+    def __init__(self, start: Start, backend: str) -> None:
+        self.start = start
+        self.history: list[Operation] = []
+        self.stock, self.ours = (self._made(start, optimized) for optimized in (False, True))
+        if start.base in OWN_FORMATS:
+            for name, module in self.ours.named_modules():
+                if isinstance(module, QuantizedLinear):
+                    parent, _, leaf = name.rpartition(".")
+                    owner = self.stock.get_submodule(parent)
+                    decoded = DecodedLinear(getattr(owner, leaf), _twin(module))
+                    setattr(owner, leaf, decoded)
+        self.rows, self.padded = (2, 8), False
+        self.autocast = False
+        self.backward = "once"
+        self.asked: dict[str, bool] = {}
+        self.hooks: list[Hooked] = []
+        self.seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self.backend_outside = backend
+        self._outer: Callable[..., Any] | None = None
+
+    @staticmethod
+    def _made(start: Start, optimized: bool) -> Any:
+        model = toy(attention_bias=True)
+        if start.base.startswith("bnb"):
+            model = with_bitsandbytes(model, int(start.base[4]))
+        config = lora(target_modules=list(start.targets))
+        quantize: Any = start.base if start.base in OWN_FORMATS else None
+        torch.manual_seed(1)
+        if optimized and start.attached == "in":
+            return qlora_compile.optimize(model, config, quantize=quantize, tune="model").train()
+        model = get_peft_model(model, config)
+        if start.thawed is not None:
+            model.get_submodule(start.thawed).requires_grad_(True)
+        if optimized:
+            model = qlora_compile.optimize(model, quantize=quantize, tune="model")
+        return model.train()
+
+    # What operations read.
+
+    @property
+    def adapters(self) -> list[str]:
+        return list(self.stock.peft_config)
+
+    @property
+    def layers(self) -> list[Any]:
+        """Stock's adapter layers."""
+        return [module for module in self.stock.modules() if hasattr(module, "lora_A")]
+
+    @property
+    def merged(self) -> bool:
+        return any(layer.merged for layer in self.layers)
+
+    @property
+    def disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The lowest precision that a step computes in."""
+        low = self.autocast or self.stock.get_input_embeddings().weight.dtype == torch.bfloat16
+        return torch.bfloat16 if low else torch.float32
+
+    @property
+    def checkpointing(self) -> str:
+        for module in self.stock.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                func: Any = module._gradient_checkpointing_func
+                return "reentrant" if func.keywords["use_reentrant"] else "nonreentrant"
+        return "none"
+
+    # What operations do.
+
+    def both(self, act: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """The results of `act` on stock's model and on ours, from the same random state."""
+        results = []
+        for model in (self.stock, self.ours):
+            torch.manual_seed(2)
+            results.append(act(model))
+        return results[0], results[1]
+
+    def both_merging(self, act: Callable[[Any], Any]) -> None:
+        """Does `act`, which may change base weights, to both models."""
+        self.stock_merging(act)
+        act(self.ours)
+
+    def stock_merging(self, act: Callable[[Any], Any]) -> None:
+        with _rounded(self.stock):
+            act(self.stock)
+
+    def decode(self) -> None:
+        """Gives stock's Linears the decoded weights anew, in the model's dtype."""
+        for module in _decoded(self.stock):
+            module.decode(module.weight.dtype)
+
+    @torch.no_grad()
+    def share_parameters(self) -> None:
+        """Gives our model the values of stock's trained weights and adapters."""
+        ours = dict(self.ours.named_parameters())
+        for name, parameter in self.stock.named_parameters():
+            if ours[name].is_floating_point():
+                ours[name].copy_(parameter)
+
+    def compile_outside(self, on: bool) -> None:
+        self._outer = torch.compile(self.ours, backend=self.backend_outside) if on else None
+
+    @property
+    def compiled_outside(self) -> bool:
+        return self._outer is not None
+
+    def inputs(self, rows: tuple[int, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        batch, length = rows or self.rows
+        generator = torch.Generator().manual_seed(1000 * batch + length + seed)
+        ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+        if not self.padded:
+            return {"input_ids": ids, "labels": ids}
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0
+        return {
+            "input_ids": ids.where(mask > 0, 0),
+            "labels": ids.where(mask > 0, -100),
+            "attention_mask": mask,
+        }
+
+    # What is compared.
+
+    def do(self, operation: Operation) -> None:
+        self.history.append(operation)
+        operation.apply(self)
+        self.compare()
+
+    def compare(self) -> None:
+        """Asserts that a training step of both models is the same."""
+        expected = self._step(self.stock, self.stock, self.seen[0])
+        actual = self._step(
+            self.ours, self.ours if self._outer is None else self._outer, self.seen[1]
+        )
+        self.assert_equal(actual, expected)
+
+    def assert_equal(self, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        assert actual.keys() == expected.keys(), (
+            f"only stock has {sorted(expected.keys() - actual.keys())}, "
+            f"only ours has {sorted(actual.keys() - expected.keys())}"
+        )
+        tolerance = TOLERANCE[self.dtype]
+        sizes = {name: float(value.float().norm()) for name, value in expected.items()}
+        largest = max((size for name, size in sizes.items() if "grad " in name), default=0.0)
+        for name, value in expected.items():
+            assert actual[name].shape == value.shape, name
+            assert math.isfinite(sizes[name]), f"stock's {name} is not finite"
+            # A gradient near zero is the difference of larger ones.
+            size = sizes[name] + ("grad " in name) * 1e-2 * largest
+            error = float((actual[name].float() - value.float()).norm())
+            assert error <= tolerance * size, f"{name} differs by {error:.2g} of {size:.2g}"
+
+    def _step(
+        self, model: Any, call: Callable[..., Any], seen: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        model.zero_grad()
+        seen.clear()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            output = call(**self.inputs(), **self.asked)
+        results = {"loss": output.loss.detach()[None], "logits": output.logits.detach()}
+        for kind in ("hidden_states", "attentions"):
+            values = getattr(output, kind, None)
+            if values is not None:
+                results |= {f"{kind} {i}": v.detach() for i, v in enumerate(values)}
+        if output.loss.requires_grad and any(p.requires_grad for p in model.parameters()):
+            self._run_backward(model, call, output, results)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                results[f"grad {name}"] = parameter.grad.detach().clone()
+        return results | {f"seen {name}": value for name, value in seen.items()}
+
+    def _run_backward(
+        self, model: Any, call: Callable[..., Any], output: Any, results: dict[str, Tensor]
+    ) -> None:
+        match self.backward:
+            case "once":
+                output.loss.backward()
+            case "twice":
+                output.loss.backward(retain_graph=True)
+                output.loss.backward()
+            case "two losses":
+                output.loss.backward(retain_graph=True)
+                output.logits.float().square().mean().backward()
+            case "accumulated":
+                output.loss.backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                    second = call(**self.inputs(seed=1))
+                second.loss.backward()
+            case "autograd.grad":
+                named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+                for time in ("first", "second"):
+                    gradients = torch.autograd.grad(
+                        output.loss, list(named.values()), retain_graph=True, allow_unused=True
+                    )
+                    for name, gradient in zip(named, gradients, strict=True):
+                        if gradient is not None:
+                            results[f"{time} grad {name}"] = gradient
+            case _:
+                raise AssertionError(self.backward)
+
+    def __str__(self) -> str:
+        steps = "".join(f"    {operation!r},\n" for operation in self.history)
+        return f"play(\n    {self.start!r},\n{steps})"
+
+
+@dataclass
+class Hooked:
+    """A hook that both models have: what it is, and the handles that take it off."""
+
+    name: str
+    handles: list[Any] = field(default_factory=list)
+
+
+def play(start: Start, *operations: Operation, backend: str = "aot_eager") -> Pair:
+    """Repeats a sequence of operations, as a failure prints it."""
+    pair = Pair(start, backend)
+    pair.compare()
+    for operation in operations:
+        pair.do(operation)
+    return pair
+
+
+def _twin(packed: QuantizedLinear) -> QuantizedLinear:
+    with torch.no_grad():
+        twin = QuantizedLinear(packed.packed, None, packed.weight_dtype)
+    return twin
+
+
+def _decoded(model: nn.Module) -> list[DecodedLinear]:
+    return [module for module in model.modules() if isinstance(module, DecodedLinear)]
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """Weights are as decoded in float32 inside; those changed are packed and decoded afterwards."""
+    layers = _decoded(model)
+    dtypes = [layer.weight.dtype for layer in layers]
+    for layer in layers:
+        layer.decode(torch.float32)
+    before = [layer.weight.data.clone() for layer in layers]
+    yield
+    for layer, dtype, weight in zip(layers, dtypes, before, strict=True):
+        if not torch.equal(layer.weight.data, weight):
+            layer.packed[0].requantize(layer.weight.data)
+        layer.decode(dtype)
