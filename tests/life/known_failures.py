@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
 
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.life.operations import Attach, FunctionalGradient, Merge, Switch
 from tests.life.pair import OWN_FORMATS, Operation, Pair, Start
 

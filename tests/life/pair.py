@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import qlora_compile
-from qlora_compile.quantized_linear import QuantizedLinear
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import lora
 from tests.toy_models import VOCABULARY, toy, with_bitsandbytes
 

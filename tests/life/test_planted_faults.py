@@ -10,7 +10,7 @@ import pytest
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config as functorch_config
 
-from qlora_compile import backend, regions
+from qlora_compile.capture import backend, regions
 from qlora_compile.hf import full_training
 from tests.life.operations import OPERATIONS, Backward, Batch, Hook, OptimizerStep, Unhook
 from tests.life.sequences import AT_LENGTH, explore

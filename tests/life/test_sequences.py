@@ -10,7 +10,7 @@ import pytest
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config as functorch_config
 
-from qlora_compile import backend
+from qlora_compile.capture import backend
 from tests.life.known_failures import KNOWN_FAILURES, KnownFailure
 from tests.life.pair import BASES, play
 from tests.life.sequences import AT_LENGTH, SEQUENCES, explore
