@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from qlora_compile import adopt
-from qlora_compile.capture.probing import left_as_found
 from qlora_compile.capture.regions import (
     Region,
     RegionKind,
@@ -27,6 +26,7 @@ from qlora_compile.errors import (
 )
 from qlora_compile.hf import adapters, experts, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
+from qlora_compile.hf.probing import left_as_found
 from qlora_compile.report import Report, build_report
 from qlora_compile.tuning.modes import check_mode
 from qlora_compile.verify.verifier import Verifier, Verify, check_option

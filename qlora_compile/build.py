@@ -21,7 +21,7 @@ import qlora_compile
 from qlora_compile.errors import ArchitectureError, NoKernelsError, TritonMissingError
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import HANDFUL
-from qlora_compile.training.outputs import writable_directory
+from qlora_compile.outputs import writable_directory
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.needed import NeededKernel

@@ -104,7 +104,7 @@ class QuantizedLoRA:
         Raises:
             OutputDirectoryError: the path cannot be written.
         """
-        from qlora_compile.training.outputs import writable_directory
+        from qlora_compile.outputs import writable_directory
 
         folder = writable_directory(Path(path))
         self.model.save_pretrained(str(folder))

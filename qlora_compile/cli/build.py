@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
-from qlora_compile.cli.model_choice import check_format, quiet_choice
 from qlora_compile.cli.options import (
     TRAINED_ROWS,
     DropoutOption,
@@ -27,6 +26,7 @@ from qlora_compile.cli.options import (
     require_model_or_shapes,
 )
 from qlora_compile.cli.shapes import parse_shapes
+from qlora_compile.training.model_choice import check_format, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.build import BuiltKernel
@@ -59,7 +59,7 @@ def build(
 
         builder.check_arch(arch)
         if listed is not None:
-            from qlora_compile.training_problems import problems_of_shapes
+            from qlora_compile.cli.training_problems import problems_of_shapes
 
             problems = problems_of_shapes(listed, format, dropout=dropout > 0)
         else:
@@ -126,7 +126,7 @@ def _model_problems(
 ) -> list[Problem]:
     choice = quiet_choice(model, format, rank, None, dropout)
     config = choice.check()
-    from qlora_compile.model_problems import problems_of_model
-    from qlora_compile.training_problems import COMPUTE_DTYPE
+    from qlora_compile.cli.model_problems import problems_of_model
+    from qlora_compile.cli.training_problems import COMPUTE_DTYPE
 
     return problems_of_model(choice.optimized(config), rows, COMPUTE_DTYPE)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
-from qlora_compile.cli.model_choice import quiet_choice
 from qlora_compile.cli.options import (
     AlphaOption,
     DropoutOption,
@@ -16,6 +15,7 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
+from qlora_compile.training.model_choice import quiet_choice
 
 
 def explain(

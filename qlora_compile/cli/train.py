@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
-from qlora_compile.cli.model_choice import quiet_choice
 from qlora_compile.cli.options import (
     AlphaOption,
     DropoutOption,
@@ -20,6 +19,7 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
+from qlora_compile.training.model_choice import quiet_choice
 
 
 def train(

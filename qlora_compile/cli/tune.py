@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
-from qlora_compile.cli.model_choice import check_format, quiet_choice
 from qlora_compile.cli.options import (
     TRAINED_ROWS,
     DropoutOption,
@@ -24,6 +23,7 @@ from qlora_compile.cli.options import (
 from qlora_compile.cli.shapes import parse_shapes
 from qlora_compile.errors import BudgetError, DtypeChoiceError
 from qlora_compile.text_table import text_table
+from qlora_compile.training.model_choice import check_format, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.problem import Problem
@@ -56,7 +56,7 @@ def tune(
         listed = None if shapes is None else parse_shapes(shapes)
         import torch
 
-        from qlora_compile.training_problems import COMPUTE_DTYPE, problems_of_shapes
+        from qlora_compile.cli.training_problems import COMPUTE_DTYPE, problems_of_shapes
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         given = None if dtype is None else getattr(torch, dtype)
@@ -67,7 +67,7 @@ def tune(
         else:
             choice = quiet_choice(str(model), format, rank, None, dropout)
             config = choice.check()
-            from qlora_compile.model_problems import problems_of_model
+            from qlora_compile.cli.model_problems import problems_of_model
 
             compiled = choice.optimized(config)
             problems = problems_of_model(compiled, rows or [TRAINED_ROWS], given, device)

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from qlora_compile.capture.probing import left_as_found
 from qlora_compile.errors import LogitsFreeLossError
 from qlora_compile.hf.blocks import example_call, repeated_blocks
 from qlora_compile.hf.head_operands import head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
+from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}

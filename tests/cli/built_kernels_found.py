@@ -22,12 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from qlora_compile.cli.shapes import parse_shapes
+from qlora_compile.cli.training_problems import problems_of_shapes
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.problem import bucket_rows
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
-from qlora_compile.training_problems import problems_of_shapes
 from qlora_compile.tuning.operands import operands
 
 

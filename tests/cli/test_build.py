@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import qlora_compile
 from qlora_compile.cli.app import app
-from qlora_compile.model_problems import problems_of_model
-from qlora_compile.training_problems import problems_of_shapes
+from qlora_compile.cli.model_problems import problems_of_model
+from qlora_compile.cli.training_problems import problems_of_shapes
 from tests.bench.compiled import run
 from tests.toy_language_model import toy_llama
 
