@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from qlora_compile.hf import adapters, expert_adapters, experts
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
-from qlora_compile.kernels.formats.base import check_block_size
+from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
@@ -30,15 +30,17 @@ def check(
     lora: object,
     *,
     quantize: str | None,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
+    double_quantize: bool,
     strict: bool,
     scope: str,
 ) -> None:
     """Raises the error of everything `adopt` would stumble over; changes nothing."""
+    options: dict[str, Any] = {}
     if quantize is not None:
-        format_named(quantize)
-        if block_size != "row":
-            check_block_size(block_size)
+        options = _options(quantize, block_size, double_quantize)
+        # What is wrong whatever the weight.
+        format_named(quantize).layout((1, 1), **options)
     sites = adapters.linear_sites(model)
     if not sites or isinstance(model, LinearSite):
         raise NoLinearError(model=type(model).__name__)
@@ -61,6 +63,7 @@ def check(
                 raise AlreadyQuantizedError(site=name, kind=type(linear).__name__, value=quantize)
         for name in quantizable(model, lora):
             weight = sites[name].weight
+            format_named(quantize).layout((weight.shape[0], weight.shape[1]), **options)
             invalid = weight.numel() - int(weight.detach().isfinite().sum())
             if invalid:
                 raise WeightValueError(site=name, count=invalid)
@@ -75,27 +78,24 @@ def adopt(
     lora,
     *,
     quantize: str | None,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
     double_quantize: bool,
 ) -> nn.Module:
     """Quantises layer by layer in place, then lets PEFT attach `lora`; returns the PeftModel if
     one was made, else `model`."""
     if quantize is not None:
-        double = double_quantize and format_named(quantize).has_double_quantize
+        options = _options(quantize, block_size, double_quantize)
         sites = adapters.linear_sites(model)
         for name in quantizable(model, lora):
             # The last reference but the model's own goes with it: one layer exists twice at a time.
             linear = as_linear(sites.pop(name))
-            packed = QuantizedLinear.from_linear(
-                linear, quantize, block_size=block_size, double_quantize=double, site=name
-            )
+            packed = QuantizedLinear.from_linear(linear, quantize, site=name, **options)
             adapters.replace_base(model, name, packed)
     if lora is not None:
         model = adapters.attach(model, lora)
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
-        double = double_quantize and format_named(quantize).has_double_quantize
-        experts.pack(model, quantize, block_size=block_size, double_quantize=double)
+        experts.pack(model, quantize, **_options(quantize, block_size, double_quantize))
     experts.adopt(model)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
@@ -105,6 +105,12 @@ def adopt(
         adapters.adopt_adapter_layer(module)
         expert_adapters.adopt(module)
     return model
+
+
+def _options(quantize: str, block_size: BlockSize, double_quantize: bool) -> dict[str, Any]:
+    """The options of a format; one without double quantisation does without."""
+    double = double_quantize and format_named(quantize).has_double_quantize
+    return {"block_size": block_size, "double_quantize": double}
 
 
 def unadoptable(model: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,6 +21,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import FrozenExpertsError
 from qlora_compile.kernels.experts.op import experts_linear
+from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.experts import PackedExperts
@@ -138,7 +139,7 @@ def pack(
     model: nn.Module,
     format: str,
     *,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
     double_quantize: bool,
 ) -> None:
     """Packs the weights of all experts that our op can compute, trained or not; one at a time."""
@@ -244,7 +245,7 @@ def _linear(
         wide = torch.promote_types(torch.float32, weight.dtype)
         adapter = (lora_a, lora_b, torch.full((1,), scaling, dtype=wide, device=x.device))
     if isinstance(weight, PackedExperts):
-        planes, layout = weight.planes, weight.layout
+        planes, layout = weight.tensors, weight.layout
     else:
         if weight.requires_grad:
             raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")
