@@ -51,14 +51,14 @@ class Layer:
 
     @property
     def spec(self) -> LinearSpec:
-        n, k = self.packed.shape
         dtypes = (self.x.dtype, self.lora_a.dtype, self.x.dtype)
-        quant_format = format_named(self.packed.format)
-        return LinearSpec(quant_format, n, k, self.packed.block_size, 2.0, 0.0, 0, *dtypes)
+        return LinearSpec(self.packed.layout, 0.0, 0, *dtypes)
 
     @property
     def tensors(self) -> LinearTensors:
-        return LinearTensors(self.x, self.packed.planes, None, self.lora_a, self.lora_b, None)
+        scaling = torch.full((1,), 2.0, device=self.x.device)
+        adapter = (self.lora_a, self.lora_b, scaling)
+        return LinearTensors(self.x, self.packed.tensors, None, *adapter, None)
 
 
 def layer(rows: int, n: int, k: int, rank: int, format: str, dtype: torch.dtype) -> Layer:
@@ -107,7 +107,7 @@ def dense_peer(layer: Layer, direction: str) -> Run:
     spec = layer.spec
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        weight = spec.dequantize(layer.packed.planes, x.dtype)
+        weight = spec.dequantize(layer.packed.tensors, x.dtype)
         return x @ weight.t() + plain_lora(x, a, b).to(x.dtype)
 
     return autograd(run, layer, direction)
@@ -117,7 +117,7 @@ def bitsandbytes_peer(layer: Layer, direction: str) -> Run:
     import bitsandbytes as bnb
     from bitsandbytes.functional import quantize_4bit
 
-    weight = layer.spec.dequantize(layer.packed.planes, layer.x.dtype)
+    weight = layer.spec.dequantize(layer.packed.tensors, layer.x.dtype)
     codes, state = quantize_4bit(weight, quant_type=layer.packed.format, compress_statistics=True)
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def unsloth_peer(layer: Layer, direction: str) -> Run:
     from bitsandbytes.functional import quantize_4bit
     from unsloth.kernels.fast_lora import LoRA_W  # pyright: ignore[reportMissingImports]
 
-    weight = layer.spec.dequantize(layer.packed.planes, layer.x.dtype)
+    weight = layer.spec.dequantize(layer.packed.tensors, layer.x.dtype)
     codes, state = quantize_4bit(weight, quant_type=layer.packed.format, compress_statistics=True)
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Sweep:
         if block is None:
             block = budget // max(width, 1) if converted else settings.size
         if settings.packed is not None:
-            unit = format_named(settings.packed.format).row_alignment(settings.packed)
+            unit = format_named(settings.packed.format).row_alignment(settings.packed.layout)
             block = max(block // unit, 1) * unit
         block = max(min(block, settings.size), 1)
         count = -(-rows // (settings.chunk or max(budget // block, 1)))

@@ -5,11 +5,27 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qlora_compile.errors import LayoutTextError
+import torch
+from torch import Tensor
+
+from qlora_compile.errors import LayoutTextError, LayoutVersionError
+
+UNQUANTIZED = "none"
+"""Format name of a weight kept in its own floating-point dtype."""
 
 _TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parameters>( \w+=\d+)*)")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One tensor of a stored weight: its name among the others, its dtype and its shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,9 +48,18 @@ class Layout:
         return cls(format, shape, tuple(sorted(parameters.items())))
 
     @property
+    def quantized(self) -> bool:
+        """Whether a QuantFormat stores the weight."""
+        return self.format != UNQUANTIZED
+
+    @functools.cached_property
     def named(self) -> Mapping[str, int]:
         """The parameters by name."""
         return dict(self.parameters)
+
+    def with_rows(self, rows: int) -> Layout:
+        """The Layout of a weight with so many rows, stored in the same way."""
+        return replace(self, shape=(rows, self.shape[1]))
 
     def __str__(self) -> str:
         """Such as "nf4[576x1536] block_size=64 double_quantize=1"; `parse` reads it back."""
@@ -52,3 +77,16 @@ class Layout:
         pairs = (pair.split("=") for pair in found["parameters"].split())
         parameters = tuple((name, int(value)) for name, value in pairs)
         return Layout(found["format"], (int(found["rows"]), int(found["columns"])), parameters)
+
+    def to_tensor(self) -> Tensor:
+        """The text as uint8 with a version before it: module state and safetensors hold tensors
+        alone. `from_tensor` reads it back."""
+        return torch.tensor([_VERSION, *str(self).encode()], dtype=torch.uint8, device="cpu")
+
+    @staticmethod
+    def from_tensor(stored: Tensor) -> Layout:
+        """The Layout that `to_tensor` wrote. Raises LayoutVersionError and LayoutTextError."""
+        version, *text = stored.tolist() or [0]
+        if version != _VERSION:
+            raise LayoutVersionError(value=version, known=_VERSION)
+        return Layout.parse(bytes(text).decode(errors="replace"))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.call import Call
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named, plane_count
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.formats.formats import plane_count
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
 from qlora_compile.kernels.variants.base import Group, LinearSpec, LinearTensors
 
@@ -58,10 +57,7 @@ def specs(call: Call) -> tuple[LinearSpec, ...]:
     """The constants of each Linear of `call` as variants take them."""
     return tuple(
         LinearSpec(
-            format=None if name == UNQUANTIZED else format_named(name),
-            n=linear.n,
-            k=linear.k,
-            block_size=block_size(linear.layout),
+            layout=linear.layout,
             dropout=call.dropout,
             stream=linear.stream,
             compute_dtype=call.compute_dtype,
@@ -69,13 +65,7 @@ def specs(call: Call) -> tuple[LinearSpec, ...]:
             out_dtype=call.out_dtype,
         )
         for linear in call.linears
-        for name in [linear.layout.format]
     )
-
-
-def block_size(layout: Layout) -> int:
-    """Elements that share an absmax; 0 of a weight kept in its own dtype."""
-    return layout.named.get("block_size", 0)
 
 
 def bound(
@@ -130,12 +120,8 @@ def _problem(
             Problem(
                 direction=direction,
                 m=m,
-                n=linear.n,
-                k=linear.k,
+                layout=linear.layout,
                 rank=linear.rank,
-                format=linear.layout.format,
-                block_size=block_size(linear.layout),
-                double_quantized=bool(linear.layout.named.get("double_quantize")),
                 x_dtype=x_dtype,
                 compute_dtype=call.compute_dtype,
                 lora_dtype=call.lora_dtype,

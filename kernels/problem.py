@@ -8,6 +8,9 @@ from typing import Literal
 
 import torch
 
+from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.layout import Layout
+
 Direction = Literal["forward", "backward"]
 
 
@@ -29,22 +32,18 @@ class Sibling:
 class Problem:
     """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
 
-    `m` is bucketed (`bucket_rows`), everything else is exact; `rank` is 0 without an adapter;
-    `format` is "none" for a weight kept in its own floating-point dtype. `keeps_low_rank`: the
+    `m` is bucketed (`bucket_rows`), everything else is exact; `layout` tells how W is stored, and
+    its shape; `rank` is 0 without an adapter. `keeps_low_rank`: the
     forward returns scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
 
     `siblings` are the Linears of a group that share x, in order, and empty for a single one; then
-    `n` and `rank` are their sums and `bias` tells whether any has one.
+    the layout's N and `rank` are their sums and `bias` tells whether any has one.
     """
 
     direction: Direction
     m: int
-    n: int
-    k: int
+    layout: Layout
     rank: int
-    format: str
-    block_size: int
-    double_quantized: bool
     x_dtype: torch.dtype
     compute_dtype: torch.dtype
     lora_dtype: torch.dtype
@@ -65,11 +64,21 @@ class Problem:
         siblings = tuple(Sibling(part.n, part.rank, part.bias) for part in parts)
         return replace(
             adapted,
-            n=sum(each.n for each in siblings),
+            layout=adapted.layout.with_rows(sum(each.n for each in siblings)),
             rank=sum(each.rank for each in siblings),
             bias=any(each.bias for each in siblings),
             siblings=siblings,
         )
+
+    @property
+    def n(self) -> int:
+        """Columns of y."""
+        return self.layout.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Columns of x."""
+        return self.layout.shape[1]
 
     @property
     def parts(self) -> tuple[Problem, ...]:
@@ -79,7 +88,7 @@ class Problem:
         return tuple(
             replace(
                 self,
-                n=each.n,
+                layout=self.layout.with_rows(each.n),
                 rank=each.rank,
                 bias=each.bias,
                 dropout=self.dropout and each.rank > 0,
@@ -107,11 +116,12 @@ class Problem:
         def short(dtype: torch.dtype) -> str:
             return str(dtype).removeprefix("torch.")
 
-        stored = f"{self.format}/{self.block_size}" if self.block_size else self.format
+        quant_format = format_of(self.layout)
+        stored = self.layout.format if quant_format is None else quant_format.label(self.layout)
         dtypes = [short(self.x_dtype), short(self.compute_dtype), short(self.out_dtype)]
         parts = [
             f"{self.direction} {self.m}x{self.columns}x{self.k} rank {self.ranks}",
-            stored + " double" * self.double_quantized,
+            stored,
             dtypes[0] if len(set(dtypes)) == 1 else ">".join(dtypes),
         ]
         if self.rank:

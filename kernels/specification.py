@@ -3,7 +3,6 @@ the kernels that are to be checked."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +13,11 @@ from torch import Tensor
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.experts.base import ExpertsSpec
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec, experts_tensors
+from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.linear_call import bound
 from qlora_compile.kernels.op import QLORA_LINEAR
-from qlora_compile.kernels.packed import PackedWeight
-from qlora_compile.kernels.variants.base import LinearSpec
 
 
 def linear_reference(
@@ -92,7 +90,7 @@ def specified_linears(
             )
             y = linear_reference(
                 x.to(dtype),
-                partial(_decoded, own.planes, spec, (spec.n, spec.k), dtype),
+                partial(_decoded, own.planes, spec.layout, (spec.n, spec.k), dtype),
                 None if own.bias is None else own.bias.to(dtype),
                 *(a, b),
                 scaling=1.0 if scaling is None else scaling,
@@ -154,7 +152,9 @@ def specified_experts(
     groups = list(own.groups())
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
-        y = _Experts.apply(x, groups, spec.n, partial(_decoded, own.planes, spec, shape, dtype))
+        y = _Experts.apply(
+            x, groups, spec.n, partial(_decoded, own.planes, spec.layout, shape, dtype)
+        )
         parts = []
         for expert, rows in groups:
             part = y[rows]
@@ -189,20 +189,19 @@ class _Experts(torch.autograd.Function):
 
 
 def _decoded(
-    planes: Sequence[Tensor],
-    spec: LinearSpec | ExpertsSpec,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    planes: Sequence[Tensor], layout: Layout, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    if spec.format is None:
+    quant_format = format_of(layout)
+    if quant_format is None:
         return planes[0].to(dtype)
-    # The planes may have been widened with all the other inputs; their values are float32's.
-    stored = [plane.float() if plane.is_floating_point() else plane for plane in planes]
-    rows = math.prod(shape[:-1])
-    packed = PackedWeight.from_planes(spec.format.name, (rows, shape[-1]), spec.block_size, stored)
-    # To float64 without another rounding: a value is a product in float32.
+    # The planes may have been widened with all the other inputs; their values are in the dtypes
+    # that the format declares.
+    declared = quant_format.planes(layout)
+    stored = [each.to(plane.dtype) for each, plane in zip(planes, declared, strict=True)]
+    packed = quant_format.packed(layout, stored)
+    # To float64 without another rounding: a value is computed in float32.
     exact = torch.float32 if dtype == torch.float64 else dtype
-    return spec.format.dequantize(packed, exact).to(dtype).view(shape)
+    return quant_format.dequantize(packed, exact).to(dtype).view(shape)
 
 
 def specified_attention(

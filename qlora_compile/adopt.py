@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from qlora_compile.hf import adapters, expert_adapters, experts, full_training
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears, repeated_blocks
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear
-from qlora_compile.kernels.formats.base import check_block_size
+from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
@@ -31,16 +31,18 @@ def check(
     lora: object,
     *,
     quantize: str | None,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
+    double_quantize: bool,
     strict: bool,
     scope: str,
 ) -> list[str]:
     """The Linears and Conv1Ds to pack. Raises the error of everything `adopt` would stumble over;
     changes nothing."""
+    options: dict[str, Any] = {}
     if quantize is not None:
-        format_named(quantize)
-        if block_size != "row":
-            check_block_size(block_size)
+        options = _options(quantize, block_size, double_quantize)
+        # What is wrong whatever the weight.
+        format_named(quantize).layout((1, 1), **options)
     sites = adapters.linear_sites(model)
     if not sites or isinstance(model, LinearSite):
         raise NoLinearError(model=type(model).__name__)
@@ -72,6 +74,7 @@ def check(
     packed = [name for name in _quantizable(model) if name not in trained]
     for name in packed:
         weight = sites[name].weight
+        format_named(quantize).layout((weight.shape[0], weight.shape[1]), **options)
         invalid = weight.numel() - int(weight.detach().isfinite().sum())
         if invalid:
             raise WeightValueError(site=name, count=invalid)
@@ -86,7 +89,7 @@ def adopt(
     *,
     packed: Sequence[str],
     quantize: str | None,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
     double_quantize: bool,
 ) -> nn.Module:
     """Quantises the Linears named in `packed` in place, one after another, lets PEFT attach `lora`
@@ -95,26 +98,19 @@ def adopt(
     if quantize is not None:
         if lora is None and keep_trained:
             _warn_of_trained(model)
-        double = double_quantize and format_named(quantize).has_double_quantize
+        options = _options(quantize, block_size, double_quantize)
         sites = adapters.linear_sites(model)
         for name in packed:
             # The last reference but the model's own goes with it: one layer exists twice at a time.
             linear = as_linear(sites.pop(name))
-            replacement = QuantizedLinear.from_linear(
-                linear, quantize, block_size=block_size, double_quantize=double, site=name
-            )
+            replacement = QuantizedLinear.from_linear(linear, quantize, site=name, **options)
             adapters.replace_base(model, name, replacement)
     if lora is not None:
         model = adapters.attach(model, lora)
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
-        double = double_quantize and format_named(quantize).has_double_quantize
-        experts.pack(
-            *(model, quantize),
-            block_size=block_size,
-            double_quantize=double,
-            keep_trained=keep_trained,
-        )
+        options = _options(quantize, block_size, double_quantize)
+        experts.pack(model, quantize, keep_trained=keep_trained, **options)
     experts.adopt(model)
     left = unadoptable(model)
     for name, linear in adapters.linear_sites(model).items():
@@ -124,6 +120,12 @@ def adopt(
         adapters.adopt_adapter_layer(module)
         expert_adapters.adopt(module)
     return model
+
+
+def _options(quantize: str, block_size: BlockSize, double_quantize: bool) -> dict[str, Any]:
+    """The options of a format; one without double quantisation does without."""
+    double = double_quantize and format_named(quantize).has_double_quantize
+    return {"block_size": block_size, "double_quantize": double}
 
 
 def unadoptable(model: nn.Module) -> dict[str, str]:

@@ -27,6 +27,7 @@ from qlora_compile.errors import (
 from qlora_compile.hf import adapters, experts, head_loss
 from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
+from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
 from qlora_compile.report import Report, build_report
 from qlora_compile.tuning.modes import check_mode
 from qlora_compile.verify.verifier import Verifier, Verify, check_option
@@ -39,9 +40,9 @@ def optimize(
     model: nn.Module,
     lora: LoraConfig | None = None,
     *,
-    quantize: Literal["nf4", "fp4", "int8"] | None = None,
+    quantize: str | None = None,
     double_quantize: bool = True,
-    block_size: int | Literal["row"] = 64,
+    block_size: BlockSize = USUAL_BLOCK_SIZE,
     strict: bool = False,
     verify: Verify = False,
     scope: Literal["block", "model"] = "block",
@@ -60,9 +61,10 @@ def optimize(
     fully trained modules stay) and so are the weights of experts; None keeps or adopts what is
     there. Packing freezes a weight. Where `lora` is given, PEFT's rule says what else is trained.
     Without it, in a model that has adapters or any frozen parameter, a weight that is trained stays
-    as it is, and a warning tells of it. block_size: elements per
-    absmax, a power of two from 32 to 4096, or "row". double_quantize: quantise the absmax too
-    (QLoRA, Dettmers et al. 2023); INT8 has no such form and keeps float32 absmax.
+    as it is, and a warning tells of it.
+    block_size: elements that share a scale, for the shipped formats a power of two from 32 to 4096,
+    or "row". double_quantize: quantise the scales too (QLoRA, Dettmers et al. 2023); a format that
+    has no such form, as 8-bit integers, keeps float32 scales.
     strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
     experts is not fused.
     verify: check outputs and all gradients of each rewritten graph, on its first real inputs and on
@@ -97,21 +99,17 @@ def optimize(
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
     verify = check_option(verify)
-    packed = adopt.check(
-        model, lora, quantize=quantize, block_size=block_size, strict=strict, scope=scope
-    )
+    options: Any = {
+        "quantize": quantize,
+        "block_size": block_size,
+        "double_quantize": double_quantize,
+    }
+    packed = adopt.check(model, lora, **options, strict=strict, scope=scope)
     if strict:
         _example_inputs(model, example_inputs)
     if logits_free_loss:
         head_loss.check(model, scope=scope, example_inputs=example_inputs)
-    model = adopt.adopt(
-        model,
-        lora,
-        packed=packed,
-        quantize=quantize,
-        block_size=block_size,
-        double_quantize=double_quantize,
-    )
+    model = adopt.adopt(model, lora, packed=packed, **options)
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
     _install_regions(model, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model)

@@ -153,7 +153,7 @@ def _write_manifest(
 
 
 def _plain(problem: Problem) -> dict[str, object]:
-    fields = dataclasses.asdict(problem)
+    fields = dataclasses.asdict(problem) | {"layout": str(problem.layout)}
     del fields["device"]
     return {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -56,6 +56,17 @@ class LayoutTextError(QloraCompileError):
     template = '{value!r} is no layout; one reads "nf4[576x1536] block_size=64 double_quantize=1"'
 
 
+class LayoutVersionError(QloraCompileError):
+    template = "a stored layout is of version {value}, not {known}; load it with what wrote it"
+
+
+class StoredLayoutError(QloraCompileError, ValueError):
+    template = (
+        "{site}: the state dict's weight is stored as {value}, the model's as {expected}; quantise "
+        "the model with the options of the saved one before loading"
+    )
+
+
 class PackedWeightError(QloraCompileError, ValueError):
     template = "packed weight of format {format!r} and shape {shape}: {problem}"
 
@@ -182,13 +193,6 @@ class MissingPackageError(QloraCompileError, ImportError):
 
 class ResumeError(QloraCompileError, ValueError):
     template = "cannot resume in {value!r}: {problem}; {remedy}"
-
-
-class AbsmaxOverflowError(QloraCompileError, ValueError):
-    template = (
-        "{site}: the mean of the block maxima (largest {largest}) exceeds float32, so they cannot "
-        "be quantised a second time; pass double_quantize=False or repair the checkpoint"
-    )
 
 
 class LabelRangeError(QloraCompileError, IndexError):

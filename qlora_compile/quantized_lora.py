@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qlora_compile.errors import QuantizationBitsError
 
 if TYPE_CHECKING:
     from torch import nn
-
-_FORMATS: dict[int, Literal["nf4", "int8"]] = {4: "nf4", 8: "int8"}
 
 
 class QuantizedLoRA:
@@ -44,9 +42,12 @@ class QuantizedLoRA:
         double_quantize: bool = True,
         **optimize_options: Any,
     ) -> None:
-        if isinstance(quantization_bits, bool) or quantization_bits not in _FORMATS:
+        # torch, transformers and PEFT take seconds to import: only once they are needed.
+        from qlora_compile.kernels.formats.formats import FORMATS
+
+        usual = next((each for each in FORMATS if each.bits == quantization_bits), None)
+        if isinstance(quantization_bits, bool) or usual is None:
             raise QuantizationBitsError(value=quantization_bits)
-        # transformers and PEFT take seconds to import: only once they are needed.
         from qlora_compile import api
         from qlora_compile.hf import loading, training
 
@@ -68,8 +69,8 @@ class QuantizedLoRA:
         self.model: Any = api.optimize(
             plain,
             lora,
-            quantize=_FORMATS[quantization_bits],
-            double_quantize=double_quantize and quantization_bits == 4,
+            quantize=usual.name,
+            double_quantize=double_quantize and usual.has_double_quantize,
             block_size=block_size,
             **optimize_options,
         )

@@ -12,6 +12,7 @@ from torch import nn
 
 from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.hf import adapters, expert_adapters, experts
+from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
@@ -289,9 +290,6 @@ def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | No
 def _format(linear: LinearSite) -> str:
     if isinstance(linear, QuantizedLinear):
         return linear.format
-    state = getattr(linear.weight, "quant_state", None)
-    if state is not None:
-        return state.quant_type
-    if str(linear.weight.dtype) == "torch.int8":
-        return "int8"
-    return str(linear.weight.dtype).removeprefix("torch.")
+    base = base_of(linear)
+    found = None if base is None else base.format(linear)
+    return found or str(linear.weight.dtype).removeprefix("torch.")

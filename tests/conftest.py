@@ -19,12 +19,19 @@ import pytest
 import torch
 
 from qlora_compile.kernels import selection
+from qlora_compile.kernels.formats import formats
 from qlora_compile.tuning import modes
 
 # Kernels run in Triton's interpreter where there is no device to compile them for. One process
 # does either, as Triton read this variable when it was imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# After that variable is set: it defines device functions.
+from tests.zero_point_format import ZeroPointFormat
+
+# Before any test module lists the formats.
+formats.register(ZeroPointFormat())
 
 # Toy matrices are multiplied faster than threads are woken, and `make test` has a worker per core.
 torch.set_num_threads(1)

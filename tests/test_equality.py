@@ -19,7 +19,7 @@ import qlora_compile
 from bench.agreement import Errors, distance, training_step
 from qlora_compile.capture import backend
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.kernels.registry import FORMATS, VARIANTS, format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
@@ -83,7 +83,7 @@ def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: 
         model = toy("Llama", dtype, attention_bias=bias, mlp_bias=bias)
         if base.startswith("bnb"):
             model = with_bitsandbytes(model, int(base[4]))
-        own = base in ("nf4", "fp4", "int8")
+        own = base in {each.name for each in FORMATS}
         if own and not optimized:
             _round_trip(model, base)
         torch.manual_seed(1)
@@ -104,7 +104,7 @@ def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: 
 
 def _round_trip(model: nn.Module, format: str) -> None:
     """Gives the stock model the values the packed one decodes."""
-    double = format != "int8"
+    double = format_named(format).has_double_quantize
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and "lm_head" not in name:
             packed = QuantizedLinear.from_linear(linear, format, double_quantize=double)

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 
 import qlora_compile
 from qlora_compile.capture.regions import region_of
+from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import build, lora, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
@@ -130,7 +131,7 @@ def test_copies_train_compiled_and_apart(how: str) -> None:
     assert_close(step(model, ids)["loss"], expected["loss"])
 
 
-@pytest.mark.parametrize("base", [*BASES, "bnb-8bit", "fp4", "int8"])
+@pytest.mark.parametrize("base", [*BASES, "bnb-8bit", *(each.name for each in FORMATS[1:])])
 def test_generate_agrees_with_stock(base: str) -> None:
     stock, ours = build(base, torch.float32, 0.0, False)
     ids = tokens(2, 5)

@@ -20,10 +20,11 @@ from bench.projection.traffic import EAGER_LOSS, Elementwise, Traffic
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import cheapest
+from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.gpu.configs import FUSED_UTILIZATION
 from qlora_compile.kernels.gpu.target import assuming
+from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
-from qlora_compile.kernels.registry import UNQUANTIZED
 from qlora_compile.kernels.selection import Choice, choose, keeping_is_faster, problems_of_call
 from qlora_compile.kernels.variants.fused import Fused
 
@@ -110,12 +111,8 @@ def _problem(rows: int, n: int, k: int) -> Problem:
     return Problem(
         direction="forward",
         m=bucket_rows(rows),
-        n=n,
-        k=k,
+        layout=FORMATS[0].usual_layout((n, k)),
         rank=RANK,
-        format="nf4",
-        block_size=64,
-        double_quantized=True,
         x_dtype=bfloat16,
         compute_dtype=bfloat16,
         lora_dtype=torch.float32,
@@ -132,18 +129,19 @@ def _experts(each: Experts, direction: Direction) -> ExpertsProblem:
         direction=direction,
         m=bucket_rows(each.rows),
         experts=each.experts,
-        n=each.n,
-        k=each.k,
+        layout=FORMATS[0].usual_layout((each.experts * each.n, each.k)),
         rank=RANK,
-        format="nf4",
-        block_size=64,
-        double_quantized=True,
         x_dtype=torch.bfloat16,
         compute_dtype=torch.bfloat16,
         out_dtype=torch.bfloat16,
         bias=False,
         device="cuda",
     )
+
+
+def _dense(problem: AnyProblem) -> AnyProblem:
+    """The problem over a weight in its own dtype."""
+    return replace(problem, layout=Layout(UNQUANTIZED, problem.layout.shape))
 
 
 Cost = Callable[[AnyProblem, DeviceModel], float]
@@ -162,7 +160,7 @@ def _taken_apart(problem: Problem, choice: Choice, device: DeviceModel) -> Secon
         undisturbed = replace(device, flops=device.flops / FUSED_UTILIZATION[device.target])
         product = _working(cost, bare, undisturbed)
     else:
-        product = _working(cost, replace(bare, format=UNQUANTIZED), device)
+        product = _working(cost, _dense(bare), device)
     return _split(cost, problem, bare, product, device)
 
 
@@ -171,7 +169,7 @@ def _experts_taken_apart(problem: ExpertsProblem, device: DeviceModel) -> Second
         cost = cheapest(problem, device).variant.cost
     bare = replace(problem, rank=0)
     unlimited = replace(device, bandwidth=math.inf)
-    arithmetic = _working(cost, replace(bare, format=UNQUANTIZED), unlimited)
+    arithmetic = _working(cost, _dense(bare), unlimited)
     memory = _working(cost, bare, replace(device, flops=math.inf))
     product = min(max(arithmetic, memory), _working(cost, bare, device))
     return _split(cost, problem, bare, product, device)

@@ -11,26 +11,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import GemmConfig, dequantize_decoder
+from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named, meta_tensors
+from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
-from qlora_compile.kernels.gpu.needed import meta_planes
 from qlora_compile.kernels.gpu.products import (
     adapter_gradient,
     adapter_operands,
-    decoded_absmax,
     dequantize,
     keep_bits,
     low_rank,
 )
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.variants.base import LinearSpec
+from qlora_compile.kernels.variants.decoding import dequantize_decoder
 from qlora_compile.kernels.variants.fused import Fused, Skinny
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import GemmVariant
 
-ROWS, WIDTH, BLOCK_SIZE = 4096, 4096, 64
+ROWS, WIDTH = 4096, 4096
 _FEW_ROWS = 16
 
 
@@ -67,12 +67,8 @@ class _Case:
         return Problem(
             direction=direction,
             m=rows,
-            n=WIDTH,
-            k=WIDTH,
+            layout=self.layout,
             rank=self.rank,
-            format=self.format,
-            block_size=BLOCK_SIZE,
-            double_quantized=self.double_quantized,
             x_dtype=self.dtype,
             compute_dtype=self.dtype,
             lora_dtype=self.lora_dtype,
@@ -84,6 +80,13 @@ class _Case:
         )
 
     @property
+    def layout(self) -> Layout:
+        shape = (WIDTH, WIDTH)
+        if self.format == UNQUANTIZED:
+            return Layout(UNQUANTIZED, shape)
+        return format_named(self.format).layout(shape, double_quantize=self.double_quantized)
+
+    @property
     def format_name(self) -> str:
         return "dense" if self.format == UNQUANTIZED else self.format
 
@@ -93,7 +96,7 @@ class _Case:
 
     @property
     def planes(self) -> list[Tensor]:
-        return meta_planes(self.problem("forward", ROWS))
+        return meta_tensors(self.layout, self.dtype)
 
 
 _CASES = (
@@ -199,12 +202,12 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
                     case = _Case(quant_format.name, dtype, rank, double)
-                    decoder = dequantize_decoder(target, dtype)
+                    decoder = dequantize_decoder(case.layout, target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     scaling = _meta(1, dtype=torch.float32) if rank else None
                     with recording() as launches:
                         dequantize(
-                            meta_planes(case.problem("forward", ROWS)),
+                            case.planes,
                             case.spec,
                             dtype,
                             decoder,
@@ -215,7 +218,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
                     yield _streaming(kernel, case, decoder, "-", launches[-1])
     double = _Case(double_quantized=True, rank=0, dtype=torch.float32)
     with recording() as launches:
-        decoded_absmax(double.planes)
+        format_named(double.format).prepared(double.layout, double.planes)
     yield _streaming("absmax", double, "-", "-", launches[-1])
 
 

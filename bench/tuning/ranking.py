@@ -18,6 +18,7 @@ import typer
 from rich.progress import track
 
 from qlora_compile.kernels.device_model import CpuModel
+from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.selection import candidates
 from qlora_compile.tuning.cpu_figures import measure_cpu
@@ -39,12 +40,8 @@ def problem_set() -> Iterator[Problem]:
         yield Problem(
             direction=direction,
             m=m,
-            n=n,
-            k=k,
+            layout=FORMATS[0].usual_layout((n, k)),
             rank=16,
-            format="nf4",
-            block_size=64,
-            double_quantized=True,
             x_dtype=DTYPES[dtype],
             compute_dtype=DTYPES[dtype],
             lora_dtype=torch.float32,

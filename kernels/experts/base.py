@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import DeviceModel
-from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.formats import format_named
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.problem import Direction
 
@@ -20,36 +21,51 @@ class ExpertsProblem:
     """One direction of y[s] = x[s] @ W[e]ᵀ + bias[e] + scaling * x[s] A[e]ᵀ B[e]ᵀ for every row s
     of expert e.
 
-    `m`: rows of all experts together, bucketed; the rest is exact. `n`, `k`, `rank`: of each
-    expert. `format` and the dtypes as in `Problem`; the adapter runs in `compute_dtype`.
+    `m`: rows of all experts together, bucketed; the rest is exact. `layout`: of all W as one
+    [E * N, K]. `rank`: of each expert. The dtypes as in `Problem`; the adapter runs in
+    `compute_dtype`.
     """
 
     direction: Direction
     m: int
     experts: int
-    n: int
-    k: int
+    layout: Layout
     rank: int
-    format: str
-    block_size: int
-    double_quantized: bool
     x_dtype: torch.dtype
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
     bias: bool
     device: str
 
+    @property
+    def n(self) -> int:
+        """Rows of each expert's W."""
+        return self.layout.shape[0] // self.experts
+
+    @property
+    def k(self) -> int:
+        """Columns of each expert's W."""
+        return self.layout.shape[1]
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The constants of one call: W [E, n, k] in `format`, None for a floating-point weight."""
+    """The constants of one call; layout: of all W as one [E * N, K]."""
 
-    format: QuantFormat | None
-    n: int
-    k: int
-    block_size: int
+    layout: Layout
+    experts: int
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
+
+    @property
+    def n(self) -> int:
+        """Rows of each expert's W."""
+        return self.layout.shape[0] // self.experts
+
+    @property
+    def k(self) -> int:
+        """Columns of each expert's W."""
+        return self.layout.shape[1]
 
 
 @dataclass(frozen=True)
@@ -82,9 +98,7 @@ class ExpertsTensors:
 
     def packed(self, spec: ExpertsSpec) -> PackedWeight:
         """The weight of all experts, where it is quantised."""
-        assert spec.format is not None
-        shape = (self.experts * spec.n, spec.k)
-        return PackedWeight.from_planes(spec.format.name, shape, spec.block_size, self.planes)
+        return format_named(spec.layout.format).packed(spec.layout, self.planes)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
         """Pairs (expert, its rows) of the experts that have any; reads `offsets` on the host."""

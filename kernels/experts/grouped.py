@@ -15,7 +15,7 @@ from qlora_compile.kernels.experts.base import (
     ExpertsTensors,
     ExpertsVariant,
 )
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.formats.formats import format_named, format_of
 from qlora_compile.kernels.gpu.configs import (
     FUSED_UTILIZATION,
     TAIL_UTILIZATION,
@@ -23,8 +23,10 @@ from qlora_compile.kernels.gpu.configs import (
     adapter_width,
 )
 from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.variants.decoding import decoder_names
 
-_FEW = GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline_absmax=True)
+_FEW = GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline=True)
 _SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
 _SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", descriptor=True, prefetch=True)
 _GFX9 = GemmConfig(128, 128, 64, 8, 2, "plain")
@@ -57,8 +59,9 @@ GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
 }
 """Of weights in their own dtype."""
 
-_TALLEST_INT8 = {"sm_80": 64, "sm_89": 64}
-"""Rows of a tile with which INT8's decoder does not spill registers, where there is a limit."""
+_TALLEST_BYTES = {"sm_80": 64, "sm_89": 64}
+"""Rows of a tile with which decoders of 8-bit codes do not spill registers, where there is a
+limit."""
 
 _UTILIZATION = FUSED_UTILIZATION | {"sm_90": 0.5}
 """As `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
@@ -67,29 +70,33 @@ _ROWS_DECODING_COSTS = 64
 """Decoding a weight takes about as long as the products of so many rows with it."""
 
 
-def grouped_config(target: str, rows: int, experts: int, rank: int, format: str) -> GemmConfig:
+def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layout) -> GemmConfig:
     """For `rows` of all experts together: the host does not know whose they are. target: one that
     `tuned_target` knows."""
     tuned = tuned_target(target)
     assert tuned is not None
-    packed = format != UNQUANTIZED
-    byte = packed and format_named(format).bits == 8
-    tallest = _TALLEST_INT8.get(tuned, 128) if byte else 128
+    quant_format = format_of(layout)
+    byte = quant_format is not None and quant_format.bits == 8
+    tallest = _TALLEST_BYTES.get(tuned, 128) if byte else 128
     width = adapter_width(rank, torch.bfloat16, torch.bfloat16)
     configs = [
         config
-        for config in (GROUPED if packed else GROUPED_DENSE)[tuned]
+        for config in (GROUPED if layout.quantized else GROUPED_DENSE)[tuned]
         if width <= config.largest_width and config.block_m <= tallest
     ]
     average = -(-rows // max(min(rows, experts), 1))
-    return next((config for config in configs if config.block_m >= average), configs[-1])
+    config = next((config for config in configs if config.block_m >= average), configs[-1])
+    if quant_format is None or config.decoder in decoder_names(layout, target, torch.bfloat16):
+        return config
+    # A format without that decoder has one that runs everywhere.
+    return replace(config, decoder=quant_format.device_decoders()[0].name)
 
 
 def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceModel) -> float:
     """Modelled seconds of one launch for all experts, rows spread evenly over them."""
     active, tiles = _tiles(problem, config.block_m)
     n, k = problem.n, problem.k
-    packed = problem.format != UNQUANTIZED
+    packed = problem.layout.quantized
     height = max(config.block_m, _ROWS_DECODING_COSTS if packed else 16)
     utilization = _UTILIZATION[device.target] if packed else TAIL_UTILIZATION
     compute = 2 * tiles * height * n * k / (device.flops * device.vendor_efficiency * utilization)
@@ -120,10 +127,10 @@ def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
 
 
 def _weight_bytes(problem: ExpertsProblem) -> float:
-    """Of one weight, its part of a float32 absmax included."""
-    if problem.format == UNQUANTIZED:
+    """Of one weight, its part of the scales included."""
+    if not problem.layout.quantized:
         return 2
-    return format_named(problem.format).bits / 8 + 4 / problem.block_size
+    return format_named(problem.layout.format).bytes_per_weight(problem.layout)
 
 
 def _adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
@@ -152,17 +159,17 @@ class GroupedExperts(ExpertsVariant):
                 reasons.append(f"{role} in {dtype}, not bfloat16 or float16")
         if problem.x_dtype == torch.float64:
             reasons.append(f"x in {problem.x_dtype}")
-        if problem.format != UNQUANTIZED:
+        quant_format = format_of(problem.layout)
+        if quant_format is not None:
             if problem.k % 8:
                 reasons.append(f"K = {problem.k} is not a multiple of 8")
-            blocks = problem.experts * problem.n * problem.k // problem.block_size
-            if blocks >= 2**31:
-                reasons.append(f"{blocks} blocks of absmax, more than {2**31 - 1}")
+            if (obstacle := quant_format.device_obstacle(problem.layout)) is not None:
+                reasons.append(obstacle)
         return reasons
 
     def cost(self, problem: ExpertsProblem, device: DeviceModel) -> float:
         config = grouped_config(
-            device.target, problem.m, problem.experts, problem.rank, problem.format
+            device.target, problem.m, problem.experts, problem.rank, problem.layout
         )
         return grouped_cost(problem, config, device)
 
@@ -191,6 +198,5 @@ class GroupedExperts(ExpertsVariant):
 def _config(tensors: ExpertsTensors, spec: ExpertsSpec) -> GemmConfig:
     target = target_of(str(tensors.x.device))
     assert target is not None
-    format = UNQUANTIZED if spec.format is None else spec.format.name
     rank = 0 if tensors.lora_a is None else tensors.lora_a.shape[1]
-    return grouped_config(target, tensors.x.shape[0], tensors.experts, rank, format)
+    return grouped_config(target, tensors.x.shape[0], tensors.experts, rank, spec.layout)

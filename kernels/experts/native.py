@@ -13,7 +13,7 @@ from qlora_compile.kernels.experts.base import (
     ExpertsTensors,
     ExpertsVariant,
 )
-from qlora_compile.kernels.formats.formats import UNQUANTIZED
+from qlora_compile.kernels.formats.formats import format_of
 from qlora_compile.kernels.variants.native_adapter import native_dtypes
 from qlora_compile.kernels.workspace import workspace
 
@@ -41,12 +41,12 @@ class NativeExperts(ExpertsVariant):
             dtype = native_dtypes(problem.compute_dtype)[0]
             seconds = 2 * rows * n * k / device.of(device.gemm, dtype)
             seconds += thin / device.of(device.thin, dtype) + _OPERATORS * device.operator
-            if problem.format != UNQUANTIZED:
+            if problem.layout.quantized:
                 seconds += n * k * device.of(device.decode, dtype)
             return active * seconds
         seconds = device.gemm_seconds(rows, n, k, device.vendor_efficiency)
         seconds += device.stream_seconds(2 * rows * (n + k)) + _OPERATORS * LAUNCH_SECONDS
-        if problem.format != UNQUANTIZED:
+        if problem.layout.quantized:
             # Codes widened, looked up, scaled and rounded one after another.
             seconds += device.stream_seconds(30 * n * k)
         return active * seconds + _SYNCHRONIZATION_SECONDS
@@ -116,12 +116,13 @@ def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:
 
 def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: torch.dtype) -> Tensor:
     """W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
-    if spec.format is None:
+    quant_format = format_of(spec.layout)
+    if quant_format is None:
         return tensors.planes[0][expert].to(dtype)
     packed = tensors.packed(spec)
     first = expert * spec.n
-    # Where an expert begins inside an absmax block, from that block on.
-    start = first - first % spec.format.row_alignment(packed)
+    # Where decoding cannot begin with this expert, from the last row on where it can.
+    start = first - first % quant_format.row_alignment(spec.layout)
     stop = first + spec.n
     out = workspace(stop - start, spec.k, dtype=dtype, device=tensors.x.device)
-    return spec.format.dequantize_rows(packed, start, stop, dtype, out)[first - start :]
+    return quant_format.dequantize_rows(packed, start, stop, dtype, out)[first - start :]

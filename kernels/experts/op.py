@@ -24,10 +24,8 @@ def experts_spec(call: Call) -> ExpertsSpec:
     """The constants of an experts' Call as variants take them."""
     (spec,) = specs(call)
     return ExpertsSpec(
-        format=spec.format,
-        n=spec.n // call.experts,
-        k=spec.k,
-        block_size=spec.block_size,
+        layout=spec.layout,
+        experts=call.experts,
         compute_dtype=spec.compute_dtype,
         out_dtype=spec.out_dtype,
     )
@@ -59,12 +57,8 @@ def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> E
         direction=direction,
         m=problem.m,
         experts=call.experts,
-        n=problem.n // call.experts,
-        k=problem.k,
+        layout=problem.layout,
         rank=problem.rank,
-        format=problem.format,
-        block_size=problem.block_size,
-        double_quantized=problem.double_quantized,
         x_dtype=problem.x_dtype,
         compute_dtype=problem.compute_dtype,
         out_dtype=problem.out_dtype,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu.decode import write_codebook
-from qlora_compile.kernels.cpu.encode import encode, encodes
-from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.blocks import BlockFormat
+from qlora_compile.kernels.formats.cpu.decode import write_codebook
+from qlora_compile.kernels.formats.cpu.encode import encode, encodes
 from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _SMALLEST_ABSMAX = 1e-38
 _GATHER_ROWS = 64
 
 
-class CodebookFormat(QuantFormat):
+class CodebookFormat(BlockFormat):
     """Sixteen values in [-1, 1], scaled by the absmax of a block; equal to bitsandbytes' CPU code.
 
     Element 2i of the flattened weight is in the high nibble of byte i; an odd element count leaves
@@ -40,7 +40,7 @@ class CodebookFormat(QuantFormat):
         return _codebook(self.codebook, device)
 
     def device_decoders(self) -> tuple[Decoder, ...]:
-        from qlora_compile.kernels.gpu.decoders import codebook_decoders
+        from qlora_compile.kernels.formats.gpu.decoders import codebook_decoders
 
         return codebook_decoders(self.codebook)
 
@@ -83,7 +83,7 @@ class CodebookFormat(QuantFormat):
             out.copy_(target.view(torch.float32)[: out.numel()])
 
     def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
-        if packed.block_size % 2:
+        if packed.layout.named["block_size"] % 2:
             return False
         write_codebook(packed, self.codebook_on(out.device), first, out)
         return True

@@ -1,15 +1,38 @@
-"""The literal tuple of formats. A new format is one file and one line."""
+"""The list of formats. A new format is one file and one line."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 from qlora_compile.errors import UnknownFormatError
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.fp4 import FP4
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nf4 import NF4
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import UNQUANTIZED, Layout, Plane
 
-FORMATS: tuple[QuantFormat, ...] = (NF4, FP4, INT8)
+__all__ = [
+    "FORMATS",
+    "UNQUANTIZED",
+    "format_named",
+    "format_of",
+    "meta_tensors",
+    "plane_count",
+    "planes_of",
+    "register",
+]
+
+FORMATS: list[QuantFormat] = [NF4, FP4, INT8]
+"""Every format there is; the first one with so many bits is the usual one of them."""
+
+
+def register(quant_format: QuantFormat) -> None:
+    """Adds a format from outside of the package, which is then as good as those that ship.
+
+    A process that another one starts has to register it, too.
+    """
+    FORMATS.append(quant_format)
 
 
 def format_named(name: str) -> QuantFormat:
@@ -21,12 +44,28 @@ def format_named(name: str) -> QuantFormat:
     raise UnknownFormatError(value=name, known=known)
 
 
-UNQUANTIZED = "none"
-"""Format name of a weight kept in its own floating-point dtype."""
+def format_of(layout: Layout) -> QuantFormat | None:
+    """The format of a weight of `layout`; None where it is kept in its own dtype."""
+    return format_named(layout.format) if layout.quantized else None
+
+
+def planes_of(layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Plane, ...]:
+    """The tensors that a weight of `layout` is stored in; of one kept in its own dtype, it is
+    itself the only one, of `dtype`."""
+    quant_format = format_of(layout)
+    if quant_format is None:
+        return (Plane("weight", dtype, layout.shape),)
+    return quant_format.planes(layout)
 
 
 def plane_count(layout: Layout) -> int:
     """How many tensors a weight of `layout` is stored in."""
-    if layout.format == UNQUANTIZED:
-        return 1
-    return 5 if layout.named.get("double_quantize") else 2
+    return len(planes_of(layout))
+
+
+def meta_tensors(layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """The planes of `planes_of` without data."""
+    return [
+        torch.empty(plane.shape, dtype=plane.dtype, device="meta")
+        for plane in planes_of(layout, dtype)
+    ]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu.decode import write_integers
-from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.blocks import BlockFormat
+from qlora_compile.kernels.formats.cpu.decode import write_integers
 from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ _SMALLEST_ABSMAX = 64 * torch.finfo(torch.float32).tiny
 """Keeps 127 / absmax finite."""
 
 
-class Int8Format(QuantFormat):
+class Int8Format(BlockFormat):
     """Codes -127 … 127, value = code * (absmax / 127)."""
 
     name: ClassVar[str] = "int8"
     bits: ClassVar[int] = 8
-    has_double_quantize: ClassVar[bool] = False
+    code_dtype: ClassVar[torch.dtype] = torch.int8
     absmax_divisor: ClassVar[float] = 127.0
 
     def _encode(self, blocks: Tensor, absmax: Tensor, *, partial: bool) -> Tensor:
@@ -40,13 +40,14 @@ class Int8Format(QuantFormat):
         out.copy_(codes)
 
     def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
-        size, count = packed.block_size, out.numel()
-        scales = self._scales(packed.absmax.reshape(-1)[first : first + count // size])
+        size, count = packed.layout.named["block_size"], out.numel()
+        absmax = packed.planes["absmax"].reshape(-1)
+        scales = self.scales(absmax[first : first + count // size])
         write_integers(packed.codes.reshape(-1)[first * size :], scales, out)
         return True
 
     def device_decoders(self) -> tuple[Decoder, ...]:
-        from qlora_compile.kernels.gpu.decoders import INT8_DECODERS
+        from qlora_compile.kernels.formats.gpu.decoders import INT8_DECODERS
 
         return INT8_DECODERS
 

@@ -13,7 +13,10 @@ import functools
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.packed import PackedWeight
+
+NESTED_BLOCK_SIZE = 256
+"""Absmax values per second-level block of double quantisation (QLoRA, Dettmers et al. 2023)."""
 
 _GRID = 65535
 """bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it
@@ -73,16 +76,14 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def block_absmax(packed: PackedWeight, start: int, stop: int) -> Tensor:
     """First-level absmax of blocks `start` … `stop`, float32 [stop - start]."""
-    absmax = packed.absmax.reshape(-1)[start:stop]
-    if packed.nested_codebook is None:
-        return absmax
-    assert packed.nested_absmax is not None
-    assert packed.nested_offset is not None
+    absmax, *nested = (plane.reshape(-1) for plane in packed.tensors[1:])
+    if not nested:
+        return absmax[start:stop]
+    codebook, nested_absmax, offset = nested
     first = start // NESTED_BLOCK_SIZE
     last = -(-stop // NESTED_BLOCK_SIZE)
-    scales = packed.nested_absmax.reshape(-1)[first:last].unsqueeze(1)
+    scales = nested_absmax[first:last].unsqueeze(1)
     scales = scales.expand(-1, NESTED_BLOCK_SIZE).reshape(-1)
     shift = first * NESTED_BLOCK_SIZE
-    codebook = packed.nested_codebook.reshape(-1)
-    decoded = codebook.index_select(0, absmax.to(torch.int32))
-    return decoded.mul_(scales[start - shift : stop - shift]).add_(packed.nested_offset)
+    decoded = codebook.index_select(0, absmax[start:stop].to(torch.int32))
+    return decoded.mul_(scales[start - shift : stop - shift]).add_(offset)

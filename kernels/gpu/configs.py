@@ -18,7 +18,8 @@ class GemmConfig(Config):
     decoded in the loop, None for a dense W. loop_stages: software pipelining of the loads in the
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
     comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
-    registers. inline_absmax: doubly quantised absmax is decoded in the loop, else once before it.
+    registers. inline: planes are read in the loop as they are stored, else the format may prepare
+    them once before it.
     splits: programs that share one reduction. direction, largest_width, masks: in the other
     direction, beyond that width of the adapter's operands, or where the output is masked (backward
     with dropout), the config would spill registers or overlap less.
@@ -34,7 +35,7 @@ class GemmConfig(Config):
     weight_left: bool = False
     descriptor: bool = False
     prefetch: bool = False
-    inline_absmax: bool = False
+    inline: bool = False
     splits: int = 1
     direction: Direction | None = None
     largest_width: int = 1 << 30
@@ -54,7 +55,7 @@ class GemmConfig(Config):
         flags = (
             ("descriptor", self.descriptor),
             ("prefetch", self.prefetch),
-            ("inline", self.inline_absmax),
+            ("inline", self.inline),
         )
         parts += [name for name, on in flags if on]
         parts += [f"split{self.splits}"] if self.splits > 1 else []
@@ -111,7 +112,7 @@ TAIL: dict[str, tuple[GemmConfig, ...]] = {
 }
 
 _SKINNY = tuple(
-    GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline_absmax=True, splits=splits)
+    GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline=True, splits=splits)
     for splits in (1, 4, 16)
 )
 
@@ -130,12 +131,6 @@ def adapter_terms(lora_dtype: torch.dtype, result: torch.dtype) -> int:
 def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> int:
     """Columns of an adapter's operands: padded to what a tensor core takes."""
     return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
-
-
-def dequantize_decoder(target: str | None, dtype: torch.dtype) -> str:
-    """Of the standalone dequantisation to `dtype`; None is no device, hence the interpreter."""
-    packs = dtype in (torch.bfloat16, torch.float16)
-    return "prmt" if packs and target is not None and target.startswith("sm_") else "plain"
 
 
 FUSED_UTILIZATION = {

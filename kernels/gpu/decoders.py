@@ -1,32 +1,60 @@
-"""Which ways of decoding there are for a format, and what each needs."""
+"""What a format gives to the Triton kernels, so that they decode its weights without knowing it.
+
+A kernel reads tiles of W [N, K] as int32 words of the first plane's codes. What else decoding
+needs, the *side* (scales, zero points, tables, …), is a tuple of the format's own that kernels hand
+on. A Decoder holds the format's device functions, called with the tuple `side` and its constants
+SIDE:
+
+- `prepare(side, SIDE, PROGRAM)`, once, before the loop: the `state` for the other two. What it
+  loads stays in registers.
+- `load(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)`, for each tile of rows n0 … and
+  columns k0 …: a tuple of tensors of the side as it is stored. Positions past the edge, where a
+  dimension is not EVEN, repeat the last valid one.
+- `scale(loaded, side, state, SIDE)`: what `decode` takes of that. Looking loaded values up in a
+  table belongs here: a kernel calls it one iteration after `load`.
+- `decode(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)`: the tile [ROWS, COLUMNS] of DTYPE,
+  from words [ROWS, COLUMNS / codes per word], bytes in memory order. Equal to the last bit to
+  `QuantFormat.dequantize`: one value in float32, rounded once.
+
+PROGRAM: a tuple of inline assembly texts for DTYPE, empty for plain Triton.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from qlora_compile.kernels.gpu import assembly, decode
-
 _PTX_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """arguments: the kernel's `side`, a NamedTuple of tensors, numbers and None. constants: SIDE,
+    a tuple of numbers. looks_up: whether `scale` loads what loaded values point to."""
+
+    arguments: tuple[Any, ...]
+    constants: tuple[float, ...]
+    looks_up: bool = False
 
 
 @dataclass(frozen=True)
 class Decoder:
     """One exact way to decode tiles of one format on the device.
 
-    function, prepare: as in `kernels/gpu/decode.py`. programs: from a PTX dtype to the inline
-    assembly, None for plain Triton, which decodes to any dtype on any target.
+    per_word: codes in a word. programs: from a PTX dtype to the inline assembly, None for plain
+    Triton, which decodes to any dtype on any target. The rest: device functions, as above.
     """
 
     name: str
     per_word: int
-    function: Any
     prepare: Any
+    load: Any
+    scale: Any
+    decode: Any
     programs: Callable[[str], tuple[str, ...]] | None = None
 
     @functools.cache  # noqa: B019  decoders are few, and stay
@@ -41,43 +69,3 @@ class Decoder:
         if self.programs is not None and dtype not in _PTX_DTYPES:
             reasons.append(f"decoder {self.name} gives bfloat16 or float16, not {dtype}")
         return reasons
-
-
-@functools.cache
-def codebook_decoders(codebook: tuple[float, ...]) -> tuple[Decoder, ...]:
-    """For sixteen values in bitsandbytes' order of nibbles."""
-    return (
-        Decoder("plain", 8, decode.decode_codebook, decode.prepare_pointer),
-        Decoder(
-            "prmt",
-            8,
-            decode.decode_codebook_prmt,
-            decode.prepare_pointer,
-            partial(_table_programs, codebook),
-        ),
-        Decoder(
-            "shfl",
-            8,
-            decode.decode_codebook_shfl,
-            decode.prepare_lane_table,
-            _lane_programs,
-        ),
-    )
-
-
-def _table_programs(codebook: tuple[float, ...], dtype: str) -> tuple[str, ...]:
-    return (assembly.scaled_table(codebook, dtype), assembly.table_lookup())
-
-
-def _lane_programs(dtype: str) -> tuple[str, ...]:
-    return (assembly.LANE_TABLE, assembly.lane_lookup(dtype))
-
-
-def _int8_programs(dtype: str) -> tuple[str, ...]:
-    return (assembly.int8_lookup(dtype),)
-
-
-INT8_DECODERS = (
-    Decoder("plain", 4, decode.decode_int8, decode.prepare_nothing),
-    Decoder("prmt", 4, decode.decode_int8_prmt, decode.prepare_nothing, _int8_programs),
-)

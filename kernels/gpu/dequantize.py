@@ -5,19 +5,14 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.weight import edge, load_absmax, load_words, scales_of
+from qlora_compile.kernels.gpu.weight import edge, load_words
 
 
 @triton.jit
 def dequantize_kernel(
     codes,
-    absmax,
-    nested_codebook,
-    nested_absmax,
-    nested_offset,
-    tables,
+    side,
     row_words,
-    row_blocks,
     up,
     scaling,
     out,
@@ -25,13 +20,13 @@ def dequantize_kernel(
     N,
     K,
     rank,
-    DECODE: tl.constexpr,
     PREPARE: tl.constexpr,
+    LOAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    DECODE: tl.constexpr,
     PROGRAM: tl.constexpr,
     PER_WORD: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    SIDE: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -40,6 +35,8 @@ def dequantize_kernel(
 ):
     """out [N, K] = W, of DTYPE, or out [N, K + rank] = [W | s * up] with up [N, rank] and
     the number s at `scaling`.
+
+    side, PREPARE … SIDE: as `packed_operand` gives them.
 
     Grid: tiles of rows, and of columns with as many more as cover the adapter.
     """
@@ -51,27 +48,11 @@ def dequantize_kernel(
     target = out + tl.cast(n0, tl.int64) * out_stride + rows[:, None] * out_stride
     if column < tiles:
         k0 = column * COLUMNS
-        offset = 0.0
-        if nested_offset is not None:
-            offset = tl.load(nested_offset)
+        state = PREPARE(side, SIDE, PROGRAM)
         words = load_words(codes, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K)
-        values, nested = load_absmax(
-            absmax,
-            nested_absmax,
-            n0,
-            k0,
-            N,
-            K,
-            row_blocks,
-            ROWS,
-            COLUMNS,
-            BLOCK_SHIFT,
-            GROUP,
-            EVEN_N,
-            EVEN_K,
-        )
-        scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
-        tile = DECODE(words, scales, PREPARE(tables, PROGRAM), PROGRAM, DTYPE, ROWS, COLUMNS)
+        loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
+        scales = SCALE(loaded, side, state, SIDE)
+        tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
         columns = k0 + tl.arange(0, COLUMNS)
         stored = inside[:, None]
         if not EVEN_K:

@@ -7,13 +7,7 @@ import triton
 import triton.language as tl
 
 from qlora_compile.kernels.gpu.adapter_start import adapter_start
-from qlora_compile.kernels.gpu.weight import (
-    edge,
-    load_absmax,
-    load_dense,
-    load_words,
-    scales_of,
-)
+from qlora_compile.kernels.gpu.weight import edge, load_dense, load_words
 
 
 @triton.jit
@@ -52,13 +46,12 @@ def load_x(
 @triton.jit
 def gemm_kernel(
     x, x_stride,
-    weight, weight_stride, absmax, nested_codebook, nested_absmax, nested_offset, tables,
-    row_words, row_blocks,
+    weight, weight_stride, side, row_words,
     bias, low, low_scale, up, up_scale, bits,
     out, out_stride, out_stride_split,
     M, N, K, width,
-    DECODE: tl.constexpr, PREPARE: tl.constexpr, PROGRAM: tl.constexpr, PER_WORD: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr, GROUP: tl.constexpr, DIVISOR: tl.constexpr,
+    PREPARE: tl.constexpr, LOAD: tl.constexpr, SCALE: tl.constexpr, DECODE: tl.constexpr,
+    PROGRAM: tl.constexpr, PER_WORD: tl.constexpr, SIDE: tl.constexpr,
     DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     BWIDTH: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
@@ -69,7 +62,8 @@ def gemm_kernel(
     """Forward: out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward: out [M, K] = x [M, N] W +
     mask ⊙ low upᵀ, the scales in low and up.
 
-    weight: int32 words of the packed codes, or W itself where DECODE is None. low … up_scale: as
+    weight: int32 words of the packed codes, or W itself where DECODE is None. side, PREPARE … SIDE:
+    as `packed_operand` gives them. low … up_scale: as
     `adapter_start` takes them, C the output's columns. x: a tensor with row stride, or with
     DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each of SPLITS programs sums a
     part of the reduction into its own float32 plane of out. ACCUMULATE: out's own values are added.
@@ -124,20 +118,14 @@ def gemm_kernel(
         x_tile += tl.arange(0, BR)[None, :]
 
     if DECODE is not None:
-        state = PREPARE(tables, PROGRAM)
-        offset = 0.0
-        if nested_offset is not None:
-            offset = tl.load(nested_offset)
-        # What a tile needs, in the order it is asked for: absmax, words, and, where the absmax is
-        # quantised, its value one iteration after its code.
+        state = PREPARE(side, SIDE, PROGRAM)
+        # A tile's side is loaded AHEAD iterations before the tile is decoded, so that what SCALE
+        # looks up is loaded one iteration after what points to it.
         at = tl.minimum(first, steps - 1)
         n0, k0 = _place(c0, at, BC, BR, BACKWARD)
         words = load_words(weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K)
-        values, nested = load_absmax(
-            absmax, nested_absmax, n0, k0, N, K, row_blocks,
-            ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-        )
-        scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+        loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
+        scales = SCALE(loaded, side, state, SIDE)
         tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
         n0, k0 = _place(c0, tl.minimum(first + 1, steps - 1), BC, BR, BACKWARD)
         if PREFETCH:
@@ -145,17 +133,11 @@ def gemm_kernel(
                 weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
         if AHEAD > 0:
-            values, nested = load_absmax(
-                absmax, nested_absmax, n0, k0, N, K, row_blocks,
-                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-            )
+            loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
         if AHEAD == 2:
-            scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+            scales = SCALE(loaded, side, state, SIDE)
             n0, k0 = _place(c0, tl.minimum(first + 2, steps - 1), BC, BR, BACKWARD)
-            values, nested = load_absmax(
-                absmax, nested_absmax, n0, k0, N, K, row_blocks,
-                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-            )
+            loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
 
     for step in tl.range(first, last, num_stages=STAGES):
         xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
@@ -168,16 +150,13 @@ def gemm_kernel(
                 weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
             n0, k0 = _place(c0, tl.minimum(step + 1 + AHEAD, steps - 1), BC, BR, BACKWARD)
-            next_values, next_nested = load_absmax(
-                absmax, nested_absmax, n0, k0, N, K, row_blocks,
-                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-            )
+            next_loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
             if AHEAD == 0:
-                scales = scales_of(next_values, next_nested, nested_codebook, offset, DIVISOR)
+                scales = SCALE(next_loaded, side, state, SIDE)
             elif AHEAD == 1:
-                scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+                scales = SCALE(loaded, side, state, SIDE)
             else:
-                next_scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+                next_scales = SCALE(loaded, side, state, SIDE)
         if WEIGHT_LEFT:
             acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
         else:
@@ -189,8 +168,7 @@ def gemm_kernel(
             else:
                 tile = DECODE(next_words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
             if AHEAD > 0:
-                values = next_values
-                nested = next_nested
+                loaded = next_loaded
             if AHEAD == 2:
                 scales = next_scales
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm import gemm_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
-from qlora_compile.kernels.gpu.packed_operand import (
-    NO_PACKED_ARGUMENTS,
-    NO_PACKED_CONSTEXPRS,
-    decoder_named,
-    packed_operand,
-)
-from qlora_compile.kernels.gpu.products import AdapterStart, decoded_absmax
+from qlora_compile.kernels.gpu.packed_operand import dense_operand, packed_operand
+from qlora_compile.kernels.gpu.products import AdapterStart
 from qlora_compile.kernels.variants.base import LinearSpec
 
 GROUP_M = 8
@@ -29,7 +25,7 @@ _LARGEST_WIDTH_BLOCK = 64
 
 def gemm(
     x: Tensor,
-    planes: list[Tensor],
+    planes: Sequence[Tensor],
     spec: LinearSpec,
     config: GemmConfig,
     out: Tensor,
@@ -50,26 +46,24 @@ def gemm(
     tile_rows = config.block_r if backward else config.block_c
     tile_columns = config.block_c if backward else config.block_r
     if config.decoder is None:
-        weight, packed, constexprs = planes[0], NO_PACKED_ARGUMENTS, NO_PACKED_CONSTEXPRS
+        weight = dense_operand(planes[0])
     else:
-        decoder = decoder_named(spec, config.decoder)
-        planes = planes if config.inline_absmax else decoded_absmax(planes)
-        weight, packed, constexprs = packed_operand(
-            planes, spec, decoder, spec.compute_dtype, tile_columns
+        weight = packed_operand(
+            *(spec.layout, planes, config.decoder, spec.compute_dtype, tile_columns),
+            prepares=not config.inline,
         )
     x, x_argument = x_operand(x, config, spec.compute_dtype)
     target = out
     if config.splits > 1:
         target = out.new_empty(config.splits, rows, columns, dtype=torch.float32)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_c)
-    nested = packed["nested_codebook"] is not None
     width = 0 if adapter is None else adapter.low.values.shape[1]
     arguments: dict[str, Any] = {
         "x": x_argument,
         "x_stride": x.stride(0),
-        "weight": weight,
-        "weight_stride": weight.stride(0) if config.decoder is None else None,
-        **packed,
+        "weight": weight.weight,
+        "weight_stride": weight.weight.stride(0) if config.decoder is None else None,
+        **weight.arguments,
         "bias": bias,
         **_adapter_arguments(adapter),
         "out": target,
@@ -81,7 +75,7 @@ def gemm(
         "width": width,
     }
     constexprs = {
-        **constexprs,
+        **weight.constexprs,
         "DTYPE": TRITON_DTYPES[spec.compute_dtype],
         "BACKWARD": backward,
         "BM": config.block_m,
@@ -93,7 +87,7 @@ def gemm(
         "WEIGHT_LEFT": config.weight_left,
         "DESCRIPTOR": x_argument is not x,
         "PREFETCH": config.prefetch,
-        "AHEAD": 2 if nested else int(config.prefetch),
+        "AHEAD": 2 if weight.looks_up else int(config.prefetch),
         "EVEN_N": spec.n % tile_rows == 0,
         "EVEN_K": spec.k % tile_columns == 0,
         "STAGES": config.loop_stages,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from qlora_compile.kernels.gpu.adapter_start import adapter_start
 from qlora_compile.kernels.gpu.gemm import load_x
-from qlora_compile.kernels.gpu.weight import edge, load_absmax, load_words, scales_of
+from qlora_compile.kernels.gpu.weight import edge, load_words
 
 
 @triton.jit
@@ -33,12 +33,12 @@ def rows_of_tile(offsets, tile, experts, S, BM: tl.constexpr, BE: tl.constexpr):
 def grouped_gemm_kernel(
     x, x_stride, offsets, experts,
     weight, weight_stride_e, weight_stride_n, weight_stride_k,
-    absmax, nested_codebook, nested_absmax, nested_offset, tables, row_words, row_blocks,
+    side, row_words,
     bias, low, up, scaling,
     out, out_stride,
     S, N, K, width, tiles,
-    DECODE: tl.constexpr, PREPARE: tl.constexpr, PROGRAM: tl.constexpr, PER_WORD: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr, GROUP: tl.constexpr, DIVISOR: tl.constexpr,
+    PREPARE: tl.constexpr, LOAD: tl.constexpr, SCALE: tl.constexpr, DECODE: tl.constexpr,
+    PROGRAM: tl.constexpr, PER_WORD: tl.constexpr, SIDE: tl.constexpr,
     DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
     BE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     BWIDTH: tl.constexpr, CHUNKS: tl.constexpr, GROUP_M: tl.constexpr,
@@ -51,14 +51,15 @@ def grouped_gemm_kernel(
     Rows past the last offset become zero.
 
     offsets: int32 [experts], the end of each expert's rows. weight: int32 words of packed codes of
-    W [experts * N, K], or W [experts, N, K] where DECODE is None. low: [S, width] and up
+    W [experts * N, K], or W [experts, N, K] where DECODE is None. side, PREPARE … SIDE: as
+    `packed_operand` gives them. low: [S, width] and up
     [experts, C, width], of DTYPE, C the output's columns, width a multiple of BWIDTH. tiles: of
     rows, as `rows_of_tile` counts them.
 
     x: a tensor with row stride, or with DESCRIPTOR a tensor descriptor of tiles [BM, BR].
 
     The decoded tile is carried: tile k + 1 is decoded after the product with tile k was issued;
-    with PREFETCH its words and absmax were loaded one iteration earlier still.
+    with PREFETCH its words and side were loaded one iteration earlier still.
     """
     if BACKWARD:
         columns, reduction = K, N
@@ -113,20 +114,14 @@ def grouped_gemm_kernel(
     if DECODE is None:
         weight += tl.cast(expert, tl.int64) * weight_stride_e
     else:
-        state = PREPARE(tables, PROGRAM)
-        offset = 0.0
-        if nested_offset is not None:
-            offset = tl.load(nested_offset)
+        state = PREPARE(side, SIDE, PROGRAM)
         n0 = n_first if BACKWARD else n_first + c0
         k0 = c0 if BACKWARD else 0
         words = load_words(
             weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
         )
-        values, nested = load_absmax(
-            absmax, nested_absmax, n0, k0, n_end, K, row_blocks,
-            ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-        )  # fmt: skip
-        scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+        loaded = LOAD(side, n0, k0, n_end, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
+        scales = SCALE(loaded, side, state, SIDE)
         tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
         if PREFETCH:
             after = tl.minimum(1, steps - 1) * BR
@@ -135,10 +130,7 @@ def grouped_gemm_kernel(
             words = load_words(
                 weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
-            values, nested = load_absmax(
-                absmax, nested_absmax, n0, k0, n_end, K, row_blocks,
-                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-            )  # fmt: skip
+            loaded = LOAD(side, n0, k0, n_end, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
 
     for step in tl.range(0, steps, num_stages=STAGES):
         xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
@@ -156,14 +148,11 @@ def grouped_gemm_kernel(
             next_words = load_words(
                 weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
-            next_values, next_nested = load_absmax(
-                absmax, nested_absmax, n0, k0, n_end, K, row_blocks,
-                ROWS, COLUMNS, BLOCK_SHIFT, GROUP, EVEN_N, EVEN_K,
-            )  # fmt: skip
+            next_loaded = LOAD(side, n0, k0, n_end, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
             if PREFETCH:
-                scales = scales_of(values, nested, nested_codebook, offset, DIVISOR)
+                scales = SCALE(loaded, side, state, SIDE)
             else:
-                scales = scales_of(next_values, next_nested, nested_codebook, offset, DIVISOR)
+                scales = SCALE(next_loaded, side, state, SIDE)
         if WEIGHT_LEFT:
             acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
         else:
@@ -172,8 +161,7 @@ def grouped_gemm_kernel(
             if PREFETCH:
                 tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
                 words = next_words
-                values = next_values
-                nested = next_nested
+                loaded = next_loaded
             else:
                 tile = DECODE(next_words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
 

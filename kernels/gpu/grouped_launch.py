@@ -14,12 +14,10 @@ from qlora_compile.kernels.gpu.gemm_launch import GROUP_M, width_blocks, x_opera
 from qlora_compile.kernels.gpu.grouped_gemm import grouped_gemm_kernel, grouped_gradient_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.packed_operand import (
-    NO_PACKED_ARGUMENTS,
-    NO_PACKED_CONSTEXPRS,
-    decoder_named,
+    WeightOperand,
+    dense_operand,
     packed_operand,
 )
-from qlora_compile.kernels.gpu.products import decoded_absmax
 
 _THIN = GemmConfig(64, 64, 64, 4, 3)
 """Of the adapter's products, whose output has the rank's columns."""
@@ -90,17 +88,16 @@ def _weight_product(
     backward: bool = False,
 ) -> None:
     bias = None if backward or tensors.bias is None else tensors.bias.contiguous()
-    planes = list(tensors.planes)
-    shape = (spec.n, spec.k)
     if config.decoder is None:
-        _gemm(x, planes[0], shape, tensors.offsets, spec, config, out, backward, bias, adapter)
-        return
-    if not config.inline_absmax:
-        planes = decoded_absmax(planes)
-    decoder = decoder_named(spec, config.decoder)
-    tile_columns = config.block_c if backward else config.block_r
-    packed = packed_operand(planes, spec, decoder, spec.compute_dtype, tile_columns)
-    _gemm(x, packed, shape, tensors.offsets, spec, config, out, backward, bias, adapter)
+        weight = dense_operand(tensors.planes[0])
+    else:
+        tile_columns = config.block_c if backward else config.block_r
+        weight = packed_operand(
+            *(spec.layout, tensors.planes, config.decoder, spec.compute_dtype, tile_columns),
+            prepares=not config.inline,
+        )
+    shape = (spec.n, spec.k)
+    _gemm(x, weight, shape, tensors.offsets, spec, config, out, backward, bias, adapter)
 
 
 def _padded(factor: Tensor, dimension: int, spec: ExpertsSpec) -> Tensor:
@@ -125,13 +122,15 @@ def _thin(
     thin = replace(_THIN, block_m=min(config.block_m, _THIN.block_m), block_c=block_c)
     out = x.new_empty(x.shape[0], width, dtype=spec.compute_dtype)
     shape = (width, factor.shape[2])
-    _gemm(x, factor, shape, tensors.offsets, spec, thin, out, scaling=tensors.scaling)
+    _gemm(
+        x, dense_operand(factor), shape, tensors.offsets, spec, thin, out, scaling=tensors.scaling
+    )
     return out
 
 
 def _gemm(
     x: Tensor,
-    weight: Tensor | tuple[Tensor, dict[str, Any], dict[str, Any]],
+    weight: WeightOperand,
     shape: tuple[int, int],
     offsets: Tensor,
     spec: ExpertsSpec,
@@ -142,17 +141,12 @@ def _gemm(
     adapter: _Adapter | None = None,
     scaling: Tensor | None = None,
 ) -> None:
-    """One launch. weight: [E, N, K], or what `packed_operand` made of it; shape: (N, K)."""
+    """One launch. weight: packed, or [E, N, K]; shape: (N, K)."""
     n, k = shape
     (rows, columns), experts = out.shape, offsets.shape[0]
     if not rows:
         return
-    strides: tuple[int | None, ...] = (None, None, None)
-    if isinstance(weight, Tensor):
-        codes, packed, constexprs = weight, NO_PACKED_ARGUMENTS, NO_PACKED_CONSTEXPRS
-        strides = weight.stride()
-    else:
-        codes, packed, constexprs = weight
+    strides = weight.weight.stride() if config.decoder is None else (None, None, None)
     x, x_argument = x_operand(x, config, spec.compute_dtype)
     tiles = rows // config.block_m + experts + 1
     width = 0 if adapter is None else adapter.low.shape[1]
@@ -163,11 +157,11 @@ def _gemm(
         "x_stride": x.stride(0),
         "offsets": offsets,
         "experts": experts,
-        "weight": codes,
+        "weight": weight.weight,
         "weight_stride_e": strides[0],
         "weight_stride_n": strides[1],
         "weight_stride_k": strides[2],
-        **packed,
+        **weight.arguments,
         "bias": bias,
         "low": None if adapter is None else adapter.low,
         "up": None if adapter is None else adapter.up,
@@ -181,7 +175,7 @@ def _gemm(
         "tiles": tiles,
     }
     constexprs = {
-        **constexprs,
+        **weight.constexprs,
         "DTYPE": TRITON_DTYPES[spec.compute_dtype],
         "BACKWARD": backward,
         "BE": 1 << experts.bit_length(),

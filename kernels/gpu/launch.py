@@ -26,8 +26,8 @@ TRITON_DTYPES = {
 class Launch:
     """`kernel[grid](**arguments, **constexprs)` with its compile options.
 
-    arguments: tensors, ints, floats, tensor descriptors and None, by parameter name; the tensors
-    may be on the meta device where the launch is only compiled.
+    arguments: tensors, ints, floats, tensor descriptors, None, and tuples of these, by parameter
+    name; the tensors may be on the meta device where the launch is only compiled.
     """
 
     kernel: Any
@@ -87,6 +87,8 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
 def _specialisation(argument: Any) -> Any:
     """What Triton compiles a kernel for of an argument that is no constexpr."""
+    if isinstance(argument, tuple):
+        return type(argument), *map(_specialisation, argument)
     if argument is None or isinstance(argument, float):
         return type(argument)
     if isinstance(argument, Tensor):

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.device_model import DEVICE_MODELS, model_of_target
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.formats.formats import meta_tensors
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS, cache_key
 from qlora_compile.kernels.gpu.launch import Launch, recording
 from qlora_compile.kernels.gpu.target import assuming
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import (
@@ -81,7 +80,7 @@ class Call:
                 low_rank = _meta(self.rows, rank, dtype=problem.lora_dtype)
         tensors = LinearTensors(
             x=_meta(self.rows, problem.k, dtype=problem.x_dtype),
-            planes=meta_planes(problem),
+            planes=meta_tensors(problem.layout, problem.compute_dtype),
             bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
             lora_a=lora_a,
             lora_b=lora_b,
@@ -197,17 +196,3 @@ def _keys(call: Call, target: str) -> list[tuple[str, str]]:
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def meta_planes(problem: Problem) -> list[Tensor]:
-    """Planes of its weight, without data."""
-    count = problem.n * problem.k
-    if problem.format == UNQUANTIZED:
-        return [_meta(problem.n, problem.k, dtype=problem.compute_dtype)]
-    codes = _meta(-(-count * format_named(problem.format).bits // 8), dtype=torch.uint8)
-    blocks = -(-count // problem.block_size)
-    if not problem.double_quantized:
-        return [codes, _meta(blocks, dtype=torch.float32)]
-    nested = ((256,), (-(-blocks // NESTED_BLOCK_SIZE),), ())
-    planes = [codes, _meta(blocks, dtype=torch.uint8)]
-    return planes + [_meta(*shape, dtype=torch.float32) for shape in nested]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.dropout import LANES, ROUNDS, dropout_threshold
-from qlora_compile.kernels.gpu.absmax import absmax_kernel
 from qlora_compile.kernels.gpu.adapter_gradient import adapter_gradient_kernel
 from qlora_compile.kernels.gpu.adapter_operand import adapter_operand_kernel
 from qlora_compile.kernels.gpu.configs import adapter_terms, adapter_width
 from qlora_compile.kernels.gpu.dequantize import dequantize_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
-from qlora_compile.kernels.gpu.packed_operand import decoder_named, packed_operand
+from qlora_compile.kernels.gpu.packed_operand import packed_operand
 from qlora_compile.kernels.gpu.philox import keep_bits_kernel
 from qlora_compile.kernels.variants.base import LinearSpec
 from qlora_compile.kernels.workspace import workspace
@@ -39,24 +39,6 @@ def keep_bits(seed: Tensor, spec: LinearSpec, rows: int) -> Tensor:
     constexprs = {"SIZE": size, "ROUNDS": ROUNDS}
     Launch(keep_bits_kernel, (-(-count // size),), arguments, constexprs).run()
     return bits
-
-
-def decoded_absmax(planes: list[Tensor]) -> list[Tensor]:
-    """The planes with float32 absmax, decoded where they are doubly quantised."""
-    if len(planes) == 2:
-        return planes
-    codes, quantized, *nested = planes
-    blocks, size = quantized.numel(), 1024
-    absmax = torch.empty(blocks, dtype=torch.float32, device=codes.device)
-    names = ("nested_codebook", "nested_absmax", "nested_offset")
-    arguments = {
-        "codes": quantized,
-        **dict(zip(names, nested, strict=True)),
-        "out": absmax,
-        "blocks": blocks,
-    }
-    Launch(absmax_kernel, (-(-blocks // size),), arguments, {"SIZE": size}).run()
-    return [codes, absmax]
 
 
 def low_rank(x: Tensor, factor: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
@@ -249,22 +231,22 @@ def adapter_gradients(
 
 
 def dequantize(
-    planes: list[Tensor],
+    planes: Sequence[Tensor],
     spec: LinearSpec,
     dtype: torch.dtype,
-    decoder_name: str,
+    decoder: str,
     up: Tensor | None = None,
     scaling: Tensor | None = None,
 ) -> Tensor:
     """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank] and scaling one
     float32 element; in the workspace."""
-    decoder = decoder_named(spec, decoder_name)
     tile_rows, tile_columns = 32, 256
     rank = 0 if up is None else up.shape[1]
-    codes, arguments, constexprs = packed_operand(planes, spec, decoder, dtype, tile_columns)
-    out = workspace(spec.n, spec.k + rank, dtype=dtype, device=codes.device)
-    arguments |= {
-        "codes": codes,
+    packed = packed_operand(spec.layout, planes, decoder, dtype, tile_columns)
+    out = workspace(spec.n, spec.k + rank, dtype=dtype, device=packed.weight.device)
+    arguments = {
+        **packed.arguments,
+        "codes": packed.weight,
         "up": None if up is None else up.contiguous(),
         "scaling": scaling,
         "out": out,
@@ -273,7 +255,8 @@ def dequantize(
         "K": spec.k,
         "rank": rank,
     }
-    constexprs |= {
+    constexprs = {
+        **packed.constexprs,
         "DTYPE": TRITON_DTYPES[dtype],
         "ROWS": tile_rows,
         "COLUMNS": tile_columns,

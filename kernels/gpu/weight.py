@@ -1,4 +1,4 @@
-"""Tiles of the frozen weight: packed words, absmax, and the decoded or dense tile.
+"""Tiles of the frozen weight: words of packed codes, and the dense tile.
 
 A tile holds rows n0 … n0 + ROWS and columns k0 … k0 + COLUMNS of W [N, K]. Positions past the edge
 repeat the last valid one: whatever they decode to is finite, and meets zeros or is not stored.
@@ -41,62 +41,6 @@ def load_words(
         columns = tl.max_contiguous(columns, 2)
     base = codes + (tl.cast(n0, tl.int64) * row_words + w0)
     return tl.load(base + (rows[:, None] * row_words + columns[None, :]))
-
-
-@triton.jit
-def load_absmax(
-    absmax,
-    nested_absmax,
-    n0,
-    k0,
-    N,
-    K,
-    row_blocks,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_SHIFT: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """The absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
-
-    [ROWS] where a row of the tile is one run, else [ROWS, COLUMNS / GROUP]. BLOCK_SHIFT: log2 of
-    the block size, -1: one block a row. row_blocks: blocks in a row, None where blocks do not begin
-    with rows.
-    """
-    rows = edge(n0, N, ROWS, EVEN_N)
-    if COLUMNS == GROUP:
-        # One-dimensional until the scales meet the words: a column of its own would get a layout
-        # of its own, and the words would be moved to it.
-        index = n0 + rows
-        columns = k0
-    else:
-        index = (n0 + rows)[:, None]
-        columns = (k0 + tl.arange(0, COLUMNS // GROUP) * GROUP)[None, :]
-    if not EVEN_K:
-        columns = tl.minimum(columns, K - 1)
-    if BLOCK_SHIFT >= 0:
-        if row_blocks is None:
-            index = ((index.to(tl.int64) * K + columns) >> BLOCK_SHIFT).to(tl.int32)
-        else:
-            index = index * row_blocks + (columns >> BLOCK_SHIFT)
-    values = tl.load(absmax + index)
-    nested = values
-    if nested_absmax is not None:
-        nested = tl.load(nested_absmax + (index >> 8))
-    return values, nested
-
-
-@triton.jit
-def scales_of(values, nested, nested_codebook, offset, DIVISOR: tl.constexpr):
-    """float32 scales of what `load_absmax` returned: absmax / DIVISOR."""
-    scales = values
-    if nested_codebook is not None:
-        scales = tl.load(nested_codebook + values.to(tl.int32)) * nested + offset
-    if DIVISOR != 1:
-        scales = tl.div_rn(scales, DIVISOR)
-    return scales
 
 
 @triton.jit

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.gpu.configs import dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
@@ -21,7 +20,7 @@ from qlora_compile.kernels.variants.base import (
     SeparateVariant,
     bias_gradient,
 )
-from qlora_compile.kernels.variants.decoding import dequantize_seconds
+from qlora_compile.kernels.variants.decoding import dequantize_decoder, dequantize_seconds
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 
 
@@ -50,11 +49,9 @@ class Augmented(SeparateVariant, TritonVariant):
     def _workspace(self, tensors: LinearTensors, spec: LinearSpec) -> Tensor:
         from qlora_compile.kernels.gpu.products import dequantize
 
-        decoder = dequantize_decoder(target_of(str(tensors.x.device)), spec.compute_dtype)
-        planes = list(tensors.planes)
-        return dequantize(
-            planes, spec, spec.compute_dtype, decoder, tensors.lora_b, tensors.scaling
-        )
+        dtype = spec.compute_dtype
+        decoder = dequantize_decoder(spec.layout, target_of(str(tensors.x.device)), dtype)
+        return dequantize(tensors.planes, spec, dtype, decoder, tensors.lora_b, tensors.scaling)
 
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         from qlora_compile.kernels.gpu.products import added_up, low_rank

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
-from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
@@ -27,14 +26,10 @@ class LinearSpec:
 
     Shapes: x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]. The base product runs
     in `compute_dtype`, the adapter's in `lora_dtype`, the sum is returned in `out_dtype`. `stream`
-    numbers the dropout of a graph's linears so that they share one seed yet draw apart. `format` is
-    None for a weight kept in its own floating-point dtype, then its only plane.
+    numbers the dropout of a graph's linears so that they share one seed yet draw apart.
     """
 
-    format: QuantFormat | None
-    n: int
-    k: int
-    block_size: int
+    layout: Layout
     dropout: float
     stream: int
     compute_dtype: torch.dtype
@@ -45,16 +40,21 @@ class LinearSpec:
     def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
         """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
         return cls(
-            format=None if problem.format == UNQUANTIZED else format_named(problem.format),
-            n=problem.n,
-            k=problem.k,
-            block_size=problem.block_size,
+            layout=problem.layout,
             dropout=dropout if problem.dropout else 0.0,
             stream=stream,
             compute_dtype=problem.compute_dtype,
             lora_dtype=problem.lora_dtype,
             out_dtype=problem.out_dtype,
         )
+
+    @property
+    def n(self) -> int:
+        return self.layout.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.layout.shape[1]
 
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The whole weight [N, K] in `dtype`."""
@@ -69,20 +69,21 @@ class LinearSpec:
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """As `QuantFormat.decoded`, for a weight in its own dtype too."""
-        if self.format is None:
+        quant_format = format_of(self.layout)
+        if quant_format is None:
             step = max(rows, 1)
             for start in range(0, self.n, step):
                 n = slice(start, min(start + step, self.n))
                 yield n, planes[0][n].to(dtype)
             return
-        shape = (self.n, self.k)
-        packed = PackedWeight.from_planes(self.format.name, shape, self.block_size, planes)
-        yield from self.format.decoded(packed, dtype, rows, memory)
+        packed = quant_format.packed(self.layout, planes)
+        yield from quant_format.decoded(packed, dtype, rows, memory)
 
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """The tensors of one call; `x` is [M, K], `planes` are the packed weight's.
+    """The tensors of one call; `x` is [M, K], `planes` are what the weight is stored in, one alone
+    if it is kept in its own dtype.
 
     scaling: what the adapter's product is multiplied with, one float32 element; there where lora_a
     and lora_b are. low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's

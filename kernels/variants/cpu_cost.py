@@ -7,7 +7,6 @@ import math
 import torch
 
 from qlora_compile.kernels.device_model import CpuModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.problem import Problem
 
 _DECODE_OPERATORS = 5
@@ -51,7 +50,7 @@ def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> fl
 
 
 def _decode_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, blocks: int) -> float:
-    if problem.format == UNQUANTIZED:
+    if not problem.layout.quantized:
         same = dtype == problem.compute_dtype
         return 0.0 if same else cpu.move_seconds(6 * problem.n * problem.k)
     decode = problem.n * problem.k * cpu.of(cpu.decode, dtype)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.formats.formats import format_named, format_of
 from qlora_compile.kernels.gpu.target import tuned_target
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem
 
 NOT_PACKED = "the weight is not packed"
-
-_LARGEST_BLOCK_COUNT = 2**31
 
 
 def decode_reasons(target: str, problem: Problem) -> list[str]:
@@ -23,24 +22,37 @@ def decode_reasons(target: str, problem: Problem) -> list[str]:
         reasons.append(f"K = {problem.k} is not a multiple of 8")
     if problem.compute_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         reasons.append(f"{problem.compute_dtype} products are left to the vendor's GEMM")
-    if problem.format == UNQUANTIZED:
-        reasons.append(NOT_PACKED)
-    else:
-        blocks = problem.n * problem.k // problem.block_size
-        if blocks >= _LARGEST_BLOCK_COUNT:
-            reasons.append(f"{blocks} blocks of absmax, more than {_LARGEST_BLOCK_COUNT - 1}")
-    return reasons
+    quant_format = format_of(problem.layout)
+    obstacle = NOT_PACKED if quant_format is None else quant_format.device_obstacle(problem.layout)
+    return reasons if obstacle is None else [*reasons, obstacle]
+
+
+def decoder_names(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
+    """The decoders of a packed weight's format that give `dtype` on `target`. Imports Triton."""
+    decoders = format_named(layout.format).device_decoders()
+    return [decoder.name for decoder in decoders if not decoder.rejects(target, dtype)]
+
+
+def dequantize_decoder(layout: Layout, target: str | None, dtype: torch.dtype) -> str:
+    """Of the standalone dequantisation to `dtype`; None is no device, hence the interpreter."""
+    first = format_named(layout.format).device_decoders()[0].name
+    names = [] if target is None else decoder_names(layout, target, dtype)
+    return _DEQUANTIZES if _DEQUANTIZES in names else first
+
+
+_DEQUANTIZES = "prmt"
+"""The decoder by which a weight is decoded to memory fastest, of formats that have it."""
 
 
 def packed_bytes(problem: Problem) -> float:
-    """Of W's codes and absmax, the latter taken for float32."""
-    bits = format_named(problem.format).bits
-    return problem.n * problem.k * (bits / 8 + 4 / problem.block_size)
+    """What a product reads of the packed W."""
+    bytes_each = format_named(problem.layout.format).bytes_per_weight(problem.layout)
+    return problem.n * problem.k * bytes_each
 
 
 def dequantize_seconds(problem: Problem, device: DeviceModel) -> float:
     """Modelled, of decoding W to memory once; nothing where it is not packed."""
-    if problem.format == UNQUANTIZED:
+    if not problem.layout.quantized:
         return 0.0
     moved = packed_bytes(problem) + problem.compute_dtype.itemsize * problem.n * problem.k
     return device.stream_seconds(moved) + LAUNCH_SECONDS

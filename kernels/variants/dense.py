@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED
-from qlora_compile.kernels.gpu.configs import dequantize_decoder
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
@@ -27,7 +25,11 @@ from qlora_compile.kernels.variants.base import (
     bias_gradient,
 )
 from qlora_compile.kernels.variants.cpu_cost import dense_seconds
-from qlora_compile.kernels.variants.decoding import decode_reasons, dequantize_seconds
+from qlora_compile.kernels.variants.decoding import (
+    decode_reasons,
+    dequantize_decoder,
+    dequantize_seconds,
+)
 from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
     NativeAdapters,
@@ -83,7 +85,7 @@ class Dense(Variant):
             plain = DenseConfig(own)
             if target is None or decode_reasons(target, problem):
                 return (plain,)
-            return (replace(plain, decoder=dequantize_decoder(target, own)), plain)
+            return (replace(plain, decoder=dequantize_decoder(problem.layout, target, own)), plain)
         dtypes = native_dtypes(own)
         configs = []
         for dtype in dtypes:
@@ -96,7 +98,7 @@ class Dense(Variant):
     def _cuts(self, problem: Problem, dtype: torch.dtype) -> list[int]:
         # A product in 16 bits takes up to ten times as long where it writes some columns of a wide
         # y, and what it reads is decoded so fast that blocks gain 2 % at most.
-        if problem.format == UNQUANTIZED or dtype not in _MERGED_DTYPES:
+        if not problem.layout.quantized or dtype not in _MERGED_DTYPES:
             return []
         # The gradient of x is a sum over the blocks: in a narrower dtype it would be rounded after
         # each of them, or need a copy of x's size.
@@ -118,7 +120,7 @@ class Dense(Variant):
         total = device.gemm_seconds(m, n, k, device.vendor_efficiency) + LAUNCH_SECONDS
         if config.decoder is not None:
             total += dequantize_seconds(problem, device)
-        elif problem.format != UNQUANTIZED:
+        elif problem.layout.quantized:
             # torch's own operators: codes widened, looked up, scaled and rounded one after another.
             total += device.stream_seconds(n * k * 30) + 12 * LAUNCH_SECONDS
         if problem.rank:
@@ -249,7 +251,7 @@ def _weight_blocks(
     if config.decoder is not None:
         from qlora_compile.kernels.gpu.products import dequantize
 
-        blocks = iter([(slice(0, spec.n), dequantize(list(planes), spec, dtype, config.decoder))])
+        blocks = iter([(slice(0, spec.n), dequantize(planes, spec, dtype, config.decoder))])
     else:
         rows = spec.n if config.weight_block is None else config.weight_block // spec.k
         blocks = spec.decoded(

@@ -32,7 +32,7 @@ class Fused(GemmVariant):
     ) -> None:
         from qlora_compile.kernels.gpu.gemm_launch import gemm
 
-        gemm(x, list(tensors.planes), spec, config, out, **options)
+        gemm(x, tensors.planes, spec, config, out, **options)
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, GemmConfig)

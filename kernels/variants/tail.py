@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.gpu.configs import TAIL, TAIL_UTILIZATION, GemmConfig, dequantize_decoder
+from qlora_compile.kernels.gpu.configs import TAIL, TAIL_UTILIZATION, GemmConfig
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
-from qlora_compile.kernels.variants.decoding import dequantize_seconds
+from qlora_compile.kernels.variants.decoding import dequantize_decoder, dequantize_seconds
 from qlora_compile.kernels.variants.triton_variant import GemmVariant
 
 
@@ -36,12 +36,12 @@ class Tail(GemmVariant):
         from qlora_compile.kernels.gpu.launch import with_contiguous_rows
         from qlora_compile.kernels.gpu.products import dequantize
 
-        planes = list(tensors.planes)
-        if spec.format is None:
-            weight = with_contiguous_rows(planes[0].to(spec.compute_dtype))
+        dtype = spec.compute_dtype
+        if spec.layout.quantized:
+            decoder = dequantize_decoder(spec.layout, target_of(str(x.device)), dtype)
+            weight = dequantize(tensors.planes, spec, dtype, decoder)
         else:
-            decoder = dequantize_decoder(target_of(str(x.device)), spec.compute_dtype)
-            weight = dequantize(planes, spec, spec.compute_dtype, decoder)
+            weight = with_contiguous_rows(tensors.planes[0].to(dtype))
         gemm(x, [weight], spec, config, out, **options)
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:

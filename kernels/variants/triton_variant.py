@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
 from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
 from qlora_compile.kernels.problem import Problem
@@ -28,7 +27,7 @@ from qlora_compile.kernels.variants.base import (
     bias_gradient,
     kept_factor,
 )
-from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons
+from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons, decoder_names
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.products import AdapterStart
@@ -53,7 +52,7 @@ class TritonVariant(Variant):
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
         """Why it cannot solve `problem` on `target`, wherever the problem's own device is."""
         reasons = decode_reasons(target, problem)
-        if problem.format == UNQUANTIZED and self.takes_unquantized:
+        if not problem.layout.quantized and self.takes_unquantized:
             reasons.remove(NOT_PACKED)
         if problem.compute_dtype == torch.float32:
             reasons.append(f"{problem.compute_dtype} products are left to the vendor's GEMM")
@@ -127,10 +126,7 @@ class GemmVariant(TritonVariant):
             return False
         if config.decoder is None:
             return True
-        return any(
-            decoder.name == config.decoder and not decoder.rejects(target, problem.compute_dtype)
-            for decoder in format_named(problem.format).device_decoders()
-        )
+        return config.decoder in decoder_names(problem.layout, target, problem.compute_dtype)
 
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
         assert isinstance(config, GemmConfig)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
+    DEFAULT_FORMAT,
     TRAINED_ROWS,
     DropoutOption,
     FormatOption,
@@ -38,7 +39,7 @@ def build(
     output: Annotated[Path, typer.Option("--output", help="Folder for the kernels.")],
     model: ModelChoiceOption = None,
     shapes: ShapesOption = None,
-    format: FormatOption = "nf4",
+    format: FormatOption = DEFAULT_FORMAT,
     rank: RankOption = 16,
     dropout: DropoutOption = 0.0,
     rows: RowsOption = None,

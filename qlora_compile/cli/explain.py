@@ -8,6 +8,7 @@ import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
+    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -20,7 +21,7 @@ from qlora_compile.training.model_choice import quiet_choice
 
 def explain(
     model: ModelOption,
-    format: FormatOption = "nf4",
+    format: FormatOption = DEFAULT_FORMAT,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

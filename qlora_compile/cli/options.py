@@ -8,6 +8,8 @@ import typer
 
 from qlora_compile.errors import ModelOrShapesError
 
+DEFAULT_FORMAT = "nf4"
+
 TRAINED_ROWS = 512
 """Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
 
@@ -22,7 +24,7 @@ ShapesOption = Annotated[
     typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas; N+N of siblings."),
 ]
 FormatOption = Annotated[
-    str, typer.Option("--format", help="How to store the weights: nf4, fp4, int8, none.")
+    str, typer.Option("--format", help="A format to store the weights in, or: none.")
 ]
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
 AlphaOption = Annotated[

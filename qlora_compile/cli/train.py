@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
+    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -28,7 +29,7 @@ def train(
         str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
     ],
     output: Annotated[Path, typer.Option("--output", help="Directory for everything written.")],
-    format: FormatOption = "nf4",
+    format: FormatOption = DEFAULT_FORMAT,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

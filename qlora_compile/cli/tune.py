@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
+    DEFAULT_FORMAT,
     TRAINED_ROWS,
     DropoutOption,
     FormatOption,
@@ -35,7 +36,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def tune(
     model: ModelChoiceOption = None,
     shapes: ShapesOption = None,
-    format: FormatOption = "nf4",
+    format: FormatOption = DEFAULT_FORMAT,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Of activations. [the model's; of shapes: bfloat16]"),

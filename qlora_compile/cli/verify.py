@@ -10,6 +10,7 @@ import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
+    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -31,7 +32,7 @@ def verify(
     data: Annotated[
         str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
     ] = DEMO,
-    format: FormatOption = "nf4",
+    format: FormatOption = DEFAULT_FORMAT,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

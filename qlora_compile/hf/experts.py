@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,6 +21,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import FrozenExpertsError
 from qlora_compile.kernels.experts.op import experts_linear
+from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.experts import PackedExperts
@@ -140,7 +141,7 @@ def pack(
     model: nn.Module,
     format: str,
     *,
-    block_size: int | Literal["row"],
+    block_size: BlockSize,
     double_quantize: bool,
     keep_trained: bool,
 ) -> None:
@@ -257,7 +258,7 @@ def _linear(
     if bias is not None and bias.requires_grad:
         raise FrozenExpertsError(site=f"{type(module).__name__}.{name}_bias")
     if isinstance(weight, PackedExperts):
-        planes, layout = weight.planes, weight.layout
+        planes, layout = weight.tensors, weight.layout
     else:
         if weight.requires_grad:
             raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")

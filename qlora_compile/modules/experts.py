@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.packed import PackedModule
@@ -39,7 +38,7 @@ class PackedExperts(PackedModule):
         format: str,
         *,
         transposed: bool,
-        block_size: int | Literal["row"] = 64,
+        block_size: BlockSize = USUAL_BLOCK_SIZE,
         double_quantize: bool = False,
         site: str = "weight",
     ) -> PackedExperts:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
 from qlora_compile.kernels.op import quantized_linear
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
@@ -34,7 +34,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         linear: nn.Linear,
         format: str,
         *,
-        block_size: int | Literal["row"] = 64,
+        block_size: BlockSize = USUAL_BLOCK_SIZE,
         double_quantize: bool = False,
         site: str = "weight",
     ) -> QuantizedLinear:
@@ -77,4 +77,4 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] @ dequantize(weight)ᵀ + bias."""
-        return quantized_linear(x, self.planes, bias, self.layout)
+        return quantized_linear(x, self.tensors, bias, self.layout)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.errors import StoredLayoutError
+from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 
-_BUFFERS = ("absmax", "nested_codebook", "nested_absmax", "nested_offset")
+_LAYOUT = "packed_layout"
+"""The buffer that tells a state dict's reader how the weight is stored, as `Layout.to_tensor`."""
 
 
 class PackedModule(nn.Module):
     """Holds one PackedWeight of shape `packed_shape`.
 
-    `weight` holds the codes, a frozen Parameter of uint8 or int8; the other planes are buffers
-    under their own names. `weight_dtype` is the dtype of the weight that was packed. Planes keep
-    their dtype whatever the module is cast to.
+    `weight` holds the codes, a frozen Parameter of integers; the other planes are buffers under
+    their own names, and so is the Layout. `weight_dtype` is the dtype of the weight that was
+    packed. Planes keep their dtype whatever the module is cast to.
     """
 
     weight_dtype: torch.dtype
-    absmax: Tensor
-    nested_codebook: Tensor | None
-    nested_absmax: Tensor
-    nested_offset: Tensor
 
     @property
     @abstractmethod
@@ -33,30 +35,35 @@ class PackedModule(nn.Module):
         """Rows and columns, as `PackedWeight.shape`."""
 
     def _store(self, packed: PackedWeight) -> None:
-        self.format, self.block_size = packed.format, packed.block_size
         # As text, which Dynamo reads as a constant.
         self.layout = str(packed.layout)
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
-        for name, plane in zip(_BUFFERS, (*packed.planes[1:], None, None, None), strict=False):
-            self.register_buffer(name, plane)
+        codes, *self.side_names = packed.planes
+        self.weight = nn.Parameter(packed.planes[codes], requires_grad=False)
+        for name in self.side_names:
+            self.register_buffer(name, packed.planes[name])
+        self.register_buffer(_LAYOUT, packed.layout.to_tensor().to(self.weight.device))
 
     @property
-    def planes(self) -> list[Tensor]:
-        """As `PackedWeight.planes`."""
-        planes = [self.weight, self.absmax]
-        if self.nested_codebook is not None:
-            planes += [self.nested_codebook, self.nested_absmax, self.nested_offset]
-        return planes
+    def tensors(self) -> list[Tensor]:
+        """As `PackedWeight.tensors`."""
+        return [self.weight, *[getattr(self, name) for name in self.side_names]]
+
+    @property
+    def quant_format(self) -> QuantFormat:
+        return format_named(self.format)
+
+    @property
+    def format(self) -> str:
+        """The name of the format that the weight is stored in."""
+        return Layout.parse(self.layout).format
 
     @property
     def packed(self) -> PackedWeight:
-        return PackedWeight.from_planes(
-            self.format, self.packed_shape, self.block_size, self.planes
-        )
+        return self.quant_format.packed(Layout.parse(self.layout), self.tensors)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [rows, columns], in `weight_dtype` unless told otherwise."""
-        return format_named(self.format).dequantize(self.packed, dtype or self.weight_dtype)
+        return self.quant_format.dequantize(self.packed, dtype or self.weight_dtype)
 
     def requantize(self, weight: Tensor) -> None:
         """Replaces the weight by `weight` [rows, columns], packed as the present one is.
@@ -66,13 +73,7 @@ class PackedModule(nn.Module):
         """
         if torch.equal(weight, self.dequantize(weight.dtype)):
             return
-        packed = self.packed
-        block_size = "row" if packed.block_size == packed.shape[1] else packed.block_size
-        self._store(
-            format_named(self.format).quantize(
-                weight, block_size=block_size, double_quantize=packed.double_quantized
-            )
-        )
+        self._store(self.quant_format.pack(weight, Layout.parse(self.layout)))
 
     def _apply(self, fn, recurse: bool = True):
         before = dict(self._buffers)
@@ -83,6 +84,30 @@ class PackedModule(nn.Module):
                 self._buffers[name] = plane.to(moved.device)
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Raises StoredLayoutError, before this module's tensors change, where the state dict holds
+        a weight that is stored in another way. One of an older version does not tell."""
+        key = prefix + _LAYOUT
+        if key in state_dict and (stored := Layout.from_tensor(state_dict[key])) != Layout.parse(
+            self.layout
+        ):
+            raise StoredLayoutError(site=prefix.rstrip("."), value=stored, expected=self.layout)
+        super()._load_from_state_dict(
+            *(state_dict, prefix, local_metadata, strict),
+            *(missing_keys, unexpected_keys, error_msgs),
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+
     def extra_repr(self) -> str:
-        double = ", double_quantized" if self.nested_codebook is not None else ""
-        return f"{super().extra_repr()}, format={self.format}, block_size={self.block_size}{double}"
+        parameters = (f"{name}={value}" for name, value in Layout.parse(self.layout).parameters)
+        return ", ".join([super().extra_repr(), f"format={self.format}", *parameters])

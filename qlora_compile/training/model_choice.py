@@ -7,19 +7,13 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from qlora_compile.cli.options import DEFAULT_FORMAT
 from qlora_compile.errors import CausalModelError, FormatChoiceError
 from qlora_compile.training.demo import demo_model_file
 
 DEMO = "demo"
-_QUANTIZE: dict[str, Literal["nf4", "fp4", "int8"] | None] = {
-    "nf4": "nf4",
-    "fp4": "fp4",
-    "int8": "int8",
-    "none": None,
-}
-FORMATS = tuple(_QUANTIZE)
 
 
 def check_format(name: str) -> None:
@@ -28,11 +22,13 @@ def check_format(name: str) -> None:
     Raises:
         FormatChoiceError: there is no such format; the message names the nearest.
     """
-    if name not in FORMATS:
-        nearest = difflib.get_close_matches(name.lower(), FORMATS, n=2, cutoff=0.3)
-        raise FormatChoiceError(
-            value=name, closest=" or ".join(nearest) or "none", known=", ".join(FORMATS)
-        )
+    from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
+
+    known = [*(quant_format.name for quant_format in FORMATS), UNQUANTIZED]
+    if name not in known:
+        nearest = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.3)
+        closest = " or ".join(nearest) or UNQUANTIZED
+        raise FormatChoiceError(value=name, closest=closest, known=", ".join(known))
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class ModelChoice:
     """Which model, how its weights are stored, and its adapters."""
 
     model: str
-    format: str = "nf4"
+    format: str = DEFAULT_FORMAT
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -74,6 +70,7 @@ class ModelChoice:
         """Load the model, quantise it, add adapters and compile it, as `optimize(verify=…)`."""
         from qlora_compile import api
         from qlora_compile.hf import loading, training
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
         model = loading.load_model(self.source, config=config)
         lora = training.lora_config(
@@ -86,8 +83,7 @@ class ModelChoice:
         return api.optimize(
             model,
             lora,
-            quantize=_QUANTIZE[self.format],
-            double_quantize=self.format in ("nf4", "fp4"),
+            quantize=None if self.format == UNQUANTIZED else self.format,
             tune=self.tune,
             verify=verify,
         )

@@ -17,7 +17,7 @@ import torch
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.device_model import CPU, CpuModel, use_cpu_model
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.formats.formats import format_named
+from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.tuning.files import replace_file
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
@@ -34,8 +34,8 @@ def measure_cpu() -> CpuModel:
     """The CPU as torch's present number of threads uses it; the best of a few runs each."""
     gemm, thin, decode = [], [], []
     weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0), device="cpu")
-    quant_format = format_named("nf4")
-    packed = quant_format.quantize(weight, double_quantize=True)
+    quant_format = FORMATS[0]
+    packed = quant_format.pack(weight, quant_format.usual_layout((_WIDTH, _WIDTH)))
     _compile(packed)
     for dtype in _DTYPES:
         x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu"), weight.to(dtype)

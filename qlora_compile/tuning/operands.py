@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE
+from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
@@ -199,7 +197,7 @@ def _weight(
     tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """W by blocks of rows, so that no copy of it in float64 is needed."""
-    decoded = dtype if spec.format is None else torch.float32
+    decoded = torch.float32 if spec.layout.quantized else dtype
     for n, block in spec.decoded(tensors.planes, decoded, _CHUNK):
         yield n, block.to(dtype)
 
@@ -217,7 +215,7 @@ def operands(problem: Problem) -> Operands:
     drawn = torch.tensor([12345], device=device)
     group, grads = [], []
     for stream, p in enumerate(problem.parts):
-        if p.format == UNQUANTIZED:
+        if not p.layout.quantized:
             planes = [normal(p.n, p.k, p.k**-0.5, p.compute_dtype)]
         else:
             rows = min(p.n, max(1, _QUANTIZED // p.k))
@@ -243,24 +241,16 @@ def operands(problem: Problem) -> Operands:
 
 
 def _planes(problem: Problem, weight: Tensor) -> list[Tensor]:
-    """Planes of a weight [N, K] that repeats the rows of `weight`."""
-    p = problem
-    quant_format = format_named(p.format)
-    packed = quant_format.quantize(
-        weight * p.k**-0.5,
-        block_size="row" if p.block_size == p.k else p.block_size,
-        double_quantize=p.double_quantized,
-    )
-    elements = p.n * p.k
-    blocks = math.ceil(elements / p.block_size)
+    """Planes of a weight [N, K] that repeat those of the smaller `weight`."""
+    layout = problem.layout
+    quant_format = format_named(layout.format)
+    scaled = weight * problem.k**-0.5
+    packed = quant_format.pack(scaled, layout.with_rows(weight.shape[0]))
 
-    def repeated(plane: Tensor, count: int) -> Tensor:
-        flat = plane.reshape(-1)
-        return flat.repeat(math.ceil(count / flat.numel()))[:count]
+    def repeated(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        count, flat = math.prod(shape), tensor.reshape(-1)
+        return flat.repeat(math.ceil(count / flat.numel()))[:count].view(shape)
 
-    codes = repeated(packed.codes, math.ceil(elements * quant_format.bits / 8))
-    changes: dict[str, Any] = {"codes": codes, "absmax": repeated(packed.absmax, blocks)}
-    if packed.nested_absmax is not None:
-        nested_blocks = math.ceil(blocks / NESTED_BLOCK_SIZE)
-        changes["nested_absmax"] = repeated(packed.nested_absmax, nested_blocks)
-    return replace(packed, shape=(p.n, p.k), **changes).planes
+    declared = quant_format.planes(layout)
+    pairs = zip(packed.tensors, declared, strict=True)
+    return [repeated(tensor, plane.shape) for tensor, plane in pairs]

@@ -17,12 +17,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
+from qlora_compile.errors import LayoutTextError
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import BASELINE
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
 
-VERSION = 1
+VERSION = 2
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -217,6 +219,8 @@ def _plain(value: object) -> Any:
     """`value` in the terms of JSON."""
     if isinstance(value, torch.dtype):
         return _DTYPE_NAMES[value]
+    if isinstance(value, Layout):
+        return str(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
@@ -234,6 +238,11 @@ def _types(cls: type) -> dict[str, Any]:
 
 def _decoded(kind: Any, value: Any, site: str) -> Any:
     """The `kind` that `_plain` made `value` of. Raises RecordLineError where it made no such."""
+    if kind is Layout and isinstance(value, str):
+        try:
+            return Layout.parse(value)
+        except LayoutTextError as error:
+            raise RecordLineError(problem=str(error)) from error
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         types = _types(kind)
         if not isinstance(value, dict) or value.keys() != types.keys():

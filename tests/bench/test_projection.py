@@ -19,6 +19,7 @@ from bench.projection.seconds import Seconds
 from bench.projection.shapes import MODELS, ModelShape
 from bench.projection.step import RANK, Step
 from qlora_compile.kernels.device_model import DeviceModel
+from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import candidates
@@ -119,7 +120,7 @@ def test_choices_are_the_best_candidates() -> None:
     step = Step(LLAMA_8B, 4, 2048)
     for device in CARDS:
         problem = Problem(
-            *("forward", 8192, 4096, 4096, RANK, "nf4", 64, True),
+            *("forward", 8192, FORMATS[0].usual_layout((4096, 4096)), RANK),
             *(torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
             *(False, False, True, "cuda"),
         )

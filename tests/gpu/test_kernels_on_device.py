@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.gpu.target import target_of, tuned_target
+from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.kernels.selection import select
@@ -25,7 +26,7 @@ from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.tuner import Tuner
-from tests.kernels.linear_cases import DTYPES, Call, Case
+from tests.kernels.linear_cases import DTYPES, Call, Case, double_quantizes
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, calls
 
@@ -107,7 +108,7 @@ def test_one_hot_rows_give_the_decoded_weight(
     if variant.name == "augmented":
         pytest.skip("augmented has no product without an adapter")
     dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == dtype)
-    double = format in ("nf4", "fp4")
+    double = double_quantizes(format)
     size = 16 if variant.name == "skinny" else 256
     call = Case((size,), 512, 256, 0, format, 64, double, dtypes).build()
     x = torch.eye(256, dtype=dtype)[:size]
@@ -141,11 +142,11 @@ def test_a_weight_of_more_than_2_to_the_31_elements() -> None:
     codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=DEVICE)
     absmax = torch.rand(n * k // 64, device=DEVICE)
     x = torch.randn(rows, k, dtype=torch.bfloat16, device=DEVICE)
-    y = quantized_linear(x, [codes, absmax], None, f"nf4[{n}x{k}] block_size=64")
+    y = quantized_linear(x, [codes, absmax], None, str(FORMATS[0].layout((n, k))))
     last = slice(n - 64, n)
     part = codes[(n - 64) * k // 2 :]
     planes = [part, absmax[(n - 64) * k // 64 :]]
-    spec = LinearSpec(FORMATS[0], 64, k, 64, 0.0, 0, *(torch.bfloat16,) * 3)
+    spec = LinearSpec(FORMATS[0].layout((64, k)), 0.0, 0, *(torch.bfloat16,) * 3)
     weight = spec.dequantize(planes, torch.bfloat16)
     torch.testing.assert_close(
         y[:, last].float(), x.float() @ weight.float().t(), rtol=0.02, atol=1
@@ -156,7 +157,7 @@ def test_dropout_masks_have_the_bits_of_the_reference() -> None:
     from qlora_compile.kernels.gpu.products import keep_bits
 
     seed = torch.tensor([2**61 + 12345], device=DEVICE)
-    spec = LinearSpec(None, 1, 4096, 0, 0.1, 3, *(torch.bfloat16,) * 3)
+    spec = LinearSpec(Layout(UNQUANTIZED, (1, 4096)), 0.1, 3, *(torch.bfloat16,) * 3)
     bits = keep_bits(seed, spec, 2048).cpu()
     unpacked = ((bits[:, None] >> torch.arange(8)) & 1).bool().view(2048, 4096)
     assert torch.equal(unpacked, keep_mask(seed.cpu(), 3, 0.1, (0, 2048), 4096))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ import qlora_compile
 from bench.agreement import Errors, distance, training_step
 from qlora_compile.hf.adapters import linear_sites
 from qlora_compile.hf.conv1d import as_linear, features
-from qlora_compile.kernels.registry import VARIANTS
+from qlora_compile.kernels.registry import FORMATS, VARIANTS
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import (
     BF16_FACTOR,
@@ -86,10 +86,10 @@ def test_every_conv1d_is_fused_and_equal(model_class: str, autocast: bool) -> No
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", [each.name for each in FORMATS])
 @pytest.mark.parametrize("declared", [False, True])
 def test_packed_conv1d_trains_merges_and_saves_as_stock(
-    format: Literal["nf4", "int8"], declared: bool, tmp_path: Path
+    format: str, declared: bool, tmp_path: Path
 ) -> None:
     """declared: the user's config says fan_in_fan_out, as PEFT's documentation tells to."""
     config = lora(target_modules=TARGETS, fan_in_fan_out=declared)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qlora_compile
 from bench.agreement import Errors, distance
+from qlora_compile.kernels.registry import FORMATS, format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.calls import is_fused
 from tests.passes.rewritten import rewritten_graphs
@@ -74,7 +75,7 @@ class Chain(nn.Module):
 def build(base: str, dtype: torch.dtype, config: LoraConfig, model: Any) -> list[Any]:
     """A stock PeftModel of `model` with DoRA, and the optimised one with the same weights."""
     models: list[Any] = []
-    own = base in ("nf4", "int8")
+    own = base in {each.name for each in FORMATS}
     for optimized in (False, True):
         made = copy.deepcopy(model).to(dtype)
         if base.startswith("bnb"):
@@ -205,7 +206,7 @@ def layer(n: int, k: int, quantize: Any = None, **options: Any) -> tuple[Any, An
     n=st.integers(1, 70),
     k=st.integers(1, 70),
     rank=st.integers(1, 20),
-    quantize=st.sampled_from([None, "nf4", "fp4", "int8"]),
+    quantize=st.sampled_from([None, *(each.name for each in FORMATS)]),
     cancel=st.sampled_from([0.0, 0.9, 1.0]),
 )
 def test_the_norm_by_factors_is_the_norm(
@@ -275,7 +276,7 @@ def outputs(model: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+@pytest.mark.parametrize("quantize", [None, *{f.bits: f.name for f in reversed(FORMATS)}.values()])
 def test_merging_switching_off_and_back(quantize: Any, safe: bool) -> None:
     model, module = layer(24, 64, quantize)
     model.eval()
@@ -284,7 +285,7 @@ def test_merging_switching_off_and_back(quantize: Any, safe: bool) -> None:
     with model.disable_adapter():
         torch.testing.assert_close(outputs(model, x), base(x))
     assert not torch.allclose(adapted, base(x), atol=1e-2)
-    tolerance = {None: 1e-5, "nf4": 0.25, "int8": 0.02}[quantize]
+    tolerance = {4: 0.25, 8: 0.02}[format_named(quantize).bits] if quantize else 1e-5
     scale = float(adapted.abs().max())
     model.merge_adapter(safe_merge=safe)
     assert float((outputs(model, x) - adapted).abs().max()) < tolerance * scale

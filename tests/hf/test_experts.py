@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bench.coverage.compare import largest, trained
 from qlora_compile.errors import StrictError, WeightValueError
 from qlora_compile.expert_errors import FrozenExpertsError
 from qlora_compile.hf import experts
+from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import without_inductor
@@ -122,7 +124,11 @@ def test_trains_as_stock_without_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("nf4", "mixtral"), ("fp4", "gpt_oss"), ("int8", "llama4_text"), ("nf4", "deepseek_v3")],
+    zip(
+        itertools.cycle(each.name for each in FORMATS),
+        ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3"),
+        strict=False,
+    ),
 )
 @pytest.mark.usefixtures("without_inductor")
 def test_quantized_experts_train_as_stock(format: str, name: str) -> None:
@@ -130,7 +136,9 @@ def test_quantized_experts_train_as_stock(format: str, name: str) -> None:
     assert_trains_alike(ours, stock, batch(stock))
     weights = [site for site in qlora_compile.explain(ours).sites if site.experts]
     assert {(site.fused, site.format) for site in weights} == {(True, format)}
-    router = [n for n, _ in ours.named_buffers() if "absmax" in n and "router" in n.split(".")]
+    router = [
+        n for n, _ in ours.named_buffers() if "packed_layout" in n and "router" in n.split(".")
+    ]
     assert not router
 
 
@@ -257,9 +265,9 @@ def test_copies_train_apart(how: str) -> None:
 def test_packed_experts_keep_their_planes_and_their_state_dict() -> None:
     ours, _ = quantized("nf4")
     name, packed = next((n, m) for n, m in ours.named_modules() if isinstance(m, PackedExperts))
-    before = [plane.clone() for plane in packed.planes]
+    before = [plane.clone() for plane in packed.tensors]
     ours.to(torch.bfloat16).half()
-    for plane, kept in zip(packed.planes, before, strict=True):
+    for plane, kept in zip(packed.tensors, before, strict=True):
         assert plane.dtype == kept.dtype
         assert torch.equal(plane, kept)
     # What the weight would be now: the products' dtype.

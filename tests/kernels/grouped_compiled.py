@@ -15,9 +15,10 @@ from torch import Tensor
 from bench.static.figures import figures
 from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.grouped import grouped_config
-from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named, meta_tensors
 from qlora_compile.kernels.gpu.grouped_launch import grouped_backward, grouped_forward
 from qlora_compile.kernels.gpu.launch import Launch, recording
+from qlora_compile.kernels.layout import Layout
 
 E, N, K = 8, 1024, 2048
 BF16 = torch.bfloat16
@@ -30,12 +31,12 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def launches(arch: str, rows: int, format: str, rank: int) -> dict[str, Launch]:
     """Of forward and backward with `rows` for each expert."""
-    config = grouped_config(arch, rows * E, E, rank, format)
-    quantized = None if format == UNQUANTIZED else format_named(format)
-    planes = [meta(E, N, K)]
-    if quantized is not None:
-        codes = meta(E * N * K * quantized.bits // 8, dtype=torch.uint8)
-        planes = [codes, meta(E * N * K // 64, dtype=torch.float32)]
+    shape = (E * N, K)
+    planes, layout = [meta(E, N, K)], Layout(UNQUANTIZED, shape)
+    if format != UNQUANTIZED:
+        layout = format_named(format).layout(shape)
+        planes = meta_tensors(layout, BF16)
+    config = grouped_config(arch, rows * E, E, rank, layout)
     tensors = ExpertsTensors(
         x=meta(rows * E, K),
         offsets=meta(E, dtype=torch.int32),
@@ -45,7 +46,7 @@ def launches(arch: str, rows: int, format: str, rank: int) -> dict[str, Launch]:
         lora_b=meta(E, N, rank, dtype=torch.float32),
         scaling=meta(1, dtype=torch.float32),
     )
-    spec = ExpertsSpec(quantized, N, K, 64, BF16, BF16)
+    spec = ExpertsSpec(layout, E, BF16, BF16)
     with recording() as recorded:
         grouped_forward(tensors, spec, config)
         grouped_backward(meta(rows * E, N), tensors, spec, config, needs_x=True, needs_adapter=True)

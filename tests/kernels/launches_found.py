@@ -8,7 +8,7 @@ is not there, see built_kernels_found.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
-from qlora_compile.kernels.gpu.products import adapter_operands, low_rank
+from qlora_compile.kernels.gpu.products import adapter_operands, dequantize, low_rank
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.variants.base import LinearSpec
 from tests.cli.built_kernels_found import FakeDriver
 
 
@@ -32,8 +35,31 @@ class RecordingDriver(FakeDriver):
 def told(argument: Any) -> str:
     if isinstance(argument, Tensor):
         return f"{argument.dtype} {list(argument.shape)} {argument.stride()}"
+    if isinstance(argument, tuple):
+        return str([told(each) for each in argument])
     # What Triton tells its hooks is an object of each launch.
-    return repr(argument) if type(argument) in (int, float, str, tuple) else str(type(argument))
+    return repr(argument) if type(argument) in (int, float, str) else str(type(argument))
+
+
+def packed_calls() -> dict[str, Callable[[], Any]]:
+    """Those of a packed weight, whose planes but one are a tuple; some of another kind."""
+
+    def call(tensors: Sequence[Tensor], layout: Layout) -> Callable[[], Any]:
+        spec = LinearSpec(layout, 0.0, 0, *(torch.bfloat16,) * 3)
+        return partial(dequantize, tensors, spec, torch.bfloat16, "prmt")
+
+    quant_format = FORMATS[0]
+    weight = torch.randn(32, 256)
+    single = quant_format.quantize(weight)
+    double = quant_format.pack(weight, quant_format.usual_layout((32, 256)))
+    codes, scales = single.tensors
+    unaligned = torch.cat([scales[:1], scales])[1:]
+    return {
+        "packed": call(single.tensors, single.layout),
+        "packed again": call([codes.clone(), scales.clone()], single.layout),
+        "packed unaligned": call([codes, unaligned], single.layout),
+        "doubly quantised": call(double.tensors, double.layout),
+    }
 
 
 def main() -> None:
@@ -65,14 +91,20 @@ def main() -> None:
         ),
         "scaled": partial(operands, scaling=scaling, kept=1.25),
         "another number": partial(operands, scaling=scaling, kept=1.5),
+        **packed_calls(),
     }
     counts = {}
     for name, call in calls.items():
         before = len(asked)
         call()
         counts[name] = len(asked) - before
-    first, again = ([told(each) for each in launch] for launch in launched[:2])
-    print(json.dumps({"asked": counts, "launched": len(launched), "same": first == again}))
+    names = list(calls)
+    same = all(
+        [told(each) for each in launched[names.index(first)]]
+        == [told(each) for each in launched[names.index(again)]]
+        for first, again in (("first", "again"), ("packed", "packed again"))
+    )
+    print(json.dumps({"asked": counts, "launched": len(launched), "same": same}))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ class Dtypes:
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def double_quantizes(format: str) -> bool:
+    """Whether a weight of this format can be doubly quantised."""
+    return format != UNQUANTIZED and format_named(format).has_double_quantize
+
+
 DTYPES = (
     Dtypes(F64, F64, F64, F64, F64),
     Dtypes(F32, F32, F32, F32, F32),
@@ -103,7 +108,7 @@ class Case:
             packed = format_named(self.format).quantize(
                 weight, block_size=self.block_size, double_quantize=self.double_quantize
             )
-            planes = packed.planes
+            planes = packed.tensors
         lora_a = lora_b = seed = keep = None
         if self.rank:
             lora_a = normal(self.rank, self.k, dtype=d.parameter, scale=self.k**-0.5)

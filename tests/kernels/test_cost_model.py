@@ -77,7 +77,7 @@ def test_few_columns_are_split_and_many_are_not() -> None:
     model = next(each for each in DEVICE_MODELS if each.name == "H100")
     splits = []
     for n in (256, 4096, 1 << 17):
-        problem = replace(TYPICAL, m=8, n=n)
+        problem = replace(TYPICAL, m=8, layout=TYPICAL.layout.with_rows(n))
         with assuming(model.target, kind="cuda"):
             configs = skinny.configs(problem)
         best = min(configs, key=lambda config: skinny.cost(problem, config, model))

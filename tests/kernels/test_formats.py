@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_compile.kernels.cpu import decode
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.blocks import BlockFormat
+from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.nested import dynamic_map
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import FORMATS, format_named
 
@@ -21,6 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 512, 4096, "row")
 
 each_format = pytest.mark.parametrize("quant_format", FORMATS, ids=lambda f: f.name)
+BLOCK_FORMATS = [f for f in FORMATS if isinstance(f, BlockFormat)]
+each_block_format = pytest.mark.parametrize("quant_format", BLOCK_FORMATS, ids=lambda f: f.name)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -32,12 +36,12 @@ def normal(rows: int, columns: int, seed: int = 0, scale: float = 0.02) -> Tenso
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def code_values(quant_format: QuantFormat) -> Tensor:
+def code_values(quant_format: BlockFormat) -> Tensor:
     """What every code stands for at absmax 1, float64, ascending."""
-    code_dtype = torch.uint8 if quant_format.bits == 4 else torch.int8
-    codes = torch.arange(256).to(code_dtype)
+    codes = torch.arange(256).to(quant_format.code_dtype)
     elements = 256 * 8 // quant_format.bits
-    packed = PackedWeight(quant_format.name, (1, elements), elements, codes, torch.ones(1))
+    layout = quant_format.layout((1, elements), block_size="row")
+    packed = quant_format.packed(layout, [codes, torch.ones(1)])
     return quant_format.dequantize(packed, torch.float32).double().view(-1).unique()
 
 
@@ -64,22 +68,36 @@ def test_registry_names_are_distinct_and_found() -> None:
 
 @each_format
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_planes_have_the_promised_geometry(quant_format: QuantFormat, block_size) -> None:
+def test_planes_are_those_that_the_format_declares(quant_format: QuantFormat, block_size) -> None:
+    """With storage of their own, which is what safetensors saves."""
+    for double_quantize in {False, quant_format.has_double_quantize}:
+        options = {"block_size": block_size, "double_quantize": double_quantize}
+        packed = quant_format.quantize(normal(3, 101), **options)
+        assert packed.layout == quant_format.layout((3, 101), **options)
+        assert Layout.parse(str(packed.layout)) == packed.layout
+        assert Layout.from_tensor(packed.layout.to_tensor()) == packed.layout
+        declared = quant_format.planes(packed.layout)
+        assert list(packed.planes) == [plane.name for plane in declared]
+        assert len({plane.name for plane in declared}) == len(declared)
+        for plane, tensor in zip(declared, packed.tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (plane.dtype, plane.shape)
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert not tensor.requires_grad
+
+
+@each_block_format
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_blocks_have_an_absmax_each(quant_format: BlockFormat, block_size) -> None:
     packed = quant_format.quantize(normal(3, 101), block_size=block_size)
-    expected_block = 101 if block_size == "row" else block_size
-    assert (packed.format, packed.shape, packed.block_size) == (
-        quant_format.name,
-        (3, 101),
-        expected_block,
-    )
+    size = 101 if block_size == "row" else block_size
+    assert packed.layout.named == {"block_size": size}
     assert packed.codes.shape == ((303 * quant_format.bits + 7) // 8,)
-    assert packed.absmax.shape == (math.ceil(303 / expected_block),)
-    assert not any(plane.requires_grad for plane in packed.planes)
+    assert packed.planes["absmax"].shape == (math.ceil(303 / size),)
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    quant_format=st.sampled_from(FORMATS),
+    quant_format=st.sampled_from(BLOCK_FORMATS),
     values=st.lists(
         # At the very largest float32, 127 * (absmax / 127) of INT8 rounds to infinity.
         st.floats(width=32, allow_nan=False, min_value=-(2.0**127), max_value=2.0**127),
@@ -88,15 +106,16 @@ def test_planes_have_the_promised_geometry(quant_format: QuantFormat, block_size
     ),
     block_size=st.sampled_from([32, 64, "row"]),
 )
-def test_every_code_is_the_nearest(quant_format: QuantFormat, values, block_size) -> None:
+def test_every_code_is_the_nearest(quant_format: BlockFormat, values, block_size) -> None:
     weight = torch.tensor([values], dtype=torch.float32)
     packed = quant_format.quantize(weight, block_size=block_size)
     restored = quant_format.dequantize(packed, torch.float32).double()
     candidates = code_values(quant_format)
-    for begin in range(0, weight.numel(), packed.block_size):
-        block = weight.double()[0, begin : begin + packed.block_size]
+    size = packed.layout.named["block_size"]
+    for begin in range(0, weight.numel(), size):
+        block = weight.double()[0, begin : begin + size]
         absmax = block.abs().max()
-        error = (restored[0, begin : begin + packed.block_size] - block).abs()
+        error = (restored[0, begin : begin + size] - block).abs()
         least = (candidates * absmax - block.unsqueeze(1)).abs().min(dim=1).values
         # Slack: roundings of the scaled value in float32, and the floor under the divisor, which
         # makes blocks below 1e-36 coarser than they need be.
@@ -115,8 +134,8 @@ def test_quantising_in_chunks_equals_quantising_row_by_row(quant_format: QuantFo
     weight = normal(20, 16384)  # more elements than one chunk
     whole = quant_format.quantize(weight)
     rows = [quant_format.quantize(row.unsqueeze(0)) for row in weight]
-    assert torch.equal(whole.codes, torch.cat([row.codes for row in rows]))
-    assert torch.equal(whole.absmax, torch.cat([row.absmax for row in rows]))
+    for name, plane in whole.planes.items():
+        assert torch.equal(plane, torch.cat([row.planes[name] for row in rows]))
 
 
 @each_format
@@ -127,8 +146,8 @@ def test_strides_and_gradients_of_the_weight_do_not_matter(
     weight = normal(65, 96).to(dtype).t()
     expected = quant_format.quantize(weight.contiguous())
     packed = quant_format.quantize(torch.nn.Parameter(weight))
-    assert torch.equal(packed.codes, expected.codes)
-    assert torch.equal(packed.absmax, expected.absmax)
+    for name, plane in packed.planes.items():
+        assert torch.equal(plane, expected.planes[name])
 
 
 @each_format
@@ -160,7 +179,7 @@ def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_row_blocks_equal_the_specification(drawn, data: st.DataObject) -> None:
     quant_format, weight, packed = drawn
     rows, columns = weight.shape
-    alignment = quant_format.row_alignment(packed)
+    alignment = quant_format.row_alignment(packed.layout)
     start = alignment * data.draw(st.integers(0, rows // alignment))
     stop = data.draw(st.integers(start, rows))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -204,10 +223,10 @@ def test_weights_larger_than_the_caches(quant_format: QuantFormat) -> None:
     [(128, 64, 1, 1), (96, 64, 2, 2), (65, 64, 64, 64), (32, 4096, 128, 128), (65, "row", 2, 1)],
 )
 def test_row_alignment(columns: int, block_size, four_bit: int, eight_bit: int) -> None:
-    for quant_format in FORMATS:
+    for quant_format in BLOCK_FORMATS:
         packed = quant_format.quantize(normal(2, columns), block_size=block_size)
         expected = four_bit if quant_format.bits == 4 else eight_bit
-        assert quant_format.row_alignment(packed) == expected
+        assert quant_format.row_alignment(packed.layout) == expected
 
 
 @each_format
@@ -232,8 +251,7 @@ def test_cuda_reads_what_the_cpu_packed(quant_format: QuantFormat, double_quanti
     packed = quant_format.quantize(
         normal(65, 128), double_quantize=double_quantize and quant_format.has_double_quantize
     )
-    planes = [plane.cuda() for plane in packed.planes]
-    moved = PackedWeight.from_planes(packed.format, packed.shape, packed.block_size, planes)
+    moved = quant_format.packed(packed.layout, [plane.cuda() for plane in packed.tensors])
     for dtype in DTYPES:
         expected = quant_format.dequantize(packed, dtype)
         assert torch.equal(
@@ -260,10 +278,9 @@ def test_double_quantisation_is_close(blocks: int, seed: int) -> None:
     single = quant_format.quantize(weight)
     double = quant_format.quantize(weight, double_quantize=True)
     assert torch.equal(single.codes, double.codes)
-    assert double.nested_absmax is not None
-    assert double.nested_offset is not None
-    assert double.nested_absmax.shape == (math.ceil(blocks / 256),)
+    nested_absmax = double.planes["nested_absmax"]
+    assert nested_absmax.shape == (math.ceil(blocks / 256),)
     ratio = quant_format.dequantize(double, torch.float32).abs().amax(dim=1)
     # Half the widest gap of the dynamic map, 0.9 / 64, and one step of the 65535-step grid.
-    bound = double.nested_absmax.repeat_interleave(256)[:blocks] * (0.45 / 64 + 2e-5) + 1e-7
-    assert bool(((ratio - single.absmax).abs() <= bound).all())
+    bound = nested_absmax.repeat_interleave(256)[:blocks] * (0.45 / 64 + 2e-5) + 1e-7
+    assert bool(((ratio - single.planes["absmax"]).abs() <= bound).all())

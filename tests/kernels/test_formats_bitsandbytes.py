@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import encode
 from qlora_compile.kernels.formats.codebook import CodebookFormat
+from qlora_compile.kernels.formats.cpu import encode
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nested import dynamic_map
 from qlora_compile.kernels.packed import PackedWeight
@@ -47,7 +47,7 @@ def reference_dequantize(packed: PackedWeight, absmax: Tensor, dtype: torch.dtyp
     # rows a wrong absmax, off by up to a quarter of the weight's norm.
     shape = packed.shape if columns % 2 else (1, rows * columns)
     return torch.ops.bitsandbytes.dequantize_4bit(
-        codes, absmax, packed.block_size, packed.format, shape, dtype
+        codes, absmax, packed.layout.named["block_size"], packed.format, shape, dtype
     ).view(packed.shape)
 
 
@@ -62,17 +62,17 @@ def assert_equal_both_ways(
         quant_type=quant_format.name,
     )
     assert same_bits(ours.codes, codes)
-    assert same_bits(ours.absmax, state.absmax)
+    assert same_bits(ours.planes["absmax"], state.absmax)
     planes = [codes, state.absmax]
     absmax = state.absmax
     if double_quantize:
         nested = [state.state2.code, state.state2.absmax, state.offset]
         planes += nested
         assert state.state2.blocksize == 256
-        assert all(same_bits(a, b) for a, b in zip(ours.planes[2:], nested, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(ours.tensors[2:], nested, strict=True))
         absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     shape = (weight.shape[0], weight.shape[1])
-    adopted = PackedWeight.from_planes(quant_format.name, shape, block_size, planes)
+    adopted = quant_format.packed(ours.layout, planes)
     for dtype in DTYPES:
         expected = reference_dequantize(ours, absmax, dtype)
         for values in (
@@ -154,11 +154,10 @@ def test_double_quantisation_next_to_every_decision_boundary() -> None:
     weight = torch.rand(30000, 32, generator=generator)
     ours = CODEBOOK_FORMATS[0].quantize(weight, block_size=32, double_quantize=True)
     single = CODEBOOK_FORMATS[0].quantize(weight, block_size=32)
-    centred = single.absmax - single.absmax.mean()
+    centred = single.planes["absmax"] - single.planes["absmax"].mean()
     codes, state = functional.quantize_blockwise(centred, blocksize=256)
-    assert same_bits(ours.absmax, codes)
-    assert ours.nested_absmax is not None
-    assert same_bits(ours.nested_absmax, state.absmax)
+    assert same_bits(ours.planes["absmax"], codes)
+    assert same_bits(ours.planes["nested_absmax"], state.absmax)
     nearest = torch.bucketize(
         centred / state.absmax.repeat_interleave(256)[: centred.numel()],
         (state.code[:-1] + state.code[1:]) / 2,
@@ -172,8 +171,8 @@ def test_int8_rows_are_llm_int8_weights(dtype: torch.dtype) -> None:
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.clone())
     packed = INT8.quantize(weight, block_size="row")
     assert same_bits(packed.codes, codes)
-    assert same_bits(packed.absmax, absmax)
-    adopted = PackedWeight("int8", (65, 577), 577, codes, absmax)
+    assert same_bits(packed.planes["absmax"], absmax)
+    adopted = INT8.packed(packed.layout, [codes, absmax])
     expected = codes.float() * (absmax / 127).unsqueeze(1)
     assert same_bits(INT8.dequantize(adopted, torch.float32), expected)
     assert adopted.codes.data_ptr() == codes.data_ptr()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qlora_compile.errors import (
-    AbsmaxOverflowError,
     BlockSizeError,
     DoubleQuantizeError,
     PackedWeightError,
@@ -19,6 +18,7 @@ from qlora_compile.errors import (
     WeightValueError,
 )
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.errors import AbsmaxOverflowError
 from qlora_compile.kernels.registry import FORMATS, format_named
 
 each_format = pytest.mark.parametrize("quant_format", FORMATS, ids=lambda f: f.name)
@@ -29,7 +29,9 @@ def normal(rows: int, columns: int) -> Tensor:
 
 
 def test_unknown_format_names_the_known_ones() -> None:
-    with pytest.raises(UnknownFormatError, match=r"'nf5'.*'nf4', 'fp4', 'int8'"):
+    with pytest.raises(
+        UnknownFormatError, match="'nf5'.*" + ", ".join(repr(f.name) for f in FORMATS)
+    ):
         format_named("nf5")
 
 
@@ -37,7 +39,11 @@ def test_unknown_format_names_the_known_ones() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(1, 2), (-2, 2), (0, 5), (4, 2)])
 def test_bad_row_range(quant_format: QuantFormat, start: int, stop: int) -> None:
     packed = quant_format.quantize(normal(4, 96))
-    with pytest.raises(RowRangeError, match=f"rows {start} to {stop} .*multiple of 2"):
+    alignment = quant_format.row_alignment(packed.layout)
+    if (start, stop) == (1, 2) and alignment == 1:
+        return
+    message = f"rows {start} to {stop} .*multiple of {alignment}"
+    with pytest.raises(RowRangeError, match=message):
         quant_format.dequantize_rows(packed, start, stop, torch.float32)
 
 
@@ -71,9 +77,10 @@ def test_bad_block_size(quant_format: QuantFormat, block_size) -> None:
 
 def test_formats_without_double_quantisation_refuse_it() -> None:
     refusing = [f for f in FORMATS if not f.has_double_quantize]
-    assert [f.name for f in refusing] == ["int8"]
-    with pytest.raises(DoubleQuantizeError, match="'int8'"):
-        refusing[0].quantize(normal(2, 64), double_quantize=True)
+    assert refusing
+    for quant_format in refusing:
+        with pytest.raises(DoubleQuantizeError, match=repr(quant_format.name)):
+            quant_format.quantize(normal(2, 64), double_quantize=True)
 
 
 def test_double_quantisation_of_maxima_beyond_float32() -> None:

@@ -25,7 +25,9 @@ from qlora_compile.kernels.experts.grouped import (
 from qlora_compile.kernels.experts.native import NativeExperts
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
-from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
+from tests.kernels.linear_cases import double_quantizes
 from tests.kernels.test_qlora_experts import Case, assert_no_worse_than_plain
 
 pytestmark = pytest.mark.usefixtures("interpreting")
@@ -35,6 +37,14 @@ PACKED, DENSE = (
     tuple(dict.fromkeys(config for configs in table.values() for config in configs))
     for table in (GROUPED, GROUPED_DENSE)
 )
+
+
+def configs(format: str) -> list[GemmConfig]:
+    """Those of any target that can decode `format`."""
+    if format == UNQUANTIZED:
+        return list(DENSE)
+    names = [decoder.name for decoder in format_named(format).device_decoders()]
+    return [config for config in PACKED if config.decoder in names]
 
 
 @contextmanager
@@ -50,7 +60,7 @@ def configured(config: GemmConfig) -> Iterator[GroupedExperts]:
 @st.composite
 def cases(draw: st.DrawFn, format: str) -> Case:
     dtype, parameter = draw(st.sampled_from(((BF16, F32), (BF16, BF16), (F16, F32), (F16, F16))))
-    double = format in ("nf4", "fp4") and draw(st.booleans())
+    double = double_quantizes(format) and draw(st.booleans())
     counts = st.lists(st.sampled_from([0, 0, 1, 7, 16, 70, 131]), min_size=1, max_size=5)
     return Case(
         counts=tuple(draw(counts)),
@@ -74,19 +84,21 @@ def cases(draw: st.DrawFn, format: str) -> Case:
 @given(data=st.data())
 def test_error_of_output_and_gradients(format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
-    configs = DENSE if format == UNQUANTIZED else PACKED
-    with configured(data.draw(st.sampled_from(configs))) as variant:
+    with configured(data.draw(st.sampled_from(configs(format)))) as variant:
         assert_no_worse_than_plain(call, call.fused(variant))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("config", PACKED, ids=lambda config: config.label.replace(" ", "-"))
-@pytest.mark.parametrize("format", [each.name for each in FORMATS])
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [(each.name, config) for each in FORMATS for config in configs(each.name)],
+    ids=lambda value: getattr(value, "label", value).replace(" ", "-"),
+)
 def test_one_hot_rows_give_the_decoded_weight(
     format: str, config: GemmConfig, dtype: torch.dtype
 ) -> None:
     """Every expert's own, to the last bit: one product with 1 and otherwise zeros."""
-    case = Case((72, 0, 72), 5, 80, 72, 0, format, 64, format != "int8", dtype, bias=False)
+    case = Case((72, 0, 72), 5, 80, 72, 0, format, 64, double_quantizes(format), dtype, bias=False)
     call = case.build()
     call.leaves["x"] = torch.eye(72, dtype=dtype).repeat(2, 1)
     call.leaves["x"] = torch.cat([call.leaves["x"], torch.ones(5, 72, dtype=dtype)])
@@ -104,19 +116,19 @@ def test_repeated_calls_give_the_same_bits() -> None:
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("format", [UNQUANTIZED, "nf4", "int8"])
+@pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])
 def test_more_rows_never_get_a_smaller_tile(format: str) -> None:
+    layout = Layout(format, (8, 64))
     for target in GROUPED:
-        tiles = [grouped_config(target, rows, 8, 16, format).block_m for rows in range(0, 2000, 8)]
+        tiles = [grouped_config(target, rows, 8, 16, layout).block_m for rows in range(0, 2000, 8)]
         assert tiles == sorted(tiles)
         assert tiles[0] == 16
         assert tiles[-1] >= 64
 
 
 def problem(**changes: object) -> ExpertsProblem:
-    base = ExpertsProblem(
-        "forward", 4096, 64, 1536, 2048, 16, "nf4", 64, False, BF16, BF16, BF16, False, "cpu"
-    )
+    layout = FORMATS[0].layout((64 * 1536, 2048))
+    base = ExpertsProblem("forward", 4096, 64, layout, 16, BF16, BF16, BF16, False, "cpu")
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -124,12 +136,16 @@ def problem(**changes: object) -> ExpertsProblem:
     ("target", "changes", "reason"),
     [
         ("sm_90", {}, None),
-        ("gfx942", {"format": UNQUANTIZED, "k": 2049}, None),
+        ("gfx942", {"layout": Layout(UNQUANTIZED, (64, 2049))}, None),
         ("sm_75", {}, "sm_75 has no tensor cores for bfloat16"),
         ("sm_90", {"compute_dtype": F32}, "products in torch.float32, not bfloat16 or float16"),
         ("sm_90", {"out_dtype": F32}, "output in torch.float32, not bfloat16 or float16"),
-        ("sm_90", {"k": 2052}, "K = 2052 is not a multiple of 8"),
-        ("sm_90", {"experts": 2**16}, "3221225472 blocks of absmax, more than 2147483647"),
+        ("sm_90", {"layout": FORMATS[0].layout((64, 2052))}, "K = 2052 is not a multiple of 8"),
+        (
+            "sm_90",
+            {"layout": FORMATS[0].layout((2**16 * 1536, 2048))},
+            "3221225472 blocks of absmax, more than 2147483647",
+        ),
     ],
 )
 def test_rejects_with_the_reason(target: str, changes: dict, reason: str | None) -> None:

@@ -17,7 +17,7 @@ from bench.allocations import allocations
 from qlora_compile.errors import LabelRangeError, OptionError
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 from qlora_compile.kernels.head_sweep import Sweep
-from qlora_compile.kernels.registry import UNQUANTIZED
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from tests.kernels.head_cases import BF16, F32, F64, PRECISIONS, Case
 
 FACTOR = 1.5
@@ -66,7 +66,7 @@ def cases() -> st.SearchStrategy[Case]:
         width=size,
         rank=st.sampled_from([0, 1, 3]),
         bias=st.booleans(),
-        format=st.sampled_from([UNQUANTIZED, "nf4", "int8"]),
+        format=st.sampled_from([UNQUANTIZED, *(each.name for each in FORMATS)]),
         precision=st.sampled_from(PRECISIONS),
         ignored=st.sampled_from([0.0, 0.3, 1.0]),
         softcap=st.sampled_from([None, 1.5, 30.0]),

@@ -12,7 +12,7 @@ import torch
 
 from bench.allocations import allocations
 from qlora_compile.kernels import workspace
-from qlora_compile.kernels.formats import base as formats
+from qlora_compile.kernels.formats import blocks
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
@@ -112,7 +112,7 @@ def test_no_decoded_weight_is_allocated(direction: Direction, dtypes: Dtypes) ->
     call = Case((4,), n, k, dtypes=dtypes).build()
     with (
         mock.patch.object(dense, "WEIGHT_BLOCKS", (1 << 16,)),
-        mock.patch.object(formats, "_CPU_CHUNK", 1 << 14),
+        mock.patch.object(blocks, "_CPU_CHUNK", 1 << 14),
     ):
         for config, run in runs(call, direction):
             most = allocations(run).most

@@ -21,6 +21,7 @@ from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoi
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
 from qlora_compile.kernels.specification import experts_reference
+from tests.kernels.linear_cases import double_quantizes
 
 FACTOR = 1.5
 """An error may be this many times that of the plain computation in the same dtypes."""
@@ -71,7 +72,7 @@ class Case:
                 double_quantize=self.double_quantize,
             )
             weight = format_named(self.format).dequantize(packed, F32).view_as(weight)
-            planes, layout = packed.planes, packed.layout
+            planes, layout = packed.tensors, packed.layout
         leaves = {"x": normal(rows, self.k, dtype=self.dtype)}
         if self.rank:
             # Strided, as PEFT's factors come.
@@ -171,8 +172,7 @@ def assert_no_worse_than_plain(call: Call, actual: dict[str, Tensor]) -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     format = draw(st.sampled_from((UNQUANTIZED, *(each.name for each in FORMATS))))
-    quantized = format != UNQUANTIZED
-    double = quantized and format_named(format).has_double_quantize and draw(st.booleans())
+    double = double_quantizes(format) and draw(st.booleans())
     dtype, parameter = draw(
         st.sampled_from(((F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)))
     )

@@ -20,13 +20,23 @@ from qlora_compile.kernels import op
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.op import QLORA_LINEAR, QLORA_LINEAR_BACKWARD, quantized_linear
 from qlora_compile.kernels.problem import Direction, Problem
-from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, format_named
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants import dense, native_adapter, native_augmented
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.group_cases import GroupCall, groups
-from tests.kernels.linear_cases import BF16, DTYPES, F16, F32, F64, Call, Case, Dtypes
+from tests.kernels.linear_cases import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    Call,
+    Case,
+    Dtypes,
+    double_quantizes,
+)
 
 FACTOR = 1.5
 """A variant's error may be this many times that of the plain computation in the same dtypes."""
@@ -100,7 +110,7 @@ def cases(draw: st.DrawFn, format: str) -> Case:
         rank=draw(st.sampled_from([0, 1, 3, 16, 64, 100])),
         format=format,
         block_size=draw(st.sampled_from([32, 64, 256, "row"])),
-        double_quantize=format in ("nf4", "fp4") and draw(st.booleans()),
+        double_quantize=double_quantizes(format) and draw(st.booleans()),
         dtypes=draw(st.sampled_from(DTYPES)),
         bias=draw(st.booleans()),
         dropout=draw(st.sampled_from([None, None, 0.0, 0.1, 0.5])),
@@ -287,8 +297,7 @@ def test_the_weight_is_not_decoded_for_the_adapters_gradients() -> None:
     call = Case().build()
     adapted, leaves = call.leaves(("lora_a",))
     (y,) = QLORA_LINEAR(*adapted.arguments())
-    quant_format = call.spec.format
-    assert quant_format is not None
+    quant_format = format_named(call.case.format)
     with mock.patch.object(
         type(quant_format), "dequantize_rows", side_effect=AssertionError("decoded")
     ):

@@ -15,6 +15,7 @@ from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import device_model, registry, selection
 from qlora_compile.kernels.device_model import CPU, DEVICE_MODELS, DeviceModel, model_of_target
 from qlora_compile.kernels.gpu import target as targets
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, format_named
 from qlora_compile.kernels.selection import Measured, select
@@ -25,12 +26,8 @@ from qlora_compile.kernels.variants.triton_variant import TritonVariant
 TYPICAL = Problem(
     direction="forward",
     m=4096,
-    n=4096,
-    k=4096,
+    layout=FORMATS[0].usual_layout((4096, 4096)),
     rank=16,
-    format="nf4",
-    block_size=64,
-    double_quantized=True,
     x_dtype=torch.bfloat16,
     compute_dtype=torch.bfloat16,
     lora_dtype=torch.float32,
@@ -75,10 +72,10 @@ def test_decoding_in_the_loop_pays_on_consumer_cards(target: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k": 4100}, "K = 4100 is not a multiple of 8"),
+        ({"layout": FORMATS[0].layout((4096, 4100))}, "K = 4100 is not a multiple of 8"),
         ({"compute_dtype": torch.float32}, "torch.float32 products"),
         ({"x_dtype": torch.float32}, "a float32 adapter over float32 activations"),
-        ({"n": 2**21, "k": 2**21, "block_size": 64}, "blocks of absmax"),
+        ({"layout": FORMATS[0].layout((2**21, 2**21))}, "blocks of absmax"),
     ],
 )
 def test_what_triton_leaves_to_dense_is_said(target: str, change: dict, reason: str) -> None:
@@ -90,7 +87,7 @@ def test_what_triton_leaves_to_dense_is_said(target: str, change: dict, reason: 
 
 
 def test_an_unquantised_weight_needs_no_decoder(target: str) -> None:
-    problem = replace(TYPICAL, format="none", block_size=0, double_quantized=False)
+    problem = replace(TYPICAL, layout=Layout(UNQUANTIZED, TYPICAL.layout.shape))
     fused = next(v for v in VARIANTS if v.name == "fused")
     assert fused.rejects(problem) == ["the weight is not packed"]
     assert select(problem).variant.name in ("tail", "dense")
@@ -140,18 +137,20 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    format = draw(st.sampled_from([UNQUANTIZED, *(each.name for each in FORMATS)]))
-    quantized = format != UNQUANTIZED
     size = st.sampled_from([1, 7, 8, 64, 1000, 4096, 2**20])
+    shape = (draw(size), draw(size))
+    layout = Layout(UNQUANTIZED, shape)
+    if quant_format := draw(st.sampled_from([None, *FORMATS])):
+        layout = quant_format.layout(
+            shape,
+            block_size=draw(st.sampled_from([32, 64, 4096])),
+            double_quantize=quant_format.has_double_quantize and draw(st.booleans()),
+        )
     return Problem(
         direction=draw(st.sampled_from(["forward", "backward"])),
         m=bucket_rows(draw(st.integers(1, 2**20))),
-        n=draw(size),
-        k=draw(size),
+        layout=layout,
         rank=draw(st.sampled_from([0, 1, 16, 100])),
-        format=format,
-        block_size=draw(st.sampled_from([32, 64, 4096])) if quantized else 0,
-        double_quantized=quantized and draw(st.booleans()),
         x_dtype=draw(DTYPES),
         compute_dtype=draw(DTYPES),
         lora_dtype=draw(DTYPES),
@@ -272,7 +271,8 @@ def test_without_records_figures_that_were_measured_do_not_count() -> None:
 @pytest.mark.parametrize("format", [each.name for each in FORMATS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dense_decodes_by_what_the_target_has(target: str, format: str, dtype: torch.dtype) -> None:
-    problem = replace(TYPICAL, format=format, compute_dtype=dtype, double_quantized=False)
+    layout = format_named(format).layout(TYPICAL.layout.shape)
+    problem = replace(TYPICAL, layout=layout, compute_dtype=dtype)
     config = next(v for v in VARIANTS if v.name == "dense").configs(problem)[0]
     assert isinstance(config, DenseConfig)
     [decoder] = [d for d in format_named(format).device_decoders() if d.name == config.decoder]

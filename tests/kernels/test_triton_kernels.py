@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS
+from qlora_compile.kernels.formats.gpu.absmax import block_side, load_absmax
 from qlora_compile.kernels.gpu.products import (
     adapter_gradient,
     adapter_operands,
-    decoded_absmax,
     dequantize,
     keep_bits,
     low_rank,
 )
-from qlora_compile.kernels.gpu.weight import load_absmax, load_words
+from qlora_compile.kernels.gpu.weight import load_words
+from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.variants.base import LinearSpec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -31,8 +32,12 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 pytestmark = pytest.mark.usefixtures("interpreting")
 
 
-def spec_of(format, n: int, k: int, block_size: int, dropout: float = 0.0, stream: int = 0):
-    return LinearSpec(format, n, k, block_size, dropout, stream, BF16, F32, BF16)
+def spec_of(layout: Layout, dropout: float = 0.0, stream: int = 0) -> LinearSpec:
+    return LinearSpec(layout, dropout, stream, BF16, F32, BF16)
+
+
+def plain(n: int, k: int) -> Layout:
+    return Layout(UNQUANTIZED, (n, k))
 
 
 DECODERS = [(f, d.name) for f in FORMATS for d in f.device_decoders()]
@@ -52,9 +57,10 @@ def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -
     rank = data.draw(st.sampled_from([0, 3]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     packed = format.quantize(torch.randn(n, k), block_size=block_size, double_quantize=double)
-    spec = spec_of(format, n, k, packed.block_size)
     up = torch.randn(n, rank) if rank else None
-    out = dequantize(packed.planes, spec, dtype, decoder, up, torch.tensor([1.5]))
+    out = dequantize(
+        packed.tensors, spec_of(packed.layout), dtype, decoder, up, torch.tensor([1.5])
+    )
     assert out.shape == (n, k + rank)
     assert torch.equal(out[:, :k], format.dequantize(packed, dtype))
     if up is not None:
@@ -64,15 +70,15 @@ def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -
 def test_absmax_equals_the_host() -> None:
     format = FORMATS[0]
     packed = format.quantize(torch.randn(96, 1000), double_quantize=True)
-    plain = format.quantize(format.dequantize(packed, F32))
-    codes, absmax = decoded_absmax(packed.planes)
+    single = format.quantize(format.dequantize(packed, F32))
+    layout, (codes, absmax) = format.prepared(packed.layout, packed.tensors)
     assert codes is packed.codes
-    assert absmax.shape == plain.absmax.shape
-    decoded = packed.nested_codebook[packed.absmax.int()]  # type: ignore[index]
-    nested = packed.nested_absmax.repeat_interleave(256)[: absmax.numel()]  # type: ignore[union-attr]
-    assert packed.nested_offset is not None
-    assert torch.equal(absmax, decoded * nested + packed.nested_offset)
-    assert decoded_absmax(plain.planes) == plain.planes
+    assert layout == single.layout
+    assert absmax.shape == single.planes["absmax"].shape
+    _, quantized, codebook, nested_absmax, offset = packed.tensors
+    nested = nested_absmax.repeat_interleave(256)[: absmax.numel()]
+    assert torch.equal(absmax, codebook[quantized.int()] * nested + offset)
+    assert format.prepared(single.layout, single.tensors) == (single.layout, single.tensors)
 
 
 @settings(max_examples=40)
@@ -85,7 +91,7 @@ def test_absmax_equals_the_host() -> None:
 )
 def test_dropout_masks_have_the_bits_of_the_reference(rows, k, p, seed, stream) -> None:
     seeds = torch.tensor([seed])
-    bits = keep_bits(seeds, spec_of(None, 1, k, 0, p, stream), rows)
+    bits = keep_bits(seeds, spec_of(plain(1, k), p, stream), rows)
     unpacked = (bits[:, None] >> torch.arange(8)) & 1
     expected = keep_mask(seeds, stream, p, (0, rows), k)
     assert torch.equal(unpacked.bool().view(rows, k), expected)
@@ -103,7 +109,7 @@ def test_thin_products_are_as_exact_as_their_dtype(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     x, factor, low = torch.randn(rows, k).to(x_dtype), torch.randn(rank, k), torch.randn(rows, rank)
     seed = torch.tensor([7])
-    spec = spec_of(None, 1, k, 0, 0.3)
+    spec = spec_of(plain(1, k), 0.3)
     bits = keep_bits(seed, spec, rows) if dropped else None
     kept = keep_mask(seed, 0, 0.3, (0, rows), k, F32) if dropped else torch.ones(rows, k)
     masked = x.double() * kept
@@ -161,14 +167,12 @@ def test_16_bit_adapters_are_operands_as_they_are(dtype: torch.dtype) -> None:
 
 @triton.jit
 def far_tile_kernel(
-    codes, absmax, words_out, scales_out, n0, N, K, row_words, row_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    codes, side, words_out, scales_out, n0, N, K, row_words,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     start = n0 + tl.program_id(0) * ROWS
     words = load_words(codes, start, 0, N, row_words, ROWS, COLUMNS, 8, False, True)
-    values, _ = load_absmax(
-        absmax, None, start, 0, N, K, row_blocks, ROWS, COLUMNS, 6, COLUMNS, False, True
-    )
+    values, _ = load_absmax(side, start, 0, N, K, SIDE, ROWS, COLUMNS, False, True)
     rows = tl.arange(0, ROWS)
     places = rows[:, None] * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
     tl.store(words_out + places, words)
@@ -189,9 +193,9 @@ def test_tiles_beyond_2_to_the_31_elements(tmp_path) -> None:
         absmax[row * blocks] = row
     tile = torch.zeros(rows, columns // 8, dtype=torch.int32)
     scales = torch.zeros(rows)
-    far_tile_kernel[(1,)](
-        words, absmax, tile, scales, first, n, k, k // 8, blocks, ROWS=rows, COLUMNS=columns
-    )
+    side = block_side([absmax], k, 64, columns, None, 1.0)
+    sizes = {"SIDE": side.constants, "ROWS": rows, "COLUMNS": columns}
+    far_tile_kernel[(1,)](words, side.arguments, tile, scales, first, n, k, k // 8, **sizes)
     expected = torch.arange(first, first + rows).clamp(max=n - 1)
     assert torch.equal(tile, (expected[:, None] + torch.arange(8)).int())
     assert torch.equal(scales, expected.float())

@@ -19,7 +19,7 @@ from qlora_compile.kernels.variants.dense import Dense, DenseConfig
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
 from tests.kernels.group_cases import groups
-from tests.kernels.linear_cases import DTYPES, Case
+from tests.kernels.linear_cases import DTYPES, Case, double_quantizes
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
 from tests.kernels.triton_cases import PAIR_IDS, PAIRS, TRITON_VARIANTS, calls, configs
 
@@ -54,8 +54,10 @@ def test_error_of_siblings(variant: GemmVariant, data: st.DataObject) -> None:
     assert_no_worse_than_plain(call, call.fused(variant, config, config, keeps))
 
 
-@pytest.mark.parametrize("decoder", ["plain", "prmt"])
-@pytest.mark.parametrize("format", [f.name for f in FORMATS])
+@pytest.mark.parametrize(
+    ("format", "decoder"),
+    [(f.name, d.name) for f in FORMATS for d in f.device_decoders() if d.name in ("plain", "prmt")],
+)
 @settings(max_examples=10)
 @given(data=st.data())
 def test_dense_over_tritons_decoder(format: str, decoder: str, data: st.DataObject) -> None:
@@ -87,7 +89,7 @@ def test_one_hot_rows_give_the_decoded_weight(
 ) -> None:
     """Every config's decoder, to the last bit: one product with 1 and otherwise zeros."""
     dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == dtype)
-    double = format in ("nf4", "fp4")
+    double = double_quantizes(format)
     size = 16 if variant.name == "skinny" else 72
     case = Case((size,), 80, 72, 0, format, 64, double, dtypes, contiguous=True)
     call = case.build()

@@ -12,7 +12,7 @@ from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_n
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import NO_CONFIG, Config
 from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
-from tests.kernels.linear_cases import DTYPES, Call, Case
+from tests.kernels.linear_cases import DTYPES, Call, Case, double_quantizes
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 TRITON_VARIANTS = [variant for variant in VARIANTS if isinstance(variant, TritonVariant)]
@@ -49,7 +49,7 @@ def calls(draw: st.DrawFn, variant: TritonVariant, format: str, target: str = "s
         rank=draw(st.sampled_from([0, 1, 3, 16, 64, 100])),
         format=format,
         block_size=draw(st.sampled_from([32, 64, 256, 4096, "row"])),
-        double_quantize=format in ("nf4", "fp4") and draw(st.booleans()),
+        double_quantize=double_quantizes(format) and draw(st.booleans()),
         dtypes=draw(st.sampled_from(SIXTEEN_BIT)),
         bias=draw(st.booleans()),
         dropout=draw(st.sampled_from([None, None, 0.1, 0.5])),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from qlora_compile.modules.linear import QuantizedLinear
 
 WIDTHS = (8, 4)
@@ -287,7 +288,7 @@ site_specs = st.builds(
     SiteSpec,
     n=st.sampled_from(WIDTHS),
     k=st.sampled_from((8, 8, 4)),
-    format=st.sampled_from(("none", "none", "nf4", "fp4", "int8")),
+    format=st.sampled_from((UNQUANTIZED, UNQUANTIZED, *(each.name for each in FORMATS))),
     bias=st.booleans(),
     trained=st.sampled_from((False,) * 7 + (True,)),
     rank=st.sampled_from((0, 1, 2, 3)),

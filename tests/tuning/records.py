@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from qlora_compile.kernels.formats.formats import FORMATS
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import Record, Timing
@@ -16,6 +18,7 @@ _BY_TYPE: dict[Any, Any] = {
     str: "nf4",
     bool: True,
     torch.dtype: torch.bfloat16,
+    Layout: FORMATS[0].usual_layout((64, 64)),
     tuple[Sibling, ...]: (Sibling(48, 32, True), Sibling(16, 32, False)),
 }
 
@@ -26,17 +29,18 @@ def problem_fields() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(Problem)}
 
 
-def sample_problem(**changed: Any) -> Problem:
+def sample_problem(*, n: int = 64, **changed: Any) -> Problem:
     values = {
         name: get_args(kind)[0] if get_origin(kind) is Literal else _BY_TYPE[kind]
         for name, kind in problem_fields().items()
     }
-    return Problem(**{**values, "device": "cpu", **changed})
+    values |= {"device": "cpu", "layout": values["layout"].with_rows(n), **changed}
+    return Problem(**values)
 
 
 def real_problem(**changed: Any) -> Problem:
     """One that a CPU solves in no time."""
-    values = {"m": 8, "n": 24, "k": 64, "rank": 2, "block_size": 64, "double_quantized": False}
+    values = {"m": 8, "layout": FORMATS[0].layout((24, 64)), "rank": 2}
     dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "lora_dtype", "out_dtype"), torch.float32)
     flags = {"bias": False, "dropout": False, "keeps_low_rank": False, "siblings": ()}
     return sample_problem(**{**values, **dtypes, **flags, **changed})

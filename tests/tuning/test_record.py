@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_compile.errors import QloraCompileError
+from qlora_compile.kernels.formats.formats import FORMATS
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
@@ -33,6 +35,12 @@ BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     torch.dtype: st.sampled_from(list(DTYPES.values())),
 }
 SIBLINGS = st.builds(Sibling, BY_TYPE[int], BY_TYPE[int], BY_TYPE[bool])
+_NAMES = st.from_regex(r"\A\w+\Z")
+BY_TYPE[Layout] = st.builds(
+    lambda format, shape, parameters: Layout.of(format, shape, **parameters),
+    *(_NAMES, st.tuples(BY_TYPE[int], BY_TYPE[int])),
+    st.dictionaries(_NAMES.filter(lambda name: name not in ("format", "shape")), BY_TYPE[int]),
+)
 BY_TYPE[tuple[Sibling, ...]] = st.lists(SIBLINGS, max_size=3).map(tuple)
 PROBLEMS = st.builds(
     Problem,
@@ -106,7 +114,7 @@ BODY = json.loads(LINE)
         ("[" * 100_000, "not JSON"),
         ("[1, 2]", "JSON of something else"),
         ('{"text": "a document"}', "JSON of something else"),
-        (resealed(LINE, qlora_compile_record=2), "it is of version 2, this is 1"),
+        (resealed(LINE, qlora_compile_record=1), "it is of version 1, this is 2"),
         (resealed(LINE, qlora_compile_record=True), "it is of version True"),
         (LINE.replace('"seconds":0.001', '"seconds":0.002'), "does not match its digest"),
         (LINE.replace('"seconds":0.001,', '"seconds":NaN,'), "not JSON compliant"),
@@ -191,6 +199,7 @@ def test_every_field_of_a_key_counts():
         digests.add(key_digest((record.problem, sample_fingerprint(**{field.name: value}))))
     other = {int: 65, str: "cuda", bool: False, torch.dtype: torch.float32}
     other[tuple[Sibling, ...]] = ()
+    other[Layout] = FORMATS[0].layout((64, 64))
     for name, kind in problem_fields().items():
         value = get_args(kind)[1] if get_origin(kind) is Literal else other[kind]
         digests.add(key_digest((sample_problem(**{name: value}), record.fingerprint)))

@@ -223,7 +223,7 @@ def test_what_an_earlier_candidate_left_is_not_taken_for_a_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer(monkeypatch, *VARIANTS[:1], odd_variants.Forgetful())
-    problem = replace(PROBLEM, keeps_low_rank=True, n=4)
+    problem = replace(PROBLEM, keeps_low_rank=True, layout=PROBLEM.layout.with_rows(4))
     with pytest.warns(WrongResultWarning, match="forgetful .* low rank is off by nan"):
         tuner(tmp_path).ensure([problem])
 
@@ -268,7 +268,7 @@ def test_a_process_that_cannot_measure_costs_no_training(
     offer(monkeypatch, odd_variants.Crashing(), *VARIANTS)
     used = tuner(tmp_path)
     with pytest.warns(NotMeasuredWarning, match="exit status 1"):
-        used.ensure([PROBLEM, replace(PROBLEM, n=8)])
+        used.ensure([PROBLEM, replace(PROBLEM, layout=PROBLEM.layout.with_rows(8))])
     assert used.budget <= 0.0
     capfd.readouterr()
 
@@ -314,7 +314,7 @@ def test_without_budget_nothing_is_measured(tmp_path: Path) -> None:
 
 def test_a_budget_ends(tmp_path: Path) -> None:
     used = tuner(tmp_path, budget=1e-6)
-    problems = [replace(PROBLEM, n=n) for n in (8, 16, 24)]
+    problems = [replace(PROBLEM, layout=PROBLEM.layout.with_rows(n)) for n in (8, 16, 24)]
     used.ensure(problems)
     assert used.measurements == 1
     assert [selection.recorded(SOURCE, p) is not None for p in problems] == [True, False, False]
@@ -368,7 +368,7 @@ def test_a_folder_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     used = tuner(tmp_path / "file" / "cache")
     with pytest.warns(RecordWarning) as caught:
-        used.ensure([PROBLEM, replace(PROBLEM, n=8)])
+        used.ensure([PROBLEM, replace(PROBLEM, layout=PROBLEM.layout.with_rows(8))])
     assert len([w for w in caught if issubclass(w.category, RecordWarning)]) == 1
     assert used.measurements == 2
     assert selection.select(PROBLEM, SOURCE).measured is not None
@@ -383,7 +383,7 @@ def test_a_shipped_file_is_read_and_not_written(tmp_path: Path) -> None:
     before = shipped.read_bytes()
     used.ensure([PROBLEM])
     assert used.measurements == 0
-    used.ensure([replace(PROBLEM, n=8)])
+    used.ensure([replace(PROBLEM, layout=PROBLEM.layout.with_rows(8))])
     assert used.measurements == 1
     assert shipped.read_bytes() == before
 
@@ -437,7 +437,9 @@ def test_a_first_run_does_not_count() -> None:
 
 def test_copies_are_the_same_numbers_elsewhere() -> None:
     problem = replace(PROBLEM, direction="backward")
-    first = operands(Problem.of_group([problem, replace(problem, n=8)]))
+    first = operands(
+        Problem.of_group([problem, replace(problem, layout=problem.layout.with_rows(8))])
+    )
     other = first.copied()
     for mine, theirs in zip([first.x, *first.grads], [other.x, *other.grads], strict=True):
         assert torch.equal(mine, theirs)
@@ -448,7 +450,7 @@ def test_copies_are_the_same_numbers_elsewhere() -> None:
 
 def test_a_call_is_measured_with_s_kept_where_that_loses_nothing(tmp_path: Path) -> None:
     dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "out_dtype"), torch.bfloat16)
-    problem = replace(PROBLEM, m=256, n=256, k=256, **dtypes)
+    problem = replace(PROBLEM, m=256, layout=replace(PROBLEM.layout, shape=(256, 256)), **dtypes)
     used = tuner(tmp_path)
     used.ensure_calls([(problem, True), (problem, True)])
     for each in selection.problems_of_call(problem, trains=True):

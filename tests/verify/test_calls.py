@@ -127,7 +127,7 @@ def test_the_specification_is_the_reference(
     call = Call(tuple(linears), *(torch.bfloat16,) * 3, dropout=dropout)
     tensors = []
     for i in range(count):
-        tensors += [*packed[i].planes, lora_a[i], lora_b[i], torch.tensor([scaling[i]])]
+        tensors += [*packed[i].tensors, lora_a[i], lora_b[i], torch.tensor([scaling[i]])]
     ys = specified_linears(torch.float64, x, tensors, mask, str(call))
     expected = [
         linear_reference(

@@ -343,7 +343,7 @@ def test_the_reference_sees_through_packed_weights(
     x = torch.randn(3, k, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(n, dtype=torch.float64, requires_grad=True) if has_bias else None
     call = Call((LinearCall(packed.layout, has_bias),), *(torch.bfloat16,) * 3)
-    tensors = [p.double() if p.is_floating_point() else p for p in packed.planes]
+    tensors = [p.double() if p.is_floating_point() else p for p in packed.tensors]
     tensors += [] if bias is None else [bias]
     (y,) = specified_linears(torch.float64, x, tensors, None, str(call))
     exact = format.dequantize(packed, torch.float32).double()
@@ -384,7 +384,7 @@ def test_the_reference_sees_through_packed_experts(
     linear = LinearCall(packed.layout, bias=True, rank=rank)
     call = Call((linear,), *(torch.bfloat16,) * 3, experts=experts)
     adapter = [*factors, torch.tensor([1.5], dtype=torch.float64)] if rank else []
-    tensors = [offsets, *packed.planes, bias, *adapter]
+    tensors = [offsets, *packed.tensors, bias, *adapter]
     (y,) = specified_experts(torch.float64, x, tensors, None, str(call))
     weight = format.dequantize(packed, torch.float32).double().view(experts, n, k)
     expected = experts_reference(x, offsets, weight, bias, a, b, scaling=1.5)

@@ -17,6 +17,11 @@ class Base(ABC):
         """Whether `module` is a quantised Linear of this library, adopted or not."""
 
     @abstractmethod
+    def format(self, module: Any) -> str | None:
+        """The name of the format that a recognised `module` stores its weight in, adopted or not;
+        None where it is not quantised yet."""
+
+    @abstractmethod
     def obstacle(self, module: Any) -> str | None:
         """Why a recognised `module` cannot be adopted; None if it can."""
 

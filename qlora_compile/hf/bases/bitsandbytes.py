@@ -15,6 +15,12 @@ class BitsAndBytes(Base):
             cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__
         )
 
+    def format(self, module: Any) -> str | None:
+        state = getattr(module.weight, "quant_state", None)
+        if state is not None:
+            return state.quant_type
+        return "int8" if str(module.weight.dtype) == "torch.int8" else None
+
     def obstacle(self, module: Any) -> str | None:
         from qlora_compile.hf.bases import bitsandbytes_layers
 

@@ -14,8 +14,12 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor
 
 from qlora_compile.hf.dora import DoraLayer
+from qlora_compile.kernels.formats.blocks import block_layout
+from qlora_compile.kernels.formats.formats import format_named
+from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.op import quantized_linear
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight, block_layout
+from qlora_compile.kernels.packed import PackedWeight
 
 
 class AdoptedLinear4bit(bnb.nn.Linear4bit):
@@ -27,33 +31,27 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
         return self.product(x, self.bias)
 
     @property
-    def planes(self) -> list[Tensor]:
-        """As `PackedWeight.planes`."""
+    def tensors(self) -> list[Tensor]:
+        """As `PackedWeight.tensors`."""
         state = self.weight.quant_state
         nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
         return [self.weight, state.absmax, *nested]
 
     @property
-    def packed(self) -> PackedWeight:
+    def layout(self) -> str:
+        """The text of the weight's Layout."""
         state, shape = self.weight.quant_state, (self.out_features, self.in_features)
-        return PackedWeight.from_planes(state.quant_type, shape, state.blocksize, self.planes)
+        return _layout(state.quant_type, *shape, state.blocksize, bool(state.nested))
+
+    @property
+    def packed(self) -> PackedWeight:
+        return _packed(self)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] @ Wᵀ + bias."""
-        state = self.weight.quant_state
+        compute_dtype = _compute_dtype(x, self.compute_dtype)
         return quantized_linear(
-            x,
-            self.planes,
-            bias,
-            _layout(
-                state.quant_type,
-                self.out_features,
-                self.in_features,
-                state.blocksize,
-                bool(state.nested),
-            ),
-            compute_dtype=_compute_dtype(x, self.compute_dtype),
-            out_dtype=x.dtype,
+            *(x, self.tensors, bias, self.layout), compute_dtype=compute_dtype, out_dtype=x.dtype
         )
 
 
@@ -68,25 +66,25 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
         return self.product(x, self.bias)
 
     @property
-    def planes(self) -> list[Tensor]:
-        """As `PackedWeight.planes`."""
+    def tensors(self) -> list[Tensor]:
+        """As `PackedWeight.tensors`."""
         assert self.state.SCB is not None
         return [self.weight, self.state.SCB]
 
     @property
+    def layout(self) -> str:
+        """The text of the weight's Layout."""
+        return _layout("int8", self.out_features, self.in_features, self.in_features, False)
+
+    @property
     def packed(self) -> PackedWeight:
-        shape = (self.out_features, self.in_features)
-        return PackedWeight.from_planes("int8", shape, self.in_features, self.planes)
+        return _packed(self)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] @ Wᵀ + bias."""
+        compute_dtype = _compute_dtype(x, x.dtype)
         return quantized_linear(
-            x,
-            self.planes,
-            bias,
-            _layout("int8", self.out_features, self.in_features, self.in_features, False),
-            compute_dtype=_compute_dtype(x, x.dtype),
-            out_dtype=x.dtype,
+            *(x, self.tensors, bias, self.layout), compute_dtype=compute_dtype, out_dtype=x.dtype
         )
 
 
@@ -106,6 +104,11 @@ ADAPTER_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
 @torch.compiler.assume_constant_result
 def _layout(format: str, n: int, k: int, block_size: int, double_quantized: bool) -> str:
     return str(block_layout(format, (n, k), block_size, double_quantized))
+
+
+def _packed(layer: AdoptedLinear4bit | AdoptedLinear8bitLt) -> PackedWeight:
+    layout = Layout.parse(layer.layout)
+    return format_named(layout.format).packed(layout, layer.tensors)
 
 
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:

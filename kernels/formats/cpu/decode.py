@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, compiled, has_compiler
-from qlora_compile.kernels.packed import NESTED_BLOCK_SIZE, PackedWeight
+from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
+from qlora_compile.kernels.packed import PackedWeight
 
 SMALLEST = 1 << 12
 """Weights that are worth the call."""
@@ -163,12 +164,13 @@ def writes(out: Tensor, block_size: int) -> bool:
 def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tensor) -> None:
     """Decodes blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the
     first begins a byte. codebook: float32 [16]."""
-    bytes_per_block = packed.block_size // 2
-    codes = packed.codes.reshape(-1)[first * bytes_per_block :]
-    absmax = packed.absmax.reshape(-1)
-    nested = (packed.nested_codebook, packed.nested_absmax, packed.nested_offset)
-    tables = [codebook if each is None else each for each in nested]
-    sizes = (int(packed.double_quantized), first, out.numel() // packed.block_size, bytes_per_block)
+    block_size = packed.layout.named["block_size"]
+    bytes_per_block = block_size // 2
+    codes, absmax, *nested = (plane.reshape(-1) for plane in packed.tensors)
+    codes = codes[first * bytes_per_block :]
+    # What is not read has to be something.
+    tables = nested or [codebook] * 3
+    sizes = (int(bool(nested)), first, out.numel() // block_size, bytes_per_block)
     kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 5, out.dtype)
     kernel(codes, codebook, absmax, *tables, *sizes, torch.get_num_threads(), out)
 

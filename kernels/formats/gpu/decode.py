@@ -1,20 +1,16 @@
 """Decoders on the device: tiles of packed words to tiles of weights, exact to the last bit.
 
-A decoder is called as `decode(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)`:
-
-- words: int32 [ROWS, COLUMNS / weights per word], bytes in memory order;
-- scales: float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1;
-- state: what `prepare(tables, PROGRAM)` returned outside the loop;
-- PROGRAM: tuple of inline assembly texts for DTYPE, empty for plain Triton.
-
-It returns [ROWS, COLUMNS] of DTYPE: round(float32(code's value) * scale), rounded once, as
-`QuantFormat.dequantize` does on the host.
+They are `decode` and `prepare` of `qlora_compile.kernels.gpu.decoders`. The scales are float32
+[ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1; the state is the offset
+of doubly quantised absmax and what the decoder itself keeps.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
+
+from qlora_compile.kernels.formats.gpu.absmax import loaded_offset
 
 
 @triton.jit
@@ -45,22 +41,22 @@ def grouped(words, scales):
 
 
 @triton.jit
-def prepare_pointer(tables, PROGRAM: tl.constexpr):
-    return tables
+def prepare_nothing(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
+    return loaded_offset(side), 0
 
 
 @triton.jit
-def prepare_nothing(tables, PROGRAM: tl.constexpr):
-    # Triton 3.6 lets no function return None, which is what `tables` is.
-    return 0
+def prepare_pointer(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
+    return loaded_offset(side), side.tables
 
 
 @triton.jit
-def prepare_lane_table(tables, PROGRAM: tl.constexpr):
+def prepare_lane_table(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
     """tables[lane % 16] in every lane's register: a scalar that differs between the lanes."""
-    return tl.inline_asm_elementwise(
-        PROGRAM[0], "=r,l", [tables.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+    lane_table = tl.inline_asm_elementwise(
+        PROGRAM[0], "=r,l", [side.tables.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
     )
+    return loaded_offset(side), lane_table
 
 
 @triton.jit
@@ -72,13 +68,14 @@ def codebook_value(words, SHIFT: tl.constexpr, tables, scales, DTYPE: tl.constex
 def decode_codebook(
     words,
     scales,
-    tables,
+    state,
     PROGRAM: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Plain Triton, for every target: sixteen values in global memory."""
+    tables = state[1]
     words, scales = grouped(words, scales)
     values = join8(
         codebook_value(words, 4, tables, scales, DTYPE),
@@ -129,7 +126,7 @@ def decode_codebook_prmt(
 def decode_codebook_shfl(
     words,
     scales,
-    lane_table,
+    state,
     PROGRAM: tl.constexpr,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -140,7 +137,7 @@ def decode_codebook_shfl(
     w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
         PROGRAM[1],
         "=h,=h,=h,=h,=h,=h,=h,=h,r,r,f",
-        [words, lane_table, scales],
+        [words, state[1], scales],
         dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
         is_pure=True,
         pack=1,

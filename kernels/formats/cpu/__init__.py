@@ -1,0 +1,1 @@
+"""How the shipped formats are encoded and decoded on a CPU, in C++."""

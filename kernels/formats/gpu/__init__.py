@@ -1,0 +1,1 @@
+"""How the shipped formats are decoded in Triton kernels."""

@@ -1,0 +1,57 @@
+"""Which ways of decoding the shipped formats there are, and what each needs."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+
+from qlora_compile.kernels.formats.gpu import absmax, assembly, decode
+from qlora_compile.kernels.gpu.decoders import Decoder
+
+_decoder = partial(Decoder, load=absmax.load_absmax, scale=absmax.scales_of)
+
+
+@functools.cache
+def codebook_decoders(codebook: tuple[float, ...]) -> tuple[Decoder, ...]:
+    """For sixteen values in bitsandbytes' order of nibbles."""
+    return (
+        _decoder("plain", 8, decode.prepare_pointer, decode=decode.decode_codebook),
+        _decoder(
+            "prmt",
+            8,
+            decode.prepare_nothing,
+            decode=decode.decode_codebook_prmt,
+            programs=partial(_table_programs, codebook),
+        ),
+        _decoder(
+            "shfl",
+            8,
+            decode.prepare_lane_table,
+            decode=decode.decode_codebook_shfl,
+            programs=_lane_programs,
+        ),
+    )
+
+
+def _table_programs(codebook: tuple[float, ...], dtype: str) -> tuple[str, ...]:
+    return (assembly.scaled_table(codebook, dtype), assembly.table_lookup())
+
+
+def _lane_programs(dtype: str) -> tuple[str, ...]:
+    return (assembly.LANE_TABLE, assembly.lane_lookup(dtype))
+
+
+def _int8_programs(dtype: str) -> tuple[str, ...]:
+    return (assembly.int8_lookup(dtype),)
+
+
+INT8_DECODERS = (
+    _decoder("plain", 4, decode.prepare_nothing, decode=decode.decode_int8),
+    _decoder(
+        "prmt",
+        4,
+        decode.prepare_nothing,
+        decode=decode.decode_int8_prmt,
+        programs=_int8_programs,
+    ),
+)

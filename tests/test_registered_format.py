@@ -1,0 +1,90 @@
+"""A format that only the tests have is tuned, built and reported as the shipped ones are.
+
+The property suites of tests/kernels range over it because conftest.py registers it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qlora_compile
+from qlora_compile.kernels import selection
+from qlora_compile.kernels.formats.formats import format_named
+from qlora_compile.modules.linear import QuantizedLinear
+from qlora_compile.tuning import tuner as module
+from qlora_compile.tuning.fingerprint import established
+from qlora_compile.tuning.store import RecordStore
+from tests.test_equality import lora, without_inductor
+from tests.toy_models import tokens, toy
+from tests.tuning.records import real_problem
+from tests.tuning.test_tuner import SOURCE, tuner
+from tests.zero_point_format import ZeroPointFormat
+
+__all__ = ["without_inductor"]
+
+ROOT = Path(__file__).parents[1]
+NAME = ZeroPointFormat.name
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_model_is_packed_trained_and_reported() -> None:
+    ids = tokens()
+    stock = toy()
+    ours = qlora_compile.optimize(toy(), lora(), quantize=NAME, verify=True, strict=True).train()
+    loss = ours(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    for name, layer in ours.base_model.model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            weight = stock.get_submodule(name.replace(".base_layer", "")).weight
+            weight.data = layer.dequantize()
+    expected = stock(input_ids=ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    report = qlora_compile.explain(ours)
+    assert not report.mismatches
+    assert {site.format for site in report.sites if site.fused} == {NAME}
+
+
+def test_the_tuner_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "use_measured_cpu", lambda folder: None)
+    problem = real_problem(layout=format_named(NAME).layout((24, 64), block_size=32))
+    tuner(tmp_path).ensure([problem])
+    record = RecordStore(tmp_path).find(problem, established("cpu"))
+    assert record is not None
+    assert record.problem == problem
+    assert selection.select(problem, SOURCE).measured is not None
+
+
+_BUILD = f"""
+import json, sys
+from pathlib import Path
+from qlora_compile.build import build
+from qlora_compile.cli.shapes import parse_shapes
+from qlora_compile.kernels.formats.formats import register
+from qlora_compile.cli.training_problems import problems_of_shapes
+from tests.zero_point_format import ZeroPointFormat
+
+register(ZeroPointFormat())
+problems = problems_of_shapes(parse_shapes("64x128x128x8"), {NAME!r}, dropout=False)
+kernels = build(problems, sys.argv[1], Path(sys.argv[2]), limit=2)
+print(json.dumps([[kernel.name, kernel.variants] for kernel in kernels]))
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_kernels_are_built_for_it(arch: str, tmp_path: Path) -> None:
+    """In a process whose Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", _BUILD, arch, str(tmp_path / "built")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    built = json.loads(done.stdout.splitlines()[-1])
+    assert "dequantize_kernel" in {name for name, _ in built}
