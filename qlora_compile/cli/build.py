@@ -16,7 +16,6 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
-    DEFAULT_FORMAT,
     TRAINED_ROWS,
     DropoutOption,
     FormatOption,
@@ -27,7 +26,7 @@ from qlora_compile.cli.options import (
     require_model_or_shapes,
 )
 from qlora_compile.cli.shapes import parse_shapes
-from qlora_compile.training.model_choice import check_format, quiet_choice
+from qlora_compile.training.model_choice import DEFAULT_FORMAT, check_format, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.build import BuiltKernel

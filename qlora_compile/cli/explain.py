@@ -8,7 +8,6 @@ import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
-    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -16,7 +15,7 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.training.model_choice import quiet_choice
+from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
 
 
 def explain(

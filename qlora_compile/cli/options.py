@@ -8,8 +8,6 @@ import typer
 
 from qlora_compile.errors import ModelOrShapesError
 
-DEFAULT_FORMAT = "nf4"
-
 TRAINED_ROWS = 512
 """Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
 

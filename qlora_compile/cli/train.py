@@ -12,7 +12,6 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
-    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -20,7 +19,7 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.training.model_choice import quiet_choice
+from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
 
 
 def train(

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
-    DEFAULT_FORMAT,
     TRAINED_ROWS,
     DropoutOption,
     FormatOption,
@@ -24,7 +23,7 @@ from qlora_compile.cli.options import (
 from qlora_compile.cli.shapes import parse_shapes
 from qlora_compile.errors import BudgetError, DtypeChoiceError
 from qlora_compile.text_table import text_table
-from qlora_compile.training.model_choice import check_format, quiet_choice
+from qlora_compile.training.model_choice import DEFAULT_FORMAT, check_format, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.kernels.problem import Problem

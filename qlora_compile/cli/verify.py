@@ -10,7 +10,6 @@ import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
-    DEFAULT_FORMAT,
     AlphaOption,
     DropoutOption,
     FormatOption,
@@ -21,7 +20,7 @@ from qlora_compile.cli.options import (
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import read_documents
-from qlora_compile.training.model_choice import DEMO, ModelChoice, quiet_choice
+from qlora_compile.training.model_choice import DEFAULT_FORMAT, DEMO, ModelChoice, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_compile.cli.options import DEFAULT_FORMAT
 from qlora_compile.errors import CausalModelError, FormatChoiceError
 from qlora_compile.training.demo import demo_model_file
 
 DEMO = "demo"
+
+DEFAULT_FORMAT = "nf4"
 
 
 def check_format(name: str) -> None:

@@ -17,12 +17,12 @@ from qlora_compile.errors import (
     OutputDirectoryError,
     ResumeError,
 )
+from qlora_compile.outputs import check_writable, writable_directory
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document, read_documents, split
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format
-from qlora_compile.outputs import check_writable, writable_directory
 from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
 
 if TYPE_CHECKING:
