@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchRuntimeError, Unsupported, UserError
 
 from qlora_compile.hf.blocks import checkpoints
@@ -92,4 +93,4 @@ def _told(hooks: Sequence[Hook]) -> tuple[tuple[str, str, object], ...]:
 
 def _saves_by_hooks() -> bool:
     """Whether something, such as a checkpoint around the block, replaces saved tensors."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _autograd._top_saved_tensors_default_hooks(False) is not None

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -45,6 +45,13 @@ _DYNAMO_SETTINGS = {
 }
 _HOOKED_SETTINGS = _DYNAMO_SETTINGS | SETTINGS
 
+_BEHIND_HOOK = "_old_forward"
+"""Where accelerate's hooks, which are forwards of their own, keep the forward that they call."""
+
+_APART = (
+    "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
+    "a graph break, so call that torch.compile without fullgraph=True"
+)
 _GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
@@ -113,15 +120,21 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        # Someone else's compilation inlines the block. A key-value cache changes shape at every
-        # token, so a block that sees one would recompile until Dynamo gives up. Without a single
-        # row (a head whose logits are not wanted), or a site to fuse, there is nothing to gain.
+        # A key-value cache changes shape at every token, so a block that sees one would recompile
+        # until Dynamo gives up. Without a single row (a head whose logits are not wanted), or a
+        # site to fuse, there is nothing to gain. An exported program has no use for our ops.
         idle = self.sites <= self.kept.keys()
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
-        if torch.compiler.is_compiling() or idle or empty or cached:
+        if idle or empty or cached or torch.compiler.is_exporting():
             return self.kind.module_class.forward(module, *args, **kwargs)
+        return self._apart(*args, **kwargs)
+
+    @torch.compiler.disable(reason=_APART)
+    def _apart(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the block by itself, also where a torch.compile around the model is under way."""
+        module = self.module
         hooks = hooks_inside(module) if has_hooks(module) else ()
         if is_given_by_row((hook.function for hook in hooks), kwargs):
             self.graphs, self.uncompiled = [], _BY_ROW
@@ -130,7 +143,9 @@ class Region:
             self._leave_uncompiled(reason)
             return self.kind.module_class.forward(module, *args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
-        if self.kind.repeated and module.training and torch.is_grad_enabled():
+        # Hooks may ask whether what they see requires a gradient.
+        seen = hooked is not None and hooked.hooks
+        if self.kind.repeated and module.training and torch.is_grad_enabled() and not seen:
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
             # The region sits inside the checkpoint: recomputation runs compiled too.
@@ -140,7 +155,8 @@ class Region:
 
     def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
         if hooked in self.kind.refused:
-            return self._refused(hooked, args, kwargs)
+            self._leave_uncompiled(self.kind.refused[hooked])
+            return self.kind.forward(self.module, *args, **kwargs)
         tuner = tuner_of(self.kind.tune)
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
@@ -156,7 +172,7 @@ class Region:
                 if hooked is None or not hooked.whole or executed:
                     raise
                 self.kind.refused[hooked] = untraced(hooks_inside(self.module))
-                return self._refused(hooked, args, kwargs)
+                return self._run(hooked, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
             self.graphs = self._told(executed)
@@ -174,11 +190,6 @@ class Region:
             return replace(hooked, captured=self.captured)
         self.captured = hooked.captured
         return hooked
-
-    def _refused(self, hooked: HookedRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the block as stock does, where Dynamo has refused to trace it with its hooks."""
-        self._leave_uncompiled(self.kind.refused[hooked])
-        return self.kind.forward(self.module, *args, **kwargs)
 
     def _leave_uncompiled(self, reason: str) -> None:
         self.graphs, self.uncompiled = [], reason
@@ -250,18 +261,24 @@ def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
-    module.forward = region
+    if _BEHIND_HOOK in module.__dict__:
+        setattr(module, _BEHIND_HOOK, region)
+    else:
+        module.forward = region
     return region
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives `module` back the forward of its class."""
-    del module.forward
+    if isinstance(module.__dict__.get("forward"), Region):
+        del module.forward
+    else:
+        setattr(module, _BEHIND_HOOK, MethodType(type(module).forward, module))
 
 
 def region_of(module: nn.Module) -> Region | None:
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, Region) else None
+    forwards = (module.__dict__.get(name) for name in ("forward", _BEHIND_HOOK))
+    return next((forward for forward in forwards if isinstance(forward, Region)), None)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -45,14 +45,14 @@ def _donated_buffers() -> Iterator[None]:
 FAULTS = (
     Fault(
         "hooks are ignored",
-        lambda: mock.patch.object(regions, "has_hooks", lambda block: False),
+        lambda: mock.patch.object(regions, "has_hooks", return_value=False),
         (Hook, Unhook, Batch),
         "differs by|only stock has",
     ),
     Fault("buffers are donated", _donated_buffers, (Backward,), "donated buffers"),
     Fault(
         "trained Linears are packed",
-        lambda: mock.patch.object(full_training, "trained_in_full", lambda model: set()),
+        lambda: mock.patch.object(full_training, "trained_in_full", return_value=set()),
         (Batch,),
         "only stock has",
     ),
