@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import compile_regions
+from tests.test_regions import calls
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
@@ -17,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 import qlora_compile
 from bench.agreement import distance, training_step
 from tests.test_equality import FLOAT32_TOLERANCE, build, without_inductor
-from tests.test_regions import calls
 from tests.toy_models import tokens
 
 __all__ = ["calls", "without_inductor"]
