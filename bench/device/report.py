@@ -49,7 +49,8 @@ _KINDS: dict[str, Callable[[Entry], list[str]]] = {
 
 def told(title: str, found: Entry) -> list[str]:
     """One part."""
-    return [f"## {title}", "", *_KINDS[found["kind"]](found), ""]
+    note = [found["note"], ""] if "note" in found else []
+    return [f"## {title}", "", *note, *_KINDS[found["kind"]](found), ""]
 
 
 def headline(record: Entry) -> str:
