@@ -53,7 +53,7 @@ def command(
     record = where(commit)
     shown: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for part in map(toy, PARTS) if dry else PARTS:
+        for part in dict.fromkeys(map(toy, PARTS)) if dry else PARTS:
             left = until - time.monotonic()
             if left < LEAST:
                 shown[part.title] = {"kind": "left out", "why": "not begun: out of time"}

@@ -121,12 +121,12 @@ PARTS: tuple[Part, ...] = (
 
 
 def toy(part: Part) -> Part:
-    """The same on a CPU, small and not timed."""
+    """The same on a CPU, small and not timed. Of one model all batches become the same."""
     if isinstance(part, Race):
-        setting = part.setting
-        hidden = 512 if setting.model == EXPERTS else 128
-        size = {"layers": 2, "hidden": hidden, "vocabulary": 512, "length": setting.length // 64}
-        return replace(part, setting=replace(setting, device="cpu", **size), steps=3, timed=False)
+        hidden = 512 if part.setting.model == EXPERTS else 128
+        size = {"layers": 2, "hidden": hidden, "vocabulary": 512, "batch_size": 2, "length": 16}
+        setting = replace(part.setting, device="cpu", **size)
+        return replace(part, setting=setting, steps=3, timed=False)
     if isinstance(part, Op):
         return replace(part, device="cpu", problems=((16, 256, 128),))
     return part
