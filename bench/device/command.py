@@ -18,7 +18,7 @@ import typer
 
 from bench.device.begun import BEGUN
 from bench.device.parts import PARTS, toy
-from bench.device.report import headline, told
+from bench.device.report import failures, headline, told
 from bench.device.results import RESULTS, keep, where
 
 MARGIN = 6.0
@@ -31,7 +31,11 @@ LEAST = 10.0
 def command(
     seconds: Annotated[float, typer.Option(help="Everything has ended by then.")] = 540.0,
     dry: Annotated[
-        bool, typer.Option("--dry", help="On the CPU, at toy size, untimed; nothing is kept.")
+        bool,
+        typer.Option(
+            "--dry",
+            help="On the CPU, at toy size, untimed: fails if anything does; nothing is kept.",
+        ),
     ] = False,
     commit: Annotated[str | None, typer.Option(help="What is measured, without git.")] = None,
     results: Annotated[Path, typer.Option(help="The folder of device.{md,json}.")] = RESULTS,
@@ -66,6 +70,10 @@ def command(
     typer.echo(f"# {headline(record)}\n")
     for title, found in shown.items():
         typer.echo("\n".join(told(title, found)))
+    wrong = [f"{title}: {each}" for title, found in shown.items() for each in failures(found)]
+    if dry and wrong:
+        typer.echo("\n".join(["The dry run failed:", *wrong]), err=True)
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from bench.device.op import BASELINE
 from bench.peers.race import Run
 from bench.peers.settings import Setting
-from bench.peers.table import section
+from bench.peers.table import disagreement, section
 
 Entry = dict[str, Any]
 
@@ -50,7 +50,24 @@ _KINDS: dict[str, Callable[[Entry], list[str]]] = {
 def told(title: str, found: Entry) -> list[str]:
     """One part."""
     note = [found["note"], ""] if "note" in found else []
-    return [f"## {title}", "", *note, *_KINDS[found["kind"]](found), ""]
+    body = "\n".join([*note, *_KINDS[found["kind"]](found)])
+    return [f"## {title}", "", *body.strip().splitlines(), ""]
+
+
+def failures(found: Entry) -> list[str]:
+    """What keeps a dry run from being a proof."""
+    match found["kind"]:
+        case "correctness":
+            stopped = ["pytest: out of time"] * found["stopped"]
+            return [*found["bad"], *stopped, *filter(None, [found["wrong"]])]
+        case "race":
+            runs = [Run(**run) for run in found["runs"]]
+            lost = [f"{run.name}: {run.failed}" for run in runs if run.failed]
+            return [*lost, *disagreement(runs)]
+        case "op":
+            return [found["failed"]] if found["failed"] else []
+        case _:
+            return [found["why"]]
 
 
 def headline(record: Entry) -> str:

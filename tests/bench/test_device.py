@@ -22,7 +22,7 @@ from bench.device.correctness import outcomes
 from bench.device.op import BASELINE, measured
 from bench.device.parts import PARTS, Part, Race, toy
 from bench.device.race import race
-from bench.device.report import told
+from bench.device.report import failures, told
 from bench.peers import contenders
 from bench.peers.contenders import CONTENDERS, OURS, STOCK, Contender
 from bench.peers.race import Process, Run
@@ -136,6 +136,30 @@ def test_a_run_replaces_its_own_parts_alone(runs: list[tuple[dict[str, Any], Any
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (entry(trained(OURS, 3.0), trained(STOCK, 3.0)), []),
+        (
+            entry(trained(OURS, 3.0), trained(STOCK, 3.0), Run("Unsloth", failed="x")),
+            ["Unsloth: x"],
+        ),
+        (entry(trained(OURS, 4.0), trained(STOCK, 3.0)), ["losses are 33.3% from"]),
+        ({"kind": "correctness", **outcomes("a.py::b PASSED", 0)}, []),
+        ({"kind": "correctness", **outcomes("a.py::b FAILED", 1)}, ["a.py::b"]),
+        ({"kind": "correctness", **outcomes("a.py::b PASSED", None)}, ["out of time"]),
+        ({"kind": "correctness", **outcomes("no such option", 4)}, ["no such option"]),
+        ({"kind": "op", "results": [], "failed": ""}, []),
+        ({"kind": "op", "results": [], "failed": "killed"}, ["killed"]),
+        ({"kind": "left out", "why": "not begun"}, ["not begun"]),
+    ],
+)
+def test_a_dry_run_fails_for_whatever_fails(found: dict[str, Any], why: list[str]) -> None:
+    wrong = failures(found)
+    assert len(wrong) == len(why)
+    assert all(part in line for part, line in zip(why, wrong, strict=True))
+
+
 def test_results_are_told_by_card(tmp_path: Path) -> None:
     for card in ("NVIDIA H100", "NVIDIA H200", "NVIDIA H100"):
         parts = {"race": entry(trained(OURS, 3.0), trained(STOCK, 3.0))}
@@ -224,7 +248,7 @@ class Slow(Part):
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
-        (300, ["took 147 s", "took 74 s", "took 60 s", "not begun: out of time"]),
+        (300, ["took 147 s", "took 74 s", "took 60 s", "took 14 s"]),
         (100, ["took 60 s", "took 34 s", "not begun: out of time", "not begun: out of time"]),
         (60, ["took 54 s", *["not begun: out of time"] * 3]),
         (1, ["not begun: out of time"] * 4),
@@ -239,7 +263,7 @@ def test_the_command_ends_in_time_with_a_table(
         monkeypatch.setattr(command, name, value)
     done = CliRunner().invoke(APP, ["--dry", "--seconds", str(seconds)])
     assert clock.now <= 100 + max(seconds - command.MARGIN, 0)
-    table = done.output[done.output.index("# no GPU") :]
+    table = done.stdout[done.stdout.index("# no GPU") :]
     found = [line for line in table.splitlines() if line and not line.startswith("#")]
     assert found == told
 
