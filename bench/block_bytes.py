@@ -40,7 +40,7 @@ from transformers import LlamaConfig
 
 import qlora_compile
 from bench.allocations import allocation_sizes, event_tree
-from bench.random_llama import random_llama
+from bench.random_model import random_model
 from bench.stock import with_bitsandbytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,7 +105,7 @@ def block_bytes(setting: Setting, ours: bool) -> tuple[Counter[str], Counter[str
 
 
 def _model(setting: Setting, ours: bool) -> Any:
-    model = random_llama(LlamaConfig(vocab_size=64, num_hidden_layers=1, **SHAPE))
+    model = random_model(LlamaConfig(vocab_size=64, num_hidden_layers=1, **SHAPE))
     lora = LoraConfig(r=RANK, lora_dropout=setting.dropout, target_modules="all-linear")
     if ours:
         model = qlora_compile.optimize(model, lora, quantize="nf4", tune="model")

@@ -1,4 +1,4 @@
-"""What some code allocates and launches on a GPU."""
+"""What some code allocates, launches and computes on a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 class OnGpu(NamedTuple):
     """most: bytes the device holds at a time, all told. held: how many more than before at the end,
-    where what the code returned counts. kernels: launched."""
+    where what the code returned counts. kernels: launched. seconds: of all kernels and copies."""
 
     most: int
     held: int
     kernels: int
+    seconds: float
 
 
 def on_gpu(run: Callable[[], Any]) -> OnGpu:
@@ -29,8 +30,7 @@ def on_gpu(run: Callable[[], Any]) -> OnGpu:
         torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() - before
     del result
-    kernels = sum(
-        event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-        for event in profiler.events() or ()
-    )
-    return OnGpu(torch.cuda.max_memory_allocated(), held, kernels)
+    events = [each for each in profiler.events() or () if each.device_type == DeviceType.CUDA]
+    kernels = sum(not each.name.startswith(("Memcpy", "Memset")) for each in events)
+    seconds = sum(each.time_range.elapsed_us() for each in events) / 1e6
+    return OnGpu(torch.cuda.max_memory_allocated(), held, kernels, seconds)

@@ -2,9 +2,9 @@
 
 The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
 steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
-dense weights. Prints the figures and writes bench/results/peers.{md,json,png}, or peers_cuda where
-torch sees a GPU; settings that did not run keep what they had. Without an agreement of the losses
-no speed is told.
+dense weights. Everything runs on the CPU; `make device` is for GPUs. Prints the figures and writes
+bench/results/peers.{md,json,png}; settings that did not run keep what they had. Without an
+agreement of the losses no speed is told.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Annotated
 import typer
 
 from bench.measured_on import in_words, measured_on
-from bench.peers.contenders import CONTENDERS, OURS, STOCK
+from bench.peers.contenders import CONTENDERS, NEEDS_GPU, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
-from bench.peers.settings import DEVICE, SETTINGS, Setting
+from bench.peers.settings import SETTINGS, Setting
 from bench.peers.table import section
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -39,10 +39,11 @@ def main(
     base: Annotated[str | None, typer.Option(help="A commit to compare ours with, too.")] = None,
 ) -> None:
     """Compare step time, memory and losses with the peers'."""
+    known = [name for name in CONTENDERS if name not in NEEDS_GPU]
     for name in names or ():
-        if name not in CONTENDERS:
-            raise typer.BadParameter(f"{name!r}; there are {', '.join(CONTENDERS)}")
-    chosen = [each for each in CONTENDERS if not names or each in names]
+        if name not in known:
+            raise typer.BadParameter(f"{name!r}; there are {', '.join(known)}")
+    chosen = [each for each in known if not names or each in names]
     chosen = list(dict.fromkeys([OURS, STOCK, *chosen]))
     settings = [SETTINGS[number] for number in setting or range(len(SETTINGS))]
     results: list[tuple[Setting, list[Run]]] = []
@@ -66,8 +67,7 @@ def main(
 def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     """Writes the results, each with what it was measured on, in place of earlier ones of its
     setting."""
-    name = "peers" if DEVICE == "cpu" else f"peers_{DEVICE}"
-    file = RESULTS / f"{name}.json"
+    file = RESULTS / "peers.json"
     known = json.loads(file.read_text()) if file.exists() else []
     entries = {Setting(**each["setting"]): each for each in known}
     for setting, runs in results:
@@ -79,8 +79,8 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
         *("# Beside the peers", ""),
         "By `make bench`: bfloat16, NF4 where not said otherwise, rank 16 on all linears, steps in",
         "turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
-        "beyond weights, adapters and the optimiser's state. Launched: kernels of a GPU, operators",
-        "that call no other on a CPU.",
+        "beyond weights, adapters and the optimiser's state. Launched: operators that call no",
+        "other.",
         "",
     ]
     shown = []
@@ -89,8 +89,8 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
         title, *rest = section(*shown[-1])
         steps = max(len(run.seconds) for run in shown[-1][1])
         lines += [title, "", f"{steps} steps of each; {in_words(entry)}.", *rest]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines))
-    plot(shown, RESULTS / f"{name}.png")
+    file.with_suffix(".md").write_text("\n".join(lines))
+    plot(shown, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

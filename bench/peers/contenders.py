@@ -5,8 +5,9 @@ from __future__ import annotations
 # What only some contenders need is not installed beside the others.
 # pyright: reportMissingImports=false
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,32 +15,51 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qlora_compile
+from bench.device.carried import CARRIED
 from bench.peers.floor import Floor
-from bench.peers.settings import ALPHA, DEVICE, Setting
+from bench.peers.settings import ALPHA, EXPERTS, Setting
+from bench.peers.unsloth import ENVIRONMENT, unsloth
 from bench.stock import with_bitsandbytes
 
 OURS, STOCK, STOCK_COMPILED = "qlora_compile", "PEFT + bnb", "PEFT + bnb, compiled"
 UNQUANTISED, FLOOR = "PEFT, unquantised", "floor"
+UNSLOTH, UNSLOTH_GRAPHS = "Unsloth", "Unsloth, CUDA graphs of blocks"
+
+PEERS = Path(__file__).parents[2] / ".venv" / "peers"
+"""Where `make bench` installs what only some contenders need."""
+
+NEEDS_GPU = (UNSLOTH, UNSLOTH_GRAPHS)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """build: of the plain model. needs: a package that has to be installed. family: losses of one
-    family, which share the base weights' rounding, have to agree."""
+    """build: of the plain model. family: losses of one family, which share the base weights'
+    rounding, have to agree. needs: a package that has to be installed, or to lie in one of
+    `folders`, which only this contender has on its path. module, environment: what its process
+    runs, and with which variables."""
 
     name: str
     build: Callable[[Any, Setting], Any]
     family: str = "nf4"
     needs: str | None = None
+    folders: tuple[Path, ...] = ()
+    module: str = "bench.peers.worker"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> bool:
-        return self.needs is not None and importlib.util.find_spec(self.needs) is None
+        if self.needs is None or any((each / self.needs).exists() for each in self.folders):
+            return False
+        return importlib.util.find_spec(self.needs) is None
 
 
 def lora(setting: Setting, modules: set[str] | None = None) -> LoraConfig:
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
     return LoraConfig(
-        r=setting.rank, lora_alpha=ALPHA, target_modules=list(modules or ()) or "all-linear"
+        r=setting.rank,
+        lora_alpha=ALPHA,
+        target_modules=list(modules or ()) or "all-linear",
+        target_parameters=experts if setting.model == EXPERTS else None,
     )
 
 
@@ -81,22 +101,39 @@ def _hqq(model: Any, setting: Setting) -> Any:
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear is not model.get_output_embeddings():
             parent, _, leaf = name.rpartition(".")
-            layer = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device=DEVICE)
+            layer = HQQLinear(
+                linear, config, compute_dtype=linear.weight.dtype, device=setting.device
+            )
             setattr(model.get_submodule(parent), leaf, layer)
             replaced.add(leaf)
     # "all-linear" does not see HQQ's layers.
     return get_peft_model(model, lora(setting, replaced))
 
 
+_BITSANDBYTES: Any = {"needs": "bitsandbytes", "folders": (CARRIED / "bitsandbytes",)}
+_UNSLOTH: Any = {
+    "needs": "unsloth",
+    "folders": (CARRIED / "unsloth", CARRIED / "bitsandbytes"),
+    "module": "bench.peers.unsloth_worker",
+    "environment": ENVIRONMENT,
+}
+
 CONTENDERS = {
     each.name: each
     for each in (
         Contender(OURS, _ours),
-        Contender(STOCK, _stock),
-        Contender(STOCK_COMPILED, _compiled),
+        Contender(STOCK, _stock, **_BITSANDBYTES),
+        Contender(STOCK_COMPILED, _compiled, **_BITSANDBYTES),
         Contender(UNQUANTISED, _unquantised, family="none"),
-        Contender("PEFT + torchao int8", _torchao, family="int8", needs="torchao"),
-        Contender("PEFT + HQQ", _hqq, family="hqq", needs="hqq"),
+        Contender(
+            "PEFT + torchao int8", _torchao, family="int8", needs="torchao", folders=(PEERS,)
+        ),
+        Contender("PEFT + HQQ", _hqq, family="hqq", needs="hqq", folders=(PEERS,)),
         Contender(FLOOR, Floor, family="floor"),
+        Contender(UNSLOTH, unsloth, **_UNSLOTH),
+        replace(
+            Contender(UNSLOTH_GRAPHS, unsloth, **_UNSLOTH),
+            environment=ENVIRONMENT | {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"},
+        ),
     )
 }

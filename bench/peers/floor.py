@@ -15,9 +15,6 @@ from torch.nn import functional
 
 from bench.peers.settings import Setting
 
-ADAPTER_DTYPE = torch.float32
-"""PEFT's, for a model in bfloat16."""
-
 
 def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)
@@ -26,13 +23,17 @@ def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class _Products:
     """All products of one Linear and its adapter, forward and backward, into memory made once."""
 
-    def __init__(self, weight: Tensor, rows: int, rank: int, *, first: bool) -> None:
+    def __init__(self, weight: Tensor, setting: Setting, *, first: bool) -> None:
         (n, k), dtype = weight.shape, weight.dtype
+        rows, rank = setting.tokens, setting.rank
+        # PEFT's adapters of a model in bfloat16 are float32, and so are their products outside
+        # autocast.
+        wide = dtype if setting.autocast else torch.float32
         normal = partial(_normal, device=weight.device)
         self.weight, self.first = weight, first
         self.x, self.grad = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
-        self.wide_x, self.wide_grad = self.x.to(ADAPTER_DTYPE), self.grad.to(ADAPTER_DTYPE)
-        self.a, self.b = normal(rank, k, dtype=ADAPTER_DTYPE), normal(n, rank, dtype=ADAPTER_DTYPE)
+        self.wide_x, self.wide_grad = self.x.to(wide), self.grad.to(wide)
+        self.a, self.b = normal(rank, k, dtype=wide), normal(n, rank, dtype=wide)
         self.low = self.wide_x @ self.a.t()
         self.y, self.wide_y = torch.empty_like(self.grad), torch.empty_like(self.wide_grad)
         self.grad_x, self.wide_grad_x = torch.empty_like(self.x), torch.empty_like(self.wide_x)
@@ -67,10 +68,7 @@ class Floor:
                     first = layer == 0 and name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
                     key = (first, tuple(linear.weight.shape))
                     if key not in shapes:
-                        products = _Products(
-                            linear.weight.detach(), setting.tokens, setting.rank, first=first
-                        )
-                        shapes[key] = products
+                        shapes[key] = _Products(linear.weight.detach(), setting, first=first)
                     self.products.append((shapes[key], linear.weight.detach()))
         heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         shape = (setting.batch_size, heads, setting.length, width)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,8 +21,10 @@ from bench.peers.contenders import CONTENDERS, OURS
 from bench.peers.settings import Setting
 
 ROOT = Path(__file__).parents[2]
-PEERS = ROOT / ".venv" / "peers"
-"""Where the packages are that only some contenders need."""
+
+
+class OutOfTimeError(RuntimeError):
+    """A contender did not answer before the comparison has to end."""
 
 
 @dataclass
@@ -25,8 +32,9 @@ class Run:
     """What was measured of one contender. build, first: seconds of making the model and of its
     first step, with empty caches. stored: bytes of its parameters and buffers. peak, saved: bytes
     that a step holds at most, and from its forward to its backward, beyond these and the
-    optimiser's. launched: operators that ran without calling others, or a GPU's kernels. failed:
-    what went wrong, else empty."""
+    optimiser's. launched: operators that ran without calling others, or a GPU's kernels.
+    device_seconds, allocated: of a GPU, what a step's kernels and copies take, and all bytes that
+    it holds at most. failed: what went wrong, else empty."""
 
     name: str
     build: float = 0.0
@@ -35,20 +43,36 @@ class Run:
     peak: int = 0
     saved: int = 0
     launched: int = 0
+    device_seconds: float = 0.0
+    allocated: int = 0
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     failed: str = ""
 
+    def describe(self, found: dict[str, Any]) -> None:
+        """Takes over what a contender's process says of a step."""
+        for what in ("peak", "saved", "launched", "device_seconds", "allocated"):
+            setattr(self, what, found.get(what, 0))
+
 
 class Process:
-    """One contender's process, of this working tree or of another one at `root`."""
+    """Python running a module, which answers a line of JSON with a line of JSON. folder: for its
+    log and its caches. folders: of packages that it alone has. root: of the working tree."""
 
-    def __init__(self, name: str, setting: Setting, steps: int, folder: Path, root: Path) -> None:
-        folder.mkdir(parents=True)
+    def __init__(
+        self,
+        module: str,
+        folder: Path,
+        folders: Iterable[Path] = (),
+        environment: Mapping[str, str] | None = None,
+        root: Path = ROOT,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
-        path = os.environ.get("PYTHONPATH")
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(root), str(PEERS), *filter(None, [path])]),
+        path = [root, *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = os.environ | {
+            **(environment or {}),
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
             "QLORA_COMPILE_CACHE": str(folder / "cache"),
@@ -56,28 +80,45 @@ class Process:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.peers.worker"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 cwd=root,
-                env=environment,
+                env=variables,
             )
-        order = {"contender": name, "setting": asdict(setting), "steps": steps}
-        self.built = self.ask(order)
 
-    def ask(self, order: Any) -> dict[str, Any]:
-        """The answer to `order`. Raises RuntimeError without one: with the signal that killed the
-        process, or else the last line of its log."""
-        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
-        line = ""
-        try:
+    @classmethod
+    def of(
+        cls, name: str, setting: Setting, batches: int, folder: Path, root: Path = ROOT
+    ) -> Process:
+        """A contender's. Its first answer says how long making the model took."""
+        contender = CONTENDERS[name]
+        process = cls(contender.module, folder, contender.folders, contender.environment, root)
+        process.send({"contender": name, "setting": asdict(setting), "batches": batches})
+        return process
+
+    def ask(self, order: Any, until: float = math.inf) -> dict[str, Any]:
+        """The answer to `order`."""
+        self.send(order)
+        return self.receive(until)
+
+    def send(self, order: Any) -> None:
+        stdin = _pipe(self.process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # `receive` says why it ended.
             stdin.write(json.dumps(order) + "\n")
             stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            pass
+
+    def receive(self, until: float = math.inf) -> dict[str, Any]:
+        """The next answer. Raises RuntimeError without one: with the signal that killed the
+        process, or else the last line of its log. until: by time.monotonic, when it is too late."""
+        stdout = _pipe(self.process.stdout)
+        # There is one answer to an order, so no line waits in a buffer that select does not see.
+        wait = None if until == math.inf else max(until - time.monotonic(), 0.0)
+        if not select.select([stdout], [], [], wait)[0]:
+            raise OutOfTimeError("out of time")
+        line = stdout.readline()
         if not line:
             code = self.process.wait()
             if code < 0:
@@ -108,37 +149,46 @@ def race(setting: Setting, names: list[str], steps: int, base: Path | None = Non
             for index, name in enumerate(chosen):
                 runs[name] = run = Run(name)
                 contender = OURS if name == "base" else name
-                if CONTENDERS[contender].missing and not PEERS.exists():
+                if CONTENDERS[contender].missing:
                     run.failed = f"{CONTENDERS[contender].needs} is not installed"
                     continue
                 root = base if name == "base" and base is not None else ROOT
                 try:
-                    process = Process(contender, setting, steps, Path(folder) / str(index), root)
+                    process = Process.of(contender, setting, steps, Path(folder) / str(index), root)
                     processes[name] = process
+                    built = process.receive()
                     first = process.ask(("step", 0))
-                    described = process.ask(("describe", 0))
+                    run.describe(process.ask(("describe", 0)))
                 except RuntimeError as error:
                     run.failed = str(error)
                     continue
-                run.build, run.first = process.built["seconds"], first["seconds"]
-                run.stored = process.built.get("stored", 0)
-                for what in ("peak", "saved", "launched"):
-                    setattr(run, what, described.get(what, 0))
-            racing = [name for name, run in runs.items() if not run.failed]
-            for step in range(1, steps):
-                turn = step % len(racing)
-                for name in racing[turn:] + racing[:turn]:
-                    if runs[name].failed:
-                        continue
-                    try:
-                        answer = processes[name].ask(("step", step))
-                    except RuntimeError as error:
-                        runs[name].failed = str(error)
-                        continue
-                    runs[name].seconds.append(answer["seconds"])
-                    if answer["loss"] is not None:
-                        runs[name].losses.append(answer["loss"])
+                run.build, run.first = built["seconds"], first["seconds"]
+                run.stored = built.get("stored", 0)
+            take_turns(runs, processes, steps)
         finally:
             for process in processes.values():
                 process.close()
     return list(runs.values())
+
+
+def take_turns(
+    runs: dict[str, Run], processes: dict[str, Process], steps: int, until: float = math.inf
+) -> None:
+    """The steps after the first, of every contender that has not failed. until: by time.monotonic,
+    when they end."""
+    racing = [name for name, run in runs.items() if not run.failed]
+    for step in range(1, steps):
+        turn = step % max(len(racing), 1)
+        for name in racing[turn:] + racing[:turn]:
+            if runs[name].failed:
+                continue
+            try:
+                answer = processes[name].ask(("step", step), until)
+            except OutOfTimeError:
+                return
+            except RuntimeError as error:
+                runs[name].failed = str(error)
+                continue
+            runs[name].seconds.append(answer["seconds"])
+            if answer["loss"] is not None:
+                runs[name].losses.append(answer["loss"])

@@ -1,4 +1,4 @@
-"""What is trained in the comparison, in bfloat16: on a CPU two models, two batches each."""
+"""What is trained in a comparison, in bfloat16: the models, and the settings of `make bench`."""
 
 from __future__ import annotations
 
@@ -7,71 +7,96 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from bench.random_llama import random_llama
+from bench.random_model import random_model
 from bench.run import batches
 from qlora_compile.hf import loading
 from qlora_compile.training.demo import demo_model_file
 
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMOLLM2, STACK, LARGE_STACK = "SmolLM2-135M", "Llama block stack", "Llama-3-8B block stack"
-_SHAPES = {STACK: (2048, 8192, 32, 8), LARGE_STACK: (4096, 14336, 32, 8)}
-"""Llama-3.2-1B's blocks and Llama-3-8B's: hidden and intermediate size, heads, key-value heads."""
+SMOLLM2, STACK = "SmolLM2-135M", "Llama block stack"
+LLAMA_1B, LLAMA_8B, EXPERTS = "Llama-3.2-1B", "Llama-3-8B", "Qwen3-30B-A3B"
+_SHAPES = {
+    STACK: (2048, 8192, 32, 8, 4096),
+    LLAMA_1B: (2048, 8192, 32, 8, 128256),
+    LLAMA_8B: (4096, 14336, 32, 8, 128256),
+    EXPERTS: (2048, 6144, 32, 4, 151936),
+}
+"""Hidden and intermediate size, heads, key-value heads, vocabulary. The stack has the blocks of
+Llama-3.2-1B and a small vocabulary, for the blocks are what is compared there."""
 
-_VOCABULARY = 4096
-"""A small one, for the blocks are what is compared here."""
+_EXPERT_SIZE = 768
+"""The intermediate size of one expert."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """layers, hidden, rank: of a stack, for scaling curves; its own width without `hidden`."""
+    """layers, hidden, vocabulary, rank: of a model with random weights; without `hidden` and
+    `vocabulary` it has its own.
+    autocast: to bfloat16, as the HF Trainer does with `bf16=True`."""
 
     model: str
     batch_size: int
     length: int
     layers: int = 4
     hidden: int | None = None
+    vocabulary: int | None = None
     rank: int = RANK
+    device: str = "cpu"
+    autocast: bool = False
+    checkpointing: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.batch_size} x {self.length}"
+        layers = f", {self.layers} layers" if self.model in (LLAMA_1B, LLAMA_8B, EXPERTS) else ""
+        checkpointing = ", checkpointing" if self.checkpointing else ""
+        return f"{self.model}{layers}, {self.batch_size} x {self.length}{checkpointing}"
 
     @property
     def tokens(self) -> int:
         return self.batch_size * self.length
 
 
-_ON_CPU = tuple(
+SETTINGS = tuple(
     Setting(model, *batch) for model in (SMOLLM2, STACK) for batch in ((2, 256), (4, 512))
 )
-SETTINGS = _ON_CPU if DEVICE == "cpu" else (Setting(STACK, 4, 512), Setting(LARGE_STACK, 4, 2048))
 
 
 def base_model(setting: Setting) -> Any:
     """The model in bfloat16, the same in every process."""
     if setting.model == SMOLLM2:
-        return loading.load_model(demo_model_file(), dtype=torch.bfloat16).to(DEVICE)
-    shape = _SHAPES[setting.model]
+        return loading.load_model(demo_model_file(), dtype=torch.bfloat16).to(setting.device)
+    model = random_model(_config(setting), setting.device)
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _config(setting: Setting) -> PreTrainedConfig:
+    *shape, _ = _SHAPES[setting.model]
     scale = (setting.hidden or shape[0]) / shape[0]
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    sizes = {name: max(int(size * scale), 1) for name, size in zip(names, shape, strict=True)}
-    config = LlamaConfig(
-        num_hidden_layers=setting.layers,
-        vocab_size=_VOCABULARY,
-        tie_word_embeddings=True,
-        **sizes,  # pyright: ignore[reportArgumentType]
-    )
-    return random_llama(config, DEVICE)
+    sizes: dict[str, Any] = {
+        name: max(int(size * scale), 1) for name, size in zip(names, shape, strict=True)
+    }
+    sizes |= {"num_hidden_layers": setting.layers, "vocab_size": _vocabulary(setting)}
+    sizes["max_position_embeddings"] = 8192
+    if setting.model == EXPERTS:
+        sizes |= {"moe_intermediate_size": int(_EXPERT_SIZE * scale), "head_dim": 128}
+        return Qwen3MoeConfig(**sizes)
+    return LlamaConfig(**sizes, tie_word_embeddings=setting.model != LLAMA_8B)
 
 
-def data(setting: Setting, steps: int) -> list[Tensor]:
-    """int64 [batch_size, length] for each step: text for a pretrained model, else random tokens."""
+def _vocabulary(setting: Setting) -> int:
+    return setting.vocabulary or _SHAPES[setting.model][-1]
+
+
+def data(setting: Setting, count: int) -> list[Tensor]:
+    """`count` batches, int64 [batch_size, length]: text for a pretrained model, else random."""
     if setting.model == SMOLLM2:
-        texts, _ = batches(steps, setting.batch_size, setting.length)
-        return [ids.to(DEVICE) for ids in texts]
+        texts, _ = batches(count, setting.batch_size, setting.length)
+        return [ids.to(setting.device) for ids in texts]
     generator = torch.Generator().manual_seed(1)
     size = (setting.batch_size, setting.length)
-    rows = (torch.randint(_VOCABULARY, size, generator=generator) for _ in range(steps))
-    return [ids.to(DEVICE) for ids in rows]
+    rows = (torch.randint(_vocabulary(setting), size, generator=generator) for _ in range(count))
+    return [ids.to(setting.device) for ids in rows]

@@ -19,7 +19,8 @@ PEAK_TARGET, FIRST_TARGET = 0.6, 0.35
 
 HEADER = (
     *("contender", "step s, median", "quartiles", "tokens/s", "ours / this", "95 % of it"),
-    *("made in s", "first step s", "peak MB", "saved MB", "stored MB", "launched", "last loss"),
+    *("device s", "made in s", "first step s", "peak MB", "saved MB", "stored MB", "allocated MB"),
+    *("launched", "last loss"),
 )
 
 
@@ -46,48 +47,54 @@ def ratios(runs: list[Run], other: str) -> list[float]:
     return [a / b for a, b in zip(by_name[OURS].seconds, by_name[other].seconds, strict=False)]
 
 
-def section(setting: Setting, runs: list[Run]) -> list[str]:
-    """Lines of one setting: without speeds where the losses disagree."""
+def section(setting: Setting, runs: list[Run], *, timed: bool = True) -> list[str]:
+    """Lines of one setting: without speeds where the losses disagree, or where the steps were not
+    `timed`. Columns that nothing stands in are left out."""
     problems = disagreement(runs)
     lines = [f"## {setting}", "", *(f"- {problem}: no speed is told" for problem in problems)]
-    lines += ["", _line(HEADER), _line(["---", *["---:"] * (len(HEADER) - 1)])]
-    for run in runs:
-        if run.failed:
-            lines.append(_line([run.name, f"failed: {run.failed}", *[""] * (len(HEADER) - 2)]))
-            continue
-        lines.append(_line(_cells(setting, runs, run, told=not problems)))
-    if not problems:
+    told = timed and not problems
+    rows = [
+        [run.name, f"failed: {run.failed}", *[""] * (len(HEADER) - 2)]
+        if run.failed
+        else _cells(setting, runs, run, told=told)
+        for run in runs
+    ]
+    shown = [i for i in range(len(HEADER)) if i < 2 or any(row[i] for row in rows)]
+    lines += ["", _line(HEADER[i] for i in shown), _line(["---", *["---:"] * (len(shown) - 1)])]
+    lines += [_line(row[i] for i in shown) for row in rows]
+    if told:
         lines += ["", *(f"- {line}" for line in verdicts(runs))]
     return [*lines, ""]
 
 
 def _cells(setting: Setting, runs: list[Run], run: Run, *, told: bool) -> list[str]:
-    times = [""] * 5
-    if told:
+    times = [""] * 8
+    if told and len(run.seconds) > 1:
         low, median, high = statistics.quantiles(run.seconds, n=4)
-        pairs = ratios(runs, run.name)
-        times = [f"{median:#.4g}", f"{low:#.4g} to {high:#.4g}", f"{setting.tokens / median:.0f}"]
-        times += [
-            f"{statistics.median(pairs):.3f}",
-            "{:.3f} to {:.3f}".format(*interval_of_median(pairs)),
-        ]
+        times[:3] = f"{median:#.4g}", f"{low:#.4g} to {high:#.4g}", f"{setting.tokens / median:.0f}"
+        if pairs := ratios(runs, run.name):
+            times[3] = f"{statistics.median(pairs):.3f}"
+            times[4] = "{:.3f} to {:.3f}".format(*interval_of_median(pairs))
     if run.name == FLOOR:
-        return [run.name, *times, *[""] * 7]
-    sizes = [f"{size / 1e6:.0f}" for size in (run.peak, run.saved, run.stored)]
+        return [run.name, *times, *[""] * 6]
+    if told:
+        times[5] = f"{run.device_seconds:#.4g}" if run.device_seconds else ""
+        times[6:] = f"{run.build:.1f}", f"{run.first:.1f}"
+    sizes = (run.peak, run.saved, run.stored, run.allocated)
     return [
         run.name,
         *times,
-        f"{run.build:.1f}",
-        f"{run.first:.1f}",
-        *sizes,
-        str(run.launched),
-        f"{run.losses[-1]:.4f}",
+        *(f"{size / 1e6:.0f}" if size else "" for size in sizes),
+        str(run.launched or ""),
+        f"{run.losses[-1]:.4f}" if run.losses else "",
     ]
 
 
 def verdicts(runs: list[Run]) -> list[str]:
     """The targets, each met or not."""
     by_name = {run.name: run for run in runs if not run.failed}
+    if OURS not in by_name:
+        return []
     ours = by_name[OURS]
     lines = []
     for name, target in TIME_TARGETS.items():
@@ -96,9 +103,9 @@ def verdicts(runs: list[Run]) -> list[str]:
             lines.append(_verdict(f"time / {name}", statistics.median(pairs), target))
     if STOCK in by_name:
         lines.append(_verdict(f"peak / {STOCK}", ours.peak / by_name[STOCK].peak, PEAK_TARGET))
-        if FLOOR in by_name:
+        if FLOOR in by_name and by_name[FLOOR].seconds:
             floor = statistics.median(
-                a / b for a, b in zip(by_name[FLOOR].seconds, by_name[STOCK].seconds, strict=True)
+                a / b for a, b in zip(by_name[FLOOR].seconds, by_name[STOCK].seconds, strict=False)
             )
             lines.append(f"floor / {STOCK}: {floor:.3f}")
     if STOCK_COMPILED in by_name:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bench.allocations import allocations
 from bench.gpu_memory import on_gpu
-from bench.peers.contenders import CONTENDERS
+from bench.peers.answers import answers
+from bench.peers.contenders import CONTENDERS, PEERS
 from bench.peers.floor import Floor
-from bench.peers.settings import DEVICE, LEARNING_RATE, Setting, base_model, data
+from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
 from qlora_compile.kernels import workspace
 
 
@@ -31,6 +31,7 @@ class Trainee:
 
     model: Any
     batches: list[Tensor]
+    setting: Setting
     optimizer: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +41,8 @@ class Trainee:
 
     def forward(self, index: int) -> Tensor:
         ids = self.batches[index % len(self.batches)]
-        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.setting.autocast):
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
     def step(self, index: int) -> float:
         loss = self.forward(index)
@@ -50,21 +52,25 @@ class Trainee:
         return float(loss.detach())
 
     def describe(self) -> dict[str, float]:
-        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators,
-        or the kernels it launches on a GPU. The scratch memory that qlora_compile keeps from step
-        to step counts as the step's."""
+        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators;
+        on a GPU its kernels, their seconds, and all bytes allocated. The scratch memory that
+        qlora_compile keeps from step to step counts as the step's."""
         gc.collect()
         # The first step has made what is made once.
-        if DEVICE == "cpu":
+        if self.setting.device == "cpu":
             saved = allocations(lambda: self.forward(0), warm=False).held
             step = allocations(lambda: self.step(0), warm=False)
             scratch = sum(buffer.nbytes for buffer in workspace._buffers.by_stream.values())
-            most, launched = step.most + scratch, _leaves(step.events)
-        else:
-            saved = on_gpu(lambda: self.forward(0)).held
-            step = on_gpu(lambda: self.step(0))
-            most, launched = step.most - self.kept_bytes, step.kernels
-        return {"peak": most, "saved": saved, "launched": launched}
+            return {"peak": step.most + scratch, "saved": saved, "launched": _leaves(step.events)}
+        saved = on_gpu(lambda: self.forward(0)).held
+        step = on_gpu(lambda: self.step(0))
+        return {
+            "peak": step.most - self.kept_bytes,
+            "saved": saved,
+            "launched": step.kernels,
+            "device_seconds": step.seconds,
+            "allocated": step.most,
+        }
 
     @property
     def kept_bytes(self) -> int:
@@ -97,24 +103,22 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     return [t for name in tensor.__tensor_flatten__()[0] for t in _plain(getattr(tensor, name))]
 
 
-def main() -> None:
-    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # Whatever libraries print must not come between the lines.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def main(results: IO[str]) -> None:
+    """Answers orders until there are no more."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     order = json.loads(sys.stdin.readline())
     setting = Setting(**order["setting"])
     contender = CONTENDERS[order["contender"]]
-    if contender.needs is not None and sys.platform == "linux":
+    if PEERS in contender.folders and sys.platform == "linux":
         # Where memory is short, it is one without a target that goes.
         Path("/proc/self/oom_score_adj").write_text("900")
-    batches = data(setting, order["steps"])
+    batches = data(setting, order["batches"])
     model = base_model(setting)
     torch.manual_seed(0)  # of the adapters' initialisation
     start = time.perf_counter()
     built = contender.build(model, setting)
-    trainee = built if isinstance(built, Floor) else Trainee(built, batches)
+    trainee = built if isinstance(built, Floor) else Trainee(built, batches, setting)
     del model
     answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
     if isinstance(trainee, Trainee):
@@ -130,11 +134,11 @@ def main() -> None:
             answer = {"loss": trainee.step(index)}
         else:
             trainee()
-        if DEVICE != "cpu":
+        if setting.device != "cpu":
             torch.cuda.synchronize()
         answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), file=results, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(answers())

@@ -40,7 +40,8 @@ def moved(folder: Path) -> BuiltCache:
 
 
 def test_a_moved_kernel_is_found(moved: BuiltCache, folder: Path) -> None:
-    assert FileCacheManager("KEY").get_group(GROUP) is None
+    # Triton finds none of its files: 3.6 says so by an empty dict, later ones by None.
+    assert not FileCacheManager("KEY").get_group(GROUP)
     assert moved.get_group(GROUP) == {name: str(folder / "KEY" / name) for name in FILES}
 
 

@@ -1,4 +1,4 @@
-"""A Llama of any shape with random weights, made without a float32 copy."""
+"""A causal language model of any shape with random weights, made without a float32 copy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
-def random_llama(config: LlamaConfig, device: str = "cpu") -> Any:
+def random_model(config: PreTrainedConfig, device: str = "cpu") -> Any:
     """In bfloat16, on one device the same for the same config; norms are ones."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        empty: Any = LlamaForCausalLM(config)
+        empty: Any = AutoModelForCausalLM.from_config(config)
     model = empty.to(torch.bfloat16).to_empty(device=device)
     for parameter in model.parameters():
         if parameter.dim() > 1:

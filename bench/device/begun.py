@@ -1,0 +1,5 @@
+"""When this process began, by time.monotonic."""
+
+import time
+
+BEGUN = time.monotonic()

@@ -1,0 +1,132 @@
+"""What `make device` runs, the most valuable first, each for as long as it may take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bench.device.carried import CARRIED
+from bench.device.correctness import correctness
+from bench.device.race import race
+from bench.peers.contenders import FLOOR, OURS, STOCK, STOCK_COMPILED, UNSLOTH, UNSLOTH_GRAPHS
+from bench.peers.race import OutOfTimeError, Process
+from bench.peers.settings import EXPERTS, LLAMA_1B, LLAMA_8B, Setting
+
+
+class Part(ABC):
+    """least, share: of the seconds that are left it may take `share`, but `least` where there are
+    as many."""
+
+    least: ClassVar[float]
+    share: ClassVar[float]
+
+    @property
+    @abstractmethod
+    def title(self) -> str: ...
+
+    @abstractmethod
+    def run(self, until: float, folder: Path) -> dict[str, Any]:
+        """What was measured, for JSON. until: by time.monotonic. folder: of caches."""
+
+    def limit(self, left: float) -> float:
+        return min(max(self.least, self.share * left), left)
+
+
+@dataclass(frozen=True)
+class Correctness(Part):
+    """fifth: which one, from 0 to 4."""
+
+    fifth: int = 0
+    least = 20.0
+    share = 0.2
+
+    @property
+    def title(self) -> str:
+        return "A fifth of the tests that need a device"
+
+    def run(self, until: float, folder: Path) -> dict[str, Any]:
+        return {"kind": "correctness", **correctness(until, self.fifth)}
+
+
+@dataclass(frozen=True)
+class Race(Part):
+    """timed: whether speeds are told."""
+
+    setting: Setting
+    names: tuple[str, ...]
+    steps: int
+    timed: bool = True
+    least = 120.0
+    share = 0.45
+
+    @property
+    def title(self) -> str:
+        return str(self.setting)
+
+    def run(self, until: float, folder: Path) -> dict[str, Any]:
+        runs = race(self.setting, self.names, self.steps, until, folder)
+        setting = asdict(self.setting)
+        found = {"kind": "race", "setting": setting, "timed": self.timed}
+        return {**found, "runs": [asdict(run) for run in runs]}
+
+
+@dataclass(frozen=True)
+class Op(Part):
+    """problems: rows of x, N and K."""
+
+    problems: tuple[tuple[int, int, int], ...]
+    device: str = "cuda"
+    least = 60.0
+    share = 1.0
+
+    @property
+    def title(self) -> str:
+        return "The fused op alone"
+
+    def run(self, until: float, folder: Path) -> dict[str, Any]:
+        results: list[dict[str, Any]] = []
+        failed = ""
+        process = Process("bench.device.op", folder / "op", [CARRIED / "bitsandbytes"])
+        try:
+            for m, n, k in self.problems:
+                for direction in ("forward", "backward"):
+                    problem = {"m": m, "n": n, "k": k, "direction": direction}
+                    answer = process.ask(problem | {"device": self.device}, until)
+                    results.append(problem | answer)
+        except OutOfTimeError as error:
+            failed = "" if results else str(error)
+        except RuntimeError as error:
+            failed = str(error)
+        finally:
+            process.close()
+        return {"kind": "op", "results": results, "failed": failed}
+
+
+_1B = Setting(LLAMA_1B, 4, 512, layers=16, device="cuda", autocast=True)
+_8B = replace(_1B, model=LLAMA_8B, layers=8, length=2048, checkpointing=True)
+_EXPERTS = replace(_1B, model=EXPERTS, layers=4)
+_ALL = (OURS, STOCK, STOCK_COMPILED, UNSLOTH, UNSLOTH_GRAPHS, FLOOR)
+
+PARTS: tuple[Part, ...] = (
+    Correctness(),
+    Race(_1B, _ALL, 21),
+    Race(_8B, (OURS, STOCK, UNSLOTH, FLOOR), 11),
+    Race(replace(_1B, batch_size=2), _ALL, 21),
+    Race(replace(_1B, batch_size=1, length=4096), _ALL, 11),
+    Race(_EXPERTS, (OURS, STOCK, UNSLOTH), 11),
+    Op(tuple((m, n, k) for m in (8192, 1024) for n, k in ((4096, 4096), (14336, 4096)))),
+)
+
+
+def toy(part: Part) -> Part:
+    """The same on a CPU, small and not timed. Of one model all batches become the same."""
+    if isinstance(part, Race):
+        hidden = 512 if part.setting.model == EXPERTS else 128
+        size = {"layers": 2, "hidden": hidden, "vocabulary": 512, "batch_size": 2, "length": 16}
+        setting = replace(part.setting, device="cpu", **size)
+        return replace(part, setting=setting, steps=3, timed=False)
+    if isinstance(part, Op):
+        return replace(part, device="cpu", problems=((16, 256, 128),))
+    return part

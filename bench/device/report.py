@@ -1,0 +1,75 @@
+"""The results as Markdown: what was measured, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.device.op import BASELINE
+from bench.peers.race import Run
+from bench.peers.settings import Setting
+from bench.peers.table import disagreement, section
+
+Entry = dict[str, Any]
+
+
+def _correctness(found: Entry) -> list[str]:
+    counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "error", "skipped"))
+    ended = "; stopped, out of time" if found["stopped"] else ""
+    lines = [f"{counts}{ended}.", *(f"- {test}" for test in found["bad"])]
+    return [*lines, f"pytest: {found['wrong']}"] if found["wrong"] else lines
+
+
+def _race(found: Entry) -> list[str]:
+    runs = [Run(**run) for run in found["runs"]]
+    return section(Setting(**found["setting"]), runs, timed=found["timed"])[2:]
+
+
+def _op(found: Entry) -> list[str]:
+    lines = [f"failed: {found['failed']}", ""] if found["failed"] else []
+    for result in found["results"]:
+        where, times = "{direction}, M={m} N={n} K={k}".format(**result), result["ms"]
+        if None in times.values():
+            lines.append(f"- {where}: {len(times)} candidates ran, none was timed")
+            continue
+        lines += [f"| {where} | ms | of {BASELINE} |", "|---|---:|---:|"]
+        for name, value in sorted(times.items(), key=lambda item: item[1]):
+            lines.append(f"| {name} | {value:.3f} | {value / times[BASELINE]:.3f} |")
+        lines.append("")
+    return lines
+
+
+_KINDS: dict[str, Callable[[Entry], list[str]]] = {
+    "correctness": _correctness,
+    "race": _race,
+    "op": _op,
+    "left out": lambda found: [found["why"]],
+}
+
+
+def told(title: str, found: Entry) -> list[str]:
+    """One part."""
+    note = [found["note"], ""] if "note" in found else []
+    body = "\n".join([*note, *_KINDS[found["kind"]](found)])
+    return [f"## {title}", "", *body.strip().splitlines(), ""]
+
+
+def failures(found: Entry) -> list[str]:
+    """What keeps a dry run from being a proof."""
+    match found["kind"]:
+        case "correctness":
+            stopped = ["pytest: out of time"] * found["stopped"]
+            return [*found["bad"], *stopped, *filter(None, [found["wrong"]])]
+        case "race":
+            runs = [Run(**run) for run in found["runs"]]
+            lost = [f"{run.name}: {run.failed}" for run in runs if run.failed]
+            return [*lost, *disagreement(runs)]
+        case "op":
+            return [found["failed"]] if found["failed"] else []
+        case _:
+            return [found["why"]]
+
+
+def headline(record: Entry) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['card']}, {versions}, commit {record['commit']}"
