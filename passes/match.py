@@ -170,6 +170,8 @@ def _match_branch(add: Node) -> _Branch | None:
             continue
         if not isinstance(scaled, Node) or scaled.target not in (operator.mul, torch.mul):
             continue
+        product: Any
+        scaling: Any
         product, scaling = scaled.args
         if isinstance(product, (int, float)):
             product, scaling = scaling, product

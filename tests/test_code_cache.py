@@ -59,7 +59,7 @@ def test_forward_and_backward_are_looked_up_by_one_tag(monkeypatch: pytest.Monke
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
     lora = LoraConfig(r=1, target_modules=["0", "1"])
     model = qlora_compile.optimize(model, lora, scope="model", tune="model")
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with autograd_config.patch(enable_autograd_cache=False):
         model(torch.randn(3, 2)).sum().backward()
     first, second = tags
     assert first == second != ""

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tests.test_conv1d import gpt2
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +23,7 @@ from qlora_compile.hf.full_training import TrainedInFullWarning
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.hf.test_conv1d import gpt2
 from tests.test_equality import without_inductor
 from tests.toy_models import tokens, toy
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import compile_regions
-from tests.test_regions import calls
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
@@ -17,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import qlora_compile
 from bench.agreement import distance, training_step
+from tests.capture.test_regions import calls
 from tests.test_equality import FLOAT32_TOLERANCE, build, without_inductor
 from tests.toy_models import tokens
 

@@ -53,7 +53,7 @@ def test_packed_rows_train_as_the_same_rows_apart(architecture: str, data: st.Da
         ids[: len(row["input_ids"])] = torch.tensor(row["input_ids"])
         mask[: len(row["input_ids"])] = 1
     apart["labels"] = apart["input_ids"].masked_fill(apart["attention_mask"] == 0, -100)
-    packed = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    packed: Any = DataCollatorWithFlattening(return_tensors="pt")(rows)
     for group, error in distance(step(model, packed), step(model, apart)).items():
         assert error < FLOAT32_TOLERANCE, group
     # The separation is no accident: with a cache, as in stock by default, the rows are mixed.

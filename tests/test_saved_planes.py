@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tests.test_conv1d import gpt2
-from tests.test_experts import toy as experts_toy
 from torch import Tensor, nn
 
 import qlora_compile
@@ -20,6 +18,8 @@ from bench.stock import with_bitsandbytes
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.hf.test_conv1d import gpt2
+from tests.hf.test_experts import toy as experts_toy
 from tests.toy_models import toy
 
 BLOCK_SIZES = st.sampled_from(["row", 32, 64, 4096])

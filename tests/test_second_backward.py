@@ -27,7 +27,8 @@ def accumulated(model: Any, losses: list[Tensor]) -> Gradients:
     for loss in losses[:-1]:
         loss.backward(retain_graph=True)
     losses[-1].backward()
-    return {name: p.grad.clone() for name, p in parameters(model).items()}
+    found = {name: p.grad for name, p in parameters(model).items()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
 
 
 def kept(model: Any, output: Any) -> Gradients:

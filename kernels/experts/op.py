@@ -139,7 +139,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         x, seed, *tensors = ctx.saved_tensors
         _, _, needs_x, _, *needs = ctx.needs_input_grad
         call = Call.parse(ctx.text)
@@ -151,7 +151,7 @@ class _Experts(torch.autograd.Function):
         if not (needs_x or needs_adapter):
             return None, None, None, None, *results
         call = replace(call, needs=NeedsGradient(needs_x, needs_adapter))
-        found = iter(QLORA_EXPERTS_BACKWARD([grad], x, tensors, seed, str(call)))
+        found = iter(QLORA_EXPERTS_BACKWARD(list(grads), x, tensors, seed, str(call)))
         grad_x = next(found) if needs_x else None
         for i, each in zip(factors, found, strict=False):
             results[i] = each

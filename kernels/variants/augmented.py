@@ -56,14 +56,15 @@ class Augmented(SeparateVariant, TritonVariant):
     def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         from qlora_compile.kernels.gpu.products import added_up, low_rank
 
-        x, a = tensors.x, tensors.lora_a
+        x, a, scaling = tensors.x, tensors.lora_a, tensors.scaling
         assert a is not None
+        assert scaling is not None
         wide = x.new_empty(x.shape[0], spec.k + a.shape[0])
         wide[:, : spec.k] = x
         low = added_up(low_rank(x, a, spec.lora_dtype))
         wide[:, spec.k :] = low
         if tensors.low_rank is not None:
-            tensors.low_rank.copy_(low.mul_(tensors.scaling))
+            tensors.low_rank.copy_(low.mul_(scaling))
         weight = self._workspace(tensors, spec).t()
         if tensors.bias is None:
             y = wide @ weight

@@ -57,7 +57,7 @@ class SlottedLayer:
         """Brings `slots` up to date with what PEFT's own attributes say now."""
         unmerges = self._disable_adapters and bool(self.merged_adapters)
         state: list[Any] = [unmerges]
-        adapters = []
+        adapters: list[tuple[Any, Any, Any, float]] = []
         if not self._disable_adapters and not self.merged_adapters:
             for name in self.active_adapters:
                 if name in self.lora_A:

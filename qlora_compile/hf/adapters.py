@@ -118,7 +118,9 @@ class SlottedAdapters:
                     module.refresh_slots()
                 else:
                     module.forget_slots()
-                module = module.base_layer  # several adapted weights wrap one module of experts
+                module = getattr(
+                    module, "base_layer", None
+                )  # several adapted weights wrap one module of experts
 
 
 def active_rank(model: nn.Module, site: str) -> int:
@@ -259,7 +261,7 @@ def adopt_adapter_layer(module: nn.Module) -> None:
         module.adopt_variants()
 
 
-def _own_class(layer: LoraLayer) -> type[nn.Module] | None:
+def _own_class(layer: Any) -> type[nn.Module] | None:
     """The class of ours that stands for a stock adapter layer; None where the layer stays as it
     is: ours already, or over something else than a Linear."""
     linear = layer.get_base_layer()

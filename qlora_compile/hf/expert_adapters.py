@@ -33,7 +33,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         if self.disable_adapters or self.merged or not names or "adapter_names" in kwargs:
             return PeftParamWrapper.forward(self, x, *args, **kwargs)
         if served:
-            adapters = [
+            adapters: list[Any] = [
                 (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
                 for name in names
             ]

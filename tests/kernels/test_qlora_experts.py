@@ -110,7 +110,7 @@ class Call:
             adapter = [leaves["lora_a"], leaves["lora_b"], scaling]
         bias = [] if self.bias is None else [self.bias]
         linear = LinearCall(self.layout, case.bias, case.rank)
-        call = FusedCall((linear,), *[case.dtype] * 3, experts=len(case.counts))
+        call = FusedCall((linear,), case.dtype, case.dtype, case.dtype, experts=len(case.counts))
         return leaves["x"], [self.offsets, *self.planes, *bias, *adapter], None, str(call)
 
     def fused(self, variant: ExpertsVariant, wanted: set[str] | None = None) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def test_a_weight_that_is_stored_in_another_way_is_refused(quant_format: QuantFo
     """Also where the planes have the same shapes, and before anything is loaded."""
     others = [f for f in FORMATS if f is not quant_format]
     for other in [linear(quant_format, block_size=32), *map(linear, others)]:
-        model = nn.Sequential(linear(quant_format, seed=1))
+        model: Any = nn.Sequential(linear(quant_format, seed=1))
         before = model[0].dequantize()
         state = {f"0.{name}": value for name, value in other.state_dict().items()}
         with pytest.raises(StoredLayoutError) as raised:

@@ -124,7 +124,7 @@ def test_the_specification_is_the_reference(
     mask = drawn if dropout else None
     scaling = [1.0 + i for i in range(count)]
     linears = [LinearCall(each.layout, rank=rank, stream=i) for i, each in enumerate(packed)]
-    call = Call(tuple(linears), *(torch.bfloat16,) * 3, dropout=dropout)
+    call = Call(tuple(linears), torch.bfloat16, torch.bfloat16, torch.bfloat16, dropout=dropout)
     tensors = []
     for i in range(count):
         tensors += [*packed[i].tensors, lora_a[i], lora_b[i], torch.tensor([scaling[i]])]

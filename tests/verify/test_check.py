@@ -342,7 +342,9 @@ def test_the_reference_sees_through_packed_weights(
     packed = format.quantize(weight, double_quantize=double and format.has_double_quantize)
     x = torch.randn(3, k, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(n, dtype=torch.float64, requires_grad=True) if has_bias else None
-    call = Call((LinearCall(packed.layout, has_bias),), *(torch.bfloat16,) * 3)
+    call = Call(
+        (LinearCall(packed.layout, has_bias),), torch.bfloat16, torch.bfloat16, torch.bfloat16
+    )
     tensors = [p.double() if p.is_floating_point() else p for p in packed.tensors]
     tensors += [] if bias is None else [bias]
     (y,) = specified_linears(torch.float64, x, tensors, None, str(call))
@@ -382,7 +384,7 @@ def test_the_reference_sees_through_packed_experts(
         factors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     a, b = factors or (None, None)
     linear = LinearCall(packed.layout, bias=True, rank=rank)
-    call = Call((linear,), *(torch.bfloat16,) * 3, experts=experts)
+    call = Call((linear,), torch.bfloat16, torch.bfloat16, torch.bfloat16, experts=experts)
     adapter = [*factors, torch.tensor([1.5], dtype=torch.float64)] if rank else []
     tensors = [offsets, *packed.tensors, bias, *adapter]
     (y,) = specified_experts(torch.float64, x, tensors, None, str(call))
