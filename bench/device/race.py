@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,9 @@ def race(
             if CONTENDERS[name].missing:
                 run.failed = f"{CONTENDERS[name].needs} is not installed: make device-wheels"
             else:
-                processes[name] = Process.of(name, setting, 1, folder / name)
+                # Compilers that are started by a shell take no spaces in a path.
+                caches = folder / re.sub(r"\W+", "_", name)
+                processes[name] = Process.of(name, setting, 1, caches)
         for run, built in answers(lambda process: process.receive(ready)):
             run.build, run.stored = built["seconds"], built.get("stored", 0)
         for ours in (True, False):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -112,7 +113,7 @@ class Process:
 
     def receive(self, until: float = math.inf) -> dict[str, Any]:
         """The next answer. Raises RuntimeError without one: with the signal that killed the
-        process, or else the last line of its log. until: by time.monotonic, when it is too late."""
+        process, or else the error in its log. until: by time.monotonic, when it is too late."""
         stdout = _pipe(self.process.stdout)
         # There is one answer to an order, so no line waits in a buffer that select does not see.
         wait = None if until == math.inf else max(until - time.monotonic(), 0.0)
@@ -124,12 +125,20 @@ class Process:
             if code < 0:
                 name = signal.Signals(-code).name
                 raise RuntimeError(f"killed by {name}" + ", out of memory" * (name == "SIGKILL"))
-            raise RuntimeError(self.log.read_text().strip().splitlines()[-1][:300])
+            raise RuntimeError(error_in(self.log.read_text())[:300])
         return json.loads(line)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def error_in(log: str) -> str:
+    """The line of the last exception, which advice and quotations may follow; without one, the last
+    line of all."""
+    lines = log.strip().splitlines() or ["ended without a word"]
+    named = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Unsupported|Interrupt|Exit)\b")
+    return next((line for line in reversed(lines) if named.match(line)), lines[-1])
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:

@@ -25,7 +25,7 @@ from bench.device.race import race
 from bench.device.report import failures, told
 from bench.peers import contenders
 from bench.peers.contenders import CONTENDERS, OURS, STOCK, Contender
-from bench.peers.race import Process, Run
+from bench.peers.race import Process, Run, error_in
 from bench.peers.settings import LLAMA_1B, Setting, base_model, data
 
 SMALL = Setting(LLAMA_1B, 1, 8, layers=1, hidden=64, vocabulary=64)
@@ -59,6 +59,27 @@ def test_contenders_that_hang_or_fail_leave_the_others_their_steps(
     assert runs["hangs"].failed == "out of time"
     assert runs["cannot be built"].failed == "ImportError: no accelerator"
     assert runs["breaks"].failed == "RuntimeError: an illegal memory access"
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("a\nTraceback\n  File x\nValueError: no\n", "ValueError: no"),
+        ("torch.x.InductorError: CppCompileError: C++\n\nCommand:\ng++\n", "torch.x.InductorError"),
+        ("ValueError: one\n\nDuring handling\nKeyError: 'two'\nSet X=1 for more\n", "KeyError"),
+        ("Killed\n", "Killed"),
+        ("", "ended without a word"),
+    ],
+)
+def test_the_error_is_found_among_what_follows_it(log: str, line: str) -> None:
+    assert error_in(log).startswith(line)
+
+
+def test_caches_lie_where_compilers_find_them(fake: Any, tmp_path: Path) -> None:
+    names = fake("one, and + another")
+    race(SMALL, names, 2, time.monotonic() + 5, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.isidentifier()
 
 
 def test_a_race_ends_in_time(fake: Any, tmp_path: Path) -> None:
