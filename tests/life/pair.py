@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -20,6 +21,17 @@ from tests.toy_models import VOCABULARY, toy, with_bitsandbytes
 
 OWN_FORMATS = ("nf4", "int8")
 BASES = ("plain", *OWN_FORMATS, "bnb-4bit", "bnb-8bit")
+
+TARGETS = (
+    ("q_proj",),
+    ("down_proj",),
+    ("q_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("k_proj", "o_proj", "down_proj"),
+)
+BLOCK = "base_model.model.model.layers"
+
+Strategy = st.SearchStrategy[Any]
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 """The error allowed, relative to the norm of what is compared."""

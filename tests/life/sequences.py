@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 from tests.life.known_failures import known_to_fail
-from tests.life.operations import OPERATIONS, TARGETS
-from tests.life.pair import OWN_FORMATS, Pair, Start
+from tests.life.operations import OPERATIONS
+from tests.life.pair import BLOCK, OWN_FORMATS, TARGETS, Pair, Start, Strategy
 
 AT_LENGTH = "QLORA_COMPILE_LIFE_SEQUENCES" in os.environ
 SEQUENCES = int(os.environ.get("QLORA_COMPILE_LIFE_SEQUENCES", "40"))
 SEED = int(os.environ.get("QLORA_COMPILE_LIFE_SEED", "0" if "CI" in os.environ else "-1"))
 """Negative: a fresh one for each run, told by what fails."""
 
-_THAWED = "base_model.model.model.layers.1.self_attn.k_proj"
+_THAWED = f"{BLOCK}.1.self_attn.k_proj"
 
 
-def starts(base: str) -> st.SearchStrategy[Start]:
+def starts(base: str) -> Strategy:
     targets = st.sampled_from(TARGETS)
     started = st.builds(Start, st.just(base), targets, st.none(), st.sampled_from(("before", "in")))
     if base not in (*OWN_FORMATS, "plain"):
