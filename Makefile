@@ -10,7 +10,7 @@ PEERS := .venv/peers
 TEST_PROCESSES ?= 2
 
 .PHONY: demo test lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-project bench-scaling wheel setup clean
+	bench-scaling wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -38,9 +38,6 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
-
-bench-project: setup
-	$(BIN)/python -m bench.project
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
