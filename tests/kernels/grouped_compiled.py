@@ -61,7 +61,7 @@ def main(arch: str) -> None:
     ):
         for name, launch in launches(arch, rows, format, 16).items():
             if name in names:
-                record = dataclasses.asdict(figures(launch, arch, None))
+                record = dataclasses.asdict(figures(launch, arch))
                 found.append({"rows": rows, "format": format, "launch": name} | record)
     print(json.dumps(found))
 
