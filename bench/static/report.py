@@ -25,8 +25,8 @@ prints each of them.
   warps.
 - *loads*, *stores*: bits per lane of accesses to global memory; a *tile* is copied by a tensor
   descriptor.
-- *instructions*: shares of the units that run them, of the whole kernel as it is written, loops
-  counted once.
+- *instructions*: of the kernel's first launch, the usual one: shares of the units that run them,
+  loops counted once.
 - *moved*: bytes that the accesses move over the bytes of all tensors, where no loop hides them.
 """
 MIX_SHARE = 0.05
@@ -103,19 +103,15 @@ def _line(rows: Sequence[Row]) -> tuple[str, ...]:
         " ".join(sorted({opcode for each in taken for opcode in each.tensor})),
         _widths({bits: 0 for each in taken for bits in each.loads}),
         _widths({bits: 0 for each in taken for bits in each.stores}),
-        _mix([each.mix for each in taken]),
+        _mix(taken[0].mix),
         f"{max(moved, key=abs):+.1%}" if moved else "",
     )
 
 
-def _mix(mixes: Iterable[Mapping[str, int]]) -> str:
-    total: Counter[str] = Counter()
-    for mix in mixes:
-        total.update(mix)
-    count = total.total()
-    return ", ".join(
-        f"{unit} {n / count:.0%}" for unit, n in total.most_common() if n >= MIX_SHARE * count
-    )
+def _mix(mix: Mapping[str, int]) -> str:
+    total = sum(mix.values())
+    shares = ((unit, count / total) for unit, count in Counter(mix).most_common())
+    return ", ".join(f"{unit} {share:.0%}" for unit, share in shares if share >= MIX_SHARE)
 
 
 def _widths(accesses: Mapping[int, int]) -> str:

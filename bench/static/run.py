@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bench.static.gates import Result, evaluate
 from bench.static.report import describe, markdown
-from bench.static.shipped import Row, measure_all
+from bench.static.shipped import measure_all
 from qlora_compile.errors import InterpretedKernelError
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 
@@ -42,7 +42,7 @@ def main(
         raise typer.BadParameter(str(error)) from error
     if not count:
         raise typer.BadParameter(f"no shipped launch of {kernel} for {archs}", param_hint="kernel")
-    done = sorted(tqdm(rows, total=count, unit="launch"), key=lambda row: _order(archs, row))
+    done = list(tqdm(rows, total=count, unit="launch"))
     results = evaluate(done, archs, kernel)
     if arch or kernel:
         for row in done:
@@ -52,10 +52,6 @@ def main(
     else:
         (RESULTS / "static.md").write_text(markdown(done, results))
     raise typer.Exit(1 if _print(results, whole=not (arch or kernel)) else 0)
-
-
-def _order(archs: list[str], row: Row) -> tuple[int, str]:
-    return archs.index(row.arch), row.name
 
 
 def _print(results: list[Result], *, whole: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,7 +46,7 @@ def _row(arch: str, shipped: ShippedLaunch, found: Figures | None, error: str = 
 def measure_all(
     archs: Sequence[str], kernels: Sequence[str] | None, jobs: int
 ) -> tuple[int, Iterator[Row]]:
-    """How many rows there will be, and the rows as they come; `kernels`: None for all.
+    """How many rows there will be, and the rows in the order of launches; `kernels`: None for all.
 
     A launch that does not compile becomes a row with its error. Raises InterpretedKernelError if
     TRITON_INTERPRET is set: the kernels are then imported for the interpreter.
@@ -68,11 +68,8 @@ def _rows(work: Sequence[tuple[str, int]], jobs: int) -> Iterator[Row]:
     # Spawned and not forked: torch and LLVM have threads, which a fork would lose.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        asked: dict[Future[Row], tuple[str, int]] = {
-            pool.submit(measure, arch, index): (arch, index) for arch, index in work
-        }
-        for future in as_completed(asked):
-            arch, index = asked[future]
+        asked = [pool.submit(measure, arch, index) for arch, index in work]
+        for (arch, index), future in zip(work, asked, strict=True):
             if error := future.exception():
                 # Triton prints the kernel's source first and the reason last.
                 reason = str(error).strip().splitlines()[-1:] or ["no message"]
