@@ -15,16 +15,18 @@ from qlora_compile.kernels.gpu.launch import Launch
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one launch on one architecture. ctas: how many fit on an SM. traffic: None on AMD and
-    where a loop runs as often as the binary does not say."""
+    """Of one launch on one architecture. ctas: how many fit on an SM. traffic: of a kernel that
+    streams; None on AMD, and where a loop runs as often as the binary does not say."""
 
     resources: Resources
     ctas: int
     traffic: Traffic | None
 
 
-def figures(launch: Launch, arch: str) -> Figures:
-    """Compile `launch` for `arch`, a key of TARGETS, and read the binary."""
+def figures(launch: Launch, arch: str, *, streams: bool = False) -> Figures:
+    """Compile `launch` for `arch`, a key of TARGETS, and read the binary.
+
+    streams: reads codes and writes weights, each once, so that its bytes can be counted."""
     compiled = compile_launch(launch, TARGETS[arch])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if TARGETS[arch].backend == "hip":
@@ -34,5 +36,5 @@ def figures(launch: Launch, arch: str) -> Figures:
     code = sass.parse(sass.disassemble(cubin))
     usage = sass.resource_usage(cubin)
     resources = sass_resources(code, usage, shared_bytes=shared, warps=warps)
-    moved = None if sass.has_loop(code) else traffic(resources, launch)
+    moved = traffic(resources, launch) if streams and not sass.has_loop(code) else None
     return Figures(resources, ctas_per_sm(resources, arch), moved)

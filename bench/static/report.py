@@ -27,7 +27,6 @@ prints each of them.
   descriptor.
 - *instructions*: of the kernel's first launch, the usual one: shares of the units that run them,
   loops counted once.
-- *moved*: bytes that the accesses move over the bytes of all tensors, where no loop hides them.
 """
 MIX_SHARE = 0.05
 """Units with a smaller share of the instructions are left out."""
@@ -41,7 +40,7 @@ def markdown(rows: Sequence[Row], results: Sequence[Result]) -> str:
     archs = list(dict.fromkeys(row.arch for row in rows))
     order = sorted(groups, key=lambda group: (group[0], archs.index(group[1])))
     columns = ("kernel", "target", "launches", "registers", "spills", "shared KiB", "CTAs")
-    columns += ("tensor", "loads", "stores", "instructions", "moved")
+    columns += ("tensor", "loads", "stores", "instructions")
     lines = ((*group, *_line(groups[group])) for group in order)
     preface = PREFACE.format(version=triton.__version__, launches=len(rows))
     return f"{preface}\n{_gates(results)}\n## Kernels\n\n{_table(columns, lines)}"
@@ -91,9 +90,8 @@ def _line(rows: Sequence[Row]) -> tuple[str, ...]:
     """The cells of all launches of a kernel on a target."""
     found = [row.figures for row in rows if row.figures]
     if not found:
-        return (str(len(rows)), *[""] * 9)
+        return (str(len(rows)), *[""] * 8)
     taken = [figures.resources for figures in found]
-    moved = [figures.traffic.excess for figures in found if figures.traffic]
     return (
         str(len(rows)),
         str(max(each.registers for each in taken)),
@@ -104,7 +102,6 @@ def _line(rows: Sequence[Row]) -> tuple[str, ...]:
         _widths({bits: 0 for each in taken for bits in each.loads}),
         _widths({bits: 0 for each in taken for bits in each.stores}),
         _mix(taken[0].mix),
-        f"{max(moved, key=abs):+.1%}" if moved else "",
     )
 
 

@@ -61,7 +61,8 @@ def main() -> None:
         ("sm_80", toys.crowded_launch()),
     ]
     found = [
-        {"arch": arch, "kernel": launch.kernel.__name__} | dataclasses.asdict(figures(launch, arch))
+        {"arch": arch, "kernel": launch.kernel.__name__}
+        | dataclasses.asdict(figures(launch, arch, streams=True))
         for arch, launch in launches
     ]
     print(json.dumps(found))

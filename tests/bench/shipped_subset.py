@@ -14,7 +14,7 @@ import torch
 
 from bench.static.figures import figures
 from bench.static.launches import ShippedLaunch
-from bench.static.shipped import launches
+from bench.static.shipped import STREAMS, launches
 from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.grouped import grouped_config
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
@@ -92,7 +92,7 @@ def _experts(
 def main(arch: str) -> None:
     chosen = [(shipped.kernel, shipped.launch) for shipped in usual(arch)]
     found = [
-        {"kernel": kernel} | dataclasses.asdict(figures(launch, arch))
+        {"kernel": kernel} | dataclasses.asdict(figures(launch, arch, streams=kernel in STREAMS))
         for kernel, launch in [*chosen, *experts(arch)]
     ]
     print(json.dumps(found))

@@ -79,7 +79,7 @@ def test_report() -> None:
     assert "| no spill, no stack | **1 of 3 not** | all 2 |" in text
     assert "| bad/name | 3 spill instructions" in text  # a bar would end the cell
     assert (
-        "| tail_forward | sm_90 | 2 | 255 | 3 | 32.0 | 2 | HMMA | 128 | 128 | alu 74%, mma 25% |  |"
+        "| tail_forward | sm_90 | 2 | 255 | 3 | 32.0 | 2 | HMMA | 128 | 128 | alu 74%, mma 25% |"
     ) in text
     table = text.split("## Kernels")[1].splitlines()
     assert len({line.count("|") for line in table if line}) == 1
