@@ -7,6 +7,7 @@ import copy
 import re
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -138,6 +139,14 @@ def test_what_once_went_wrong(
 
 @settings(max_examples=20, phases=[p for p in Phase if p is not Phase.explain])
 @given(program=programs(*DTYPES))
+@hypothesis.example(
+    program=Program(
+        [SiteSpec(style="base without grad"), SiteSpec()],
+        [("linear", 0, 0, 0), ("linear_no_grad", 0, 0, 0)],
+        [0],
+        torch.float32,
+    )
+)
 def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
     x = torch.randn(4, 8, dtype=program.dtype, requires_grad=True)
     captured = []
@@ -157,14 +166,19 @@ def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
 
 
 def _described(graph_module: GraphModule) -> list[Any]:
-    """What each operation computes from which inputs, but for those that nothing comes of."""
+    """What each operation computes from which inputs, with gradients or without, but for those
+    that nothing comes of. Of the switches themselves Dynamo leaves out some that undo each other.
+    """
     described: dict[Node, Any] = {}
+    enabled = True
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
+        if node.target is torch._C._set_grad_enabled:
+            (enabled,) = node.args
+        elif node.op == "placeholder":
             described[node] = node.meta["grapharg"].source.name
         else:
             inputs = tuple(described[each] for each in node.all_input_nodes)
-            described[node] = (node.op, str(node.target), inputs)
+            described[node] = (node.op, str(node.target), inputs, enabled)
     living: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
         lasting = node.op == "output" or node.is_impure() or bool(written_by(node))
