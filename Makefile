@@ -55,9 +55,6 @@ bench-bytes: setup
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
 
-bench-project: setup
-	$(BIN)/python -m bench.project
-
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
 
@@ -77,8 +74,7 @@ device-wheels: setup
 device-dry: $(DEVICE_INSTALLED) $(CARRIED)
 	$(DEVICE_BIN)/python -m bench.device --dry --seconds 3000
 	TRITON_INTERPRET=0 PYTHONPATH=. $(DEVICE_BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) \
-		--dist worksteal $(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py \
-		kernels/test_grouped_compiled.py)
+		--dist worksteal $(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
 $(CARRIED): bench/device/carried.py bench/device/wheels.py
 	$(MAKE) device-wheels

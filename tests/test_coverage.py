@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NoReturn
 
 import pytest
@@ -158,10 +157,6 @@ def test_table_has_a_line_for_every_type_and_equal_columns() -> None:
     assert len(lines) == 2 + len(ROWS)
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert "no &lt;such> model" in lines[4]
-
-
-def test_rows_survive_json() -> None:
-    assert [Row(**asdict(row)) for row in ROWS] == ROWS
 
 
 def test_a_worker_that_dies_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Curves, their exponents and what these mean, as Markdown."""
+"""Curves and their exponents, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Run
 from bench.scaling.axes import FIRST_STEP, Axis
 from bench.scaling.fit import Fit, two_digits
-from bench.scaling.meaning import meaning
 from bench.scaling.points import Points, curve, law, problems
 from bench.scaling.quantities import FIRST, PEAK, SAVED, STEP, Quantity
 
@@ -46,15 +45,14 @@ def section(axis: Axis, points: Points) -> list[str]:
 
 
 def told(axis: Axis, quantity: Quantity, points: Points) -> str:
-    """One curve: its exponent beside stock's and what it means."""
+    """Describe one curve: its exponent beside stock's."""
     ours, stock = (law(axis, quantity, name, points) for name in (OURS, STOCK))
     if ours is None:
         return f"{quantity.name}: too few points for an exponent"
     beside = "not fitted: too few points" if stock is None else _exponent(stock)
     return (
         f"{quantity.name} ~ {axis.size}{_exponent(ours)}, every point within a factor of "
-        f"{ours.off:.2f}, ^{two_digits(ours.last)} between the last two (stock {beside}): "
-        f"{meaning(axis, quantity, ours.exponent)}."
+        f"{ours.off:.2f}, ^{two_digits(ours.last)} between the last two (stock {beside})."
     )
 
 

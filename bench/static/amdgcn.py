@@ -14,6 +14,10 @@ _BITS = {
     **{"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8},
     **{"b128": 128, "b96": 96, "b64": 64, "b32": 32, "b16": 16, "b8": 8},
 }
+_UNITS = {
+    **{"v": "vector", "s": "scalar", "ds": "shared memory", "scratch": "spill"},
+    **dict.fromkeys(("global", "buffer", "flat"), "global memory"),
+}
 _NEEDED = (
     *("vgpr_count", "sgpr_count", "vgpr_spill_count", "sgpr_spill_count"),
     *("private_segment_fixed_size",),
@@ -36,23 +40,24 @@ def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     tensor: Counter[str] = Counter()
-    scratch = 0
+    mix: Counter[str] = Counter()
     for opcode in _OPCODE.findall(text):
+        matrix = opcode.startswith("v_mfma")
+        mix["mfma" if matrix else _UNITS.get(opcode.partition("_")[0], "other")] += 1
         if found := _GLOBAL.fullmatch(opcode):
             (loads if found.group(1) == "load" else stores)[_bits(opcode, found.group(2))] += 1
-        elif opcode.startswith("v_mfma"):
+        elif matrix:
             tensor[opcode] += 1
-        elif opcode.startswith("scratch_"):
-            scratch += 1
     return Resources(
         registers=metadata["vgpr_count"],
         stack_bytes=metadata["private_segment_fixed_size"],
-        spills=scratch + metadata["vgpr_spill_count"],
+        spills=mix["spill"] + metadata["vgpr_spill_count"],
         shared_bytes=shared_bytes,
         warps=warps,
         loads=dict(loads),
         stores=dict(stores),
         tensor=dict(tensor),
+        mix=dict(mix),
         accumulators=metadata.get("agpr_count", 0),
         scalars=metadata["sgpr_count"],
         parked_scalars=metadata["sgpr_spill_count"],

@@ -1,112 +1,106 @@
-"""What the shipped kernels have to hold, as a table, and whether they do.
-
-Utilization, times and DRAM bounds are *modelled*; everything else is counted in the binaries.
-"""
+"""What the binaries of all shipped launches have to hold, and whether they do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.static.shipped import Row
-from bench.static.verdicts import (
-    Judge,
-    Verdict,
-    adapter_costs,
-    compiles,
-    control_words_agree,
-    decode_instructions,
-    fits,
-    moves_the_minimum,
-    never_spills,
-    uses_tensor_cores,
-    utilization_near,
-    utilization_of,
-)
+from bench.static.figures import Figures
+from bench.static.resources import WIDE
+from bench.static.shipped import STREAMS, Row
+from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 
-MODELLED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-FORWARD = {"sm_80": 0.85, "sm_89": 0.95, "sm_90": 0.80, "sm_120": 0.95}
-TAIL: dict[str, float] = dict.fromkeys(MODELLED, 0.95)
-DECODE = {"sm_90": 32.0}
+EXCESS = 0.01
+"""Of the bytes moved, over those of all tensors."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """kernels: what it is about; empty: every kernel. archs: where it holds; empty: everywhere."""
+    """problem: what is wrong with a launch that compiled, or ""; None: only that it compiles.
+    kernels: which it is about; empty: every kernel."""
 
     name: str
-    judge: Judge
+    problem: Callable[[Row, Figures], str] | None
     kernels: tuple[str, ...] = ()
-    archs: tuple[str, ...] = ()
-
-
-GATES = (
-    Gate("compiles", compiles),
-    Gate("fits on an SM", fits),
-    Gate("zero spills", never_spills),
-    # They are what the model runs on; sm_100 loads its tensor memory by other rules.
-    Gate("control words agree", control_words_agree, archs=MODELLED),
-    Gate("tensor cores", uses_tensor_cores),
-    Gate(
-        "fused forward, modelled utilization",
-        utilization_of("fused_forward", FORWARD),
-        ("fused_forward",),
-        tuple(FORWARD),
-    ),
-    Gate(
-        "fused dX near forward, modelled utilization",
-        utilization_near("fused_backward", "fused_forward", 0.05),
-        ("fused_forward", "fused_backward"),
-        MODELLED,
-    ),
-    Gate(
-        "tail forward, modelled utilization",
-        utilization_of("tail_forward", TAIL),
-        ("tail_forward",),
-        MODELLED,
-    ),
-    Gate(
-        "tail dX near forward, modelled utilization",
-        utilization_near("tail_backward", "tail_forward", 0.05),
-        ("tail_forward", "tail_backward"),
-        MODELLED,
-    ),
-    *(
-        Gate(
-            f"adapter of rank {rank}, {kernel}, modelled time",
-            adapter_costs(kernel, rank, 0.05),
-            (kernel,),
-            MODELLED,
-        )
-        for kernel in ("fused_forward", "fused_backward", "tail_forward", "tail_backward")
-        for rank in (16, 64)
-    ),
-    Gate(
-        "instructions per 8 decoded weights",
-        decode_instructions("fused_forward", DECODE),
-        ("fused_forward",),
-        tuple(DECODE),
-    ),
-    Gate("dequantise streams", moves_the_minimum("dequantize", 0.01), ("dequantize",)),
-)
 
 
 @dataclass(frozen=True)
 class Result:
+    """A gate on an architecture. launches: how many were judged; at least one has to be.
+    problems: by the launch's name."""
+
     gate: str
     arch: str
-    verdict: Verdict
+    launches: int
+    problems: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return self.launches > 0 and not self.problems
 
 
 def evaluate(
     rows: Sequence[Row], archs: Sequence[str], kernels: Sequence[str] | None
 ) -> list[Result]:
-    """Every gate of `archs` whose kernels are all among `kernels` (None: all of them)."""
+    """Judge every gate of `archs` whose kernels are all among `kernels` (None: all of them)."""
     return [
-        Result(gate.name, arch, verdict)
+        _judged(gate, arch, [row for row in rows if row.arch == arch])
         for gate in GATES
         if kernels is None or set(gate.kernels) <= set(kernels)
         for arch in archs
-        if not gate.archs or arch in gate.archs
-        for verdict in gate.judge(arch, [row for row in rows if row.arch == arch])
     ]
+
+
+def _judged(gate: Gate, arch: str, rows: Sequence[Row]) -> Result:
+    chosen = [row for row in rows if not gate.kernels or row.kernel in gate.kernels]
+    problems = {}
+    for row in chosen:
+        if gate.problem is None:
+            problems[row.name] = row.error
+        elif row.figures:
+            problems[row.name] = gate.problem(row, row.figures)
+    problems = {name: text for name, text in problems.items() if text}
+    return Result(gate.name, arch, len(chosen), problems)
+
+
+def _spills(_: Row, found: Figures) -> str:
+    taken = found.resources
+    if not taken.spilled:
+        return ""
+    return f"{taken.spills} spill instructions, {taken.stack_bytes} bytes of stack"
+
+
+def _does_not_fit(_: Row, found: Figures) -> str:
+    taken = found.resources
+    if found.ctas:
+        return ""
+    return f"{taken.registers} registers × {taken.warps} warps, {taken.shared_bytes} shared bytes"
+
+
+def _lacks_tensor_cores(row: Row, found: Figures) -> str:
+    return "no tensor-core instruction" if row.multiplies and not found.resources.tensor else ""
+
+
+def _wastes_bandwidth(row: Row, found: Figures) -> str:
+    """Accesses narrower than they could be; on NVIDIA also bytes moved more than once."""
+    taken, moved = found.resources, found.traffic
+    wide = WIDE in taken.loads and set(taken.stores) == {WIDE}
+    problems = []
+    if TARGETS[row.arch].backend == "cuda":
+        if moved is None:
+            return "it has a loop: its bytes cannot be counted"
+        wide = moved.wide
+        if abs(moved.excess) > EXCESS:
+            problems.append(f"bytes {moved.excess:+.1%}")
+    if not wide:
+        problems.append(f"loads {taken.loads}, stores {taken.stores}")
+    return "; ".join(problems)
+
+
+GATES = (
+    Gate("compiles", None),
+    Gate("fits on an SM", _does_not_fit),
+    Gate("no spill, no stack", _spills),
+    Gate("products on tensor cores", _lacks_tensor_cores),
+    Gate(f"dequantise: bytes within {EXCESS:.0%}, {WIDE} bits wide", _wastes_bandwidth, STREAMS),
+)

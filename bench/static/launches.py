@@ -1,4 +1,4 @@
-"""Every launch the configs give, for compiling them ahead of time: real arguments, no memory.
+"""Every launch that the configs give, to be compiled ahead of time.
 
 Launches are recorded over meta tensors of a typical layer, through the same code that runs them.
 """
@@ -35,24 +35,8 @@ _FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
-class ShippedLaunch:
-    """kernel: such as "fused_forward". config: its label and what is unusual about the launch.
-    macs_per_iteration: of the main loop, None without one."""
-
-    kernel: str
-    format: str
-    dtype: torch.dtype
-    decoder: str
-    rank: int
-    double_quantized: bool
-    config: str
-    launch: Launch
-    macs_per_iteration: int | None
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One specialisation of the GEMM kernels."""
+class Case:
+    """One specialisation of the kernels. note: what is unusual about the launch."""
 
     format: str = "nf4"
     dtype: torch.dtype = torch.bfloat16
@@ -99,18 +83,42 @@ class _Case:
         return meta_tensors(self.layout, self.dtype)
 
 
+@dataclass(frozen=True)
+class ShippedLaunch:
+    """kernel: such as "fused_forward". config: its label. multiplies: whether it has products to do
+    on tensor cores."""
+
+    kernel: str
+    case: Case
+    launch: Launch
+    config: str = ""
+    decoder: str = ""
+    multiplies: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells this launch from the others of its target."""
+        case = self.case
+        parts = (
+            *(self.kernel, case.format_name, str(case.dtype).removeprefix("torch.")),
+            "" if self.config.startswith(self.decoder) else self.decoder,
+            *(self.config, f"r={case.rank}", "double" if case.double_quantized else "", case.note),
+        )
+        return " ".join(filter(None, parts))
+
+
 _CASES = (
-    _Case(),
-    _Case(rank=0),
-    _Case(rank=64),
-    _Case(double_quantized=True),
-    _Case(dtype=torch.float16),
-    _Case(format="fp4"),
-    _Case(format="int8"),
-    _Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
-    _Case(bias=True, note="bias"),
-    _Case(rank=100, double_quantized=True, dropout=True, note="dropout"),
-    _Case(dropout=True, note="dropout"),
+    Case(),
+    Case(rank=0),
+    Case(rank=64),
+    Case(double_quantized=True),
+    Case(dtype=torch.float16),
+    Case(format="fp4"),
+    Case(format="int8"),
+    Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
+    Case(bias=True, note="bias"),
+    Case(rank=100, double_quantized=True, dropout=True, note="dropout"),
+    Case(dropout=True, note="dropout"),
 )
 _SKINNY_CASES = (_CASES[0], _CASES[1], _CASES[3], _CASES[6])
 _THIN_CASES = (
@@ -122,7 +130,9 @@ _THIN_CASES = (
 
 
 def shipped_launches(target: str) -> Iterator[ShippedLaunch]:
-    """For one of Triton's targets, "sm_90" or "gfx942". Needs Triton to compile, not interpret."""
+    """Record the launches of a target such as "sm_90" or "gfx942".
+
+    Needs Triton to compile, not to interpret."""
     for variant in (Fused(), Skinny(), Tail()):
         for case in _SKINNY_CASES if variant.name == "skinny" else _CASES:
             for direction in ("forward", "backward"):
@@ -136,15 +146,18 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _products(
-    variant: GemmVariant, target: str, direction: Direction, case: _Case
+    variant: GemmVariant, target: str, direction: Direction, case: Case
 ) -> Iterator[ShippedLaunch]:
-    rows = _FEW_ROWS if variant.name == "skinny" else ROWS
+    rows, kernel, named = ROWS, f"{variant.name}_{direction}", case
+    if variant.name == "skinny":
+        rows, kernel = _FEW_ROWS, "skinny"
+        named = replace(case, note=f"{direction} {case.note}".strip())
     backward = direction == "backward"
     if variant.name == "tail":
         # What it multiplies with is dense, however it was stored.
         if case.double_quantized or case.format != "nf4":
             return
-        case = replace(case, format=UNQUANTIZED)
+        case = named = replace(case, format=UNQUANTIZED)
     dtype, spec = case.dtype, case.spec
     planes = case.planes
     adapter = None
@@ -165,35 +178,8 @@ def _products(
         assert isinstance(config, GemmConfig)
         with recording() as launches:
             gemm(x, planes, spec, config, out, backward=backward, bias=bias, adapter=adapter)
-        name = f"{variant.name}_{direction}" if variant.name != "skinny" else "skinny"
-        note = f"{direction} {case.note}" if variant.name == "skinny" else case.note
-        yield ShippedLaunch(
-            kernel=name,
-            format=case.format_name,
-            dtype=dtype,
-            decoder=config.decoder or "-",
-            rank=case.rank,
-            double_quantized=case.double_quantized,
-            config=", ".join(filter(None, (config.label, note.strip()))),
-            launch=launches[-1],
-            macs_per_iteration=config.block_m * config.block_c * config.block_r,
-        )
-
-
-def _streaming(
-    kernel: str, case: _Case, decoder: str, config: str, launch: Launch
-) -> ShippedLaunch:
-    return ShippedLaunch(
-        kernel=kernel,
-        format=case.format_name,
-        dtype=case.dtype,
-        decoder=decoder,
-        rank=case.rank,
-        double_quantized=case.double_quantized,
-        config=config,
-        launch=launch,
-        macs_per_iteration=None,
-    )
+        decoder = config.decoder or ""
+        yield ShippedLaunch(kernel, named, launches[-1], config.label, decoder, multiplies=True)
 
 
 def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
@@ -201,7 +187,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
         for dtype in (torch.bfloat16, torch.float16):
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
-                    case = _Case(quant_format.name, dtype, rank, double)
+                    case = Case(quant_format.name, dtype, rank, double)
                     decoder = dequantize_decoder(case.layout, target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     scaling = _meta(1, dtype=torch.float32) if rank else None
@@ -215,16 +201,17 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
                             scaling,
                         )
                     kernel = "dequantize_augmented" if rank else "dequantize"
-                    yield _streaming(kernel, case, decoder, "-", launches[-1])
-    double = _Case(double_quantized=True, rank=0, dtype=torch.float32)
+                    yield ShippedLaunch(kernel, case, launches[-1], decoder=decoder)
+    double = Case(double_quantized=True, rank=0, dtype=torch.float32)
     with recording() as launches:
         format_named(double.format).prepared(double.layout, double.planes)
-    yield _streaming("absmax", double, "-", "-", launches[-1])
+    yield ShippedLaunch("absmax", double, launches[-1])
 
 
 def _thin_products() -> Iterator[ShippedLaunch]:
     for dtype, lora_dtype, rank, dropout in _THIN_CASES:
-        case = _Case(UNQUANTIZED, dtype, rank, lora_dtype=lora_dtype, dropout=dropout)
+        note = f"adapter {lora_dtype}".replace("torch.", "") + (", dropout" if dropout else "")
+        case = Case(UNQUANTIZED, dtype, rank, False, lora_dtype, dropout=dropout, note=note)
         x = _meta(ROWS, WIDTH, dtype=dtype)
         bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
         factor = _meta(rank, WIDTH, dtype=torch.float32)
@@ -235,12 +222,10 @@ def _thin_products() -> Iterator[ShippedLaunch]:
             planes = low_rank(x, factor, lora_dtype, bits)
             adapter_operands(planes, gradient, lora_dtype, dtype, scaling=scaling, total=True)
             adapter_gradient(x, low, lora_dtype, gradient, bits)
-        note = f"adapter {lora_dtype}".replace("torch.", "")
-        note += ", dropout" if dropout else ""
         names = ("low_rank", "adapter_operand", "adapter_gradient")
         for name, launch in zip(names, launches, strict=True):
-            yield _streaming(name, case, "-", note, launch)
-    case = _Case(UNQUANTIZED, rank=0, dropout=True)
+            yield ShippedLaunch(name, case, launch)
+    case = Case(UNQUANTIZED, rank=0, dropout=True)
     with recording() as launches:
         keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)
-    yield _streaming("keep_bits", case, "-", "-", launches[0])
+    yield ShippedLaunch("keep_bits", case, launches[0])

@@ -1,56 +1,32 @@
-"""Kernels that stream: the bytes their instructions move, and whether DRAM is what bounds them.
+"""The bytes that a kernel without a loop moves, counted in its instructions.
 
-Counted from the binary: every 128-bit access of every lane, and narrower stores. Narrower loads
-(scales, tables) are many lanes asking for the same few bytes, which the first-level cache answers:
-of what they read, each byte is counted once. *Modelled*: cycles per program, the SM's against
-DRAM's.
+Every 128-bit access of every lane counts, and every store. Narrower loads (scales, tables) are many
+lanes asking for the same few bytes, which the first-level cache answers: each byte counts once.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.static.compile import Launch
-from bench.static.flow import Path
-from bench.static.mix import access_bits, instruction_class
-from bench.static.sass import Instruction
-from bench.static.sm_model import simulate
-from bench.static.sm_step import LANES
-from bench.static.sm_table import ACHIEVABLE_BANDWIDTH, CARDS, MULTIPROCESSORS
+from bench.static.resources import WIDE, Resources
+from qlora_compile.kernels.gpu.launch import Launch
 
-WIDE = 128
-PROGRAMS_IN_TURN = 8
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Cycles that one program takes of one SM, *modelled*: if only the SM's own units counted, and
-    if only DRAM did, at the bandwidth that streaming achieves."""
-
-    sm_cycles: float
-    dram_cycles: float
-
-    @property
-    def dram_bound(self) -> bool:
-        return self.sm_cycles <= self.dram_cycles
+LANES = 32
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of the whole launch. minimum: bytes of all tensors, each once. moved: bytes that the
-    instructions move. wide: the codes are loaded and the output is stored 128 bits at a time.
-    bounds: by card of this architecture."""
+    """Bytes of a whole launch. minimum: of all tensors, each once. moved: by the instructions.
+    wide: whether the codes are loaded and the output is stored 128 bits at a time."""
 
     minimum: int
     moved: int
     wide: bool
-    bounds: dict[str, Bound]
 
     @property
     def excess(self) -> float:
@@ -58,45 +34,20 @@ class Traffic:
         return self.moved / self.minimum - 1
 
 
-def traffic(route: Path, launch: Launch, arch: str, *, warps: int, ctas: int) -> Traffic | None:
-    """None for a kernel with a loop: how often it runs is not written in the binary."""
-    if route.loop:
-        return None
-    programs = math.prod(launch.grid)
-    loads = _bytes(route.before, {"global load", "asynchronous copy"}, warps)
-    stores = _bytes(route.before, {"global store"}, warps)
+def traffic(taken: Resources, launch: Launch) -> Traffic:
+    """Count the traffic of `launch`, of which every program runs each instruction once."""
+    lanes = math.prod(launch.grid) * LANES * taken.warps
+    loaded = taken.loads.get(WIDE, 0) * WIDE // 8 * lanes
+    stored = sum(bits // 8 * count for bits, count in taken.stores.items()) * lanes
     sizes = sorted(t.numel() * t.element_size() for t in _tensors(launch.arguments.values()))
     # The output and the codes are the largest tensors; scales and tables are the others.
     *rest, codes, output = [0, 0, *sizes]
-    beyond_codes = max(0, loads[WIDE] * programs - codes)
-    moved = loads[WIDE] * programs + max(0, sum(rest) - beyond_codes)
-    moved += stores.total() * programs
-    wide = loads[WIDE] * programs >= codes and stores.total() == stores[WIDE]
-    # Each slot of the SM runs one program after the other.
-    in_turn = Path((), route.before, ())
-    sm = MULTIPROCESSORS[arch]
-    period = simulate(in_turn, sm, warps=warps, ctas=ctas, iterations=PROGRAMS_IN_TURN).period
-    bounds = {
-        name: Bound(
-            sm_cycles=period / ctas,
-            dram_cycles=moved
-            / programs
-            / (card.bandwidth * ACHIEVABLE_BANDWIDTH / card.sms / card.clock),
-        )
-        for name, card in CARDS.items()
-        if card.arch == arch
-    }
-    return Traffic(minimum=sum(rest) + codes + output, moved=moved, wide=wide, bounds=bounds)
-
-
-def _bytes(code: Sequence[Instruction], kinds: set[str], warps: int) -> Counter[int]:
-    """Bytes of all lanes of a program by the access's width in bits."""
-    moved: Counter[int] = Counter()
-    for instruction in code:
-        if instruction_class(instruction.opcode) in kinds:
-            bits = access_bits(instruction)
-            moved[bits] += bits // 8 * LANES * warps
-    return moved
+    beyond_codes = max(0, loaded - codes)
+    return Traffic(
+        minimum=sum(rest) + codes + output,
+        moved=loaded + max(0, sum(rest) - beyond_codes) + stored,
+        wide=loaded >= codes and set(taken.stores) == {WIDE},
+    )
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

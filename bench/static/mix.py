@@ -1,10 +1,8 @@
-"""Instruction mix: every SASS opcode belongs to one class, named after the unit that runs it."""
+"""Classes of SASS instructions, each named after the unit that runs it."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
 
 from bench.static.sass import Instruction
 
@@ -39,17 +37,9 @@ CLASSES = {
     "float pack": {"F2FP"},
 }
 TENSOR = frozenset({"mma", "wgmma", "tcgen05"})
-DECODE = frozenset(
-    {"alu", "float pack", "half pair", "float", "integer multiply", "shuffle", "special function"}
-)
-"""The classes that turning codes into weights is made of."""
 
 _CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
 _TCGEN05 = re.compile(r"UTC[A-Z]*MMA")
-_WGMMA_SHAPE = re.compile(r"\b(\d+)x(\d+)x(\d+)\b")
-
-# MACs of one warp's mma.sync by the shape in the opcode (m16n8k16, m16n8k8, m16n8k4).
-_MMA_MACS = {"16832": 4096, "16816": 2048, "1688": 1024, "1684": 512}
 
 
 def instruction_class(opcode: str) -> str:
@@ -60,40 +50,6 @@ def instruction_class(opcode: str) -> str:
     if _TCGEN05.fullmatch(base):
         return "tcgen05"
     return "uniform" if base.startswith("U") else "alu"
-
-
-def mix(instructions: Iterable[Instruction]) -> Counter[str]:
-    """How many instructions of each class."""
-    return Counter(instruction_class(instruction.opcode) for instruction in instructions)
-
-
-def macs(instruction: Instruction, warps: int) -> int:
-    """Multiply-accumulates that a CTA of `warps` warps does by this instruction, all warps issuing
-    it; 0 for what is not mma.sync or wgmma. tcgen05 keeps its shape in a descriptor: 0, too.
-
-    Raises ValueError for a tensor-core instruction of a shape that is not known here.
-    """
-    kind = instruction_class(instruction.opcode)
-    if kind == "wgmma":
-        shape = _WGMMA_SHAPE.search(f"{instruction.opcode} {instruction.operands}")
-        if shape is None:
-            raise ValueError(f"no shape in {instruction.opcode} {instruction.operands}")
-        m, n, k = (int(size) for size in shape.groups())
-        return m * n * k * warps // 4
-    if kind == "mma":
-        known = [_MMA_MACS[part] for part in instruction.modifiers if part in _MMA_MACS]
-        if not known:
-            raise ValueError(f"unknown tensor-core shape: {instruction.opcode}")
-        return known[0] * warps
-    return 0
-
-
-def wgmma_columns(instruction: Instruction) -> int:
-    """N of a wgmma. Raises ValueError if the instruction is not one."""
-    shape = _WGMMA_SHAPE.search(f"{instruction.opcode} {instruction.operands}")
-    if shape is None:
-        raise ValueError(f"not a wgmma: {instruction.opcode}")
-    return int(shape.group(2))
 
 
 def access_bits(instruction: Instruction) -> int:

@@ -1,4 +1,4 @@
-"""What a kernel takes and how it touches memory: read off the binary, nothing modelled."""
+"""What a kernel takes and which instructions it has, counted in the binary."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 from bench.static.mix import TENSOR, access_bits, instruction_class
 from bench.static.sass import Instruction
 
+WIDE = 128
+"""Bits per lane of the widest access of every target."""
+
 
 @dataclass(frozen=True)
 class Resources:
     """Per thread: registers, stack_bytes, and how many instructions spill. Per CTA: shared_bytes,
     warps. loads, stores: global accesses by bits per lane, asynchronous copies being loads and
     tensor-descriptor copies (which have no lanes) counted as 0 bits. tensor: tensor-core
-    instructions by opcode. Of AMD alone: accumulators, its AGPRs; scalars, its SGPRs;
-    parked_scalars, those kept in lanes of vector registers: moves, but no memory, so no spills.
+    instructions by opcode. mix: all instructions by the unit that runs them. Of AMD alone:
+    accumulators, its AGPRs; scalars, its SGPRs; parked_scalars, those kept in lanes of vector
+    registers: moves, but no memory, so no spills.
     """
 
     registers: int
@@ -27,6 +31,7 @@ class Resources:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     tensor: dict[str, int] = field(default_factory=dict)
+    mix: dict[str, int] = field(default_factory=dict)
     accumulators: int = 0
     scalars: int = 0
     parked_scalars: int = 0
@@ -43,26 +48,26 @@ def sass_resources(
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     tensor: Counter[str] = Counter()
-    spills = 0
+    mix: Counter[str] = Counter()
     for instruction in code:
         kind = instruction_class(instruction.opcode)
+        mix[kind] += 1
         if kind in ("global load", "asynchronous copy"):
             loads[access_bits(instruction)] += 1
         elif kind == "global store":
             stores[access_bits(instruction)] += 1
         elif kind == "bulk copy" and instruction.base in ("UTMALDG", "UTMASTG"):
             (loads if instruction.base == "UTMALDG" else stores)[0] += 1
-        elif kind == "spill":
-            spills += 1
         elif kind in TENSOR:
             tensor[instruction.base] += 1
     return Resources(
         registers=usage["REG"],
         stack_bytes=usage["STACK"],
-        spills=spills,
+        spills=mix["spill"],
         shared_bytes=shared_bytes,
         warps=warps,
         loads=dict(loads),
         stores=dict(stores),
         tensor=dict(tensor),
+        mix=dict(mix),
     )

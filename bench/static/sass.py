@@ -1,51 +1,30 @@
-"""SASS: the instructions of a cubin, each with its control word, as nvdisasm and the encoding say.
-
-Since Volta every instruction is 128 bits wide. The upper 64 hold, from bit 41 on, what the
-compiler tells the scheduler: cycles to stall, a yield hint, the scoreboard set when the result is
-written, the one set when the sources have been read, the scoreboards to wait for, operand reuse.
-"""
+"""SASS: the instructions of a cubin, as cuobjdump prints them."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton.backends.nvidia
 
-NO_SCOREBOARD = 7
-CONTROL_SHIFT = 41
-
 _BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 _INSTRUCTION = re.compile(
-    r"\s*/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P[T0-9]+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;"
-    r"\s*/\*\s*0x([0-9a-f]{16})\s*\*/"
+    r"\s*/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;"
 )
-_UPPER_HALF = re.compile(r"\s*/\*\s*0x([0-9a-f]{16})\s*\*/")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
-# ptxas also leaves loops by a predicated CALL.REL.NOINC that nothing returns from.
-BRANCHES = frozenset({"BRA", "BRX", "BRXU", "JMP", "CALL"})
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction. address: in bytes. predicate: such as "!P0", or "" if it always runs.
-
-    stall: cycles until the warp may issue again. write, read: the scoreboards released when the
-    result is there and when the sources have been read, NO_SCOREBOARD for none. wait: a bit per
-    scoreboard that has to be free before issue.
-    """
+    """One instruction without its predicate. address: in bytes."""
 
     address: int
-    predicate: str
     opcode: str
     operands: str
-    stall: int
-    write: int
-    read: int
-    wait: int
 
     @property
     def base(self) -> str:
@@ -56,28 +35,13 @@ class Instruction:
     def modifiers(self) -> list[str]:
         return self.opcode.split(".")[1:]
 
-    @property
-    def branch_target(self) -> int | None:
-        """The address that a branch with a constant target goes to, None for all else."""
-        found = _TARGET.search(self.operands) if self.base in BRANCHES else None
-        return int(found.group(1), 16) if found else None
-
-    @property
-    def conditional(self) -> bool:
-        """Whether the next instruction can follow a branch or an exit; after a call it does."""
-        return (
-            self.base == "CALL"
-            or self.predicate not in ("", "PT", "UPT")
-            or self.operands.startswith(("P", "!P", "UP", "!UP"))
-        )
-
 
 class DisassemblyError(RuntimeError):
     """cuobjdump failed or printed what this parser does not know."""
 
 
 def disassemble(cubin: bytes) -> str:
-    """The SASS with encodings, as text. Raises DisassemblyError if cuobjdump fails."""
+    """The SASS as text. Raises DisassemblyError if cuobjdump fails."""
     return _cuobjdump(cubin, "-sass")
 
 
@@ -109,31 +73,18 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 def parse(text: str) -> list[Instruction]:
     """The instructions of cuobjdump's text, in order of address.
 
-    Raises DisassemblyError if there are none, or if one lacks the upper half of its encoding.
+    Raises DisassemblyError if there are none.
     """
-    instructions: list[Instruction] = []
-    pending: re.Match[str] | None = None
-    for line in text.splitlines():
-        if found := _INSTRUCTION.match(line):
-            if pending:
-                raise DisassemblyError(f"no control word after {pending.group(0).strip()}")
-            pending = found
-        elif pending and (found := _UPPER_HALF.match(line)):
-            address, predicate, opcode, operands, _ = pending.groups()
-            control = int(found.group(1), 16) >> CONTROL_SHIFT
-            instructions.append(
-                Instruction(
-                    address=int(address, 16),
-                    predicate=predicate or "",
-                    opcode=opcode,
-                    operands=operands,
-                    stall=control & 15,
-                    write=control >> 5 & 7,
-                    read=control >> 8 & 7,
-                    wait=control >> 11 & 63,
-                )
-            )
-            pending = None
-    if not instructions or pending:
-        raise DisassemblyError("no complete instruction in the text of cuobjdump")
-    return instructions
+    found = [match.groups() for match in map(_INSTRUCTION.match, text.splitlines()) if match]
+    if not found:
+        raise DisassemblyError("no instruction in the text of cuobjdump")
+    return [Instruction(int(address, 16), *rest) for address, *rest in found]
+
+
+def has_loop(code: Sequence[Instruction]) -> bool:
+    """Whether a branch goes back. One to itself, which ends every kernel, is no loop."""
+    for instruction in code:
+        target = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
+        if target and int(target.group(1), 16) < instruction.address:
+            return True
+    return False

@@ -144,7 +144,7 @@ FUSED_UTILIZATION = {
     "gfx950": 0.3,
 }
 """Tensor utilisation of the fused main loop against the vendor's, as the cost model takes it. On
-consumer cards it is the modelled one of bench/results/static.md. On sm_80 and sm_90 that model
+consumer cards it is what a simulation of their binaries gave. On sm_80 and sm_90 that model
 (0.96 and 0.83, and 0.54 and 0.49 without a second CTA to overlap with) is taken halfway down, where
 it reproduces the published switch-over points; an H200's 8192 rows give 0.68 (device.json). sm_100
 and gfx, not modelled, are guesses."""

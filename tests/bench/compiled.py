@@ -51,37 +51,20 @@ def records(module: str, *arguments: str, session: pytest.TempPathFactory) -> li
 
 
 def main() -> None:
-    from bench.static import sass
-    from bench.static.compile import compile_launch
     from bench.static.figures import figures
-    from bench.static.resources import sass_resources
-    from bench.static.scoreboards import check_scoreboards
-    from bench.static.targets import is_nvidia
     from tests.bench import toy_kernels as toys
 
-    found = []
-    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
-        launch = toys.product_launch()
-        tile = toys.BM * toys.BC * toys.BR
-        record = {"arch": arch, "kernel": "product"}
-        record |= dataclasses.asdict(figures(launch, arch, tile))
-        if is_nvidia(arch):
-            code = sass.parse(sass.disassemble(compile_launch(launch, arch).cubin))
-            check = check_scoreboards(code)
-            record |= {"guarded": check.guarded, "violations": len(check.violations)}
-        found.append(record)
-    for kernel in (toys.widen, toys.widen_badly):
-        record = {"arch": "sm_80", "kernel": kernel.__name__}
-        found.append(
-            record
-            | dataclasses.asdict(figures(toys.widen_launch(kernel), "sm_80", None, streams=True))
-        )
-    crowded = compile_launch(toys.crowded_launch(), "sm_80")
-    code = sass.parse(sass.disassemble(crowded.cubin))
-    usage = sass.resource_usage(crowded.cubin)
-    resources = sass_resources(code, usage, shared_bytes=crowded.shared_bytes, warps=crowded.warps)
-    record = {"arch": "sm_80", "kernel": "crowded", "resources": dataclasses.asdict(resources)}
-    found.append(record)
+    launches = [
+        *((arch, toys.product_launch()) for arch in ("sm_80", "sm_90", "sm_100", "sm_120")),
+        ("gfx942", toys.product_launch()),
+        *(("sm_80", toys.widen_launch(kernel)) for kernel in (toys.widen, toys.widen_badly)),
+        ("sm_80", toys.crowded_launch()),
+    ]
+    found = [
+        {"arch": arch, "kernel": launch.kernel.__name__}
+        | dataclasses.asdict(figures(launch, arch, streams=True))
+        for arch, launch in launches
+    ]
     print(json.dumps(found))
 
 

@@ -8,33 +8,96 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 
-from bench.static.shipped import ShippedLaunch, launches, measure
+import torch
+
+from bench.static.figures import figures
+from bench.static.launches import ShippedLaunch
+from bench.static.shipped import STREAMS, launches
+from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
+from qlora_compile.kernels.experts.grouped import grouped_config
+from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named, meta_tensors
+from qlora_compile.kernels.gpu.grouped_launch import grouped_backward, grouped_forward
+from qlora_compile.kernels.gpu.launch import Launch, recording
+from qlora_compile.kernels.layout import Layout
 
 KERNELS = (
     *("fused_forward", "fused_backward", "tail_forward", "tail_backward", "dequantize"),
     *("low_rank", "adapter_gradient", "skinny"),
 )
+EXPERTS = ("low", "forward", "low gradient", "low", "dA", "dB", "backward")
+"""The experts' launches of a forward and a backward, in their order; the second "low" is the first
+recomputed."""
+E, N, K = 8, 1024, 2048
+RANK = 16
 
 
-def subset(arch: str) -> list[int]:
-    """The index of a launch of each of KERNELS: of the usual kind where there is one."""
-    chosen: dict[str, tuple[int, int]] = {}
-    for index, shipped in enumerate(launches(arch)):
-        if shipped.kernel not in KERNELS:
-            continue
-        score = _usual(shipped)
-        if shipped.kernel not in chosen or score > chosen[shipped.kernel][0]:
-            chosen[shipped.kernel] = (score, index)
-    return [index for _, index in chosen.values()]
+def usual(arch: str) -> list[ShippedLaunch]:
+    """A launch of each of KERNELS: of the usual kind where there is one."""
+    chosen: dict[str, ShippedLaunch] = {}
+    for shipped in launches(arch):
+        kernel = shipped.kernel
+        if kernel in KERNELS and (kernel not in chosen or _usual(shipped) > _usual(chosen[kernel])):
+            chosen[kernel] = shipped
+    return list(chosen.values())
 
 
 def _usual(shipped: ShippedLaunch) -> int:
     """How many of the properties it has that a QLoRA layer usually has."""
-    usual = (str(shipped.dtype) == "torch.bfloat16", shipped.format == "nf4", shipped.rank == 16)
-    return sum(usual)
+    case = shipped.case
+    return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK))
+
+
+def experts(arch: str) -> Iterator[tuple[str, Launch]]:
+    """Every kernel of the experts, and their products from other formats and for fewer rows."""
+    products = ("forward", "backward")
+    yield from _experts(arch, 128, "nf4", EXPERTS)
+    yield from _experts(arch, 128, UNQUANTIZED, products)
+    yield from _experts(arch, 4, "nf4", products)
+    yield from _experts(arch, 128, "int8", products[:1])
+
+
+def _experts(
+    arch: str, rows: int, format: str, names: tuple[str, ...]
+) -> Iterator[tuple[str, Launch]]:
+    """Those of `names` with `rows` for each expert."""
+    bf16 = torch.bfloat16
+
+    def meta(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    planes, layout = [meta(E, N, K)], Layout(UNQUANTIZED, (E * N, K))
+    if format != UNQUANTIZED:
+        layout = format_named(format).layout((E * N, K))
+        planes = meta_tensors(layout, bf16)
+    tensors = ExpertsTensors(
+        x=meta(rows * E, K),
+        offsets=meta(E, dtype=torch.int32),
+        planes=planes,
+        bias=meta(E, N),
+        lora_a=meta(E, RANK, K, dtype=torch.float32),
+        lora_b=meta(E, N, RANK, dtype=torch.float32),
+        scaling=meta(1, dtype=torch.float32),
+    )
+    spec = ExpertsSpec(layout, E, bf16, bf16)
+    config = grouped_config(arch, rows * E, E, RANK, layout)
+    with recording() as recorded:
+        grouped_forward(tensors, spec, config)
+        grouped_backward(meta(rows * E, N), tensors, spec, config, needs_x=True, needs_adapter=True)
+    for name, launch in zip(EXPERTS, recorded, strict=True):
+        if name in names:
+            yield f"experts {name}", launch
+
+
+def main(arch: str) -> None:
+    chosen = [(shipped.kernel, shipped.launch) for shipped in usual(arch)]
+    found = [
+        {"kernel": kernel} | dataclasses.asdict(figures(launch, arch, streams=kernel in STREAMS))
+        for kernel, launch in [*chosen, *experts(arch)]
+    ]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    arch = sys.argv[1]
-    print(json.dumps([dataclasses.asdict(measure(arch, index)) for index in subset(arch)]))
+    main(sys.argv[1])

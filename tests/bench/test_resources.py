@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from bench.static.amdgcn import AssemblyError, amdgcn_resources
-from bench.static.decode_count import decode_mix
-from bench.static.flow import Path
-from bench.static.memory import traffic
+from bench.static.memory import Traffic, traffic
 from bench.static.occupancy import ctas_per_sm, limits
 from bench.static.resources import Resources, sass_resources
-from bench.static.scoreboards import check_scoreboards
 from qlora_compile.kernels.gpu.launch import Launch
 from tests.bench.sass_text import program
 
@@ -40,6 +37,7 @@ def test_amd_assembly() -> None:
     assert found.tensor == {"v_mfma_f32_32x32x8_bf16": 2}
     assert found.loads == {128: 2, 8: 1, 16: 1}
     assert found.stores == {64: 1, 32: 1}
+    assert found.mix == {"mfma": 2, "global memory": 6}
     assert not found.spilled
 
 
@@ -80,6 +78,10 @@ def test_sass_accesses_and_spills() -> None:
     assert found.loads == {128: 2, 8: 1, 0: 1}
     assert found.stores == {64: 1}
     assert found.tensor == {"HMMA": 1}
+    assert found.mix == {
+        **{"global load": 2, "asynchronous copy": 1, "bulk copy": 1, "global store": 1},
+        **{"mma": 1, "spill": 2},
+    }
     assert (found.registers, found.spills, found.stack_bytes) == (64, 2, 8)
     assert found.spilled
 
@@ -94,8 +96,8 @@ def test_ctas_per_sm() -> None:
     assert ctas_per_sm(dataclasses.replace(taken, warps=4), "gfx950") == 4
 
 
-def streaming(*, block: int, load: str, store: str, stores: int) -> tuple[Path, Launch]:
-    """int8 codes to float16, `block` elements by the 32 lanes of one warp."""
+def streaming(load: str, store: str, stores: int) -> Traffic:
+    """Of int8 codes to float16, 512 elements by the 32 lanes of one warp."""
     size = 1 << 20
     tensors = {
         "codes": torch.empty(size, dtype=torch.int8, device="meta"),
@@ -103,101 +105,21 @@ def streaming(*, block: int, load: str, store: str, stores: int) -> tuple[Path, 
         "out": torch.empty(size, dtype=torch.float16, device="meta"),
     }
     code = program(load, "LDG.E R8, [R4.64]", *[store] * stores, "EXIT")
-    return Path(tuple(code), (), ()), Launch(None, (size // block,), tensors, {}, num_warps=1)
+    usage = {"REG": 32, "STACK": 0, "LOCAL": 0}
+    taken = sass_resources(code, usage, shared_bytes=0, warps=1)
+    return traffic(taken, Launch(None, (size // 512,), tensors, {}, num_warps=1))
 
 
 def test_traffic_of_wide_accesses_is_the_minimum() -> None:
-    path, launch = streaming(
-        block=512, load="LDG.E.128 R0, [R2]", store="STG.E.128 [R2], R4", stores=2
-    )
-    found = traffic(path, launch, "sm_90", warps=1, ctas=16)
-    assert found is not None
+    found = streaming("LDG.E.128 R0, [R2]", "STG.E.128 [R2], R4", stores=2)
     assert found.minimum == (1 << 20) * 3 + (1 << 20) // 64 * 4
     assert found.excess == 0
     assert found.wide
-    assert set(found.bounds) == {"H100 SXM", "H200 SXM"}
 
 
 def test_traffic_of_narrow_and_of_repeated_accesses() -> None:
-    path, launch = streaming(
-        block=512, load="LDG.E.128 R0, [R2]", store="STG.E.64 [R2], R4", stores=4
-    )
-    found = traffic(path, launch, "sm_80", warps=1, ctas=16)
-    assert found is not None
-    assert (found.excess, found.wide) == (0, False)
-    path, launch = streaming(
-        block=512, load="LDG.E.128 R0, [R2]", store="STG.E.128 [R2], R4", stores=4
-    )
-    found = traffic(path, launch, "sm_80", warps=1, ctas=16)
-    assert found is not None
-    assert found.excess == pytest.approx(2 / 3, abs=0.02)
-    path, launch = streaming(
-        block=512, load="LDG.E.64 R0, [R2]", store="STG.E.128 [R2], R4", stores=2
-    )
-    found = traffic(path, launch, "sm_80", warps=1, ctas=16)
-    assert found is not None
-    assert not found.wide
-
-
-def test_traffic_with_too_much_arithmetic_is_not_bound_by_dram() -> None:
-    path, launch = streaming(
-        block=512, load="LDG.E.128 R0, [R2]", store="STG.E.128 [R2], R4", stores=2
-    )
-    slow = Path((*path.before[:-1], *program(*["LOP3 R0, R1, R2"] * 400), path.before[-1]), (), ())
-    for code, expected in ((path, True), (slow, False)):
-        found = traffic(code, launch, "sm_90", warps=1, ctas=16)
-        assert found is not None
-        assert [bound.dram_bound for bound in found.bounds.values()] == [expected] * 2
-
-
-def test_traffic_of_a_loop_is_unknown() -> None:
-    path, launch = streaming(
-        block=512, load="LDG.E.128 R0, [R2]", store="STG.E.128 [R2], R4", stores=2
-    )
-    assert traffic(Path((), path.before, ()), launch, "sm_90", warps=1, ctas=16) is None
-
-
-def test_decoding_is_what_depends_on_the_codes() -> None:
-    loop = program(
-        "LDG.E R0, [R20.64]",  # codes
-        "LOP3.LUT R1, R0, 0xf, RZ, 0xc0, !PT",  # decodes
-        "PRMT R2, R1, R30, R31",  # decodes, by tables from outside
-        "MOV R9, 0x3210",  # a constant for decoding
-        "PRMT R3, R2, R9, R1",  # decodes
-        "HMMA.16816.F32.BF16 R4, R2, R12, R4",
-        "IADD3 R20, P0, R20, 0x40, RZ",  # an address
-        "ISETP.NE.AND P1, PT, R40, RZ, PT",  # the loop's end
-        "MOV R50, R4",  # of the accumulators
-        "@P1 BRA 0x0",
-    )
-    assert decode_mix(loop) == {"alu": 4}
-
-
-def test_decoding_carried_to_the_next_iteration() -> None:
-    loop = program(
-        "HMMA.16816.F32.BF16 R4, R2, R12, R4",
-        "SHF.R.U32.HI R2, RZ, 0x4, R1",  # decodes what the last iteration moved
-        "MOV R1, R0",
-        "LDG.E R0, [R20.64]",
-        "@P1 BRA 0x0",
-    )
-    assert decode_mix(loop) == {"alu": 2}
-
-
-def test_unwaited_results_are_found() -> None:
-    waited = program(
-        ("LDG.E R0, [R2.64]", {"write": 1}), ("FADD R4, R0, R0", {"wait": 0b10}), "FADD R5, R0, R4"
-    )
-    assert check_scoreboards(waited).violations == ()
-    assert check_scoreboards(waited).guarded == 1
-    early = program(
-        ("LDG.E R0, [R2.64]", {"write": 1}), ("FADD R4, R0, R0", {"wait": 0b01}), "FADD R5, R4, R4"
-    )
-    assert [found.address for found in check_scoreboards(early).violations] == [0x10]
-
-
-def test_overwritten_sources_are_found() -> None:
-    early = program(("STG.E.64 [R2.64], R4", {"read": 3}), "MOV R5, RZ")
-    assert len(check_scoreboards(early).violations) == 1
-    waited = program(("STG.E.64 [R2.64], R4", {"read": 3}), ("MOV R5, RZ", {"wait": 0b1000}))
-    assert check_scoreboards(waited).violations == ()
+    narrow = streaming("LDG.E.128 R0, [R2]", "STG.E.64 [R2], R4", stores=4)
+    assert (narrow.excess, narrow.wide) == (0, False)
+    repeated = streaming("LDG.E.128 R0, [R2]", "STG.E.128 [R2], R4", stores=4)
+    assert repeated.excess == pytest.approx(2 / 3, abs=0.02)
+    assert not streaming("LDG.E.64 R0, [R2]", "STG.E.128 [R2], R4", stores=2).wide

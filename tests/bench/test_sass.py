@@ -1,61 +1,45 @@
-"""The parser of cuobjdump's text, and the decoding of the control word."""
+"""The parser of cuobjdump's text, and loops in it."""
 
 import pytest
 
-from bench.static.sass import DisassemblyError, parse
+from bench.static.sass import DisassemblyError, has_loop, parse
+from tests.bench.sass_text import program
 
 TEXT = """
 \tcode for sm_90a
 \t\tFunction : kernel
 \t.headerflags\t@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
-                                                                           /* 0x{first:016x} */
+                                                                           /* 0x000fe200000000ff */
         /*0010*/             @!P0  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ; /* 0x1 */
-                                                                           /* 0x{second:016x} */
+                                                                           /* 0x000fe200000000ff */
         /*0020*/                   BRA 0x10;                            /* 0xfffffffc00fc7947 */
-                                                                           /* 0x{third:016x} */
+                                                                           /* 0x000fe200000000ff */
 \t\t..........
 """
 
 
-def control_word(*, stall: int, write: int, read: int, wait: int) -> int:
-    """The upper half of an encoding; the lower 41 bits belong to the instruction itself."""
-    fields = stall | 1 << 4 | write << 5 | read << 8 | wait << 11
-    return fields << 41 | 0x1FF_FFFF_FFFF
-
-
-def text(**words: int) -> str:
-    return TEXT.replace("/* 0x1 */", "/* 0x0000000000000001 */").format(**words)
-
-
-def test_fields_of_the_control_word() -> None:
-    first = {"stall": 15, "write": 0, "read": 7, "wait": 0}
-    second = {"stall": 1, "write": 7, "read": 5, "wait": 0b100001}
-    third = {"stall": 0, "write": 7, "read": 7, "wait": 0b111111}
-    words = zip(("first", "second", "third"), (first, second, third), strict=True)
-    code = parse(text(**{name: control_word(**fields) for name, fields in words}))
-    for instruction, fields in zip(code, (first, second, third), strict=True):
-        found = {name: getattr(instruction, name) for name in fields}
-        assert found == fields, instruction
-
-
-def test_operands_predicates_and_branches() -> None:
-    load, multiply, branch = parse(text(first=0, second=0, third=0))
+def test_addresses_opcodes_and_operands() -> None:
+    load, multiply, branch = parse(TEXT)
     assert (load.address, load.opcode, load.operands) == (0, "LDC", "R1, c[0x0][0x28]")
-    assert (load.predicate, load.conditional, load.branch_target) == ("", False, None)
-    assert multiply.predicate == "!P0"
-    assert multiply.opcode == "HGMMA.64x128x16.F32.BF16"
-    assert multiply.base == "HGMMA"
-    assert (branch.branch_target, branch.conditional) == (0x10, False)
+    assert (multiply.address, multiply.opcode) == (0x10, "HGMMA.64x128x16.F32.BF16")
+    assert (multiply.base, multiply.modifiers) == ("HGMMA", ["64x128x16", "F32", "BF16"])
+    assert (branch.opcode, branch.operands) == ("BRA", "0x10")
 
 
 def test_text_without_instructions() -> None:
-    with pytest.raises(DisassemblyError, match="no complete instruction"):
+    with pytest.raises(DisassemblyError, match="no instruction"):
         parse("code for sm_90a\n")
 
 
-def test_instruction_without_control_word() -> None:
-    lines = text(first=0, second=0, third=0).splitlines()
-    del lines[5]
-    with pytest.raises(DisassemblyError, match=r"no control word after .*LDC"):
-        parse("\n".join(lines))
+@pytest.mark.parametrize(
+    ("lines", "loops"),
+    [
+        (["S2R R0, SR_TID.X", "BRA 0x20", "EXIT", "BRA 0x30", "NOP"], False),
+        (["MOV R0, RZ", "FADD R0, R0, R1", "BRA 0x10", "EXIT"], True),
+        (["MOV R0, RZ", "FADD R0, R0, R1", "BRA P1, 0x10", "EXIT"], True),
+    ],
+    ids=["forward and to itself", "back", "back under a predicate"],
+)
+def test_a_loop_is_a_branch_back(lines: list[str], loops: bool) -> None:
+    assert has_loop(program(*lines)) == loops

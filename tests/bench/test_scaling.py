@@ -17,14 +17,12 @@ from bench.peers.settings import Setting
 from bench.scaling import __main__ as command
 from bench.scaling.axes import AXES, BASE, FIRST_STEP, TOKENS, Axis
 from bench.scaling.fit import fit, two_digits
-from bench.scaling.meaning import SENTENCES, meaning
 from bench.scaling.points import law
-from bench.scaling.quantities import FIRST, STEP, Quantity
+from bench.scaling.quantities import FIRST, STEP
 from bench.scaling.report import FLAT_FROM, FLAT_TO, flatness, section, told
 
 APP = typer.Typer()
 APP.command()(command.main)
-CURVES = [(axis, quantity) for axis in AXES.values() for quantity in axis.quantities]
 
 
 def run(setting: Setting, name: str, exponent: float, loss: float = 8.0) -> Run:
@@ -75,13 +73,6 @@ def test_a_zero_has_no_sign() -> None:
     assert [two_digits(x) for x in (-0.001, 0.001, -0.126)] == ["0.00", "0.00", "-0.13"]
 
 
-@pytest.mark.parametrize(("axis", "quantity"), CURVES, ids=lambda each: each.name)
-def test_every_exponent_means_something(axis: Axis, quantity: Quantity) -> None:
-    found = [meaning(axis, quantity, hundredths / 100) for hundredths in range(-100, 400)]
-    assert all(found)
-    assert len(set(found)) == 1 + len(SENTENCES[axis.name, quantity.name])
-
-
 def test_points_are_shared() -> None:
     settings = [setting for axis in AXES.values() for setting in axis.settings]
     assert settings.count(BASE) == 4
@@ -96,10 +87,9 @@ def test_a_section_has_rows_and_exponents() -> None:
     text = "\n".join(section(TOKENS, along(TOKENS)))
     assert "## tokens\n\n2 sequences, 2 layers, hidden 1024, rank 16.\n" in text
     assert "| 512 | 0.5120 | 0.0226 | 1024.0 | 1024.0 | 512.0 | 512.0 | 1.00 | 1.00 |" in text
-    sentence = meaning(TOKENS, STEP, 1)
     assert (
         "- step time ~ tokens^1.00 ± 0.00, every point within a factor of 1.00, ^1.00 between the "
-        f"last two (stock ^0.50 ± 0.00): {sentence}.\n"
+        "last two (stock ^0.50 ± 0.00).\n"
     ) in text
 
 
@@ -148,7 +138,7 @@ def test_a_full_run_is_written(results: Path) -> None:
     assert all(f"## {name}\n" in text for name in AXES)
     content = json.loads((results / "scaling.json").read_text())
     assert len(content["points"]) == sum(len(axis.settings) for axis in AXES.values()) - 3
-    assert len(content["laws"]) == 2 * len(CURVES)
+    assert len(content["laws"]) == 2 * sum(len(axis.quantities) for axis in AXES.values())
     assert (results / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

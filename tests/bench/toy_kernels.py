@@ -5,8 +5,6 @@ Import only where TRITON_INTERPRET is unset: see compiled.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +15,6 @@ from qlora_compile.kernels.gpu.launch import Launch
 
 SIZE = 4096
 BM, BC, BR = 128, 128, 32
-
-
-@dataclass(frozen=True)
-class ToyLaunch:
-    kernel: str
-    launch: Launch
-    macs_per_iteration: int | None
-    format: str | None = None
-    dtype: Any = torch.bfloat16
-    decoder: str | None = None
-    rank: int = 0
-    double_quantized: bool = False
-    config: str = ""
 
 
 @triton.jit
@@ -110,9 +95,3 @@ def widen_launch(kernel: Any = widen, block: int = 2048) -> Launch:
 def crowded_launch() -> Launch:
     values = meta(32 * 256, dtype=torch.float32)
     return Launch(crowded, (1,), {"x": values, "y": values}, {"COUNT": 256}, 1, 1, {"maxnreg": 64})
-
-
-def toy_launches() -> Iterator[ToyLaunch]:
-    for rank in (0, 16, 64):
-        yield ToyLaunch("tail_forward", product_launch(rank), BM * BC * BR, rank=rank)
-    yield ToyLaunch("dequantize", widen_launch(), None, format="int8")

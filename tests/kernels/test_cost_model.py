@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -27,7 +26,6 @@ def test_the_fastest_on_a_cpu_is_among_the_models_first() -> None:
     cpu = CpuModel.from_json(figures["cpu"])
     rows = [ranked(problem, cpu, figures["seconds"][str(problem)]) for problem in problem_set()]
     assert len(rows) == 96
-    assert len(RESULTS.read_text()) == Path(RESULTS).stat().st_size
     measured = [len(figures["seconds"][row.problem]) for row in rows]
     # With fewer candidates than that there would be nothing to miss.
     assert sum(count > LOOKED_AT for count in measured) > len(rows) / 3

@@ -4,16 +4,21 @@ give a reason for every Linear that they leave."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+import qlora_compile
 from qlora_compile.capture.pipeline import run_pipeline
-from qlora_compile.passes.calls import base_weights
+from qlora_compile.passes.calls import base_weights, is_fused
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import (
     example,
@@ -22,6 +27,10 @@ from qlora_compile.passes.nodes import (
 from tests.passes.execution import drop_alike, inputs_of, run, widen
 from tests.passes.programs import DTYPES, Program, SiteSpec, Step, programs
 from tests.passes.recorder import record
+from tests.passes.rewritten import rewritten_graphs
+from tests.test_equality import without_inductor
+
+__all__ = ["rewritten_graphs", "without_inductor"]
 
 NARROW_FACTOR = 64
 """In the program's own dtypes ours may be twice as far from float64 as the original is, plus this
@@ -126,6 +135,14 @@ def test_what_once_went_wrong(
 
 @settings(max_examples=20, phases=[p for p in Phase if p is not Phase.explain])
 @given(program=programs(*DTYPES))
+@hypothesis.example(
+    program=Program(
+        [SiteSpec(style="base without grad"), SiteSpec()],
+        [("linear", 0, 0, 0), ("linear_no_grad", 0, 0, 0)],
+        [0],
+        torch.float32,
+    )
+)
 def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
     x = torch.randn(4, 8, dtype=program.dtype, requires_grad=True)
     captured = []
@@ -145,14 +162,19 @@ def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
 
 
 def _described(graph_module: GraphModule) -> list[Any]:
-    """What each operation computes from which inputs, but for those that nothing comes of."""
+    """What each operation computes from which inputs, with gradients or without, but for those
+    that nothing comes of. Of the switches themselves Dynamo leaves out some that undo each other.
+    """
     described: dict[Node, Any] = {}
+    enabled = True
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
+        if node.target is torch._C._set_grad_enabled:
+            (enabled,) = node.args
+        elif node.op == "placeholder":
             described[node] = node.meta["grapharg"].source.name
         else:
             inputs = tuple(described[each] for each in node.all_input_nodes)
-            described[node] = (node.op, str(node.target), inputs)
+            described[node] = (node.op, str(node.target), inputs, enabled)
     living: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
         lasting = node.op == "output" or node.is_impure() or bool(written_by(node))
@@ -160,3 +182,84 @@ def _described(graph_module: GraphModule) -> list[Any]:
             living.add(node)
     calls = ("call_function", "call_method")
     return [each for node, each in described.items() if node in living and node.op in calls]
+
+
+class Plain(nn.Module):
+    """A Linear that PEFT may adapt, in place of a Site."""
+
+    spec = SiteSpec()
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(self.spec.k, self.spec.n, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+SITES = 3
+_small = st.integers(0, 7)
+harmless_steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.sampled_from(("linear", "linear", "residual", "gate", "null_cast", "reshaped")),
+            *(_small, _small, st.integers(0, SITES - 1)),
+        ),
+        st.tuples(st.just("cast"), _small, st.just(2), st.just(0)),  # to float64: loses nothing
+    ),
+    max_size=8,
+).map(lambda drawn: [("linear", 0, 0, 0), *drawn])
+"""Steps that keep no Linear from being fused."""
+
+
+@pytest.mark.usefixtures("without_inductor")
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=harmless_steps,
+    bias=st.booleans(),
+    adapted=st.sets(st.integers(0, SITES - 1), min_size=1),
+)
+def test_every_linear_is_fused_where_nothing_forbids_it(
+    steps: list[Step], bias: bool, adapted: set[int], rewritten_graphs: list[GraphModule]
+) -> None:
+    """Compare with PEFT through `optimize` and Dynamo, for a symbolic number of rows too."""
+    torch._dynamo.reset()
+    rewritten_graphs.clear()
+    targets = [f"s{n}.linear" for n in adapted]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    returned = list(range(1, len(steps) + 1))
+    program = Program([Plain.spec] * SITES, steps, returned, torch.float32)
+    for name in program.names:
+        program.add_module(name, Plain(bias))
+    stock = get_peft_model(program, config).train()
+    ours = qlora_compile.optimize(copy.deepcopy(stock), scope="model")
+    # The second number of rows makes their dimension a symbol.
+    for rows in (4, 6):
+        x = torch.randn(rows, 8)
+        expected, actual = (outputs_and_gradients(model, x) for model in (stock, ours))
+        assert expected.keys() == actual.keys()
+        for name, value in expected.items():
+            # By norms: elements in which terms cancel carry the roundings of the others.
+            error = (actual[name] - value).norm()
+            assert error <= 1e-4 * value.norm() + 1e-5, (name, error)
+
+    used = [index for operation, *_, index in steps if operation == "linear"]
+    assert len(rewritten_graphs) == 2
+    for graph_module in rewritten_graphs:
+        fused = filter(is_fused, graph_module.graph.nodes)
+        assert sum(len(base_weights(node)) for node in fused) == len(used)
+    for site in qlora_compile.explain(ours).sites:
+        (index,) = map(int, re.findall(r"\bs(\d)\b", site.name))
+        assert site.fused == (index in used), str(site)
+        assert site.rank == (2 if index in adapted else 0)
+
+
+def outputs_and_gradients(model: Any, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    outputs = model(leaf)
+    torch.stack([y.float() for y in outputs]).sum(0).square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert leaf.grad is not None
+    values = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
+    return values | {"x": leaf.grad} | grads

@@ -462,8 +462,7 @@ def test_a_call_is_measured_with_s_kept_where_that_loses_nothing(tmp_path: Path)
     assert selection.recorded(SOURCE, problem) is not None
 
 
-def test_measured_figures_are_plausible() -> None:
+def test_decoding_and_dropout_are_measured_per_element() -> None:
     model = cpu_figures.measure_cpu()
-    assert all(1e8 < rate < 1e14 for rate in (*model.gemm, *model.thin))
     assert all(1e-12 < seconds < 1e-6 for seconds in (*model.decode, model.dropout))
     assert model.of(model.gemm, torch.float32) == model.gemm[1]
