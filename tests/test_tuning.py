@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import qlora_compile
 from qlora_compile.cli.app import app
-from qlora_compile.kernels import selection
+from qlora_compile.kernels import selection, selector
 from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners
 from qlora_compile.tuning.errors import TuneModeError
@@ -35,14 +35,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a moment for each problem."""
     monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(modes, "AUTO_BUDGET", 60.0)
-    monkeypatch.setattr(tuners, "use_measured_cpu", lambda folder: None)
+    monkeypatch.setattr(tuners, "measured_cpu", lambda folder: None)
     original = Tuner.__init__
 
     def brief(self: Tuner, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **{**options, "each": 0.005})
 
     monkeypatch.setattr(Tuner, "__init__", brief)
-    modes._tuners.clear()
+    modes.forget_tuners()
     return tmp_path / "cache"
 
 
@@ -59,8 +59,7 @@ def measurements(mode: str = "auto") -> int:
 
 def new_process() -> None:
     """Forgets what a new process would not know."""
-    selection.forget()
-    modes._tuners.clear()
+    modes.forget_tuners()
     torch._dynamo.reset()
 
 
@@ -110,10 +109,10 @@ def test_nothing_is_measured_inside_a_backward(cache: Path) -> None:
     asked = []
 
     def block(x: torch.Tensor) -> torch.Tensor:
-        selection.select(problem, tuner.source)
+        selector.select(problem, tuner.selector.name)
         tuner.ensure_missed()
         asked.append(tuner.measurements)
-        selection.forget()
+        tuner.selector.forget_records()
         return x.sin()
 
     x = torch.ones(3, requires_grad=True)
@@ -192,10 +191,9 @@ def test_a_copy_survives_its_records(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_a_first_step_may_come_under_autocast(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuners, "use_measured_cpu", cpu_figures.use_measured_cpu)
+    monkeypatch.setattr(tuners, "measured_cpu", cpu_figures.measured_cpu)
     step(optimized(), tokens(), autocast=True)
     assert measurements() > 0
-    cpu_figures.use_cpu_model(cpu_figures.CPU)
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -262,7 +260,7 @@ def test_compiled_code_is_not_shared_between_sources(
 ) -> None:
     """What Inductor keeps on disk holds the source and whether S is kept."""
     for decision in (True, False):
-        monkeypatch.setattr(selection, "prefers_keeping", lambda *_, kept=decision: kept)
+        monkeypatch.setattr(selector, "saving_is_faster", lambda *_, saved=decision: saved)
         new_process()
         saved: list[torch.Tensor] = []
 
@@ -289,8 +287,7 @@ class TestCommand:
         first = self.run(*words)
         assert "6 problems measured, 0 known before" in first
         assert "backward 8x24x64 rank 2, nf4/64 double, bfloat16, adapter float32, S kept" in first
-        modes._tuners.clear()
-        selection.forget()
+        modes.forget_tuners()
         assert "0 problems measured, 6 known before" in self.run(*words)
         assert "6 problems measured, 0 known" in self.run(*words, "--again")
         assert len(RecordStore(cache).read()) == 6

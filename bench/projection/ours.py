@@ -24,7 +24,7 @@ from qlora_compile.kernels.gpu.configs import FUSED_UTILIZATION
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
 from qlora_compile.kernels.registry import UNQUANTIZED
-from qlora_compile.kernels.selection import Choice, choose, keeping_is_faster, problems_of_call
+from qlora_compile.kernels.selection import Choice, choose, saving_is_faster, problems_of_call
 from qlora_compile.kernels.variants.fused import Fused
 
 AnyProblem = TypeVar("AnyProblem", Problem, ExpertsProblem)
@@ -99,7 +99,7 @@ def _linears(
     problems = problems_of_call(forward, trains=True)
     with assuming(device.target, kind="cuda"):
         choices = [choose(problem, {}, device) for problem in problems]
-    keeps = keeping_is_faster(problems, [choice.seconds for choice in choices])
+    keeps = saving_is_faster(problems, [choice.seconds for choice in choices])
     pairs = zip(problems, choices, strict=True)
     first, second = (pair for pair in pairs if pair[0].keeps_low_rank == keeps)
     return first, second
