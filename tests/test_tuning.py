@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import qlora_compile
+from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.cli.app import app
 from qlora_compile.kernels import selection, selector
 from qlora_compile.tuning import cpu_figures, modes
@@ -55,6 +56,11 @@ def measurements(mode: str = "auto") -> int:
     tuner = tuner_of(mode)
     assert tuner is not None
     return tuner.measurements
+
+
+def regions(model: Any) -> list[Region]:
+    found = (region_of(module) for module in model.modules())
+    return [region for region in found if region is not None]
 
 
 def new_process() -> None:
@@ -171,6 +177,46 @@ def test_shipped_records_are_used(cache: Path, tmp_path: Path, form: str) -> Non
     site = qlora_compile.explain(model).sites[0]
     assert site.forward is not None
     assert site.forward.measured
+    # No path: compile caches would hold for one machine alone.
+    for region in regions(model):
+        assert region.records_name.rstrip("-0123456789") == modes.SHIPPED
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_records_that_changed_are_read_again(cache: Path, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    model = optimized(tune=shipped)
+    step(model, tokens())
+    step(optimized(), tokens())
+    RecordStore(cache).export(shipped / "some.jsonl", None)
+    for site in qlora_compile.explain(model).sites:
+        assert site.forward is None or not site.forward.measured
+    later = optimized(tune=shipped)
+    step(later, tokens())
+    # Both models ask the one tuner of that folder.
+    for each in (model, later):
+        step(each, tokens())
+        site = qlora_compile.explain(each).sites[0]
+        assert site.forward is not None
+        assert site.forward.measured
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_the_report_names_records_that_this_process_does_not_have(cache: Path) -> None:
+    model = optimized()
+    step(model, tokens())
+    assert not qlora_compile.explain(model).unknown_records
+    for region in regions(model):
+        for graph, _ in region.graphs or ():
+            graph.records_name = "of another process"
+    report = qlora_compile.explain(model)
+    assert report.unknown_records == ("of another process",)
+    assert "the records 'of another process' are not of this process" in str(report)
+    assert report.to_dict()["unknown_records"] == ["of another process"]
+    for site in report.sites:
+        for chosen in (site.forward, site.backward):
+            assert chosen is None or not chosen.measured
 
 
 @pytest.mark.usefixtures("without_inductor")
