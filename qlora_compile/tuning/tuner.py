@@ -50,7 +50,7 @@ class NotMeasuredWarning(UserWarning):
 class Records(Protocol):
     """Where records are looked up."""
 
-    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None: ...
+    def find(self, problem: Problem, here: Fingerprint) -> Record | None: ...
 
 
 class Tuner:
@@ -175,8 +175,9 @@ class Tuner:
         # Without a baseline something was short that may not be next time.
         if here and timings.baseline and isinstance(self.store, RecordStore):
             parts = {field.name: getattr(timings, field.name) for field in fields(Timings)}
+            tried = here.of_variants(timings.variants)
             self.store.append(
-                Record(**parts, problem=portable(problem), fingerprint=here, measured_at=utc_now())
+                Record(**parts, problem=portable(problem), fingerprint=tried, measured_at=utc_now())
             )
         choice = choice_of(problem, timings)
         assert choice is not None

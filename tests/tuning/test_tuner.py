@@ -331,7 +331,7 @@ def test_another_machines_record_is_never_used(
     here = established("cpu")
     for other in (
         replace(here, device="a stranger"),
-        replace(here, kernels="0" * 64),
+        replace(here, kernels=tuple((name, "0" * 64) for name, _ in here.kernels)),
         replace(here, threads=here.threads + 1),
         replace(here, torch="2.0"),
     ):
