@@ -99,24 +99,12 @@ CPU = CpuModel(
     operator=1e-5,
     dropout=2e-9,
 )
-"""A guess at a few cores, until `use_cpu_model` is given what was measured."""
-
-_cpu = CPU
-
-
-def use_cpu_model(model: CpuModel) -> None:
-    """From now on CPU problems are modelled by `model`."""
-    global _cpu
-    _cpu = model
-
-
-def device_model(device: str, target: str | None) -> DeviceModel:
-    """The card's model, or that of another card of its target, or of the nearest generation."""
-    return _cpu if target is None else _card_model(device, target)
+"""A guess at a few cores, where the CPU has not been measured."""
 
 
 @functools.cache
-def _card_model(device: str, target: str) -> DeviceModel:
+def device_model(device: str, target: str) -> DeviceModel:
+    """The card's model, or that of another card of its target, or of the nearest generation."""
     name = torch.cuda.get_device_name(device)
     for model in DEVICE_MODELS:
         if model.name in name:

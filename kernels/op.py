@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
-from qlora_compile.kernels.selection import select
+from qlora_compile.kernels.selector import select
 
 
 def hinted_rows(x: Tensor, k: int) -> int:

@@ -17,10 +17,10 @@ from qlora_compile.hf.blocks import kept_linears
 from qlora_compile.hf.conv1d import LinearSite, features
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
 from qlora_compile.hf.full_training import trained_in_full
-from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
 from qlora_compile.text_table import text_table
@@ -51,20 +51,20 @@ class Chosen:
     margin: float | None
 
     @classmethod
-    def of(cls, problem: Problem, source: str) -> Chosen:
-        choice = selection.look_up(problem, source)
-        told = choice.measured
+    def of(cls, problem: Problem, selector: ModelledSelector) -> Chosen:
+        choice = selector.look_up(problem)
+        measured = choice.measured
         return cls(
             rows=problem.m,
             n=problem.columns,
             rank=problem.ranks,
             variant=choice.variant.name,
             config=choice.config.label,
-            measured=told is not None,
+            measured=measured is not None,
             seconds=choice.seconds,
-            gain=told and told.gain,
-            runner_up=told and told.runner_up,
-            margin=told and told.margin,
+            gain=measured and measured.gain,
+            runner_up=measured and measured.runner_up,
+            margin=measured and measured.margin,
         )
 
     @classmethod
@@ -110,13 +110,16 @@ class Site:
 class Report:
     """Every Linear of the model exactly once, in the model's order, then every weight of experts.
     others: what else PEFT adapts or trains, by name, with what it is and why it is left to PEFT.
-    certificates and mismatches: of each graph that `optimize(verify=...)` has checked one of them.
+    certificates and mismatches: each graph that `optimize(verify=...)` has checked has one of them.
+    unknown_records: names of records that compiled calls ask for and this process does not have;
+    the cost model chooses for these calls.
     """
 
     sites: tuple[Site, ...]
     others: dict[str, str] = field(default_factory=dict)
     certificates: tuple[Certificate, ...] = ()
     mismatches: tuple[str, ...] = ()
+    unknown_records: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -131,6 +134,7 @@ class Report:
             "others": self.others,
             "certificates": [certificate.to_dict() for certificate in self.certificates],
             "mismatches": list(self.mismatches),
+            "unknown_records": list(self.unknown_records),
         }
 
     def to_json(self) -> str:
@@ -157,6 +161,10 @@ class Report:
             )
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
         summary += [f"{name} left to PEFT: {why}" for name, why in self.others.items()]
+        summary += [
+            f"the records {name!r} are not of this process: the cost model chooses for their calls"
+            for name in self.unknown_records
+        ]
         summary += map(str, self.certificates)
         choices = self._choices()
         return "\n".join(
@@ -215,30 +223,32 @@ def build_report(model: nn.Module) -> Report:
         format = _format(linear)
         n, k = features(linear)
         rank = adapters.active_rank(model, name)
-        fused, source = None, selection.MODELLED
+        fused, chosen = None, {}
         if found is None:
             reason = kept.get(name, "outside the blocks, and neither quantised nor adapted")
         else:
             prefix, region = found
             local = name[len(prefix) :].lstrip(".")
-            fused, source = region.fused().get(local), region.source
+            fused = region.fused().get(local)
+            chosen = _chosen(fused, selector_named(region.records_name)) if fused else {}
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
             if region.graphs is None and name in read:
                 reason = READ_PAST_THE_LAYER
         if fused is None and name in trained and name not in kept:
             reason = TRAINED_IN_FULL
-        chosen = _chosen(fused, source) if fused else {}
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
     weights = tuple(_expert_sites(model, regions, trained))
     modules = {site.name.rpartition(".")[0] for site in weights}
     others = adapters.other_modules(model).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
+    names = {region.records_name for region in regions.values()}
     verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]
     return Report(
         (*sites, *weights),
         {name: why for name, why in others if name not in modules},
         tuple(each for verifier in verifiers for each in verifier.certificates.values()),
         tuple(each for verifier in verifiers for each in verifier.mismatches),
+        tuple(sorted(name for name in names if not is_known(name))),
     )
 
 
@@ -265,15 +275,14 @@ def _expert_sites(
         yield Site(name, fused is not None, *shape, **chosen, experts=site.experts)
 
 
-def _chosen(site: FusedSite, source: str) -> dict[str, Any]:
-    keeps = bool(site.trains and site.forward.rank)
-    keeps = keeps and selection.prefers_keeping(site.forward, source)
-    forward = replace(site.forward, keeps_low_rank=keeps)
+def _chosen(site: FusedSite, selector: ModelledSelector) -> dict[str, Any]:
+    saves = site.trains and selector.prefers_saving(site.forward)
+    forward = replace(site.forward, keeps_low_rank=saves)
     backward = replace(forward, direction="backward") if site.trains else None
     return {
-        "forward": Chosen.of(forward, source),
-        "backward": backward and Chosen.of(backward, source),
-        "keeps_low_rank": keeps,
+        "forward": Chosen.of(forward, selector),
+        "backward": backward and Chosen.of(backward, selector),
+        "keeps_low_rank": saves,
     }
 
 

@@ -88,6 +88,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_teardown() -> None:
     """Forget choices and compiled code: recompile limits and graph counts start afresh."""
-    selection.forget()
+    modes.forget_tuners()
+    selection.modelled.cache_clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

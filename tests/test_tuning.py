@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import qlora_compile
+from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.cli.app import app
-from qlora_compile.kernels import selection
+from qlora_compile.kernels import selection, selector
 from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners
 from qlora_compile.tuning.errors import TuneModeError
@@ -35,14 +36,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a moment for each problem."""
     monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(modes, "AUTO_BUDGET", 60.0)
-    monkeypatch.setattr(tuners, "use_measured_cpu", lambda folder: None)
+    monkeypatch.setattr(tuners, "measured_cpu", lambda folder: None)
     original = Tuner.__init__
 
     def brief(self: Tuner, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **{**options, "each": 0.005})
 
     monkeypatch.setattr(Tuner, "__init__", brief)
-    modes._tuners.clear()
+    modes.forget_tuners()
     return tmp_path / "cache"
 
 
@@ -57,10 +58,14 @@ def measurements(mode: str = "auto") -> int:
     return tuner.measurements
 
 
+def regions(model: Any) -> list[Region]:
+    found = (region_of(module) for module in model.modules())
+    return [region for region in found if region is not None]
+
+
 def new_process() -> None:
     """Forgets what a new process would not know."""
-    selection.forget()
-    modes._tuners.clear()
+    modes.forget_tuners()
     torch._dynamo.reset()
 
 
@@ -110,10 +115,10 @@ def test_nothing_is_measured_inside_a_backward(cache: Path) -> None:
     asked = []
 
     def block(x: torch.Tensor) -> torch.Tensor:
-        selection.select(problem, tuner.source)
+        selector.select(problem, tuner.selector.name)
         tuner.ensure_missed()
         asked.append(tuner.measurements)
-        selection.forget()
+        tuner.selector.forget_records()
         return x.sin()
 
     x = torch.ones(3, requires_grad=True)
@@ -172,6 +177,46 @@ def test_shipped_records_are_used(cache: Path, tmp_path: Path, form: str) -> Non
     site = qlora_compile.explain(model).sites[0]
     assert site.forward is not None
     assert site.forward.measured
+    # No path: compile caches would hold for one machine alone.
+    for region in regions(model):
+        assert region.records_name.rstrip("-0123456789") == modes.SHIPPED
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_records_that_changed_are_read_again(cache: Path, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    model = optimized(tune=shipped)
+    step(model, tokens())
+    step(optimized(), tokens())
+    RecordStore(cache).export(shipped / "some.jsonl", None)
+    for site in qlora_compile.explain(model).sites:
+        assert site.forward is None or not site.forward.measured
+    later = optimized(tune=shipped)
+    step(later, tokens())
+    # Both models ask the one tuner of that folder.
+    for each in (model, later):
+        step(each, tokens())
+        site = qlora_compile.explain(each).sites[0]
+        assert site.forward is not None
+        assert site.forward.measured
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_the_report_names_records_that_this_process_does_not_have(cache: Path) -> None:
+    model = optimized()
+    step(model, tokens())
+    assert not qlora_compile.explain(model).unknown_records
+    for region in regions(model):
+        for graph, _ in region.graphs or ():
+            graph.records_name = "of another process"
+    report = qlora_compile.explain(model)
+    assert report.unknown_records == ("of another process",)
+    assert "the records 'of another process' are not of this process" in str(report)
+    assert report.to_dict()["unknown_records"] == ["of another process"]
+    for site in report.sites:
+        for chosen in (site.forward, site.backward):
+            assert chosen is None or not chosen.measured
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -192,10 +237,9 @@ def test_a_copy_survives_its_records(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_a_first_step_may_come_under_autocast(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuners, "use_measured_cpu", cpu_figures.use_measured_cpu)
+    monkeypatch.setattr(tuners, "measured_cpu", cpu_figures.measured_cpu)
     step(optimized(), tokens(), autocast=True)
     assert measurements() > 0
-    cpu_figures.use_cpu_model(cpu_figures.CPU)
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -262,7 +306,7 @@ def test_compiled_code_is_not_shared_between_sources(
 ) -> None:
     """What Inductor keeps on disk holds the source and whether S is kept."""
     for decision in (True, False):
-        monkeypatch.setattr(selection, "prefers_keeping", lambda *_, kept=decision: kept)
+        monkeypatch.setattr(selector, "saving_is_faster", lambda *_, saved=decision: saved)
         new_process()
         saved: list[torch.Tensor] = []
 
@@ -289,8 +333,7 @@ class TestCommand:
         first = self.run(*words)
         assert "6 problems measured, 0 known before" in first
         assert "backward 8x24x64 rank 2, nf4/64 double, bfloat16, adapter float32, S kept" in first
-        modes._tuners.clear()
-        selection.forget()
+        modes.forget_tuners()
         assert "0 problems measured, 6 known before" in self.run(*words)
         assert "6 problems measured, 0 known" in self.run(*words, "--again")
         assert len(RecordStore(cache).read()) == 6

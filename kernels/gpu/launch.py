@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,8 +48,8 @@ class Launch:
         return {"enable_fp_fusion": False} | self.options | counts
 
     def run(self) -> None:
-        if _recorded is not None:
-            _recorded.append(self)
+        if _recorder.launches is not None:
+            _recorder.launches.append(self)
         elif all(self.grid):
             device = next(t.device for t in self.arguments.values() if isinstance(t, Tensor))
             if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -98,18 +99,24 @@ def _specialisation(argument: Any) -> Any:
     return argument.base.dtype, *argument.block_shape
 
 
-_recorded: list[Launch] | None = None
+class _Recorder(threading.local):
+    """Collects the launches of one thread; None where they run."""
+
+    launches: list[Launch] | None = None
+
+
+_recorder = _Recorder()
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects the launches of what runs inside instead of running them."""
-    global _recorded
-    before, _recorded = _recorded, []
+    """Collects the launches that this thread makes inside, instead of running them."""
+    before, launches = _recorder.launches, []
+    _recorder.launches = launches
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded = before
+        _recorder.launches = before
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:

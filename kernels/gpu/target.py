@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-_assumed: tuple[str, str] | None = None
+
+class _Assumed(threading.local):
+    """The kind of torch device that one thread takes for a device of a target; None for none."""
+
+    device: tuple[str, str] | None = None
+
+
+_assumed = _Assumed()
 
 
 @contextmanager
 def assuming(target: str, kind: str = "meta") -> Iterator[None]:
-    """Inside, torch devices of this kind count as a device of `target`, so that what would be
-    launched on one can be recorded where there is none."""
-    global _assumed
-    before, _assumed = _assumed, (kind, target)
+    """Inside, and in this thread, torch devices of this kind count as a device of `target`, so that
+    what would be launched there can be recorded without one."""
+    before, _assumed.device = _assumed.device, (kind, target)
     try:
         yield
     finally:
-        _assumed = before
+        _assumed.device = before
 
 
 def target_of(device: str) -> str | None:
     """ "sm_90", "gfx942", … of a torch device's name; None where Triton has no target for it."""
-    if _assumed is not None and torch.device(device).type == _assumed[0]:
-        return _assumed[1]
+    if _assumed.device is not None and torch.device(device).type == _assumed.device[0]:
+        return _assumed.device[1]
     return _present_target(device)
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from qlora_compile.capture.pipeline import run_pipeline, settle_calls
 from qlora_compile.kernels import attention, linear_call, op
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.experts import op as experts_op
-from qlora_compile.kernels.selection import MODELLED
+from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.check import captured_inputs
@@ -38,13 +39,14 @@ class RunningRegion(Protocol):
 
 @dataclass(eq=False)
 class RegionGraph:
-    """One compiled graph and what became of its sites; calling it runs it. places: of each site the
-    argument that is its weight."""
+    """One compiled graph and what became of its sites; calling it runs it. weights: for each site,
+    which argument is its weight. records_name: of the selector that its calls ask."""
 
     fused: dict[str, FusedSite]
     experts: dict[str, FusedExperts]
     unfused: dict[str, str]
-    places: dict[str, int]
+    weights: dict[str, int]
+    records_name: str
     run: Callable[..., Any]
     original: GraphModule | None = None
     check: Callable[[Sequence[Any]], str | None] | None = None
@@ -57,25 +59,35 @@ class RegionGraph:
                 self.unfused |= dict.fromkeys(self.fused, mismatch)
                 self.fused = {}
             self.original = self.check = None
-        _running[-1][1].append((self, [id(args[place]) for place in self.places.values()]))
+        _, executed = _running.regions[-1]
+        executed.append((self, [id(args[position]) for position in self.weights.values()]))
         return self.run(*args)
 
 
 GraphCall = tuple[RegionGraph, list[int]]
-"""A graph that ran, and the `id` of the weight of each of its `places`."""
+"""A graph that ran, and the `id` of each argument that its `weights` names."""
 
-_running: list[tuple[RunningRegion, list[GraphCall]]] = []
+
+class _Running(threading.local):
+    """The regions whose calls are under way in one thread, the innermost last: autograd's threads
+    recompute checkpointed regions, several at a time."""
+
+    def __init__(self) -> None:
+        self.regions: list[tuple[RunningRegion, list[GraphCall]]] = []
+
+
+_running = _Running()
 
 
 @contextmanager
 def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Names the region whose call follows; yields the graphs that call runs."""
+    """Names the region whose call follows in this thread; yields the graphs that the call runs."""
     executed: list[GraphCall] = []
-    _running.append((region, executed))
+    _running.regions.append((region, executed))
     try:
         yield executed
     finally:
-        _running.pop()
+        _running.regions.pop()
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -124,47 +136,58 @@ def _sources_digest() -> str:
 def make_backend(
     *, inductor: bool, verifier: Verifier | None, tuner: Tuner | None
 ) -> Callable[..., RegionGraph]:
-    """A backend for torch.compile that rewrites the running region's graph; without `inductor` the
-    rewritten graph runs as it is, which is enough to see what becomes of each site. The `tuner`
-    sees to the graph's problems first, the `verifier` to the graph on its first call."""
+    """Makes a backend for torch.compile that rewrites the running region's graph.
+
+    Without `inductor` the rewritten graph runs as it is, which is enough to see what becomes of
+    each site. The `tuner` first gives the graph's problems their choices; without one the cost
+    model chooses. The `verifier` checks the graph on its first call.
+    """
+    selector = ModelledSelector() if tuner is None else tuner.selector
 
     def qlora_compile_backend(
         graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> RegionGraph:
-        region = _running[-1][0]
+        region, _ = _running.regions[-1]
         checked = verifier if inductor else None
         original = copy.deepcopy(graph_module) if checked is not None else None
         names = tensor_names(region.module)
         inputs = captured_inputs(graph_module, names) if checked is not None else []
         context = PassContext(region.sites, dict(region.kept), tensors=names)
-        places = _places(graph_module, context)
+        weights = _weights(graph_module, context)
         run_pipeline(graph_module, context)
         check = None
         run: Callable[..., Any] = graph_module.forward
         if inductor:
             sites = context.fused.values()
-            records = MODELLED
             if tuner is not None:
                 tuner.ensure_calls((site.forward, site.trains) for site in sites)
-                records = tuner.source
-            settle_calls(graph_module, records)
+            settle_calls(graph_module, selector)
             if checked is not None and original is not None:
                 rewritten = copy.deepcopy(graph_module)
                 fused = (*sites, *context.experts.values())
-                check = checked.checks(original, rewritten, inputs, fused, records)
+                check = checked.checks(original, rewritten, inputs, fused, selector)
             if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
                 attention.start()
             run = compile_inner(graph_module, list(example_inputs))
-        told = (context.fused, context.experts, context.unfused, places)
-        return RegionGraph(*told, run, original, check)
+        return RegionGraph(
+            context.fused,
+            context.experts,
+            context.unfused,
+            weights,
+            selector.name,
+            run,
+            original,
+            check,
+        )
 
     return qlora_compile_backend
 
 
-def _places(graph_module: GraphModule, context: PassContext) -> dict[str, int]:
+def _weights(graph_module: GraphModule, context: PassContext) -> dict[str, int]:
+    """For each site, which of the graph's arguments is its weight."""
     found: dict[str, int] = {}
-    for place, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
+    for position, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
         site = context.site_of(node) or context.experts_site_of(node)
         if site is not None:
-            found.setdefault(site, place)
+            found.setdefault(site, position)
     return found

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from qlora_compile.errors import PassError
 from qlora_compile.kernels.linear_call import problem_of
 from qlora_compile.kernels.op import hinted_rows
-from qlora_compile.kernels.selection import keeps_low_rank
+from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.calls import base_weights, is_fused, read
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext
 from qlora_compile.passes.default import PASSES
@@ -96,9 +96,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     context.unfused |= context.kept
 
 
-def settle_calls(graph_module: GraphModule, records: str) -> None:
-    """Writes into every fused call what is decided by the selector named `records`: its name, and
-    whether the forward saves S for the backward."""
+def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
+    """Writes into every fused call the selector's name, and its decision whether the forward saves
+    S for the backward."""
     for node in filter(is_fused, graph_module.graph.nodes):
         fused = read(node)
         x = example(fused.x)
@@ -106,9 +106,9 @@ def settle_calls(graph_module: GraphModule, records: str) -> None:
         factors = [each for nodes in fused.linears for each in (nodes.lora_a, nodes.lora_b)]
         examples = [value for each in factors if (value := example(each)) is not None]
         trains = torch.is_grad_enabled() and any(value.requires_grad for value in examples)
-        call = replace(fused.call, records=records)
+        call = replace(fused.call, records=selector.name)
         if trains:
             forward = problem_of(call, "forward", hinted_rows(x, call.k), x)
-            call = replace(call, save_low_rank=keeps_low_rank(forward, records))
+            call = replace(call, save_low_rank=selector.saves_low_rank(forward))
         node.args = replace(fused, call=call).arguments
     graph_module.recompile()

@@ -7,6 +7,7 @@ again on its first call.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.hf.captured_outputs import hand_on
-from qlora_compile.kernels.selection import MODELLED
+from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
     FusedSite,
@@ -35,6 +36,7 @@ from qlora_compile.passes.context import (
     tensor_names,
 )
 from qlora_compile.tuning.modes import tuner_of
+from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
@@ -72,7 +74,14 @@ class RegionKind:
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
+        left = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
+        left.pop("tuner", None)
+        return left
+
+    @functools.cached_property
+    def tuner(self) -> Tuner | None:
+        """One for as long as the kind lives: its compiled calls name this tuner's selector."""
+        return tuner_of(self.tune)
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -86,7 +95,7 @@ class RegionKind:
             backend = make_backend(
                 inductor=not self.probing,
                 verifier=self.verifier,
-                tuner=tuner_of(self.tune),
+                tuner=self.tuner,
             )
             forward = self.forward if hooked is None else hooked.prepared(self.forward)
             self._compiled[key] = torch.compile(
@@ -160,7 +169,7 @@ class Region:
         if hooked in self.kind.refused:
             self._leave_uncompiled(self.kind.refused[hooked])
             return self.kind.forward(self.module, *args, **kwargs)
-        tuner = tuner_of(self.kind.tune)
+        tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         with (
@@ -206,7 +215,7 @@ class Region:
         told = []
         for graph, weights in executed:
             names: dict[str, str] = {}
-            for site, weight in zip(graph.places, weights, strict=True):
+            for site, weight in zip(graph.weights, weights, strict=True):
                 found = tensors.get(weight, ())
                 sites = {s for n in found for s in (linear_site(n), experts_site(n))}
                 if site not in sites:
@@ -215,10 +224,9 @@ class Region:
         return told
 
     @property
-    def source(self) -> str:
-        """Of the records that this region's choices come from."""
-        tuner = tuner_of(self.kind.tune)
-        return MODELLED if tuner is None else tuner.source
+    def records_name(self) -> str:
+        """The name of the selector that the last call's graphs ask."""
+        return next((graph.records_name for graph, _ in self.graphs or ()), MODELLED)
 
     def raise_unfused(self) -> None:
         """Raises StrictError if a site of the last call was left alone without having to be."""

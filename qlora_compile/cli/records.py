@@ -93,7 +93,10 @@ def as_text(record: Record) -> str:
     lines = [f"measured at {record.measured_at}"]
     for title, part in (("problem", record.problem), ("fingerprint", record.fingerprint)):
         lines.append(title)
-        lines += [f"  {field.name}: {getattr(part, field.name)}" for field in fields(part)]
+        facts = {field.name: getattr(part, field.name) for field in fields(part)}
+        if part is record.fingerprint:
+            facts["kernels"] = ", ".join(map(" ".join, record.fingerprint.kernels))
+        lines += [f"  {name}: {value}" for name, value in facts.items()]
     lines.append("timings: median, interquartile range")
     lines += [f"  {_timed(timing)}" for timing in record.timings]
     if record.baseline is not None:
@@ -113,7 +116,7 @@ def _timed(timing: Timing) -> str:
 
 def _cells(record: Record, here: set[Fingerprint]) -> tuple[Any, ...]:
     return (
-        "yes" if record.fingerprint in here else "no",
+        "yes" if any(each.covers(record.fingerprint) for each in here) else "no",
         f"{record.winner.seconds * 1e3:.4f}",
         record.gain and f"{record.gain:.2f}",
         record.margin and f"{record.margin:.2f}",

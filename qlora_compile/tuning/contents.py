@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.tuning.files import read_lines, records_of
-from qlora_compile.tuning.record import Key, Record
+from qlora_compile.tuning.record import Key, Record, by_problem
 from qlora_compile.tuning.warning import warn_of_file, warn_of_folder
 
 
@@ -24,6 +25,7 @@ class _Contents(NamedTuple):
     stamps: dict[Path, _Stamp]
     files: dict[Path, dict[Key, Record]]
     records: dict[Key, Record]
+    by_problem: dict[Problem, list[Record]]
 
 
 class FolderContents:
@@ -36,7 +38,7 @@ class FolderContents:
     def __init__(self, folder: Path, last: str) -> None:
         self._folder = folder
         self._last = last
-        self._contents = _Contents({}, {}, {})
+        self._contents = _Contents({}, {}, {}, {})
 
     def paths(self) -> list[Path]:
         """The files in the order they are read."""
@@ -51,11 +53,18 @@ class FolderContents:
 
     def records(self) -> dict[Key, Record]:
         """The records by key; not to be changed."""
+        return self._read().records
+
+    def by_problem(self) -> dict[Problem, list[Record]]:
+        """The records by portable problem; not to be changed."""
+        return self._read().by_problem
+
+    def _read(self) -> _Contents:
         # Stamps come first: what changes after them is read again next time.
         stamps = self._stamps()
         before = self._contents
         if stamps == before.stamps:
-            return before.records
+            return before
         files = {}
         for path, stamp in stamps.items():
             if before.stamps.get(path) == stamp:
@@ -70,8 +79,8 @@ class FolderContents:
                 warn_of_file(path, error)
         records = {key: record for found in files.values() for key, record in found.items()}
         # In one assignment, as other threads read without a lock.
-        self._contents = _Contents(stamps, files, records)
-        return records
+        self._contents = _Contents(stamps, files, records, by_problem(records.values()))
+        return self._contents
 
     def _stamps(self) -> dict[Path, _Stamp]:
         stamps = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qlora_compile.kernels.cpu import thin
-from qlora_compile.kernels.device_model import CPU, CpuModel, use_cpu_model
+from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.packed import PackedWeight
@@ -96,28 +96,27 @@ def _best(run: Callable[[], object]) -> float:
     return best
 
 
-_used: set[tuple[Path | None, int]] = set()
+_known: dict[tuple[Path | None, int], CpuModel] = {}
+"""What was read or measured, by folder and number of threads."""
 
 
-def use_measured_cpu(folder: Path | None, *, measures: bool = True) -> None:
-    """Has the cost model use this machine's figures: those kept in `folder`, else, if it
-    `measures`, new ones, which it keeps there."""
-    known = (folder, torch.get_num_threads())
-    if known in _used:
-        return
+def measured_cpu(folder: Path | None, *, measures: bool = True) -> CpuModel | None:
+    """This machine's figures: those stored in `folder`, else, if it `measures`, new ones, which it
+    stores there; None where there are none."""
+    key = (folder, torch.get_num_threads())
+    if key in _known:
+        return _known[key]
     here = fingerprint("cpu")
     path = None if folder is None or here is None else folder / f"cpu-{_digest(here)}.json"
     model = None if path is None else _read(path)
     if model is None:
         if not measures:
-            return
+            return None
         with plain_mode("cpu"):
             model = measure_cpu()
         if path is not None:
-            _keep(path, model)
-    use_cpu_model(model)
-    _used.clear()
-    _used.add(known)
+            _store(path, model)
+    return _known.setdefault(key, model)
 
 
 def _digest(here: Fingerprint) -> str:
@@ -139,7 +138,7 @@ def _read(path: Path) -> CpuModel | None:
     return model if whole else None
 
 
-def _keep(path: Path, model: CpuModel) -> None:
+def _store(path: Path, model: CpuModel) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, [json.dumps(dataclasses.asdict(model)).encode()], "writing-")

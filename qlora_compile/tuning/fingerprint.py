@@ -10,19 +10,18 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import platform
 import re
 import subprocess
-from abc import ABC
-from dataclasses import astuple, dataclass
+from collections.abc import Collection
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from qlora_compile.kernels import registry
-from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.tuning.errors import FingerprintError
+from qlora_compile.tuning.sources import UnestablishedError, sources_digest
 
 CPUINFO = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -49,15 +48,30 @@ _ISA_FLAG = re.compile(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`kernels` is a digest of the kernels' sources; `triton` and `driver` are "none" where there
-    is none; `threads` is torch's thread count on a CPU, 0 on a GPU."""
+    """kernels: the name of each variant, with a digest of the sources it uses; in a record, of the
+    variants that were tried. `triton` and `driver` are "none" where there is none; `threads` is
+    torch's thread count on a CPU, 0 on a GPU."""
 
-    kernels: str
+    kernels: tuple[tuple[str, str], ...]
     torch: str
     triton: str
     driver: str
     device: str
     threads: int
+
+    def of_variants(self, names: Collection[str]) -> Fingerprint:
+        """The same with the sources of these variants alone."""
+        return replace(self, kernels=tuple(each for each in self.kernels if each[0] in names))
+
+    def covers(self, other: Fingerprint) -> bool:
+        """Whether what was measured under `other` holds here: the variants tried there have the
+        same sources here, whatever became of the others, and all else is equal."""
+        return replace(other, kernels=self.kernels) == self and self.has_sources_of(other)
+
+    def has_sources_of(self, other: Fingerprint) -> bool:
+        """Whether the sources, the torch and the Triton of `other` are the ones here."""
+        versions = (self.torch, self.triton) == (other.torch, other.triton)
+        return versions and bool(other.kernels) and set(other.kernels) <= set(self.kernels)
 
 
 def fingerprint(device: str) -> Fingerprint | None:
@@ -96,16 +110,16 @@ def established(device: str) -> Fingerprint:
         elif kind == "cuda":
             name, driver, threads = _gpu_name(device), _gpu_driver(), 0
         else:
-            raise _Unestablished("fingerprints are of cpu and cuda devices")
+            raise UnestablishedError("fingerprints are of cpu and cuda devices")
         found = Fingerprint(
-            kernels=_kernels_digest(registry.VARIANTS),
+            kernels=tuple((each.name, sources_digest(type(each))) for each in registry.VARIANTS),
             torch=_torch_version(),
             triton=_triton_version(),
             driver=driver,
             device=name,
             threads=threads,
         )
-    except _Unestablished as error:
+    except UnestablishedError as error:
         raise FingerprintError(device=device, problem=str(error)) from error
     if "" in astuple(found):
         raise FingerprintError(device=device, problem=f"a part of {found} is empty")
@@ -118,45 +132,6 @@ def _torch_version() -> str:
     return f"{torch.__version__} {built} float32={torch.get_float32_matmul_precision()}"
 
 
-class _Unestablished(Exception):
-    """Why a part cannot be established; the device is known further up."""
-
-
-@functools.cache
-def _kernels_digest(variants: tuple[Variant, ...]) -> str:
-    folder = Path(str(registry.__file__)).resolve().parent
-    found = [path for kind in ("*.py", "*.cpp") for path in folder.rglob(kind)]
-    sources = {path.relative_to(folder).as_posix(): path for path in found}
-    if not sources:
-        raise _Unestablished(f"the kernels' sources are not in {folder}")
-    for variant in variants:
-        for cls in type(variant).__mro__:
-            if cls not in (object, ABC):
-                path = _source_of(cls)
-                if not path.is_relative_to(folder):
-                    # By module, as where a package is installed differs between machines.
-                    sources[f"{cls.__module__}:{path.name}"] = path
-    digest = hashlib.sha256()
-    for name, path in sorted(sources.items()):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise _Unestablished(f"cannot read {path}: {error.strerror}") from error
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _source_of(cls: type) -> Path:
-    try:
-        path = inspect.getsourcefile(cls)
-    except (TypeError, OSError):  # a class typed into a prompt, or of a compiled module
-        path = None
-    if path is None:
-        raise _Unestablished(f"class {cls.__module__}.{cls.__qualname__} has no source file")
-    return Path(path).resolve()
-
-
 @functools.cache
 def _triton_version() -> str:
     if importlib.util.find_spec("triton") is None:
@@ -167,18 +142,18 @@ def _triton_version() -> str:
         # Slow, a third of a second: ROCm's and Windows' builds come in packages of other names.
         packages = sorted(set(importlib.metadata.packages_distributions().get("triton", ())))
     if not packages:
-        raise _Unestablished("triton is there, and no installed package says which version")
+        raise UnestablishedError("triton is there, and no installed package says which version")
     return " ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
 
 
 def _gpu_name(device: str) -> str:
     index = torch.device(device).index or 0
     if index >= torch.cuda.device_count():
-        raise _Unestablished(f"torch sees {torch.cuda.device_count()} GPUs")
+        raise UnestablishedError(f"torch sees {torch.cuda.device_count()} GPUs")
     try:
         return torch.cuda.get_device_name(device)
     except RuntimeError as error:
-        raise _Unestablished(f"the driver does not answer: {error}") from error
+        raise UnestablishedError(f"the driver does not answer: {error}") from error
 
 
 def _gpu_driver() -> str:
@@ -190,7 +165,7 @@ def _gpu_driver() -> str:
 def _nvidia_driver(path: Path) -> str:
     found = re.search(r"^NVRM version:.*?\s(\d+\.\d+[\d.]*)\s", _text(path), re.MULTILINE)
     if found is None:
-        raise _Unestablished(f"{path} names no driver version")
+        raise UnestablishedError(f"{path} names no driver version")
     return found[1]
 
 
@@ -201,7 +176,7 @@ def _amd_driver(path: Path) -> str:
     # The kernel's own driver has no version but the kernel's.
     if path.parent.exists() and platform.release():
         return f"linux {platform.release()}"
-    raise _Unestablished(f"there is no {path.parent}, and so no driver version")
+    raise UnestablishedError(f"there is no {path.parent}, and so no driver version")
 
 
 @functools.cache
@@ -214,7 +189,7 @@ def _cpu_name(cpuinfo: Path) -> str:
     else:
         name = platform.processor()
     if not name:
-        raise _Unestablished("the system does not name its CPU")
+        raise UnestablishedError("the system does not name its CPU")
     # What torch's kernels make of it, which ATEN_CPU_CAPABILITY can lower.
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -248,11 +223,11 @@ def _sysctl(name: str) -> str:
             ["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        raise _Unestablished(f"sysctl does not tell {name}: {error}") from error
+        raise UnestablishedError(f"sysctl does not tell {name}: {error}") from error
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise _Unestablished(f"cannot read {path}: {error.strerror}") from error
+        raise UnestablishedError(f"cannot read {path}: {error.strerror}") from error

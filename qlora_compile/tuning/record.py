@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -86,6 +87,12 @@ class Timings:
     rejected: tuple[tuple[str, str], ...]
 
     @property
+    def variants(self) -> set[str]:
+        """The names of all variants that were tried."""
+        rejected = {candidate.split(" ")[0] for candidate, _ in self.rejected}
+        return rejected | {timing.variant for timing in self.timings}
+
+    @property
     def winner(self) -> Timing:
         return self.timings[0]
 
@@ -142,7 +149,7 @@ class Record(Timings):
 
     @property
     def measured(self) -> datetime:
-        """`measured_at`, comparable."""
+        """`measured_at` as a value that can be compared."""
         try:
             time = datetime.fromisoformat(self.measured_at)
         except ValueError:
@@ -150,6 +157,22 @@ class Record(Timings):
         if time is None or not self.measured_at.endswith("+00:00"):
             raise _invalid("measured_at", self.measured_at, "2026-01-31T12:00:00+00:00, in UTC")
         return time
+
+
+def by_problem(records: Iterable[Record]) -> dict[Problem, list[Record]]:
+    """`records` sorted into lists, one for each portable problem."""
+    found: dict[Problem, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.problem, []).append(record)
+    return found
+
+
+def latest(
+    records: Mapping[Problem, Iterable[Record]], problem: Problem, here: Fingerprint
+) -> Record | None:
+    """The record of `problem` that was measured last, of those that hold here."""
+    fitting = (each for each in records.get(portable(problem), ()) if here.covers(each.fingerprint))
+    return max(fitting, key=lambda record: record.measured, default=None)
 
 
 def _invalid(field: str, value: object, allowed: str) -> InvalidRecordError:

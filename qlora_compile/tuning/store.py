@@ -22,7 +22,15 @@ from qlora_compile.tuning.files import (
     replace_file,
 )
 from qlora_compile.tuning.fingerprint import Fingerprint
-from qlora_compile.tuning.record import Key, Record, key_digest, portable, to_line
+from qlora_compile.tuning.record import (
+    Key,
+    Record,
+    by_problem,
+    key_digest,
+    latest,
+    portable,
+    to_line,
+)
 from qlora_compile.tuning.warning import told, warn_of_folder
 
 OWN_FILE = "records.jsonl"
@@ -66,10 +74,10 @@ class RecordStore:
         """All records, also those of this store that could not be written."""
         return {**self._contents.records(), **self._unwritten}
 
-    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None:
-        """The record of `problem` on this very fingerprint. Unchanged files are not read again."""
-        key = portable(problem), fingerprint
-        return self._unwritten.get(key) or self._contents.records().get(key)
+    def find(self, problem: Problem, here: Fingerprint) -> Record | None:
+        """The latest record of `problem` that holds here. Unchanged files are not read again."""
+        written = latest(self._contents.by_problem(), problem, here)
+        return latest(by_problem(self._unwritten.values()), problem, here) or written
 
     def append(self, record: Record) -> None:
         """Write `record`, in place of one with its key in records.jsonl.
@@ -140,7 +148,8 @@ class RecordStore:
     def export(
         self, path: Path, fingerprints: Collection[Fingerprint] | None, *, overwrite: bool = False
     ) -> int:
-        """Write the records of `fingerprints`, or all for None, to one file and return how many.
+        """Write the records that hold on one of `fingerprints`, or all for None, to one file and
+        return how many.
 
         Raises:
             RecordFileError: there are none, or `path` exists and is not to be overwritten, or is
@@ -149,7 +158,7 @@ class RecordStore:
         chosen = [
             record
             for record in self.read().values()
-            if fingerprints is None or record.fingerprint in fingerprints
+            if fingerprints is None or any(f.covers(record.fingerprint) for f in fingerprints)
         ]
         if path.resolve() == self._own.resolve():
             raise _file_error(path, "this is the store itself", "choose another file")
@@ -167,18 +176,20 @@ class RecordStore:
     def prune(self, current: Collection[Fingerprint]) -> int:
         """Remove records of other sources and unreadable lines, and return how many lines in all.
 
-        That is from every *.jsonl file of the folder. A record stays if one of `current` has its
-        kernel sources, its torch and its Triton: those of other devices, drivers and thread counts
-        do. Every line that holds no record goes, be it corrupted, of another version of records, or
-        something else. `current` must hold what runs here: an empty one leaves nothing.
+        That is from every *.jsonl file of the folder. A record stays if one of `current` has the
+        sources of its variants, its torch and its Triton: records of other devices, drivers and
+        thread counts stay. Every line that holds no record goes, be it corrupted, of another
+        version of records, or something else. `current` must hold what runs here: an empty one
+        leaves nothing.
 
         Raises:
             RecordFileError: the folder cannot be read or written; no file is half pruned.
         """
-        sources = {_sources(fingerprint) for fingerprint in current}
 
         def fits(record: Record | None) -> bool:
-            return record is not None and _sources(record.fingerprint) in sources
+            return record is not None and any(
+                here.has_sources_of(record.fingerprint) for here in current
+            )
 
         removed = 0
         with self._writers, self._must_write():
@@ -202,7 +213,7 @@ class RecordStore:
 
     @contextlib.contextmanager
     def _must_write(self) -> Iterator[None]:
-        """As `_exclusive_writer`, for what a person asked for: failing raises RecordFileError."""
+        """Like `_exclusive_writer`, for what a person asked for: raises RecordFileError."""
         try:
             with self._exclusive_writer():
                 yield
@@ -225,11 +236,12 @@ class RecordFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._records = {record.key: record for record in records_of(_lines_of(path))}
+        records = {record.key: record for record in records_of(_lines_of(path))}
+        self._records = by_problem(records.values())
 
-    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None:
-        """As `RecordStore.find`."""
-        return self._records.get((portable(problem), fingerprint))
+    def find(self, problem: Problem, here: Fingerprint) -> Record | None:
+        """Does as `RecordStore.find`."""
+        return latest(self._records, problem, here)
 
 
 def _lines_of(file: Path) -> list[Line]:
@@ -243,10 +255,6 @@ def _keep_newer(records: dict[Key, Record], record: Record) -> None:
     known = records.get(record.key)
     if known is None or known.measured < record.measured:
         records[record.key] = record
-
-
-def _sources(fingerprint: Fingerprint) -> tuple[str, str, str]:
-    return fingerprint.kernels, fingerprint.torch, fingerprint.triton
 
 
 def _file_error(path: Path, problem: str, remedy: str) -> RecordFileError:

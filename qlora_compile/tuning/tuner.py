@@ -1,4 +1,4 @@
-"""Tuner: sees to it that problems have a measured choice, found in records or measured now."""
+"""Tuner: gives problems a measured choice, found in records or measured now."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Protocol
 import torch
 
 from qlora_compile.kernels import registry, selection
-from qlora_compile.kernels.device_model import device_model
-from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
-from qlora_compile.kernels.selection import Choice, Measured
+from qlora_compile.kernels.selection import Choice, Measured, model_for
+from qlora_compile.kernels.selector import Selector
 from qlora_compile.tuning.correctness import WRONG
-from qlora_compile.tuning.cpu_figures import use_measured_cpu
+from qlora_compile.tuning.cpu_figures import measured_cpu
 from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.isolated import IsolatedMeasurement
@@ -51,28 +50,28 @@ class NotMeasuredWarning(UserWarning):
 class Records(Protocol):
     """Where records are looked up."""
 
-    def find(self, problem: Problem, fingerprint: Fingerprint) -> Record | None: ...
+    def find(self, problem: Problem, here: Fingerprint) -> Record | None: ...
 
 
 class Tuner:
-    """Fills the records of `source` (see kernels/selection.py) for the problems it is given.
+    """Fills the records of its `selector` for the problems it is given.
 
-    store: where records are found and, if it is a RecordStore, kept. budget: seconds it may spend
-    measuring in all; 0 measures nothing. each: seconds of timing one problem, if there is a choice;
-    None times every problem, for its share of the budget. again: measures also what has a record.
-    `measurements` counts the problems measured.
+    name: of the selector. store: where records are found and, if it is a RecordStore, written.
+    budget: the seconds it may spend measuring in all; 0 measures nothing. each: the seconds of
+    timing one problem, if there is a choice; None times every problem, for its share of the budget.
+    again: measures also what has a record. `measurements` counts the problems measured.
     """
 
     def __init__(
         self,
-        source: str,
+        name: str,
         store: Records,
         budget: float,
         *,
         each: float | None = _SECONDS_EACH,
         again: bool = False,
     ) -> None:
-        self.source = source
+        self.selector = Selector(name)
         self.store = store
         self.budget = budget
         self.each = each
@@ -87,8 +86,8 @@ class Tuner:
         problems: Iterable[Problem],
         on_record: Callable[[Problem, Choice | None], None] = lambda problem, choice: None,
     ) -> None:
-        """Finds or measures a choice for each problem; those the budget does not reach stay
-        modelled. on_record is told of each.
+        """Finds or measures a choice for each problem; the cost model chooses for those that the
+        budget does not reach. Calls on_record with each problem and its recorded choice.
 
         Raises NoCorrectVariantError where no candidate gives right results.
         """
@@ -97,39 +96,47 @@ class Tuner:
             try:
                 while left:
                     problem = left.pop(0)
-                    known = selection.recorded(self.source, problem) or problem in self._modelled
+                    known = self.selector.recorded(problem) or problem in self._modelled
                     if self.again or not known:
                         self._ensure(problem, 1 + len(left))
-                    on_record(problem, selection.recorded(self.source, problem))
+                    on_record(problem, self.selector.recorded(problem))
             finally:
                 self._isolated.close()
 
     def ensure_calls(self, calls: Iterable[tuple[Problem, bool]]) -> None:
-        """`ensure` for what has to be chosen for calls: the forward of each, and whether it
-        trains."""
+        """Does as `ensure` for the problems of calls, each given by its forward's problem and by
+        whether it trains."""
         calls = dict.fromkeys(calls)
         if self.budget > 0 and any(forward.device == "cpu" for forward, _ in calls):
             self._use_measured_cpu()
         self.ensure(
             problem
             for forward, trains in calls
-            for problem in selection.problems_to_measure(forward, self.source, trains=trains)
+            for problem in self.selector.problems_to_measure(forward, trains=trains)
         )
 
     def refresh(self, budget: float) -> None:
-        """Gives a new budget, also to what an earlier one did not reach."""
+        """Gives a new budget, and tries again what an earlier one did not reach."""
         self.budget = budget
         self._modelled.clear()
 
+    def reopen(self, store: Records) -> None:
+        """Looks for every record again, in `store`."""
+        with self._lock:
+            self.store = store
+            self._modelled.clear()
+            self.selector.forget_records()
+
     def ensure_missed(self) -> None:
-        """What calls have asked for and nobody had measured, unless autograd is waiting for us."""
+        """Does as `ensure` for the problems that calls asked for without a record, unless a
+        backward is under way."""
         if not _in_backward():
-            self.ensure(selection.take_missed(self.source))
+            self.ensure(self.selector.take_misses())
 
     def _ensure(self, problem: Problem, remaining: int) -> None:
         here = fingerprint(problem.device)
         choice = self._found(problem, here)
-        # What a recomputation would measure, its first computation did without.
+        # Do not measure during a recomputation: it must match the first forward.
         if self.budget > 0 and (choice is None or self.again) and not _in_backward():
             seconds = self.budget / remaining
             start = time.monotonic()
@@ -142,7 +149,7 @@ class Tuner:
         if choice is None:
             self._modelled.add(problem)
         else:
-            selection.remember(self.source, problem, choice)
+            self.selector.remember(problem, choice)
 
     def _found(self, problem: Problem, here: Fingerprint | None) -> Choice | None:
         record = None if here is None else self.store.find(problem, here)
@@ -150,8 +157,8 @@ class Tuner:
 
     @contextlib.contextmanager
     def _turn(self, problem: Problem, here: Fingerprint | None) -> Iterator[bool]:
-        """Whether this process may measure: the ranks of a job take turns, and all but the first
-        find what it measured."""
+        """Yields whether this process may measure: the ranks of a job take turns, and all but the
+        first find what it measured."""
         if here is None or not isinstance(self.store, RecordStore):
             yield True
         else:
@@ -167,9 +174,10 @@ class Tuner:
         self.measurements += 1
         # Without a baseline something was short that may not be next time.
         if here and timings.baseline and isinstance(self.store, RecordStore):
-            told = {field.name: getattr(timings, field.name) for field in fields(Timings)}
+            parts = {field.name: getattr(timings, field.name) for field in fields(Timings)}
+            tried = here.of_variants(timings.variants)
             self.store.append(
-                Record(**told, problem=portable(problem), fingerprint=here, measured_at=utc_now())
+                Record(**parts, problem=portable(problem), fingerprint=tried, measured_at=utc_now())
             )
         choice = choice_of(problem, timings)
         assert choice is not None
@@ -177,13 +185,14 @@ class Tuner:
         return choice
 
     def _use_measured_cpu(self) -> None:
-        use_measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
+        model = measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
+        if model is not None:
+            self.selector.use_cpu(model)
 
     def _timings(self, problem: Problem, seconds: float) -> Timings | None:
-        """Of a handful of candidates, and of more only while none of them is right; None where
-        there is only one, or none could run."""
-        model = device_model(problem.device, target_of(problem.device))
-        ranked = selection.candidates(problem, model)
+        """Times a handful of candidates, and further ones only while none of them is right; returns
+        None where there is only one, or none could run."""
+        ranked = selection.candidates(problem, model_for(problem.device, self.selector.cpu))
         rejected: dict[str, str] = {}
         while ranked:
             tried = selection.shortlist(ranked, problem)
@@ -211,8 +220,9 @@ class Tuner:
         wrong = [name for name, reason in rejected.items() if reason.startswith(WRONG)]
         if len(wrong) == len(rejected):
             raise NoCorrectVariantError(problem=problem, reasons=reasons)
-        # Memory that is short now, beside what is measured, may do for the call itself.
-        selection.exclude(self.source, problem, wrong)
+        # Those that ran out of memory here, beside the operands of the measurement, may have
+        # enough of it in the call itself: exclude only the wrong ones.
+        self.selector.exclude(problem, wrong)
         message = f"{problem} is chosen by the cost model, no candidate could be timed:\n{reasons}"
         warnings.warn(message, NotMeasuredWarning, stacklevel=2)
         return None
@@ -238,7 +248,8 @@ def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
 
 
 def choice_of(problem: Problem, timings: Timings) -> Choice | None:
-    """The fastest as a choice; None where this version does not offer it for `problem`."""
+    """The fastest candidate as a choice; None where this version does not offer it for
+    `problem`."""
     winner = timings.winner
     for variant in registry.VARIANTS:
         if variant.name != winner.variant or variant.rejects(problem):
@@ -246,10 +257,10 @@ def choice_of(problem: Problem, timings: Timings) -> Choice | None:
         for config in variant.configs(problem):
             if config.label == winner.config:
                 second = timings.runner_up
-                told = Measured(
+                measured = Measured(
                     gain=timings.gain,
                     runner_up=second and f"{second.variant} {second.config}",
                     margin=timings.margin,
                 )
-                return Choice(variant, config, winner.seconds, told)
+                return Choice(variant, config, winner.seconds, measured)
     return None

@@ -15,7 +15,7 @@ import qlora_compile
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.record import read_line, written_line
 
-VERSION = 1
+VERSION = 2
 _VERSION_KEY = "qlora_compile_certificate"
 
 

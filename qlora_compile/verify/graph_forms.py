@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.call import Call
-from qlora_compile.kernels.selection import MODELLED
+from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.kernels.specification import SPECIFIED, dropped_out
 from qlora_compile.passes.calls import FusedCall, is_fused, read
 from qlora_compile.passes.nodes import (

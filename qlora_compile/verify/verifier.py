@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qlora_compile.errors import OptionError, VerificationError
-from qlora_compile.kernels import selection
 from qlora_compile.kernels.experts.registry import choose
+from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite
 from qlora_compile.tuning.store import cache_folder
 from qlora_compile.verify.certificate import Certificate, versions_here
@@ -49,17 +49,18 @@ class Verifier:
         rewritten: GraphModule,
         inputs: Sequence[CapturedInput],
         fused: Iterable[FusedSite | FusedExperts],
-        source: str,
+        selector: ModelledSelector,
     ) -> Callable[[Sequence[Any]], str | None]:
-        """A function of a graph's first arguments: what differs, None if nothing does.
+        """Returns the check of one graph: a function of the graph's first arguments that tells what
+        differs, or returns None if nothing does. selector: chooses the graph's variants.
 
-        In strict mode it raises VerificationError instead.
+        In strict mode the check raises VerificationError instead.
         """
 
         def first_call(args: Sequence[Any]) -> str | None:
             device = next((str(a.device) for a in args if isinstance(a, Tensor)), "cpu")
             pattern, versions = graph_pattern(rewritten, inputs, args), versions_here(device)
-            kernels, store = _kernels(fused, source), CertificateStore(cache_folder())
+            kernels, store = _kernels(fused, selector), CertificateStore(cache_folder())
             known = None
             if self.once and versions is not None:
                 known = store.find((pattern, kernels, versions))
@@ -89,19 +90,20 @@ class Verifier:
         return first_call
 
 
-def _kernels(fused: Iterable[FusedSite | FusedExperts], source: str) -> tuple[str, ...]:
-    """What computes the sites, as `build_report` tells it."""
+def _kernels(
+    fused: Iterable[FusedSite | FusedExperts], selector: ModelledSelector
+) -> tuple[str, ...]:
+    """Names what computes the sites, as `build_report` does."""
     names = set()
     for site in fused:
         if isinstance(site, FusedExperts):
             backward = [replace(site.forward, direction="backward")] * site.trains
             names |= {f"{p.direction} {choose(p).variant.name}" for p in (site.forward, *backward)}
             continue
-        keeps = bool(site.trains and site.forward.rank)
-        keeps = keeps and selection.prefers_keeping(site.forward, source)
-        forward = replace(site.forward, keeps_low_rank=keeps)
-        names.add(f"forward {selection.look_up(forward, source).name}")
+        saves = site.trains and selector.prefers_saving(site.forward)
+        forward = replace(site.forward, keeps_low_rank=saves)
+        names.add(f"forward {selector.look_up(forward).name}")
         if site.trains:
             backward = replace(forward, direction="backward")
-            names.add(f"backward {selection.look_up(backward, source).name}")
+            names.add(f"backward {selector.look_up(backward).name}")
     return tuple(sorted(names))

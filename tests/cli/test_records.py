@@ -72,7 +72,7 @@ def test_show_tells_everything(stored: tuple[Record, Record]):
                 f"key {digest}",
                 f"  n: {record.problem.n}",
                 f"  device: {record.fingerprint.device}",
-                f"  kernels: {record.fingerprint.kernels}",
+                *(f"{name} {digest}" for name, digest in record.fingerprint.kernels),
                 "  fused 32×128, 4 warps: 1.2500 ms, 0.0250 ms",
                 "  dense -: 2.0000 ms",
                 "2.000 times, against the second: 1.250 times",

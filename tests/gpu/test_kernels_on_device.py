@@ -19,7 +19,7 @@ from qlora_compile.kernels.gpu.target import target_of, tuned_target
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.op import QLORA_LINEAR, quantized_linear
 from qlora_compile.kernels.registry import FORMATS
-from qlora_compile.kernels.selection import select
+from qlora_compile.kernels.selector import select
 from qlora_compile.kernels.variants.base import Config, LinearSpec, Variant
 from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.kernels.variants.tail import Tail

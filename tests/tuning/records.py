@@ -48,7 +48,7 @@ def real_problem(**changed: Any) -> Problem:
 
 def sample_fingerprint(**changed: Any) -> Fingerprint:
     values = {
-        "kernels": "5" * 64,
+        "kernels": (("dense", "5" * 64), ("fused", "6" * 64), ("tail", "7" * 64)),
         "torch": "2.13.0 cuda=None hip=None",
         "triton": "none",
         "driver": "none",
@@ -56,6 +56,15 @@ def sample_fingerprint(**changed: Any) -> Fingerprint:
         "threads": 2,
     }
     return Fingerprint(**{**values, **changed})
+
+
+def changed_fingerprints() -> dict[str, Fingerprint]:
+    """The sample with another value of one field, by that field's name."""
+    values = {"threads": 3, "kernels": (("dense", "0" * 64),)}
+    return {
+        field.name: sample_fingerprint(**{field.name: values.get(field.name, "other")})
+        for field in dataclasses.fields(Fingerprint)
+    }
 
 
 def sample_record(

@@ -1,19 +1,26 @@
 """Fingerprints: each part follows what it stands for, and none is made up."""
 
+import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_compile.kernels import registry
 from qlora_compile.kernels.variants.dense import Dense
+from qlora_compile.kernels.variants.fused import Fused, Skinny
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from qlora_compile.tuning import fingerprint as module
+from qlora_compile.tuning import sources as sources_module
 from qlora_compile.tuning.errors import FingerprintError
 from qlora_compile.tuning.fingerprint import (
     Fingerprint,
@@ -49,12 +56,18 @@ class Outside(Dense):
 
 @pytest.fixture(autouse=True)
 def _nothing_cached():
-    cached = ("_kernels_digest", "_triton_version", "_nvidia_driver", "_amd_driver", "_cpu_name")
+    cached = ("_triton_version", "_nvidia_driver", "_amd_driver", "_cpu_name")
     for name in cached:
         getattr(module, name).cache_clear()
     yield
     for name in cached:
         getattr(module, name).cache_clear()
+
+
+def read_sources_again() -> None:
+    """What was read of the sources is forgotten, as in a new process."""
+    sources_module.sources_digest.cache_clear()
+    sources_module._read.cache_clear()
 
 
 def found(device: str = "cpu") -> Fingerprint:
@@ -75,7 +88,8 @@ def reason(device: str = "cpu") -> str:
 
 def test_this_cpu_has_one():
     made = found()
-    assert len(made.kernels) == 64
+    assert [name for name, _ in made.kernels] == [each.name for each in registry.VARIANTS]
+    assert all(len(digest) == 64 for _, digest in made.kernels)
     assert made.torch.startswith(torch.__version__)
     assert made.driver == "none"
     assert made in fingerprints_here()
@@ -92,43 +106,130 @@ def test_the_thread_count_is_the_present_one():
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the kernels, which the fingerprint takes for the real ones."""
     folder = tmp_path / "kernels"
     shutil.copytree(Path(str(registry.__file__)).parent, folder)
     moved = ModuleType("registry")
-    moved.__dict__.update(__file__=str(folder / "registry.py"), VARIANTS=())
+    moved.__dict__.update(__file__=str(folder / "registry.py"), VARIANTS=registry.VARIANTS)
     monkeypatch.setattr(module, "registry", moved)
-    return folder
+    monkeypatch.setattr(sources_module, "registry", moved)
+    read_sources_again()
+    yield folder
+    read_sources_again()
 
 
-def test_a_kernels_source_counts(sources: Path):
-    digests = [found().kernels]
-    for change in (
-        lambda: (sources / "reference.py").write_text("# changed\n"),
-        lambda: (sources / "reference.py").rename(sources / "renamed.py"),
-        lambda: (sources / "variants" / "another.py").write_text(""),
-        lambda: (sources / "variants" / "another.py").write_text("#"),
-    ):
-        assert found().kernels == digests[-1]  # read once a process
-        change()
-        module._kernels_digest.cache_clear()
-        digests.append(found().kernels)
-    assert len(set(digests)) == len(digests)
-    (sources / "notes.txt").write_text("no source")
-    module._kernels_digest.cache_clear()
-    assert found().kernels == digests[-1]
+def digests() -> dict[str, str]:
+    read_sources_again()
+    return dict(found().kernels)
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+ALL = {each.name for each in registry.VARIANTS}
+TRITON = {each.name for each in registry.VARIANTS if isinstance(each, TritonVariant)}
+USES = {
+    "variants/base.py": ALL,
+    "formats/nf4.py": ALL,
+    "variants/triton_variant.py": TRITON,
+    # Imported inside functions alone.
+    "gpu/gemm.py": {"tail", "fused", "skinny"},
+    "variants/tail.py": {"tail"},
+    "variants/fused.py": {"fused", "skinny"},
+    "variants/dense.py": {"dense", "augmented_native"},
+    "cpu/thin.cpp": ALL,
+    # Nothing that a variant runs.
+    "op.py": set(),
+    "registry.py": set(),
+    "experts/op.py": set(),
+}
+
+
+@pytest.mark.parametrize(("file", "users"), USES.items())
+def test_a_source_counts_for_the_variants_that_use_it(sources: Path, file: str, users: set[str]):
+    before, path = digests(), sources / file
+    with path.open("a") as source:
+        source.write("\nNEW = 1\n")
+    assert changed(before, digests()) == users
+
+
+@pytest.mark.parametrize(
+    "file", [file for file, users in USES.items() if file.endswith("py") and users]
+)
+def test_a_source_that_is_missing_is_not_passed_over(sources: Path, file: str):
+    (sources / file).unlink()
+    assert "source" in reason()
+
+
+def _with_comment(text: str) -> str:
+    return f"# a comment\n{text}\n# another"
+
+
+def _with_other_docstring(text: str) -> str:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text_before = ast.get_docstring(node) is not None
+            node.body[:text_before] = [ast.Expr(ast.Constant("Said otherwise."))]
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+@pytest.mark.parametrize("rewritten", [_with_comment, _with_other_docstring])
+def test_comments_docstrings_and_layout_do_not_count(
+    sources: Path, rewritten: Callable[[str], str]
+):
+    before = digests()
+    for path in sources.rglob("*.py"):
+        path.write_text(rewritten(path.read_text()))
+    assert digests() == before
+
+
+@given(data=st.data())
+def test_every_number_and_name_counts(data: st.DataObject):
+    """One of them changed, anywhere in a source."""
+    path = Path(str(registry.__file__)).parent / "variants" / "dense.py"
+    tree = ast.parse(path.read_text())
+    nodes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, int | float))
+    ]
+    before = repr(sources_module._plain(tree))
+    node = data.draw(st.sampled_from(nodes))
+    if isinstance(node, ast.Name):
+        node.id += "_"
+    elif isinstance(node.value, int | float):
+        node.value += 1
+    assert repr(sources_module._plain(tree)) != before
+    assert repr(sources_module._plain(ast.parse(ast.unparse(tree)))) != before
+
+
+def test_what_is_no_python_is_not_trusted(sources: Path):
+    (sources / "problem.py").write_text("not ( Python")
+    assert "problem.py is no Python" in reason()
 
 
 def test_without_sources_there_is_none(sources: Path):
     shutil.rmtree(sources)
-    assert "the kernels' sources are not in" in reason()
+    assert "has no source file" in reason()
 
 
 def test_a_variants_source_counts_wherever_it_is(monkeypatch: pytest.MonkeyPatch):
     without = found().kernels
     monkeypatch.setattr(registry, "VARIANTS", (*registry.VARIANTS, Outside()))
-    assert found().kernels != without
+    *others, (name, digest) = found().kernels
+    assert tuple(others) == without
+    assert name == "outside"
+    assert digest not in dict(without).values()
+
+
+def test_variants_of_one_file_have_the_same_sources():
+    digest = sources_module.sources_digest
+    assert digest(Fused) == digest(Skinny) != digest(Dense)
 
 
 def test_a_variant_without_source_is_not_trusted(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,5 @@
 """Records: what they hold, and that a line is read back as it was written or not at all."""
 
-import dataclasses
 import hashlib
 import json
 from typing import Any, Literal, get_args, get_origin
@@ -26,7 +25,12 @@ from qlora_compile.tuning.record import (
     to_line,
     utc_now,
 )
-from tests.tuning.records import problem_fields, sample_fingerprint, sample_problem, sample_record
+from tests.tuning.records import (
+    changed_fingerprints,
+    problem_fields,
+    sample_problem,
+    sample_record,
+)
 
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(0, 2**70),
@@ -54,6 +58,8 @@ PROBLEMS = st.builds(
 SECONDS = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 SPREADS = st.floats(min_value=0, allow_infinity=False)
 TIMINGS = st.builds(Timing, st.text(), st.text(), SECONDS, SPREADS)
+KERNELS = st.lists(st.tuples(st.text(), st.text())).map(tuple)
+FINGERPRINTS = st.builds(Fingerprint, KERNELS, *[st.text()] * 4, st.integers(0, 1024))
 RECORDS = st.builds(
     Record,
     timings=st.lists(TIMINGS, min_size=1).map(
@@ -62,7 +68,7 @@ RECORDS = st.builds(
     baseline=st.none() | st.builds(Timing, st.just("dense"), st.text(), SECONDS, SPREADS),
     rejected=st.lists(st.tuples(st.text(), st.text())).map(tuple),
     problem=PROBLEMS,
-    fingerprint=st.builds(Fingerprint, *[st.text()] * 5, st.integers(0, 1024)),
+    fingerprint=FINGERPRINTS,
     measured_at=st.datetimes().map(lambda time: f"{time.isoformat()}+00:00"),
 )
 
@@ -73,7 +79,7 @@ def test_a_line_is_read_back_as_it_was_written(record):
     assert line.isascii()
     assert line.isprintable()
     assert from_line(line) == from_line(f"{line}\r\n") == record
-    assert json.loads(line)["qlora_compile_record"] == 1
+    assert json.loads(line)["qlora_compile_record"] == 2
 
 
 @given(RECORDS, st.data())
@@ -194,9 +200,7 @@ def test_ranks_share_a_key():
 def test_every_field_of_a_key_counts():
     record = sample_record()
     digests = {key_digest(record.key)}
-    for field in dataclasses.fields(Fingerprint):
-        value = 3 if field.name == "threads" else "other"
-        digests.add(key_digest((record.problem, sample_fingerprint(**{field.name: value}))))
+    digests |= {key_digest((record.problem, each)) for each in changed_fingerprints().values()}
     other = {int: 65, str: "cuda", bool: False, torch.dtype: torch.float32}
     other[tuple[Sibling, ...]] = ()
     other[Layout] = FORMATS[0].layout((64, 64))

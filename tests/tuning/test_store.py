@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
@@ -13,10 +14,15 @@ from qlora_compile.tuning import contents
 from qlora_compile.tuning.errors import RecordFileError
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import Record, from_line, to_line
-from qlora_compile.tuning.store import RecordStore, cache_folder
+from qlora_compile.tuning.store import OWN_FILE, RecordFile, RecordStore, cache_folder
 from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning.conftest import Writers
-from tests.tuning.records import sample_fingerprint, sample_problem, sample_record
+from tests.tuning.records import (
+    changed_fingerprints,
+    sample_fingerprint,
+    sample_problem,
+    sample_record,
+)
 from tests.tuning.writer import TURNS
 
 OTHER = sample_fingerprint(device="another CPU")
@@ -63,13 +69,41 @@ def test_ranks_find_one_record(tmp_path: Path):
     assert RecordStore(tmp_path).find(problem, record.fingerprint) == record
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Fingerprint)])
-def test_another_fingerprints_record_is_never_found(field: str, tmp_path: Path):
+@pytest.mark.parametrize("other", changed_fingerprints().values(), ids=changed_fingerprints())
+def test_another_fingerprints_record_is_never_found(other: Fingerprint, tmp_path: Path):
     store = RecordStore(tmp_path)
     store.append(sample_record())
-    other = sample_fingerprint(**{field: 3 if field == "threads" else "other"})
     assert store.find(sample_problem(), other) is None
     assert store.find(sample_problem(), sample_fingerprint()) is not None
+
+
+@pytest.mark.parametrize("reader", [RecordStore, lambda folder: RecordFile(folder / OWN_FILE)])
+def test_a_record_holds_while_the_variants_tried_are_the_same(reader: Any, tmp_path: Path):
+    """Whatever becomes of the others; of several that hold, the one measured last counts."""
+    here = sample_fingerprint()
+    tried = here.of_variants(["dense", "tail"])
+    assert [name for name, _ in tried.kernels] == ["dense", "tail"]
+    record, later = (
+        sample_record(fingerprint=tried, day=2),
+        sample_record(fingerprint=here.of_variants(["dense"]), day=3),
+    )
+    store = RecordStore(tmp_path)
+    store.append(record)
+
+    def found(**digests: str) -> Any:
+        kernels = tuple((dict(here.kernels) | digests).items())
+        there = dataclasses.replace(here, kernels=kernels)
+        assert store.prune({here, there}) == 0
+        return reader(tmp_path).find(sample_problem(), there)
+
+    assert found() == found(fused="changed") == found(new="one") == record
+    assert found(tail="changed") is found(dense="changed") is None
+    store.append(later)
+    assert found() == found(tail="changed") == later
+    assert found(dense="changed") is None
+    nothing = sample_record(sample_problem(n=3), dataclasses.replace(here, kernels=()))
+    store.append(nothing)
+    assert reader(tmp_path).find(nothing.problem, here) is None
 
 
 def test_a_later_record_takes_the_place_of_an_earlier(tmp_path: Path):
@@ -236,7 +270,7 @@ def test_pruning_keeps_what_fits(tmp_path: Path):
     ]
     gone = [
         sample_record(fingerprint=dataclasses.replace(current, **changed))
-        for changed in ({"kernels": "k"}, {"torch": "2.12"}, {"triton": "3"})
+        for changed in ({"kernels": (("dense", "k"),)}, {"torch": "2.12"}, {"triton": "3"})
     ]
     write(tmp_path / "shipped.jsonl", kept[1], gone[0])
     with (tmp_path / "shipped.jsonl").open("a") as file:

@@ -14,6 +14,7 @@ from qlora_compile.kernels import registry, selection
 from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.selection import HANDFUL
+from qlora_compile.kernels.selector import select
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
@@ -28,18 +29,17 @@ from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning import odd_variants
 from tests.tuning.records import real_problem, sample_record
 
-SOURCE = "test"
 PROBLEM = real_problem()
 
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is not measured for every test."""
-    monkeypatch.setattr(module, "use_measured_cpu", lambda folder: None)
+    monkeypatch.setattr(module, "measured_cpu", lambda folder: None)
 
 
 def tuner(folder: Path, budget: float = 60.0, **options: bool) -> Tuner:
-    return Tuner(SOURCE, RecordStore(folder), budget, each=0.01, **options)
+    return Tuner("test", RecordStore(folder), budget, each=0.01, **options)
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *variants: Variant) -> None:
@@ -53,27 +53,27 @@ def test_a_problem_is_measured_once_and_found_ever_after(tmp_path: Path) -> None
     first.ensure(problems, lambda problem, choice: told.append((problem, choice)))
     assert first.measurements == 2
     assert [problem for problem, _ in told] == problems[:2]
-    choice = selection.select(PROBLEM, SOURCE)
+    choice = first.selector.select(PROBLEM)
     assert choice.measured is not None
     assert choice == told[0][1]
     first.ensure(problems)
     assert first.measurements == 2
-    selection.forget()
     second = tuner(tmp_path)
     second.ensure(problems)
     assert second.measurements == 0
-    assert selection.select(PROBLEM, SOURCE) == choice
+    assert second.selector.select(PROBLEM) == choice
 
 
 def test_a_record_tells_candidates_baseline_and_runner_up(tmp_path: Path) -> None:
-    tuner(tmp_path).ensure([PROBLEM])
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
     assert record is not None
     assert 2 <= len(record.timings) <= HANDFUL + 1
     assert record.baseline is not None
     assert record.baseline in record.timings
     assert (record.baseline.variant, record.baseline.config) == ("dense", "whole float32")
-    choice = selection.select(PROBLEM, SOURCE)
+    choice = used.selector.select(PROBLEM)
     told = choice.measured
     assert told is not None
     assert choice.seconds == record.winner.seconds
@@ -106,13 +106,14 @@ def test_wrong_numbers_are_never_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: Variant, reason: str
 ) -> None:
     offer(monkeypatch, variant, *VARIANTS)
-    assert selection.select(PROBLEM).variant is variant  # what the cost model would take
+    assert select(PROBLEM).variant is variant  # what the cost model would take
+    used = tuner(tmp_path)
     with pytest.warns(
         WrongResultWarning,
         match=f"{variant.name} whole float32 is not used, wrong result: {reason}",
     ):
-        tuner(tmp_path).ensure([PROBLEM])
-    assert selection.select(PROBLEM, SOURCE).variant is not variant
+        used.ensure([PROBLEM])
+    assert used.selector.select(PROBLEM).variant is not variant
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
     assert record is not None
     assert [name for name, _ in record.rejected] == [f"{variant.name} whole float32"]
@@ -147,32 +148,34 @@ def test_nothing_right_is_an_error_with_every_reason(
 def test_wrong_ones_do_not_hide_right_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """However many the cost model prefers."""
     offer(monkeypatch, *(odd_variants.OutOfMemory() for _ in range(2 * HANDFUL)), *VARIANTS[1:])
-    tuner(tmp_path).ensure([PROBLEM])
-    assert selection.select(PROBLEM, SOURCE).variant is VARIANTS[1]
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
+    assert used.selector.select(PROBLEM).variant is VARIANTS[1]
 
 
 def test_out_of_memory_rejects_the_candidate_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer(monkeypatch, odd_variants.OutOfMemory(), *VARIANTS)
-    tuner(tmp_path).ensure([PROBLEM])
+    used = tuner(tmp_path)
+    used.ensure([PROBLEM])
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
     assert record is not None
     expected = "OutOfMemoryError: tried to allocate 1 PiB"
     assert record.rejected == (("out_of_memory whole float32", expected),)
-    assert selection.select(PROBLEM, SOURCE).variant.name != "out_of_memory"
+    assert used.selector.select(PROBLEM).variant.name != "out_of_memory"
 
 
 def test_when_nothing_can_run_the_cost_model_chooses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     offer(monkeypatch, odd_variants.OutOfMemory())
-    used = Tuner(SOURCE, RecordStore(tmp_path), 60.0, each=None)
+    used = Tuner("test", RecordStore(tmp_path), 60.0, each=None)
     message = "is chosen by the cost model, no candidate could be timed:\n  out_of_memory whole"
     with pytest.warns(NotMeasuredWarning, match=message):
         used.ensure([PROBLEM])
     assert used.measurements == 0
-    assert selection.select(PROBLEM, SOURCE).measured is None
+    assert used.selector.select(PROBLEM).measured is None
     used.refresh(60.0)
     offer(monkeypatch, *VARIANTS)
     used.ensure([PROBLEM])
@@ -186,8 +189,8 @@ def test_a_single_candidate_is_timed_only_on_request(
     unasked = tuner(tmp_path)
     unasked.ensure([PROBLEM])
     assert unasked.measurements == 0
-    assert selection.select(PROBLEM, SOURCE).measured is None
-    asked = Tuner(SOURCE, RecordStore(tmp_path), 60.0, each=None)
+    assert unasked.selector.select(PROBLEM).measured is None
+    asked = Tuner("test", RecordStore(tmp_path), 60.0, each=None)
     asked.ensure([PROBLEM])
     assert asked.measurements == 1
 
@@ -199,7 +202,7 @@ def test_what_is_on_around_it_does_not_matter(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            cpu_figures.use_measured_cpu(tmp_path)
+            cpu_figures.measured_cpu(tmp_path)
             tuner(tmp_path).ensure(problems)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -213,10 +216,11 @@ def test_what_was_wrong_is_not_modelled_either(
 ) -> None:
     """Where the right ones could not be timed."""
     offer(monkeypatch, odd_variants.Wrong(), odd_variants.OutOfMemory())
-    assert selection.select(PROBLEM, SOURCE).variant.name == "wrong"
+    used = tuner(tmp_path)
+    assert used.selector.select(PROBLEM).variant.name == "wrong"
     with pytest.warns(NotMeasuredWarning), pytest.warns(WrongResultWarning):
-        tuner(tmp_path).ensure([PROBLEM])
-    assert selection.select(PROBLEM, SOURCE).variant.name == "out_of_memory"
+        used.ensure([PROBLEM])
+    assert used.selector.select(PROBLEM).variant.name == "out_of_memory"
 
 
 def test_what_an_earlier_candidate_left_is_not_taken_for_a_result(
@@ -253,7 +257,7 @@ def test_another_number_of_threads_is_measured_anew(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert selection.recorded(SOURCE, PROBLEM) is None
+        assert used.selector.recorded(PROBLEM) is None
         used.ensure([PROBLEM])
     finally:
         torch.set_num_threads(threads)
@@ -287,7 +291,8 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
     odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.Hanging())
     offer(monkeypatch, *odd, *VARIANTS)
     monkeypatch.setattr(module, "_SHORTEST_LIMIT", 6.0)
-    tuner(tmp_path, budget=1.0).ensure([PROBLEM])
+    used = tuner(tmp_path, budget=1.0)
+    used.ensure([PROBLEM])
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
     assert record is not None
     assert dict(record.rejected) == {
@@ -295,21 +300,21 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
         "crashing_later whole float32": "it took its process down (SIGABRT)",
         "hanging whole float32": "it did not return within 6 s",
     }
-    assert selection.select(PROBLEM, SOURCE).variant in VARIANTS
+    assert used.selector.select(PROBLEM).variant in VARIANTS
     capfd.readouterr()
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_compile.tuning.isolated._WORKER", "no_such_module")
     with pytest.raises(TuningProcessError, match=r"exit status 1.*tune='model'"):
-        IsolatedMeasurement().measure(PROBLEM, [selection.select(PROBLEM)], 0.01)
+        IsolatedMeasurement().measure(PROBLEM, [select(PROBLEM)], 0.01)
 
 
 def test_without_budget_nothing_is_measured(tmp_path: Path) -> None:
     used = tuner(tmp_path, budget=0.0)
     used.ensure([PROBLEM])
     assert used.measurements == 0
-    assert selection.select(PROBLEM, SOURCE) == selection.select(PROBLEM)
+    assert used.selector.select(PROBLEM) == select(PROBLEM)
 
 
 def test_a_budget_ends(tmp_path: Path) -> None:
@@ -317,7 +322,7 @@ def test_a_budget_ends(tmp_path: Path) -> None:
     problems = [replace(PROBLEM, layout=PROBLEM.layout.with_rows(n)) for n in (8, 16, 24)]
     used.ensure(problems)
     assert used.measurements == 1
-    assert [selection.recorded(SOURCE, p) is not None for p in problems] == [True, False, False]
+    assert [used.selector.recorded(p) is not None for p in problems] == [True, False, False]
 
 
 def test_another_machines_record_is_never_used(
@@ -326,7 +331,7 @@ def test_another_machines_record_is_never_used(
     here = established("cpu")
     for other in (
         replace(here, device="a stranger"),
-        replace(here, kernels="0" * 64),
+        replace(here, kernels=tuple((name, "0" * 64) for name, _ in here.kernels)),
         replace(here, threads=here.threads + 1),
         replace(here, torch="2.0"),
     ):
@@ -335,7 +340,6 @@ def test_another_machines_record_is_never_used(
     used.ensure([PROBLEM])
     assert used.measurements == 1
     monkeypatch.setattr(module, "fingerprint", lambda device: replace(here, torch="3.0"))
-    selection.forget()
     later = tuner(tmp_path)
     later.ensure([PROBLEM])
     assert later.measurements == 1
@@ -360,7 +364,7 @@ def test_what_has_no_fingerprint_is_measured_and_not_kept(
     used = tuner(tmp_path)
     used.ensure([PROBLEM])
     assert used.measurements == 1
-    assert selection.select(PROBLEM, SOURCE).measured is not None
+    assert used.selector.select(PROBLEM).measured is not None
     assert RecordStore(tmp_path).read() == {}
 
 
@@ -371,15 +375,14 @@ def test_a_folder_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
         used.ensure([PROBLEM, replace(PROBLEM, layout=PROBLEM.layout.with_rows(8))])
     assert len([w for w in caught if issubclass(w.category, RecordWarning)]) == 1
     assert used.measurements == 2
-    assert selection.select(PROBLEM, SOURCE).measured is not None
+    assert used.selector.select(PROBLEM).measured is not None
 
 
 def test_a_shipped_file_is_read_and_not_written(tmp_path: Path) -> None:
     tuner(tmp_path / "cache").ensure([PROBLEM])
     shipped = tmp_path / "shipped.jsonl"
     RecordStore(tmp_path / "cache").export(shipped, None)
-    selection.forget()
-    used = Tuner(SOURCE, RecordFile(shipped), 60.0, each=0.01)
+    used = Tuner("test", RecordFile(shipped), 60.0, each=0.01)
     before = shipped.read_bytes()
     used.ensure([PROBLEM])
     assert used.measurements == 0
@@ -390,10 +393,9 @@ def test_a_shipped_file_is_read_and_not_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fresh_figures() -> Iterator[None]:
-    cpu_figures._used.clear()
+    cpu_figures._known.clear()
     yield
-    cpu_figures._used.clear()
-    cpu_figures.use_cpu_model(cpu_figures.CPU)
+    cpu_figures._known.clear()
 
 
 @pytest.mark.usefixtures("fresh_figures")
@@ -405,23 +407,18 @@ def test_the_cpu_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         return measured[-1]
 
     monkeypatch.setattr(cpu_figures, "measure_cpu", measure)
-    use = cpu_figures.use_measured_cpu
-    use(tmp_path, measures=False)
+    use = cpu_figures.measured_cpu
+    assert use(tmp_path, measures=False) is None
     assert not measured
-    for _ in range(3):
-        use(tmp_path)
+    assert [use(tmp_path) for _ in range(3)] == measured * 3
     assert len(measured) == 1
-    model = selection.device_model("cpu", None)
-    assert model == measured[0]
-    cpu_figures._used.clear()
-    use(tmp_path, measures=False)
-    assert selection.device_model("cpu", None) == measured[0]
+    cpu_figures._known.clear()
+    assert use(tmp_path, measures=False) == measured[0]
     [kept] = tmp_path.glob("cpu-*.json")
     for damaged in (b"", b"[]", b"{}", kept.read_bytes()[:-9], b'{"name": 1}'):
         kept.write_bytes(damaged)
-        cpu_figures._used.clear()
-        use(tmp_path)
-        assert selection.device_model("cpu", None) == measured[-1]
+        cpu_figures._known.clear()
+        assert use(tmp_path) == measured[-1]
     assert len(measured) == 6
 
 
@@ -454,12 +451,12 @@ def test_a_call_is_measured_with_s_kept_where_that_loses_nothing(tmp_path: Path)
     used = tuner(tmp_path)
     used.ensure_calls([(problem, True), (problem, True)])
     for each in selection.problems_of_call(problem, trains=True):
-        assert (selection.recorded(SOURCE, each) is not None) == each.keeps_low_rank
+        assert (used.selector.recorded(each) is not None) == each.keeps_low_rank
     assert used.measurements == 2
-    assert selection.keeps_low_rank(problem, SOURCE)
+    assert used.selector.saves_low_rank(problem)
     # An evaluation keeps nothing.
     used.ensure_calls([(problem, False)])
-    assert selection.recorded(SOURCE, problem) is not None
+    assert used.selector.recorded(problem) is not None
 
 
 def test_decoding_and_dropout_are_measured_per_element() -> None:

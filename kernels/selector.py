@@ -1,0 +1,177 @@
+"""Selector: answers which variant solves a Problem, by what was measured or else by the cost model.
+
+A Call carries the name of its selector, so that models with different records run side by side.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import replace
+from weakref import WeakValueDictionary
+
+import torch
+
+from qlora_compile.kernels.device_model import CPU, CpuModel
+from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.selection import (
+    Choice,
+    model_for,
+    modelled,
+    problems_of_call,
+    saving_is_faster,
+)
+
+MODELLED = ""
+"""The name in a Call whose variants the cost model chooses."""
+
+_Key = tuple[Problem, int]
+
+
+class ModelledSelector:
+    """Chooses by the cost model alone, and so the same on every run: it has no state."""
+
+    name = MODELLED
+
+    def select(self, problem: Problem) -> Choice:
+        """The choice for `problem` of a call that is about to run."""
+        return self.look_up(problem)
+
+    def look_up(self, problem: Problem) -> Choice:
+        """Like `select`, without recording a miss."""
+        return self._modelled(problem)
+
+    def recorded(self, problem: Problem) -> Choice | None:
+        """The measured choice; None without one."""
+        return None
+
+    def saves_low_rank(self, forward: Problem) -> bool:
+        """Whether the forward should save S for its backward, instead of computing S twice."""
+        return self.prefers_saving(forward)
+
+    def prefers_saving(self, forward: Problem) -> bool:
+        """Like `saves_low_rank`, without deciding it."""
+        if not forward.rank:
+            return False
+        problems = problems_of_call(forward, trains=True)
+        # Measured seconds are compared with measured ones only.
+        choices = [self.recorded(each) for each in problems]
+        if None in choices:
+            choices = [self._modelled(each) for each in problems]
+        return saving_is_faster(problems, [choice.seconds for choice in choices if choice])
+
+    def _modelled(self, problem: Problem) -> Choice:
+        return modelled(problem, model_for(problem.device, CPU), frozenset())
+
+
+class Selector(ModelledSelector):
+    """Chooses what was recorded for a problem, else by the cost model.
+
+    It owns the records, the problems that have none (misses), the candidates that gave wrong
+    results (exclusions) and the decisions about S. Its tuner owns it, and Calls find it by `name`
+    as long as it lives. generation: a number that moves whenever a choice may have changed.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Takes `name`, or name-2, name-3, … where living selectors have it."""
+        self.generation = 0
+        self.cpu = CPU
+        self._records: dict[_Key, Choice] = {}
+        self._misses: dict[Problem, None] = {}
+        self._exclusions: dict[_Key, frozenset[str]] = {}
+        self._saves_low_rank: dict[Problem, bool] = {}
+        with _naming:
+            names = (name, *(f"{name}-{number}" for number in range(2, 2 + len(_selectors))))
+            self.name = next(each for each in names if each not in _selectors)
+            _selectors[self.name] = self
+
+    def select(self, problem: Problem) -> Choice:
+        if self.recorded(problem) is None:
+            self._misses[problem] = None
+        return self.look_up(problem)
+
+    def look_up(self, problem: Problem) -> Choice:
+        return self.recorded(problem) or self._modelled(problem)
+
+    def recorded(self, problem: Problem) -> Choice | None:
+        return self._records.get(_key(problem))
+
+    def saves_low_rank(self, forward: Problem) -> bool:
+        """The first answer stays: a checkpoint's recomputation must save what its forward saved."""
+        decided = self.prefers_saving(forward)
+        return self._saves_low_rank.setdefault(_without_decision(forward), decided)
+
+    def prefers_saving(self, forward: Problem) -> bool:
+        decided = self._saves_low_rank.get(_without_decision(forward))
+        return super().prefers_saving(forward) if decided is None else decided
+
+    def problems_to_measure(self, forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
+        """The Problems of a call that a measurement decides between. Where, by the cost model, no
+        forward is faster for not saving S, only those that save it: the backward then spares a
+        product."""
+        problems = problems_of_call(forward, trains=trains)
+        saving = tuple(each for each in problems if each.keeps_low_rank)
+        if saving and self._modelled(saving[0]).seconds <= self._modelled(problems[0]).seconds:
+            return saving
+        return problems
+
+    def remember(self, problem: Problem, choice: Choice) -> None:
+        """Makes `choice` the answer for `problem`."""
+        self._records[_key(problem)] = choice
+        self._misses.pop(problem, None)
+        self.generation += 1
+
+    def exclude(self, problem: Problem, names: Collection[str]) -> None:
+        """Keeps the cost model from choosing the candidates of these names for `problem`."""
+        self._exclusions[_key(problem)] = frozenset(names)
+        self.generation += 1
+
+    def use_cpu(self, model: CpuModel) -> None:
+        """Has the cost model use these figures of the CPU from now on."""
+        if model != self.cpu:
+            self.cpu = model
+            self.generation += 1
+
+    def take_misses(self) -> list[Problem]:
+        """The problems that `select` was asked for and has no record of, each once."""
+        misses, self._misses = self._misses, {}
+        return list(misses)
+
+    def forget_records(self) -> None:
+        """Drops records and misses; what was decided about S stays."""
+        self._records, self._misses = {}, {}
+        self.generation += 1
+
+    def _modelled(self, problem: Problem) -> Choice:
+        excluded = self._exclusions.get(_key(problem), frozenset())
+        return modelled(problem, model_for(problem.device, self.cpu), excluded)
+
+
+def _key(problem: Problem) -> _Key:
+    """A CPU's choice holds for the number of threads it was measured with."""
+    return problem, torch.get_num_threads() if problem.device == "cpu" else 0
+
+
+def _without_decision(forward: Problem) -> Problem:
+    return replace(forward, keeps_low_rank=False)
+
+
+_selectors: WeakValueDictionary[str, Selector] = WeakValueDictionary()
+_naming = threading.Lock()
+_MODELLED = ModelledSelector()
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` stands for a selector of this process, or for the cost model."""
+    return name == MODELLED or name in _selectors
+
+
+def selector_named(name: str) -> ModelledSelector:
+    """The selector of that name. The cost model answers for an unknown one: a graph that another
+    process compiled, or whose tuner is gone, runs all the same."""
+    return _selectors.get(name, _MODELLED)
+
+
+def select(problem: Problem, records_name: str = MODELLED) -> Choice:
+    """The choice for `problem` of the selector named `records_name`."""
+    return selector_named(records_name).select(problem)

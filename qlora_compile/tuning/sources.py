@@ -1,0 +1,123 @@
+"""A digest of the sources that one variant uses: what its measurements hold for.
+
+Python counts by its syntax tree, so that a comment, a docstring or the layout of the text discards
+no measurement. C++ counts byte for byte. Whatever cannot be read or followed is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+from abc import ABC
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_compile.kernels import registry
+
+_KERNELS = "qlora_compile.kernels"
+
+
+class UnestablishedError(Exception):
+    """Why a part of a fingerprint cannot be established; the device is known further up."""
+
+
+@functools.cache
+def sources_digest(variant: type) -> str:
+    """The digest for a variant's class: of the modules of the class and of its bases, of all that
+    these import of the kernels, and so on, and of the C++ beside these.
+
+    Raises:
+        UnestablishedError: a source is not there, or is no Python.
+    """
+    bases = [each for each in variant.__mro__ if each not in (object, ABC)]
+    left = {each.__module__: _source_of(each) for each in bases}
+    digests: dict[str, str] = {}
+    while left:
+        module, path = left.popitem()
+        digests[module], imported = _read(module, path)
+        left |= {name: path for name, path in imported.items() if name not in digests}
+        if _is_ours(module):
+            for native in path.parent.glob("*.cpp"):
+                digests[native.name] = hashlib.sha256(_content(native)).hexdigest()
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+
+def _is_ours(module: str) -> bool:
+    return module == _KERNELS or module.startswith(f"{_KERNELS}.")
+
+
+def _path(module: str) -> Path | None:
+    """The file of a module of the kernels; None where there is no module of this name."""
+    folder = Path(str(registry.__file__)).resolve().parent
+    place = folder.joinpath(*module.removeprefix(_KERNELS).split(".")[1:])
+    candidates = (place.with_suffix(".py"), place / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _source_of(cls: type) -> Path:
+    try:
+        found = _path(cls.__module__) if _is_ours(cls.__module__) else inspect.getsourcefile(cls)
+    except (TypeError, OSError):  # a class typed into a prompt, or of a compiled module
+        found = None
+    if found is None:
+        raise UnestablishedError(f"class {cls.__module__}.{cls.__qualname__} has no source file")
+    return Path(found).resolve()
+
+
+@functools.cache
+def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
+    """A digest of one file, and the modules of the kernels that it imports."""
+    try:
+        tree = ast.parse(_content(path))
+    except (SyntaxError, ValueError) as error:
+        raise UnestablishedError(f"{path} is no Python: {error}") from error
+    is_package = path.name == "__init__.py"
+    package = module if is_package else module.rpartition(".")[0]
+    imported: dict[str, Path] = {}
+    for names in _imported(tree, package):
+        files = {name: found for name in filter(_is_ours, names) if (found := _path(name))}
+        if not files and any(map(_is_ours, names)):
+            raise UnestablishedError(f"{path} imports {names[0]}, whose source is not there")
+        imported |= files
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest(), imported
+
+
+def _imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ...]]:
+    """What each import may load: of `from a import b` the module a, and a.b if that is one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name,) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                source = importlib.util.resolve_name("." * node.level + source, package)
+            yield from ((source, f"{source}.{alias.name}") for alias in node.names)
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as tuples and lists, without positions, docstrings and absent fields: those
+    differ between versions of Python."""
+    if isinstance(node, list):
+        return [_plain(each) for each in node if not _is_text(each)]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _plain(value)) for name, value in ast.iter_fields(node)]
+    return type(node).__name__, [each for each in fields if each[1] is not None and each[1] != []]
+
+
+def _is_text(node: Any) -> bool:
+    """Whether it is a docstring, or a string that describes the name before it."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnestablishedError(f"cannot read {path}: {error.strerror}") from error
