@@ -160,7 +160,8 @@ def _measure_loaded(module: Any, incompatible_keys: object) -> None:
 
 def _product(base: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ Wᵀ + bias for the weight of `base`, packed or not."""
-    if hasattr(base, "packed"):
+    # Not `packed`, which is a property that Dynamo would trace.
+    if hasattr(base, "product"):
         return base.product(x, bias)
     weight = base.weight if torch.is_autocast_enabled(x.device.type) else base.weight.to(x.dtype)
     return nn.functional.linear(x, weight, bias)
