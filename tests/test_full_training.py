@@ -104,8 +104,9 @@ def optimized(model: Any, kept: dict[str, Tensor], **options: Any) -> Any:
 
 def kept_by_quantize(model: Any) -> dict[str, Tensor]:
     """Sites that could be packed but for what is trained, and their weights."""
-    head = adapters.base_model(model).get_output_embeddings()
-    kept = {
+    base: Any = adapters.base_model(model)
+    head = base.get_output_embeddings()
+    kept: dict[str, Any] = {
         name: linear.weight
         for name, linear in adapters.linear_sites(model).items()
         if linear is not head and linear.weight.requires_grad

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import qlora_compile
-from qlora_compile.kernels import selection
 from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.tuning import tuner as module
@@ -24,7 +23,7 @@ from qlora_compile.tuning.store import RecordStore
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import tokens, toy
 from tests.tuning.records import real_problem
-from tests.tuning.test_tuner import SOURCE, tuner
+from tests.tuning.test_tuner import tuner
 from tests.zero_point_format import ZeroPointFormat
 
 __all__ = ["without_inductor"]
@@ -54,11 +53,12 @@ def test_a_model_is_packed_trained_and_reported() -> None:
 def test_the_tuner_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "use_measured_cpu", lambda folder: None)
     problem = real_problem(layout=format_named(NAME).layout((24, 64), block_size=32))
-    tuner(tmp_path).ensure([problem])
+    made = tuner(tmp_path)
+    made.ensure([problem])
     record = RecordStore(tmp_path).find(problem, established("cpu"))
     assert record is not None
     assert record.problem == problem
-    assert selection.select(problem, SOURCE).measured is not None
+    assert made.selector.select(problem).measured is not None
 
 
 _BUILD = f"""

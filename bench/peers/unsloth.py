@@ -20,7 +20,7 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 def unsloth(model: Any, setting: Setting) -> Any:
     """`model` through a folder, quantised and given adapters by Unsloth. Its own checkpointing,
     where the setting asks for one."""
-    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+    from unsloth import FastLanguageModel  # pyright: ignore
 
     checkpointing = "unsloth" if setting.checkpointing else False
     with tempfile.TemporaryDirectory() as folder:

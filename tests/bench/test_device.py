@@ -39,7 +39,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def named(*names: str, **options: Any) -> tuple[str, ...]:
         for name in names:
-            made = Contender(name, base_model, module="tests.bench.fake_worker", **options)
+            made = Contender(
+                name, lambda model, setting: model, module="tests.bench.fake_worker", **options
+            )
             monkeypatch.setitem(contenders.CONTENDERS, name, made)
         return names
 

@@ -421,9 +421,8 @@ def mixtral() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    return MixtralForCausalLM(
-        MixtralConfig(**sizes, **heads, vocab_size=128, attn_implementation="eager")
-    )
+    options: dict[str, Any] = {"vocab_size": 128, "attn_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **options))
 
 
 CAPTURED = {
