@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -46,9 +46,6 @@ _DYNAMO_SETTINGS = {
     "recompile_limit": 64,
 }
 _HOOKED_SETTINGS = _DYNAMO_SETTINGS | SETTINGS
-
-_BEHIND_HOOK = "_old_forward"
-"""Where accelerate's hooks, which are forwards of their own, keep the forward that they call."""
 
 _APART = (
     "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
@@ -270,23 +267,18 @@ def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
-    if _BEHIND_HOOK in module.__dict__:
-        setattr(module, _BEHIND_HOOK, region)
-    else:
-        module.forward = region
+    module.forward = region
     return region
 
 
 def uninstall(module: nn.Module) -> None:
     """Gives `module` back the forward of its class."""
-    if isinstance(module.__dict__.get("forward"), Region):
-        del module.forward
-    else:
-        setattr(module, _BEHIND_HOOK, MethodType(type(module).forward, module))
+    del module.forward
 
 
 def region_of(module: nn.Module) -> Region | None:
-    forwards = (module.__dict__.get(name) for name in ("forward", _BEHIND_HOOK))
+    # accelerate's hooks put a forward of their own before the one they call.
+    forwards = (module.__dict__.get(name) for name in ("forward", "_old_forward"))
     return next((forward for forward in forwards if isinstance(forward, Region)), None)
 
 

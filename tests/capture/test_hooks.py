@@ -270,6 +270,7 @@ def test_hooks_run_as_often_as_in_stock_under_checkpointing(how: str) -> None:
 
 def checkpointed(model: Any, how: str) -> None:
     if how == "around":
+        model.config.use_cache = False  # stock would put the recomputed keys behind the first ones
         apply_activation_checkpointing(
             model,
             checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, CheckpointImpl.NO_REENTRANT),
@@ -391,25 +392,14 @@ class Halves(ModelHook):
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize(
-    ("path", "when"),
-    [("", "before"), ("mlp", "before"), ("", "late"), ("self_attn.q_proj", "late")],
-)
-def test_hooks_of_accelerate(path: str, when: str) -> None:
+@pytest.mark.parametrize("path", ["", "mlp", "self_attn.q_proj"])
+def test_hooks_of_accelerate(path: str) -> None:
     """They are forwards of their own, put before the module's."""
-    models: list[Any] = []
-    for optimized in (False, True):
-        torch.manual_seed(1)
-        model: Any = get_peft_model(toy(), lora())
-        if when != "late":
-            add_hook_to_module(block(model, 1).get_submodule(path), Halves())
-        models.append((qlora_compile.optimize(model) if optimized else model).train())
-    both, ids = Pair(*models), tokens()
+    both, ids = pair(), tokens()
     both.assert_agree(ids)
-    if when == "late":
-        for model in both:
-            add_hook_to_module(block(model, 1).get_submodule(path), Halves())
-        both.assert_agree(ids)
+    for model in both:
+        add_hook_to_module(block(model, 1).get_submodule(path), Halves())
+    both.assert_agree(ids)
     assert not both.reasons(0) | both.reasons(1)
     for model in both:
         remove_hook_from_module(block(model, 1).get_submodule(path))
