@@ -13,7 +13,7 @@ from qlora_compile.kernels.formats.formats import FORMATS
 ROOT = Path(__file__).parents[1]
 NAMES = {quant_format.name for quant_format in FORMATS}
 KNOWS_FORMATS = ("kernels/formats/", "qlora_compile/hf/bases/")
-DEFAULT = "qlora_compile/cli/options.py"
+DEFAULT = "qlora_compile/training/model_choice.py"
 """Where the command line's one default stands."""
 
 

@@ -36,7 +36,9 @@ NAME = ZeroPointFormat.name
 def test_a_model_is_packed_trained_and_reported() -> None:
     ids = tokens()
     stock = toy()
-    ours = qlora_compile.optimize(toy(), lora(), quantize=NAME, verify=True, strict=True).train()
+    ours = qlora_compile.optimize(
+        toy(), lora(init_lora_weights=True), quantize=NAME, verify=True, strict=True
+    ).train()
     loss = ours(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     for name, layer in ours.base_model.model.named_modules():
@@ -51,7 +53,7 @@ def test_a_model_is_packed_trained_and_reported() -> None:
 
 
 def test_the_tuner_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "use_measured_cpu", lambda folder: None)
+    monkeypatch.setattr(module, "measured_cpu", lambda folder: None)
     problem = real_problem(layout=format_named(NAME).layout((24, 64), block_size=32))
     made = tuner(tmp_path)
     made.ensure([problem])

@@ -64,8 +64,10 @@ class NativeExperts(ExpertsVariant):
             else:
                 torch.addmm(tensors.bias[expert].to(dtype), x, weight.t(), out=part)
             if tensors.lora_a is not None and tensors.lora_b is not None:
-                low = (x @ tensors.lora_a[expert].to(dtype).t()).mul_(tensors.scale)
-                part.addmm_(low, tensors.lora_b[expert].to(dtype).t())
+                low, scale = x @ tensors.lora_a[expert].to(dtype).t(), tensors.scale
+                if isinstance(scale, Tensor):
+                    low, scale = low.mul_(scale), 1.0
+                part.addmm_(low, tensors.lora_b[expert].to(dtype).t(), alpha=scale)
             if y.dtype != dtype:
                 y[rows] = part
         y[end:] = 0

@@ -69,7 +69,7 @@ class PackedModule(nn.Module):
         """Replaces the weight by `weight` [rows, columns], packed as the present one is.
 
         A weight that is what the present one decodes to changes nothing: packing what was decoded
-        would round the absmax anew.
+        would round once more.
         """
         if torch.equal(weight, self.dequantize(weight.dtype)):
             return

@@ -15,11 +15,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import qlora_compile
+from qlora_compile.kernels.formats.int8 import INT8
+from qlora_compile.kernels.formats.nf4 import NF4
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import lora
 from tests.toy_models import VOCABULARY, toy, with_bitsandbytes
 
-OWN_FORMATS = ("nf4", "int8")
+OWN_FORMATS = (NF4.name, INT8.name)
 BASES = ("plain", *OWN_FORMATS, "bnb-4bit", "bnb-8bit")
 
 TARGETS = (
