@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -29,13 +30,14 @@ def problem_fields() -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(Problem)}
 
 
-def sample_problem(*, n: int = 64, **changed: Any) -> Problem:
+def sample_problem(*, n: int | None = None, **changed: Any) -> Problem:
+    """n: rows of the weight, which a layout has otherwise."""
     values = {
         name: get_args(kind)[0] if get_origin(kind) is Literal else _BY_TYPE[kind]
         for name, kind in problem_fields().items()
     }
-    values |= {"device": "cpu", "layout": values["layout"].with_rows(n), **changed}
-    return Problem(**values)
+    problem = Problem(**{**values, "device": "cpu", **changed})
+    return problem if n is None else replace(problem, layout=problem.layout.with_rows(n))
 
 
 def real_problem(**changed: Any) -> Problem:
