@@ -97,7 +97,7 @@ def test_merge_and_unload_agrees_with_stock(base: str) -> None:
         assert torch.equal(packed.weight.data.flatten(), theirs.flatten())
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("base", [each.name for each in FORMATS])
 def test_merging_nothing_changes_no_code(base: str) -> None:
     """Packing what was decoded would round doubly quantised absmax once more."""
     ours = build(base, torch.float32, 0.0, False)[1]
