@@ -28,7 +28,8 @@ from tests.test_equality import without_inductor
 
 __all__ = ["without_inductor"]
 
-TOLERANCE = 2e-5
+# Two orders of float32 sums: 2.02e-5 apart with AVX2, less with AVX-512.
+TOLERANCE = 3e-5
 
 TYPES = {
     "mixtral": ("gate_up_proj", "down_proj"),

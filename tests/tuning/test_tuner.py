@@ -290,7 +290,8 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
 ) -> None:
     odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.Hanging())
     offer(monkeypatch, *odd, *VARIANTS)
-    monkeypatch.setattr(module, "_SHORTEST_LIMIT", 6.0)
+    # A worker takes seconds to start where the machine is busy.
+    monkeypatch.setattr(module, "_SHORTEST_LIMIT", 30.0)
     used = tuner(tmp_path, budget=1.0)
     used.ensure([PROBLEM])
     record = RecordStore(tmp_path).find(PROBLEM, established("cpu"))
@@ -298,7 +299,7 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
     assert dict(record.rejected) == {
         "crashing whole float32": "it took its process down (SIGSEGV)",
         "crashing_later whole float32": "it took its process down (SIGABRT)",
-        "hanging whole float32": "it did not return within 6 s",
+        "hanging whole float32": "it did not return within 30 s",
     }
     assert used.selector.select(PROBLEM).variant in VARIANTS
     capfd.readouterr()
