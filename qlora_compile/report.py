@@ -234,7 +234,9 @@ def build_report(model: nn.Module) -> Report:
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
             if region.graphs is None and name in read:
                 reason = READ_PAST_THE_LAYER
-        if fused is None and name in trained and name not in kept and base_of(linear) is None:
+        # What keeps a weight out whether it is trained or not goes before.
+        other = name in kept or base_of(linear) is not None or reason == READ_PAST_THE_LAYER
+        if fused is None and name in trained and not other:
             reason = TRAINED_IN_FULL
         sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
     weights = tuple(_expert_sites(model, regions, trained))

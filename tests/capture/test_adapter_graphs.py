@@ -102,8 +102,9 @@ STATES: dict[str, Callable[[Any], Any]] = {
     "evaluation": lambda model: model.eval(),
     "training": lambda model: model.train(),
 }
-MOST_GRAPHS = 4
-"""Training and evaluation, each with adapters and without."""
+MOST_GRAPHS = 5
+"""Training and evaluation, each with adapters and without; in evaluation with adapters the first
+block, whose input requires no gradient, has its own."""
 
 
 @pytest.mark.parametrize("base", ["nf4"])
@@ -112,14 +113,17 @@ MOST_GRAPHS = 4
 def test_graphs_do_not_grow_with_repetition(base: str, states: list[str]) -> None:
     torch._dynamo.reset()
     stock, ours = pair(base, 2)
-    for _ in range(2):
+    counts = []
+    for _ in range(3):
         for state in states:
             for model in (stock, ours):
                 STATES[state](model)
             ids = tokens()
             outputs = [model(input_ids=ids, labels=ids, use_cache=False) for model in (stock, ours)]
             torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
-    assert graphs() <= MOST_GRAPHS
+        counts.append(graphs())
+    # The first round starts in another state than it ends in.
+    assert counts[1] == counts[2] <= MOST_GRAPHS
 
 
 def test_adapters_of_experts_share_a_graph() -> None:

@@ -17,6 +17,7 @@ from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.verify.verifier import Verifier
 from tests.test_equality import lora, step, without_inductor
 from tests.toy_models import tokens, toy
+from tests.verify.test_check import changed_scaling
 
 __all__ = ["without_inductor"]
 
@@ -163,9 +164,7 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
     assert torch.isfinite(expected).all()
 
     def wrong(graph_module, context):
-        for node in graph_module.graph.nodes:
-            if node.target is torch.full:
-                node.args = ((1,), 1.25)
+        changed_scaling(graph_module)
         return 1
 
     import qlora_compile.capture.pipeline as pipeline

@@ -70,7 +70,7 @@ def test_show_tells_everything(stored: tuple[Record, Record]):
             text = run("show", given).stdout
             for told in (
                 f"key {digest}",
-                f"  n: {record.problem.n}",
+                f"  layout: {record.problem.layout}",
                 f"  device: {record.fingerprint.device}",
                 *(f"{name} {digest}" for name, digest in record.fingerprint.kernels),
                 "  fused 32×128, 4 warps: 1.2500 ms, 0.0250 ms",

@@ -36,7 +36,7 @@ class Fault:
 def _donated_buffers() -> Iterator[None]:
     """As Inductor's code would use them, had our backend not emptied their list."""
     compiled = mock.patch.object(
-        backend, "compile_inner", lambda graph, xs, _: aot_eager(graph, xs)
+        backend, "compile_inner", lambda graph, inputs, *_: aot_eager(graph, inputs)
     )
     with compiled, functorch_config.patch(donated_buffer=True):
         yield

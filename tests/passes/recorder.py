@@ -84,6 +84,11 @@ class _Recording(TorchFunctionMode):
         node.meta["example_value"] = result
         if isinstance(result, Tensor):
             self.nodes[id(result)] = node
+        elif isinstance(result, (list, tuple)):
+            for index, item in enumerate(result):
+                got = self.graph.call_function(operator.getitem, (node, index))
+                got.meta["example_value"] = item
+                self.nodes[id(item)] = got
         self.keep.append(result)
         return result
 
