@@ -53,10 +53,15 @@ class SlottedLayer:
             result = result + nn.functional.linear(low_rank, b, bias) * scaling
         return result.to(dtype)
 
+    def unmerge_disabled(self: Any) -> None:
+        """Unmerges adapters that are disabled, as PEFT's forward does first. That rewrites the base
+        weight, so compiled code leaves it to this."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+
     def refresh_slots(self: Any) -> None:
         """Brings `slots` up to date with what PEFT's own attributes say now."""
-        unmerges = self._disable_adapters and bool(self.merged_adapters)
-        state: list[Any] = [unmerges]
+        state: list[Any] = [self._disable_adapters]
         adapters: list[tuple[Any, Any, Any, float]] = []
         if not self._disable_adapters and not self.merged_adapters:
             for name in self.active_adapters:
@@ -65,8 +70,7 @@ class SlottedLayer:
                     adapters.append((*parts, self.scaling[name]))
                     state += _state(*adapters[-1], name in self.lora_variant)
         if state != self._slots_state:
-            # PEFT's forward unmerges what it is not to use.
-            plain = not unmerges and all(state[index] for index in range(1, len(state), _PARTS))
+            plain = all(state[index] for index in range(1, len(state), _PARTS))
             self.slots = tuple(_slot(*each) for each in adapters) if plain else None
             self._slots_state = state
 

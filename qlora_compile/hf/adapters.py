@@ -114,13 +114,13 @@ class SlottedAdapters:
         modules = [children.get(leaf) for children, leaf in self._places]
         for module in (*self._block, *modules):
             while isinstance(module, SlottedLayer):
+                module.unmerge_disabled()
                 if by_slots:
                     module.refresh_slots()
                 else:
                     module.forget_slots()
-                module = getattr(
-                    module, "base_layer", None
-                )  # several adapted weights wrap one module of experts
+                # Several adapted weights wrap one module of experts.
+                module = getattr(module, "base_layer", None)
 
 
 def active_rank(model: nn.Module, site: str) -> int:
