@@ -20,7 +20,7 @@ TEST_PROCESSES ?= 2
 LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 
-.PHONY: demo test test-life lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+.PHONY: demo test test-long test-life lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-scaling device device-wheels device-dry wheel setup clean
 
 demo: setup
@@ -28,6 +28,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# `make test` draws a quarter of the examples of slow tests; this draws all.
+test-long: setup
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup

@@ -40,7 +40,8 @@ from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
-    # A scaling that differs between layers is a constant of each layer's graph, not an input.
+    # A number that differs between layers, as a probability of dropout may, is a constant of each
+    # layer's graph, not an input.
     "specialize_float": True,
     # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
     "recompile_limit": 64,

@@ -21,6 +21,7 @@ from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoi
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
 from qlora_compile.kernels.specification import experts_reference
+from tests.examples import examples
 from tests.kernels.linear_cases import double_quantizes
 
 FACTOR = 1.5
@@ -194,7 +195,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @by_variant
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(case=cases())
 def test_op_agrees_with_reference(variant: ExpertsVariant, case: Case) -> None:
     call = case.build()

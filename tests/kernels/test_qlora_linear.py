@@ -25,6 +25,7 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants import dense, native_adapter, native_augmented
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from tests.examples import examples
 from tests.kernels.group_cases import GroupCall, groups
 from tests.kernels.linear_cases import (
     BF16,
@@ -148,7 +149,7 @@ def drawn_configs(data: st.DataObject, variant: Variant, call: Call) -> dict[str
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(data=st.data())
 def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
@@ -198,7 +199,7 @@ def test_one_hot_rows_give_the_decoded_weight(
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_error_of_siblings(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(groups(data.draw(cases(format))))

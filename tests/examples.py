@@ -1,0 +1,12 @@
+"""How many examples a slow test draws: a part of its range in `make test`, all in
+`make test-long`."""
+
+import os
+
+LONG = "QLORA_COMPILE_LONG_TESTS" in os.environ
+PART = 4
+
+
+def examples(count: int) -> int:
+    """`count`, or a quarter of it."""
+    return count if LONG else max(1, count // PART)
