@@ -1,11 +1,10 @@
-"""`make device`: its budget, its table, its results, and what is carried to such a machine."""
+"""`make device`: its budget, its table, its results."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bench.device import carried, command, fifth, results, wheels
+from bench.device import command, fifth, results
 from bench.device.correctness import outcomes
 from bench.device.op import BASELINE, measured
 from bench.device.parts import PARTS, Part, Race, toy
@@ -289,23 +288,3 @@ def test_the_command_ends_in_time_with_a_table(
     table = done.stdout[done.stdout.index("# no GPU") :]
     found = [line for line in table.splitlines() if line and not line.startswith("#")]
     assert found == told
-
-
-def test_what_is_not_needed_is_not_carried(tmp_path: Path) -> None:
-    wheel = tmp_path / "some-1-py3-none-any.whl"
-    kept = ["bitsandbytes/libbitsandbytes_cuda130.so", "unsloth/models/llama.py", "trl/a.py"]
-    left = ["bitsandbytes/libbitsandbytes_cuda128.so", "bitsandbytes/libbitsandbytes_rocm70.so"]
-    left += ["studio/frontend/a.js", "unsloth_cli/a.py"]
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in kept + left:
-            archive.writestr(name, name)
-    wheels.unpack(wheel, tmp_path / "out")
-    found = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
-    assert sorted(map(str, found)) == sorted(kept)
-    assert wheels.size(tmp_path / "out") == sum(map(len, kept))
-
-
-def test_every_carried_package_has_one_version() -> None:
-    for group, packages in carried.PACKAGES.items():
-        for package in packages:
-            assert package.count("==") == 1, (group, package)
