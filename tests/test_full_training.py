@@ -37,9 +37,14 @@ FORMAT_NAMES = [each.name for each in FORMATS]
 
 
 def model_of(kind: str) -> Any:
+    """A model of one layer: what is trained differs between layers, and so would their graphs."""
     if kind == "linear":
-        return toy("Llama", attention_bias=True, mlp_bias=True)
-    return gpt2() if kind == "conv1d" else kinds.built(kinds.KINDS[kind])
+        return toy("Llama", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
+    model = gpt2() if kind == "conv1d" else kinds.built(kinds.KINDS[kind])
+    body = model.base_model
+    for layers in (layers for layers in body.children() if isinstance(layers, nn.ModuleList)):
+        del layers[1:]
+    return model
 
 
 def inputs_of(kind: str, model: Any) -> dict[str, Tensor]:
@@ -49,14 +54,14 @@ def inputs_of(kind: str, model: Any) -> dict[str, Tensor]:
     return kinds.batch(adapters.base_model(model))
 
 
-TARGETS = {"linear": ["q_proj", "down_proj"], "conv1d": ["c_attn"]}
-KINDS = ("linear", "conv1d", "mixtral", "gpt_oss")
+TARGETS = {"linear": ["q_proj", "up_proj"], "conv1d": ["c_attn"], "gpt_oss": ["q_proj"]}
+KINDS = ("linear", "conv1d", "gpt_oss")
 
 
 def lora(kind: str, **options: Any) -> LoraConfig:
     defaults = {
         "r": 2,
-        "target_modules": TARGETS.get(kind, ["q_proj"]),
+        "target_modules": TARGETS[kind],
         "init_lora_weights": False,
         "fan_in_fan_out": kind == "conv1d",
     }
@@ -124,7 +129,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_what_is_thawed_trains_as_in_stock(kind: str, data: st.DataObject) -> None:
     model = model_of(kind)
     if data.draw(st.booleans(), label="adapters"):
@@ -148,24 +153,26 @@ def test_what_is_thawed_trains_as_in_stock(kind: str, data: st.DataObject) -> No
     # What is packed has become another parameter, and what the experts' op computes stays frozen.
     fixed = tuple(n for n, m in ours.named_modules() if experts.is_served(m))
     floating = {n for n, p in ours.named_parameters() if p.is_floating_point()}
-    for name in data.draw(st.lists(names, max_size=3, unique=True), label="after"):
-        if name in floating and not (fixed and name.startswith(fixed)):
-            ours.get_parameter(name).requires_grad_(True)
-            stock.get_parameter(name).requires_grad_(True)
-    assert_trains_alike(ours, stock, inputs)
+    late = data.draw(st.lists(names, max_size=3, unique=True), label="after")
+    late = [n for n in late if n in floating and not (fixed and n.startswith(fixed))]
+    for name in late:
+        ours.get_parameter(name).requires_grad_(True)
+        stock.get_parameter(name).requires_grad_(True)
+    if late:
+        assert_trains_alike(ours, stock, inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_where_adapters_are_attached_peft_decides(kind: str, data: st.DataObject) -> None:
     """Whatever was trained or frozen before: what stock PEFT trains is trained, nothing else."""
     model = model_of(kind)
     for parameter in model.parameters():
         parameter.requires_grad_(data.draw(st.booleans()))
-    leaves = sorted({name.rpartition(".")[2] for name in adapters.linear_sites(model)})
-    # PEFT compares endings: "proj" is all whose name ends so.
-    saved = data.draw(st.sampled_from([None, *leaves, *(leaf[-4:] for leaf in leaves)]))
+    leaves = {name.rpartition(".")[2] for name in adapters.linear_sites(model)}
+    # PEFT compares endings: "proj" is all whose name ends so. What is saved is not adapted.
+    saved = data.draw(st.sampled_from([None, *sorted(leaves - {*TARGETS[kind]}), "wn_proj", "_fc"]))
     bias = data.draw(st.sampled_from(["none", "all", "lora_only"]))
     config = lora(kind, modules_to_save=saved and [saved], bias=bias)
     try:
