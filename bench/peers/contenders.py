@@ -18,7 +18,7 @@ import qlora_compile
 from bench.device.carried import CARRIED
 from bench.peers.floor import Floor
 from bench.peers.settings import ALPHA, EXPERTS, Setting
-from bench.peers.unsloth import ENVIRONMENT, unsloth
+from bench.peers.with_unsloth import ENVIRONMENT, unsloth
 from bench.stock import with_bitsandbytes
 
 OURS, STOCK, STOCK_COMPILED = "qlora_compile", "PEFT + bnb", "PEFT + bnb, compiled"
