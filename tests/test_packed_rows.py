@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model.train(mode != "evaluation")
 
 
-def step(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def step(model: Any, batch: Any) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()

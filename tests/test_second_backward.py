@@ -18,7 +18,7 @@ from tests.toy_models import tokens
 Gradients = dict[str, Tensor]
 
 
-def parameters(model: Any) -> Gradients:
+def parameters(model: Any) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.compiler.config as compiler_config
 
+_ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")
+
 
 def cache_key_tag(*parts: object, on_cpu: bool) -> str:
     """The `torch.compiler.config.cache_key_tag` for a graph whose code depends on `parts` and on
@@ -34,7 +36,7 @@ def unkeyed_settings(*, on_cpu: bool) -> dict[str, Any]:
     cuda, mkldnn, einsum = torch.backends.cuda, torch.backends.mkldnn, torch.backends.opt_einsum
     found: dict[str, Any] = {
         # How attention, einsum and float32 products are traced and lowered.
-        "sdp": [getattr(cuda, f"{name}_sdp_enabled")() for name in SDP_KERNELS],
+        "sdp": [getattr(cuda, f"{name}_sdp_enabled")() for name in _ATTENTIONS],
         "sdp_priority": torch._C._get_sdp_priority_order(),
         "einsum": (einsum.enabled, einsum.strategy),
         "mkldnn": (mkldnn.enabled, mkldnn.matmul.fp32_precision),
@@ -47,9 +49,6 @@ def unkeyed_settings(*, on_cpu: bool) -> dict[str, Any]:
         for name, value in config.get_config_copy().items():
             found[f"{config.__name__}.{name}"] = _text(value)
     return found
-
-
-SDP_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
 
 
 def _text(value: Any) -> str:
