@@ -23,14 +23,9 @@ from qlora_compile.hf.captured_outputs import (
 REFUSALS = (Unsupported, FailOnRecompileLimitHit, TorchRuntimeError, UserError)
 """What Dynamo raises, before anything has run, where it does not trace a block as one graph."""
 
-SETTINGS = {
-    "skip_nnmodule_hook_guards": False,
-    # A hook may change what the next call's guards look at, as one that appends to a list does.
-    # Dynamo would compile the block anew for every call. Training, evaluation and a varying length
-    # need three graphs.
-    "recompile_limit": 4,
-}
-"""Of Dynamo, besides those of a block without hooks."""
+RECOMPILE_LIMIT = 8
+"""Graphs for blocks with the same hooks; torch's own default. A hook may change what the guards of
+its next call look at, as one that appends to a list does: Dynamo would compile at every call."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,12 @@ class HookedRun:
         others = [hook for hook in hooks if keys[hook] is None]
         captured = {key for key in keys.values() if key is not None}
         return cls(_told(others), collected_keys(captured) if captured else None, whole=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of Dynamo, besides those of a block without hooks."""
+        limit = {"recompile_limit": RECOMPILE_LIMIT} if self.hooks else {}
+        return {"skip_nnmodule_hook_guards": False} | limit
 
     def prepared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, or what returns `captured` outputs, too."""

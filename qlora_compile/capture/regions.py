@@ -46,7 +46,6 @@ _DYNAMO_SETTINGS = {
     # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }
-_HOOKED_SETTINGS = _DYNAMO_SETTINGS | SETTINGS
 
 _APART = (
     "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
@@ -170,9 +169,10 @@ class Region:
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
+        settings = _DYNAMO_SETTINGS | (hooked.settings if hooked else {})
         with (
             running(self) as executed,
-            _dynamo_config.patch(_DYNAMO_SETTINGS if hooked is None else _HOOKED_SETTINGS),
+            _dynamo_config.patch(settings),
         ):
             try:
                 result = self.kind.compiled(hooked)(self.module, *args, **kwargs)

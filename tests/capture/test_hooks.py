@@ -236,8 +236,9 @@ def test_hooks_on_one_layer_before_the_first_call(effect: Effect) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_hook_that_keeps_everything_makes_few_graphs() -> None:
+def test_a_hook_that_keeps_everything_makes_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its list is longer at every call, which Dynamo would compile anew each time."""
+    monkeypatch.setattr(hooked_run, "RECOMPILE_LIMIT", 2)
     both, ids = pair(), tokens()
 
     def appends(module: nn.Module, seen: Seen) -> Any:
@@ -245,10 +246,11 @@ def test_a_hook_that_keeps_everything_makes_few_graphs() -> None:
 
     counters.clear()
     with both.hooked(appends, "mlp", 0) as seen:
-        for _ in range(7):
+        for _ in range(5):
             both.assert_agree(ids, seen)
-        assert len(seen[1]) == 7
-    assert counters["stats"]["unique_graphs"] <= 5
+        assert len(seen[1]) == 5
+        assert "Dynamo does not trace it whole" in both.reasons(0).pop()
+    assert counters["stats"]["unique_graphs"] <= 3
 
 
 @pytest.mark.usefixtures("without_inductor")
