@@ -21,7 +21,7 @@ from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
 from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
-from qlora_compile.capture.hooked_run import REFUSALS, SETTINGS, HookedRun, obstacle, untraced
+from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row

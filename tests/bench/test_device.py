@@ -24,7 +24,6 @@ from bench.device.race import race
 from bench.device.report import failures, told
 from bench.peers import contenders
 from bench.peers.contenders import CONTENDERS, OURS, STOCK, Contender
-from bench.peers.floor import Floor
 from bench.peers.race import Process, Run, error_in
 from bench.peers.settings import LLAMA_1B, Setting, base_model, data
 

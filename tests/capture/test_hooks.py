@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import qlora_compile
 from bench.agreement import distance
+from qlora_compile.capture import hooked_run
 from qlora_compile.capture.hooks import has_hooks, hooks_inside
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import StrictError
