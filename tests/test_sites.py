@@ -16,6 +16,7 @@ import qlora_compile
 from qlora_compile.api import regions_of
 from qlora_compile.errors import AlreadyOptimizedError
 from qlora_compile.hf import adapters
+from qlora_compile.hf.conv1d import as_linear
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.sites import Inventory
 from tests.hf import test_experts
@@ -82,7 +83,7 @@ def test_an_entry_tells_what_became_of_its_site() -> None:
     [entry, *others] = inventory.quantizable()
     assert len(others) == 13
     assert not entry.is_quantized
-    inventory.replace(entry, QuantizedLinear.from_linear(entry.module, "nf4"))
+    inventory.replace(entry, QuantizedLinear.from_linear(as_linear(entry.module), "nf4"))
     assert entry.is_quantized
     assert entry.format == "nf4"
     assert model.get_submodule(entry.name) is entry.module is inventory.modules[entry.name]
