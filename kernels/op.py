@@ -1,9 +1,4 @@
-"""`qlora_compile::qlora_linear`: the Linears of a Call, which share their input, as one op.
-
-Registered by hand and not as a `custom_op`, whose wrapper takes longer than small products do. The
-autograd kernel hands every tensor to torch.autograd.Function by itself: in a list it would be
-overlooked.
-"""
+"""`qlora_compile::qlora_linear`: the Linears of a Call, which share their input, as one op."""
 
 from __future__ import annotations
 
@@ -17,6 +12,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.library import OpFunction, register, register_backward
 from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
 from qlora_compile.kernels.selector import select
 
@@ -104,30 +100,13 @@ def differentiated(call: Call) -> tuple[int, ...]:
     return tuple(place for place in found if place is not None)
 
 
-LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
-LIBRARY.define("qlora_linear(Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]")
-LIBRARY.define(
-    "qlora_linear_backward"
-    "(Tensor[] grads, Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]"
-)
-
-QLORA_LINEAR: Any = torch.ops.qlora_compile.qlora_linear.default
-"""The op as it appears in a graph."""
-
-QLORA_LINEAR_BACKWARD: Any = torch.ops.qlora_compile.qlora_linear_backward.default
-
-
-class _Linears(torch.autograd.Function):
+class _Linears(OpFunction):
     """Saves x, handles to the packed weights, the small adapters and perhaps S [M, ranks]: nothing
     else of [M, K], [M, N] or [N, K]."""
 
     @staticmethod
-    def forward(keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor) -> Any:
-        return tuple(below_autograd(QLORA_LINEAR, keys, x, list(tensors), seed, text))
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, text, x, seed, *tensors = inputs
+        _, _, text, x, seed, *tensors = inputs
         ctx.call = Call.parse(text)
         ctx.x_dtype = x.dtype
         saved = list(tensors)
@@ -141,7 +120,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, seed, *tensors = ctx.saved_tensors
-        _, _, needs_x, _, *needs = ctx.needs_input_grad
+        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
         linears, spots = ctx.call.linears, places(ctx.call)
         adapters = [i for each in spots for i in (each.lora_a, each.lora_b) if i is not None]
         biases = [each.bias for each in spots if each.bias is not None]
@@ -152,7 +131,7 @@ class _Linears(torch.autograd.Function):
         results: list[Tensor | None] = [None] * tensor_count(call)
         given = next((grad for grad in grads[: len(linears)] if grad is not None), None)
         if given is None or call.needs == NeedsGradient():
-            return None, None, None, None, *results
+            return None, None, None, None, None, *results
         if x is None:
             x = given.new_empty(1, dtype=ctx.x_dtype).expand(*given.shape[:-1], call.k)
         dense = [
@@ -165,30 +144,11 @@ class _Linears(torch.autograd.Function):
         dropped = {i for each in unused for i in (each.bias, each.lora_a, each.lora_b)}
         for i, grad in zip(differentiated(call), found, strict=True):
             results[i] = None if i in dropped else grad
-        return None, None, grad_x, None, *results
+        return None, None, None, grad_x, None, *results
 
 
-def below_autograd(
-    op: Any, keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, x, tensors, seed, text)
-
-
-def _with_autograd(
-    keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
-        return list(_Linears.apply(keys, text, x, seed, *tensors))
-    return below_autograd(QLORA_LINEAR, keys, x, tensors, seed, text)
-
-
-LIBRARY.impl("qlora_linear", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("qlora_linear", _with_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("qlora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("qlora_compile::qlora_linear", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("qlora_compile::qlora_linear_backward", _fake_backward, lib=LIBRARY)
+QLORA_LINEAR = register("qlora_linear", _forward, _fake_forward, _Linears)
+QLORA_LINEAR_BACKWARD = register_backward("qlora_linear_backward", _backward, _fake_backward)
 
 
 def quantized_linear(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.attention import ATTENTION
+from qlora_compile.kernels.attention import ATTENTION, read_attention_call
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec, experts_tensors
@@ -210,10 +210,10 @@ def specified_attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
+    text: str,
 ) -> Tensor:
     """`attention` by its specification, in its own dtype or `wide`."""
+    is_causal, scale = read_attention_call(text)
     query, key, value = (each.to(wide or each.dtype) for each in (query, key, value))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(wide or query.dtype)

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_compile.kernels.attention import ATTENTION, TORCH_FORWARD, expected
+from qlora_compile.kernels.attention import ATTENTION, TORCH_FORWARD, attention_call, expected
 from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import example, insert_before, replace_node
 
@@ -27,8 +27,9 @@ def replace_attention(graph_module: GraphModule, context: PassContext) -> int:
     for node in graph_module.graph.find_nodes(op="call_function", target=_ATTENTION):
         call = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
         if _is_replaced(node, call):
-            names = [name for name in _NAMES if name != "dropout_p"]
-            replace_node(node, insert_before(node, ATTENTION, tuple(call[name] for name in names)))
+            operands = [call[name] for name in ("query", "key", "value", "attn_mask")]
+            text = attention_call(call["is_causal"], call["scale"])
+            replace_node(node, insert_before(node, ATTENTION, (*operands, text)))
             rewritten += 1
     return rewritten
 
@@ -38,6 +39,8 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
     mask = example(call["attn_mask"])
     if query is None or key is None or value is None or call["dropout_p"]:
         return False
+    if isinstance(call["is_causal"], Node) or isinstance(call["scale"], Node):
+        return False  # Computed from a length that varies.
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     if not trains or (mask is not None and mask.requires_grad):
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,6 @@ from qlora_compile.capture.regions import (
     Region,
     RegionKind,
     install,
-    region_of,
     uninstall,
 )
 from qlora_compile.errors import (
@@ -22,13 +21,13 @@ from qlora_compile.errors import (
     NoExampleInputsError,
     NotOptimizedError,
     OptionError,
-    StrictError,
 )
-from qlora_compile.hf import adapters, experts, head_loss
-from qlora_compile.hf.blocks import example_call, kept_linears, repeated_blocks, skip_unused_cache
+from qlora_compile.hf import adapters, head_loss
+from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
-from qlora_compile.report import Report, build_report
+from qlora_compile.report import Report, build_report, regions_of
+from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
 from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
@@ -95,7 +94,8 @@ def optimize(
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
-    if any(region_of(module) is not None for module in model.modules()):
+    inventory = Inventory(model)
+    if regions_of(inventory):
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
     verify = check_option(verify)
@@ -104,26 +104,27 @@ def optimize(
         "block_size": block_size,
         "double_quantize": double_quantize,
     }
-    packed = adopt.check(model, lora, **options, strict=strict, scope=scope)
+    blocks = repeated_blocks(inventory.modules) if scope == "block" else []
+    packed = adopt.check(inventory, lora, **options, strict=strict, whole=not blocks)
     if strict:
         _example_inputs(model, example_inputs)
     if logits_free_loss:
-        head_loss.check(model, scope=scope, example_inputs=example_inputs)
-    model = adopt.adopt(model, lora, packed=packed, **options)
+        head_loss.check(model, whole=not blocks, example_inputs=example_inputs)
+    inventory = adopt.adopt(inventory, lora, packed=packed, **options)
+    model = inventory.model
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
-    _install_regions(model, strict=strict, verify=verify, scope=scope, tune=tune)
-    cache_hook = skip_unused_cache(model)
+    regions = _install_regions(inventory, strict=strict, verify=verify, scope=scope, tune=tune)
+    cache_hook = skip_unused_cache(model, inventory.modules)
     if strict:
         try:
-            _probe(model, _example_inputs(model, example_inputs))
+            _probe(model, regions, _example_inputs(model, example_inputs))
         except BaseException:
             if cache_hook is not None:
                 cache_hook.remove()
             if hooks is not None:
                 hooks.remove()
-            for module in model.modules():
-                if region_of(module) is not None:
-                    uninstall(module)
+            for region in regions:
+                uninstall(region.module)
             raise
     return model
 
@@ -135,23 +136,19 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -
     (keyword arguments of the model) or with small inputs of the model's own; where there are none,
     their sites are reported as not run yet. Raises NotOptimizedError.
     """
-    regions = _regions(model)
+    inventory = Inventory(model)
+    regions = regions_of(inventory).values()
     if not regions:
         raise NotOptimizedError(model=type(model).__name__)
     inputs = example_inputs or example_call(adapters.base_model(model))
     if inputs is not None and any(region.graphs is None for region in regions):
         real = [(region, region.graphs) for region in regions if region.graphs is not None]
         try:
-            _probe(model, inputs)
+            _probe(model, regions, inputs)
         finally:
             for region, graphs in real:
                 region.graphs = graphs
-    return build_report(model)
-
-
-def _regions(model: nn.Module) -> list[Region]:
-    found = (region_of(module) for module in model.modules())
-    return [region for region in found if region is not None]
+    return build_report(inventory)
 
 
 def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -162,65 +159,55 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
 
 
 def _install_regions(
-    model: nn.Module, *, strict: bool, verify: Verify, scope: str, tune: str
-) -> None:
-    base = adapters.base_model(model)
-    linears = adapters.linear_sites(base)
-    kept = {
-        name: reason
-        for name, reason in (kept_linears(base) | adapters.trained_copies(base)).items()
-        if name in linears and not adapters.is_adapted(base, name)
-    } | adopt.unadoptable(base)
-    left = experts.obstacles(base)
-    if strict and left:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in left.items())
-        raise StrictError(count=len(left), reasons=reasons)
-    sites = {name: linear for name, linear in linears.items() if name not in kept}
-    expert_sites = dict.fromkeys(experts.sites(base))
-    served = {**sites, **{name: None for name in expert_sites if name not in left}}
-    names = {id(module): name for name, module in base.named_modules()}
-    repeated = [names[id(b)] for b in repeated_blocks(base)] if scope == "block" else []
-    blocks = [b for b in repeated or [""] if _inside(b, served)]
-    covered = {name for block in blocks for name in _inside(block, sites)}
+    inventory: Inventory, *, strict: bool, verify: Verify, scope: str, tune: str
+) -> list[Region]:
+    modules = inventory.modules
+    if strict:
+        adopt.raise_left((name, each.obstacle) for name, each in inventory.experts.items())
+    base = adapters.base_model(inventory.model)
+    root = next(name for name, module in modules.items() if module is base)
+    linears = {n: each for n, each in inventory.linears.items() if is_inside(n, root)}
+    reasons = {n: each.left_alone for n, each in linears.items()}
+    reasons |= {n: each.obstacle for n, each in inventory.experts.items()}
+    served = {name for name, reason in reasons.items() if reason is None}
+    repeated = repeated_blocks(modules) if scope == "block" else []
+    blocks = [b for b in repeated or [root] if _inside(b, served)]
+    covered = {name for block in blocks for name in _inside(block, served)}
     # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
     # if the blocks have nothing.
     singles = [
         name
-        for name, linear in sites.items()
-        if name not in covered
-        and (not blocks or adopt.is_quantized(linear) or adapters.is_adapted(base, name))
+        for name, entry in linears.items()
+        if name in served
+        and name not in covered
+        and (not blocks or entry.is_quantized or entry.adapted)
     ]
-    kinds = {}
-    for block in [*blocks, *singles] or [""]:
-        module = base.get_submodule(block)
+    kinds: dict[type, RegionKind] = {}
+    regions = []
+    for block in [*blocks, *singles] or [root]:
+        module = modules[block]
         key = type(module)
         if key not in kinds:
-            repeated = sum(type(base.get_submodule(b)) is key for b in blocks) > 1
+            is_repeated = sum(type(modules[b]) is key for b in blocks) > 1
             verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
-            kinds[key] = RegionKind(key, strict, verifier, repeated, tune)
-        local = _inside(block, {**sites, **kept, **expert_sites})
-        reasons = kept | left
-        install(
-            module,
-            kinds[key],
-            frozenset(local.values()),
-            {path: reasons[name] for name, path in local.items() if name in reasons},
-        )
+            kinds[key] = RegionKind(key, strict, verifier, is_repeated, tune)
+        local = _inside(block, reasons)
+        kept = {path: why for name, path in local.items() if (why := reasons[name]) is not None}
+        regions.append(install(module, kinds[key], frozenset(local.values()), kept))
+    return regions
 
 
-def _inside(block: str, names: Mapping[str, Any]) -> dict[str, str]:
+def _inside(block: str, names: Collection[str]) -> dict[str, str]:
     """The `names` at or below `block`, each with its path inside it."""
-    prefix = f"{block}." if block else ""
-    inside = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
-    return inside | ({block: ""} if block in names else {})
+    return {n: n[len(block) :].lstrip(".") for n in names if is_inside(n, block)}
 
 
-def _probe(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _probe(model: nn.Module, regions: Iterable[Region], inputs: Mapping[str, Any]) -> None:
     """Calls the model once with its regions captured and rewritten but not compiled.
 
     Training mode, so that dropout is in the graphs; buffers and random state are put back.
     """
-    kinds = {id(region.kind): region.kind for region in _regions(model)}.values()
+    kinds = {id(region.kind): region.kind for region in regions}.values()
     for kind in kinds:
         kind.probing = True
     try:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from qlora_compile.capture.regions import Region, region_of
-from qlora_compile.hf import adapters, expert_adapters, experts
-from qlora_compile.hf.bases.registry import base_of
-from qlora_compile.hf.blocks import kept_linears
-from qlora_compile.hf.conv1d import LinearSite, features
+from qlora_compile.hf import adapters, expert_adapters
+from qlora_compile.hf.blocks import is_inside
+from qlora_compile.hf.conv1d import features
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
-from qlora_compile.hf.full_training import trained_in_full
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
-from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
+from qlora_compile.sites import Inventory
 from qlora_compile.text_table import text_table
 from qlora_compile.verify.certificate import Certificate
-from qlora_compile.weight_reads import read_by_parent
 
 
 @dataclass(frozen=True)
@@ -207,41 +202,38 @@ def _kept(keeps: bool, rank: str) -> str | None:
     return "kept" if keeps else "recomputed"
 
 
-def build_report(model: nn.Module) -> Report:
+def regions_of(inventory: Inventory) -> dict[str, Region]:
+    """The compiled modules' regions, by the modules' names."""
+    found = ((name, region_of(module)) for name, module in inventory.modules.items())
+    return {name: region for name, region in found if region is not None}
+
+
+def build_report(inventory: Inventory) -> Report:
     """Reads the regions' last calls; sites no region has run yet say so."""
-    kept = kept_linears(model) | adapters.trained_copies(model)
-    trained = trained_in_full(model)
-    regions = {
-        name: region
-        for name, module in model.named_modules()
-        if (region := region_of(module)) is not None
-    }
-    read = {name.removesuffix(".base_layer") for name in read_by_parent(model)}
+    regions = regions_of(inventory)
     sites = []
-    for name, linear in adapters.linear_sites(model).items():
+    for name, entry in inventory.linears.items():
         found = _enclosing(name, regions)
-        format = _format(linear)
-        n, k = features(linear)
-        rank = adapters.active_rank(model, name)
+        n, k = features(entry.module)
+        rank = adapters.active_rank(inventory.model, name)
         fused, chosen = None, {}
         if found is None:
-            reason = kept.get(name, "outside the blocks, and neither quantised nor adapted")
+            reason = entry.kept or "outside the blocks, and neither quantised nor adapted"
         else:
             prefix, region = found
             local = name[len(prefix) :].lstrip(".")
             fused = region.fused().get(local)
             chosen = _chosen(fused, selector_named(region.records_name)) if fused else {}
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
-            if region.graphs is None and name in read:
+            if region.graphs is None and entry.read_by_parent:
                 reason = READ_PAST_THE_LAYER
-        # What keeps a weight out whether it is trained or not goes before.
-        other = name in kept or base_of(linear) is not None or reason == READ_PAST_THE_LAYER
-        if fused is None and name in trained and not other:
+        stays = entry.kept or entry.base or entry.read_by_parent
+        if fused is None and name in inventory.trained and not stays:
             reason = TRAINED_IN_FULL
-        sites.append(Site(name, fused is not None, format, n, k, rank, reason, **chosen))
-    weights = tuple(_expert_sites(model, regions, trained))
+        sites.append(Site(name, fused is not None, entry.format, n, k, rank, reason, **chosen))
+    weights = tuple(_expert_sites(inventory, regions))
     modules = {site.name.rpartition(".")[0] for site in weights}
-    others = adapters.other_modules(model).items()
+    others = adapters.other_modules(inventory.modules, inventory.linears).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
     names = {region.records_name for region in regions.values()}
     verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]
@@ -254,19 +246,16 @@ def build_report(model: nn.Module) -> Report:
     )
 
 
-def _expert_sites(
-    model: nn.Module, regions: dict[str, Region], trained: Collection[str]
-) -> Iterator[Site]:
-    left = experts.obstacles(model)
-    for name, site in experts.sites(model).items():
-        rank = expert_adapters.active_rank(model, name)
-        fused, reason = None, left.get(name, "its experts run outside the compiled blocks")
+def _expert_sites(inventory: Inventory, regions: dict[str, Region]) -> Iterator[Site]:
+    for name, site in inventory.experts.items():
+        rank = expert_adapters.active_rank(inventory.model, name)
+        fused, reason = None, site.obstacle or "its experts run outside the compiled blocks"
         if (found := _enclosing(name, regions)) is not None:
             prefix, region = found
             local = name[len(prefix) :].lstrip(".")
             fused = region.experts().get(local)
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
-        if fused is None and name in trained:
+        if fused is None and name in inventory.trained:
             reason = TRAINED_IN_FULL
         chosen = {}
         if fused:
@@ -292,15 +281,6 @@ def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | No
     """The innermost region that lists the site `name`, with the region's own name."""
     best = None
     for prefix, region in regions.items():
-        inside = not prefix or name == prefix or name.startswith(f"{prefix}.")
-        if inside and name[len(prefix) :].lstrip(".") in region.sites:
+        if is_inside(name, prefix) and name[len(prefix) :].lstrip(".") in region.sites:
             best = (prefix, region)
     return best
-
-
-def _format(linear: LinearSite) -> str:
-    if isinstance(linear, QuantizedLinear):
-        return linear.format
-    base = base_of(linear)
-    found = None if base is None else base.format(linear)
-    return found or str(linear.weight.dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+from collections.abc import Mapping
 from types import FunctionType
 
 from torch import nn
@@ -15,12 +16,12 @@ _PREPARING = ("__init__", "reset_", "init_", "_init", "tie_", "_tie")
 _DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "numel", "size")
 
 
-def read_by_parent(model: nn.Module) -> set[str]:
+def read_by_parent(modules: Mapping[str, nn.Module]) -> set[str]:
     """Names of modules whose weight a method of the module that holds them reads: in Mamba,
     `self.dt_proj.weight @ x`."""
     return {
         f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         for child in _read_weights(type(module))
         if child in module._modules
     }

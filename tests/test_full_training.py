@@ -24,6 +24,7 @@ from qlora_compile.hf.full_training import TrainedInFullWarning
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from qlora_compile.sites import Inventory
 from tests.hf.test_conv1d import gpt2
 from tests.test_equality import without_inductor
 from tests.toy_models import tokens, toy
@@ -113,11 +114,11 @@ def kept_by_quantize(model: Any) -> dict[str, Tensor]:
     base: Any = adapters.base_model(model)
     head = base.get_output_embeddings()
     kept: dict[str, Any] = {
-        name: linear.weight
-        for name, linear in adapters.linear_sites(model).items()
-        if linear is not head and linear.weight.requires_grad
+        name: entry.weight
+        for name, entry in Inventory(model).linears.items()
+        if entry.module is not head and entry.weight.requires_grad
     }
-    for name, site in experts.sites(model).items():
+    for name, site in Inventory(model).experts.items():
         if any(parameter.requires_grad for parameter in site.module.parameters()):
             kept[name] = getattr(site.module, site.parameter)
     return kept
@@ -170,9 +171,9 @@ def test_where_adapters_are_attached_peft_decides(kind: str, data: st.DataObject
     model = model_of(kind)
     for parameter in model.parameters():
         parameter.requires_grad_(data.draw(st.booleans()))
-    leaves = {name.rpartition(".")[2] for name in adapters.linear_sites(model)}
-    # PEFT compares endings: "proj" is all whose name ends so. What is saved is not adapted.
-    saved = data.draw(st.sampled_from([None, *sorted(leaves - {*TARGETS[kind]}), "wn_proj", "_fc"]))
+    leaves = sorted({name.rpartition(".")[2] for name in Inventory(model).linears})
+    # PEFT compares endings: "proj" is all whose name ends so.
+    saved = data.draw(st.sampled_from([None, *leaves, *(leaf[-4:] for leaf in leaves)]))
     bias = data.draw(st.sampled_from(["none", "all", "lora_only"]))
     config = lora(kind, modules_to_save=saved and [saved], bias=bias)
     try:
@@ -195,9 +196,9 @@ def test_where_adapters_are_attached_peft_decides(kind: str, data: st.DataObject
 def test_a_model_as_loaded_is_packed_whole(kind: str) -> None:
     ours = optimized(model_of(kind), {}, quantize="nf4").train()
     head = ours.get_output_embeddings()
-    linears = [m for m in adapters.linear_sites(ours).values() if m is not head]
+    linears = [e.module for e in Inventory(ours).linears.values() if e.module is not head]
     assert all(isinstance(linear, QuantizedLinear) for linear in linears)
-    assert all(isinstance(s.weight, PackedExperts) for s in experts.sites(ours).values())
+    assert all(isinstance(s.weight, PackedExperts) for s in Inventory(ours).experts.values())
     stock = model_of(kind).train()
     decode_into(stock, ours)
     for name in trainable(stock) - trainable(ours):
@@ -208,7 +209,7 @@ def test_a_model_as_loaded_is_packed_whole(kind: str) -> None:
 def test_an_experts_bias_that_begins_to_train_is_refused() -> None:
     ours = optimized(model_of("gpt_oss").requires_grad_(False), {}, quantize="nf4").train()
     inputs = inputs_of("gpt_oss", ours)
-    site = next(iter(experts.sites(ours).values()))
+    site = next(iter(Inventory(ours).experts.values()))
     getattr(site.module, f"{site.parameter}_bias").requires_grad_(True)
     with pytest.raises(Exception, match="takes it for frozen") as caught:
         ours(**inputs)

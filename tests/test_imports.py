@@ -18,6 +18,7 @@ ORDER = (
     ("passes", "tuning"),
     ("modules",),
     ("hf", "weight_reads"),
+    ("sites",),
     ("verify",),
     ("capture",),
     ("adopt",),

@@ -21,8 +21,9 @@ from bench.coverage.kinds import Kind, batch, built
 from bench.coverage.row import EQUAL, TRAINS, UNEQUAL, Row, first_line, target_kind, without_names
 from qlora_compile.capture import backend
 from qlora_compile.capture.regions import region_of
-from qlora_compile.hf import expert_adapters, experts
+from qlora_compile.hf import expert_adapters
 from qlora_compile.report import build_report
+from qlora_compile.sites import Inventory
 
 STEPS, LEARNING_RATE = 2, 0.01
 TOLERANCE = 2e-5
@@ -91,7 +92,7 @@ def _stock(kind: Kind, row: Row) -> tuple[Any, dict[str, Tensor]]:
         )
 
     # For some model types PEFT takes "all-linear" to mean experts, too; the others' are named.
-    names = sorted(name for name, site in experts.sites(plain).items() if site.experts > 1)
+    names = sorted(name for name, site in Inventory(plain).experts.items() if site.experts > 1)
     if names:
         probe = get_peft_model(copy.deepcopy(plain), config(None)).get_base_model()
         if any(expert_adapters.active_rank(probe, name) for name in names):
@@ -226,7 +227,7 @@ def _after_one_rounding(
 
 
 def _describe(row: Row, ours: Any) -> None:
-    report = build_report(ours)
+    report = build_report(Inventory(ours))
     linears = [site for site in report.sites if not site.experts]
     row.sites, row.fused = len(linears), sum(site.fused for site in linears)
     targets = [site for site in linears if site.rank]

@@ -46,15 +46,15 @@ def gradients(
     value: Tensor,
     out: Tensor,
     log_sum: Tensor,
-    mask: Tensor | None,
     *,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of query, key and value, in their dtypes and strides; all but `grad` of contiguous rows.
 
     query, grad, out: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], each for
-    H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. mask:
+    H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. attn_mask:
     float, of a shape that broadcasts to [B, H, M, N], added to the scores. is_causal: key n counts
     for query m if n <= m.
     """
@@ -63,8 +63,9 @@ def gradients(
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1:3]
     bias, steps = log_sum, (0, 0, 0)
-    if mask is not None:
-        bias = mask if mask.dtype in (torch.bfloat16, torch.float32) else mask.float()
+    if attn_mask is not None:
+        narrow = attn_mask.dtype in (torch.bfloat16, torch.float32)
+        bias = attn_mask if narrow else attn_mask.float()
         bias = bias.expand(*bias.shape[:-2], queries, keys)
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         steps = bias.expand(batch, heads, queries, keys).stride()[:3]
@@ -73,7 +74,7 @@ def gradients(
     strides = [each.stride()[:3] for each in inputs]
     strides += [log_sum.stride(), steps, *(each.stride()[:3] for each in results)]
     shape = (
-        0 if mask is None else bias.itemsize,
+        0 if attn_mask is None else bias.itemsize,
         batch,
         groups,
         heads // groups,

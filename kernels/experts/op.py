@@ -15,8 +15,8 @@ from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.library import OpFunction, register, register_backward
 from qlora_compile.kernels.linear_call import places, problem_of, specs
-from qlora_compile.kernels.op import LIBRARY, below_autograd
 from qlora_compile.kernels.problem import Direction
 
 
@@ -114,34 +114,18 @@ def _fake_backward(
     return [tensor.new_empty(tensor.shape) for tensor in needed]
 
 
-LIBRARY.define("qlora_experts(Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]")
-LIBRARY.define(
-    "qlora_experts_backward"
-    "(Tensor[] grads, Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]"
-)
-
-QLORA_EXPERTS: Any = torch.ops.qlora_compile.qlora_experts.default
-"""The op as it appears in a graph."""
-
-QLORA_EXPERTS_BACKWARD: Any = torch.ops.qlora_compile.qlora_experts_backward.default
-
-
-class _Experts(torch.autograd.Function):
+class _Experts(OpFunction):
     """Saves x and handles to what is stored anyway; the low-rank product is computed again."""
 
     @staticmethod
-    def forward(keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor) -> Any:
-        return tuple(below_autograd(QLORA_EXPERTS, keys, x, list(tensors), seed, text))
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.text, *tensors = inputs
+        _, _, ctx.text, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, seed, *tensors = ctx.saved_tensors
-        _, _, needs_x, _, *needs = ctx.needs_input_grad
+        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
         call = Call.parse(ctx.text)
         (place,) = places(call)
         # Behind the offsets.
@@ -149,28 +133,17 @@ class _Experts(torch.autograd.Function):
         needs_adapter = any(needs[i] for i in factors)
         results: list[Tensor | None] = [None] * len(tensors)
         if not (needs_x or needs_adapter):
-            return None, None, None, None, *results
+            return None, None, None, None, None, *results
         call = replace(call, needs=NeedsGradient(needs_x, needs_adapter))
         found = iter(QLORA_EXPERTS_BACKWARD(list(grads), x, tensors, seed, str(call)))
         grad_x = next(found) if needs_x else None
         for i, each in zip(factors, found, strict=False):
             results[i] = each
-        return None, None, grad_x, None, *results
+        return None, None, None, grad_x, None, *results
 
 
-def _with_autograd(
-    keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
-        return list(_Experts.apply(keys, text, x, seed, *tensors))
-    return below_autograd(QLORA_EXPERTS, keys, x, tensors, seed, text)
-
-
-LIBRARY.impl("qlora_experts", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("qlora_experts", _with_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("qlora_experts_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("qlora_compile::qlora_experts", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("qlora_compile::qlora_experts_backward", _fake_backward, lib=LIBRARY)
+QLORA_EXPERTS = register("qlora_experts", _forward, _fake_forward, _Experts)
+QLORA_EXPERTS_BACKWARD = register_backward("qlora_experts_backward", _backward, _fake_backward)
 
 
 def experts_linear(

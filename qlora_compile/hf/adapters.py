@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.registry import base_of
+from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
 from qlora_compile.modules.linear import QuantizedLinear
@@ -47,12 +48,12 @@ class SlottedLinear(SlottedLayer, LoraLinear):  # type: ignore[misc]
     """PEFT's LoRA layer over a Conv1D, or a Linear that multiplies in a way of its own."""
 
 
-def linear_sites(model: nn.Module) -> dict[str, LinearSite]:
-    """Every Linear or Conv1D of `model` by its name: an adapted one under its adapter layer's name,
-    the adapters' own and PEFT's trained copies not counted."""
+def linear_sites(modules: Mapping[str, nn.Module]) -> dict[str, LinearSite]:
+    """Every Linear or Conv1D of `modules` by its name: an adapted one under its adapter layer's
+    name, the adapters' own and PEFT's trained copies not counted."""
     sites: dict[str, LinearSite] = {}
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if name.startswith(tuple(inside)):
             continue
         if isinstance(module, BaseTunerLayer):
@@ -131,19 +132,19 @@ def active_rank(model: nn.Module, site: str) -> int:
     return sum(module.r[name] for name in module.active_adapters if name in module.r)
 
 
-def trained_copies(model: nn.Module) -> dict[str, str]:
-    """Linears PEFT trains, in full or some rows, beside the adapters: name → reason to leave
-    them alone."""
+def trained_copies(modules: Mapping[str, nn.Module], sites: Iterable[str]) -> dict[str, str]:
+    """Those of the `sites` that PEFT trains, in full or some rows, beside the adapters: name →
+    reason to leave them alone."""
     wrappers = {
         name: _trained(module)
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, AuxiliaryTrainingWrapper)
     }
     return {
         name: reason
-        for name in linear_sites(model)
+        for name in sites
         for wrapper, reason in wrappers.items()
-        if name == wrapper or name.startswith(f"{wrapper}.")
+        if is_inside(name, wrapper)
     }
 
 
@@ -153,13 +154,12 @@ def _trained(wrapper: AuxiliaryTrainingWrapper) -> str:
     return "it is trained in full (modules_to_save)"
 
 
-def other_modules(model: nn.Module) -> dict[str, str]:
-    """What PEFT adapts or trains that is no Linear, such as an Embedding: name → why it is left
-    alone."""
-    linears = linear_sites(model)
+def other_modules(modules: Mapping[str, nn.Module], sites: Collection[str]) -> dict[str, str]:
+    """What PEFT adapts or trains that is none of the `sites`, such as an Embedding: name → why it
+    is left alone."""
     found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if name in linears or name.startswith(tuple(f"{outer}." for outer in found)):
+    for name, module in modules.items():
+        if name in sites or any(is_inside(name, outer) for outer in found):
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             found[name] = f"{type(module.original_module).__name__}: {_trained(module)}"
@@ -173,12 +173,20 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+def has_adapters(modules: Mapping[str, nn.Module]) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in modules.values())
 
 
-def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> set[str]:
+def check_lora_config(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[str],
+    config: object,
+    *,
+    quantize: bool,
+) -> set[str]:
     """The sites that PEFT will train beside the adapters of `config`, in full or a few rows.
+    modules, sites: of `model`, by name.
 
     Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
     would fail, or pass over a name, after it had begun to change the model.
@@ -198,35 +206,37 @@ def check_lora_config(model: nn.Module, config: object, *, quantize: bool) -> se
         raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
     targets = config.target_modules
     if targets is not None and targets != "all-linear":
-        names = [name for name, _ in model.named_modules() if name]
+        names = [name for name in modules if name]
         for rule in [targets] if isinstance(targets, str) else sorted(targets):
             probe = LoraConfig(target_modules=rule if isinstance(targets, str) else [rule])
             if not any(check_target_module_exists(probe, name) for name in names):
-                leaves = {name.rpartition(".")[2] for name in linear_sites(model)}
+                leaves = {name.rpartition(".")[2] for name in sites}
                 raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the random state as the user left it.
     with torch.random.fork_rng():
-        attached = base_model(attach(_without_data(model), config))
-    trained = {name for name, site in linear_sites(attached).items() if site.weight.requires_grad}
-    return trained | trained_copies(attached).keys()
+        copied = copy.deepcopy(model, _without_data(modules.values()))
+        attached = dict(base_model(attach(copied, config)).named_modules())
+    linears = linear_sites(attached)
+    trained = {name for name, site in linears.items() if site.weight.requires_grad}
+    return trained | trained_copies(attached, linears).keys()
 
 
-def _without_data(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the meta device that shares what bitsandbytes has packed: its
+def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
+    """The memo of a deep copy on the meta device that shares what bitsandbytes has packed: its
     Parameters carry their own state, and moving them would move the model's."""
     memo: dict[int, object] = {}
-    for module in model.modules():
+    for module in modules:
         shared = [getattr(module, name, None) for name in ("state", "quant_state")]
         memo |= {id(value): value for value in shared if value is not None}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) in (nn.Parameter, torch.Tensor):
-            empty = torch.empty_like(tensor.data, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        else:
-            memo[id(tensor)] = tensor
-    return copy.deepcopy(model, memo)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if type(tensor) in (nn.Parameter, torch.Tensor):
+                empty = torch.empty_like(tensor.data, device="meta")
+                own = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if own else empty
+            else:
+                memo[id(tensor)] = tensor
+    return memo
 
 
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -236,15 +246,17 @@ def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> None:
-    """Puts `linear` where the site's Linear is, under its adapter if it has one."""
+def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
+    """Puts `linear` where the site's Linear is, under its adapter if it has one; returns the name
+    of that place."""
     module = model.get_submodule(site)
     if isinstance(module, BaseTunerLayer):
         module.base_layer = linear
         adopt_adapter_layer(module)
-    else:
-        parent, _, leaf = site.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
+        return f"{site}.base_layer"
+    parent, _, leaf = site.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, linear)
+    return site
 
 
 def adopt_adapter_layer(module: nn.Module) -> None:

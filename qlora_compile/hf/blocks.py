@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -39,31 +39,39 @@ def is_cached_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules a model repeats: transformers' checkpointing layers, else the children of the
-    longest ModuleList of one class; outermost only, empty if there is neither."""
-    blocks: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
-            blocks.append(module)
-            inside.update(id(child) for child in module.modules())
+def is_inside(name: str, outer: str) -> bool:
+    """Whether the module `name` is the module `outer` or below it."""
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules a model repeats: transformers' checkpointing layers, else the children
+    of the longest ModuleList of one class; outermost only, empty if there is neither."""
+    blocks: list[str] = []
+    for name, module in modules.items():
+        is_block = isinstance(module, GradientCheckpointingLayer)
+        if is_block and not (blocks and is_inside(name, blocks[-1])):
+            blocks.append(name)
     if blocks:
         return blocks
     lists = [
         list(module)
-        for module in model.modules()
+        for module in modules.values()
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
     ]
     longest = max(lists, key=len, default=[])
-    return longest if len(longest) > 1 else []
+    names = {id(module): name for name, module in modules.items()}
+    return [names[id(child)] for child in longest] if len(longest) > 1 else []
 
 
-def kept_linears(model: nn.Module) -> dict[str, str]:
-    """Linears never quantised, and left alone unless an adapter targets them: site → reason."""
+def kept_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Linears never quantised, and left alone unless an adapter targets them: site → reason.
+
+    modules: by every name that each has.
+    """
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules.items():
         # Its own: an adapter layer shows its base's as `weight` too.
         weight = module._parameters.get("weight")
         if weight is None:
@@ -71,15 +79,16 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
         first = owners.setdefault(id(weight), name)
         if first != name:
             for tied, other in ((name, first), (first, name)):
-                if isinstance(model.get_submodule(tied), nn.Linear):
+                if isinstance(modules[tied], nn.Linear):
                     reasons[_site(tied)] = f"its weight is tied to {other}"
-    for prefix, inner in model.named_modules():
-        if isinstance(inner, PreTrainedModel):
-            path = f"{prefix}." if prefix else ""
-            for name, reason in _head_linears(inner).items():
-                reasons.setdefault(_site(path + name), reason)
-            break
+    for name, reason in _head_linears(modules).items():
+        reasons.setdefault(_site(name), reason)
     return reasons
+
+
+def _pretrained(modules: Mapping[str, nn.Module]) -> dict[str, PreTrainedModel]:
+    """transformers' models by their names, the outermost first."""
+    return {name: each for name, each in modules.items() if isinstance(each, PreTrainedModel)}
 
 
 def _site(name: str) -> str:
@@ -87,29 +96,32 @@ def _site(name: str) -> str:
     return name.removesuffix(".base_layer")
 
 
-def full_precision_linears(model: nn.Module) -> dict[str, str]:
-    """Linears transformers keeps in float32 whatever the model's dtype: name → reason."""
-    reasons = {}
-    for prefix, inner in model.named_modules():
-        if isinstance(inner, PreTrainedModel):
-            kept = {
-                *(inner._keep_in_fp32_modules or ()),
-                *(inner._keep_in_fp32_modules_strict or ()),
-            }
-            for name, module in inner.named_modules(prefix=prefix):
-                if isinstance(module, nn.Linear) and not kept.isdisjoint(name.split(".")):
-                    reasons[_site(name)] = "transformers keeps its weight in float32"
-    return reasons
+def full_precision_linears(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Linears transformers keeps in float32 whatever the model's dtype."""
+    found = set()
+    for prefix, inner in _pretrained(modules).items():
+        kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
+        found |= {
+            _site(name)
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear)
+            and is_inside(name, prefix)
+            and not kept.isdisjoint(name.split("."))
+        }
+    return found
 
 
-def skip_unused_cache(model: nn.Module) -> RemovableHandle | None:
+def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle | None:
     """Lets `model` build no key-value cache in calls that have no use for one; None if it has none.
 
     transformers' decoders build one by default, in training too, and blocks do not run compiled
     with a cache. A caller's own `use_cache` is respected.
     """
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None or not _takes_use_cache(inner):
+    pretrained = _pretrained(modules)
+    if not pretrained:
+        return None
+    prefix, inner = next(iter(pretrained.items()))
+    if not _takes_use_cache([each for n, each in pretrained.items() if is_inside(n, prefix)]):
         return None
     # A PeftModel may call the forward of the model inside, past its hooks; it passes keywords on.
     direct = isinstance(model, PeftModel) and model.get_base_model() is inner
@@ -117,17 +129,12 @@ def skip_unused_cache(model: nn.Module) -> RemovableHandle | None:
     return caller.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
 
-def _takes_use_cache(model: PreTrainedModel) -> bool:
-    """Whether a forward names `use_cache`, or hands keywords on to a model inside that does: LLaVA
-    and GraniteMoE name it no more."""
-    parameters = inspect.signature(type(model).forward).parameters
-    if "use_cache" in parameters:
-        return True
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and any(
-        "use_cache" in inspect.signature(type(inner).forward).parameters
-        for inner in model.modules()
-        if isinstance(inner, PreTrainedModel)
-    )
+def _takes_use_cache(models: list[PreTrainedModel]) -> bool:
+    """Whether the first model's forward names `use_cache`, or hands keywords on to one of the
+    others, inside, that does: LLaVA and GraniteMoE name it no more."""
+    outer, *inner = (inspect.signature(type(each).forward).parameters for each in models)
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in outer.values())
+    return "use_cache" in outer or (hands_on and any("use_cache" in each for each in inner))
 
 
 def _without_cache(
@@ -155,16 +162,21 @@ def example_call(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _head_linears(model: PreTrainedModel) -> dict[str, str]:
+def _head_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Of the outermost of transformers' models: the output head, and what stands beside the
+    body."""
+    prefix, model = next(iter(_pretrained(modules).items()), ("", None))
+    if model is None:
+        return {}
     head = model.get_output_embeddings()
-    body = f"{model.base_model_prefix}."
+    body = f"{prefix}.".lstrip(".") + model.base_model_prefix
     has_body = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
     reasons = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or not is_inside(name, prefix):
             continue
         if module is head:
             reasons[name] = "it is the output head, kept in full precision"
-        elif has_body and not name.startswith(body):
+        elif has_body and not is_inside(name, body):
             reasons[name] = "it belongs to the head, kept in full precision"
     return reasons

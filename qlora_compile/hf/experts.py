@@ -8,7 +8,7 @@ class has no such hook, and its modules become instances of a subclass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.integrations import moe
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import FrozenExpertsError
+from qlora_compile.hf.blocks import is_inside
 from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
@@ -38,27 +39,44 @@ Factors = tuple[Tensor, Tensor, Tensor | float]
 
 @dataclass(frozen=True)
 class ExpertSite:
-    """The weight `parameter` of an experts module: E times [N, K]."""
+    """The weight `parameter` of an experts module: E times [N, K]. copied: whether PEFT trains a
+    copy of the module in full."""
 
     module: nn.Module
     parameter: str
     experts: int
     n: int
     k: int
-    format: str
+    copied: bool
 
     @property
     def weight(self) -> nn.Parameter | PackedExperts:
         return getattr(self.module, self.parameter)
 
+    @property
+    def format(self) -> str:
+        """The name of the format that stores the weight, or the weight's dtype."""
+        weight = self.weight
+        packed = isinstance(weight, PackedExperts)
+        return weight.format if packed else str(weight.dtype).removeprefix("torch.")
 
-def sites(model: nn.Module) -> dict[str, ExpertSite]:
-    """Every weight of experts in `model`, by the name it has without PEFT's wrappers."""
+    @property
+    def obstacle(self) -> str | None:
+        """Why transformers goes on computing with the weight; None where our op can."""
+        if self.copied:
+            return "it is trained in full (modules_to_save)"
+        reason = _obstacle(self.module)
+        return _TRAINED_BESIDE if reason == _TRAINED and not self.weight.requires_grad else reason
+
+
+def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
+    """Every weight of experts in `modules`, by the name it has without PEFT's wrappers."""
     found: dict[str, ExpertSite] = {}
-    copies: list[str] = []
-    for path, module in model.named_modules():
+    copies, copied = [], []
+    for path, module in modules.items():
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies.append(f"{path}.modules_to_save.")
+            copied.append(f"{path}.original_module")
         # What transformers calls its modules with experts' weights, in all model types.
         is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
         if not is_named or path.startswith(tuple(copies)):
@@ -68,9 +86,8 @@ def sites(model: nn.Module) -> dict[str, ExpertSite]:
             weight = getattr(module, parameter)
             shape = (1, *weight.shape)[-3:]
             n, k = shape[1:] if not is_transposed(module) else shape[:0:-1]
-            packed = isinstance(weight, PackedExperts)
-            format = weight.format if packed else str(weight.dtype).removeprefix("torch.")
-            found[f"{name}.{parameter}"] = ExpertSite(module, parameter, shape[0], n, k, format)
+            inside = any(is_inside(path, outer) for outer in copied)
+            found[f"{name}.{parameter}"] = ExpertSite(module, parameter, shape[0], n, k, inside)
     return found
 
 
@@ -92,24 +109,6 @@ def _is_dispatched(module: nn.Module) -> bool:
     return getattr(type(module).forward, "__globals__", None) is vars(moe)
 
 
-def obstacles(model: nn.Module) -> dict[str, str]:
-    """The sites that transformers goes on computing: name → reason."""
-    inside = [
-        f"{path}.original_module"
-        for path, module in model.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-    ]
-    copied = {id(m) for path in inside for m in model.get_submodule(path).modules()}
-    reasons = {}
-    for name, site in sites(model).items():
-        if id(site.module) in copied:
-            reasons[name] = "it is trained in full (modules_to_save)"
-        elif (reason := _obstacle(site.module)) is not None:
-            beside = reason == _TRAINED and not site.weight.requires_grad
-            reasons[name] = _TRAINED_BESIDE if beside else reason
-    return reasons
-
-
 def _obstacle(module: nn.Module) -> str | None:
     if not (_is_dispatched(module) or isinstance(module, Llama4TextExperts)):
         return f"{type(module).__name__} computes its experts by code of its own"
@@ -128,9 +127,9 @@ def _obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def check_finite(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Pairs (site, how many values are NaN or infinite) of the sites that have such."""
-    for name, site in sites(model).items():
+def check_finite(sites: Mapping[str, ExpertSite]) -> Iterator[tuple[str, int]]:
+    """Yields each site whose weight has NaN or infinite values, and how many it has."""
+    for name, site in sites.items():
         if not isinstance(site.weight, PackedExperts) and site.weight.is_floating_point():
             invalid = site.weight.numel() - int(site.weight.detach().isfinite().sum())
             if invalid:
@@ -138,7 +137,7 @@ def check_finite(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def pack(
-    model: nn.Module,
+    sites: Mapping[str, ExpertSite],
     format: str,
     *,
     block_size: BlockSize,
@@ -147,7 +146,7 @@ def pack(
 ) -> None:
     """Packs the weights of all experts that our op can compute, one at a time. Experts of which a
     parameter is trained are left alone if `keep_trained`, else frozen, biases too."""
-    for name, site in packable(model, keep_trained=keep_trained).items():
+    for name, site in packable(sites, keep_trained=keep_trained).items():
         packed = PackedExperts.from_parameter(
             getattr(site.module, site.parameter),
             format,
@@ -161,20 +160,18 @@ def pack(
         site.module.requires_grad_(False)
 
 
-def packable(model: nn.Module, *, keep_trained: bool) -> dict[str, ExpertSite]:
-    """The sites that `pack` packs."""
-    left = obstacles(model)
+def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str, ExpertSite]:
+    """Those of the `sites` that `pack` packs."""
     allowed = (None,) if keep_trained else (None, _TRAINED, _TRAINED_BESIDE)
-    return {name: site for name, site in sites(model).items() if left.get(name) in allowed}
+    return {name: site for name, site in sites.items() if site.obstacle in allowed}
 
 
-def adopt(model: nn.Module) -> None:
+def adopt(sites: Iterable[ExpertSite]) -> None:
     """Has our op compute all experts but those with an obstacle."""
-    left = obstacles(model)
     own_configs: dict[int, Any] = {}
-    for name, site in sites(model).items():
+    for site in sites:
         module: Any = site.module
-        if name in left or is_served(module):
+        if site.obstacle is not None or is_served(module):
             continue
         if isinstance(module, Llama4TextExperts):
             module.__class__ = FusedLlama4Experts

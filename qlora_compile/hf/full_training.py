@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from qlora_compile.hf import adapters, experts
+from qlora_compile.hf import adapters
 
 REASON = "it is trained in full"
 
@@ -17,21 +17,14 @@ class TrainedInFullWarning(UserWarning):
     """`quantize` leaves weights as they are, because they are being trained."""
 
 
-def trained_in_full(model: nn.Module) -> set[str]:
-    """The sites of Linears, Conv1Ds and experts whose weight somebody chose to train.
+def is_partly_frozen(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the model of these `modules` has adapters, or a parameter that is not trained.
 
-    In a model of which nothing is frozen or adapted there are none: all weights of a model that has
-    just been loaded require a gradient.
+    Where it has neither, nobody has chosen what to train: all weights of a model that has just been
+    loaded require a gradient.
     """
-    if not is_partly_frozen(model):
-        return set()
-    linears, of_experts = adapters.linear_sites(model), experts.sites(model)
-    return {name for name, site in (linears | of_experts).items() if site.weight.requires_grad}
-
-
-def is_partly_frozen(model: nn.Module) -> bool:
-    """Whether the model has adapters, or a parameter that is not trained."""
-    return adapters.has_adapters(model) or not all(p.requires_grad for p in model.parameters())
+    parameters = (p for module in modules.values() for p in module.parameters(recurse=False))
+    return adapters.has_adapters(modules) or not all(p.requires_grad for p in parameters)
 
 
 def warn(weights: Collection[Any]) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -21,7 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from qlora_compile.errors import LogitsFreeLossError
-from qlora_compile.hf.blocks import example_call, repeated_blocks
+from qlora_compile.hf.adapters import base_model
+from qlora_compile.hf.blocks import example_call
 from qlora_compile.hf.head_operands import head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
 from qlora_compile.hf.probing import left_as_found
@@ -42,12 +42,13 @@ class _Call:
 _CALL: ContextVar[_Call | None] = ContextVar("logits-free call", default=None)
 
 
-def check(model: nn.Module, *, scope: str, example_inputs: Mapping[str, Any] | None) -> None:
+def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | None) -> None:
     """Raises LogitsFreeLossError unless `model` is a causal LM whose loss this can take.
 
-    The model is called twice on small inputs, with its logits and without, and left as it was.
+    whole: whether the model is to be compiled as one region. The model is called twice on small
+    inputs, with its logits and without, and left as it was.
     """
-    base = _base(model)
+    base: Any = base_model(model)
     name = type(base).__name__
 
     def refuse(problem: str) -> LogitsFreeLossError:
@@ -62,7 +63,7 @@ def check(model: nn.Module, *, scope: str, example_inputs: Mapping[str, Any] | N
         raise refuse("has a loss of its own, not transformers' ForCausalLMLoss")
     if "labels" not in inspect.signature(type(base).forward).parameters:
         raise refuse("takes no labels")
-    if scope == "model" or not repeated_blocks(base):
+    if whole:
         raise refuse("would be compiled as a whole, its head included")
     if head_operands(head) is None:
         raise refuse(f"has a head that is not known, a {type(head).__name__}")
@@ -101,7 +102,7 @@ class LogitsFreeLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base = _base(model)
+        base: Any = base_model(model)
         head: Any = base.get_output_embeddings()
         self.model = base
         self.name = type(base).__name__
@@ -149,10 +150,6 @@ class LogitsFreeLoss:
         hidden, call.hidden = call.hidden, None
         shape = torch.Size((*hidden.shape[:-1], output.shape[-1]))
         return LazyLogits(hidden, module, call.model, shape, output.dtype, output.device)
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _without_logits(output: Any) -> Any:

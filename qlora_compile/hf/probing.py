@@ -12,9 +12,9 @@ from torch import nn
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Training modes, buffers and torch's random state are afterwards what they were before."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    buffers = [(b, b.clone()) for module, _ in modes for b in module.buffers(recurse=False)]
+    device = next(p for module, _ in modes for p in module.parameters(recurse=False)).device
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):

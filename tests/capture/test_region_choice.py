@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 import qlora_compile
 from qlora_compile.capture.regions import region_of
 from qlora_compile.report import build_report
+from qlora_compile.sites import Inventory
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -63,7 +64,7 @@ def test_a_model_whose_only_linear_is_kept_is_not_compiled() -> None:
 def test_a_block_that_only_ran_with_a_cache_says_so() -> None:
     model = qlora_compile.optimize(toy(), lora())
     model.eval()(tokens(), use_cache=True)
-    assert {site.reason for site in build_report(model).sites[:-1]} == {
+    assert {site.reason for site in build_report(Inventory(model)).sites[:-1]} == {
         "its block has run with a key-value cache only, uncompiled"
     }
     assert qlora_compile.explain(model).fused == 14

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 import qlora_compile
 from bench.agreement import Errors, distance, training_step
-from qlora_compile.hf.adapters import linear_sites
 from qlora_compile.hf.conv1d import as_linear, features
 from qlora_compile.kernels.registry import FORMATS, VARIANTS
 from qlora_compile.modules.linear import QuantizedLinear
+from qlora_compile.sites import Inventory
 from tests.test_equality import (
     BF16_FACTOR,
     FLOAT32_TOLERANCE,
@@ -196,4 +196,4 @@ def test_a_conv1d_seen_as_a_linear_shares_its_weight() -> None:
     torch.testing.assert_close(linear(x), conv(x))
     assert linear.weight.data_ptr() == conv.weight.data_ptr()
     assert features(conv) == features(linear) == (5, 3)
-    assert list(linear_sites(Model(5, 3))) == ["first", "second"]
+    assert list(Inventory(Model(5, 3)).linears) == ["first", "second"]

@@ -20,10 +20,10 @@ from bench.coverage import kinds
 from bench.coverage.compare import largest, trained
 from qlora_compile.errors import StrictError, WeightValueError
 from qlora_compile.expert_errors import FrozenExpertsError
-from qlora_compile.hf import experts
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from qlora_compile.sites import Inventory
 from tests.test_equality import without_inductor
 
 __all__ = ["without_inductor"]
@@ -289,7 +289,7 @@ def test_what_is_left_alone_says_why() -> None:
     trainable = qlora_compile.optimize(toy(), tune="model")
     assert reasons(trainable) == {"the base weight is trained"}
     spread = toy().requires_grad_(False)
-    for site in experts.sites(spread).values():
+    for site in Inventory(spread).experts.values():
         module: Any = site.module
         module._is_expert_parallel = True
     spread = qlora_compile.optimize(spread, tune="model")
@@ -305,7 +305,7 @@ def test_weights_that_begin_to_train_are_refused() -> None:
     ours = qlora_compile.optimize(toy().requires_grad_(False), tune="model")
     inputs = batch(ours)
     ours(**inputs)
-    next(iter(experts.sites(ours).values())).weight.requires_grad_(True)
+    next(iter(Inventory(ours).experts.values())).weight.requires_grad_(True)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="takes it for frozen") as caught:
         ours(**inputs)
@@ -315,7 +315,7 @@ def test_weights_that_begin_to_train_are_refused() -> None:
 
 def test_weights_that_are_not_finite_are_refused_before_anything_changes() -> None:
     model = toy()
-    name, site = next(iter(experts.sites(model).items()))
+    name, site = next(iter(Inventory(model).experts.items()))
     with torch.no_grad():
         site.weight[0, 1, 2] = torch.nan  # pyright: ignore[reportIndexIssue]
     with pytest.raises(WeightValueError, match=name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -223,32 +222,10 @@ EXAMPLES = {
 by_example = pytest.mark.parametrize("case", EXAMPLES.values(), ids=EXAMPLES.keys())
 
 
-@by_example
-@pytest.mark.parametrize("keeps", [False, True])
-def test_opcheck(case: Case, keeps: bool) -> None:
-    call, _ = case.build().leaves()
-    utilities = (
-        *("test_schema", "test_autograd_registration", "test_faketensor"),
-        *("test_aot_dispatch_static", "test_aot_dispatch_dynamic"),
-    )
-    torch.library.opcheck(QLORA_LINEAR, call.arguments(keeps), test_utils=utilities)
-
-
 def backward_arguments(call: Call, needs: NeedsGradient, keeps: bool) -> tuple[Any, ...]:
     told = replace(call.fused_call(keeps), needs=needs)
     low_rank = [call.low_rank] if told.save_low_rank else []
     return [call.grad], call.x, [*call.tensors, *low_rank], call.seed, str(told)
-
-
-@by_example
-def test_opcheck_backward(case: Case) -> None:
-    call = case.build()
-    utilities = ("test_schema", "test_faketensor")
-    for x, adapter, bias in itertools.product([True, False], repeat=3):
-        needs = NeedsGradient(x, adapter and case.rank > 0, bias and case.bias)
-        for keeps in {False, case.rank > 0}:
-            arguments = backward_arguments(call, needs, keeps)
-            torch.library.opcheck(QLORA_LINEAR_BACKWARD, arguments, test_utils=utilities)
 
 
 def test_gradients_have_the_strides_the_fake_promises() -> None:

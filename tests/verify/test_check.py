@@ -253,13 +253,13 @@ def test_a_planted_fault_is_found(
 
 
 def test_a_wrong_gradient_of_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention.attention_backward
+    right = attention.ATTENTION_BACKWARD
 
     def wrong(*args: Any) -> tuple[torch.Tensor, ...]:
         query, key, value = right(*args)
         return query * 1.05, key, value
 
-    monkeypatch.setattr(attention, "attention_backward", wrong)
+    monkeypatch.setattr(attention, "ATTENTION_BACKWARD", wrong)
     monkeypatch.setattr(attention_pass, "expected", lambda *_: True)
     _, report = verified("Llama", torch.bfloat16)
     (mismatch,) = report.mismatches

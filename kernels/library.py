@@ -1,0 +1,71 @@
+"""The library of the package's ops, and how each is registered.
+
+Every op has the arguments (x, tensors, seed, call), its backward (grads, x, tensors, seed, call),
+where `call` is a text. They are registered by hand and not as a `custom_op`, whose wrapper takes
+longer than small products do. The autograd kernel hands every tensor to torch.autograd.Function by
+itself: in a list it would be overlooked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
+
+_OPERANDS = "Tensor x, Tensor[] tensors, Tensor? seed, str call"
+
+
+def register(
+    name: str,
+    compute: Callable[..., list[Tensor]],
+    fake: Callable[..., list[Tensor]],
+    gradients: type[OpFunction],
+) -> Any:
+    """Defines an op, whose derivative is `gradients`; returns it as it appears in a graph."""
+
+    def with_autograd(
+        keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
+            return list(gradients.apply(op, keys, text, x, seed, *tensors))
+        return _below_autograd(op, keys, x, tensors, seed, text)
+
+    op = _define(name, f"({_OPERANDS})", compute, fake)
+    LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
+    return op
+
+
+def register_backward(
+    name: str, compute: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]
+) -> Any:
+    """Defines the op that computes another's gradients and has none itself; returns it as it
+    appears in a graph."""
+    return _define(name, f"(Tensor[] grads, {_OPERANDS})", compute, fake)
+
+
+def _define(name: str, arguments: str, compute: Any, fake: Any) -> Any:
+    LIBRARY.define(f"{name}{arguments} -> Tensor[]")
+    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.qlora_compile, name).default
+
+
+class OpFunction(torch.autograd.Function):
+    """Calls an op below autograd. A subclass saves tensors and takes the gradients, of the inputs
+    (op, keys, text, x, seed, *tensors)."""
+
+    @staticmethod
+    def forward(
+        op: Any, keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor
+    ) -> Any:
+        return tuple(_below_autograd(op, keys, x, list(tensors), seed, text))
+
+
+def _below_autograd(op: Any, keys: Any, *arguments: Any) -> list[Tensor]:
+    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
