@@ -70,6 +70,11 @@ class Call:
         return self.linears[0].k
 
     @property
+    def columns(self) -> tuple[int, ...]:
+        """N of each y."""
+        return tuple(each.n // max(self.experts, 1) for each in self.linears)
+
+    @property
     def rank(self) -> int:
         """The ranks of all adapters together: columns of S."""
         return sum(each.rank for each in self.linears)

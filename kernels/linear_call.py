@@ -29,10 +29,11 @@ class Places:
 @functools.lru_cache(maxsize=4096)
 def places(call: Call) -> tuple[Places, ...]:
     """Of each Linear: its planes, its bias if it has one, and if it has an adapter lora_a [R, K],
-    lora_b [N, R] and scaling (float32, one element), in this order. S [M, sum of ranks] comes after
-    those of the last Linear where a backward is given it."""
+    lora_b [N, R] and scaling (float32, one element), in this order. Before the planes of experts
+    come their offsets. S [M, sum of ranks] comes after the tensors of the last Linear where a
+    backward is given it."""
     found = []
-    end = 0
+    end = 1 if call.experts else 0
     for linear in call.linears:
         planes = slice(end, end + plane_count(linear.layout))
         end = planes.stop
@@ -43,13 +44,6 @@ def places(call: Call) -> tuple[Places, ...]:
             lora_a, lora_b, scaling, end = end, end + 1, end + 2, end + 3
         found.append(Places(planes, bias, lora_a, lora_b, scaling))
     return tuple(found)
-
-
-def tensor_count(call: Call) -> int:
-    """How many tensors the Linears of `call` take, S not counted."""
-    last = places(call)[-1]
-    others = (place for place in (last.bias, last.scaling) if place is not None)
-    return max((last.planes.stop, *(place + 1 for place in others)))
 
 
 @functools.lru_cache(maxsize=4096)

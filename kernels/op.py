@@ -8,7 +8,7 @@ overlooked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
+from qlora_compile.kernels.linear_call import bound, places, problem_of
 from qlora_compile.kernels.selector import select
 
 
@@ -45,17 +45,6 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
     return outputs if low_rank is None else [*outputs, low_rank]
 
 
-def _fake_forward(
-    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    outputs = [x.new_empty((*x.shape[:-1], each.n), dtype=call.out_dtype) for each in call.linears]
-    if call.save_low_rank:
-        rows = x.numel() // call.k if call.k else 0
-        outputs.append(x.new_empty((rows, call.rank), dtype=call.lora_dtype))
-    return outputs
-
-
 def _backward(
     grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
@@ -73,14 +62,6 @@ def _backward(
     for each in others:
         found += [each.bias, each.lora_a, each.lora_b]
     return [grad for grad in found if grad is not None]
-
-
-def _fake_backward(
-    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    results = [x.new_empty(x.shape)] if call.needs.x else []
-    return results + [tensors[i].new_empty(tensors[i].shape) for i in differentiated(call)]
 
 
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
@@ -105,29 +86,78 @@ def differentiated(call: Call) -> tuple[int, ...]:
 
 
 LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
-LIBRARY.define("qlora_linear(Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]")
-LIBRARY.define(
-    "qlora_linear_backward"
-    "(Tensor[] grads, Tensor x, Tensor[] tensors, Tensor? seed, str call) -> Tensor[]"
-)
-
-QLORA_LINEAR: Any = torch.ops.qlora_compile.qlora_linear.default
-"""The op as it appears in a graph."""
-
-QLORA_LINEAR_BACKWARD: Any = torch.ops.qlora_compile.qlora_linear_backward.default
 
 
-class _Linears(torch.autograd.Function):
+def register(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """Registers `forward` as the op `name` and `backward` as the op of its gradients, which is
+    called `name`_backward; returns the former as it appears in a graph.
+
+    forward (x, tensors, seed, text) -> every y, and S if the Call `text` saves it; backward
+    (grads, x, tensors, seed, text) -> the needed gradients, in the order of `differentiated` and
+    that of x first.
+    """
+    arguments = "Tensor x, Tensor[] tensors, Tensor? seed, str call"
+    LIBRARY.define(f"{name}({arguments}) -> Tensor[]")
+    LIBRARY.define(f"{name}_backward(Tensor[] grads, {arguments}) -> Tensor[]")
+    op, backward_op = (
+        getattr(torch.ops.qlora_compile, each).default for each in (name, f"{name}_backward")
+    )
+
+    def with_autograd(
+        keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+    ) -> list[Tensor]:
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
+            return list(_Fused.apply((op, backward_op), keys, text, x, seed, *tensors))
+        return _below_autograd(op, keys, x, tensors, seed, text)
+
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qlora_compile::{name}", _fake_forward, lib=LIBRARY)
+    torch.library.register_fake(f"qlora_compile::{name}_backward", _fake_backward, lib=LIBRARY)
+    return op
+
+
+def _fake_forward(
+    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    outputs = [x.new_empty((*x.shape[:-1], n), dtype=call.out_dtype) for n in call.columns]
+    if call.save_low_rank:
+        rows = x.numel() // call.k if call.k else 0
+        outputs.append(x.new_empty((rows, call.rank), dtype=call.lora_dtype))
+    return outputs
+
+
+def _fake_backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    results = [x.new_empty(x.shape)] if call.needs.x else []
+    return results + [tensors[i].new_empty(tensors[i].shape) for i in differentiated(call)]
+
+
+def _below_autograd(
+    op: Any, keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, x, tensors, seed, text)
+
+
+class _Fused(torch.autograd.Function):
     """Saves x, handles to the packed weights, the small adapters and perhaps S [M, ranks]: nothing
-    else of [M, K], [M, N] or [N, K]."""
+    else of [M, K], [M, N] or [N, K]. ops: the op and that of its gradients."""
 
     @staticmethod
-    def forward(keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor) -> Any:
-        return tuple(below_autograd(QLORA_LINEAR, keys, x, list(tensors), seed, text))
+    def forward(
+        ops: tuple[Any, Any], keys: Any, text: str, x: Tensor, seed: Tensor | None, *tensors: Tensor
+    ) -> Any:
+        return tuple(_below_autograd(ops[0], keys, x, list(tensors), seed, text))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, text, x, seed, *tensors = inputs
+        (_, ctx.backward_op), _, text, x, seed, *tensors = inputs
         ctx.call = Call.parse(text)
         ctx.x_dtype = x.dtype
         saved = list(tensors)
@@ -141,54 +171,38 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, seed, *tensors = ctx.saved_tensors
-        _, _, needs_x, _, *needs = ctx.needs_input_grad
-        linears, spots = ctx.call.linears, places(ctx.call)
+        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
+        columns, spots = ctx.call.columns, places(ctx.call)
         adapters = [i for each in spots for i in (each.lora_a, each.lora_b) if i is not None]
         biases = [each.bias for each in spots if each.bias is not None]
+        # The bias of experts is frozen.
+        needs_bias = not ctx.call.experts and any(needs[i] for i in biases)
         call = _needing(
-            ctx.call,
-            NeedsGradient(needs_x, any(needs[i] for i in adapters), any(needs[i] for i in biases)),
+            ctx.call, NeedsGradient(needs_x, any(needs[i] for i in adapters), needs_bias)
         )
-        results: list[Tensor | None] = [None] * tensor_count(call)
-        given = next((grad for grad in grads[: len(linears)] if grad is not None), None)
+        results: list[Tensor | None] = [None] * len(needs)
+        given = next((grad for grad in grads[: len(columns)] if grad is not None), None)
         if given is None or call.needs == NeedsGradient():
-            return None, None, None, None, *results
+            return None, None, None, None, None, *results
         if x is None:
             x = given.new_empty(1, dtype=ctx.x_dtype).expand(*given.shape[:-1], call.k)
         dense = [
-            x.new_zeros((*x.shape[:-1], each.n), dtype=call.out_dtype) if grad is None else grad
-            for grad, each in zip(grads, linears, strict=False)
+            x.new_zeros((*x.shape[:-1], n), dtype=call.out_dtype) if grad is None else grad
+            for grad, n in zip(grads, columns, strict=False)
         ]
-        found = iter(QLORA_LINEAR_BACKWARD(dense, x, tensors, seed, str(call)))
+        found = iter(ctx.backward_op(dense, x, tensors, seed, str(call)))
         grad_x = next(found) if needs_x else None
         unused = [each for each, grad in zip(spots, grads, strict=False) if grad is None]
         dropped = {i for each in unused for i in (each.bias, each.lora_a, each.lora_b)}
         for i, grad in zip(differentiated(call), found, strict=True):
             results[i] = None if i in dropped else grad
-        return None, None, grad_x, None, *results
+        return None, None, None, grad_x, None, *results
 
 
-def below_autograd(
-    op: Any, keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, x, tensors, seed, text)
+QLORA_LINEAR: Any = register("qlora_linear", _forward, _backward)
+"""The op as it appears in a graph."""
 
-
-def _with_autograd(
-    keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors)):
-        return list(_Linears.apply(keys, text, x, seed, *tensors))
-    return below_autograd(QLORA_LINEAR, keys, x, tensors, seed, text)
-
-
-LIBRARY.impl("qlora_linear", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("qlora_linear", _with_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("qlora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("qlora_compile::qlora_linear", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("qlora_compile::qlora_linear_backward", _fake_backward, lib=LIBRARY)
+QLORA_LINEAR_BACKWARD: Any = torch.ops.qlora_compile.qlora_linear_backward.default
 
 
 def quantized_linear(
@@ -211,20 +225,26 @@ def quantized_linear(
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     own = torch.get_autocast_dtype(device) if casts else x.dtype
     compute_dtype = compute_dtype or own
-    text = _text_of_one(layout, bias is not None, compute_dtype, out_dtype or own)
+    text = text_of_one(layout, bias is not None, 0, compute_dtype, out_dtype or own)
     tensors = [*planes] if bias is None else [*planes, bias]
     return QLORA_LINEAR(x, tensors, None, text)[0]
 
 
 # Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
 @torch.compiler.assume_constant_result
-def _text_of_one(*constants: Any) -> str:
+def text_of_one(*constants: Any) -> str:
+    """The text of the Call that `_cached_text` makes of `constants`."""
     return _cached_text(*constants)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cached_text(
-    layout: str, bias: bool, compute_dtype: torch.dtype, out_dtype: torch.dtype
+    layout: str,
+    bias: bool,
+    rank: int,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    experts: int = 0,
 ) -> str:
-    linear = LinearCall(Layout.parse(layout), bias)
-    return str(Call((linear,), compute_dtype, compute_dtype, out_dtype))
+    linear = LinearCall(Layout.parse(layout), bias, rank)
+    return str(Call((linear,), compute_dtype, compute_dtype, out_dtype, experts=experts))

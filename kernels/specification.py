@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec, experts_tensors
+from qlora_compile.kernels.experts.op import QLORA_EXPERTS, bound_experts
 from qlora_compile.kernels.formats.formats import format_of
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.linear_call import bound
@@ -146,7 +146,7 @@ def specified_experts(
 ) -> list[Tensor]:
     """`qlora_experts` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
-    spec, own = experts_spec(call), experts_tensors(call, x, tensors)
+    own, spec = bound_experts(call, x, tensors)
     dtype = wide or spec.compute_dtype
     shape = (own.experts, spec.n, spec.k)
     groups = list(own.groups())

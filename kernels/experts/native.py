@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.experts.base import (
-    ExpertsGradients,
     ExpertsProblem,
     ExpertsSpec,
     ExpertsTensors,
     ExpertsVariant,
 )
 from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.variants.base import LinearGradients
 from qlora_compile.kernels.variants.native_adapter import native_dtypes
 from qlora_compile.kernels.workspace import workspace
 
@@ -74,20 +75,14 @@ class NativeExperts(ExpertsVariant):
         return y
 
     def backward(
-        self,
-        grad: Tensor,
-        tensors: ExpertsTensors,
-        spec: ExpertsSpec,
-        *,
-        needs_x: bool,
-        needs_adapter: bool,
-    ) -> ExpertsGradients:
+        self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
+    ) -> LinearGradients:
         dtype = _gemm_dtype(tensors.x, spec)
         lora_a, lora_b = tensors.lora_a, tensors.lora_b
         # Gradients are contiguous, whatever the strides of their tensors are.
         grad_x = torch.empty(tensors.x.shape, dtype=tensors.x.dtype, device=grad.device)
         grad_a = grad_b = None
-        if needs_adapter and lora_a is not None and lora_b is not None:
+        if needs.adapter and lora_a is not None and lora_b is not None:
             grad_a, grad_b = (
                 torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
                 for factor in (lora_a, lora_b)
@@ -99,7 +94,7 @@ class NativeExperts(ExpertsVariant):
             if lora_a is not None and lora_b is not None:
                 a, b = lora_a[expert].to(dtype), lora_b[expert].to(dtype)
                 grad_low = (g @ b).mul_(tensors.scale)
-            if needs_x:
+            if needs.x:
                 part = g @ _decoded(tensors, spec, expert, dtype)
                 if a is not None and grad_low is not None:
                     part.addmm_(grad_low, a)
@@ -109,7 +104,7 @@ class NativeExperts(ExpertsVariant):
                 grad_a[expert] = grad_low.t() @ x
                 grad_b[expert] = (g.t() @ (x @ a.t())).mul_(tensors.scale)
         grad_x[end:] = 0
-        return ExpertsGradients(grad_x if needs_x else None, grad_a, grad_b)
+        return LinearGradients(grad_x if needs.x else None, grad_a, grad_b)
 
 
 def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:

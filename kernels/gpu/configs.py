@@ -122,6 +122,33 @@ SKINNY: dict[str, tuple[GemmConfig, ...]] = {
 }
 
 
+_FEW = _SKINNY[0]
+
+GROUPED: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(("sm_80", "sm_89"), (_FEW, _ROOMY, replace(_SM80, largest_width=16))),
+    **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"),
+        (replace(_FEW, decoder="plain"), replace(_PLAIN, block_m=64), _PLAIN),
+    ),
+}
+"""Of experts' packed weights: for a few rows an expert, for some, for many."""
+
+_DENSE_FEW = GemmConfig(16, 64, 128, 4, 3, weight_left=True)
+_DENSE = GemmConfig(128, 128, 64, 8, 3)
+_DENSE_SOME = replace(_DENSE, block_m=64, num_warps=4)
+
+GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), (_DENSE_FEW, _DENSE_SOME, _DENSE)),
+    "sm_89": (_DENSE_FEW, _DENSE_SOME, replace(_DENSE, block_r=32)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"),
+        tuple(replace(c, num_stages=2) for c in (_DENSE_FEW, replace(_DENSE, block_m=64), _DENSE)),
+    ),
+}
+"""Of experts' weights in their own dtype."""
+
+
 def adapter_terms(lora_dtype: torch.dtype, result: torch.dtype) -> int:
     """How many 16-bit halves stand for an adapter's factor: one, or three products' worth of two
     where float32 must not be rounded to float16's own bits."""

@@ -105,10 +105,10 @@ class LinearTensors:
 class LinearGradients:
     """Gradients of one call, None where none was asked for; dtypes are their tensors' own."""
 
-    x: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    bias: Tensor | None
+    x: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
 
 
 Group = Sequence[tuple[LinearTensors, LinearSpec]]
@@ -218,12 +218,15 @@ class SeparateVariant(Variant):
 
 def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
     """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
-    instead of one of [M, K]. A number on a CPU; elsewhere a tensor, as reading its value would wait
-    for the device."""
+    instead of one of [M, K]. A number on a CPU; elsewhere a tensor."""
     assert tensors.scaling is not None
-    scaling = tensors.scaling
-    known = scaling.item() if scaling.device.type == "cpu" else scaling
-    return known * kept_factor(tensors, spec)
+    return known_scaling(tensors.scaling) * kept_factor(tensors, spec)
+
+
+def known_scaling(scaling: Tensor) -> float | Tensor:
+    """`scaling`, one element, as a number on a CPU; elsewhere the tensor itself, as reading its
+    value would wait for the device."""
+    return scaling.item() if scaling.device.type == "cpu" else scaling
 
 
 def kept_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
