@@ -9,26 +9,15 @@ from qlora_compile.kernels.gpu.philox import kept
 from qlora_compile.kernels.gpu.wide_dot import dot_float32_right
 
 
+# fmt: off
 @triton.jit
 def adapter_gradient_kernel(
-    z,
-    z_stride,
-    low,
-    bits,
-    out,
-    out_stride_split,
-    out_stride_c,
-    out_stride_r,
-    M,
-    C,
-    rank,
-    LORA: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BRANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN_C: tl.constexpr,
+    z, z_stride, low, bits, out, out_stride_split, out_stride_c, out_stride_r,
+    M, C, rank,
+    LORA: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BRANK: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN_C: tl.constexpr,
 ):
+    # fmt: on
     """out [SPLITS, C, rank] by its strides, float32: parts of drop(z) [M, C]ᵀ @ low [M, rank].
 
     The product runs in LORA; float32 keeps every bit of `low` against a 16-bit z.
