@@ -111,7 +111,9 @@ class LinearGradients:
     bias: Tensor | None = None
 
 
-Group = Sequence[tuple[LinearTensors, LinearSpec]]
+Linear = tuple[LinearTensors, LinearSpec]
+
+Group = Sequence[Linear]
 """Linears that share x, format, dtypes and dropout: one, or the siblings of a Problem."""
 
 
@@ -159,23 +161,6 @@ class Variant(ABC):
         """For `grads` [M, N] of each: the gradient of the shared x, and each Linear's others. The
         base weights are frozen and get none."""
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        """y of a single Linear."""
-        (y,) = self.forward_group([(tensors, spec)], config)
-        return y
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients:
-        """Gradients of a single Linear."""
-        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
-        return replace(others, x=grad_x)
-
 
 class SeparateVariant(Variant):
     """One that knows a single Linear alone: siblings go one after the other and share nothing."""
@@ -185,31 +170,28 @@ class SeparateVariant(Variant):
         """`cost` of a single Linear's problem."""
 
     @abstractmethod
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor: ...
+    def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        """y of a single Linear."""
 
     @abstractmethod
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients: ...
+    def single_backward(
+        self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
+    ) -> LinearGradients:
+        """Gradients of a single Linear, that of x among them."""
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         return sum(self.single_cost(part, config, device) for part in problem.parts)
 
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
-        return [self.forward(tensors, spec, config) for tensors, spec in group]
+        return [self.single_forward(*linear, config) for linear in group]
 
     def backward_group(
         self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
     ) -> tuple[Tensor | None, list[LinearGradients]]:
         grad_x = None
         others = []
-        for grad, (tensors, spec) in zip(grads, group, strict=True):
-            result = self.backward(grad, tensors, spec, needs, config)
+        for grad, linear in zip(grads, group, strict=True):
+            result = self.single_backward(grad, linear, needs, config)
             if result.x is not None:
                 grad_x = result.x if grad_x is None else grad_x.add_(result.x)
             others.append(replace(result, x=None))
@@ -234,8 +216,11 @@ def kept_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
     return 1.0 if tensors.seed is None else 1.0 / (1.0 - spec.dropout)
 
 
-def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
-    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype."""
+def bias_gradient(grad: Tensor, bias: Tensor | None, needs: NeedsGradient) -> Tensor | None:
+    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype; None where
+    there is no bias or nobody needs its gradient."""
+    if bias is None or not needs.bias:
+        return None
     wide = torch.promote_types(torch.float32, grad.dtype)
     # On CPU torch sums in another dtype by way of a copy of the whole.
     copies = grad.device.type == "cpu" and grad.dtype != wide

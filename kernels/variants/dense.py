@@ -5,7 +5,7 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -187,48 +187,46 @@ class Dense(Variant):
         assert isinstance(config, DenseConfig)
         x, dtype = group[0][0].x, config.gemm_dtype
         adapters = NativeAdapters.of(group, dtype)
-        work = None
+        grad_x = self._input_gradient(grads, group, config, adapters) if needs.x else None
+        others = [
+            LinearGradients(bias=bias_gradient(grad, tensors.bias, needs))
+            for grad, (tensors, _) in zip(grads, group, strict=True)
+        ]
         # A merged adapter's share of dX is in the weight.
         adds = needs.x and not config.merged
         if adapters is not None and (needs.adapter or adds):
             work = NativeGradients(adapters, replace(needs, x=adds))
-        grad_x = None
-        if needs.x:
-            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        begun = False
-        others = []
-        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
-            adapter = None if adapters is None else adapters.members.get(position)
-            taken = None if adapter is None else work
-            passes: Iterable[tuple[slice, Tensor | None]] = [(slice(0, spec.n), None)]
-            if grad_x is not None:
-                merged = adapter if config.merged else None
-                passes = _weight_blocks(tensors.planes, spec, config, merged)
-            plain = {x.dtype, grad.dtype} == {dtype}
-            # What is converted once serves both products.
-            same = taken is not None and taken.adapters.dtype == dtype
-            together = same and (config.weight_block is None or grad_x is None)
-            for n, weight in passes:
-                for m in row_blocks(x, whole=plain):
-                    part = cut(grad, m, n).to(dtype)
-                    if grad_x is not None and weight is not None:
-                        _add_input_gradient(cut(grad_x, m), part, weight, first=not begun)
-                    if taken is not None and together:
-                        taken.take(position, m, part)
-                begun = True
-            if taken is not None and not together:
-                for m in row_blocks(x, whole=taken.adapters.is_thin(grad) or (plain and same)):
-                    taken.take(position, m, cut(grad, m))
-            grad_bias = None
-            if needs.bias and tensors.bias is not None:
-                grad_bias = bias_gradient(grad, tensors.bias)
-            others.append(LinearGradients(None, None, None, grad_bias))
-        if work is not None:
+            for position in adapters.members:
+                grad = grads[position]
+                plain = {x.dtype, grad.dtype, adapters.dtype} == {dtype}
+                for m in row_blocks(x, whole=plain or adapters.is_thin(grad)):
+                    work.take(position, m, cut(grad, m))
             work.finish(grad_x)
-            for position, other in enumerate(others):
+            for position in adapters.members:
                 grad_a, grad_b = work.of(position)
-                others[position] = replace(other, lora_a=grad_a, lora_b=grad_b)
+                others[position] = replace(others[position], lora_a=grad_a, lora_b=grad_b)
         return grad_x, others
+
+    def _input_gradient(
+        self,
+        grads: Sequence[Tensor],
+        group: Group,
+        config: DenseConfig,
+        adapters: NativeAdapters | None,
+    ) -> Tensor:
+        """What the weights give to the gradient of x, [M, K]."""
+        x, dtype = group[0][0].x, config.gemm_dtype
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        first = True
+        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
+            merged = adapters.members.get(position) if adapters and config.merged else None
+            blocks = row_blocks(x, whole={x.dtype, grad.dtype} == {dtype})
+            for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
+                for m in blocks:
+                    part = cut(grad, m, n).to(dtype)
+                    _add_input_gradient(cut(grad_x, m), part, weight, first=first)
+                first = False
+        return grad_x
 
 
 def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:
