@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import Layout, OfLayout
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class NeedsGradient:
 
 
 @dataclass(frozen=True)
-class LinearCall:
+class LinearCall(OfLayout):
     """One Linear of a Call: its weight's layout, whether it has a bias, the rank of its adapter (0
     without one), and the number that sets its dropout's stream apart from the other Linears'."""
 
@@ -29,14 +29,6 @@ class LinearCall:
     bias: bool = False
     rank: int = 0
     stream: int = 0
-
-    @property
-    def n(self) -> int:
-        return self.layout.shape[0]
-
-    @property
-    def k(self) -> int:
-        return self.layout.shape[1]
 
 
 @dataclass(frozen=True)

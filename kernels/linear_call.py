@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.formats.formats import plane_count
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
-from qlora_compile.kernels.variants.base import Group, LinearSpec, LinearTensors
+from qlora_compile.kernels.variants.base import Group, Linear, LinearSpec, LinearTensors
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Places:
     lora_a: int | None
     lora_b: int | None
     scaling: int | None
+
+    def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """Those of `tensors` that stand here, by the names of the places."""
+        return {name: None if at is None else tensors[at] for name, at in vars(self).items()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -71,32 +76,16 @@ def bound(
 ) -> Group:
     """The Linears of `call` with their `tensors`, which stand as `places` tells. low_rank: S of all
     adapters in one [M, sum of ranks], of which each adapter has its columns."""
-
-    def at(place: int | None) -> Tensor | None:
-        return None if place is None else tensors[place]
-
-    group: list[tuple[LinearTensors, LinearSpec]] = []
+    group: list[Linear] = []
     column = 0
     for linear, place, spec in zip(call.linears, places(call), specs(call), strict=True):
         own = None
         if linear.rank and low_rank is not None:
             own = low_rank[:, column : column + linear.rank]
             column += linear.rank
-        group.append(
-            (
-                LinearTensors(
-                    x=x,
-                    planes=tensors[place.planes],
-                    bias=at(place.bias),
-                    lora_a=at(place.lora_a),
-                    lora_b=at(place.lora_b),
-                    scaling=at(place.scaling),
-                    seed=seed if linear.rank and call.dropout else None,
-                    low_rank=own,
-                ),
-                spec,
-            )
-        )
+        own_seed = seed if linear.rank and call.dropout else None
+        named = place.named(tensors)
+        group.append((LinearTensors(x=x, **named, seed=own_seed, low_rank=own), spec))
     return group
 
 

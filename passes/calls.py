@@ -72,17 +72,8 @@ def read(node: Node) -> FusedCall:
     """What the fused call `node` computes."""
     x, tensors, seed, text = node.args
     call = Call.parse(str(text))
-
-    def at(place: int | None) -> Any:
-        return None if place is None else tensors[place]  # type: ignore[index]
-
-    linears = tuple(
-        LinearNodes(
-            tuple(tensors[each.planes]),  # type: ignore[index]
-            *map(at, (each.bias, each.lora_a, each.lora_b, each.scaling)),
-        )
-        for each in places(call)
-    )
+    named: list[dict[str, Any]] = [place.named(tensors) for place in places(call)]  # type: ignore[arg-type]
+    linears = tuple(LinearNodes(**each) for each in named)
     return FusedCall(x, linears, seed, call)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.formats import format_of
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import Layout, OfLayout
 from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
@@ -21,7 +21,7 @@ ROW_BLOCK = 512
 
 
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(OfLayout):
     """The constants of one fused linear.
 
     Shapes: x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]. The base product runs
@@ -47,14 +47,6 @@ class LinearSpec:
             lora_dtype=problem.lora_dtype,
             out_dtype=problem.out_dtype,
         )
-
-    @property
-    def n(self) -> int:
-        return self.layout.shape[0]
-
-    @property
-    def k(self) -> int:
-        return self.layout.shape[1]
 
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The whole weight [N, K] in `dtype`."""
