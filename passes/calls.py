@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qlora_compile.kernels.call import Call, LinearCall
+from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.linear_call import places
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.passes.nodes import (
@@ -44,11 +44,6 @@ class FusedCall:
     linears: tuple[LinearNodes, ...]
     seed: Any
     call: Call
-
-    @classmethod
-    def of_one(cls, x: Any, nodes: LinearNodes, linear: LinearCall, **others: Any) -> FusedCall:
-        """A single Linear without dropout; others: what else the Call is made of."""
-        return cls(x, (nodes,), None, Call((linear,), **others))
 
     @property
     def arguments(self) -> tuple[Any, ...]:

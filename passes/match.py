@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qlora_compile.kernels.call import LinearCall
+from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import UNQUANTIZED
 from qlora_compile.passes.calls import (
@@ -63,14 +63,9 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
             context.unfused[site] = "the base weight is trained"
             continue
         n, k = fake_weight.shape if stored is plane else fake_weight.shape[::-1]
-        fused = FusedCall.of_one(
-            x,
-            LinearNodes((plane,), bias),
-            LinearCall(Layout(UNQUANTIZED, (n, k)), bias is not None),
-            compute_dtype=result.dtype,
-            lora_dtype=result.dtype,
-            out_dtype=result.dtype,
-        )
+        linear = LinearCall(Layout(UNQUANTIZED, (n, k)), bias is not None)
+        call = Call((linear,), result.dtype, result.dtype, result.dtype)
+        fused = FusedCall(x, (LinearNodes((plane,), bias),), None, call)
         replace_node(node, output(node, insert_call(node, fused)))
         rewritten += 1
     return rewritten
@@ -181,9 +176,11 @@ def _match_branch(add: Node) -> _Branch | None:
         if not is_linear(second):
             continue
         first = _strip_private(linear_operands(second)[0])
-        if not _is_plain_linear(first):
+        if not is_linear(first):
             continue
-        adapted, lora_a, _ = linear_operands(first)
+        adapted, lora_a, no_bias = linear_operands(first)
+        if no_bias is not None:
+            continue
         _, lora_b, bias = linear_operands(second)
         before = _strip_private(adapted)
         # Of one that nobody else uses.
@@ -278,10 +275,6 @@ def _is_number(node: Any) -> bool:
         and value.is_floating_point()
         and not value.requires_grad
     )
-
-
-def _is_plain_linear(node: Any) -> bool:
-    return is_linear(node) and linear_operands(node)[2] is None
 
 
 def _strip_private(node: Any) -> Any:

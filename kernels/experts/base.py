@@ -10,44 +10,39 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
-from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.layout import OfLayout
 from qlora_compile.kernels.problem import Problem
-from qlora_compile.kernels.variants.base import (
-    LinearGradients,
-    LinearSpec,
-    LinearTensors,
-    known_scaling,
-)
+from qlora_compile.kernels.variants.base import LinearGradients, LinearSpec, LinearTensors
+
+
+class _OfExperts(OfLayout):
+    """What has the `layout` of the weights of `experts`, all as one [E * N, K]."""
+
+    experts: int
+
+    @property
+    def n(self) -> int:
+        """Rows of each expert's W."""
+        return self.layout.shape[0] // self.experts
 
 
 @dataclass(frozen=True)
-class ExpertsProblem(Problem):
+class ExpertsProblem(_OfExperts, Problem):
     """One direction of y[s] = x[s] @ W[e]ᵀ + bias[e] + scaling * x[s] A[e]ᵀ B[e]ᵀ for every row s
     of expert e.
 
-    `m`: rows of all experts together, bucketed. `layout`: of all W as one [E * N, K]. `rank`: of
-    each expert. The adapter runs in `compute_dtype`; nothing is dropped out or saved.
+    `m`: rows of all experts together, bucketed. `rank`: of each expert. The adapter runs in
+    `compute_dtype`; nothing is dropped out or saved.
     """
 
     experts: int = field(kw_only=True)
 
-    @property
-    def n(self) -> int:
-        """Rows of each expert's W."""
-        return self.layout.shape[0] // self.experts
-
 
 @dataclass(frozen=True)
-class ExpertsSpec(LinearSpec):
-    """The constants of one call; layout: of all W as one [E * N, K]."""
+class ExpertsSpec(_OfExperts, LinearSpec):
+    """The constants of one call."""
 
     experts: int = field(kw_only=True)
-
-    @property
-    def n(self) -> int:
-        """Rows of each expert's W."""
-        return self.layout.shape[0] // self.experts
 
 
 @dataclass(frozen=True)
@@ -60,20 +55,6 @@ class ExpertsTensors(LinearTensors):
     """
 
     offsets: Tensor = field(kw_only=True)
-
-    @property
-    def scale(self) -> float | Tensor:
-        """Scaling as `known_scaling` gives it."""
-        assert self.scaling is not None
-        return known_scaling(self.scaling)
-
-    @property
-    def experts(self) -> int:
-        return self.offsets.shape[0]
-
-    def packed(self, spec: ExpertsSpec) -> PackedWeight:
-        """The weight of all experts, where it is quantised."""
-        return format_named(spec.layout.format).packed(spec.layout, self.planes)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
         """Pairs (expert, its rows) of the experts that have any; reads `offsets` on the host."""

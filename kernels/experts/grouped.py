@@ -147,4 +147,4 @@ def _config(tensors: ExpertsTensors, spec: ExpertsSpec) -> GemmConfig:
     target = target_of(str(tensors.x.device))
     assert target is not None
     rank = 0 if tensors.lora_a is None else tensors.lora_a.shape[1]
-    return grouped_config(target, tensors.x.shape[0], tensors.experts, rank, spec.layout)
+    return grouped_config(target, tensors.x.shape[0], spec.experts, rank, spec.layout)

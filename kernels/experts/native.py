@@ -14,7 +14,7 @@ from qlora_compile.kernels.experts.base import (
     ExpertsVariant,
 )
 from qlora_compile.kernels.formats.formats import format_of
-from qlora_compile.kernels.variants.base import LinearGradients
+from qlora_compile.kernels.variants.base import LinearGradients, known_scaling
 from qlora_compile.kernels.variants.native_adapter import native_dtypes
 from qlora_compile.kernels.workspace import workspace
 
@@ -55,6 +55,7 @@ class NativeExperts(ExpertsVariant):
     def forward(self, tensors: ExpertsTensors, spec: ExpertsSpec) -> Tensor:
         dtype = _gemm_dtype(tensors.x, spec)
         y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
+        scaling = known_scaling(tensors.scaling)
         end = 0
         for expert, rows in tensors.groups():
             x, end = tensors.x[rows].to(dtype), rows.stop
@@ -65,7 +66,7 @@ class NativeExperts(ExpertsVariant):
             else:
                 torch.addmm(tensors.bias[expert].to(dtype), x, weight.t(), out=part)
             if tensors.lora_a is not None and tensors.lora_b is not None:
-                low, scale = x @ tensors.lora_a[expert].to(dtype).t(), tensors.scale
+                low, scale = x @ tensors.lora_a[expert].to(dtype).t(), scaling
                 if isinstance(scale, Tensor):
                     low, scale = low.mul_(scale), 1.0
                 part.addmm_(low, tensors.lora_b[expert].to(dtype).t(), alpha=scale)
@@ -77,7 +78,7 @@ class NativeExperts(ExpertsVariant):
     def backward(
         self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
     ) -> LinearGradients:
-        dtype = _gemm_dtype(tensors.x, spec)
+        dtype, scaling = _gemm_dtype(tensors.x, spec), known_scaling(tensors.scaling)
         lora_a, lora_b = tensors.lora_a, tensors.lora_b
         # Gradients are contiguous, whatever the strides of their tensors are.
         grad_x = torch.empty(tensors.x.shape, dtype=tensors.x.dtype, device=grad.device)
@@ -93,7 +94,7 @@ class NativeExperts(ExpertsVariant):
             a = b = grad_low = None
             if lora_a is not None and lora_b is not None:
                 a, b = lora_a[expert].to(dtype), lora_b[expert].to(dtype)
-                grad_low = (g @ b).mul_(tensors.scale)
+                grad_low = (g @ b).mul_(scaling)
             if needs.x:
                 part = g @ _decoded(tensors, spec, expert, dtype)
                 if a is not None and grad_low is not None:
@@ -102,7 +103,7 @@ class NativeExperts(ExpertsVariant):
             if grad_a is not None and grad_b is not None and a is not None and grad_low is not None:
                 x = tensors.x[rows].to(dtype)
                 grad_a[expert] = grad_low.t() @ x
-                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(tensors.scale)
+                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(scaling)
         grad_x[end:] = 0
         return LinearGradients(grad_x if needs.x else None, grad_a, grad_b)
 
@@ -116,7 +117,7 @@ def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: tor
     quant_format = format_of(spec.layout)
     if quant_format is None:
         return tensors.planes[0][expert].to(dtype)
-    packed = tensors.packed(spec)
+    packed = quant_format.packed(spec.layout, tensors.planes)
     first = expert * spec.n
     # Where decoding cannot begin with this expert, from the last row on where it can.
     start = first - first % quant_format.row_alignment(spec.layout)

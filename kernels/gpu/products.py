@@ -206,30 +206,6 @@ def adapter_gradient(
         out.copy_(added_up(parts))
 
 
-def adapter_gradients(
-    x: Tensor,
-    grad: Tensor,
-    grad_low: Tensor,
-    factors: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    scaling: Tensor,
-    low: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of lora_a [rank, K] and lora_b [N, rank], the `factors`, in their own dtypes.
-
-    grad_low [M, rank] float32: of x lora_aᵀ, `scaling` included. low [M, rank]: scaling * x
-    lora_aᵀ, where the forward saved it. Nothing is dropped out.
-    """
-    grad_a, grad_b = (
-        torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors
-    )
-    if low is None:
-        low = added_up(low_rank(x, factors[0], dtype)) * scaling
-    adapter_gradient(x, grad_low, dtype, grad_a.t())
-    adapter_gradient(grad, low.float(), dtype, grad_b)
-    return grad_a, grad_b
-
-
 def dequantize(
     planes: Sequence[Tensor],
     spec: LinearSpec,

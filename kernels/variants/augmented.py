@@ -76,7 +76,7 @@ class Augmented(SeparateVariant, TritonVariant):
     def single_backward(
         self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
     ) -> LinearGradients:
-        from qlora_compile.kernels.gpu.products import adapter_gradients, added_up, low_rank
+        from qlora_compile.kernels.gpu.products import adapter_gradient, added_up, low_rank
 
         tensors, spec = linear
         x, a, b, scaling = tensors.x, tensors.lora_a, tensors.lora_b, tensors.scaling
@@ -92,7 +92,12 @@ class Augmented(SeparateVariant, TritonVariant):
         else:
             grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype)) * scaling
         if needs.adapter:
-            grad_a, grad_b = adapter_gradients(
-                *(x, grad, grad_low.float(), (a, b), spec.lora_dtype, scaling, tensors.low_rank)
+            low = tensors.low_rank
+            if low is None:
+                low = added_up(low_rank(x, a, spec.lora_dtype)) * scaling
+            grad_a, grad_b = (
+                torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in (a, b)
             )
+            adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
+            adapter_gradient(grad, low.float(), spec.lora_dtype, grad_b)
         return LinearGradients(grad_x, grad_a, grad_b, bias_gradient(grad, tensors.bias, needs))

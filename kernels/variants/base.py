@@ -197,9 +197,11 @@ def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
     return known_scaling(tensors.scaling) * kept_factor(tensors, spec)
 
 
-def known_scaling(scaling: Tensor) -> float | Tensor:
+def known_scaling(scaling: Tensor | None) -> float | Tensor:
     """`scaling`, one element, as a number on a CPU; elsewhere the tensor itself, as reading its
-    value would wait for the device."""
+    value would wait for the device. 1 where there is no adapter."""
+    if scaling is None:
+        return 1.0
     return scaling.item() if scaling.device.type == "cpu" else scaling
 
 
