@@ -74,11 +74,11 @@ class Call:
     @functools.cached_property
     def text(self) -> str:
         """JSON that `parse` reads back; equal Calls have equal texts."""
-        told = {name: getattr(self, name) for name in _PLAIN}
-        told |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
-        told["needs"] = astuple(self.needs)
-        told["linears"] = [(str(each.layout), *astuple(each)[1:]) for each in self.linears]
-        return json.dumps(told, separators=(",", ":"))
+        fields = {name: getattr(self, name) for name in _PLAIN}
+        fields |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
+        fields["needs"] = astuple(self.needs)
+        fields["linears"] = [(str(each.layout), *astuple(each)[1:]) for each in self.linears]
+        return json.dumps(fields, separators=(",", ":"))
 
     def __str__(self) -> str:
         return self.text
@@ -91,14 +91,14 @@ class Call:
     @functools.cache
     def parse(text: str) -> Call:
         """The Call that wrote `text`."""
-        told = json.loads(text)
+        fields = json.loads(text)
         return Call(
             linears=tuple(
-                LinearCall(Layout.parse(layout), *others) for layout, *others in told["linears"]
+                LinearCall(Layout.parse(layout), *others) for layout, *others in fields["linears"]
             ),
-            needs=NeedsGradient(*told["needs"]),
-            **{name: getattr(torch, told[name]) for name in _DTYPES},
-            **{name: told[name] for name in _PLAIN},
+            needs=NeedsGradient(*fields["needs"]),
+            **{name: getattr(torch, fields[name]) for name in _DTYPES},
+            **{name: fields[name] for name in _PLAIN},
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
+from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.workspace import workspace
@@ -108,7 +109,7 @@ class Sweep:
         block = max(min(block, settings.size), 1)
         count = -(-rows // (settings.chunk or max(budget // block, 1)))
         chunk = -(-rows // max(count, 1))
-        return _slices(rows, max(chunk, 1)), _slices(settings.size, block)
+        return slices(rows, chunk), slices(settings.size, block)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
         """The sum of the losses of all rows that count, and the gradients of it: of hidden, weight,
@@ -252,7 +253,3 @@ class Sweep:
                 self.grad_a.addmm_(grad.t(), self.hidden[rows].to(self.wide))
             if self.grad_hidden is not None:
                 self.grad_hidden[rows] += grad @ self.lora_a
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

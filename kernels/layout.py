@@ -19,6 +19,12 @@ _TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parame
 _VERSION = 1
 
 
+def slices(size: int, step: int) -> list[slice]:
+    """0 … `size` in runs of `step`, the last of which may be shorter."""
+    step = max(step, 1)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
 class OfLayout:
     """What has the `layout` of one weight, and so its shape."""
 

@@ -47,11 +47,7 @@ def linear_reference(
 
 
 def specified_linears(
-    wide: torch.dtype | None,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    seed: Tensor | None,
-    text: str,
+    wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
     """`qlora_linear` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
@@ -114,11 +110,7 @@ class _Linear(torch.autograd.Function):
 
 
 def specified_experts(
-    wide: torch.dtype | None,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    seed: Tensor | None,
-    text: str,
+    wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
     """`qlora_experts` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)

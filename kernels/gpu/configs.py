@@ -128,8 +128,7 @@ GROUPED: dict[str, tuple[GemmConfig, ...]] = {
     **dict.fromkeys(("sm_80", "sm_89"), (_FEW, _ROOMY, replace(_SM80, largest_width=16))),
     **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
     **dict.fromkeys(
-        ("gfx942", "gfx950"),
-        (replace(_FEW, decoder="plain"), replace(_PLAIN, block_m=64), _PLAIN),
+        ("gfx942", "gfx950"), (replace(_FEW, decoder="plain"), replace(_PLAIN, block_m=64), _PLAIN)
     ),
 }
 """Of experts' packed weights: for a few rows an expert, for some, for many."""

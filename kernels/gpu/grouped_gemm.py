@@ -7,12 +7,7 @@ import triton
 import triton.language as tl
 
 from qlora_compile.kernels.gpu.adapter_start import adapter_start
-from qlora_compile.kernels.gpu.gemm import (
-    add_product,
-    load_x,
-    output_tile,
-    weight_tile,
-)
+from qlora_compile.kernels.gpu.gemm import add_product, load_x, output_tile, weight_tile
 from qlora_compile.kernels.gpu.weight import edge, load_words
 
 

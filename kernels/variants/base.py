@@ -12,7 +12,7 @@ from torch import Tensor
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.formats import format_of
-from qlora_compile.kernels.layout import Layout, OfLayout
+from qlora_compile.kernels.layout import Layout, OfLayout, slices
 from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
@@ -60,13 +60,10 @@ class LinearSpec(OfLayout):
         rows: int,
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """As `QuantFormat.decoded`, for a weight in its own dtype too."""
+        """Like `QuantFormat.decoded`, and for a weight in its own dtype too."""
         quant_format = format_of(self.layout)
         if quant_format is None:
-            step = max(rows, 1)
-            for start in range(0, self.n, step):
-                n = slice(start, min(start + step, self.n))
-                yield n, planes[0][n].to(dtype)
+            yield from ((n, planes[0][n].to(dtype)) for n in slices(self.n, rows))
             return
         packed = quant_format.packed(self.layout, planes)
         yield from quant_format.decoded(packed, dtype, rows, memory)

@@ -17,9 +17,9 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     Group,
+    Linear,
     LinearGradients,
     LinearSpec,
-    LinearTensors,
     NeedsGradient,
     Variant,
     bias_gradient,
@@ -139,23 +139,20 @@ class Dense(Variant):
         adapters = NativeAdapters.of(group, config.gemm_dtype)
         lows: dict[int, Tensor] = {}
         if adapters is not None:
-            kept = any(tensors.low_rank is not None for tensors, _ in group)
-            if kept or not config.merged:
+            saves = any(tensors.low_rank is not None for tensors, _ in group)
+            if saves or not config.merged:
                 lows = adapters.low_ranks()
         results = []
-        for position, (tensors, spec) in enumerate(group):
+        for position, linear in enumerate(group):
             adapter = None if adapters is None else adapters.members.get(position)
-            results.append(self._forward(tensors, spec, config, adapter, lows.get(position)))
+            results.append(self._forward(linear, config, adapter, lows.get(position)))
         return results
 
     def _forward(
-        self,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        config: DenseConfig,
-        adapter: NativeAdapter | None,
-        low_rank: Tensor | None,
+        self, linear: Linear, config: DenseConfig, adapter: NativeAdapter | None, low: Tensor | None
     ) -> Tensor:
+        """y of one Linear. low: S of its adapter, unless the adapter is merged."""
+        tensors, spec = linear
         x, dtype = tensors.x, config.gemm_dtype
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
@@ -163,7 +160,7 @@ class Dense(Variant):
         separate = None if config.merged else adapter
         whole = {x.dtype, spec.out_dtype} == {dtype}
         if separate is not None:
-            whole = whole and adds_in_place(y.dtype, separate.dtype)
+            whole = whole and adds_in_place(y.dtype, separate.a.dtype)
         blocks = row_blocks(x, whole=whole)
         for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
             for m in blocks:
@@ -175,8 +172,8 @@ class Dense(Variant):
                     torch.mm(rows, weight.t(), out=part)
                 else:
                     torch.addmm(bias[n], rows, weight.t(), out=part)
-                if separate is not None and low_rank is not None:
-                    part = add_product(part, cut(low_rank, m), cut(separate.b, n).t())
+                if separate is not None and low is not None:
+                    part = add_product(part, cut(low, m), cut(separate.b, n).t())
                 if part is not target:
                     target.copy_(part)
         return y
