@@ -54,16 +54,9 @@ def places(call: Call) -> tuple[Places, ...]:
 @functools.lru_cache(maxsize=4096)
 def specs(call: Call) -> tuple[LinearSpec, ...]:
     """The constants of each Linear of `call` as variants take them."""
+    dtypes = (call.compute_dtype, call.lora_dtype, call.out_dtype)
     return tuple(
-        LinearSpec(
-            layout=linear.layout,
-            dropout=call.dropout,
-            stream=linear.stream,
-            compute_dtype=call.compute_dtype,
-            lora_dtype=call.lora_dtype,
-            out_dtype=call.out_dtype,
-        )
-        for linear in call.linears
+        LinearSpec(linear.layout, call.dropout, linear.stream, *dtypes) for linear in call.linears
     )
 
 

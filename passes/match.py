@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,9 +80,19 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
     themselves, as in a low-rank branch of the model's own, stay linears.
     """
     graph = graph_module.graph
+
+    @functools.cache
+    def seed_on(device: torch.device) -> Node:
+        # One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
+        # activation checkpointing, which restores the generator's state, reproduce the masks.
+        options = {"dtype": torch.int64, "device": device}
+        return _insert_first(graph, torch.randint, 0, _SEED_LIMIT, (1,), **options)
+
+    @functools.cache
+    def scaling_tensor(value: float, device: torch.device, dtype: torch.dtype) -> Node:
+        return _insert_first(graph, torch.full, (1,), value, dtype=dtype, device=device)
+
     rewritten = 0
-    seeds: dict[torch.device, Node] = {}
-    scalings = _Scalings(graph)
     for node in list(graph.nodes):
         branch = _match_branch(node)
         if branch is None or any(map(context.site_of, (branch.lora_a, branch.lora_b))):
@@ -94,22 +105,19 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             continue
         if _is_apart(branch, node):
             continue
-        seed = None
-        if branch.dropout > 0.0:
-            if fake_x.device not in seeds:
-                seeds[fake_x.device] = _draw_seed(graph, fake_x.device)
-            seed = seeds[fake_x.device]
+        seed = seed_on(fake_x.device) if branch.dropout > 0.0 else None
         lora_a, lora_b = branch.lora_a, branch.lora_b
-        rank = low_rank.shape[-1]
-        lora_dtype = low_rank.dtype
+        rank, lora_dtype = low_rank.shape[-1], low_rank.dtype
+        # A scaling is a tensor [1] of this dtype.
+        wide = torch.promote_types(torch.float32, lora_dtype)
         if nodes.lora_a is None:
             scaling = branch.scaling
             if not isinstance(scaling, Node):
-                scaling = scalings.tensor(float(scaling), fake_x.device, lora_dtype)
+                scaling = scaling_tensor(float(scaling), fake_x.device, wide)
         else:
             if base.call.lora_dtype != lora_dtype:
                 continue
-            scaling = scalings.tensor(1.0, fake_x.device, lora_dtype)
+            scaling = scaling_tensor(1.0, fake_x.device, wide)
             factors = ((nodes.lora_b, nodes.scaling), (lora_b, branch.scaling))
             scaled = [insert_before(node, torch.mul, factor) for factor in factors]
             lora_a = insert_before(node, torch.cat, ([nodes.lora_a, lora_a],))
@@ -228,40 +236,10 @@ def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
     return source if source is strip_casts(adapter_x) else None
 
 
-@dataclass
-class _Scalings:
-    """The tensors of a graph's scalings, one for each value, dtype and device."""
-
-    graph: Graph
-    known: dict[Hashable, Node] = field(default_factory=dict)
-
-    def tensor(self, value: float, device: torch.device, lora_dtype: torch.dtype) -> Node:
-        """A node that holds `value`: float32 [1], or float64 where the adapter's product is."""
-        dtype = torch.promote_types(torch.float32, lora_dtype)
-        key = (value, device, dtype)
-        if key not in self.known:
-            anchor = _first_computed(self.graph)
-            self.known[key] = insert_before(
-                anchor, torch.full, ((1,), value), dtype=dtype, device=device
-            )
-        return self.known[key]
-
-
-def _draw_seed(graph: Graph, device: torch.device) -> Node:
-    """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
-    activation checkpointing, which restores the generator's state, reproduce the masks."""
-    return insert_before(
-        _first_computed(graph),
-        torch.randint,
-        (0, _SEED_LIMIT, (1,)),
-        dtype=torch.int64,
-        device=device,
-    )
-
-
-def _first_computed(graph: Graph) -> Node:
-    """The first node that computes a tensor: no_grad and autocast are nodes too."""
-    return next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
+def _insert_first(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A call inserted before all that computes tensors: no_grad and autocast are nodes too."""
+    first = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
+    return insert_before(first, target, args, **kwargs)
 
 
 def _is_number(node: Any) -> bool:

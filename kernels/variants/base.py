@@ -39,14 +39,8 @@ class LinearSpec(OfLayout):
     @classmethod
     def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
         """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
-        return cls(
-            layout=problem.layout,
-            dropout=dropout if problem.dropout else 0.0,
-            stream=stream,
-            compute_dtype=problem.compute_dtype,
-            lora_dtype=problem.lora_dtype,
-            out_dtype=problem.out_dtype,
-        )
+        dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype)
+        return cls(problem.layout, dropout if problem.dropout else 0.0, stream, *dtypes)
 
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The whole weight [N, K] in `dtype`."""
