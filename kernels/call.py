@@ -13,7 +13,7 @@ from qlora_compile.kernels.layout import Layout, OfLayout
 
 @dataclass(frozen=True)
 class NeedsGradient:
-    """Of what a backward computes gradients."""
+    """Which gradients a backward computes."""
 
     x: bool = False
     adapter: bool = False

@@ -19,7 +19,8 @@ SMALLEST_BUDGET = 1 << 22
 """Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""
 
 IN_PLACE = 4
-"""As many times so many need the same memory where they become their gradient where they lie."""
+"""How many times as many logits a chunk has where their gradient overwrites them: no float32 copies
+are made of them then, so that they need no more memory."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from qlora_compile.kernels.variants.base import Group, Linear, LinearSpec, Linea
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tensors of one Linear stand among those of its Call; None for what it lacks."""
+class TensorIndices:
+    """The indices of one Linear's tensors among the tensors of its Call; None for what it lacks."""
 
     planes: slice
     bias: int | None
@@ -27,12 +27,12 @@ class Places:
     scaling: int | None
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        """Those of `tensors` that stand here, by the names of the places."""
+        """The tensors of this Linear out of `tensors`, by name."""
         return {name: None if at is None else tensors[at] for name, at in vars(self).items()}
 
 
 @functools.lru_cache(maxsize=4096)
-def places(call: Call) -> tuple[Places, ...]:
+def tensor_indices(call: Call) -> tuple[TensorIndices, ...]:
     """Of each Linear: its planes, its bias if it has one, and if it has an adapter lora_a [R, K],
     lora_b [N, R] and scaling (float32, one element), in this order. Before the planes of experts
     come their offsets. S [M, sum of ranks] comes after the tensors of the last Linear where a
@@ -47,7 +47,7 @@ def places(call: Call) -> tuple[Places, ...]:
             bias, end = end, end + 1
         if linear.rank:
             lora_a, lora_b, scaling, end = end, end + 1, end + 2, end + 3
-        found.append(Places(planes, bias, lora_a, lora_b, scaling))
+        found.append(TensorIndices(planes, bias, lora_a, lora_b, scaling))
     return tuple(found)
 
 
@@ -67,17 +67,17 @@ def bound(
     seed: Tensor | None,
     low_rank: Tensor | None = None,
 ) -> Group:
-    """The Linears of `call` with their `tensors`, which stand as `places` tells. low_rank: S of all
-    adapters in one [M, sum of ranks], of which each adapter has its columns."""
+    """The Linears of `call` with their `tensors`, which are in the order of `tensor_indices`.
+    low_rank: S of all adapters in one [M, sum of ranks], of which each adapter has its columns."""
     group: list[Linear] = []
     column = 0
-    for linear, place, spec in zip(call.linears, places(call), specs(call), strict=True):
+    for linear, indices, spec in zip(call.linears, tensor_indices(call), specs(call), strict=True):
         own = None
         if linear.rank and low_rank is not None:
             own = low_rank[:, column : column + linear.rank]
             column += linear.rank
         own_seed = seed if linear.rank and call.dropout else None
-        named = place.named(tensors)
+        named = indices.named(tensors)
         group.append((LinearTensors(x=x, **named, seed=own_seed, low_rank=own), spec))
     return group
 

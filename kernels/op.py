@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.linear_call import bound, places, problem_of
+from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
 from qlora_compile.kernels.selector import select
 
 
@@ -30,7 +30,7 @@ def hinted_rows(x: Tensor, k: int) -> int:
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
     """Every y [..., N] of the Call, and last, if the Call saves it, S [M, sum of ranks].
 
-    x [..., K]; tensors as `places` tells; seed: int64 [1] where the adapters' input is dropped out.
+    x [..., K]; tensors in the order of `tensor_indices`; seed: int64 [1] if there is dropout.
     """
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
@@ -77,12 +77,12 @@ def _needing(call: Call, needs: NeedsGradient) -> Call:
 
 @functools.lru_cache(maxsize=4096)
 def differentiated(call: Call) -> tuple[int, ...]:
-    """The places of the tensors whose gradients a backward returns, in that order."""
+    """The indices of the tensors whose gradients a backward returns, in that order."""
     found = []
-    for place in places(call):
-        found += [place.bias] * call.needs.bias
-        found += [place.lora_a, place.lora_b] * call.needs.adapter
-    return tuple(place for place in found if place is not None)
+    for each in tensor_indices(call):
+        found += [each.bias] * call.needs.bias
+        found += [each.lora_a, each.lora_b] * call.needs.adapter
+    return tuple(index for index in found if index is not None)
 
 
 LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
@@ -172,9 +172,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, seed, *tensors = ctx.saved_tensors
         _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        columns, spots = ctx.call.columns, places(ctx.call)
-        adapters = [i for each in spots for i in (each.lora_a, each.lora_b) if i is not None]
-        biases = [each.bias for each in spots if each.bias is not None]
+        columns, indices = ctx.call.columns, tensor_indices(ctx.call)
+        adapters = [i for each in indices for i in (each.lora_a, each.lora_b) if i is not None]
+        biases = [each.bias for each in indices if each.bias is not None]
         # The bias of experts is frozen.
         needs_bias = not ctx.call.experts and any(needs[i] for i in biases)
         call = _needing(
@@ -192,7 +192,7 @@ class _Fused(torch.autograd.Function):
         ]
         found = iter(ctx.backward_op(dense, x, tensors, seed, str(call)))
         grad_x = next(found) if needs_x else None
-        unused = [each for each, grad in zip(spots, grads, strict=False) if grad is None]
+        unused = [each for each, grad in zip(indices, grads, strict=False) if grad is None]
         dropped = {i for each in unused for i in (each.bias, each.lora_a, each.lora_b)}
         for i, grad in zip(differentiated(call), found, strict=True):
             results[i] = None if i in dropped else grad

@@ -100,9 +100,9 @@ def able(variants: Sequence[Any], problem: Problem) -> list[Any]:
 
 
 def shortlist(ranked: Sequence[Choice], problem: Problem, limit: int = HANDFUL) -> list[Choice]:
-    """The candidates worth measuring, of those `ranked` by modelled cost: the best `limit`, no more
-    than a few of one variant, none modelled much slower than the standard *dense*, and that one,
-    which gains are counted from."""
+    """The candidates worth measuring out of those `ranked` by modelled cost: the best `limit`, but
+    only a few of each variant and none that is modelled much slower than the standard *dense*.
+    The standard is always among them, because gains are stated relative to it."""
     count: Counter[str] = Counter()
     listed = []
     standard = next((choice for choice in ranked if is_standard(choice, problem)), None)

@@ -50,7 +50,7 @@ class ModelledSelector:
         return self.prefers_saving(forward)
 
     def prefers_saving(self, forward: Problem) -> bool:
-        """Like `saves_low_rank`, without deciding it."""
+        """Like `saves_low_rank`, but the answer binds no later call."""
         if not forward.rank:
             return False
         problems = problems_of_call(forward, trains=True)

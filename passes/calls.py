@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from qlora_compile.kernels.call import Call
-from qlora_compile.kernels.linear_call import places
+from qlora_compile.kernels.linear_call import tensor_indices
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.passes.nodes import (
     insert_before,
@@ -67,7 +67,7 @@ def read(node: Node) -> FusedCall:
     """What the fused call `node` computes."""
     x, tensors, seed, text = node.args
     call = Call.parse(str(text))
-    named: list[dict[str, Any]] = [place.named(tensors) for place in places(call)]  # type: ignore[arg-type]
+    named: list[dict[str, Any]] = [each.named(tensors) for each in tensor_indices(call)]  # type: ignore[arg-type]
     linears = tuple(LinearNodes(**each) for each in named)
     return FusedCall(x, linears, seed, call)
 

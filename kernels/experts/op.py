@@ -21,7 +21,7 @@ def bound_experts(
     call: Call, x: Tensor, tensors: Sequence[Any]
 ) -> tuple[ExpertsTensors, ExpertsSpec]:
     """The tensors of an experts' Call by their names, and its constants. tensors: the offsets come
-    first, the others stand as `places` tells."""
+    first, then the others in the order of `tensor_indices`."""
     ((own, spec),) = bound(call, x, tensors, None)
     return (
         ExpertsTensors(**vars(own), offsets=tensors[0]),

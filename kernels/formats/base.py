@@ -178,8 +178,8 @@ class QuantFormat(ABC):
     def prepared(
         self, layout: Layout, tensors: Sequence[Tensor]
     ) -> tuple[Layout, Sequence[Tensor]]:
-        """The same weight in planes that a kernel which reads each many times decodes faster, and
-        their Layout; computed on the device where there is something to prepare."""
+        """The Layout and the planes of the same weight in a form that decodes faster, for kernels
+        that read each plane many times; computed on the device if the format has such a form."""
         return layout, tensors
 
     def device_obstacle(self, layout: Layout) -> str | None:

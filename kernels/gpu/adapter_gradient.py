@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.philox import kept
+from qlora_compile.kernels.gpu.philox import is_kept
 from qlora_compile.kernels.gpu.wide_dot import dot_float32_right
 
 
@@ -39,7 +39,7 @@ def adapter_gradient_kernel(
             loaded = loaded & (columns < C)[None, :]
         zs = tl.load(z + rows[:, None] * z_stride + columns[None, :], mask=loaded, other=0.0)
         if bits is not None:
-            keep = kept(bits, m0, tl.arange(0, BM)[:, None], columns[None, :], C, loaded)
+            keep = is_kept(bits, m0, tl.arange(0, BM)[:, None], columns[None, :], C, loaded)
             zs = tl.where(keep, zs, 0.0).to(zs.dtype)
         ls = tl.load(
             low + rows[:, None] * rank + ranks[None, :],

@@ -12,17 +12,16 @@ from qlora_compile.kernels.variants.base import Config
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """Of the GEMM kernel.
+    """How the kernel of a product with W is tiled and compiled.
 
     block_m: rows of x; block_c: columns of the output; block_r: the reduction. decoder: how W is
     decoded in the loop, None for a dense W. loop_stages: software pipelining of the loads in the
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
     comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
     registers. inline: planes are read in the loop as they are stored, else the format may prepare
-    them once before it.
-    splits: programs that share one reduction. direction, largest_width, masks: in the other
-    direction, beyond that width of the adapter's operands, or where the output is masked (backward
-    with dropout), the config would spill registers or overlap less.
+    them once before it. splits: programs that share one reduction. direction, largest_width, masks:
+    in the other direction, beyond that width of the adapter's operands, or where the output is
+    masked (backward with dropout), the config would spill registers or overlap less.
     """
 
     block_m: int

@@ -17,7 +17,7 @@ from qlora_compile.kernels.gpu.packed_operand import WeightOperand, dense_operan
 from qlora_compile.kernels.variants.base import LinearGradients
 
 _THIN = GemmConfig(64, 64, 64, 4, 3)
-"""Of the adapter's products, whose output has the rank's columns."""
+"""The config of an adapter's thin products, whose outputs have no more columns than its rank."""
 
 
 def grouped_forward(tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConfig) -> Tensor:

@@ -83,7 +83,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
 
 def _specialisation(argument: Any) -> Any:
-    """What Triton compiles a kernel for of an argument that is no constexpr."""
+    """The properties of an argument, no constexpr, for which Triton compiles a kernel anew."""
     if isinstance(argument, tuple):
         return type(argument), *map(_specialisation, argument)
     if argument is None or isinstance(argument, float):

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.philox import kept
+from qlora_compile.kernels.gpu.philox import is_kept
 from qlora_compile.kernels.gpu.weight import edge
 from qlora_compile.kernels.gpu.wide_dot import dot_float32_right
 
@@ -40,7 +40,7 @@ def low_rank_kernel(
         else:
             xs = tl.load(x_tile + columns[None, :], mask=inside[None, :], other=0.0)
         if bits is not None:
-            keep = kept(bits, m0, rows[:, None], columns[None, :], K, inside[None, :])
+            keep = is_kept(bits, m0, rows[:, None], columns[None, :], K, inside[None, :])
             xs = tl.where(keep, xs, 0.0).to(xs.dtype)
         fs = tl.load(
             factor

@@ -34,20 +34,22 @@ from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 
 _ROW_BLOCK = 64
-"""Launches follow the row count's number of such blocks, the rest only by what divides it."""
+"""What is launched depends on how many such blocks of rows there are; of the remaining rows only
+their divisors matter."""
 
 # Numbers that no kernel is compiled for.
 _FREE: dict[str, Any] = {"dropout": 0.1, "stream": 2}
 
 _RESTS = (0, 8, 4, 2, 1)
-"""Taken off a multiple of 64, rows that 64, 8, 4, 2 and nothing divides: Triton's JIT asks of each
-integer argument, a multiple of the rows or not, whether 16 divides it."""
+"""Subtracted from a multiple of 64, they give row counts that are divisible by 64, 8, 4, 2 and 1:
+Triton's JIT compiles anew if 16 divides an integer argument, and some are multiples of the rows."""
 
 
 @dataclass(frozen=True)
 class VariantCall:
-    """One call of a variant over meta tensors: `rows` of the problem's bucket; dtypes that a
-    Problem does not tell are of the adapter's factors and of the bias."""
+    """One call of a variant over meta tensors, for `rows` rows out of the problem's bucket.
+    factor_dtype, bias_dtype: what a Problem leaves open, the dtypes of the adapter's factors and of
+    the bias."""
 
     variant: Variant
     config: Config

@@ -38,7 +38,8 @@ class LinearSpec(OfLayout):
 
     @classmethod
     def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
-        """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
+        """The constants that `problem` fixes, with those it leaves open. dropout: the probability,
+        used if the Problem has dropout at all."""
         dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype)
         return cls(problem.layout, dropout if problem.dropout else 0.0, stream, *dtypes)
 
@@ -102,7 +103,7 @@ Group = Sequence[Linear]
 
 @dataclass(frozen=True)
 class Config:
-    """How a variant goes about it; this one is of variants that have nothing to choose."""
+    """The settings of a variant. This class itself is for variants that have none."""
 
     @property
     def label(self) -> str:
@@ -119,14 +120,14 @@ class Variant(ABC):
     name: str
 
     isolated: bool = False
-    """Whether a mistake in it could take the process down, so that another one measures it."""
+    """Whether a bug in it could crash the process: it is then measured in a process of its own."""
 
     @abstractmethod
     def rejects(self, problem: Problem) -> list[str]:
         """Why this variant cannot solve `problem`; empty when it can."""
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        """What there is to choose from for a problem it does not reject; never empty then."""
+        """The configs to choose from, at least one, for a problem that it does not reject."""
         return (NO_CONFIG,)
 
     @abstractmethod
@@ -146,7 +147,7 @@ class Variant(ABC):
 
 
 class SeparateVariant(Variant):
-    """One that knows a single Linear alone: siblings go one after the other and share nothing."""
+    """A variant that computes one Linear at a time: siblings share nothing."""
 
     @abstractmethod
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
@@ -185,7 +186,7 @@ def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
     """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
     instead of one of [M, K]. A number on a CPU; elsewhere a tensor."""
     assert tensors.scaling is not None
-    return known_scaling(tensors.scaling) * kept_factor(tensors, spec)
+    return known_scaling(tensors.scaling) * dropout_factor(tensors, spec)
 
 
 def known_scaling(scaling: Tensor | None) -> float | Tensor:
@@ -196,7 +197,7 @@ def known_scaling(scaling: Tensor | None) -> float | Tensor:
     return scaling.item() if scaling.device.type == "cpu" else scaling
 
 
-def kept_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
+def dropout_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
     """What dropout multiplies the elements it keeps with."""
     return 1.0 if tensors.seed is None else 1.0 / (1.0 - spec.dropout)
 

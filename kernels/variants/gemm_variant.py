@@ -22,7 +22,7 @@ from qlora_compile.kernels.variants.base import (
     NeedsGradient,
     adapter_scaling,
     bias_gradient,
-    kept_factor,
+    dropout_factor,
 )
 from qlora_compile.kernels.variants.decoding import decoder_names
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
@@ -157,7 +157,7 @@ class _Sibling:
         return adapter_operands(
             *(low, up, self.spec.lora_dtype, self.spec.compute_dtype),
             scaling=self.tensors.scaling,
-            kept=kept_factor(self.tensors, self.spec),
+            factor=dropout_factor(self.tensors, self.spec),
             total=total,
             bits=bits,
         )
