@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import attention as cpu_attention
-from qlora_compile.kernels.library import LIBRARY, OpFunction, register, register_backward
+from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
 TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """What torch computes where the op stands in for it."""
@@ -105,7 +105,7 @@ class _Attention(OpFunction):
 
 
 ATTENTION_FORWARD = register("attention_forward", _forward, _forward, _Attention)
-ATTENTION_BACKWARD = register_backward("attention_backward", _backward, _fake_backward)
+ATTENTION_BACKWARD = register("attention_backward", _backward, _fake_backward)
 
 LIBRARY.define(attention.__name__ + torch.library.infer_schema(attention, mutates_args=()))
 LIBRARY.impl(attention.__name__, attention, "CompositeImplicitAutograd")

@@ -8,12 +8,12 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import Layout, OfLayout
 
 
 @dataclass(frozen=True)
 class NeedsGradient:
-    """Of what a backward computes gradients."""
+    """Which gradients a backward computes."""
 
     x: bool = False
     adapter: bool = False
@@ -21,7 +21,7 @@ class NeedsGradient:
 
 
 @dataclass(frozen=True)
-class LinearCall:
+class LinearCall(OfLayout):
     """One Linear of a Call: its weight's layout, whether it has a bias, the rank of its adapter (0
     without one), and the number that sets its dropout's stream apart from the other Linears'."""
 
@@ -29,14 +29,6 @@ class LinearCall:
     bias: bool = False
     rank: int = 0
     stream: int = 0
-
-    @property
-    def n(self) -> int:
-        return self.layout.shape[0]
-
-    @property
-    def k(self) -> int:
-        return self.layout.shape[1]
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,11 @@ class Call:
         return self.linears[0].k
 
     @property
+    def columns(self) -> tuple[int, ...]:
+        """N of each y."""
+        return tuple(each.n // max(self.experts, 1) for each in self.linears)
+
+    @property
     def rank(self) -> int:
         """The ranks of all adapters together: columns of S."""
         return sum(each.rank for each in self.linears)
@@ -77,11 +74,11 @@ class Call:
     @functools.cached_property
     def text(self) -> str:
         """JSON that `parse` reads back; equal Calls have equal texts."""
-        told = {name: getattr(self, name) for name in _PLAIN}
-        told |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
-        told["needs"] = astuple(self.needs)
-        told["linears"] = [(str(each.layout), *astuple(each)[1:]) for each in self.linears]
-        return json.dumps(told, separators=(",", ":"))
+        fields = {name: getattr(self, name) for name in _PLAIN}
+        fields |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
+        fields["needs"] = astuple(self.needs)
+        fields["linears"] = [(str(each.layout), *astuple(each)[1:]) for each in self.linears]
+        return json.dumps(fields, separators=(",", ":"))
 
     def __str__(self) -> str:
         return self.text
@@ -94,14 +91,14 @@ class Call:
     @functools.cache
     def parse(text: str) -> Call:
         """The Call that wrote `text`."""
-        told = json.loads(text)
+        fields = json.loads(text)
         return Call(
             linears=tuple(
-                LinearCall(Layout.parse(layout), *others) for layout, *others in told["linears"]
+                LinearCall(Layout.parse(layout), *others) for layout, *others in fields["linears"]
             ),
-            needs=NeedsGradient(*told["needs"]),
-            **{name: getattr(torch, told[name]) for name in _DTYPES},
-            **{name: told[name] for name in _PLAIN},
+            needs=NeedsGradient(*fields["needs"]),
+            **{name: getattr(torch, fields[name]) for name in _DTYPES},
+            **{name: fields[name] for name in _PLAIN},
         )
 
 

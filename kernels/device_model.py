@@ -24,13 +24,13 @@ class DeviceModel:
     sms: int
 
     def gemm_seconds(self, m: int, n: int, k: int, efficiency: float) -> float:
-        """Of a product [M, K] x [K, N] whose operands come from memory once."""
+        """Seconds of a product [M, K] x [K, N] that reads its operands from memory once."""
         moved = 2 * (m * k + n * k + m * n)
         # Tensor cores work on no fewer than sixteen rows.
         return max(2 * max(m, 16) * n * k / (self.flops * efficiency), self.stream_seconds(moved))
 
     def stream_seconds(self, moved: float) -> float:
-        """Of moving so many bytes at the usual fraction of the memory's bandwidth."""
+        """Seconds of moving so many bytes at the usual fraction of the memory's bandwidth."""
         return moved / (0.92 * self.bandwidth)
 
 
@@ -64,7 +64,7 @@ class CpuModel(DeviceModel):
         return figures[_DTYPES.index(dtype)]
 
     def move_seconds(self, moved: float) -> float:
-        """Of an operator that moves so many bytes."""
+        """Seconds of an operator that moves so many bytes."""
         return moved / self.bandwidth + self.operator
 
 

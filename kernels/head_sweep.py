@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
+from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.workspace import workspace
@@ -18,7 +19,8 @@ SMALLEST_BUDGET = 1 << 22
 """Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""
 
 IN_PLACE = 4
-"""As many times so many need the same memory where they become their gradient where they lie."""
+"""How many times as many logits a chunk has where their gradient overwrites them: no float32 copies
+are made of them then, so that they need no more memory."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Sweep:
         block = max(min(block, settings.size), 1)
         count = -(-rows // (settings.chunk or max(budget // block, 1)))
         chunk = -(-rows // max(count, 1))
-        return _slices(rows, max(chunk, 1)), _slices(settings.size, block)
+        return slices(rows, chunk), slices(settings.size, block)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
         """The sum of the losses of all rows that count, and the gradients of it: of hidden, weight,
@@ -252,7 +254,3 @@ class Sweep:
                 self.grad_a.addmm_(grad.t(), self.hidden[rows].to(self.wide))
             if self.grad_hidden is not None:
                 self.grad_hidden[rows] += grad @ self.lora_a
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -19,6 +19,28 @@ _TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parame
 _VERSION = 1
 
 
+def slices(size: int, step: int) -> list[slice]:
+    """0 … `size` in runs of `step`, the last of which may be shorter."""
+    step = max(step, 1)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class OfLayout:
+    """What has the `layout` of one weight, and so its shape."""
+
+    layout: Layout
+
+    @property
+    def n(self) -> int:
+        """Rows of the weight: columns of y."""
+        return self.layout.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Columns of the weight and of x."""
+        return self.layout.shape[1]
+
+
 @dataclass(frozen=True)
 class Plane:
     """One tensor of a stored weight: its name among the others, its dtype and its shape."""

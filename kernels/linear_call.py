@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch import Tensor
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.formats.formats import plane_count
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
-from qlora_compile.kernels.variants.base import Group, LinearSpec, LinearTensors
+from qlora_compile.kernels.variants.base import Group, Linear, LinearSpec, LinearTensors
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the tensors of one Linear stand among those of its Call; None for what it lacks."""
+class TensorIndices:
+    """The indices of one Linear's tensors among the tensors of its Call; None for what it lacks."""
 
     planes: slice
     bias: int | None
@@ -25,14 +26,19 @@ class Places:
     lora_b: int | None
     scaling: int | None
 
+    def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """The tensors of this Linear out of `tensors`, by name."""
+        return {name: None if at is None else tensors[at] for name, at in vars(self).items()}
+
 
 @functools.lru_cache(maxsize=4096)
-def places(call: Call) -> tuple[Places, ...]:
+def tensor_indices(call: Call) -> tuple[TensorIndices, ...]:
     """Of each Linear: its planes, its bias if it has one, and if it has an adapter lora_a [R, K],
-    lora_b [N, R] and scaling (float32, one element), in this order. S [M, sum of ranks] comes after
-    those of the last Linear where a backward is given it."""
+    lora_b [N, R] and scaling (float32, one element), in this order. Before the planes of experts
+    come their offsets. S [M, sum of ranks] comes after the tensors of the last Linear where a
+    backward is given it."""
     found = []
-    end = 0
+    end = 1 if call.experts else 0
     for linear in call.linears:
         planes = slice(end, end + plane_count(linear.layout))
         end = planes.stop
@@ -41,30 +47,16 @@ def places(call: Call) -> tuple[Places, ...]:
             bias, end = end, end + 1
         if linear.rank:
             lora_a, lora_b, scaling, end = end, end + 1, end + 2, end + 3
-        found.append(Places(planes, bias, lora_a, lora_b, scaling))
+        found.append(TensorIndices(planes, bias, lora_a, lora_b, scaling))
     return tuple(found)
-
-
-def tensor_count(call: Call) -> int:
-    """How many tensors the Linears of `call` take, S not counted."""
-    last = places(call)[-1]
-    others = (place for place in (last.bias, last.scaling) if place is not None)
-    return max((last.planes.stop, *(place + 1 for place in others)))
 
 
 @functools.lru_cache(maxsize=4096)
 def specs(call: Call) -> tuple[LinearSpec, ...]:
     """The constants of each Linear of `call` as variants take them."""
+    dtypes = (call.compute_dtype, call.lora_dtype, call.out_dtype)
     return tuple(
-        LinearSpec(
-            layout=linear.layout,
-            dropout=call.dropout,
-            stream=linear.stream,
-            compute_dtype=call.compute_dtype,
-            lora_dtype=call.lora_dtype,
-            out_dtype=call.out_dtype,
-        )
-        for linear in call.linears
+        LinearSpec(linear.layout, call.dropout, linear.stream, *dtypes) for linear in call.linears
     )
 
 
@@ -75,34 +67,18 @@ def bound(
     seed: Tensor | None,
     low_rank: Tensor | None = None,
 ) -> Group:
-    """The Linears of `call` with their `tensors`, which stand as `places` tells. low_rank: S of all
-    adapters in one [M, sum of ranks], of which each adapter has its columns."""
-
-    def at(place: int | None) -> Tensor | None:
-        return None if place is None else tensors[place]
-
-    group: list[tuple[LinearTensors, LinearSpec]] = []
+    """The Linears of `call` with their `tensors`, which are in the order of `tensor_indices`.
+    low_rank: S of all adapters in one [M, sum of ranks], of which each adapter has its columns."""
+    group: list[Linear] = []
     column = 0
-    for linear, place, spec in zip(call.linears, places(call), specs(call), strict=True):
+    for linear, indices, spec in zip(call.linears, tensor_indices(call), specs(call), strict=True):
         own = None
         if linear.rank and low_rank is not None:
             own = low_rank[:, column : column + linear.rank]
             column += linear.rank
-        group.append(
-            (
-                LinearTensors(
-                    x=x,
-                    planes=tensors[place.planes],
-                    bias=at(place.bias),
-                    lora_a=at(place.lora_a),
-                    lora_b=at(place.lora_b),
-                    scaling=at(place.scaling),
-                    seed=seed if linear.rank and call.dropout else None,
-                    low_rank=own,
-                ),
-                spec,
-            )
-        )
+        own_seed = seed if linear.rank and call.dropout else None
+        named = indices.named(tensors)
+        group.append((LinearTensors(x=x, **named, seed=own_seed, low_rank=own), spec))
     return group
 
 

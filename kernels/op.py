@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.library import OpFunction, register, register_backward
-from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
+from qlora_compile.kernels.library import OpFunction, register
+from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
 from qlora_compile.kernels.selector import select
 
 
@@ -26,7 +26,7 @@ def hinted_rows(x: Tensor, k: int) -> int:
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
     """Every y [..., N] of the Call, and last, if the Call saves it, S [M, sum of ranks].
 
-    x [..., K]; tensors as `places` tells; seed: int64 [1] where the adapters' input is dropped out.
+    x [..., K]; tensors in the order of `tensor_indices`; seed: int64 [1] if there is dropout.
     """
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
@@ -39,17 +39,6 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
         results = choice.variant.forward_group(group, choice.config)
     outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
     return outputs if low_rank is None else [*outputs, low_rank]
-
-
-def _fake_forward(
-    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    outputs = [x.new_empty((*x.shape[:-1], each.n), dtype=call.out_dtype) for each in call.linears]
-    if call.save_low_rank:
-        rows = x.numel() // call.k if call.k else 0
-        outputs.append(x.new_empty((rows, call.rank), dtype=call.lora_dtype))
-    return outputs
 
 
 def _backward(
@@ -71,14 +60,6 @@ def _backward(
     return [grad for grad in found if grad is not None]
 
 
-def _fake_backward(
-    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    results = [x.new_empty(x.shape)] if call.needs.x else []
-    return results + [tensors[i].new_empty(tensors[i].shape) for i in differentiated(call)]
-
-
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """`rows` in another shape, and no view of them: autograd lets nobody write to a view that an
     op made, as a model may to a Linear's output (`hidden += residual`)."""
@@ -92,21 +73,58 @@ def _needing(call: Call, needs: NeedsGradient) -> Call:
 
 @functools.lru_cache(maxsize=4096)
 def differentiated(call: Call) -> tuple[int, ...]:
-    """The places of the tensors whose gradients a backward returns, in that order."""
+    """The indices of the tensors whose gradients a backward returns, in that order."""
     found = []
-    for place in places(call):
-        found += [place.bias] * call.needs.bias
-        found += [place.lora_a, place.lora_b] * call.needs.adapter
-    return tuple(place for place in found if place is not None)
+    for each in tensor_indices(call):
+        found += [each.bias] * call.needs.bias
+        found += [each.lora_a, each.lora_b] * call.needs.adapter
+    return tuple(index for index in found if index is not None)
 
 
-class _Linears(OpFunction):
+def register_fused(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """Registers `forward` as the op `name` and `backward` as the op of its gradients, which is
+    called `name`_backward; returns the former as it appears in a graph.
+
+    forward (x, tensors, seed, text) -> every y, and S if the Call `text` saves it; backward
+    (grads, x, tensors, seed, text) -> the needed gradients, in the order of `differentiated` and
+    that of x first.
+    """
+    op = register(name, forward, _fake_forward, _Fused)
+    _BACKWARD[op] = register(f"{name}_backward", backward, _fake_backward)
+    return op
+
+
+_BACKWARD: dict[Any, Any] = {}
+"""The op of the gradients of each fused op."""
+
+
+def _fake_forward(
+    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    outputs = [x.new_empty((*x.shape[:-1], n), dtype=call.out_dtype) for n in call.columns]
+    if call.save_low_rank:
+        rows = x.numel() // call.k if call.k else 0
+        outputs.append(x.new_empty((rows, call.rank), dtype=call.lora_dtype))
+    return outputs
+
+
+def _fake_backward(
+    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
+) -> list[Tensor]:
+    call = Call.parse(text)
+    results = [x.new_empty(x.shape)] if call.needs.x else []
+    return results + [tensors[i].new_empty(tensors[i].shape) for i in differentiated(call)]
+
+
+class _Fused(OpFunction):
     """Saves x, handles to the packed weights, the small adapters and perhaps S [M, ranks]: nothing
     else of [M, K], [M, N] or [N, K]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, text, x, seed, *tensors = inputs
+        op, _, text, x, seed, *tensors = inputs
+        ctx.backward_op = _BACKWARD[op]
         ctx.call = Call.parse(text)
         ctx.x_dtype = x.dtype
         saved = list(tensors)
@@ -121,34 +139,37 @@ class _Linears(OpFunction):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, seed, *tensors = ctx.saved_tensors
         _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        linears, spots = ctx.call.linears, places(ctx.call)
-        adapters = [i for each in spots for i in (each.lora_a, each.lora_b) if i is not None]
-        biases = [each.bias for each in spots if each.bias is not None]
+        columns, indices = ctx.call.columns, tensor_indices(ctx.call)
+        adapters = [i for each in indices for i in (each.lora_a, each.lora_b) if i is not None]
+        biases = [each.bias for each in indices if each.bias is not None]
+        # The bias of experts is frozen.
+        needs_bias = not ctx.call.experts and any(needs[i] for i in biases)
         call = _needing(
-            ctx.call,
-            NeedsGradient(needs_x, any(needs[i] for i in adapters), any(needs[i] for i in biases)),
+            ctx.call, NeedsGradient(needs_x, any(needs[i] for i in adapters), needs_bias)
         )
-        results: list[Tensor | None] = [None] * tensor_count(call)
-        given = next((grad for grad in grads[: len(linears)] if grad is not None), None)
+        results: list[Tensor | None] = [None] * len(needs)
+        given = next((grad for grad in grads[: len(columns)] if grad is not None), None)
         if given is None or call.needs == NeedsGradient():
             return None, None, None, None, None, *results
         if x is None:
             x = given.new_empty(1, dtype=ctx.x_dtype).expand(*given.shape[:-1], call.k)
         dense = [
-            x.new_zeros((*x.shape[:-1], each.n), dtype=call.out_dtype) if grad is None else grad
-            for grad, each in zip(grads, linears, strict=False)
+            x.new_zeros((*x.shape[:-1], n), dtype=call.out_dtype) if grad is None else grad
+            for grad, n in zip(grads, columns, strict=False)
         ]
-        found = iter(QLORA_LINEAR_BACKWARD(dense, x, tensors, seed, str(call)))
+        found = iter(ctx.backward_op(dense, x, tensors, seed, str(call)))
         grad_x = next(found) if needs_x else None
-        unused = [each for each, grad in zip(spots, grads, strict=False) if grad is None]
+        unused = [each for each, grad in zip(indices, grads, strict=False) if grad is None]
         dropped = {i for each in unused for i in (each.bias, each.lora_a, each.lora_b)}
         for i, grad in zip(differentiated(call), found, strict=True):
             results[i] = None if i in dropped else grad
         return None, None, None, grad_x, None, *results
 
 
-QLORA_LINEAR = register("qlora_linear", _forward, _fake_forward, _Linears)
-QLORA_LINEAR_BACKWARD = register_backward("qlora_linear_backward", _backward, _fake_backward)
+QLORA_LINEAR: Any = register_fused("qlora_linear", _forward, _backward)
+"""The op as it appears in a graph."""
+
+QLORA_LINEAR_BACKWARD: Any = _BACKWARD[QLORA_LINEAR]
 
 
 def quantized_linear(
@@ -171,20 +192,26 @@ def quantized_linear(
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     own = torch.get_autocast_dtype(device) if casts else x.dtype
     compute_dtype = compute_dtype or own
-    text = _text_of_one(layout, bias is not None, compute_dtype, out_dtype or own)
+    text = text_of_one(layout, bias is not None, 0, compute_dtype, out_dtype or own)
     tensors = [*planes] if bias is None else [*planes, bias]
     return QLORA_LINEAR(x, tensors, None, text)[0]
 
 
 # Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
 @torch.compiler.assume_constant_result
-def _text_of_one(*constants: Any) -> str:
+def text_of_one(*constants: Any) -> str:
+    """The text of the Call that `_cached_text` makes of `constants`."""
     return _cached_text(*constants)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cached_text(
-    layout: str, bias: bool, compute_dtype: torch.dtype, out_dtype: torch.dtype
+    layout: str,
+    bias: bool,
+    rank: int,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    experts: int = 0,
 ) -> str:
-    linear = LinearCall(Layout.parse(layout), bias)
-    return str(Call((linear,), compute_dtype, compute_dtype, out_dtype))
+    linear = LinearCall(Layout.parse(layout), bias, rank)
+    return str(Call((linear,), compute_dtype, compute_dtype, out_dtype, experts=experts))

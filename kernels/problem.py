@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from qlora_compile.kernels.formats.formats import format_of
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import Layout, OfLayout
 
 Direction = Literal["forward", "backward"]
 
@@ -29,12 +29,12 @@ class Sibling:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(OfLayout):
     """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
 
     `m` is bucketed (`bucket_rows`), everything else is exact; `layout` tells how W is stored, and
-    its shape; `rank` is 0 without an adapter. `keeps_low_rank`: the
-    forward returns scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
+    its shape; `rank` is 0 without an adapter. `keeps_low_rank`: the forward returns
+    scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
 
     `siblings` are the Linears of a group that share x, in order, and empty for a single one; then
     the layout's N and `rank` are their sums and `bias` tells whether any has one.
@@ -71,16 +71,6 @@ class Problem:
         )
 
     @property
-    def n(self) -> int:
-        """Columns of y."""
-        return self.layout.shape[0]
-
-    @property
-    def k(self) -> int:
-        """Columns of x."""
-        return self.layout.shape[1]
-
-    @property
     def parts(self) -> tuple[Problem, ...]:
         """Each sibling's own Problem; itself where it has none."""
         if not self.siblings:
@@ -105,7 +95,7 @@ class Problem:
 
     @property
     def ranks(self) -> str:
-        """As `columns`; one number where all agree."""
+        """The ranks, written like `columns`; one number where all agree."""
         ranks = dict.fromkeys(part.rank for part in self.parts)
         listed = ranks if len(ranks) == 1 else (part.rank for part in self.parts)
         return "+".join(map(str, listed))

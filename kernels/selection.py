@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qlora_compile.errors import NoVariantError
 from qlora_compile.kernels import registry
@@ -77,27 +78,31 @@ def choose(
 def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
     """Every config of every variant that does not reject `problem`, by modelled cost.
 
-    Raises NoVariantError with every variant's reasons when all reject it.
+    Raises NoVariantError as `able` does.
     """
-    reasons: dict[str, list[str]] = {}
-    choices = []
-    for variant in registry.VARIANTS:
-        reasons[variant.name] = variant.rejects(problem)
-        if not reasons[variant.name]:
-            choices += [
-                Choice(variant, config, variant.cost(problem, config, model))
-                for config in variant.configs(problem)
-            ]
-    if choices:
-        return sorted(choices, key=lambda choice: choice.seconds)
-    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
-    raise NoVariantError(problem=problem, reasons=listed)
+    choices = (
+        Choice(variant, config, variant.cost(problem, config, model))
+        for variant in able(registry.VARIANTS, problem)
+        for config in variant.configs(problem)
+    )
+    return sorted(choices, key=lambda choice: choice.seconds)
+
+
+def able(variants: Sequence[Any], problem: Problem) -> list[Any]:
+    """Those of `variants` that do not reject `problem`. Raises NoVariantError, with every variant's
+    reasons, when all reject it."""
+    reasons = {variant.name: variant.rejects(problem) for variant in variants}
+    found = [variant for variant in variants if not reasons[variant.name]]
+    if not found:
+        listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
+        raise NoVariantError(problem=problem, reasons=listed)
+    return found
 
 
 def shortlist(ranked: Sequence[Choice], problem: Problem, limit: int = HANDFUL) -> list[Choice]:
-    """The candidates worth measuring, of those `ranked` by modelled cost: the best `limit`, no more
-    than a few of one variant, none modelled much slower than the standard *dense*, and that one,
-    which gains are counted from."""
+    """The candidates worth measuring out of those `ranked` by modelled cost: the best `limit`, but
+    only a few of each variant and none that is modelled much slower than the standard *dense*.
+    The standard is always among them, because gains are stated relative to it."""
     count: Counter[str] = Counter()
     listed = []
     standard = next((choice for choice in ranked if is_standard(choice, problem)), None)

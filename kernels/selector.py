@@ -39,7 +39,7 @@ class ModelledSelector:
 
     def look_up(self, problem: Problem) -> Choice:
         """Like `select`, without recording a miss."""
-        return self._modelled(problem)
+        return self.recorded(problem) or self._modelled(problem)
 
     def recorded(self, problem: Problem) -> Choice | None:
         """The measured choice; None without one."""
@@ -50,7 +50,7 @@ class ModelledSelector:
         return self.prefers_saving(forward)
 
     def prefers_saving(self, forward: Problem) -> bool:
-        """Like `saves_low_rank`, without deciding it."""
+        """Like `saves_low_rank`, but the answer binds no later call."""
         if not forward.rank:
             return False
         problems = problems_of_call(forward, trains=True)
@@ -89,9 +89,6 @@ class Selector(ModelledSelector):
         if self.recorded(problem) is None:
             self._misses[problem] = None
         return self.look_up(problem)
-
-    def look_up(self, problem: Problem) -> Choice:
-        return self.recorded(problem) or self._modelled(problem)
 
     def recorded(self, problem: Problem) -> Choice | None:
         return self._records.get(_key(problem))

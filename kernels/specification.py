@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_compile.kernels.attention import ATTENTION, read_attention_call
 from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_spec, experts_tensors
+from qlora_compile.kernels.experts.op import QLORA_EXPERTS, bound_experts
 from qlora_compile.kernels.formats.formats import format_of
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.linear_call import bound
@@ -46,36 +46,8 @@ def linear_reference(
     return y + scaling * (adapted @ lora_a.T @ lora_b.T)
 
 
-def experts_reference(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    *,
-    scaling: float = 1.0,
-) -> Tensor:
-    """y [S, N] of x [S, K], weight [E, N, K], bias [E, N], lora_a [E, R, K], lora_b [E, N, R]:
-    rows offsets[e - 1] … offsets[e] go through expert e, those past the last offset give zero."""
-    expert = torch.searchsorted(offsets, torch.arange(x.shape[0]), right=True)
-    served = expert < weight.shape[0]
-    expert = expert.clamp(max=weight.shape[0] - 1)
-    y = torch.einsum("snk,sk->sn", weight[expert], x)
-    if bias is not None:
-        y = y + bias[expert]
-    if lora_a is not None and lora_b is not None:
-        low = torch.einsum("srk,sk->sr", lora_a[expert], x)
-        y = y + scaling * torch.einsum("snr,sr->sn", lora_b[expert], low)
-    return y * served[:, None]
-
-
 def specified_linears(
-    wide: torch.dtype | None,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    seed: Tensor | None,
-    text: str,
+    wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
     """`qlora_linear` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
@@ -138,17 +110,13 @@ class _Linear(torch.autograd.Function):
 
 
 def specified_experts(
-    wide: torch.dtype | None,
-    x: Tensor,
-    tensors: Sequence[Tensor],
-    seed: Tensor | None,
-    text: str,
+    wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
     """`qlora_experts` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
-    spec, own = experts_spec(call), experts_tensors(call, x, tensors)
+    own, spec = bound_experts(call, x, tensors)
     dtype = wide or spec.compute_dtype
-    shape = (own.experts, spec.n, spec.k)
+    shape = (spec.experts, spec.n, spec.k)
     groups = list(own.groups())
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)

@@ -16,8 +16,9 @@ _MOST_VIEWS = 256
 
 
 class _Buffers(threading.local):
-    """Of one thread: two threads that launch on one stream would overwrite each other's weight.
-    views: those handed out of each, which take as long to make as a small product."""
+    """The buffers of one thread: two threads that launch on one stream would overwrite each other's
+    weight. views: the tensors handed out so far, since making one takes as long as a small
+    product."""
 
     def __init__(self) -> None:
         self.by_stream: dict[tuple[torch.device, int], Tensor] = {}

@@ -48,7 +48,7 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
 
 
 def _operators(node: Node) -> list[Any]:
-    """Those that torch computes the call `node` by."""
+    """The operators by which torch computes the call `node`."""
     recorder = _Recorder()
     args: Any
     kwargs: Any

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from qlora_compile.kernels.call import Call, LinearCall
-from qlora_compile.kernels.linear_call import places
+from qlora_compile.kernels.call import Call
+from qlora_compile.kernels.linear_call import tensor_indices
 from qlora_compile.kernels.op import QLORA_LINEAR
 from qlora_compile.passes.nodes import (
     insert_before,
@@ -45,11 +45,6 @@ class FusedCall:
     seed: Any
     call: Call
 
-    @classmethod
-    def of_one(cls, x: Any, nodes: LinearNodes, linear: LinearCall, **others: Any) -> FusedCall:
-        """A single Linear without dropout; others: what else the Call is made of."""
-        return cls(x, (nodes,), None, Call((linear,), **others))
-
     @property
     def arguments(self) -> tuple[Any, ...]:
         """As the op takes them."""
@@ -72,17 +67,8 @@ def read(node: Node) -> FusedCall:
     """What the fused call `node` computes."""
     x, tensors, seed, text = node.args
     call = Call.parse(str(text))
-
-    def at(place: int | None) -> Any:
-        return None if place is None else tensors[place]  # type: ignore[index]
-
-    linears = tuple(
-        LinearNodes(
-            tuple(tensors[each.planes]),  # type: ignore[index]
-            *map(at, (each.bias, each.lora_a, each.lora_b, each.scaling)),
-        )
-        for each in places(call)
-    )
+    named: list[dict[str, Any]] = [each.named(tensors) for each in tensor_indices(call)]  # type: ignore[arg-type]
+    linears = tuple(LinearNodes(**each) for each in named)
     return FusedCall(x, linears, seed, call)
 
 

@@ -39,10 +39,13 @@ class FusedExperts:
 
 @dataclass
 class PassContext:
-    """The Linears of a region, each by its path in it ("self_attn.q_proj"; the base of an adapted
-    one under the adapted path) and weights of experts ("mlp.experts.down_proj"), those to leave
-    alone with the reason, and what became of each. tensors: of each parameter and buffer, by `id`,
-    its names."""
+    """What passes know of a region, and what they record.
+
+    sites: the path in the region of each Linear ("self_attn.q_proj"; the base of an adapted Linear
+    goes by the adapted path) and of each weight of experts ("mlp.experts.down_proj"). kept: those
+    to leave alone, with the reason. fused, experts, unfused: what became of each site. tensors: the
+    names of each parameter and buffer, by its `id`.
+    """
 
     sites: frozenset[str]
     kept: dict[str, str] = field(default_factory=dict)
@@ -68,7 +71,7 @@ class PassContext:
         return site if site in self.sites else None
 
     def _name(self, node: object) -> str:
-        """Of the parameter or buffer that `node` stands for; "" for every other node."""
+        """The name of the parameter or buffer that `node` stands for; "" for every other node."""
         if not isinstance(node, Node) or node.op != "placeholder":
             return ""
         argument = node.meta.get("grapharg")
@@ -93,7 +96,7 @@ def experts_site(name: str) -> str:
 
 
 def tensor_names(module: nn.Module) -> dict[int, list[str]]:
-    """Of each parameter and buffer of `module`, by its `id`, its names: several if it is tied."""
+    """The names of each parameter and buffer of `module`, by its `id`; a tied one has several."""
     found: dict[int, list[str]] = defaultdict(list)
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):

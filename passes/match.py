@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qlora_compile.kernels.call import LinearCall
+from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import UNQUANTIZED
 from qlora_compile.passes.calls import (
@@ -63,14 +64,9 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
             context.unfused[site] = "the base weight is trained"
             continue
         n, k = fake_weight.shape if stored is plane else fake_weight.shape[::-1]
-        fused = FusedCall.of_one(
-            x,
-            LinearNodes((plane,), bias),
-            LinearCall(Layout(UNQUANTIZED, (n, k)), bias is not None),
-            compute_dtype=result.dtype,
-            lora_dtype=result.dtype,
-            out_dtype=result.dtype,
-        )
+        linear = LinearCall(Layout(UNQUANTIZED, (n, k)), bias is not None)
+        call = Call((linear,), result.dtype, result.dtype, result.dtype)
+        fused = FusedCall(x, (LinearNodes((plane,), bias),), None, call)
         replace_node(node, output(node, insert_call(node, fused)))
         rewritten += 1
     return rewritten
@@ -84,9 +80,19 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
     themselves, as in a low-rank branch of the model's own, stay linears.
     """
     graph = graph_module.graph
+
+    @functools.cache
+    def seed_on(device: torch.device) -> Node:
+        # One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
+        # activation checkpointing, which restores the generator's state, reproduce the masks.
+        options = {"dtype": torch.int64, "device": device}
+        return _insert_first(graph, torch.randint, 0, _SEED_LIMIT, (1,), **options)
+
+    @functools.cache
+    def scaling_tensor(value: float, device: torch.device, dtype: torch.dtype) -> Node:
+        return _insert_first(graph, torch.full, (1,), value, dtype=dtype, device=device)
+
     rewritten = 0
-    seeds: dict[torch.device, Node] = {}
-    scalings = _Scalings(graph)
     for node in list(graph.nodes):
         branch = _match_branch(node)
         if branch is None or any(map(context.site_of, (branch.lora_a, branch.lora_b))):
@@ -99,22 +105,19 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
             continue
         if _is_apart(branch, node):
             continue
-        seed = None
-        if branch.dropout > 0.0:
-            if fake_x.device not in seeds:
-                seeds[fake_x.device] = _draw_seed(graph, fake_x.device)
-            seed = seeds[fake_x.device]
+        seed = seed_on(fake_x.device) if branch.dropout > 0.0 else None
         lora_a, lora_b = branch.lora_a, branch.lora_b
-        rank = low_rank.shape[-1]
-        lora_dtype = low_rank.dtype
+        rank, lora_dtype = low_rank.shape[-1], low_rank.dtype
+        # A scaling is a tensor [1] of this dtype.
+        wide = torch.promote_types(torch.float32, lora_dtype)
         if nodes.lora_a is None:
             scaling = branch.scaling
             if not isinstance(scaling, Node):
-                scaling = scalings.tensor(float(scaling), fake_x.device, lora_dtype)
+                scaling = scaling_tensor(float(scaling), fake_x.device, wide)
         else:
             if base.call.lora_dtype != lora_dtype:
                 continue
-            scaling = scalings.tensor(1.0, fake_x.device, lora_dtype)
+            scaling = scaling_tensor(1.0, fake_x.device, wide)
             factors = ((nodes.lora_b, nodes.scaling), (lora_b, branch.scaling))
             scaled = [insert_before(node, torch.mul, factor) for factor in factors]
             lora_a = insert_before(node, torch.cat, ([nodes.lora_a, lora_a],))
@@ -181,9 +184,11 @@ def _match_branch(add: Node) -> _Branch | None:
         if not is_linear(second):
             continue
         first = _strip_private(linear_operands(second)[0])
-        if not _is_plain_linear(first):
+        if not is_linear(first):
             continue
-        adapted, lora_a, _ = linear_operands(first)
+        adapted, lora_a, no_bias = linear_operands(first)
+        if no_bias is not None:
+            continue
         _, lora_b, bias = linear_operands(second)
         before = _strip_private(adapted)
         # Of one that nobody else uses.
@@ -231,40 +236,10 @@ def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
     return source if source is strip_casts(adapter_x) else None
 
 
-@dataclass
-class _Scalings:
-    """The tensors of a graph's scalings, one for each value, dtype and device."""
-
-    graph: Graph
-    known: dict[Hashable, Node] = field(default_factory=dict)
-
-    def tensor(self, value: float, device: torch.device, lora_dtype: torch.dtype) -> Node:
-        """A node that holds `value`: float32 [1], or float64 where the adapter's product is."""
-        dtype = torch.promote_types(torch.float32, lora_dtype)
-        key = (value, device, dtype)
-        if key not in self.known:
-            anchor = _first_computed(self.graph)
-            self.known[key] = insert_before(
-                anchor, torch.full, ((1,), value), dtype=dtype, device=device
-            )
-        return self.known[key]
-
-
-def _draw_seed(graph: Graph, device: torch.device) -> Node:
-    """One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
-    activation checkpointing, which restores the generator's state, reproduce the masks."""
-    return insert_before(
-        _first_computed(graph),
-        torch.randint,
-        (0, _SEED_LIMIT, (1,)),
-        dtype=torch.int64,
-        device=device,
-    )
-
-
-def _first_computed(graph: Graph) -> Node:
-    """The first node that computes a tensor: no_grad and autocast are nodes too."""
-    return next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
+def _insert_first(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """A call inserted before all that computes tensors: no_grad and autocast are nodes too."""
+    first = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
+    return insert_before(first, target, args, **kwargs)
 
 
 def _is_number(node: Any) -> bool:
@@ -278,10 +253,6 @@ def _is_number(node: Any) -> bool:
         and value.is_floating_point()
         and not value.requires_grad
     )
-
-
-def _is_plain_linear(node: Any) -> bool:
-    return is_linear(node) and linear_operands(node)[2] is None
 
 
 def _strip_private(node: Any) -> Any:

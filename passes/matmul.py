@@ -36,7 +36,7 @@ def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
             continue
         weight = transposed(factor)
         site = context.site_of(factor if weight is None else weight)
-        if site is None or _rank(factor) != 2:
+        if site is None or len(_shape(factor)) != 2:
             continue
         last = node
         if bias is None:
@@ -67,7 +67,7 @@ def _with_bias(product: Node, site: str, context: PassContext) -> tuple[Node, An
     user = next(iter(product.users), None)
     if is_private(product) and user is not None and user.target in ADDS and not user.kwargs:
         others = [argument for argument in user.args if argument is not product]
-        if len(others) == 1 and context.site_of(others[0]) == site and _rank(others[0]) == 1:
+        if len(others) == 1 and context.site_of(others[0]) == site and len(_shape(others[0])) == 1:
             return user, others[0]
     return product, None
 
@@ -85,11 +85,6 @@ def _without_views(product: Node, x: Any) -> tuple[Node, Any]:
 
 def _is_view(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_method" and node.target in _VIEWS
-
-
-def _rank(node: Any) -> int | None:
-    value = example(node)
-    return None if value is None else value.dim()
 
 
 def _shape(node: Any) -> tuple[Any, ...]:

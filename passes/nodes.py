@@ -87,7 +87,7 @@ def transposed(node: Any) -> Node | None:
 
 
 def dropout_probability(node: object) -> float | None:
-    """Of a dropout, 0 outside training; None of every other node."""
+    """The probability of the dropout `node`, 0 outside training; None for every other node."""
     if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
         return None
     call: dict[str, Any] = {"p": 0.5, "training": True}
@@ -109,8 +109,8 @@ def written_by(node: Node) -> list[Node]:
     schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
     if schema is not None:
         call = dict(enumerate(node.args)) | node.kwargs
-        places = enumerate(schema.arguments)
-        written += [call.get(i, call.get(each.name)) for i, each in places if each.is_write]
+        arguments = enumerate(schema.arguments)
+        written += [call.get(i, call.get(each.name)) for i, each in arguments if each.is_write]
     elif node.args and _writes_first(node):
         written.append(node.args[0])
     found: list[Node] = []
@@ -130,8 +130,8 @@ def _writes_first(node: Node) -> bool:
 
 
 def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
-    """Whether what reads `reads` at `first` may not do so at `last`, or the other way round: on the
-    way somebody may write to their memory, or autograd is switched on or off."""
+    """Whether reading `reads` must not be moved from `first` to `last` or back: a node in between
+    may write to their memory, or it switches autograd on or off."""
     storages = {_storage(node) for node in reads}
     node = first.next
     while node is not last:

@@ -15,13 +15,7 @@ from torch.fx import GraphModule, Node
 
 from qlora_compile.passes.calls import FusedCall, insert_call, is_fused, output, read
 from qlora_compile.passes.context import PassContext
-from qlora_compile.passes.nodes import (
-    example,
-    is_barred,
-    is_cast,
-    is_written,
-    replace_node,
-)
+from qlora_compile.passes.nodes import example, is_barred, is_cast, is_written, replace_node
 
 _MOVABLE = (torch.add, torch.cat, torch.mul)
 """What the passes themselves put between a parameter and a call."""

@@ -79,7 +79,7 @@ def layer(rows: int, n: int, k: int, device: str) -> Layer:
 
 def ours(layer: Layer, direction: Direction) -> Iterator[tuple[str, Run]]:
     """Each variant with each of its configs for this device."""
-    tensors, spec, grad = layer.tensors, layer.spec, layer.grad
+    group, grad = [(layer.tensors, layer.spec)], layer.grad
     problem = problem_of(layer.call, direction, layer.x.shape[0], layer.x)
     needs = NeedsGradient(True, True, False)
     for variant in VARIANTS:
@@ -88,9 +88,9 @@ def ours(layer: Layer, direction: Direction) -> Iterator[tuple[str, Run]]:
         for config in variant.configs(problem):
             name = f"{variant.name} {config.label}".removesuffix(" -")
             if direction == "forward":
-                yield name, lambda v=variant, c=config: v.forward(tensors, spec, c)
+                yield name, lambda v=variant, c=config: v.forward_group(group, c)
             else:
-                yield name, lambda v=variant, c=config: v.backward(grad, tensors, spec, needs, c)
+                yield name, lambda v=variant, c=config: v.backward_group([grad], group, needs, c)
 
 
 def autograd(run: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer, direction: str) -> Run:

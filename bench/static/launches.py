@@ -27,8 +27,8 @@ from qlora_compile.kernels.problem import Direction, Problem
 from qlora_compile.kernels.variants.base import LinearSpec
 from qlora_compile.kernels.variants.decoding import dequantize_decoder
 from qlora_compile.kernels.variants.fused import Fused, Skinny
+from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 from qlora_compile.kernels.variants.tail import Tail
-from qlora_compile.kernels.variants.triton_variant import GemmVariant
 
 ROWS, WIDTH = 4096, 4096
 _FEW_ROWS = 16

@@ -24,12 +24,12 @@ _ARGUMENTS = (
 
 
 def available(*operands: Tensor) -> bool:
-    """Whether the gradients of attention between such can be computed so."""
+    """Whether `gradients` takes such operands."""
     return expected(*operands) and _kernel() is not None
 
 
 def expected(*operands: Tensor) -> bool:
-    """`available`, as far as that is known before the kernel is built."""
+    """Whether they are `available`, unless the kernel turns out not to build."""
     kind = {(each.device.type, each.dtype) for each in operands}
     return kind == {("cpu", torch.bfloat16)} and amx.available()
 
@@ -51,7 +51,8 @@ def gradients(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value, in their dtypes and strides; all but `grad` of contiguous rows.
+    """The gradients of query, key and value, in their dtypes and strides. All operands but `grad`
+    have contiguous rows.
 
     query, grad, out: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], each for
     H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. attn_mask:

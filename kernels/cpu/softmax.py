@@ -95,9 +95,9 @@ def cross_entropy_rows(
     ignored: int,
     differentiates: bool,
 ) -> None:
-    """Of z = factor * `logits` (bfloat16 [m, V], contiguous) writes to `sums`, each float32 [m],
-    every row's log-sum-exp, its label's z and the sum of its z; if it `differentiates`, `logits`
-    become the gradient of each row's loss with respect to themselves, 0 in the `ignored` rows.
+    """Writes every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z
+    to `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 [m, V] and
+    contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
 
     labels: int64 [m], in [0, V) or `ignored`.
     """

@@ -20,7 +20,7 @@ _ARGUMENTS = (
 
 
 def available(rows: Tensor, factor: torch.dtype) -> bool:
-    """Whether products of `rows` and a factor of that dtype can be computed so."""
+    """Whether the functions below multiply `rows` with a factor of that dtype."""
     return (
         rows.numel() > 0
         and rows.device.type == "cpu"

@@ -42,8 +42,8 @@ static inline void store(float* out, float value) { *out = value; }
 
 @functools.cache
 def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
-    """The function `kernel` of a C++ source as one of Python's. arguments: its types in C++, of
-    which a pointer takes a tensor."""
+    """Compiles a C++ source and returns its function `kernel` as a Python function. arguments: the
+    C++ types of its parameters; a pointer takes a tensor."""
     choose_instructions()
     return _built(source, arguments)
 

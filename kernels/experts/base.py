@@ -3,102 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
-from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.packed import PackedWeight
-from qlora_compile.kernels.problem import Direction
+from qlora_compile.kernels.layout import OfLayout
+from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.variants.base import LinearGradients, LinearSpec, LinearTensors
+
+
+class _OfExperts(OfLayout):
+    """What has the `layout` of the weights of `experts`, all as one [E * N, K]."""
+
+    experts: int
+
+    @property
+    def n(self) -> int:
+        """Rows of each expert's W."""
+        return self.layout.shape[0] // self.experts
 
 
 @dataclass(frozen=True)
-class ExpertsProblem:
+class ExpertsProblem(_OfExperts, Problem):
     """One direction of y[s] = x[s] @ W[e]ᵀ + bias[e] + scaling * x[s] A[e]ᵀ B[e]ᵀ for every row s
     of expert e.
 
-    `m`: rows of all experts together, bucketed; the rest is exact. `layout`: of all W as one
-    [E * N, K]. `rank`: of each expert. The dtypes as in `Problem`; the adapter runs in
-    `compute_dtype`.
+    `m`: rows of all experts together, bucketed. `rank`: of each expert. The adapter runs in
+    `compute_dtype`; nothing is dropped out or saved.
     """
 
-    direction: Direction
-    m: int
-    experts: int
-    layout: Layout
-    rank: int
-    x_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    out_dtype: torch.dtype
-    bias: bool
-    device: str
-
-    @property
-    def n(self) -> int:
-        """Rows of each expert's W."""
-        return self.layout.shape[0] // self.experts
-
-    @property
-    def k(self) -> int:
-        """Columns of each expert's W."""
-        return self.layout.shape[1]
+    experts: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class ExpertsSpec:
-    """The constants of one call; layout: of all W as one [E * N, K]."""
+class ExpertsSpec(_OfExperts, LinearSpec):
+    """The constants of one call."""
 
-    layout: Layout
-    experts: int
-    compute_dtype: torch.dtype
-    out_dtype: torch.dtype
-
-    @property
-    def n(self) -> int:
-        """Rows of each expert's W."""
-        return self.layout.shape[0] // self.experts
-
-    @property
-    def k(self) -> int:
-        """Columns of each expert's W."""
-        return self.layout.shape[1]
+    experts: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class ExpertsTensors:
+class ExpertsTensors(LinearTensors):
     """x [S, K], its rows sorted by expert; offsets int32 [E], the end of each expert's rows.
 
     planes: of one PackedWeight of shape [E * N, K], expert e in the rows from e * N, or one plain
     weight [E, N, K] of any strides. bias [E, N]; lora_a [E, R, K] and lora_b [E, N, R], of any
-    strides; scaling, one float32 element, where lora_a and lora_b are.
+    strides; scaling, one float32 element, where lora_a and lora_b are. No seed and no low_rank.
     """
 
-    x: Tensor
-    offsets: Tensor
-    planes: Sequence[Tensor]
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    scaling: Tensor | None
-
-    @property
-    def scale(self) -> float | Tensor:
-        """Scaling as a number on a CPU; elsewhere the tensor, as reading it would wait for the
-        device."""
-        assert self.scaling is not None
-        return self.scaling.item() if self.scaling.device.type == "cpu" else self.scaling
-
-    @property
-    def experts(self) -> int:
-        return self.offsets.shape[0]
-
-    def packed(self, spec: ExpertsSpec) -> PackedWeight:
-        """The weight of all experts, where it is quantised."""
-        return format_named(spec.layout.format).packed(spec.layout, self.planes)
+    offsets: Tensor = field(kw_only=True)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
         """Pairs (expert, its rows) of the experts that have any; reads `offsets` on the host."""
@@ -107,15 +63,6 @@ class ExpertsTensors:
             if end > start:
                 yield expert, slice(start, end)
             start = max(start, end)
-
-
-@dataclass(frozen=True)
-class ExpertsGradients:
-    """Of x, lora_a and lora_b, None where not asked for; dtypes are their tensors' own."""
-
-    x: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
 
 
 class ExpertsVariant(ABC):
@@ -137,13 +84,7 @@ class ExpertsVariant(ABC):
 
     @abstractmethod
     def backward(
-        self,
-        grad: Tensor,
-        tensors: ExpertsTensors,
-        spec: ExpertsSpec,
-        *,
-        needs_x: bool,
-        needs_adapter: bool,
-    ) -> ExpertsGradients:
+        self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
+    ) -> LinearGradients:
         """Gradients for `grad` [S, N], zero for experts without rows and rows past the last
         offset; weight and bias are frozen."""

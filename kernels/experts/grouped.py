@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.experts.base import (
-    ExpertsGradients,
     ExpertsProblem,
     ExpertsSpec,
     ExpertsTensors,
@@ -18,46 +18,16 @@ from qlora_compile.kernels.experts.base import (
 from qlora_compile.kernels.formats.formats import format_named, format_of
 from qlora_compile.kernels.gpu.configs import (
     FUSED_UTILIZATION,
+    GROUPED,
+    GROUPED_DENSE,
     TAIL_UTILIZATION,
     GemmConfig,
     adapter_width,
 )
 from qlora_compile.kernels.gpu.target import target_of, tuned_target, why_no_target
 from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.variants.base import LinearGradients
 from qlora_compile.kernels.variants.decoding import decoder_names
-
-_FEW = GemmConfig(16, 64, 128, 4, 4, "prmt", weight_left=True, inline=True)
-_SM80 = GemmConfig(128, 128, 32, 4, 3, "prmt", 3, weight_left=True)
-_SM90 = GemmConfig(128, 128, 64, 8, 3, "prmt", descriptor=True, prefetch=True)
-_GFX9 = GemmConfig(128, 128, 64, 8, 2, "plain")
-
-GROUPED: dict[str, tuple[GemmConfig, ...]] = {
-    **dict.fromkeys(
-        ("sm_80", "sm_89"), (_FEW, replace(_SM80, block_m=64), replace(_SM80, largest_width=16))
-    ),
-    **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
-    **dict.fromkeys(
-        ("gfx942", "gfx950"),
-        (replace(_FEW, decoder="plain"), replace(_GFX9, block_m=64), _GFX9),
-    ),
-}
-"""Of packed weights, by `tuned_target`: for a few rows an expert, for some, for many."""
-
-_DENSE_FEW = GemmConfig(16, 64, 128, 4, 3, weight_left=True)
-_DENSE = GemmConfig(128, 128, 64, 8, 3)
-
-GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
-    **dict.fromkeys(
-        ("sm_80", "sm_90", "sm_100"),
-        (_DENSE_FEW, replace(_DENSE, block_m=64, num_warps=4), _DENSE),
-    ),
-    "sm_89": (_DENSE_FEW, replace(_DENSE, block_m=64, num_warps=4), replace(_DENSE, block_r=32)),
-    **dict.fromkeys(
-        ("gfx942", "gfx950"),
-        tuple(replace(c, num_stages=2) for c in (_DENSE_FEW, replace(_DENSE, block_m=64), _DENSE)),
-    ),
-}
-"""Of weights in their own dtype."""
 
 _TALLEST_BYTES = {"sm_80": 64, "sm_89": 64}
 """Rows of a tile with which decoders of 8-bit codes do not spill registers, where there is a
@@ -104,20 +74,7 @@ def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceMode
     filled = min(1.0, tiles * -(-columns // config.block_c) / device.sms)
     moved = active * n * k * _weight_bytes(problem) + 2 * problem.m * (n + k)
     seconds = max(compute, device.stream_seconds(moved) / filled) + LAUNCH_SECONDS
-    return seconds + _adapter_seconds(problem, device)
-
-
-def decoded_first_cost(problem: ExpertsProblem, device: DeviceModel) -> float:
-    """Modelled seconds of decoding all of W to memory, rows or no rows, and the vendor's grouped
-    product after it (`torch.nn.functional.grouped_mm`)."""
-    active, tiles = _tiles(problem, 128)
-    n, k = problem.n, problem.k
-    weights = problem.experts * n * k
-    seconds = device.stream_seconds(weights * (_weight_bytes(problem) + 2)) + LAUNCH_SECONDS
-    compute = 2 * tiles * 128 * n * k / (device.flops * device.vendor_efficiency)
-    moved = 2 * active * n * k + 2 * problem.m * (n + k)
-    seconds += max(compute, device.stream_seconds(moved)) + LAUNCH_SECONDS
-    return seconds + _adapter_seconds(problem, device)
+    return seconds + adapter_seconds(problem, device)
 
 
 def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
@@ -133,7 +90,7 @@ def _weight_bytes(problem: ExpertsProblem) -> float:
     return format_named(problem.layout.format).bytes_per_weight(problem.layout)
 
 
-def _adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
+def adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
     """Of the thin products: each reads a tall operand once, and all factors."""
     if not problem.rank:
         return 0.0
@@ -179,24 +136,15 @@ class GroupedExperts(ExpertsVariant):
         return grouped_forward(tensors, spec, _config(tensors, spec))
 
     def backward(
-        self,
-        grad: Tensor,
-        tensors: ExpertsTensors,
-        spec: ExpertsSpec,
-        *,
-        needs_x: bool,
-        needs_adapter: bool,
-    ) -> ExpertsGradients:
+        self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
+    ) -> LinearGradients:
         from qlora_compile.kernels.gpu.grouped_launch import grouped_backward
 
-        config = _config(tensors, spec)
-        return grouped_backward(
-            grad, tensors, spec, config, needs_x=needs_x, needs_adapter=needs_adapter
-        )
+        return grouped_backward(grad, tensors, spec, _config(tensors, spec), needs)
 
 
 def _config(tensors: ExpertsTensors, spec: ExpertsSpec) -> GemmConfig:
     target = target_of(str(tensors.x.device))
     assert target is not None
     rank = 0 if tensors.lora_a is None else tensors.lora_a.shape[1]
-    return grouped_config(target, tensors.x.shape[0], tensors.experts, rank, spec.layout)
+    return grouped_config(target, tensors.x.shape[0], spec.experts, rank, spec.layout)

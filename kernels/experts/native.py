@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.experts.base import (
-    ExpertsGradients,
     ExpertsProblem,
     ExpertsSpec,
     ExpertsTensors,
     ExpertsVariant,
 )
 from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.variants.base import LinearGradients, known_scaling
 from qlora_compile.kernels.variants.native_adapter import native_dtypes
 from qlora_compile.kernels.workspace import workspace
 
@@ -54,6 +55,7 @@ class NativeExperts(ExpertsVariant):
     def forward(self, tensors: ExpertsTensors, spec: ExpertsSpec) -> Tensor:
         dtype = _gemm_dtype(tensors.x, spec)
         y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
+        scaling = known_scaling(tensors.scaling)
         end = 0
         for expert, rows in tensors.groups():
             x, end = tensors.x[rows].to(dtype), rows.stop
@@ -64,7 +66,7 @@ class NativeExperts(ExpertsVariant):
             else:
                 torch.addmm(tensors.bias[expert].to(dtype), x, weight.t(), out=part)
             if tensors.lora_a is not None and tensors.lora_b is not None:
-                low, scale = x @ tensors.lora_a[expert].to(dtype).t(), tensors.scale
+                low, scale = x @ tensors.lora_a[expert].to(dtype).t(), scaling
                 if isinstance(scale, Tensor):
                     low, scale = low.mul_(scale), 1.0
                 part.addmm_(low, tensors.lora_b[expert].to(dtype).t(), alpha=scale)
@@ -74,20 +76,14 @@ class NativeExperts(ExpertsVariant):
         return y
 
     def backward(
-        self,
-        grad: Tensor,
-        tensors: ExpertsTensors,
-        spec: ExpertsSpec,
-        *,
-        needs_x: bool,
-        needs_adapter: bool,
-    ) -> ExpertsGradients:
-        dtype = _gemm_dtype(tensors.x, spec)
+        self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
+    ) -> LinearGradients:
+        dtype, scaling = _gemm_dtype(tensors.x, spec), known_scaling(tensors.scaling)
         lora_a, lora_b = tensors.lora_a, tensors.lora_b
         # Gradients are contiguous, whatever the strides of their tensors are.
         grad_x = torch.empty(tensors.x.shape, dtype=tensors.x.dtype, device=grad.device)
         grad_a = grad_b = None
-        if needs_adapter and lora_a is not None and lora_b is not None:
+        if needs.adapter and lora_a is not None and lora_b is not None:
             grad_a, grad_b = (
                 torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
                 for factor in (lora_a, lora_b)
@@ -98,8 +94,8 @@ class NativeExperts(ExpertsVariant):
             a = b = grad_low = None
             if lora_a is not None and lora_b is not None:
                 a, b = lora_a[expert].to(dtype), lora_b[expert].to(dtype)
-                grad_low = (g @ b).mul_(tensors.scale)
-            if needs_x:
+                grad_low = (g @ b).mul_(scaling)
+            if needs.x:
                 part = g @ _decoded(tensors, spec, expert, dtype)
                 if a is not None and grad_low is not None:
                     part.addmm_(grad_low, a)
@@ -107,9 +103,9 @@ class NativeExperts(ExpertsVariant):
             if grad_a is not None and grad_b is not None and a is not None and grad_low is not None:
                 x = tensors.x[rows].to(dtype)
                 grad_a[expert] = grad_low.t() @ x
-                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(tensors.scale)
+                grad_b[expert] = (g.t() @ (x @ a.t())).mul_(scaling)
         grad_x[end:] = 0
-        return ExpertsGradients(grad_x if needs_x else None, grad_a, grad_b)
+        return LinearGradients(grad_x if needs.x else None, grad_a, grad_b)
 
 
 def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:
@@ -121,7 +117,7 @@ def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: tor
     quant_format = format_of(spec.layout)
     if quant_format is None:
         return tensors.planes[0][expert].to(dtype)
-    packed = tensors.packed(spec)
+    packed = quant_format.packed(spec.layout, tensors.planes)
     first = expert * spec.n
     # Where decoding cannot begin with this expert, from the last row on where it can.
     start = first - first % quant_format.row_alignment(spec.layout)

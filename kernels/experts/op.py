@@ -3,68 +3,35 @@ that `qlora_linear` has."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
+from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.registry import choose
-from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.library import OpFunction, register, register_backward
-from qlora_compile.kernels.linear_call import places, problem_of, specs
+from qlora_compile.kernels.linear_call import bound, problem_of
+from qlora_compile.kernels.op import register_fused, text_of_one
 from qlora_compile.kernels.problem import Direction
 
 
-def experts_spec(call: Call) -> ExpertsSpec:
-    """The constants of an experts' Call as variants take them."""
-    (spec,) = specs(call)
-    return ExpertsSpec(
-        layout=spec.layout,
-        experts=call.experts,
-        compute_dtype=spec.compute_dtype,
-        out_dtype=spec.out_dtype,
-    )
-
-
-def experts_tensors(call: Call, x: Tensor, tensors: Sequence[Any]) -> ExpertsTensors:
-    """The tensors of an experts' Call by their names: first the offsets, then as `places` tells."""
-    offsets, *others = tensors
-    (place,) = places(call)
-
-    def at(index: int | None) -> Any:
-        return None if index is None else others[index]
-
-    return ExpertsTensors(
-        x=x,
-        offsets=offsets,
-        planes=others[place.planes],
-        bias=at(place.bias),
-        lora_a=at(place.lora_a),
-        lora_b=at(place.lora_b),
-        scaling=at(place.scaling),
+def bound_experts(
+    call: Call, x: Tensor, tensors: Sequence[Any]
+) -> tuple[ExpertsTensors, ExpertsSpec]:
+    """The tensors of an experts' Call by their names, and its constants. tensors: the offsets come
+    first, then the others in the order of `tensor_indices`."""
+    ((own, spec),) = bound(call, x, tensors, None)
+    return (
+        ExpertsTensors(**vars(own), offsets=tensors[0]),
+        ExpertsSpec(**vars(spec), experts=call.experts),
     )
 
 
 def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> ExpertsProblem:
     """The Problem of an experts' Call in one direction, for `rows` rows of all experts together."""
-    problem = problem_of(call, direction, rows, x)
-    return ExpertsProblem(
-        direction=direction,
-        m=problem.m,
-        experts=call.experts,
-        layout=problem.layout,
-        rank=problem.rank,
-        x_dtype=problem.x_dtype,
-        compute_dtype=problem.compute_dtype,
-        out_dtype=problem.out_dtype,
-        bias=problem.bias,
-        device=problem.device,
-    )
+    return ExpertsProblem(**vars(problem_of(call, direction, rows, x)), experts=call.experts)
 
 
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
@@ -77,14 +44,7 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
     call = Call.parse(text)
     with torch.autocast(x.device.type, enabled=False):
         choice = choose(experts_problem(call, "forward", x.shape[0], x))
-        return [choice.variant.forward(experts_tensors(call, x, tensors), experts_spec(call))]
-
-
-def _fake_forward(
-    x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    return [x.new_empty((x.shape[0], experts_spec(call).n), dtype=call.out_dtype)]
+        return [choice.variant.forward(*bound_experts(call, x, tensors))]
 
 
 def _backward(
@@ -94,56 +54,12 @@ def _backward(
     call = Call.parse(text)
     with torch.autocast(x.device.type, enabled=False):
         choice = choose(experts_problem(call, "backward", x.shape[0], x))
-        found = choice.variant.backward(
-            grads[0],
-            experts_tensors(call, x, tensors),
-            experts_spec(call),
-            needs_x=call.needs.x,
-            needs_adapter=call.needs.adapter,
-        )
+        found = choice.variant.backward(grads[0], *bound_experts(call, x, tensors), call.needs)
     return [grad for grad in (found.x, found.lora_a, found.lora_b) if grad is not None]
 
 
-def _fake_backward(
-    grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
-) -> list[Tensor]:
-    call = Call.parse(text)
-    own = experts_tensors(call, x, tensors)
-    factors = (own.lora_a, own.lora_b) if call.needs.adapter else ()
-    needed = [x] * call.needs.x + [factor for factor in factors if factor is not None]
-    return [tensor.new_empty(tensor.shape) for tensor in needed]
-
-
-class _Experts(OpFunction):
-    """Saves x and handles to what is stored anyway; the low-rank product is computed again."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, ctx.text, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, seed, *tensors = ctx.saved_tensors
-        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        call = Call.parse(ctx.text)
-        (place,) = places(call)
-        # Behind the offsets.
-        factors = [] if place.lora_a is None else [place.lora_a + 1, place.lora_a + 2]
-        needs_adapter = any(needs[i] for i in factors)
-        results: list[Tensor | None] = [None] * len(tensors)
-        if not (needs_x or needs_adapter):
-            return None, None, None, None, None, *results
-        call = replace(call, needs=NeedsGradient(needs_x, needs_adapter))
-        found = iter(QLORA_EXPERTS_BACKWARD(list(grads), x, tensors, seed, str(call)))
-        grad_x = next(found) if needs_x else None
-        for i, each in zip(factors, found, strict=False):
-            results[i] = each
-        return None, None, None, grad_x, None, *results
-
-
-QLORA_EXPERTS = register("qlora_experts", _forward, _fake_forward, _Experts)
-QLORA_EXPERTS_BACKWARD = register_backward("qlora_experts_backward", _backward, _fake_backward)
+QLORA_EXPERTS: Any = register_fused("qlora_experts", _forward, _backward)
+"""The op as it appears in a graph."""
 
 
 def experts_linear(
@@ -162,18 +78,6 @@ def experts_linear(
     scaling.
     """
     rank = 0 if adapter is None else adapter[0].shape[1]
-    text = _text(layout, bias is not None, rank, offsets.shape[0], dtype)
+    text = text_of_one(layout, bias is not None, rank, dtype, dtype, offsets.shape[0])
     others = [*([] if bias is None else [bias]), *(adapter or ())]
     return QLORA_EXPERTS(x, [offsets, *planes, *others], None, text)[0]
-
-
-# Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
-@torch.compiler.assume_constant_result
-def _text(*constants: Any) -> str:
-    return _cached_text(*constants)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cached_text(layout: str, bias: bool, rank: int, experts: int, dtype: torch.dtype) -> str:
-    linear = LinearCall(Layout.parse(layout), bias, rank)
-    return str(Call((linear,), dtype, dtype, dtype, experts=experts))

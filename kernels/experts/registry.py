@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from qlora_compile.errors import NoVariantError
-from qlora_compile.kernels.device_model import CPU, DeviceModel, device_model
+from qlora_compile.kernels.device_model import CPU, DeviceModel
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsVariant
 from qlora_compile.kernels.experts.grouped import GroupedExperts
 from qlora_compile.kernels.experts.native import NativeExperts
-from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.selection import able, model_for
 
 EXPERTS_VARIANTS: tuple[ExpertsVariant, ...] = (NativeExperts(), GroupedExperts())
 
@@ -24,10 +23,9 @@ class ExpertsChoice:
 
 
 def choose(problem: ExpertsProblem) -> ExpertsChoice:
-    """As `cheapest`, on the problem's own device."""
-    target = target_of(problem.device)
+    """Like `cheapest`, on the problem's own device."""
     # On CPU the same on every run: not by figures that were measured.
-    return cheapest(problem, CPU if target is None else device_model(problem.device, target))
+    return cheapest(problem, model_for(problem.device, CPU))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -36,10 +34,6 @@ def cheapest(problem: ExpertsProblem, model: DeviceModel) -> ExpertsChoice:
 
     Raises NoVariantError, with every reason, when all reject it.
     """
-    reasons = {variant.name: variant.rejects(problem) for variant in EXPERTS_VARIANTS}
-    able = [variant for variant in EXPERTS_VARIANTS if not reasons[variant.name]]
-    if not able:
-        listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
-        raise NoVariantError(problem=problem, reasons=listed)
-    costs = [ExpertsChoice(variant, variant.cost(problem, model)) for variant in able]
+    variants = able(EXPERTS_VARIANTS, problem)
+    costs = [ExpertsChoice(variant, variant.cost(problem, model)) for variant in variants]
     return min(costs, key=lambda choice: choice.seconds)

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qlora_compile.errors import (
-    BlockSizeError,
-    PackedWeightError,
-    RowRangeError,
-    WeightShapeError,
-)
-from qlora_compile.kernels.layout import Layout, Plane
+from qlora_compile.errors import BlockSizeError, PackedWeightError, RowRangeError, WeightShapeError
+from qlora_compile.kernels.layout import Layout, Plane, slices
 from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -148,8 +143,7 @@ class QuantFormat(ABC):
         time. memory: where so many rows are decoded to, None for memory of their own."""
         total, alignment = packed.shape[0], self.row_alignment(packed.layout)
         step = total if rows >= total else max(rows // alignment, 1) * alignment
-        for start in range(0, total, step):
-            n = slice(start, min(start + step, total))
+        for n in slices(total, step):
             out = memory(n.stop - n.start)
             yield n, self.dequantize_rows(packed, n.start, n.stop, dtype, out)
 
@@ -184,8 +178,8 @@ class QuantFormat(ABC):
     def prepared(
         self, layout: Layout, tensors: Sequence[Tensor]
     ) -> tuple[Layout, Sequence[Tensor]]:
-        """The same weight in planes that a kernel which reads each many times decodes faster, and
-        their Layout; computed on the device where there is something to prepare."""
+        """The Layout and the planes of the same weight in a form that decodes faster, for kernels
+        that read each plane many times; computed on the device if the format has such a form."""
         return layout, tensors
 
     def device_obstacle(self, layout: Layout) -> str | None:

@@ -10,18 +10,8 @@ from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.fp4 import FP4
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nf4 import NF4
-from qlora_compile.kernels.layout import UNQUANTIZED, Layout, Plane
-
-__all__ = [
-    "FORMATS",
-    "UNQUANTIZED",
-    "format_named",
-    "format_of",
-    "meta_tensors",
-    "plane_count",
-    "planes_of",
-    "register",
-]
+from qlora_compile.kernels.layout import UNQUANTIZED as UNQUANTIZED
+from qlora_compile.kernels.layout import Layout, Plane
 
 FORMATS: list[QuantFormat] = [NF4, FP4, INT8]
 """Every format there is; the first one with so many bits is the usual one of them."""

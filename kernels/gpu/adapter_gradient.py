@@ -5,30 +5,19 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.philox import kept
+from qlora_compile.kernels.gpu.philox import is_kept
 from qlora_compile.kernels.gpu.wide_dot import dot_float32_right
 
 
+# fmt: off
 @triton.jit
 def adapter_gradient_kernel(
-    z,
-    z_stride,
-    low,
-    bits,
-    out,
-    out_stride_split,
-    out_stride_c,
-    out_stride_r,
-    M,
-    C,
-    rank,
-    LORA: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BRANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN_C: tl.constexpr,
+    z, z_stride, low, bits, out, out_stride_split, out_stride_c, out_stride_r,
+    M, C, rank,
+    LORA: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BRANK: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN_C: tl.constexpr,
 ):
+    # fmt: on
     """out [SPLITS, C, rank] by its strides, float32: parts of drop(z) [M, C]ᵀ @ low [M, rank].
 
     The product runs in LORA; float32 keeps every bit of `low` against a 16-bit z.
@@ -50,7 +39,7 @@ def adapter_gradient_kernel(
             loaded = loaded & (columns < C)[None, :]
         zs = tl.load(z + rows[:, None] * z_stride + columns[None, :], mask=loaded, other=0.0)
         if bits is not None:
-            keep = kept(bits, m0, tl.arange(0, BM)[:, None], columns[None, :], C, loaded)
+            keep = is_kept(bits, m0, tl.arange(0, BM)[:, None], columns[None, :], C, loaded)
             zs = tl.where(keep, zs, 0.0).to(zs.dtype)
         ls = tl.load(
             low + rows[:, None] * rank + ranks[None, :],

@@ -10,23 +10,23 @@ import triton.language as tl
 # fmt: off
 @triton.jit
 def _operand(
-    source, stride_split, stride_row, stride_rank, scaling, kept, out, scale, total, tile, rows,
+    planes, stride_split, stride_row, stride_rank, scaling, factor, out, scale, total, tile, rows,
     rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS planes of source, times the
-    number at `scaling` and `kept` if there is one."""
+    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS `planes`, times `factor` and
+    the number at `scaling` unless that is None."""
     at = tile * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, BRANK)
     inside = (at < rows)[:, None] & (ranks < rank)[None, :]
-    base = source + tl.cast(at, tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank
+    base = planes + tl.cast(at, tl.int64)[:, None] * stride_row + ranks[None, :] * stride_rank
     values = tl.zeros((ROWS, BRANK), tl.float32)
     for split in tl.static_range(SPLITS):
         values += tl.load(base + split * stride_split, mask=inside, other=0.0).to(tl.float32)
     if scaling is not None:
-        values *= tl.load(scaling) * kept
+        values *= tl.load(scaling) * factor
     if total is not None:
         flat = tl.cast(at, tl.int64)[:, None] * rank + ranks[None, :]
         tl.store(total + flat, values, mask=inside)
@@ -50,7 +50,7 @@ def _operand(
 # fmt: off
 @triton.jit
 def adapter_operand_kernel(
-    low, low_stride_split, low_stride_row, low_stride_rank, scaling, kept, low_out, low_scale,
+    low, low_stride_split, low_stride_row, low_stride_rank, scaling, factor, low_out, low_scale,
     total, rows, up, up_stride_row, up_stride_rank, up_out, up_scale, columns,
     rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr,
@@ -58,7 +58,7 @@ def adapter_operand_kernel(
 ):
     # fmt: on
     """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank],
-    times the number at `scaling` and `kept`; and up_out [columns, width] from up [columns, rank].
+    times the number at `scaling` and `factor`; and up_out [columns, width] from up [columns, rank].
 
     With scales [rows] and [columns], float32, rows are divided by their largest magnitude, which
     goes there, so that float16 holds 11 bits of every element that counts. TERMS 1: width is the
@@ -70,7 +70,7 @@ def adapter_operand_kernel(
     tiles = tl.cdiv(rows, ROWS)
     if tile < tiles:
         _operand(
-            low, low_stride_split, low_stride_row, low_stride_rank, scaling, kept, low_out,
+            low, low_stride_split, low_stride_row, low_stride_rank, scaling, factor, low_out,
             low_scale, total, tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
         )  # fmt: skip
     else:

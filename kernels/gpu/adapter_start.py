@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.philox import kept
+from qlora_compile.kernels.gpu.philox import is_kept
 from qlora_compile.kernels.gpu.weight import edge
 
 
@@ -44,9 +44,9 @@ def adapter_start(
         else:
             acc = acc * row_scale[:, None] * column_scale[None, :]
     if bits is not None:
-        places = (c0 + columns)
+        at = c0 + columns
         if WEIGHT_LEFT:
-            acc = tl.where(kept(bits, m0, rows[None, :], places[:, None], C, True), acc, 0.0)
+            acc = tl.where(is_kept(bits, m0, rows[None, :], at[:, None], C, True), acc, 0.0)
         else:
-            acc = tl.where(kept(bits, m0, rows[:, None], places[None, :], C, True), acc, 0.0)
+            acc = tl.where(is_kept(bits, m0, rows[:, None], at[None, :], C, True), acc, 0.0)
     return acc

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import triton
 from triton import knobs
@@ -24,6 +24,9 @@ from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qlora_compile.errors import CompilationError, InterpretedKernelError
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,21 +39,6 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 """By the names that `target_of` gives devices."""
-
-
-class Launch(Protocol):
-    """What is read of `qlora_compile.kernels.gpu.launch.Launch`."""
-
-    @property
-    def kernel(self) -> Any: ...
-    @property
-    def grid(self) -> tuple[int, ...]: ...
-    @property
-    def arguments(self) -> dict[str, Any]: ...
-    @property
-    def constexprs(self) -> dict[str, Any]: ...
-    @property
-    def compile_options(self) -> dict[str, Any]: ...
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:

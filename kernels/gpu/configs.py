@@ -12,17 +12,16 @@ from qlora_compile.kernels.variants.base import Config
 
 @dataclass(frozen=True)
 class GemmConfig(Config):
-    """Of the GEMM kernel.
+    """How the kernel of a product with W is tiled and compiled.
 
     block_m: rows of x; block_c: columns of the output; block_r: the reduction. decoder: how W is
     decoded in the loop, None for a dense W. loop_stages: software pipelining of the loads in the
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
     comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
     registers. inline: planes are read in the loop as they are stored, else the format may prepare
-    them once before it.
-    splits: programs that share one reduction. direction, largest_width, masks: in the other
-    direction, beyond that width of the adapter's operands, or where the output is masked (backward
-    with dropout), the config would spill registers or overlap less.
+    them once before it. splits: programs that share one reduction. direction, largest_width, masks:
+    in the other direction, beyond that width of the adapter's operands, or where the output is
+    masked (backward with dropout), the config would spill registers or overlap less.
     """
 
     block_m: int
@@ -120,6 +119,32 @@ SKINNY: dict[str, tuple[GemmConfig, ...]] = {
     **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), _SKINNY),
     **dict.fromkeys(("gfx942", "gfx950"), tuple(replace(c, decoder="plain") for c in _SKINNY)),
 }
+
+
+_FEW = _SKINNY[0]
+
+GROUPED: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(("sm_80", "sm_89"), (_FEW, _ROOMY, replace(_SM80, largest_width=16))),
+    **dict.fromkeys(("sm_90", "sm_100"), (_FEW, replace(_SM90, block_m=64, num_warps=4), _SM90)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"), (replace(_FEW, decoder="plain"), replace(_PLAIN, block_m=64), _PLAIN)
+    ),
+}
+"""Of experts' packed weights: for a few rows an expert, for some, for many."""
+
+_DENSE_FEW = GemmConfig(16, 64, 128, 4, 3, weight_left=True)
+_DENSE = GemmConfig(128, 128, 64, 8, 3)
+_DENSE_SOME = replace(_DENSE, block_m=64, num_warps=4)
+
+GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), (_DENSE_FEW, _DENSE_SOME, _DENSE)),
+    "sm_89": (_DENSE_FEW, _DENSE_SOME, replace(_DENSE, block_r=32)),
+    **dict.fromkeys(
+        ("gfx942", "gfx950"),
+        tuple(replace(c, num_stages=2) for c in (_DENSE_FEW, replace(_DENSE, block_m=64), _DENSE)),
+    ),
+}
+"""Of experts' weights in their own dtype."""
 
 
 def adapter_terms(lora_dtype: torch.dtype, result: torch.dtype) -> int:

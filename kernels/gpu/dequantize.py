@@ -8,31 +8,17 @@ import triton.language as tl
 from qlora_compile.kernels.gpu.weight import edge, load_words
 
 
+# fmt: off
 @triton.jit
 def dequantize_kernel(
-    codes,
-    side,
-    row_words,
-    up,
-    scaling,
-    out,
-    out_stride,
-    N,
-    K,
-    rank,
-    PREPARE: tl.constexpr,
-    LOAD: tl.constexpr,
-    SCALE: tl.constexpr,
-    DECODE: tl.constexpr,
-    PROGRAM: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    SIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    codes, side, row_words, up, scaling, out, out_stride,
+    N, K, rank,
+    PREPARE: tl.constexpr, LOAD: tl.constexpr, SCALE: tl.constexpr, DECODE: tl.constexpr,
+    PROGRAM: tl.constexpr, PER_WORD: tl.constexpr, SIDE: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
+    # fmt: on
     """out [N, K] = W, of DTYPE, or out [N, K + rank] = [W | s * up] with up [N, rank] and
     the number s at `scaling`.
 

@@ -11,26 +11,22 @@ from qlora_compile.kernels.gpu.weight import edge, load_dense, load_words
 
 
 @triton.jit
-def _place(c0, step, BC: tl.constexpr, BR: tl.constexpr, BACKWARD: tl.constexpr):
+def weight_tile(n_first, c0, step, BR: tl.constexpr, BACKWARD: tl.constexpr):
     """Row and column of W at which the tile of output columns c0 … and step `step` begins."""
     if BACKWARD:
-        n0, k0 = step * BR, c0
+        n0, k0 = n_first + step * BR, c0
     else:
-        n0, k0 = c0, step * BR
+        n0, k0 = n_first + c0, step * BR
     return n0, k0
 
 
+# fmt: off
 @triton.jit
 def load_x(
-    x,
-    x_tile,
-    m0,
-    step,
-    reduction,
-    BR: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    EVEN_R: tl.constexpr,
+    x, x_tile, m0, step, reduction,
+    BR: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN_R: tl.constexpr,
 ):
+    # fmt: on
     """[BM, BR] of x, zero past the end of the reduction."""
     if DESCRIPTOR:
         xs = x.load([m0, step * BR])
@@ -40,6 +36,33 @@ def load_x(
         inside = step * BR + tl.arange(0, BR) < reduction
         xs = tl.load(x_tile + step * BR, mask=inside[None, :], other=0.0)
     return xs
+
+
+@triton.jit
+def add_product(acc, xs, tile, BACKWARD: tl.constexpr, WEIGHT_LEFT: tl.constexpr):
+    """acc plus the product of x's tile and W's: transposed with WEIGHT_LEFT."""
+    if WEIGHT_LEFT:
+        acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
+    else:
+        acc = tl.dot(xs, tile, acc) if BACKWARD else tl.dot(xs, tile.T, acc)
+    return acc
+
+
+# fmt: off
+@triton.jit
+def output_tile(
+    out, out_stride, m0, c0, end, columns,
+    BM: tl.constexpr, BC: tl.constexpr, EVEN_C: tl.constexpr,
+):
+    # fmt: on
+    """Pointers [BM, BC] to a tile of the output, and which of its elements are stored."""
+    cs = tl.arange(0, BC)
+    target = out + tl.cast(m0, tl.int64) * out_stride + c0
+    target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
+    stored = (m0 + tl.arange(0, BM) < end)[:, None]
+    if not EVEN_C:
+        stored = stored & (c0 + cs < columns)[None, :]
+    return target, stored
 
 
 # fmt: off
@@ -122,12 +145,12 @@ def gemm_kernel(
         # A tile's side is loaded AHEAD iterations before the tile is decoded, so that what SCALE
         # looks up is loaded one iteration after what points to it.
         at = tl.minimum(first, steps - 1)
-        n0, k0 = _place(c0, at, BC, BR, BACKWARD)
+        n0, k0 = weight_tile(0, c0, at, BR, BACKWARD)
         words = load_words(weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K)
         loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
         scales = SCALE(loaded, side, state, SIDE)
         tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
-        n0, k0 = _place(c0, tl.minimum(first + 1, steps - 1), BC, BR, BACKWARD)
+        n0, k0 = weight_tile(0, c0, tl.minimum(first + 1, steps - 1), BR, BACKWARD)
         if PREFETCH:
             words = load_words(
                 weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
@@ -136,20 +159,20 @@ def gemm_kernel(
             loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
         if AHEAD == 2:
             scales = SCALE(loaded, side, state, SIDE)
-            n0, k0 = _place(c0, tl.minimum(first + 2, steps - 1), BC, BR, BACKWARD)
+            n0, k0 = weight_tile(0, c0, tl.minimum(first + 2, steps - 1), BR, BACKWARD)
             loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
 
     for step in tl.range(first, last, num_stages=STAGES):
         xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
         if DECODE is None:
-            n0, k0 = _place(c0, step, BC, BR, BACKWARD)
+            n0, k0 = weight_tile(0, c0, step, BR, BACKWARD)
             tile = load_dense(weight, weight_stride, n0, k0, N, K, ROWS, COLUMNS, EVEN_N, EVEN_K)
         else:
-            n0, k0 = _place(c0, tl.minimum(step + 1 + PREFETCH, steps - 1), BC, BR, BACKWARD)
+            n0, k0 = weight_tile(0, c0, tl.minimum(step + 1 + PREFETCH, steps - 1), BR, BACKWARD)
             next_words = load_words(
                 weight, n0, k0, N, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
-            n0, k0 = _place(c0, tl.minimum(step + 1 + AHEAD, steps - 1), BC, BR, BACKWARD)
+            n0, k0 = weight_tile(0, c0, tl.minimum(step + 1 + AHEAD, steps - 1), BR, BACKWARD)
             next_loaded = LOAD(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
             if AHEAD == 0:
                 scales = SCALE(next_loaded, side, state, SIDE)
@@ -157,10 +180,7 @@ def gemm_kernel(
                 scales = SCALE(loaded, side, state, SIDE)
             else:
                 next_scales = SCALE(loaded, side, state, SIDE)
-        if WEIGHT_LEFT:
-            acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
-        else:
-            acc = tl.dot(xs, tile, acc) if BACKWARD else tl.dot(xs, tile.T, acc)
+        acc = add_product(acc, xs, tile, BACKWARD, WEIGHT_LEFT)
         if DECODE is not None:
             if PREFETCH:
                 tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
@@ -172,18 +192,15 @@ def gemm_kernel(
             if AHEAD == 2:
                 scales = next_scales
 
-    cs = tl.arange(0, BC)
     if bias is not None:
         terms = tl.load(bias + c0 + edge(c0, columns, BC, EVEN_C)).to(tl.float32)
         if SPLITS > 1:
             terms = tl.where(split == 0, terms, 0.0)
         acc += terms[:, None] if WEIGHT_LEFT else terms[None, :]
-    target = out + tl.cast(split, tl.int64) * out_stride_split
-    target += tl.cast(m0, tl.int64) * out_stride + c0
-    target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
-    stored = (m0 + tl.arange(0, BM) < M)[:, None]
-    if not EVEN_C:
-        stored = stored & (c0 + cs < columns)[None, :]
+    target, stored = output_tile(
+        out + tl.cast(split, tl.int64) * out_stride_split,
+        out_stride, m0, c0, M, columns, BM, BC, EVEN_C,
+    )
     if ACCUMULATE:
         before = tl.load(target, mask=stored, other=0.0).to(tl.float32)
         acc += before.T if WEIGHT_LEFT else before

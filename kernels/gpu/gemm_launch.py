@@ -1,4 +1,4 @@
-"""One launch of the GEMM kernel: output, grid and arguments for either direction."""
+"""Launches of the product with a weight: outputs, grids and arguments for either direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm import gemm_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
-from qlora_compile.kernels.gpu.packed_operand import dense_operand, packed_operand
+from qlora_compile.kernels.gpu.packed_operand import WeightOperand, dense_operand, packed_operand
 from qlora_compile.kernels.gpu.products import AdapterStart
 from qlora_compile.kernels.variants.base import LinearSpec
 
@@ -43,72 +43,113 @@ def gemm(
     rows, columns = out.shape
     if not rows:
         return
-    tile_rows = config.block_r if backward else config.block_c
-    tile_columns = config.block_c if backward else config.block_r
-    if config.decoder is None:
-        weight = dense_operand(planes[0])
-    else:
-        weight = packed_operand(
-            *(spec.layout, planes, config.decoder, spec.compute_dtype, tile_columns),
-            prepares=not config.inline,
-        )
-    x, x_argument = x_operand(x, config, spec.compute_dtype)
+    weight = weight_operand(planes, spec, config, backward)
     target = out
     if config.splits > 1:
         target = out.new_empty(config.splits, rows, columns, dtype=torch.float32)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_c)
-    width = 0 if adapter is None else adapter.low.values.shape[1]
-    arguments: dict[str, Any] = {
-        "x": x_argument,
-        "x_stride": x.stride(0),
-        "weight": weight.weight,
-        "weight_stride": weight.weight.stride(0) if config.decoder is None else None,
-        **weight.arguments,
-        "bias": bias,
-        **_adapter_arguments(adapter),
-        "out": target,
-        "out_stride": target.stride(-2),
-        "out_stride_split": target.stride(0) if config.splits > 1 else 0,
-        "M": rows,
-        "N": spec.n,
-        "K": spec.k,
-        "width": width,
-    }
-    constexprs = {
-        **weight.constexprs,
-        "DTYPE": TRITON_DTYPES[spec.compute_dtype],
-        "BACKWARD": backward,
-        "BM": config.block_m,
-        "BC": config.block_c,
-        "BR": config.block_r,
-        **width_blocks(width),
-        "GROUP_M": GROUP_M,
-        "SPLITS": config.splits,
-        "WEIGHT_LEFT": config.weight_left,
-        "DESCRIPTOR": x_argument is not x,
-        "PREFETCH": config.prefetch,
-        "AHEAD": 2 if weight.looks_up else int(config.prefetch),
-        "EVEN_N": spec.n % tile_rows == 0,
-        "EVEN_K": spec.k % tile_columns == 0,
-        "STAGES": config.loop_stages,
-        "ACCUMULATE": accumulate and config.splits == 1,
-    }
-    options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    Launch(
-        gemm_kernel,
-        (tiles, config.splits),
-        arguments,
-        constexprs,
-        config.num_warps,
-        config.num_stages,
-        options,
-    ).run()
+    launch_product(
+        *(gemm_kernel, (tiles, config.splits), config, spec.compute_dtype),
+        *(x, weight, (spec.n, spec.k), target),
+        backward=backward,
+        width=0 if adapter is None else adapter.low.values.shape[1],
+        arguments={
+            "weight_stride": weight.weight.stride(0) if config.decoder is None else None,
+            "bias": bias,
+            **_adapter_arguments(adapter),
+            "out_stride_split": target.stride(0) if config.splits > 1 else 0,
+            "M": rows,
+        },
+        constexprs={
+            "SPLITS": config.splits,
+            "AHEAD": 2 if weight.looks_up else int(config.prefetch),
+            "ACCUMULATE": accumulate and config.splits == 1,
+        },
+    )
     if config.splits > 1:
         total = target.sum(0)
         out.add_(total) if accumulate else out.copy_(total)
 
 
-def x_operand(
+def weight_operand(
+    planes: Sequence[Tensor], spec: LinearSpec, config: GemmConfig, backward: bool
+) -> WeightOperand:
+    """The weight stored in `planes` as the config's kernels take it in that direction."""
+    if config.decoder is None:
+        return dense_operand(planes[0])
+    tile_columns = config.block_c if backward else config.block_r
+    return packed_operand(
+        *(spec.layout, planes, config.decoder, spec.compute_dtype, tile_columns),
+        prepares=not config.inline,
+    )
+
+
+def launch_product(
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: GemmConfig,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: WeightOperand,
+    shape: tuple[int, int],
+    out: Tensor,
+    *,
+    backward: bool,
+    width: int,
+    arguments: dict[str, Any],
+    constexprs: dict[str, Any],
+) -> None:
+    """Launches the product of x and a weight of `shape` (N, K), in `dtype`: `gemm_kernel` or
+    `grouped_gemm_kernel`.
+
+    width: columns of the adapter's operands. arguments, constexprs: what only this kernel takes.
+    """
+    n, k = shape
+    tile_rows = config.block_r if backward else config.block_c
+    tile_columns = config.block_c if backward else config.block_r
+    x, x_argument = _x_operand(x, config, dtype)
+    # The width is a multiple of sixteen.
+    block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
+    shared = {
+        "x": x_argument,
+        "x_stride": x.stride(0),
+        "weight": weight.weight,
+        **weight.arguments,
+        "out": out,
+        "out_stride": out.stride(-2),
+        "N": n,
+        "K": k,
+        "width": width,
+    }
+    shared_constexprs = {
+        **weight.constexprs,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "BACKWARD": backward,
+        "BM": config.block_m,
+        "BC": config.block_c,
+        "BR": config.block_r,
+        "BWIDTH": block,
+        "CHUNKS": width // block,
+        "GROUP_M": GROUP_M,
+        "WEIGHT_LEFT": config.weight_left,
+        "DESCRIPTOR": x_argument is not x,
+        "PREFETCH": config.prefetch,
+        "EVEN_N": n % tile_rows == 0,
+        "EVEN_K": k % tile_columns == 0,
+        "STAGES": config.loop_stages,
+    }
+    Launch(
+        kernel,
+        grid,
+        shared | arguments,
+        shared_constexprs | constexprs,
+        config.num_warps,
+        config.num_stages,
+        {} if config.max_registers is None else {"maxnreg": config.max_registers},
+    ).run()
+
+
+def _x_operand(
     x: Tensor, config: GemmConfig, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | TensorDescriptor]:
     """x [M, R] with contiguous rows, and what a kernel whose products are in `dtype` gets for it:
@@ -121,12 +162,6 @@ def x_operand(
         x = x.clone(memory_format=torch.contiguous_format)
     tile = [config.block_m, config.block_r]
     return x, TensorDescriptor(x, list(x.shape), [x.stride(0), 1], tile)
-
-
-def width_blocks(width: int) -> dict[str, int]:
-    """How a kernel cuts an adapter's `width`, which is padded to a multiple of sixteen."""
-    block = math.gcd(width, _LARGEST_WIDTH_BLOCK) or 16
-    return {"BWIDTH": block, "CHUNKS": width // block}
 
 
 def _adapter_arguments(adapter: AdapterStart | None) -> dict[str, Any]:

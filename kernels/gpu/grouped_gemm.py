@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qlora_compile.kernels.gpu.adapter_start import adapter_start
-from qlora_compile.kernels.gpu.gemm import load_x
+from qlora_compile.kernels.gpu.gemm import add_product, load_x, output_tile, weight_tile
 from qlora_compile.kernels.gpu.weight import edge, load_words
 
 
@@ -80,18 +80,12 @@ def grouped_gemm_kernel(
     height = tl.minimum(tiles - group * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * across)
     c0 = (within // height) * BC
-    expert, m0, end = rows_of_tile(
-        offsets, group * GROUP_M + within % height, experts, S, BM, BE
-    )
+    row_tile = group * GROUP_M + within % height
+    expert, m0, end = rows_of_tile(offsets, row_tile, experts, S, BM, BE)
     if m0 >= end:
         return
 
-    cs = tl.arange(0, BC)
-    target = out + tl.cast(m0, tl.int64) * out_stride + c0
-    target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
-    stored = (m0 + tl.arange(0, BM) < end)[:, None]
-    if not EVEN_C:
-        stored = stored & (c0 + cs < columns)[None, :]
+    target, stored = output_tile(out, out_stride, m0, c0, end, columns, BM, BC, EVEN_C)
     if expert == experts:
         tl.store(target, tl.zeros((BM, BC), out.dtype.element_ty), mask=stored)
         return
@@ -115,8 +109,7 @@ def grouped_gemm_kernel(
         weight += tl.cast(expert, tl.int64) * weight_stride_e
     else:
         state = PREPARE(side, SIDE, PROGRAM)
-        n0 = n_first if BACKWARD else n_first + c0
-        k0 = c0 if BACKWARD else 0
+        n0, k0 = weight_tile(n_first, c0, 0, BR, BACKWARD)
         words = load_words(
             weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
         )
@@ -124,9 +117,7 @@ def grouped_gemm_kernel(
         scales = SCALE(loaded, side, state, SIDE)
         tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)
         if PREFETCH:
-            after = tl.minimum(1, steps - 1) * BR
-            n0 = n_first + after if BACKWARD else n_first + c0
-            k0 = c0 if BACKWARD else after
+            n0, k0 = weight_tile(n_first, c0, tl.minimum(1, steps - 1), BR, BACKWARD)
             words = load_words(
                 weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
@@ -135,16 +126,14 @@ def grouped_gemm_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         xs = load_x(x, x_tile, m0, step, reduction, BR, DESCRIPTOR, EVEN_R).to(DTYPE)
         if DECODE is None:
-            n0 = step * BR if BACKWARD else c0
-            k0 = c0 if BACKWARD else step * BR
+            n0, k0 = weight_tile(0, c0, step, BR, BACKWARD)
             ns = (n0 + edge(n0, N, ROWS, EVEN_N)).to(tl.int64)
             ks = (k0 + edge(k0, K, COLUMNS, EVEN_K)).to(tl.int64)
             tile = tl.load(weight + (ns[:, None] * weight_stride_n + ks[None, :] * weight_stride_k))
             tile = tile.to(DTYPE)
         else:
-            after = tl.minimum(step + 1 + PREFETCH, steps - 1) * BR
-            n0 = n_first + after if BACKWARD else n_first + c0
-            k0 = c0 if BACKWARD else after
+            following = tl.minimum(step + 1 + PREFETCH, steps - 1)
+            n0, k0 = weight_tile(n_first, c0, following, BR, BACKWARD)
             next_words = load_words(
                 weight, n0, k0, n_end, row_words, ROWS, COLUMNS, PER_WORD, EVEN_N, EVEN_K
             )
@@ -153,10 +142,7 @@ def grouped_gemm_kernel(
                 scales = SCALE(loaded, side, state, SIDE)
             else:
                 scales = SCALE(next_loaded, side, state, SIDE)
-        if WEIGHT_LEFT:
-            acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
-        else:
-            acc = tl.dot(xs, tile, acc) if BACKWARD else tl.dot(xs, tile.T, acc)
+        acc = add_product(acc, xs, tile, BACKWARD, WEIGHT_LEFT)
         if DECODE is not None:
             if PREFETCH:
                 tile = DECODE(words, scales, state, PROGRAM, DTYPE, ROWS, COLUMNS)

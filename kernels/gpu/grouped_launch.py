@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.experts.base import ExpertsGradients, ExpertsSpec, ExpertsTensors
+from qlora_compile.kernels.call import NeedsGradient
+from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.gpu.configs import GemmConfig, adapter_width
-from qlora_compile.kernels.gpu.gemm_launch import GROUP_M, width_blocks, x_operand
+from qlora_compile.kernels.gpu.gemm_launch import launch_product, weight_operand
 from qlora_compile.kernels.gpu.grouped_gemm import grouped_gemm_kernel, grouped_gradient_kernel
-from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
-from qlora_compile.kernels.gpu.packed_operand import (
-    WeightOperand,
-    dense_operand,
-    packed_operand,
-)
+from qlora_compile.kernels.gpu.launch import Launch, with_contiguous_rows
+from qlora_compile.kernels.gpu.packed_operand import WeightOperand, dense_operand
+from qlora_compile.kernels.variants.base import LinearGradients
 
 _THIN = GemmConfig(64, 64, 64, 4, 3)
-"""Of the adapter's products, whose output has the rank's columns."""
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """What is added to a product: low [S, width] times up [E, C, width], transposed, both
-    contiguous, in the compute dtype, and padded with zeros to what a tensor core takes."""
-
-    low: Tensor
-    up: Tensor
+"""The config of an adapter's thin products, whose outputs have no more columns than its rank."""
 
 
 def grouped_forward(tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConfig) -> Tensor:
@@ -42,9 +30,12 @@ def grouped_forward(tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConf
     adapter = None
     if tensors.lora_a is not None and tensors.lora_b is not None:
         a, b = _padded(tensors.lora_a, 1, spec), _padded(tensors.lora_b, 2, spec)
-        adapter = _Adapter(_thin(x, a, tensors, spec, config), b)
+        adapter = _thin(x, a, tensors, spec, config), b
     y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
-    _weight_product(x, tensors, spec, config, y, adapter=adapter)
+    weight = weight_operand(tensors.planes, spec, config, backward=False)
+    bias = None if tensors.bias is None else tensors.bias.contiguous()
+    shape = (spec.n, spec.k)
+    _gemm(x, weight, shape, tensors.offsets, spec, config, y, bias=bias, adapter=adapter)
     return y
 
 
@@ -53,51 +44,28 @@ def grouped_backward(
     tensors: ExpertsTensors,
     spec: ExpertsSpec,
     config: GemmConfig,
-    *,
-    needs_x: bool,
-    needs_adapter: bool,
-) -> ExpertsGradients:
+    needs: NeedsGradient,
+) -> LinearGradients:
     """Gradients for `grad` [S, N], as `ExpertsVariant.backward`; config as of `grouped_forward`."""
-    x, a, b = tensors.x, tensors.lora_a, tensors.lora_b
+    x, a, b, offsets = tensors.x, tensors.lora_a, tensors.lora_b, tensors.offsets
     adapter = grad_x = grad_a = grad_b = None
     if a is not None and b is not None:
         up = _padded(a.transpose(1, 2), 2, spec)
         wide = _padded(b, 2, spec).transpose(1, 2)
         grad_low = _thin(grad, wide, tensors, spec, config)
-        adapter = _Adapter(grad_low, up)
-        if needs_adapter:
+        adapter = grad_low, up
+        if needs.adapter:
             low = _thin(x, up.transpose(1, 2), tensors, spec, config)
             grad_a = torch.empty_like(a, memory_format=torch.contiguous_format)
             grad_b = torch.empty_like(b, memory_format=torch.contiguous_format)
-            _gradient(x, grad_low, tensors.offsets, grad_a.transpose(1, 2))
-            _gradient(grad, low, tensors.offsets, grad_b)
-    if needs_x:
+            _gradient(x, grad_low, offsets, grad_a.transpose(1, 2))
+            _gradient(grad, low, offsets, grad_b)
+    if needs.x:
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _weight_product(grad, tensors, spec, config, grad_x, adapter=adapter, backward=True)
-    return ExpertsGradients(grad_x, grad_a, grad_b)
-
-
-def _weight_product(
-    x: Tensor,
-    tensors: ExpertsTensors,
-    spec: ExpertsSpec,
-    config: GemmConfig,
-    out: Tensor,
-    *,
-    adapter: _Adapter | None,
-    backward: bool = False,
-) -> None:
-    bias = None if backward or tensors.bias is None else tensors.bias.contiguous()
-    if config.decoder is None:
-        weight = dense_operand(tensors.planes[0])
-    else:
-        tile_columns = config.block_c if backward else config.block_r
-        weight = packed_operand(
-            *(spec.layout, tensors.planes, config.decoder, spec.compute_dtype, tile_columns),
-            prepares=not config.inline,
-        )
-    shape = (spec.n, spec.k)
-    _gemm(x, weight, shape, tensors.offsets, spec, config, out, backward, bias, adapter)
+        weight = weight_operand(tensors.planes, spec, config, backward=True)
+        shape = (spec.n, spec.k)
+        _gemm(grad, weight, shape, offsets, spec, config, grad_x, backward=True, adapter=adapter)
+    return LinearGradients(grad_x, grad_a, grad_b)
 
 
 def _padded(factor: Tensor, dimension: int, spec: ExpertsSpec) -> Tensor:
@@ -122,9 +90,8 @@ def _thin(
     thin = replace(_THIN, block_m=min(config.block_m, _THIN.block_m), block_c=block_c)
     out = x.new_empty(x.shape[0], width, dtype=spec.compute_dtype)
     shape = (width, factor.shape[2])
-    _gemm(
-        x, dense_operand(factor), shape, tensors.offsets, spec, thin, out, scaling=tensors.scaling
-    )
+    weight, offsets = dense_operand(factor), tensors.offsets
+    _gemm(x, weight, shape, offsets, spec, thin, out, scaling=tensors.scaling)
     return out
 
 
@@ -136,72 +103,41 @@ def _gemm(
     spec: ExpertsSpec,
     config: GemmConfig,
     out: Tensor,
+    *,
     backward: bool = False,
     bias: Tensor | None = None,
-    adapter: _Adapter | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     scaling: Tensor | None = None,
 ) -> None:
-    """One launch. weight: packed, or [E, N, K]; shape: (N, K)."""
-    n, k = shape
+    """One launch. weight: packed, or [E, N, K]; shape: (N, K). adapter: low [S, width] and up
+    [E, C, width], whose product low upᵀ is added; both contiguous, in the compute dtype, and padded
+    with zeros to what a tensor core takes."""
     (rows, columns), experts = out.shape, offsets.shape[0]
     if not rows:
         return
     strides = weight.weight.stride() if config.decoder is None else (None, None, None)
-    x, x_argument = x_operand(x, config, spec.compute_dtype)
     tiles = rows // config.block_m + experts + 1
-    width = 0 if adapter is None else adapter.low.shape[1]
-    tile_rows = config.block_r if backward else config.block_c
-    tile_columns = config.block_c if backward else config.block_r
-    arguments: dict[str, Any] = {
-        "x": x_argument,
-        "x_stride": x.stride(0),
-        "offsets": offsets,
-        "experts": experts,
-        "weight": weight.weight,
-        "weight_stride_e": strides[0],
-        "weight_stride_n": strides[1],
-        "weight_stride_k": strides[2],
-        **weight.arguments,
-        "bias": bias,
-        "low": None if adapter is None else adapter.low,
-        "up": None if adapter is None else adapter.up,
-        "scaling": scaling,
-        "out": out,
-        "out_stride": out.stride(0),
-        "S": rows,
-        "N": n,
-        "K": k,
-        "width": width,
-        "tiles": tiles,
-    }
-    constexprs = {
-        **weight.constexprs,
-        "DTYPE": TRITON_DTYPES[spec.compute_dtype],
-        "BACKWARD": backward,
-        "BE": 1 << experts.bit_length(),
-        "BM": config.block_m,
-        "BC": config.block_c,
-        "BR": config.block_r,
-        **width_blocks(width),
-        "GROUP_M": GROUP_M,
-        "WEIGHT_LEFT": config.weight_left,
-        "DESCRIPTOR": x_argument is not x,
-        "PREFETCH": config.prefetch,
-        "EVEN_N": n % tile_rows == 0,
-        "EVEN_K": k % tile_columns == 0,
-        "STAGES": config.loop_stages,
-    }
-    options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    grid = (tiles * -(-columns // config.block_c),)
-    Launch(
-        grouped_gemm_kernel,
-        grid,
-        arguments,
-        constexprs,
-        config.num_warps,
-        config.num_stages,
-        options,
-    ).run()
+    low, up = adapter or (None, None)
+    launch_product(
+        *(grouped_gemm_kernel, (tiles * -(-columns // config.block_c),), config),
+        *(spec.compute_dtype, x, weight, shape, out),
+        backward=backward,
+        width=0 if low is None else low.shape[1],
+        arguments={
+            "offsets": offsets,
+            "experts": experts,
+            "weight_stride_e": strides[0],
+            "weight_stride_n": strides[1],
+            "weight_stride_k": strides[2],
+            "bias": bias,
+            "low": low,
+            "up": up,
+            "scaling": scaling,
+            "S": rows,
+            "tiles": tiles,
+        },
+        constexprs={"BE": 1 << experts.bit_length()},
+    )
 
 
 def _gradient(z: Tensor, low: Tensor, offsets: Tensor, out: Tensor) -> None:

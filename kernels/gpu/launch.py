@@ -16,11 +16,7 @@ from qlora_compile.kernels.gpu.built_cache import use_built_cache
 
 use_built_cache()
 
-TRITON_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 
 
 def _specialisation(argument: Any) -> Any:
-    """What Triton compiles a kernel for of an argument that is no constexpr."""
+    """The properties of an argument, no constexpr, for which Triton compiles a kernel anew."""
     if isinstance(argument, tuple):
         return type(argument), *map(_specialisation, argument)
     if argument is None or isinstance(argument, float):

@@ -5,31 +5,20 @@
 import triton
 import triton.language as tl
 
-from qlora_compile.kernels.gpu.philox import kept
+from qlora_compile.kernels.gpu.philox import is_kept
 from qlora_compile.kernels.gpu.weight import edge
 from qlora_compile.kernels.gpu.wide_dot import dot_float32_right
 
 
+# fmt: off
 @triton.jit
 def low_rank_kernel(
-    x,
-    x_stride,
-    factor,
-    factor_stride_r,
-    factor_stride_k,
-    bits,
-    out,
-    out_stride_split,
-    M,
-    K,
-    rank,
-    LORA: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    BRANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    x, x_stride, factor, factor_stride_r, factor_stride_k, bits, out, out_stride_split,
+    M, K, rank,
+    LORA: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BRANK: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
 ):
+    # fmt: on
     """out [SPLITS, M, rank], float32: parts of drop(x) [M, K] @ factor [rank, K]ᵀ.
 
     The product runs in LORA; float32 keeps every bit of the factor against a 16-bit x.
@@ -51,7 +40,7 @@ def low_rank_kernel(
         else:
             xs = tl.load(x_tile + columns[None, :], mask=inside[None, :], other=0.0)
         if bits is not None:
-            keep = kept(bits, m0, rows[:, None], columns[None, :], K, inside[None, :])
+            keep = is_kept(bits, m0, rows[:, None], columns[None, :], K, inside[None, :])
             xs = tl.where(keep, xs, 0.0).to(xs.dtype)
         fs = tl.load(
             factor

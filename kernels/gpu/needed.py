@@ -24,6 +24,7 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import (
     Config,
+    Linear,
     LinearSpec,
     LinearTensors,
     NeedsGradient,
@@ -33,20 +34,22 @@ from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 
 _ROW_BLOCK = 64
-"""Launches follow the row count's number of such blocks, the rest only by what divides it."""
+"""What is launched depends on how many such blocks of rows there are; of the remaining rows only
+their divisors matter."""
 
 # Numbers that no kernel is compiled for.
 _FREE: dict[str, Any] = {"dropout": 0.1, "stream": 2}
 
 _RESTS = (0, 8, 4, 2, 1)
-"""Taken off a multiple of 64, rows that 64, 8, 4, 2 and nothing divides: Triton's JIT asks of each
-integer argument, a multiple of the rows or not, whether 16 divides it."""
+"""Subtracted from a multiple of 64, they give row counts that are divisible by 64, 8, 4, 2 and 1:
+Triton's JIT compiles anew if 16 divides an integer argument, and some are multiples of the rows."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a variant over meta tensors: `rows` of the problem's bucket; dtypes that a
-    Problem does not tell are of the adapter's factors and of the bias."""
+class VariantCall:
+    """One call of a variant over meta tensors, for `rows` rows out of the problem's bucket.
+    factor_dtype, bias_dtype: what a Problem leaves open, the dtypes of the adapter's factors and of
+    the bias."""
 
     variant: Variant
     config: Config
@@ -67,26 +70,23 @@ class Call:
                 self.variant.backward_group(grads, group, needs, self.config)
         return launches
 
-    def _linear(self, problem: Problem) -> tuple[LinearTensors, LinearSpec]:
-        rank = problem.rank
-        low_rank = lora_a = lora_b = scaling = seed = None
-        if rank:
-            scaling = _meta(1, dtype=torch.float32)
-            lora_a = _meta(rank, problem.k, dtype=self.factor_dtype)
-            lora_b = _meta(problem.n, rank, dtype=self.factor_dtype)
-            if problem.dropout:
-                seed = _meta(1, dtype=torch.int64)
-            if problem.keeps_low_rank:
-                low_rank = _meta(self.rows, rank, dtype=problem.lora_dtype)
+    def _linear(self, problem: Problem) -> Linear:
+        rank, factors = problem.rank, self.factor_dtype
+
+        def adapters(*shape: int, dtype: torch.dtype, if_any: bool = True) -> Tensor | None:
+            return _meta(*shape, dtype=dtype) if rank and if_any else None
+
         tensors = LinearTensors(
             x=_meta(self.rows, problem.k, dtype=problem.x_dtype),
             planes=meta_tensors(problem.layout, problem.compute_dtype),
             bias=_meta(problem.n, dtype=self.bias_dtype) if problem.bias else None,
-            lora_a=lora_a,
-            lora_b=lora_b,
-            scaling=scaling,
-            seed=seed,
-            low_rank=low_rank,
+            lora_a=adapters(rank, problem.k, dtype=factors),
+            lora_b=adapters(problem.n, rank, dtype=factors),
+            scaling=adapters(1, dtype=torch.float32),
+            seed=adapters(1, dtype=torch.int64, if_any=problem.dropout),
+            low_rank=adapters(
+                *(self.rows, rank), dtype=problem.lora_dtype, if_any=problem.keeps_low_rank
+            ),
         )
         return tensors, LinearSpec.of(problem, **_FREE)
 
@@ -98,7 +98,7 @@ class NeededKernel:
 
     key: str
     name: str
-    call: Call
+    call: VariantCall
     position: int
     variants: tuple[str, ...]
 
@@ -145,7 +145,9 @@ def _launches_triton(choice: Choice) -> bool:
     return decodes or isinstance(choice.variant, TritonVariant)
 
 
-def _calls(variant: Variant, config: Config, problem: Problem, target: str) -> Iterator[Call]:
+def _calls(
+    variant: Variant, config: Config, problem: Problem, target: str
+) -> Iterator[VariantCall]:
     """Calls that launch all that any number of rows in the problem's bucket does."""
     # A float32 adapter's product is of float32 factors; a narrower one may be of either, as PEFT
     # keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
@@ -153,7 +155,7 @@ def _calls(variant: Variant, config: Config, problem: Problem, target: str) -> I
     biases = dict.fromkeys((problem.x_dtype, problem.compute_dtype)) if problem.bias else ()
     unused = (problem.compute_dtype,)
     for factor, bias in itertools.product(factors or unused, biases or unused):
-        call = Call(variant, config, problem, problem.m, factor, bias)
+        call = VariantCall(variant, config, problem, problem.m, factor, bias)
         lowest = problem.m // 2 + 1
         if problem.m <= _ROW_BLOCK:
             yield from (replace(call, rows=rows) for rows in range(lowest, problem.m + 1))
@@ -164,7 +166,7 @@ def _calls(variant: Variant, config: Config, problem: Problem, target: str) -> I
                 yield from (replace(call, rows=rows - rest) for rest in _RESTS)
 
 
-def _distinct_blocks(call: Call, target: str, first: int, last: int) -> list[int]:
+def _distinct_blocks(call: VariantCall, target: str, first: int, last: int) -> list[int]:
     """Numbers of row blocks from `first` to `last` that differ in what they launch.
 
     Into how many parts a reduction is cut rises or falls with the rows, never both, so that
@@ -186,7 +188,7 @@ def _distinct_blocks(call: Call, target: str, first: int, last: int) -> list[int
     return list(found)
 
 
-def _keys(call: Call, target: str) -> list[tuple[str, str]]:
+def _keys(call: VariantCall, target: str) -> list[tuple[str, str]]:
     """Key and name of every launch of a call, in order."""
     return [
         (cache_key(launch, TARGETS[target]), launch.kernel.__name__)

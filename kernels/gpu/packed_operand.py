@@ -15,8 +15,8 @@ from qlora_compile.kernels.layout import Layout
 
 @dataclass(frozen=True)
 class WeightOperand:
-    """weight: int32 words, or a weight in its own dtype. arguments, constexprs: what else a kernel
-    is given for it. looks_up: as `Side`'s."""
+    """weight: int32 words of codes, or a weight in its own dtype. arguments, constexprs: what else
+    a kernel is given for the weight. looks_up: as in `Side`."""
 
     weight: Tensor
     arguments: dict[str, Any]
@@ -33,7 +33,7 @@ def packed_operand(
     *,
     prepares: bool = False,
 ) -> WeightOperand:
-    """Of the packed weight in `tensors`, the planes of `layout`, decoded to `dtype`.
+    """The operand of a packed weight, whose planes `tensors` a kernel decodes to `dtype`.
 
     K is a multiple of 8. tile_columns: columns of W in a tile, a power of two. prepares: the format
     may compute planes that are read many times into a faster form first.
@@ -60,7 +60,7 @@ def packed_operand(
 
 
 def dense_operand(weight: Tensor) -> WeightOperand:
-    """Of a weight kept in its own dtype."""
+    """The operand of a weight that is kept in its own dtype."""
     functions = dict.fromkeys(("PREPARE", "LOAD", "SCALE", "DECODE"))
     return WeightOperand(
         weight,

@@ -54,7 +54,7 @@ def keep_bits_kernel(
 
 
 @triton.jit
-def kept(bits, m0, rows, columns, K, inside):
+def is_kept(bits, m0, rows, columns, K, inside):
     """Whether elements (m0 + rows, columns) of a [M, K] input are kept; K is a multiple of 8.
 
     rows, columns: int32, broadcastable; inside: which of them exist, the others are dropped.

@@ -42,8 +42,8 @@ def keep_bits(seed: Tensor, spec: LinearSpec, rows: int) -> Tensor:
 
 
 def low_rank(x: Tensor, factor: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
-    """drop(x) [M, K] @ factor [rank, K]ᵀ; the product in `dtype`, what is kept not yet divided by
-    the probability of keeping it.
+    """drop(x) [M, K] @ factor [rank, K]ᵀ, the product in `dtype`. Dropout only sets elements to
+    zero here: the division by the probability of keeping one is left to the caller.
 
     As float32 planes [splits, M, rank], to be added up: parts of one sum.
     """
@@ -109,12 +109,12 @@ def adapter_operands(
     result: torch.dtype,
     *,
     scaling: Tensor | None = None,
-    kept: float = 1.0,
+    factor: float = 1.0,
     total: bool = False,
     bits: Tensor | None = None,
 ) -> tuple[AdapterStart, Tensor | None]:
     """(the start, float32 sum [M, rank] of `low` if `total`) of low [planes, M, rank] and up
-    [C, rank], any strides. scaling: one float32 element that, times `kept`, multiplies the sum.
+    [C, rank], any strides. scaling: one float32 element that, times `factor`, multiplies the sum.
 
     dtype: of the adapter's product. A float32 one becomes float16 relative to each row's largest
     element: 11 bits where the `result` is rounded to bfloat16's 8; to float16's 11, a second half
@@ -138,7 +138,7 @@ def adapter_operands(
         "low_stride_row": low.stride(1),
         "low_stride_rank": low.stride(2),
         "scaling": scaling,
-        "kept": kept,
+        "factor": factor,
         "low_out": start.low.values,
         "low_scale": start.low.scale,
         "total": summed,
@@ -204,30 +204,6 @@ def adapter_gradient(
     Launch(adapter_gradient_kernel, (*grid, splits), arguments, constexprs, num_warps=8).run()
     if not whole:
         out.copy_(added_up(parts))
-
-
-def adapter_gradients(
-    x: Tensor,
-    grad: Tensor,
-    grad_low: Tensor,
-    factors: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    scaling: Tensor,
-    low: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of lora_a [rank, K] and lora_b [N, rank], the `factors`, in their own dtypes.
-
-    grad_low [M, rank] float32: of x lora_aᵀ, `scaling` included. low [M, rank]: scaling * x
-    lora_aᵀ, where the forward saved it. Nothing is dropped out.
-    """
-    grad_a, grad_b = (
-        torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors
-    )
-    if low is None:
-        low = added_up(low_rank(x, factors[0], dtype)) * scaling
-    adapter_gradient(x, grad_low, dtype, grad_a.t())
-    adapter_gradient(grad, low.float(), dtype, grad_b)
-    return grad_a, grad_b
 
 
 def dequantize(

@@ -19,19 +19,14 @@ def edge(start, limit, SIZE: tl.constexpr, EVEN: tl.constexpr):
     return offsets
 
 
+# fmt: off
 @triton.jit
 def load_words(
-    codes,
-    n0,
-    k0,
-    N,
-    row_words,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PER_WORD: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    codes, n0, k0, N, row_words,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_WORD: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
+    # fmt: on
     """int32 [ROWS, COLUMNS / PER_WORD]."""
     w0 = k0 // PER_WORD
     rows = edge(n0, N, ROWS, EVEN_N)
@@ -43,19 +38,13 @@ def load_words(
     return tl.load(base + (rows[:, None] * row_words + columns[None, :]))
 
 
+# fmt: off
 @triton.jit
 def load_dense(
-    weight,
-    weight_stride,
-    n0,
-    k0,
-    N,
-    K,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    weight, weight_stride, n0, k0, N, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
+    # fmt: on
     """[ROWS, COLUMNS] of a weight kept in its own dtype."""
     rows = edge(n0, N, ROWS, EVEN_N)
     columns = edge(k0, K, COLUMNS, EVEN_K)

@@ -13,6 +13,7 @@ from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
+    Linear,
     LinearGradients,
     LinearSpec,
     LinearTensors,
@@ -53,7 +54,7 @@ class Augmented(SeparateVariant, TritonVariant):
         decoder = dequantize_decoder(spec.layout, target_of(str(tensors.x.device)), dtype)
         return dequantize(tensors.planes, spec, dtype, decoder, tensors.lora_b, tensors.scaling)
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+    def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         from qlora_compile.kernels.gpu.products import added_up, low_rank
 
         x, a, scaling = tensors.x, tensors.lora_a, tensors.scaling
@@ -72,16 +73,12 @@ class Augmented(SeparateVariant, TritonVariant):
             y = torch.addmm(tensors.bias.to(wide.dtype), wide, weight)
         return y.to(spec.out_dtype)
 
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
+    def single_backward(
+        self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
     ) -> LinearGradients:
-        from qlora_compile.kernels.gpu.products import adapter_gradients, added_up, low_rank
+        from qlora_compile.kernels.gpu.products import adapter_gradient, added_up, low_rank
 
+        tensors, spec = linear
         x, a, b, scaling = tensors.x, tensors.lora_a, tensors.lora_b, tensors.scaling
         assert a is not None
         assert b is not None
@@ -95,16 +92,12 @@ class Augmented(SeparateVariant, TritonVariant):
         else:
             grad_low = added_up(low_rank(grad, b.t(), spec.lora_dtype)) * scaling
         if needs.adapter:
-            grad_a, grad_b = adapter_gradients(
-                x,
-                grad,
-                grad_low.float(),
-                (a, b),
-                spec.lora_dtype,
-                scaling,
-                low=tensors.low_rank,
+            low = tensors.low_rank
+            if low is None:
+                low = added_up(low_rank(x, a, spec.lora_dtype)) * scaling
+            grad_a, grad_b = (
+                torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in (a, b)
             )
-        grad_bias = None
-        if needs.bias and tensors.bias is not None:
-            grad_bias = bias_gradient(grad, tensors.bias)
-        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+            adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
+            adapter_gradient(grad, low.float(), spec.lora_dtype, grad_b)
+        return LinearGradients(grad_x, grad_a, grad_b, bias_gradient(grad, tensors.bias, needs))

@@ -12,7 +12,7 @@ from torch import Tensor
 from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.device_model import DeviceModel
 from qlora_compile.kernels.formats.formats import format_of
-from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.layout import Layout, OfLayout, slices
 from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
@@ -21,7 +21,7 @@ ROW_BLOCK = 512
 
 
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(OfLayout):
     """The constants of one fused linear.
 
     Shapes: x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]. The base product runs
@@ -38,23 +38,10 @@ class LinearSpec:
 
     @classmethod
     def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
-        """What a Problem tells, and what it leaves open; `dropout` counts where it has one."""
-        return cls(
-            layout=problem.layout,
-            dropout=dropout if problem.dropout else 0.0,
-            stream=stream,
-            compute_dtype=problem.compute_dtype,
-            lora_dtype=problem.lora_dtype,
-            out_dtype=problem.out_dtype,
-        )
-
-    @property
-    def n(self) -> int:
-        return self.layout.shape[0]
-
-    @property
-    def k(self) -> int:
-        return self.layout.shape[1]
+        """The constants that `problem` fixes, with those it leaves open. dropout: the probability,
+        used if the Problem has dropout at all."""
+        dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype)
+        return cls(problem.layout, dropout if problem.dropout else 0.0, stream, *dtypes)
 
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The whole weight [N, K] in `dtype`."""
@@ -68,13 +55,10 @@ class LinearSpec:
         rows: int,
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """As `QuantFormat.decoded`, for a weight in its own dtype too."""
+        """Like `QuantFormat.decoded`, and for a weight in its own dtype too."""
         quant_format = format_of(self.layout)
         if quant_format is None:
-            step = max(rows, 1)
-            for start in range(0, self.n, step):
-                n = slice(start, min(start + step, self.n))
-                yield n, planes[0][n].to(dtype)
+            yield from ((n, planes[0][n].to(dtype)) for n in slices(self.n, rows))
             return
         packed = quant_format.packed(self.layout, planes)
         yield from quant_format.decoded(packed, dtype, rows, memory)
@@ -105,19 +89,21 @@ class LinearTensors:
 class LinearGradients:
     """Gradients of one call, None where none was asked for; dtypes are their tensors' own."""
 
-    x: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    bias: Tensor | None
+    x: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
 
 
-Group = Sequence[tuple[LinearTensors, LinearSpec]]
+Linear = tuple[LinearTensors, LinearSpec]
+
+Group = Sequence[Linear]
 """Linears that share x, format, dtypes and dropout: one, or the siblings of a Problem."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a variant goes about it; this one is of variants that have nothing to choose."""
+    """The settings of a variant. This class itself is for variants that have none."""
 
     @property
     def label(self) -> str:
@@ -134,14 +120,14 @@ class Variant(ABC):
     name: str
 
     isolated: bool = False
-    """Whether a mistake in it could take the process down, so that another one measures it."""
+    """Whether a bug in it could crash the process: it is then measured in a process of its own."""
 
     @abstractmethod
     def rejects(self, problem: Problem) -> list[str]:
         """Why this variant cannot solve `problem`; empty when it can."""
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        """What there is to choose from for a problem it does not reject; never empty then."""
+        """The configs to choose from, at least one, for a problem that it does not reject."""
         return (NO_CONFIG,)
 
     @abstractmethod
@@ -159,57 +145,37 @@ class Variant(ABC):
         """For `grads` [M, N] of each: the gradient of the shared x, and each Linear's others. The
         base weights are frozen and get none."""
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        """y of a single Linear."""
-        (y,) = self.forward_group([(tensors, spec)], config)
-        return y
-
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients:
-        """Gradients of a single Linear."""
-        grad_x, (others,) = self.backward_group([grad], [(tensors, spec)], needs, config)
-        return replace(others, x=grad_x)
-
 
 class SeparateVariant(Variant):
-    """One that knows a single Linear alone: siblings go one after the other and share nothing."""
+    """A variant that computes one Linear at a time: siblings share nothing."""
 
     @abstractmethod
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         """`cost` of a single Linear's problem."""
 
     @abstractmethod
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor: ...
+    def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+        """y of a single Linear."""
 
     @abstractmethod
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
-    ) -> LinearGradients: ...
+    def single_backward(
+        self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
+    ) -> LinearGradients:
+        """Gradients of a single Linear, that of x among them."""
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         return sum(self.single_cost(part, config, device) for part in problem.parts)
 
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
-        return [self.forward(tensors, spec, config) for tensors, spec in group]
+        return [self.single_forward(*linear, config) for linear in group]
 
     def backward_group(
         self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
     ) -> tuple[Tensor | None, list[LinearGradients]]:
         grad_x = None
         others = []
-        for grad, (tensors, spec) in zip(grads, group, strict=True):
-            result = self.backward(grad, tensors, spec, needs, config)
+        for grad, linear in zip(grads, group, strict=True):
+            result = self.single_backward(grad, linear, needs, config)
             if result.x is not None:
                 grad_x = result.x if grad_x is None else grad_x.add_(result.x)
             others.append(replace(result, x=None))
@@ -218,21 +184,29 @@ class SeparateVariant(Variant):
 
 def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
     """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
-    instead of one of [M, K]. A number on a CPU; elsewhere a tensor, as reading its value would wait
-    for the device."""
+    instead of one of [M, K]. A number on a CPU; elsewhere a tensor."""
     assert tensors.scaling is not None
-    scaling = tensors.scaling
-    known = scaling.item() if scaling.device.type == "cpu" else scaling
-    return known * kept_factor(tensors, spec)
+    return known_scaling(tensors.scaling) * dropout_factor(tensors, spec)
 
 
-def kept_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
+def known_scaling(scaling: Tensor | None) -> float | Tensor:
+    """`scaling`, one element, as a number on a CPU; elsewhere the tensor itself, as reading its
+    value would wait for the device. 1 where there is no adapter."""
+    if scaling is None:
+        return 1.0
+    return scaling.item() if scaling.device.type == "cpu" else scaling
+
+
+def dropout_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
     """What dropout multiplies the elements it keeps with."""
     return 1.0 if tensors.seed is None else 1.0 / (1.0 - spec.dropout)
 
 
-def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
-    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype."""
+def bias_gradient(grad: Tensor, bias: Tensor | None, needs: NeedsGradient) -> Tensor | None:
+    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype; None where
+    there is no bias or nobody needs its gradient."""
+    if bias is None or not needs.bias:
+        return None
     wide = torch.promote_types(torch.float32, grad.dtype)
     # On CPU torch sums in another dtype by way of a copy of the whole.
     copies = grad.device.type == "cpu" and grad.dtype != wide

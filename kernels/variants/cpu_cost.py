@@ -16,7 +16,8 @@ _DECODE_OPERATORS = 5
 def dense_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, weight_block: int | None, merged: bool
 ) -> float:
-    """Of `dense`: W decoded in blocks of so many weights, multiplied in `dtype`."""
+    """Modelled seconds of `dense`, which decodes W `weight_block` weights at a time and multiplies
+    in `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     blocks = 1 if weight_block is None else math.ceil(n * k / weight_block)
     backward = problem.direction == "backward"
@@ -38,7 +39,8 @@ def dense_seconds(
 
 
 def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
-    """Of `augmented_native`: W and B side by side in one matrix of `dtype`."""
+    """Modelled seconds of `augmented_native`, which multiplies with W and B side by side in one
+    matrix of `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     seconds = _decode_seconds(problem, cpu, dtype, 1) + _product_seconds(problem, cpu, dtype)
     # W goes through a buffer, x or dX through rows of K + rank.
@@ -86,7 +88,7 @@ def _cast_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
 
 
 def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: int) -> float:
-    """Of one product [M, columns] with [columns, rank], in the adapter's dtype."""
+    """Seconds of one product [M, columns] with [columns, rank], in the adapter's dtype."""
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     rate = cpu.of(cpu.thin, wide)
     return 2 * problem.m * columns * problem.rank / rate + cpu.operator
@@ -95,7 +97,7 @@ def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: 
 def _adapter_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, *, needs_low: bool
 ) -> float:
-    """What the variants share: S, the gradients of A and B, conversions and masks."""
+    """Seconds of what all variants do: S, the gradients of A and B, conversions and masks."""
     m, n, k = problem.m, problem.n, problem.k
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     seconds = 0.0

@@ -34,7 +34,8 @@ def decoder_names(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
 
 
 def dequantize_decoder(layout: Layout, target: str | None, dtype: torch.dtype) -> str:
-    """Of the standalone dequantisation to `dtype`; None is no device, hence the interpreter."""
+    """The decoder to take for the standalone dequantisation to `dtype`. target: None where there is
+    no device, that is, in Triton's interpreter."""
     first = format_named(layout.format).device_decoders()[0].name
     names = [] if target is None else decoder_names(layout, target, dtype)
     return _DEQUANTIZES if _DEQUANTIZES in names else first
@@ -45,13 +46,13 @@ _DEQUANTIZES = "prmt"
 
 
 def packed_bytes(problem: Problem) -> float:
-    """What a product reads of the packed W."""
+    """How many bytes of the packed W a product reads."""
     bytes_each = format_named(problem.layout.format).bytes_per_weight(problem.layout)
     return problem.n * problem.k * bytes_each
 
 
 def dequantize_seconds(problem: Problem, device: DeviceModel) -> float:
-    """Modelled, of decoding W to memory once; nothing where it is not packed."""
+    """Modelled seconds of decoding W to memory once; 0 where W is not packed."""
     if not problem.layout.quantized:
         return 0.0
     moved = packed_bytes(problem) + problem.compute_dtype.itemsize * problem.n * problem.k

@@ -5,7 +5,7 @@ Native torch ops only, so it runs on every device; the baseline for the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +17,9 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
     Group,
+    Linear,
     LinearGradients,
     LinearSpec,
-    LinearTensors,
     NeedsGradient,
     Variant,
     bias_gradient,
@@ -139,23 +139,20 @@ class Dense(Variant):
         adapters = NativeAdapters.of(group, config.gemm_dtype)
         lows: dict[int, Tensor] = {}
         if adapters is not None:
-            kept = any(tensors.low_rank is not None for tensors, _ in group)
-            if kept or not config.merged:
+            saves = any(tensors.low_rank is not None for tensors, _ in group)
+            if saves or not config.merged:
                 lows = adapters.low_ranks()
         results = []
-        for position, (tensors, spec) in enumerate(group):
+        for position, linear in enumerate(group):
             adapter = None if adapters is None else adapters.members.get(position)
-            results.append(self._forward(tensors, spec, config, adapter, lows.get(position)))
+            results.append(self._forward(linear, config, adapter, lows.get(position)))
         return results
 
     def _forward(
-        self,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        config: DenseConfig,
-        adapter: NativeAdapter | None,
-        low_rank: Tensor | None,
+        self, linear: Linear, config: DenseConfig, adapter: NativeAdapter | None, low: Tensor | None
     ) -> Tensor:
+        """y of one Linear. low: S of its adapter, unless the adapter is merged."""
+        tensors, spec = linear
         x, dtype = tensors.x, config.gemm_dtype
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
         y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
@@ -163,7 +160,7 @@ class Dense(Variant):
         separate = None if config.merged else adapter
         whole = {x.dtype, spec.out_dtype} == {dtype}
         if separate is not None:
-            whole = whole and adds_in_place(y.dtype, separate.dtype)
+            whole = whole and adds_in_place(y.dtype, separate.a.dtype)
         blocks = row_blocks(x, whole=whole)
         for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
             for m in blocks:
@@ -175,8 +172,8 @@ class Dense(Variant):
                     torch.mm(rows, weight.t(), out=part)
                 else:
                     torch.addmm(bias[n], rows, weight.t(), out=part)
-                if separate is not None and low_rank is not None:
-                    part = add_product(part, cut(low_rank, m), cut(separate.b, n).t())
+                if separate is not None and low is not None:
+                    part = add_product(part, cut(low, m), cut(separate.b, n).t())
                 if part is not target:
                     target.copy_(part)
         return y
@@ -187,48 +184,46 @@ class Dense(Variant):
         assert isinstance(config, DenseConfig)
         x, dtype = group[0][0].x, config.gemm_dtype
         adapters = NativeAdapters.of(group, dtype)
-        work = None
+        grad_x = self._input_gradient(grads, group, config, adapters) if needs.x else None
+        others = [
+            LinearGradients(bias=bias_gradient(grad, tensors.bias, needs))
+            for grad, (tensors, _) in zip(grads, group, strict=True)
+        ]
         # A merged adapter's share of dX is in the weight.
         adds = needs.x and not config.merged
         if adapters is not None and (needs.adapter or adds):
             work = NativeGradients(adapters, replace(needs, x=adds))
-        grad_x = None
-        if needs.x:
-            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        begun = False
-        others = []
-        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
-            adapter = None if adapters is None else adapters.members.get(position)
-            taken = None if adapter is None else work
-            passes: Iterable[tuple[slice, Tensor | None]] = [(slice(0, spec.n), None)]
-            if grad_x is not None:
-                merged = adapter if config.merged else None
-                passes = _weight_blocks(tensors.planes, spec, config, merged)
-            plain = {x.dtype, grad.dtype} == {dtype}
-            # What is converted once serves both products.
-            same = taken is not None and taken.adapters.dtype == dtype
-            together = same and (config.weight_block is None or grad_x is None)
-            for n, weight in passes:
-                for m in row_blocks(x, whole=plain):
-                    part = cut(grad, m, n).to(dtype)
-                    if grad_x is not None and weight is not None:
-                        _add_input_gradient(cut(grad_x, m), part, weight, first=not begun)
-                    if taken is not None and together:
-                        taken.take(position, m, part)
-                begun = True
-            if taken is not None and not together:
-                for m in row_blocks(x, whole=taken.adapters.is_thin(grad) or (plain and same)):
-                    taken.take(position, m, cut(grad, m))
-            grad_bias = None
-            if needs.bias and tensors.bias is not None:
-                grad_bias = bias_gradient(grad, tensors.bias)
-            others.append(LinearGradients(None, None, None, grad_bias))
-        if work is not None:
+            for position in adapters.members:
+                grad = grads[position]
+                plain = {x.dtype, grad.dtype, adapters.dtype} == {dtype}
+                for m in row_blocks(x, whole=plain or adapters.is_thin(grad)):
+                    work.take(position, m, cut(grad, m))
             work.finish(grad_x)
-            for position, other in enumerate(others):
+            for position in adapters.members:
                 grad_a, grad_b = work.of(position)
-                others[position] = replace(other, lora_a=grad_a, lora_b=grad_b)
+                others[position] = replace(others[position], lora_a=grad_a, lora_b=grad_b)
         return grad_x, others
+
+    def _input_gradient(
+        self,
+        grads: Sequence[Tensor],
+        group: Group,
+        config: DenseConfig,
+        adapters: NativeAdapters | None,
+    ) -> Tensor:
+        """What the weights give to the gradient of x, [M, K]."""
+        x, dtype = group[0][0].x, config.gemm_dtype
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        first = True
+        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
+            merged = adapters.members.get(position) if adapters and config.merged else None
+            blocks = row_blocks(x, whole={x.dtype, grad.dtype} == {dtype})
+            for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
+                for m in blocks:
+                    part = cut(grad, m, n).to(dtype)
+                    _add_input_gradient(cut(grad_x, m), part, weight, first=first)
+                first = False
+        return grad_x
 
 
 def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from qlora_compile.kernels.gpu.configs import FUSED, FUSED_UTILIZATION, SKINNY, 
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
 from qlora_compile.kernels.variants.decoding import packed_bytes
-from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 
 
 class Fused(GemmVariant):
@@ -21,18 +20,8 @@ class Fused(GemmVariant):
     def shipped(self, target: str) -> Sequence[GemmConfig]:
         return FUSED[target]
 
-    def product(
-        self,
-        x: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        config: GemmConfig,
-        out: Tensor,
-        **options: Any,
-    ) -> None:
-        from qlora_compile.kernels.gpu.gemm_launch import gemm
-
-        gemm(x, tensors.planes, spec, config, out, **options)
+    def weight(self, tensors: LinearTensors, spec: LinearSpec) -> Sequence[Tensor]:
+        return tensors.planes
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, GemmConfig)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.dropout import keep_mask
+from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.variants.base import (
     ROW_BLOCK,
     Group,
@@ -25,8 +26,9 @@ DEVICE_ROW_BLOCKS = 8
 
 
 def native_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """Those a CPU may multiply operands of `dtype` in without losing accuracy, its own way first:
-    without native support torch multiplies 16-bit ones several times slower than float32."""
+    """The dtypes in which a CPU can multiply operands of `dtype` without losing accuracy, the one
+    to prefer first: without native support torch multiplies 16-bit operands several times slower
+    than float32 ones."""
     if dtype not in (torch.bfloat16, torch.float16):
         return [dtype]
     native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -34,16 +36,14 @@ def native_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
 
 
 def row_blocks(x: Tensor, whole: bool) -> list[slice]:
-    """All rows of x [M, …] at once, or in blocks."""
-    rows = x.shape[0]
+    """The rows of x [M, …] in blocks, or all at once if `whole`."""
     block = ROW_BLOCK if x.device.type == "cpu" else ROW_BLOCK * DEVICE_ROW_BLOCKS
-    step = max(rows, 1) if whole else block
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return slices(x.shape[0], x.shape[0] if whole else block)
 
 
 def cut(tensor: Tensor, *parts: slice) -> Tensor:
-    """tensor[parts], and `tensor` itself where they take all of it: a view takes as long as many a
-    small product."""
+    """tensor[parts]. Returns `tensor` itself where the parts take all of it: making a view takes as
+    long as a small product."""
     whole = all(
         part.start == 0 and part.stop == size
         for part, size in zip(parts, tensor.shape, strict=False)
@@ -53,7 +53,7 @@ def cut(tensor: Tensor, *parts: slice) -> Tensor:
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """The adapter of one Linear of a group, its factors in the `dtype` its products run in.
+    """The adapter of one Linear of a group, its factors in the dtype that its products run in.
 
     scaling: alpha / rank, and 1 / (1 - p) of what dropout keeps. columns: of the group's S that
     are this adapter's.
@@ -63,18 +63,16 @@ class NativeAdapter:
     spec: LinearSpec
     a: Tensor
     b: Tensor
-    dtype: torch.dtype
     scaling: float | Tensor
     columns: slice
 
-    def keep(self, rows: slice) -> Tensor | None:
-        """The dropout mask of `rows` of x, in `dtype`."""
+    def mask(self, rows: slice) -> Tensor | None:
+        """The dropout mask of `rows` of x, in the factors' dtype; None without dropout."""
         if self.tensors.seed is None:
             return None
         spec, bounds = self.spec, (rows.start, rows.stop)
-        return keep_mask(
-            self.tensors.seed, spec.stream, spec.dropout, bounds, spec.k, dtype=self.dtype
-        )
+        seed, dtype = self.tensors.seed, self.a.dtype
+        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class NativeAdapters:
             columns = slice(rank, rank + a.shape[0])
             scaling = adapter_scaling(tensors, spec)
             factors = (a.to(dtype), b.to(dtype))
-            members[position] = NativeAdapter(tensors, spec, *factors, dtype, scaling, columns)
+            members[position] = NativeAdapter(tensors, spec, *factors, scaling, columns)
             rank = columns.stop
         return cls(first.x, dtype, rank, members) if members else None
 
@@ -142,9 +140,9 @@ class NativeAdapters:
             low = self._low_rank()
             lows = {i: cut(low, slice(0, len(x)), m.columns) for i, m in self.members.items()}
         for position, member in self.members.items():
-            kept = member.tensors.low_rank
-            if kept is not None and kept is not lows[position]:
-                kept.copy_(lows[position])
+            saved = member.tensors.low_rank
+            if saved is not None and saved is not lows[position]:
+                saved.copy_(lows[position])
         return lows
 
     def _low_rank(self) -> Tensor:
@@ -156,8 +154,8 @@ class NativeAdapters:
                 torch.mm(x[m].to(self.dtype), self.stacked.t(), out=low[m])
                 continue
             for member in self.members.values():
-                keep = member.keep(m)
-                part = x[m].to(self.dtype) if keep is None else keep.mul_(x[m])
+                mask = member.mask(m)
+                part = x[m].to(self.dtype) if mask is None else mask.mul_(x[m])
                 low[m, member.columns] = part @ member.a.t()
         for member in self.members.values():
             low[:, member.columns] *= member.scaling
@@ -166,13 +164,13 @@ class NativeAdapters:
     def stored(self) -> dict[int, Tensor] | None:
         """S of each member as the forward stored it; None where it did not."""
         parts = {i: member.tensors.low_rank for i, member in self.members.items()}
-        kept = {i: part.to(self.dtype) for i, part in parts.items() if part is not None}
-        return kept if len(kept) == len(parts) else None
+        saved = {i: part.to(self.dtype) for i, part in parts.items() if part is not None}
+        return saved if len(saved) == len(parts) else None
 
 
 class NativeGradients:
-    """Sums up the gradients of a group's adapters, and what they add to that of x, over blocks of
-    rows. needs: `needs.x` where the latter is wanted here."""
+    """Sums up the gradients of a group's adapters over blocks of rows, and adds the adapters' share
+    to the gradient of x. needs: `needs.x` is set if that share is to be added here."""
 
     def __init__(self, adapters: NativeAdapters, needs: NeedsGradient) -> None:
         self.adapters = adapters
@@ -188,8 +186,8 @@ class NativeGradients:
         self._b: dict[int, Tensor] = {}
 
     def take(self, position: int, rows: slice, grad: Tensor, product: Tensor | None = None) -> None:
-        """The rows `rows` of one Linear's gradient [m, N], and its product with lora_b, where that
-        is known."""
+        """Takes the rows `rows` of one Linear's gradient [m, N]. product: these rows times lora_b,
+        if the caller has computed it."""
         member = self.adapters.members[position]
         grad_low = cut(self.grad_low, rows, member.columns)
         low = cut(self.lows[position], rows) if self.lows else None
@@ -216,7 +214,8 @@ class NativeGradients:
         return self._b[position]
 
     def finish(self, grad_x: Tensor | None) -> None:
-        """Adds up what the rows taken give to A, and to `grad_x` [M, K] if it is needed."""
+        """Adds what the taken rows give to the gradients of all A's, and to `grad_x` [M, K] if
+        `needs.x`."""
         adapters = self.adapters
         x = adapters.x
         total = grad_x if self.needs.x else None
@@ -234,7 +233,7 @@ class NativeGradients:
                 self._finish(m, adapters.stacked, slice(None), wide, None, target)
                 continue
             for member in adapters.members.values():
-                self._finish(m, member.a, member.columns, wide, member.keep(m), target)
+                self._finish(m, member.a, member.columns, wide, member.mask(m), target)
 
     def _finish(
         self,
@@ -242,21 +241,22 @@ class NativeGradients:
         a: Tensor,
         columns: slice,
         x: Tensor | None,
-        keep: Tensor | None,
+        mask: Tensor | None,
         target: Tensor | None,
     ) -> None:
+        """Adds what `rows` give to the gradient of x in `target`, and to that of the factor `a`."""
         grad_low = self.grad_low[rows, columns]
         if target is not None:
-            if keep is None:
+            if mask is None:
                 added = add_product(target, grad_low, a)
             else:
                 product = grad_low @ a
                 same = target.dtype == product.dtype
-                added = torch.addcmul(target, product, keep, out=target if same else None)
+                added = torch.addcmul(target, product, mask, out=target if same else None)
             if added is not target:
                 target.copy_(added)
         if x is not None:
-            _accumulate(self._a[columns], grad_low, x if keep is None else keep.mul_(x))
+            _accumulate(self._a[columns], grad_low, x if mask is None else mask.mul_(x))
 
     def of(self, position: int) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of lora_a and lora_b of one Linear, in their own dtypes."""
@@ -285,12 +285,12 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def adds_in_place(total: torch.dtype, factors: torch.dtype) -> bool:
-    """Whether `add_product` needs no copy of a sum in that dtype."""
+    """Whether `add_product` adds factors of that dtype to a `total` of that dtype in place."""
     return total == factors or (total, factors) == (torch.bfloat16, torch.float32)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right: in place, or in the wider of two dtypes."""
+    """total + left @ right: in place where `adds_in_place`, else a new tensor."""
     if not adds_in_place(total.dtype, left.dtype):
         return torch.add(total, left @ right)
     if total.dtype == left.dtype:

@@ -12,6 +12,7 @@ from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import (
     Config,
+    Linear,
     LinearGradients,
     LinearSpec,
     LinearTensors,
@@ -71,7 +72,7 @@ class NativeAugmented(SeparateVariant):
             wide[n, :k] = block
         return wide
 
-    def forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
+    def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
         assert isinstance(config, DenseConfig)
         x, dtype = tensors.x, config.gemm_dtype
         adapters = NativeAdapters.of([(tensors, spec)], dtype)
@@ -91,17 +92,13 @@ class NativeAugmented(SeparateVariant):
                 y[m] = part
         return y
 
-    def backward(
-        self,
-        grad: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        needs: NeedsGradient,
-        config: Config,
+    def single_backward(
+        self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
     ) -> LinearGradients:
         assert isinstance(config, DenseConfig)
-        x, dtype = tensors.x, config.gemm_dtype
-        adapters = NativeAdapters.of([(tensors, spec)], dtype)
+        tensors, dtype = linear[0], config.gemm_dtype
+        x = tensors.x
+        adapters = NativeAdapters.of([linear], dtype)
         assert adapters is not None
         adapter = adapters.members[0]
         weight = self._weight(adapter, dtype) if needs.x else adapter.b
@@ -119,7 +116,4 @@ class NativeAugmented(SeparateVariant):
                     grad_x[m] = wide[:, :first]
             work.finish(grad_x)
             grad_a, grad_b = work.of(0)
-        grad_bias = None
-        if needs.bias and tensors.bias is not None:
-            grad_bias = bias_gradient(grad, tensors.bias)
-        return LinearGradients(grad_x, grad_a, grad_b, grad_bias)
+        return LinearGradients(grad_x, grad_a, grad_b, bias_gradient(grad, tensors.bias, needs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import Config, LinearSpec, LinearTensors
 from qlora_compile.kernels.variants.decoding import dequantize_decoder, dequantize_seconds
-from qlora_compile.kernels.variants.triton_variant import GemmVariant
+from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 
 
 class Tail(GemmVariant):
@@ -23,26 +22,15 @@ class Tail(GemmVariant):
     def shipped(self, target: str) -> Sequence[GemmConfig]:
         return TAIL[target]
 
-    def product(
-        self,
-        x: Tensor,
-        tensors: LinearTensors,
-        spec: LinearSpec,
-        config: GemmConfig,
-        out: Tensor,
-        **options: Any,
-    ) -> None:
-        from qlora_compile.kernels.gpu.gemm_launch import gemm
+    def weight(self, tensors: LinearTensors, spec: LinearSpec) -> Sequence[Tensor]:
         from qlora_compile.kernels.gpu.launch import with_contiguous_rows
         from qlora_compile.kernels.gpu.products import dequantize
 
         dtype = spec.compute_dtype
-        if spec.layout.quantized:
-            decoder = dequantize_decoder(spec.layout, target_of(str(x.device)), dtype)
-            weight = dequantize(tensors.planes, spec, dtype, decoder)
-        else:
-            weight = with_contiguous_rows(tensors.planes[0].to(dtype))
-        gemm(x, [weight], spec, config, out, **options)
+        if not spec.layout.quantized:
+            return [with_contiguous_rows(tensors.planes[0].to(dtype))]
+        decoder = dequantize_decoder(spec.layout, target_of(str(tensors.x.device)), dtype)
+        return [dequantize(tensors.planes, spec, dtype, decoder)]
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, GemmConfig)

@@ -15,6 +15,7 @@ import torch
 from bench.static.figures import figures
 from bench.static.launches import ShippedLaunch
 from bench.static.shipped import STREAMS, launches
+from qlora_compile.kernels.call import NeedsGradient
 from qlora_compile.kernels.experts.base import ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.grouped import grouped_config
 from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named, meta_tensors
@@ -79,12 +80,13 @@ def _experts(
         lora_a=meta(E, RANK, K, dtype=torch.float32),
         lora_b=meta(E, N, RANK, dtype=torch.float32),
         scaling=meta(1, dtype=torch.float32),
+        seed=None,
     )
-    spec = ExpertsSpec(layout, E, bf16, bf16)
+    spec = ExpertsSpec(layout, 0.0, 0, bf16, bf16, bf16, experts=E)
     config = grouped_config(arch, rows * E, E, RANK, layout)
     with recording() as recorded:
         grouped_forward(tensors, spec, config)
-        grouped_backward(meta(rows * E, N), tensors, spec, config, needs_x=True, needs_adapter=True)
+        grouped_backward(meta(rows * E, N), tensors, spec, config, NeedsGradient(True, True))
     for name, launch in zip(EXPERTS, recorded, strict=True):
         if name in names:
             yield f"experts {name}", launch

@@ -89,8 +89,8 @@ def main() -> None:
             low_rank,
             *(x[:, :128].contiguous(), factor, torch.float32, torch.zeros(1024).byte()),
         ),
-        "scaled": partial(operands, scaling=scaling, kept=1.25),
-        "another number": partial(operands, scaling=scaling, kept=1.5),
+        "scaled": partial(operands, scaling=scaling, factor=1.25),
+        "another number": partial(operands, scaling=scaling, factor=1.5),
         **packed_calls(),
     }
     counts = {}

@@ -12,18 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_compile.kernels.device_model import DEVICE_MODELS, DeviceModel
+from qlora_compile.kernels.device_model import DEVICE_MODELS, LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.experts import grouped
 from qlora_compile.kernels.experts.base import ExpertsProblem
-from qlora_compile.kernels.experts.grouped import (
-    GROUPED,
-    GROUPED_DENSE,
-    GroupedExperts,
-    decoded_first_cost,
-    grouped_config,
-)
+from qlora_compile.kernels.experts.grouped import GroupedExperts, adapter_seconds, grouped_config
 from qlora_compile.kernels.experts.native import NativeExperts
-from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.configs import GROUPED, GROUPED_DENSE, GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
@@ -128,7 +122,21 @@ def test_more_rows_never_get_a_smaller_tile(format: str) -> None:
 
 def problem(**changes: object) -> ExpertsProblem:
     layout = FORMATS[0].layout((64 * 1536, 2048))
-    base = ExpertsProblem("forward", 4096, 64, layout, 16, BF16, BF16, BF16, False, "cpu")
+    base = ExpertsProblem(
+        direction="forward",
+        m=4096,
+        layout=layout,
+        rank=16,
+        x_dtype=BF16,
+        compute_dtype=BF16,
+        lora_dtype=BF16,
+        out_dtype=BF16,
+        bias=False,
+        dropout=False,
+        keeps_low_rank=False,
+        device="cpu",
+        experts=64,
+    )
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -155,6 +163,20 @@ def test_rejects_with_the_reason(target: str, changes: dict, reason: str | None)
 
 def test_without_a_device_it_rejects() -> None:
     assert GroupedExperts().rejects(problem()) == ["no Triton on cpu"]
+
+
+def decoded_first_cost(problem: ExpertsProblem, device: DeviceModel) -> float:
+    """Modelled seconds of decoding all of W to memory, rows or no rows, and the vendor's grouped
+    product after it (`torch.nn.functional.grouped_mm`)."""
+    active = min(problem.experts, problem.m)
+    tiles = active * -(-problem.m // (active * 128))
+    n, k = problem.n, problem.k
+    bytes_each = format_named(problem.layout.format).bytes_per_weight(problem.layout)
+    seconds = device.stream_seconds(problem.experts * n * k * (bytes_each + 2)) + LAUNCH_SECONDS
+    compute = 2 * tiles * 128 * n * k / (device.flops * device.vendor_efficiency)
+    moved = 2 * active * n * k + 2 * problem.m * (n + k)
+    seconds += max(compute, device.stream_seconds(moved)) + LAUNCH_SECONDS
+    return seconds + adapter_seconds(problem, device)
 
 
 @pytest.mark.parametrize("model", DEVICE_MODELS, ids=lambda model: model.name)

@@ -59,14 +59,14 @@ def test_only_inputs_are_saved(
 
 def runs(call: Call, direction: Direction) -> Iterator[tuple[Config, Callable[[], Any]]]:
     """One direction of the call by every config of dense."""
-    tensors = call.linear_tensors
+    group = [(call.linear_tensors, call.spec)]
     needs = NeedsGradient(True, True, True)
     variant = dense.Dense()
     for config in variant.configs(call.problem(direction)):
         if direction == "forward":
-            yield config, lambda c=config: variant.forward(tensors, call.spec, c)
+            yield config, lambda c=config: variant.forward_group(group, c)
         else:
-            yield config, lambda c=config: variant.backward(call.grad, tensors, call.spec, needs, c)
+            yield config, lambda c=config: variant.backward_group([call.grad], group, needs, c)
 
 
 def test_allocations_are_counted() -> None:

@@ -20,8 +20,8 @@ from qlora_compile.kernels.experts.op import QLORA_EXPERTS
 from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoice
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
-from qlora_compile.kernels.specification import experts_reference
 from tests.examples import examples
+from tests.kernels.experts_reference import experts_reference
 from tests.kernels.linear_cases import double_quantizes
 
 FACTOR = 1.5

@@ -140,7 +140,7 @@ def test_adapter_operands_lose_less_than_the_result(data: st.DataObject) -> None
     up = torch.randn(rank, data.draw(st.sampled_from([1, 40]))).t()
     scaling, kept = torch.tensor([data.draw(st.sampled_from([0.5, 1.0, 3.0]))]), 1.25
     total = low.sum(0) * scaling * kept
-    start, summed = adapter_operands(low, up, F32, result, scaling=scaling, kept=kept, total=True)
+    start, summed = adapter_operands(low, up, F32, result, scaling=scaling, factor=kept, total=True)
     left, right = start.low, start.up
     assert summed is not None
     torch.testing.assert_close(summed, total, rtol=1e-6, atol=0)

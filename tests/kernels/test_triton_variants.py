@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.variants.dense import Dense, DenseConfig
+from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 from qlora_compile.kernels.variants.tail import Tail
-from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.group_cases import groups
 from tests.kernels.linear_cases import DTYPES, Case, double_quantizes
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain

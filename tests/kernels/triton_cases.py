@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import NO_CONFIG, Config
-from qlora_compile.kernels.variants.triton_variant import GemmVariant, TritonVariant
+from qlora_compile.kernels.variants.gemm_variant import GemmVariant
+from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.kernels.linear_cases import DTYPES, Call, Case, double_quantizes
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")

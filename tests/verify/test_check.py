@@ -21,14 +21,11 @@ from qlora_compile.kernels import attention
 from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.registry import FORMATS
-from qlora_compile.kernels.specification import (
-    experts_reference,
-    specified_experts,
-    specified_linears,
-)
+from qlora_compile.kernels.specification import specified_experts, specified_linears
 from qlora_compile.passes import attention as attention_pass
 from qlora_compile.passes.calls import is_fused, read
 from qlora_compile.verify.check import IN_FLOAT32, CapturedInput, check
+from tests.kernels.experts_reference import experts_reference
 from tests.test_equality import lora, step
 from tests.toy_models import tokens, toy
 

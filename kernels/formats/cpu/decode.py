@@ -17,7 +17,7 @@ from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.packed import PackedWeight
 
 SMALLEST = 1 << 12
-"""Weights that are worth the call."""
+"""Fewer weights do not repay the call."""
 
 _TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 
@@ -152,7 +152,7 @@ extern "C" void kernel(
 
 
 def writes(out: Tensor, block_size: int) -> bool:
-    """Whether whole blocks of `out` [elements] can be written so."""
+    """Whether the functions below can write whole blocks of `out` [elements]."""
     return (
         out.device.type == "cpu"
         and out.numel() >= max(SMALLEST, block_size)

@@ -8,7 +8,7 @@ from torch import Tensor
 from qlora_compile.kernels.cpu.toolchain import VECTORISED, compiled, has_compiler
 
 SMALLEST = 1 << 16
-"""Elements that are worth building it, where nothing was built yet."""
+"""Fewer elements do not repay building the kernel."""
 
 _SOURCE = (
     VECTORISED
@@ -42,7 +42,7 @@ _ARGUMENTS = (*["const float*"] * 3, "const uint8_t*", *["int64_t"] * 3, "uint8_
 
 
 def encodes(blocks: Tensor) -> bool:
-    """Whether `blocks` [b, s] can be encoded so."""
+    """Whether `encode` takes `blocks` [b, s]."""
     return (
         blocks.device.type == "cpu"
         and blocks.numel() >= SMALLEST
@@ -52,9 +52,10 @@ def encodes(blocks: Tensor) -> bool:
 
 
 def encode(blocks: Tensor, reciprocals: Tensor, boundaries: Tensor, order: Tensor) -> Tensor:
-    """Codes, two in a byte, the first in its high half, of contiguous float32 `blocks` [b, s], each
-    multiplied with its one of `reciprocals` [b]: the code `order[i]` has i of the ascending
-    `boundaries` [15] below the number. Of NaN any code."""
+    """Codes uint8 [b * s / 2] of contiguous float32 `blocks` [b, s], the first of two in the high
+    half of a byte. Each element is multiplied with its block's one of `reciprocals` [b]; if i of
+    the ascending `boundaries` [15] lie below the product, its code is `order[i]`. NaN gets any
+    code."""
     codes = order.new_empty(blocks.numel() // 2)
     kernel = compiled(_SOURCE, _ARGUMENTS)
     sizes = (*blocks.shape, torch.get_num_threads())

@@ -59,19 +59,14 @@ def loaded_offset(side):
     return offset
 
 
+# fmt: off
 @triton.jit
 def load_absmax(
-    side,
-    n0,
-    k0,
-    N,
-    K,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    side, n0, k0, N, K,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
+    # fmt: on
     """The absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
 
     SIDE: BLOCK_SHIFT, log2 of the block size, -1 for one block a row; GROUP; and the divisor. Each

@@ -64,16 +64,13 @@ def codebook_value(words, SHIFT: tl.constexpr, tables, scales, DTYPE: tl.constex
     return (tl.load(tables + ((words >> SHIFT) & 15)) * scales).to(DTYPE)
 
 
+# fmt: off
 @triton.jit
 def decode_codebook(
-    words,
-    scales,
-    state,
-    PROGRAM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """Plain Triton, for every target: sixteen values in global memory."""
     tables = state[1]
     words, scales = grouped(words, scales)
@@ -90,16 +87,13 @@ def decode_codebook(
     return tl.reshape(values, (ROWS, COLUMNS))
 
 
+# fmt: off
 @triton.jit
 def decode_codebook_prmt(
-    words,
-    scales,
-    state,
-    PROGRAM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """Sixteen scaled values in eight registers, looked up by byte permutations."""
     words, scales = grouped(words, scales)
     l0, l1, l2, l3, h0, h1, h2, h3 = tl.inline_asm_elementwise(
@@ -122,16 +116,13 @@ def decode_codebook_prmt(
     return tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
 
 
+# fmt: off
 @triton.jit
 def decode_codebook_shfl(
-    words,
-    scales,
-    state,
-    PROGRAM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """Sixteen values in the registers of sixteen lanes, looked up by shuffles."""
     words, scales = grouped(words, scales)
     w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
@@ -151,16 +142,13 @@ def int8_value(words, SHIFT: tl.constexpr, scales, DTYPE: tl.constexpr):
     return (((words << (24 - SHIFT)) >> 24).to(tl.float32) * scales).to(DTYPE)
 
 
+# fmt: off
 @triton.jit
 def decode_int8(
-    words,
-    scales,
-    state,
-    PROGRAM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """Plain Triton, for every target."""
     words, scales = grouped(words, scales)
     values = join4(
@@ -172,16 +160,13 @@ def decode_int8(
     return tl.reshape(values, (ROWS, COLUMNS))
 
 
+# fmt: off
 @triton.jit
 def decode_int8_prmt(
-    words,
-    scales,
-    state,
-    PROGRAM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
+    # fmt: on
     """Bytes become floats as the low mantissa bits of 2**23, without conversion instructions."""
     words, scales = grouped(words, scales)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(

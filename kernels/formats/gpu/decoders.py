@@ -21,28 +21,19 @@ def codebook_decoders(codebook: tuple[float, ...]) -> tuple[Decoder, ...]:
             8,
             decode.prepare_nothing,
             decode=decode.decode_codebook_prmt,
-            programs=partial(_table_programs, codebook),
+            programs=lambda dtype: (
+                assembly.scaled_table(codebook, dtype),
+                assembly.table_lookup(),
+            ),
         ),
         _decoder(
             "shfl",
             8,
             decode.prepare_lane_table,
             decode=decode.decode_codebook_shfl,
-            programs=_lane_programs,
+            programs=lambda dtype: (assembly.LANE_TABLE, assembly.lane_lookup(dtype)),
         ),
     )
-
-
-def _table_programs(codebook: tuple[float, ...], dtype: str) -> tuple[str, ...]:
-    return (assembly.scaled_table(codebook, dtype), assembly.table_lookup())
-
-
-def _lane_programs(dtype: str) -> tuple[str, ...]:
-    return (assembly.LANE_TABLE, assembly.lane_lookup(dtype))
-
-
-def _int8_programs(dtype: str) -> tuple[str, ...]:
-    return (assembly.int8_lookup(dtype),)
 
 
 INT8_DECODERS = (
@@ -52,6 +43,6 @@ INT8_DECODERS = (
         4,
         decode.prepare_nothing,
         decode=decode.decode_int8_prmt,
-        programs=_int8_programs,
+        programs=lambda dtype: (assembly.int8_lookup(dtype),),
     ),
 )
