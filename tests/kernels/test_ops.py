@@ -14,7 +14,6 @@ import torch
 import qlora_compile.api  # noqa: F401  imports whatever registers an op
 from qlora_compile.kernels.attention import ATTENTION_FORWARD, attention_call
 from qlora_compile.kernels.call import Call, NeedsGradient
-from qlora_compile.kernels.experts.op import experts_spec
 from qlora_compile.kernels.library import LIBRARY
 from tests.kernels import test_attention as attention_cases
 from tests.kernels import test_qlora_experts as experts_cases
@@ -59,7 +58,7 @@ def experts(requires_grad: bool = True) -> Iterator[tuple[Any, ...]]:
 def experts_backward() -> Iterator[tuple[Any, ...]]:
     for x, tensors, seed, text in experts(requires_grad=False):
         call = Call.parse(text)
-        grad = torch.randn(x.shape[0], experts_spec(call).n, dtype=call.out_dtype)
+        grad = torch.randn(x.shape[0], call.columns[0], dtype=call.out_dtype)
         for needs in itertools.product([True, False], repeat=2):
             yield [grad], x, tensors, seed, str(replace(call, needs=NeedsGradient(*needs)))
 
