@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import attention as cpu_attention
-from qlora_compile.kernels.library import LIBRARY, OpFunction, register, register_backward
+from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
 TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """What torch computes where the op stands in for it."""
@@ -20,15 +20,7 @@ TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defau
 _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def expected(*operands: Tensor) -> bool:
-    """Whether there is a backward of ours for operands of such dtypes and devices, if the compiler
-    builds it."""
-    return cpu_attention.expected(*operands)
-
-
-def start() -> None:
-    """Has that built while this thread goes on."""
-    cpu_attention.start()
+expected = cpu_attention.expected
 
 
 def attention_call(is_causal: bool, scale: float | None) -> str:
@@ -105,7 +97,7 @@ class _Attention(OpFunction):
 
 
 ATTENTION_FORWARD = register("attention_forward", _forward, _forward, _Attention)
-ATTENTION_BACKWARD = register_backward("attention_backward", _backward, _fake_backward)
+ATTENTION_BACKWARD = register("attention_backward", _backward, _fake_backward)
 
 LIBRARY.define(attention.__name__ + torch.library.infer_schema(attention, mutates_args=()))
 LIBRARY.impl(attention.__name__, attention, "CompositeImplicitAutograd")

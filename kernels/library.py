@@ -1,6 +1,6 @@
 """The library of the package's ops, and how each is registered.
 
-Every op has the arguments (x, tensors, seed, call), its backward (grads, x, tensors, seed, call),
+Every op with a kernel takes (x, tensors, seed, call), its backward (grads, x, tensors, seed, call),
 where `call` is a text. They are registered by hand and not as a `custom_op`, whose wrapper takes
 longer than small products do. The autograd kernel hands every tensor to torch.autograd.Function by
 itself: in a list it would be overlooked.
@@ -16,16 +16,23 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
 
-_OPERANDS = "Tensor x, Tensor[] tensors, Tensor? seed, str call"
-
 
 def register(
     name: str,
     compute: Callable[..., list[Tensor]],
     fake: Callable[..., list[Tensor]],
-    gradients: type[OpFunction],
+    gradients: type[OpFunction] | None = None,
 ) -> Any:
-    """Defines an op, whose derivative is `gradients`; returns it as it appears in a graph."""
+    """Defines an op and returns it as it appears in a graph. gradients: what differentiates it;
+    without, it is the backward of another op."""
+    operands = "Tensor x, Tensor[] tensors, Tensor? seed, str call"
+    operands = f"Tensor[] grads, {operands}" if gradients is None else operands
+    LIBRARY.define(f"{name}({operands}) -> Tensor[]")
+    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.qlora_compile, name).default
+    if gradients is None:
+        return op
 
     def with_autograd(
         keys: Any, x: Tensor, tensors: list[Tensor], seed: Tensor | None, text: str
@@ -34,24 +41,8 @@ def register(
             return list(gradients.apply(op, keys, text, x, seed, *tensors))
         return _below_autograd(op, keys, x, tensors, seed, text)
 
-    op = _define(name, f"({_OPERANDS})", compute, fake)
     LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
     return op
-
-
-def register_backward(
-    name: str, compute: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]
-) -> Any:
-    """Defines the op that computes another's gradients and has none itself; returns it as it
-    appears in a graph."""
-    return _define(name, f"(Tensor[] grads, {_OPERANDS})", compute, fake)
-
-
-def _define(name: str, arguments: str, compute: Any, fake: Any) -> Any:
-    LIBRARY.define(f"{name}{arguments} -> Tensor[]")
-    LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.qlora_compile, name).default
 
 
 class OpFunction(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.library import OpFunction, register, register_backward
+from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, places, problem_of, tensor_count
 from qlora_compile.kernels.selector import select
 
@@ -148,7 +148,7 @@ class _Linears(OpFunction):
 
 
 QLORA_LINEAR = register("qlora_linear", _forward, _fake_forward, _Linears)
-QLORA_LINEAR_BACKWARD = register_backward("qlora_linear_backward", _backward, _fake_backward)
+QLORA_LINEAR_BACKWARD = register("qlora_linear_backward", _backward, _fake_backward)
 
 
 def quantized_linear(

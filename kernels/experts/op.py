@@ -15,7 +15,7 @@ from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.experts.base import ExpertsProblem, ExpertsSpec, ExpertsTensors
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.library import OpFunction, register, register_backward
+from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import places, problem_of, specs
 from qlora_compile.kernels.problem import Direction
 
@@ -143,7 +143,7 @@ class _Experts(OpFunction):
 
 
 QLORA_EXPERTS = register("qlora_experts", _forward, _fake_forward, _Experts)
-QLORA_EXPERTS_BACKWARD = register_backward("qlora_experts_backward", _backward, _fake_backward)
+QLORA_EXPERTS_BACKWARD = register("qlora_experts_backward", _backward, _fake_backward)
 
 
 def experts_linear(
