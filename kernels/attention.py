@@ -20,15 +20,7 @@ TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defau
 _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def expected(*operands: Tensor) -> bool:
-    """Whether there is a backward of ours for operands of such dtypes and devices, if the compiler
-    builds it."""
-    return cpu_attention.expected(*operands)
-
-
-def start() -> None:
-    """Has that built while this thread goes on."""
-    cpu_attention.start()
+expected = cpu_attention.expected
 
 
 def attention_call(is_causal: bool, scale: float | None) -> str:

@@ -63,11 +63,7 @@ def check(
     trained = inventory.trained
     if lora is not None:
         trained = adapters.check_lora_config(
-            inventory.model,
-            inventory.modules,
-            inventory.linears,
-            lora,
-            quantize=quantize is not None,
+            inventory.model, inventory.modules, lora, quantize=quantize is not None
         )
     if quantize is None:
         return []

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from qlora_compile.capture.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, library, linear_call, op
+from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.experts import op as experts_op
 
@@ -29,7 +30,7 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
     if on_cpu:
         choose_instructions()
     if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
-        attention.start()
+        cpu_attention.start()
     tag = cache_key_tag(_sources_digest(), on_cpu=on_cpu)
 
     def compile_half(graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:

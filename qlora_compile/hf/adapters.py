@@ -178,15 +178,10 @@ def has_adapters(modules: Mapping[str, nn.Module]) -> bool:
 
 
 def check_lora_config(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    sites: Iterable[str],
-    config: object,
-    *,
-    quantize: bool,
+    model: nn.Module, modules: Mapping[str, nn.Module], config: object, *, quantize: bool
 ) -> set[str]:
     """The sites that PEFT will train beside the adapters of `config`, in full or a few rows.
-    modules, sites: of `model`, by name.
+    modules: of `model`, by name.
 
     Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
     would fail, or pass over a name, after it had begun to change the model.
@@ -210,7 +205,7 @@ def check_lora_config(
         for rule in [targets] if isinstance(targets, str) else sorted(targets):
             probe = LoraConfig(target_modules=rule if isinstance(targets, str) else [rule])
             if not any(check_target_module_exists(probe, name) for name in names):
-                leaves = {name.rpartition(".")[2] for name in sites}
+                leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
                 raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the random state as the user left it.
