@@ -29,7 +29,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# `make test` draws a quarter of the examples of slow tests; this draws all.
+# `make test` draws a third of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 

@@ -4,9 +4,9 @@
 import os
 
 LONG = "QLORA_COMPILE_LONG_TESTS" in os.environ
-PART = 4
+PART = 3
 
 
 def examples(count: int) -> int:
-    """`count`, or a quarter of it."""
+    """`count`, or a third of it."""
     return count if LONG else max(1, count // PART)

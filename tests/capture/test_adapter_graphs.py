@@ -108,7 +108,7 @@ block, whose input requires no gradient, has its own."""
 
 
 @pytest.mark.parametrize("base", ["nf4"])
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(states=st.lists(st.sampled_from(sorted(STATES)), min_size=3, max_size=6))
 def test_graphs_do_not_grow_with_repetition(base: str, states: list[str]) -> None:
     torch._dynamo.reset()

@@ -19,6 +19,7 @@ from qlora_compile.kernels.variants.dense import Dense, DenseConfig
 from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from tests.examples import examples
 from tests.kernels.group_cases import groups
 from tests.kernels.linear_cases import DTYPES, Case, double_quantizes
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
@@ -30,7 +31,7 @@ DENSE, TAIL = Dense(), Tail()
 
 
 @pytest.mark.parametrize(("variant", "format"), PAIRS, ids=PAIR_IDS)
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(data=st.data())
 def test_error_of_output_and_gradients(
     variant: TritonVariant, format: str, data: st.DataObject
@@ -45,7 +46,7 @@ GEMMS = [variant for variant in TRITON_VARIANTS if isinstance(variant, GemmVaria
 
 
 @pytest.mark.parametrize("variant", GEMMS, ids=lambda v: v.name)
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(data=st.data())
 def test_error_of_siblings(variant: GemmVariant, data: st.DataObject) -> None:
     """The gradient of x is added up in the kernel, S is one product."""
@@ -59,7 +60,7 @@ def test_error_of_siblings(variant: GemmVariant, data: st.DataObject) -> None:
     ("format", "decoder"),
     [(f.name, d.name) for f in FORMATS for d in f.device_decoders() if d.name in ("plain", "prmt")],
 )
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(data=st.data())
 def test_dense_over_tritons_decoder(format: str, decoder: str, data: st.DataObject) -> None:
     call = data.draw(calls(TAIL, format))
