@@ -49,7 +49,7 @@ UNUSABLE = (OSError, NotImplementedError)
 
 
 def cache_folder() -> Path:
-    """Return the folder of records: $QLORA_COMPILE_CACHE, or else the user's qlora-compile cache."""
+    """Return $QLORA_COMPILE_CACHE, or else the folder qlora-compile among the user's caches."""
     chosen = os.environ.get("QLORA_COMPILE_CACHE")
     if chosen:
         return Path(chosen)
