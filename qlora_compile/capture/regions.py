@@ -1,7 +1,7 @@
-"""Regions: blocks of a model that are compiled in place, one compilation for all of a kind.
+"""Regions: blocks of a model that are compiled in place, each kind of block once.
 
 A region replaces its module's `forward` on the instance. Parameters, state-dict keys, classes and
-hooks stay as they are. A deep copy or a pickle of the model has regions too, which compile again on
+hooks stay as they are. Regions are copied and pickled with the model, and then compile again on
 their first call.
 """
 
@@ -40,8 +40,7 @@ from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
-    # Makes a number that differs between layers, such as a dropout probability, a constant of each
-    # layer's graph, not an input.
+    # A number such as a dropout probability becomes a constant of each layer's graph, not an input.
     "specialize_float": True,
     # Past the limit Dynamo silently stops compiling; one class may serve many kinds of layer.
     "recompile_limit": 64,
@@ -57,12 +56,9 @@ _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_nam
 
 @dataclass
 class RegionKind:
-    """Settings and compiled forward that the modules of one class in one model share.
-
-    repeated: whether the model has several such blocks. tune: as `check_mode` returns it. probing:
-    whether calls are captured and rewritten but not compiled. refused: why Dynamo refused to trace
-    blocks with these hooks as one graph.
-    """
+    """Settings and compiled forward that the modules of one class in one model share. probing:
+    whether calls are captured but not compiled. refused: hooks with which Dynamo refused to trace
+    the block as one graph, and the reason."""
 
     module_class: type[nn.Module]
     strict: bool
@@ -91,9 +87,7 @@ class RegionKind:
 
     def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
         """Return `forward(module, *args, **kwargs)` compiled, or only rewritten while probing.
-
-        hooked: None where no module inside the block has hooks.
-        """
+        hooked: None if no module inside the block has hooks."""
         key = (self.probing, hooked)
         if key not in self._compiled:
             backend = make_backend(
@@ -109,13 +103,10 @@ class RegionKind:
 
 
 class Region:
-    """The forward of one compiled module.
-
-    sites: the sites inside the module. kept: those to leave alone, with the reason. graphs: the
-    graphs that the last call ran, as `_with_site_names` returns them; empty if it ran uncompiled,
-    None before the first call. uncompiled: why it ran so. cached: whether a call had a key-value
-    cache. captured: the keys of inner outputs that the last forward collected.
-    """
+    """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
+    `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
+    `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
+    captured: the keys of inner outputs that the last forward collected."""
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -163,17 +154,11 @@ class Region:
             self._leave_uncompiled(reason)
             return self.kind.module_class.forward(module, *args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
-        has_user_hooks = hooked is not None and hooked.hooks
-        # Slots only read the weights of an adapter's modules. PEFT's own forward calls the modules,
-        # and with them their hooks.
-        self.adapters.refresh(by_slots=not has_user_hooks)
-        # Hooks may ask whether what they see requires a gradient, so their block gets none.
-        if (
-            self.kind.repeated
-            and module.training
-            and torch.is_grad_enabled()
-            and not has_user_hooks
-        ):
+        user_hooks = hooked is not None and hooked.hooks
+        # Slots only read the weights of an adapter's modules; their hooks run in PEFT's forward.
+        self.adapters.refresh(by_slots=not user_hooks)
+        # Hooks may check which values require a gradient, so none is added for them.
+        if self.kind.repeated and module.training and torch.is_grad_enabled() and not user_hooks:
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
@@ -202,7 +187,7 @@ class Region:
                 return self._run(hooked, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
-            self.graphs = self._with_site_names(executed)
+            self.graphs = self._named_graphs(executed)
             if self.kind.strict:
                 self.raise_unfused()
         if hooked is not None and hooked.captured is not None:
@@ -213,8 +198,7 @@ class Region:
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
         hooked = HookedRun.of(self.module, hooks)
         if torch._C._current_graph_task_id() != -1:
-            # A checkpoint around the block recomputes the block during the backward, and must do so
-            # by the graph of the forward.
+            # A checkpoint recomputes the block during the backward: by the graph of the forward.
             return replace(hooked, captured=self.captured)
         self.captured = hooked.captured
         return hooked
@@ -224,14 +208,10 @@ class Region:
         if self.kind.strict:
             self.raise_unfused()
 
-    def _with_site_names(
-        self, executed: list[GraphCall]
-    ) -> list[tuple[RegionGraph, dict[str, str]]]:
-        """Return the graphs that ran, each with a map from its names of sites to this module's.
-
-        The map holds those names that differ. A part of a split block may have been compiled for
-        another module of the same kind; the weights it was given show which sites it computes here.
-        """
+    def _named_graphs(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
+        """Return the graphs that ran, each with a map from its site names to this module's names
+        where they differ. A part of a split block may have been compiled for another module of the
+        same kind; the weights it was given show which sites it computes here."""
         if len(executed) == 1:
             return [(executed[0][0], {})]
         tensors = tensor_names(self.module)
@@ -259,7 +239,7 @@ class Region:
             raise StrictError(count=len(missing), reasons=reasons)
 
     def fused(self) -> dict[str, FusedSite]:
-        """Return the sites that the last call computed by a fused op."""
+        """Return the Linears that the last call computed by a fused op."""
         return self._by_own_names("fused")
 
     def experts(self) -> dict[str, FusedExperts]:
@@ -309,10 +289,8 @@ def region_of(module: nn.Module) -> Region | None:
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with a code object of its own that calls `forward`.
-
-    Dynamo counts recompilations per code object, so kinds and models do not share one limit.
-    """
+    """Return a function with its own code object that calls `forward`: Dynamo counts recompilations
+    per code object, so kinds and models do not share one limit."""
 
     def region(module, *args, **kwargs):
         return forward(module, *args, **kwargs)
@@ -324,10 +302,9 @@ def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Return the inputs of a block, the first floating-point one requiring a gradient.
 
-    Without this the input of a model's first block requires none, and Dynamo would compile that
-    block separately, which costs more than the unneeded gradient.
+    Otherwise that of a model's first block would require none, and Dynamo would compile that block
+    separately, which costs more than the unneeded gradient.
     """
-
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(key, str) and key != "hidden_states":
             continue
