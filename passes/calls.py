@@ -93,7 +93,7 @@ def fused_call_of(value: Any) -> Node | None:
 
 
 def base_weights(node: Node) -> list[Any]:
-    """Return the placeholders of the weights that `node` multiplies with, behind casts and views.
+    """Return the placeholders, behind casts and views, of the weights that `node` multiplies with.
 
     One for a linear, one per Linear for a fused call, none for any other node.
     """

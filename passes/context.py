@@ -16,7 +16,7 @@ from qlora_compile.kernels.problem import Problem
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
-READ_PAST_THE_LAYER = "the model computes with its weight past the layer"
+READ_PAST_THE_LAYER = "the model computes with its weight without calling the layer"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
         result, fake_x, low_rank = example(last), example(base.x), example(branch.first)
         if result is None or fake_x is None or low_rank is None:
             continue
-        if _is_apart(branch, node):
+        if _must_stay_apart(branch, node):
             continue
         seed = seed_on(fake_x.device) if branch.dropout > 0.0 else None
         lora_a, lora_b = branch.lora_a, branch.lora_b
@@ -212,7 +212,7 @@ def _match_branch(add: Node) -> _Branch | None:
     return None
 
 
-def _is_apart(branch: _Branch, add: Node) -> bool:
+def _must_stay_apart(branch: _Branch, add: Node) -> bool:
     """Check whether base and adapter must not be computed in one place.
 
     A node in between may write to x or to a copy of x, so that they read different values; or

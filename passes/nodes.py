@@ -66,7 +66,7 @@ def uncast(node: Any) -> Node | None:
 
 
 def strip_casts(node: Any) -> Any:
-    """Return the value behind casts and copies, whoever else uses these.
+    """Return the value behind casts and copies, which may have other users too.
 
     Stops at a value that is written in place: from there on the copies may differ.
     """

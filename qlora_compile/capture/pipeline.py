@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
 _ONE_OF_SEVERAL = (
-    "one of its adapters is fused with the base product; another, active with it, runs beside it: "
-    "either drops out its input by a mask of its own, or is not plain LoRA, or of another dtype"
+    "one of its adapters is fused with the base product; another active one runs separately: "
+    "one of them has dropout, and so its own mask, or is not plain LoRA, or has another dtype"
 )
 
 

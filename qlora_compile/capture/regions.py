@@ -72,9 +72,9 @@ class RegionKind:
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        left = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
-        left.pop("tuner", None)
-        return left
+        state = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
+        state.pop("tuner", None)
+        return state
 
     @functools.cached_property
     def tuner(self) -> Tuner | None:

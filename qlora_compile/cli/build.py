@@ -75,7 +75,7 @@ def build(
             )
     Console().print(closing_table(kernels, arch, output))
     typer.echo(
-        f"Where the GPU is, with the same Triton and qlora_compile, wherever the folder lies:\n"
+        f"On the GPU's machine, with the same Triton and qlora_compile (the folder may be moved):\n"
         f"export TRITON_CACHE_DIR={output.absolute()}"
     )
 

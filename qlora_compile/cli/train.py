@@ -42,7 +42,7 @@ def train(
     ] = 2e-4,
     seed: Annotated[int, typer.Option("--seed", help="For adapters, order and split.")] = 0,
     held_out: Annotated[
-        float, typer.Option("--held-out", help="Fraction of the documents kept apart.")
+        float, typer.Option("--held-out", help="Fraction of the documents held out.")
     ] = 0.1,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")

@@ -94,27 +94,27 @@ def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
     store = RecordStore(cache_folder())
     tuner = Tuner("tune", store, budget, each=None, again=again)
     columns = (TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found: dict[Problem, Choice | None] = {}
+    choices: dict[Problem, Choice | None] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(problems))
 
         def on_record(problem: Problem, choice: Choice | None) -> None:
-            found[problem] = choice
+            choices[problem] = choice
             progress.advance(task)
 
         tuner.ensure(problems, on_record)
-    typer.echo("\n".join(closing_table(found)))
-    known = sum(choice is not None for choice in found.values()) - tuner.measurements
-    left = len(found) - known - tuner.measurements
+    typer.echo("\n".join(closing_table(choices)))
+    known = sum(choice is not None for choice in choices.values()) - tuner.measurements
+    missed = len(choices) - known - tuner.measurements
     counts = [f"{tuner.measurements} problems measured, {known} known before"]
-    counts += [f"{left} not measured: give more --budget, or see what is said above"] * bool(left)
+    counts += [f"{missed} not measured: give more --budget, or see the warnings"] * bool(missed)
     typer.echo(f"\n{', '.join(counts)}; records in {store.folder}")
 
 
-def closing_table(found: dict[Problem, Choice | None]) -> list[str]:
+def closing_table(choices: dict[Problem, Choice | None]) -> list[str]:
     """Return the lines of a table of what computes each problem from now on."""
     rows = []
-    for problem, choice in found.items():
+    for problem, choice in choices.items():
         measured = choice and choice.measured
         if choice is None or measured is None:
             rows.append((None, None, None, "not measured", None, str(problem)))

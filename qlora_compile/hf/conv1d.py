@@ -21,7 +21,7 @@ def as_linear(linear: LinearSite) -> nn.Linear:
     if not isinstance(linear, Conv1D):
         return linear
     n, k = features(linear)
-    seen = nn.Linear(k, n, device="meta").train(linear.training)
-    seen.weight = nn.Parameter(linear.weight.t(), linear.weight.requires_grad)
-    seen.bias = linear.bias
-    return seen
+    view = nn.Linear(k, n, device="meta").train(linear.training)
+    view.weight = nn.Parameter(linear.weight.t(), linear.weight.requires_grad)
+    view.bias = linear.bias
+    return view

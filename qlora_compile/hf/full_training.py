@@ -34,8 +34,8 @@ def warn(weights: Collection[Any]) -> None:
     """Warn of the `weights` that `quantize` leaves alone."""
     size = sum(weight.nbytes for weight in weights)
     message = (
-        f"{len(weights)} weights ({size:,} bytes) are trained in full, or lie with such ones in a "
-        "layer of experts, and stay unquantised; to have them packed, call requires_grad_(False) "
-        "on their layers before optimize()"
+        f"{len(weights)} weights ({size:,} bytes) are trained in full, or belong to a layer of "
+        "experts that has such weights, and stay unquantised; to have them packed, call "
+        "requires_grad_(False) on their layers before optimize()"
     )
     warnings.warn(message, TrainedInFullWarning, stacklevel=4)

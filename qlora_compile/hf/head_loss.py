@@ -73,7 +73,7 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
     ids = inputs.get("input_ids")
     if inputs.get("labels") is None:
         if not isinstance(ids, Tensor):
-            raise refuse("needs example_inputs with input_ids to be tried on")
+            raise refuse("needs example_inputs with input_ids for a trial call")
         inputs["labels"] = ids.clone()
     plain, _ = _trial(model, inputs)
     installed = LogitsFreeLoss(model)
@@ -129,12 +129,12 @@ class LogitsFreeLoss:
         del self.model._loss_function
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = module.training and kwargs.get("labels") is not None
-        keeps = kwargs.get("logits_to_keep")
-        everything = keeps is None or (isinstance(keeps, int) and keeps == 0)
+        wants_loss = module.training and kwargs.get("labels") is not None
+        kept = kwargs.get("logits_to_keep")
+        keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
         # Set in every call, so that nothing remains of an earlier one that was interrupted.
-        free = wanted and everything and not torch.compiler.is_compiling()
-        _CALL.set(_Call(self.name) if free else None)
+        logits_free = wants_loss and keeps_all and not torch.compiler.is_compiling()
+        _CALL.set(_Call(self.name) if logits_free else None)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         _CALL.set(None)

@@ -165,8 +165,8 @@ def sequence_losses(model: Any, sequences: Sequence[list[int]], batch_size: int)
 
 def last_checkpoint(directory: Path) -> Path | None:
     """Return the newest Trainer checkpoint in a directory, None if there is none."""
-    found = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    return Path(found) if found else None
+    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    return Path(checkpoint) if checkpoint else None
 
 
 def seed_everything(seed: int) -> None:

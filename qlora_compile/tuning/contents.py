@@ -86,11 +86,11 @@ class FolderContents:
         stamps = {}
         for path in self.paths():
             try:
-                found = path.stat()
+                status = path.stat()
             except FileNotFoundError:
                 continue
             except OSError as error:
                 warn_of_file(path, error)
                 continue
-            stamps[path] = _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+            stamps[path] = _Stamp(status.st_mtime_ns, status.st_size, status.st_ino)
         return stamps

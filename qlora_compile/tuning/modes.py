@@ -73,7 +73,7 @@ def _tuner(mode: str, folder: Path) -> Tuner:
 
 def _store(path: Path) -> RecordFile | RecordStore:
     if not path.exists():
-        message = f"{path} is gone: what it would have chosen is left to the cost model"
+        message = f"{path} is gone: the cost model chooses in place of its records"
         warnings.warn(message, RecordWarning, stacklevel=2)
     return RecordFile(path) if path.is_file() else RecordStore(path)
 

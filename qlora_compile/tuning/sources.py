@@ -40,12 +40,12 @@ def sources_digest(variant: type) -> str:
         UnestablishedError: a source file is missing, or is no Python.
     """
     bases = [each for each in variant.__mro__ if each not in (object, ABC)]
-    left = {each.__module__: _source_of(each) for each in bases}
+    unread = {each.__module__: _source_of(each) for each in bases}
     digests: dict[str, str] = {}
-    while left:
-        module, path = left.popitem()
+    while unread:
+        module, path = unread.popitem()
         digests[module], imported = _read(module, path)
-        left |= {name: path for name, path in imported.items() if name not in digests}
+        unread |= {name: path for name, path in imported.items() if name not in digests}
         if _is_ours(module):
             for native in path.parent.glob("*.cpp"):
                 digests[native.name] = hashlib.sha256(_content(native)).hexdigest()

@@ -94,14 +94,14 @@ class Tuner:
 
         Raises NoCorrectVariantError if no candidate gives right results for a problem.
         """
-        left = list(dict.fromkeys(problems))
+        waiting = list(dict.fromkeys(problems))
         with self._lock:
             try:
-                while left:
-                    problem = left.pop(0)
+                while waiting:
+                    problem = waiting.pop(0)
                     known = self.selector.recorded(problem) or problem in self._modelled
                     if self.again or not known:
-                        self._ensure(problem, 1 + len(left))
+                        self._ensure(problem, 1 + len(waiting))
                     on_record(problem, self.selector.recorded(problem))
             finally:
                 self._isolated.close()

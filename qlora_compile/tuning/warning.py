@@ -27,7 +27,7 @@ def warn_of_folder(folder: Path, error: Exception) -> None:
     """Warn that a folder cannot be used."""
     _warn_once(
         (folder.absolute(),),
-        f"{folder}: {error_text(error)}; what is measured is kept in this process only, set "
+        f"{folder}: {error_text(error)}; results are kept in this process only, set "
         "QLORA_COMPILE_CACHE to a folder that can be written",
     )
 

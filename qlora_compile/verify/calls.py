@@ -61,11 +61,11 @@ class CallInterpreter(Interpreter):
             names = [f"the input of {', '.join(sites)}"]
             # The plain names are taken by the gradients of the whole block.
             names += [f"{self._name(each)} in its own call" for each in others]
-        found = outputs_and_gradients(
+        results = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
         )
         renamed = {f"output {i}": f"output of {site}" for i, site in enumerate(sites)}
-        return {renamed.get(name, name): value for name, value in found.items()}
+        return {renamed.get(name, name): value for name, value in results.items()}
 
     def _name(self, value: Any) -> str:
         """Return the name of the placeholder that `value` is, or is a cast or a view of."""

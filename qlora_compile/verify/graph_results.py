@@ -54,10 +54,10 @@ def outputs_and_gradients(
         if weighted and leaves:
             roots, weights = zip(*weighted, strict=True)
             with _undisturbed(args, wide, autocast=False):
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     roots, list(leaves.values()), weights, allow_unused=True
                 )
-            results |= dict(zip(leaves, found, strict=True))
+            results |= dict(zip(leaves, gradients, strict=True))
     return results
 
 
