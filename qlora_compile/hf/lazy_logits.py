@@ -96,7 +96,7 @@ class LazyLogits:
         raise self._unknown("indexing")
 
     def _unknown(self, operation: str) -> LogitsFreeLossError:
-        problem = f"does something unknown to its logits: {operation}"
+        problem = f"does to its logits what is not supported: {operation}"
         return LogitsFreeLossError(model=self.model, problem=problem)
 
     @classmethod
