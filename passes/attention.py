@@ -1,4 +1,4 @@
-"""Attention: where torch's backward is the slower one, it becomes an op with a backward of ours."""
+"""Attention: replaces torch's op by ours where our backward pass is the faster one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _NAMES = ("query", "key", "value", *_DEFAULTS)
 
 
 def replace_attention(graph_module: GraphModule, context: PassContext) -> int:
-    """scaled_dot_product_attention(q, k, v, …)  ⇒  qlora_compile::attention(q, k, v, …), where
-    torch would take its flash attention for CPUs and gradients are wanted of q, k or v alone."""
+    """Rewrite scaled_dot_product_attention(q, k, v, …)  ⇒  qlora_compile::attention(q, k, v, …).
+
+    Only where torch would use its flash attention for CPUs, and where q, k or v require a gradient
+    and the mask does not. Returns the number of rewrites.
+    """
     if graph_module.graph.find_nodes(op="call_function", target=torch.nn.attention._sdpa_kernel):
-        return 0  # The model names its kernels itself.
+        return 0  # The model chooses its attention kernels itself.
     rewritten = 0
     for node in graph_module.graph.find_nodes(op="call_function", target=_ATTENTION):
         call = _DEFAULTS | dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
@@ -40,7 +43,7 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
     if query is None or key is None or value is None or call["dropout_p"]:
         return False
     if isinstance(call["is_causal"], Node) or isinstance(call["scale"], Node):
-        return False  # Computed from a length that varies.
+        return False  # The model computes it, from a length that varies.
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     if not trains or (mask is not None and mask.requires_grad):
         return False
@@ -48,7 +51,7 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
 
 
 def _operators(node: Node) -> list[Any]:
-    """The operators by which torch computes the call `node`."""
+    """Return the operators that torch runs for the attention call `node`, on fake tensors."""
     recorder = _Recorder()
     args: Any
     kwargs: Any

@@ -1,4 +1,4 @@
-"""Fused calls in a graph: `qlora_linear` nodes, read and written by attribute."""
+"""Fused calls: reads `qlora_linear` nodes of a graph into dataclasses, and inserts new ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qlora_compile.passes.nodes import (
 
 @dataclass(frozen=True)
 class LinearNodes:
-    """The nodes of one Linear's tensors; None for what it has not."""
+    """The nodes of one Linear's tensors; None for each tensor that the Linear does not have."""
 
     planes: tuple[Any, ...]
     bias: Any = None
@@ -38,7 +38,10 @@ class LinearNodes:
 
 @dataclass(frozen=True)
 class FusedCall:
-    """A `qlora_linear` node's arguments; `linears` has the nodes of each Linear of `call`."""
+    """The arguments of a `qlora_linear` node.
+
+    `linears` holds the nodes of each Linear in `call.linears`, in the same order.
+    """
 
     x: Any
     linears: tuple[LinearNodes, ...]
@@ -47,7 +50,7 @@ class FusedCall:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """As the op takes them."""
+        """The arguments in the form the op takes: x, tensors, seed, text of the call."""
         tensors: list[Any] = []
         for each in self.linears:
             own = (*each.planes, each.bias, each.lora_a, each.lora_b, each.scaling)
@@ -59,12 +62,11 @@ class FusedCall:
 
 
 def is_fused(node: object) -> bool:
-    """Whether `node` is a fused call."""
     return is_call(node, QLORA_LINEAR)
 
 
 def read(node: Node) -> FusedCall:
-    """What the fused call `node` computes."""
+    """Parse the arguments of the fused call `node`."""
     x, tensors, seed, text = node.args
     call = Call.parse(str(text))
     named: list[dict[str, Any]] = [each.named(tensors) for each in tensor_indices(call)]  # type: ignore[arg-type]
@@ -73,17 +75,17 @@ def read(node: Node) -> FusedCall:
 
 
 def insert_call(anchor: Node, fused: FusedCall) -> Node:
-    """A fused call inserted before `anchor`; `output` gives what a Linear of it returns."""
+    """Insert `fused` before `anchor` and return its node; `output` reads one Linear's result."""
     return insert_before(anchor, QLORA_LINEAR, fused.arguments)
 
 
 def output(anchor: Node, call: Node, position: int = 0) -> Node:
-    """What the Linear at `position` of the fused call `call` returns, read before `anchor`."""
+    """Insert before `anchor` a node that reads the result of the Linear at `position` of `call`."""
     return insert_before(anchor, operator.getitem, (call, position))
 
 
 def fused_call_of(value: Any) -> Node | None:
-    """The fused call of a single Linear that returns `value` and nothing else that is used."""
+    """Return the fused call whose result is `value`; None unless it has one Linear and one user."""
     if not is_call(value, operator.getitem) or not is_fused(value.args[0]):
         return None
     call = value.args[0]
@@ -91,8 +93,10 @@ def fused_call_of(value: Any) -> Node | None:
 
 
 def base_weights(node: Node) -> list[Any]:
-    """The placeholder of each weight that a linear or a fused call multiplies with, behind casts
-    and views; of other nodes none."""
+    """Return the placeholders, behind casts and views, of the weights that `node` multiplies with.
+
+    One for a linear, one per Linear for a fused call, none for any other node.
+    """
     if is_linear(node):
         return [stored_weight(linear_operands(node)[1])]
     return [each.weight for each in read(node).linears] if is_fused(node) else []

@@ -1,4 +1,4 @@
-"""Canonical form: casts that change nothing are gone, so that the patterns meet fewer shapes."""
+"""Canonical form: removes casts that change nothing, so that later passes meet fewer patterns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_compile.passes.nodes import example, is_cast
 
 
 def drop_null_casts(graph_module: GraphModule, context: PassContext) -> int:
-    """x.to(dtype) where x has that dtype already is x itself."""
+    """Rewrite x.to(dtype)  ⇒  x where x already has that dtype; return the number of rewrites."""
     dropped = 0
     for node in list(graph_module.graph.nodes):
         if not is_cast(node) or node.kwargs.get("copy") or True in node.args:

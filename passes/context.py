@@ -1,4 +1,4 @@
-"""What a pass knows besides the graph, and what it reports back."""
+"""PassContext: what passes know besides the graph, and where they record their results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from qlora_compile.kernels.problem import Problem
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 
-READ_PAST_THE_LAYER = "the model computes with its weight past the layer"
+READ_PAST_THE_LAYER = "the model computes with its weight without calling the layer"
 
 
 @dataclass(frozen=True)
 class FusedSite:
-    """One Linear that became a `qlora_linear`: its forward as it was captured, the dropout
-    probability of the adapter's input, and whether a backward follows."""
+    """One Linear that became part of a `qlora_linear`.
+
+    forward: the Problem of the captured forward. dropout: the probability for the adapter's input.
+    trains: whether a backward follows.
+    """
 
     forward: Problem
     dropout: float
@@ -31,7 +34,10 @@ class FusedSite:
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """One weight of experts that a `qlora_experts` computes: its forward as it was captured."""
+    """One weight of experts that a `qlora_experts` multiplies with.
+
+    forward: the problem of the captured forward. trains: whether a backward follows.
+    """
 
     forward: ExpertsProblem
     trains: bool
@@ -41,10 +47,11 @@ class FusedExperts:
 class PassContext:
     """What passes know of a region, and what they record.
 
-    sites: the path in the region of each Linear ("self_attn.q_proj"; the base of an adapted Linear
-    goes by the adapted path) and of each weight of experts ("mlp.experts.down_proj"). kept: those
-    to leave alone, with the reason. fused, experts, unfused: what became of each site. tensors: the
-    names of each parameter and buffer, by its `id`.
+    sites: the path inside the region of each Linear ("self_attn.q_proj"; the base of an adapted
+    Linear has the path of its adapter layer) and of each weight of experts
+    ("mlp.experts.down_proj"). kept: the sites to leave alone, with the reason. fused, experts,
+    unfused: what became of each site; for unfused ones the reason. tensors: the names of each
+    parameter and buffer, by its `id`.
     """
 
     sites: frozenset[str]
@@ -55,48 +62,48 @@ class PassContext:
     tensors: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     def site_of(self, node: object) -> str | None:
-        """The site whose base weight or bias the placeholder `node` is."""
+        """Return the site whose base weight or bias is the placeholder `node`, else None."""
         site = linear_site(self._name(node))
         return site if site in self.sites else None
 
     def adapter_site_of(self, node: object) -> str | None:
-        """The site to whose adapter the placeholder `node` belongs."""
+        """Return the site whose adapter holds the placeholder `node`, else None."""
         site, adapter, _ = self._name(node).partition("lora_")
         site = site.removesuffix(".")
         return site if adapter and site in self.sites else None
 
     def experts_site_of(self, node: object) -> str | None:
-        """The weight of experts that the placeholder `node` is."""
+        """Return the site of the weight of experts that is the placeholder `node`, else None."""
         site = experts_site(self._name(node))
         return site if site in self.sites else None
 
     def _name(self, node: object) -> str:
-        """The name of the parameter or buffer that `node` stands for; "" for every other node."""
+        """Return the name of the parameter or buffer that `node` stands for, "" if it is none."""
         if not isinstance(node, Node) or node.op != "placeholder":
             return ""
         argument = node.meta.get("grapharg")
         if argument is None or argument.source is None:
             return ""
         name = ".".join(_PART.findall(argument.source.name))
-        # After a graph break the source may start at a module within, or be a bare tensor.
+        # After a graph break the source path may start at an inner module, or be a bare tensor.
         names = self.tensors.get(id(argument.example)) if self.tensors else None
         return name if names is None or name in names else names[0]
 
 
 def linear_site(name: str) -> str:
-    """The site whose parameter or buffer has that name, if it is a Linear's."""
+    """Return the site of a Linear from the `name` of its parameter or buffer."""
     return name.rpartition(".")[0].removesuffix("base_layer").removesuffix(".")
 
 
 def experts_site(name: str) -> str:
-    """The site whose parameter or buffer has that name, if it is a weight of experts."""
+    """Return the site of a weight of experts from the `name` of its parameter or buffer."""
     parts = [part for part in name.split(".") if part != "base_layer"]
-    # A packed weight is a module where the parameter was, its codes the parameter of that.
+    # A packed weight is a module in the parameter's place; its codes are that module's `weight`.
     return ".".join(parts).removesuffix(".weight")
 
 
 def tensor_names(module: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter and buffer of `module`, by its `id`; a tied one has several."""
+    """Return the names of each parameter and buffer, by its `id`; a tied one has several names."""
     found: dict[int, list[str]] = defaultdict(list)
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):

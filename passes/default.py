@@ -1,4 +1,7 @@
-"""The pipeline: passes in the order they run. A pass is `(graph_module, context) -> rewrites`."""
+"""The registry of passes, in the order they run.
+
+A pass is called with (graph_module, context), edits the graph, and returns its number of rewrites.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts' op in a graph: modules call it themselves, so that there is nothing to match."""
+"""The experts' op in a graph: modules already call it, so no pass has to match anything."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from qlora_compile.passes.nodes import example, is_call, stored_weight
 
 
 def is_experts(node: Node) -> bool:
-    """Whether `node` is a call of the experts' op."""
     return is_call(node, QLORA_EXPERTS)
 
 
 def experts_weight(node: Node) -> Any:
-    """The placeholder of the weight that a call of the experts' op multiplies with."""
+    """Return the placeholder of the weight that `node`, a call of the experts' op, reads."""
     x, tensors, _, text = node.args
     own, _ = bound_experts(Call.parse(str(text)), x, tensors)  # type: ignore[arg-type]
     return stored_weight(own.planes[0])
 
 
 def record_experts(graph_module: GraphModule, context: PassContext) -> None:
-    """Reads off the graph which sites of `context` the experts' op computes."""
+    """Record in `context.experts` the sites that calls of the experts' op compute."""
     for node in filter(is_experts, graph_module.graph.nodes):
         site = context.experts_site_of(experts_weight(node))
         if site is not None:

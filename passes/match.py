@@ -1,4 +1,4 @@
-"""Matching: every frozen Linear, with the LoRA branch beside it, becomes one `qlora_linear`."""
+"""Matching: replaces every frozen Linear and its LoRA branch by one `qlora_linear`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ _SEED_LIMIT = 2**62
 
 
 def match_linears(graph_module: GraphModule, context: PassContext) -> int:
-    """linear(x, frozen W, bias) at a site  ⇒  a fused call whose weight is not quantised."""
+    """Rewrite linear(x, W, bias)  ⇒  a fused call, where W is the frozen weight of a site.
+
+    W is stored unquantised here; quantised layers call the fused op already. Returns the number of
+    rewrites.
+    """
     rewritten = 0
     for node in list(graph_module.graph.nodes):
         if not is_linear(node):
@@ -73,18 +77,19 @@ def match_linears(graph_module: GraphModule, context: PassContext) -> int:
 
 
 def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
-    """qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B, b)  ⇒  one qlora_linear.
+    """Rewrite qlora_linear(x, W) + scaling * linear(linear(dropout(x), A), B, b)  ⇒  qlora_linear.
 
-    A further adapter of the same site is put beside the first, [A1; A2] and [s1 B1 | s2 B2], unless
-    either drops out its input: each draws a mask of its own. A and B that are the weights of sites
-    themselves, as in a low-rank branch of the model's own, stay linears.
+    A second adapter of a site is concatenated with the first, [A1; A2] and [s1 B1 | s2 B2], unless
+    one of them has dropout: each adapter draws its own mask. Where A or B is itself the weight of a
+    site, as in a low-rank branch that belongs to the model, both stay linears. Returns the number
+    of rewrites.
     """
     graph = graph_module.graph
 
     @functools.cache
     def seed_on(device: torch.device) -> Node:
-        # One draw from torch's generator for all of a graph's dropouts: `torch.manual_seed` and
-        # activation checkpointing, which restores the generator's state, reproduce the masks.
+        # All dropouts of a graph share one draw from torch's generator. So `torch.manual_seed`
+        # reproduces the masks, and so does activation checkpointing, which restores its state.
         options = {"dtype": torch.int64, "device": device}
         return _insert_first(graph, torch.randint, 0, _SEED_LIMIT, (1,), **options)
 
@@ -103,12 +108,12 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
         result, fake_x, low_rank = example(last), example(base.x), example(branch.first)
         if result is None or fake_x is None or low_rank is None:
             continue
-        if _is_apart(branch, node):
+        if _must_stay_apart(branch, node):
             continue
         seed = seed_on(fake_x.device) if branch.dropout > 0.0 else None
         lora_a, lora_b = branch.lora_a, branch.lora_b
         rank, lora_dtype = low_rank.shape[-1], low_rank.dtype
-        # A scaling is a tensor [1] of this dtype.
+        # The op takes the scaling as a tensor [1] of this dtype.
         wide = torch.promote_types(torch.float32, lora_dtype)
         if nodes.lora_a is None:
             scaling = branch.scaling
@@ -154,7 +159,7 @@ class _Branch:
 
 
 def _with_adapter_bias(bias: Any, branch: _Branch, anchor: Node) -> Any:
-    """The base's bias and `scaling` times that of lora_b, where it has one."""
+    """Return `bias` plus `scaling` times lora_b's bias; either bias may be None."""
     if branch.bias is None:
         return bias
     scaled = insert_before(anchor, torch.mul, (branch.bias, branch.scaling))
@@ -162,8 +167,10 @@ def _with_adapter_bias(bias: Any, branch: _Branch, anchor: Node) -> Any:
 
 
 def _match_branch(add: Node) -> _Branch | None:
-    """The LoRA branch that `add` joins to a fused call; every value between them
-    has no other user, or the rewrite would compute it twice."""
+    """Return the LoRA branch that `add` adds to a fused call, else None.
+
+    No value in between may have another user: the rewrite would compute that value twice.
+    """
     if add.op != "call_function" or add.target not in ADDS or len(add.args) != 2 or add.kwargs:
         return None
     for base, scaled in (add.args, add.args[::-1]):
@@ -191,7 +198,7 @@ def _match_branch(add: Node) -> _Branch | None:
             continue
         _, lora_b, bias = linear_operands(second)
         before = _strip_private(adapted)
-        # Of one that nobody else uses.
+        # A dropout with a second user stays; its result is then the adapter's input.
         probability = dropout_probability(before) if is_private(before) else None
         call = read(fused)
         x = _shared_input(call.x, adapted if probability is None else before.args[0])
@@ -205,28 +212,34 @@ def _match_branch(add: Node) -> _Branch | None:
     return None
 
 
-def _is_apart(branch: _Branch, add: Node) -> bool:
-    """Whether base and adapter may read different values, since somebody writes to x or to a copy
-    of it in between; or whether only one of them is differentiated."""
-    ways = [
-        way
+def _must_stay_apart(branch: _Branch, add: Node) -> bool:
+    """Check whether base and adapter must not be computed in one place.
+
+    A node in between may write to x or to a copy of x, so that they read different values; or
+    autograd may be on for only one of them.
+    """
+    copies = [
+        copy
         for node in (read(branch.base).x, linear_operands(branch.first)[0])
-        for way in _way(branch.x, node)
+        for copy in _nodes_between(branch.x, node)
     ]
-    first = min([branch.base, branch.first, *ways])
-    return is_barred(first, add, [branch.x, *ways])
+    first = min([branch.base, branch.first, *copies])
+    return is_barred(first, add, [branch.x, *copies])
 
 
-def _way(source: Node, node: Any) -> Iterator[Node]:
-    """The casts, copies and dropout that lead from `source` to `node`."""
-    while node is not source:
+def _nodes_between(x: Node, node: Any) -> Iterator[Node]:
+    """Yield `node` and the casts, copies and dropout before it, back to `x`, which is left out."""
+    while node is not x:
         yield node
         node = node.args[0]
 
 
 def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
-    """What base and adapter both read, behind casts: the base's own input where the adapter's is
-    cast from it, so that no wider copy is kept for the backward."""
+    """Return the input that base and adapter share behind casts; None if they share none.
+
+    Where the adapter's input is cast from the base's input, the result is the base's input: then no
+    wider copy is kept for the backward.
+    """
     behind = adapter_x
     while behind is not base_x and is_cast(behind):
         behind = behind.args[0]
@@ -237,13 +250,16 @@ def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
 
 
 def _insert_first(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """A call inserted before all that computes tensors: no_grad and autocast are nodes too."""
+    """Insert a call before the first node that computes a tensor, and return its node.
+
+    Earlier nodes may enter no_grad or autocast, which are nodes too; they stay in front.
+    """
     first = next(n for n in graph.nodes if n.op != "placeholder" and example(n) is not None)
     return insert_before(first, target, args, **kwargs)
 
 
 def _is_number(node: Any) -> bool:
-    """Whether `node` is a given tensor of no dimension: a scaling that is data."""
+    """Whether `node` is an input tensor without dimensions, that is, a scaling that is data."""
     value = example(node)
     return (
         value is not None
@@ -256,13 +272,13 @@ def _is_number(node: Any) -> bool:
 
 
 def _strip_private(node: Any) -> Any:
-    """The value behind casts and copies that nobody else uses."""
+    """Return the value behind those casts and copies of `node` that have a single user."""
     while (source := uncast(node)) is not None and is_private(node):
         node = source
     return node
 
 
 def _trailing_cast(node: Node) -> Node:
-    """The cast that is the only user of `node`, else `node`."""
+    """Return the cast that is the only user of `node`, else `node` itself."""
     user = next(iter(node.users), None)
     return user if is_private(node) and user is not None and is_cast(user) else node

@@ -1,4 +1,4 @@
-"""x @ W.T + b, as some models write a Linear themselves, in the form the other passes know."""
+"""Products: turns x @ W.T + b, as some models write a Linear, into the linear that passes match."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ _VIEWS = ("view", "reshape")
 
 
 def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
-    """matmul(x, V) and the site's bias added to it, or addmm(bias, x, V) with the views that make x
-    a matrix and back, where V is the weight of a site transposed, or as stored (Conv1D)
-    ⇒  linear(x, W, bias) or linear(x, Vᵀ, bias)."""
+    """Rewrite matmul(x, V) + bias and addmm(bias, x, V)  ⇒  linear(x, W, bias).
+
+    V is the transpose of a site's weight W, or the site's stored weight itself (Conv1D), and then
+    W = Vᵀ. The bias of a matmul is optional and must be the site's. The views that make x a matrix
+    for addmm, and restore the dimensions of the result, are removed. Returns the number of
+    rewrites.
+    """
     rewritten = 0
     for node in list(graph_module.graph.nodes):
         if _is_product(node):
@@ -48,7 +52,7 @@ def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
         if weight is None:
             weight = insert_before(node, torch.t, (factor,))
         linear = torch.nn.functional.linear
-        # Where the product stood: before the bias is added somebody may write to x.
+        # In the place of the product, not of the sum: a node in between may write to x.
         replace_node(last, insert_before(node, linear, (x, weight, bias)))
         rewritten += 1
     return rewritten
@@ -62,8 +66,7 @@ def _is_product(node: Node) -> bool:
 
 
 def _with_bias(product: Node, site: str, context: PassContext) -> tuple[Node, Any]:
-    """The sum of `product` and the site's bias, with the bias; `product` and None if there is no
-    such sum."""
+    """Return the sum of `product` and the site's bias, with the bias; else `product` and None."""
     user = next(iter(product.users), None)
     if is_private(product) and user is not None and user.target in ADDS and not user.kwargs:
         others = [argument for argument in user.args if argument is not product]
@@ -73,8 +76,11 @@ def _with_bias(product: Node, site: str, context: PassContext) -> tuple[Node, An
 
 
 def _without_views(product: Node, x: Any) -> tuple[Node, Any]:
-    """The view that gives `product` the leading dimensions that `x` [M, K] had before it became a
-    matrix, with what x was; `product` and `x` where there is no such pair."""
+    """Return the view that restores the leading dimensions of `product`, and x before its view.
+
+    That is where `x` [M, K] is a view of a tensor with more dimensions, and the only user of
+    `product` [M, N] is a view with the same leading ones; else `product` and `x` are returned.
+    """
     user = next(iter(product.users), None)
     if _is_view(x) and is_private(product) and user is not None and _is_view(user):
         before = _shape(x.args[0])

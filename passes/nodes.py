@@ -1,4 +1,4 @@
-"""Reading Dynamo's torch-level nodes: casts, linears, and the fake tensors they stand for."""
+"""Helpers to read and edit Dynamo's torch-level graphs: casts, linears, writes, fake tensors."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _GRAD_MODES = (torch._C._set_grad_enabled, torch.set_grad_enabled)
 
 
 def example(node: object) -> Tensor | None:
-    """The fake tensor Dynamo recorded for `node`, if it stands for a tensor."""
+    """Return the fake tensor that Dynamo recorded for `node`, or None if it is not a tensor."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
 
 def is_cast(node: object) -> bool:
-    """Whether `node` only changes a floating-point dtype (or nothing)."""
+    """Whether `node` changes at most the dtype, from one floating-point dtype to another."""
     if not isinstance(node, Node) or node.op != "call_method" or node.target not in _CAST_METHODS:
         return False
     if node.kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format:
@@ -55,8 +55,10 @@ def is_cast(node: object) -> bool:
 
 
 def uncast(node: Any) -> Node | None:
-    """What `node` is a cast or a copy of: dtype and memory may differ, the mathematical value does
-    not. None for every other node."""
+    """Return the node that `node` casts or copies, None if it does neither.
+
+    Dtype and memory may differ, the mathematical value does not.
+    """
     if not isinstance(node, Node) or node.op != "call_method":
         return None
     source = node.args[0] if node.target in _COPY_METHODS or is_cast(node) else None
@@ -64,15 +66,17 @@ def uncast(node: Any) -> Node | None:
 
 
 def strip_casts(node: Any) -> Any:
-    """The value behind casts and copies, used by others too or not, as long as nobody writes to it
-    or to them."""
+    """Return the value behind casts and copies, which may have other users too.
+
+    Stops at a value that is written in place: from there on the copies may differ.
+    """
     while (source := uncast(node)) is not None and not (is_written(node) or is_written(source)):
         node = source
     return node
 
 
 def transposed(node: Any) -> Node | None:
-    """The matrix that `node` is the transpose of."""
+    """Return the matrix that `node` transposes, None if it is no transpose of a matrix."""
     if not isinstance(node, Node) or not node.args:
         return None
     source, *rest = node.args
@@ -87,7 +91,7 @@ def transposed(node: Any) -> Node | None:
 
 
 def dropout_probability(node: object) -> float | None:
-    """The probability of the dropout `node`, 0 outside training; None for every other node."""
+    """Return the probability of the dropout `node`, 0 outside training; None for other nodes."""
     if not isinstance(node, Node) or node.target is not torch.nn.functional.dropout:
         return None
     call: dict[str, Any] = {"p": 0.5, "training": True}
@@ -96,16 +100,16 @@ def dropout_probability(node: object) -> float | None:
 
 
 def is_written(node: Node) -> bool:
-    """Whether a user of `node` changes it in place."""
+    """Whether a user of `node` changes `node` in place."""
     return any(node in written_by(user) for user in node.users)
 
 
 def written_by(node: Node) -> list[Node]:
-    """What `node` changes in place."""
+    """Return the inputs that `node` changes in place."""
     if node.target is triton_kernel_wrapper_mutation:
-        return node.all_input_nodes  # Which of them, only the kernel's code tells.
+        return node.all_input_nodes  # All of them: only the kernel's code shows which it writes.
     written = [node.kwargs.get("out")]
-    # Of an operator called without naming the overload, the default one's.
+    # A call that does not name an overload has the schema of the default one.
     schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
     if schema is not None:
         call = dict(enumerate(node.args)) | node.kwargs
@@ -119,7 +123,8 @@ def written_by(node: Node) -> list[Node]:
 
 
 def _writes_first(node: Node) -> bool:
-    """`x += y`, `x.relu_()`, `torch.relu_(x)`, `functional.relu(x, inplace=True)`."""
+    """Whether `node` changes its first argument, as do `x += y`, `x.relu_()`, `torch.relu_(x)` and
+    `functional.relu(x, inplace=True)`."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.target in _WRITES or re.fullmatch(r"\w*[^_]_", name):
         return True
@@ -130,8 +135,11 @@ def _writes_first(node: Node) -> bool:
 
 
 def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
-    """Whether reading `reads` must not be moved from `first` to `last` or back: a node in between
-    may write to their memory, or it switches autograd on or off."""
+    """Check whether a node that reads `reads` must not be moved between `first` and `last`.
+
+    It must not if a node from there to there may write to their memory, or switches autograd on or
+    off. `last` itself does not count, nor does `first`.
+    """
     storages = {_storage(node) for node in reads}
     node = first.next
     while node is not last:
@@ -150,7 +158,6 @@ def _storage(node: Node) -> int | None:
 
 
 def is_call(node: Any, target: object) -> bool:
-    """Whether `node` is a call of the function `target`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
 
 
@@ -159,13 +166,13 @@ def is_linear(node: object) -> bool:
 
 
 def linear_operands(node: Node) -> tuple[Any, Any, Any]:
-    """x, weight and bias (or None) of a linear node."""
+    """Return x, weight and bias (or None) of a linear node."""
     operands = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     return operands["input"], operands["weight"], operands.get("bias")
 
 
 def stored_weight(weight: Any) -> Any:
-    """The placeholder that `weight` is a cast or a view of."""
+    """Return the placeholder behind the casts and views that make `weight`."""
     while isinstance(weight, Node) and weight.op != "placeholder" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
     return weight
@@ -174,7 +181,7 @@ def stored_weight(weight: Any) -> Any:
 def insert_before(
     anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
 ) -> Node:
-    """A call inserted before `anchor`, with the fake tensor it returns."""
+    """Insert a call before `anchor` and return its node, with the fake tensor of its result."""
     graph = anchor.graph
     with graph.inserting_before(anchor):
         node = graph.call_function(target, args, kwargs)
@@ -182,7 +189,7 @@ def insert_before(
     fakes = [value for n in node.all_input_nodes if (value := example(n)) is not None]
     mode = getattr(fakes[0] if fakes else example(anchor), "fake_mode", None)
     assert mode is not None, f"{anchor} carries no fake tensor"
-    # Without autograd: a checkpoint that is under way would count what it saves.
+    # Without autograd: a checkpoint that is under way would count the tensors saved here.
     with mode, torch.no_grad():
         node.meta["example_value"] = target(*examples[0], **examples[1])
     node.meta["nn_module_stack"] = anchor.meta.get("nn_module_stack", {})
@@ -191,14 +198,15 @@ def insert_before(
 
 
 def is_private(node: Node) -> bool:
-    """Whether a single node uses it."""
+    """Whether `node` has exactly one user."""
     return len(node.users) == 1
 
 
 def replace_node(old: Node, new: Node) -> None:
-    """Puts `new` where `old` was and erases what only `old` needed.
+    """Let `new` take the place of `old`, and erase the nodes that only `old` needed.
 
-    Raises AssertionError when shape or dtype differ: a pass that changes either is wrong."""
+    Raises AssertionError where shape or dtype differ: a pass that changes either is wrong.
+    """
     before, after = example(old), example(new)
     assert before is not None
     assert after is not None

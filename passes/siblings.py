@@ -1,7 +1,7 @@
-"""Siblings: Linears that share their input become one fused call.
+"""Siblings: joins Linears that share their input x into one fused call.
 
-x is read and saved once, the adapters' A's are one product, and dX is summed up once. They may
-differ in N, bias, adapter and rank; what has to agree is in `_key`.
+The joint call reads and saves x once, multiplies x with the A of all adapters in one product, and
+sums up dX once. Siblings may differ in N, bias, adapter and rank; `_key` holds what must agree.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from qlora_compile.passes.context import PassContext
 from qlora_compile.passes.nodes import example, is_barred, is_cast, is_written, replace_node
 
 _MOVABLE = (torch.add, torch.cat, torch.mul)
-"""What the passes themselves put between a parameter and a call."""
+"""Functions that passes insert between a parameter and a fused call."""
 
 
 def group_siblings(graph_module: GraphModule, context: PassContext) -> int:
-    """Fused calls of one x, each of a single Linear  ⇒  one fused call where the first stood."""
+    """Rewrite fused calls of one x, each of a single Linear  ⇒  one fused call.
+
+    The joint call is put where the first of them was. Returns the number of rewrites.
+    """
     found: dict[Hashable, list[list[Node]]] = defaultdict(list)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
@@ -53,7 +56,7 @@ def _key(fused: FusedCall) -> Hashable:
 
 
 def _joins(node: Node, group: list[Node], order: dict[Node, int]) -> bool:
-    """Whether `node` may be computed with and where `group` is."""
+    """Whether `node` can be computed in one call with `group`, in the place of its first node."""
     fused = read(node)
     adapters = [other for other in map(read, group) if other.call.rank]
     if fused.call.rank and any(_drop(fused) != _drop(other) for other in adapters):
@@ -66,12 +69,12 @@ def _joins(node: Node, group: list[Node], order: dict[Node, int]) -> bool:
 
 
 def _drop(fused: FusedCall) -> Hashable:
-    """What adapters of one call have in common."""
+    """Return what all adapters of one call must have in common."""
     return fused.call.lora_dtype, fused.call.dropout, fused.seed
 
 
 def _is_available(node: Node, anchor: Node, order: dict[Node, int]) -> bool:
-    """Whether `node` stands before `anchor`, or can be moved there."""
+    """Whether `node` is before `anchor` or can be moved there, with all its inputs."""
     if is_written(node):
         return False
     if node.op == "placeholder" or order.get(node, -1) < order[anchor]:
@@ -83,8 +86,8 @@ def _is_available(node: Node, anchor: Node, order: dict[Node, int]) -> bool:
 def _rewrite(group: list[Node], order: dict[Node, int]) -> None:
     anchor, calls = group[0], [read(node) for node in group]
     for node in group[1:]:
-        for source in node.all_input_nodes:
-            _move_before(source, anchor, order)
+        for operand in node.all_input_nodes:
+            _move_before(operand, anchor, order)
     adapted = next((fused for fused in calls if fused.call.rank), calls[0])
     linears = tuple(linear for fused in calls for linear in fused.call.linears)
     nodes = tuple(each for fused in calls for each in fused.linears)
@@ -98,7 +101,7 @@ def _rewrite(group: list[Node], order: dict[Node, int]) -> None:
 def _move_before(node: Node, anchor: Node, order: dict[Node, int]) -> None:
     if node.op == "placeholder" or order.get(node, -1) < order[anchor]:
         return
-    for source in node.all_input_nodes:
-        _move_before(source, anchor, order)
+    for operand in node.all_input_nodes:
+        _move_before(operand, anchor, order)
     anchor.prepend(node)
     order[node] = order[anchor] - 1

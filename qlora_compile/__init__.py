@@ -1,4 +1,4 @@
-"""A compiler for QLoRA fine-tuning: every Linear and its LoRA branch becomes one fused op."""
+"""A compiler for QLoRA fine-tuning: makes every Linear and its LoRA branch one fused op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: importing the package must not import transformers and PEFT.
+    # Imported on first use: importing the package must not import transformers and PEFT.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

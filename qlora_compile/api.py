@@ -1,4 +1,4 @@
-"""The user's one line: `optimize(model)`, and the report of what it did."""
+"""The public functions: `optimize` compiles a model, `explain` reports what that did."""
 
 from __future__ import annotations
 
@@ -49,48 +49,64 @@ def optimize(
     logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Compiles `model` in place so that every frozen Linear, with its LoRA branch, is one fused op,
-    and so are the 3-D weights of mixture-of-experts layers.
+    """Compile `model` in place: make every frozen Linear, with its LoRA branch, one fused op.
+
+    The same happens to the 3-D weights of mixture-of-experts layers. Returns `model` itself, or the
+    PeftModel that PEFT makes of it for `lora`. Compilation happens on the first call of each kind
+    of block.
 
     model: a PreTrainedModel, a PeftModel over plain Linears or bitsandbytes' 4- or 8-bit ones, or
-    any nn.Module. Returns the object itself, or the PeftModel PEFT made of it for `lora`.
+    any nn.Module.
 
-    lora: adapters to attach; None when they are there already or none are wanted.
-    quantize: the format plain Linears are packed in, layer by layer (output heads, tied weights and
-    fully trained modules stay) and so are the weights of experts; None keeps or adopts what is
-    there. Packing freezes a weight. Where `lora` is given, PEFT's rule says what else is trained.
-    Without it, in a model that has adapters or any frozen parameter, a weight that is trained stays
-    as it is, and a warning tells of it.
-    block_size: elements that share a scale, for the shipped formats a power of two from 32 to 4096,
-    or "row". double_quantize: quantise the scales too (QLoRA, Dettmers et al. 2023); a format that
-    has no such form, as 8-bit integers, keeps float32 scales.
-    strict: raise StrictError, with all reasons, when a quantised or adapted Linear or a weight of
+    lora: adapters to attach; None if the model has adapters already or none are wanted.
+
+    quantize: the format to pack the weights of plain Linears and of experts in, layer by layer;
+    output heads, tied weights and fully trained modules are not packed. None keeps the weights, and
+    adopts those that another library has quantised. Packing freezes a weight. If `lora` is given,
+    PEFT decides which other parameters are trained. Without it, in a model that has adapters or any
+    frozen parameter, weights that require a gradient are not packed, and a warning names their
+    number and size.
+
+    block_size: the number of elements that share a scale, or "row"; the shipped formats take powers
+    of two from 32 to 4096.
+
+    double_quantize: quantise the scales too (QLoRA, Dettmers et al. 2023). A format without this,
+    such as 8-bit integers, keeps float32 scales.
+
+    strict: raise StrictError, with all reasons, if a quantised or adapted Linear or a weight of
     experts is not fused.
-    verify: check outputs and all gradients of each rewritten graph, on its first real inputs and on
-    random ones, against a float64 evaluation of the captured one, and next to the errors that one
-    makes in its own dtypes. What passes has a certificate, in the report and in the cache folder;
-    on a mismatch the original runs and the report says so, or, if strict, VerificationError is
-    raised. "once": a certificate stored for the same graph, kernels and versions stands for it.
+
+    verify: check outputs and all gradients of each rewritten graph against a float64 evaluation of
+    the captured graph, on the first real inputs and on random ones. Errors are judged by those that
+    the captured graph makes in its own dtypes. A graph that passes gets a certificate, in the
+    report and in the cache folder. On a mismatch the captured graph runs and the report says so; if
+    strict, VerificationError is raised. "once" skips the check if a certificate is stored for the
+    same graph, kernels and versions.
+
     scope: compile each repeated block, or the whole model as one region.
-    tune: how the implementation of every fused op is chosen. "auto": by records of earlier
-    measurements in the cache folder; what has none is measured on first use, for about a minute,
-    and remembered. "off": by the same records, but nothing is measured. "model": by the cost model
-    alone. A path: by the records of that file or folder. What has no record is modelled.
-    logits_free_loss: take a causal LM's loss in training without making its logits, the largest
-    tensors of a step. A call in training mode with labels=, and without logits_to_keep, returns
-    the model's own output with the loss and without logits; every other call is as before. The
-    model is first called twice on small inputs, and refused (LogitsFreeLossError) if it does
-    something unknown to its logits or its loss would differ.
-    example_inputs: keyword arguments of `model`, needed by strict and logits_free_loss where the
-    model is not a PreTrainedModel that knows inputs of its own.
+
+    tune: what chooses the implementation of every fused op. "auto": records of earlier measurements
+    in the cache folder; problems without a record are measured on first use, for about a minute in
+    all, and recorded. "off": the same records, without measuring. "model": the cost model. A path:
+    the records of that file or folder. The cost model chooses wherever there is no record.
+
+    logits_free_loss: compute a causal LM's loss in training without its logits, the largest tensors
+    of a step. A call in training mode with labels=, and without logits_to_keep, then returns the
+    model's own output with the loss and without logits; all other calls are as before. The model is
+    first called twice on small inputs, and LogitsFreeLossError is raised if it does something
+    unknown to its logits, or if its loss would differ.
+
+    example_inputs: keyword arguments of `model` for the calls that strict and logits_free_loss
+    need; required if `model` is not a PreTrainedModel with dummy inputs.
 
     Calls in training mode or with labels build no key-value cache, unless use_cache=True is given.
-    transformers then keeps sequences apart that lie packed in one row, with position_ids that start
-    again at each of them; with a cache, as by its default, they attend to one another.
+    That changes how transformers treats several sequences packed in one row, whose position_ids
+    start again at each sequence: without a cache it keeps the sequences apart, with one, its
+    default, they attend to one another.
 
-    Compilation happens on the first call of each kind of block. Raises a QloraCompileError, before
-    anything is changed, for every bad argument; a StrictError, or a LogitsFreeLossError about what
-    `lora` puts on the head, leaves the model quantised and adapted but uncompiled.
+    Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
+    a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
+    and adapted but uncompiled.
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
@@ -130,11 +146,11 @@ def optimize(
 
 
 def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> Report:
-    """What became of every Linear of an optimised model.
+    """Report what became of every Linear and every weight of experts of an optimised model.
 
-    Blocks that have not run yet are captured, not compiled, by one call with `example_inputs`
-    (keyword arguments of the model) or with small inputs of the model's own; where there are none,
-    their sites are reported as not run yet. Raises NotOptimizedError.
+    If blocks have not run yet, one call captures them without compiling, with `example_inputs`
+    (keyword arguments of the model) or else with the model's own dummy inputs. If it has none,
+    their sites are reported as not run yet. Raises NotOptimizedError if `model` is not optimised.
     """
     inventory = Inventory(model)
     regions = regions_of(inventory).values()
@@ -173,8 +189,8 @@ def _install_regions(
     repeated = repeated_blocks(modules) if scope == "block" else []
     blocks = [b for b in repeated or [root] if _inside(b, served)]
     covered = {name for block in blocks for name in _inside(block, served)}
-    # What stands outside the blocks is worth a region of its own if it is quantised or adapted, or
-    # if the blocks have nothing.
+    # A Linear outside the blocks gets its own region if it is quantised or adapted, or if no block
+    # has a site.
     singles = [
         name
         for name, entry in linears.items()
@@ -198,14 +214,14 @@ def _install_regions(
 
 
 def _inside(block: str, names: Collection[str]) -> dict[str, str]:
-    """The `names` at or below `block`, each with its path inside it."""
+    """Return those `names` that are at or inside `block`, each with its path inside `block`."""
     return {n: n[len(block) :].lstrip(".") for n in names if is_inside(n, block)}
 
 
 def _probe(model: nn.Module, regions: Iterable[Region], inputs: Mapping[str, Any]) -> None:
-    """Calls the model once with its regions captured and rewritten but not compiled.
+    """Call the model once, with its regions captured and rewritten but not compiled.
 
-    Training mode, so that dropout is in the graphs; buffers and random state are put back.
+    The call is in training mode, so that graphs contain dropout; the state is restored afterwards.
     """
     kinds = {id(region.kind): region.kind for region in regions}.values()
     for kind in kinds:

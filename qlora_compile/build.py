@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels that problems need for a GPU that need not be there."""
+"""Compiles the Triton kernels that problems need, for a GPU that this machine may lack."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """key: what Triton's cache knows it by. variants: which need it. seconds: of compiling it,
-    nearly none where the folder had it. size: bytes of its files."""
+    """One compiled kernel.
+
+    key: the key in Triton's cache. variants: the variants that need the kernel. seconds: the time
+    to compile it, nearly 0 if the folder held it already. size: of its files, in bytes.
+    """
 
     key: str
     name: str
@@ -48,19 +51,20 @@ def build(
     jobs: int = 1,
     on_kernel: Callable[[int, int], None] | None = None,
 ) -> list[BuiltKernel]:
-    """Compiles for `arch` what the best `limit` candidates for each problem launch (None: all), by
-    default those that the tuner would measure.
+    """Compile for `arch` the kernels that the best candidates for each problem launch.
 
-    output: becomes a folder in the form of Triton's cache, for a machine with the same Triton and
-    the same qlora_compile; what it holds already is not compiled again. jobs: processes.
-    on_kernel: told how many kernels of how many are done.
+    arch: such as "sm_90" or "gfx942". output: a folder that is created, in the form of Triton's
+    cache, for a machine with the same Triton and the same qlora_compile; kernels that it holds
+    already are not compiled again. limit: the number of candidates for each problem, None for all;
+    by default those that the tuner would measure. jobs: the number of processes. on_kernel: called
+    with the number of kernels done and the number of all.
 
     Raises:
         ArchitectureError, TritonMissingError, OutputDirectoryError, NoKernelsError: nothing can be
-            built; nothing was.
+            built, and nothing was.
         InterpretedKernelError: Triton was imported for its interpreter.
-        CompilationError, and what Triton raises: a kernel does not compile; the others before it
-            stay in `output`.
+        CompilationError, and Triton's own errors: a kernel does not compile; kernels compiled
+            before it stay in `output`.
     """
     check_arch(arch)
     from qlora_compile.kernels.gpu.needed import needed_kernels
@@ -83,7 +87,7 @@ def build(
 
 
 def check_arch(arch: str) -> None:
-    """Raises TritonMissingError, or ArchitectureError where kernels cannot be built for `arch`."""
+    """Raise TritonMissingError without Triton, ArchitectureError if `arch` is not supported."""
     if importlib.util.find_spec("triton") is None:
         raise TritonMissingError(purpose="building kernels")
     from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
@@ -99,7 +103,7 @@ def _compiled(
     if jobs == 1:
         yield from map(one, needed)
         return
-    # Spawned and not forked: torch and LLVM have threads, which a fork would lose.
+    # Spawned, not forked: torch and LLVM have threads, which a forked process would lack.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(needed)), mp_context=context) as pool:
         try:
@@ -117,7 +121,7 @@ def _build_kernel(kernel: NeededKernel, arch: str, folder: Path) -> BuiltKernel:
     start = time.perf_counter()
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
-        # The stages before the binary are most of the bytes, and no launch reads them.
+        # The earlier stages of compilation are most of the bytes, and no launch reads them.
         knobs.compilation.store_binary_only = True
         compiled = compile_launch(kernel.launch(arch), TARGETS[arch])
     assert compiled.hash == kernel.key

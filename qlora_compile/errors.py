@@ -1,12 +1,12 @@
-"""Every error this package raises: one class per mistake, one message template per class.
+"""Errors of this package: one class per mistake, one message template per class.
 
 A message names the site, the offending value and the remedy. All classes derive from
-`QloraCompileError`; those that stem from an argument's value are `ValueError`s too.
+`QloraCompileError`; those about the value of an argument are `ValueError`s too.
 """
 
 
 class QloraCompileError(Exception):
-    """Base class. Subclasses set `template`; instances are built from its fields."""
+    """Base class. Subclasses set `template`; an instance is created with the template's fields."""
 
     template = "{message}"
 
@@ -53,11 +53,11 @@ class WeightShapeError(QloraCompileError, ValueError):
 
 
 class LayoutTextError(QloraCompileError):
-    template = '{value!r} is no layout; one reads "nf4[576x1536] block_size=64 double_quantize=1"'
+    template = '{value!r} is no layout; write "nf4[576x1536] block_size=64 double_quantize=1"'
 
 
 class LayoutVersionError(QloraCompileError):
-    template = "a stored layout is of version {value}, not {known}; load it with what wrote it"
+    template = "a stored layout has version {value}, not {known}; use the release that wrote it"
 
 
 class StoredLayoutError(QloraCompileError, ValueError):

@@ -1,4 +1,4 @@
-"""Errors of mixture-of-experts layers; what all errors have in common is in errors.py."""
+"""Errors of mixture-of-experts layers; their base class is in errors.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from qlora_compile.errors import QloraCompileError
 
 class FrozenExpertsError(QloraCompileError):
     template = (
-        "{site} requires a gradient, but its op takes it for frozen since optimize; call "
-        "requires_grad_(False) on it, or let it require one before optimize to have it trained"
+        "{site} requires a gradient, but since optimize its op takes it for frozen; call "
+        "requires_grad_(False) on it or, to train it, requires_grad_(True) before optimize"
     )

@@ -1,4 +1,4 @@
-"""Output directories: whether one can be written, checked before long work starts."""
+"""Output directories: checks before long work starts that one can be written."""
 
 import tempfile
 from pathlib import Path
@@ -7,10 +7,10 @@ from qlora_compile.errors import OutputDirectoryError
 
 
 def check_writable(path: Path) -> None:
-    """Check, creating nothing, that a directory is there and writable, or can be created.
+    """Check that a directory is writable, or can be created; create nothing.
 
     Raises:
-        OutputDirectoryError: it cannot be written.
+        OutputDirectoryError: the directory cannot be written.
     """
     existing = path.absolute()
     while not existing.exists() and existing != existing.parent:
@@ -19,7 +19,7 @@ def check_writable(path: Path) -> None:
         problem = "this is a file" if existing == path.absolute() else f"{existing} is a file"
         raise _unwritable(path, problem)
     try:
-        # An anonymous file: permissions say nothing of file systems that take no files.
+        # Try an anonymous file: permissions do not show that a file system is read-only or full.
         with tempfile.TemporaryFile(dir=existing):
             return
     except OSError as error:
@@ -28,10 +28,10 @@ def check_writable(path: Path) -> None:
 
 
 def writable_directory(path: Path) -> Path:
-    """Create a directory if need be and check that a file can be written there.
+    """Create a directory if it does not exist, check that a file can be written there, return it.
 
     Raises:
-        OutputDirectoryError: it cannot be written.
+        OutputDirectoryError: the directory cannot be written.
     """
     check_writable(path)
     try:

@@ -1,4 +1,4 @@
-"""The shortest way to fine-tune: quantise, add adapters, compile, train, save."""
+"""QuantizedLoRA: one class to quantise a model, add adapters, compile, train and save."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 class QuantizedLoRA:
     """A model with quantised frozen weights and trainable LoRA adapters, compiled.
 
-    `model` is a transformers model, changed in place, or the path of one, which is loaded together
-    with its tokenizer. `quantization_bits` 4 stores the weights as NF4 and 8 as INT8;
-    `double_quantize` concerns NF4 only. `alpha` is 2 * rank unless given. Further keywords
-    (`strict`, `verify`, `scope`) go to `qlora_compile.optimize`.
+    model: a transformers model, which is changed in place, or the path of one, which is loaded
+    together with its tokenizer. quantization_bits: 4 stores the weights as NF4, 8 as INT8.
+    double_quantize: concerns NF4 only. alpha: 2 * rank if None. Other keywords (`strict`, `verify`,
+    `scope`, …) go to `qlora_compile.optimize`.
 
-    Raises, always before the model was changed:
+    Raises, always before the model is changed:
         QuantizationBitsError: neither 4 nor 8 bits.
         OutOfRangeError: rank, alpha or dropout cannot be used.
         ModelTypeError: the model is no transformers model.
-        AdaptersPresentError: it has adapters already.
+        AdaptersPresentError: the model has adapters already.
         ModelNotFoundError: there is no model at the path.
-        QloraCompileError: whatever `qlora_compile.optimize` finds wrong.
+        QloraCompileError: an error of `qlora_compile.optimize`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class QuantizedLoRA:
         double_quantize: bool = True,
         **optimize_options: Any,
     ) -> None:
-        # torch, transformers and PEFT take seconds to import: only once they are needed.
+        # torch, transformers and PEFT take seconds to import, so only once they are needed.
         from qlora_compile.kernels.formats.formats import FORMATS
 
         usual = next((each for each in FORMATS if each.bits == quantization_bits), None)
@@ -76,21 +76,22 @@ class QuantizedLoRA:
         )
 
     def train(self, dataset: Any, *, max_length: int | None = None, **options: Any) -> Any:
-        """Train the adapters and return the Trainer's TrainOutput; a second call continues.
+        """Train the adapters and return the Trainer's TrainOutput; a second call trains further.
 
-        `dataset` is a `datasets.Dataset` with a column input_ids or text, a torch Dataset of token
-        dicts, or an iterable of strings; text needs a tokenizer, is cut at `max_length` tokens (the
-        model's own limit if None), and blank texts are left out. A causal language model without
-        labels learns to predict its inputs. `options` go to `transformers.TrainingArguments`;
-        without an output_dir nothing is saved.
+        dataset: a `datasets.Dataset` with a column input_ids or text, a torch Dataset of token
+        dicts, or an iterable of strings. Text needs a tokenizer; blank texts are left out. Without
+        labels, a causal language model learns to predict its inputs. max_length: where to cut
+        texts, in tokens; None for the model's own limit. options: for
+        `transformers.TrainingArguments`; without an output_dir nothing is saved.
 
-        Raises, always before anything was trained:
+        Raises, always before anything is trained:
             TrainingOptionError: TrainingArguments has no such option.
+            OutOfRangeError: max_length is below 1.
             DatasetTypeError: the dataset is of no kind that can be trained on.
-            EmptyDatasetError: it holds no examples.
-            TokenizerMissingError: it holds text, and there is no tokenizer.
+            EmptyDatasetError: the dataset holds no examples.
+            TokenizerMissingError: the dataset holds text, and there is no tokenizer.
             NoLossError: the model takes no labels.
-            MissingLabelsError: the model needs labels that the dataset has not.
+            MissingLabelsError: the model needs labels that the dataset does not have.
         """
         from qlora_compile.hf.training import fine_tune
 

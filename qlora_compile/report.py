@@ -1,4 +1,4 @@
-"""The report: for every Linear of a model, what was done with it or why it was left alone."""
+"""Report: for every Linear of a model, what computes it or why it was left alone."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from qlora_compile.verify.certificate import Certificate
 
 @dataclass(frozen=True)
 class Chosen:
-    """What computes one direction of a fused site whose rows are about `rows`, together with its
-    siblings if it has any: `n` and `rank` are theirs ("576+192+192", "16"), too.
+    """The implementation of one direction of a fused site, for about `rows` rows.
 
-    `measured`: whether it was timed on this device, against the others; else the cost model took
-    it. Then `seconds` are the median, `gain` is how many times as fast as the standard *dense* it
-    was, and `runner_up` the second best, as fast as it by a factor of `margin`; else the seconds
-    are modelled and the rest is None.
+    n, rank: those of the site and of the siblings computed with it ("576+192+192", "16"). measured:
+    whether it was timed on this device against others; if not, the cost model chose it, `seconds`
+    is modelled, and the rest is None. seconds: the median. gain: how many times as fast as *dense*
+    in its standard config. runner_up: the second best. margin: how many times as fast as that.
     """
 
     rows: int
@@ -72,11 +71,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear or Conv1D: weight [n, k] stored in `format` (its dtype where it is not quantised),
-    with an adapter of `rank` (0: none). If it is `fused`, `forward` computes it and, in training,
-    `backward` its gradients; else `reason` says why not. `keeps_low_rank`: the forward keeps
-    S = x Aᵀ for the backward. `experts`: how many [n, k] the one weight of a mixture of experts
-    holds, 0 for a Linear.
+    """One Linear, Conv1D or weight of experts, with a weight [n, k].
+
+    format: how the weight is stored; its dtype if it is not quantised. rank: of the adapter, 0 for
+    none. reason: why the site is not `fused`. forward, backward: what computes a fused site, and in
+    training its gradients. keeps_low_rank: whether the forward keeps S = x Aᵀ for the backward.
+    experts: how many [n, k] a weight of experts holds, 0 for a Linear.
     """
 
     name: str
@@ -97,17 +97,19 @@ class Site:
 
     @property
     def variant(self) -> str | None:
-        """Of the forward."""
+        """The name of the variant that computes the forward."""
         return self.forward.variant if self.forward else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every Linear of the model exactly once, in the model's order, then every weight of experts.
-    others: what else PEFT adapts or trains, by name, with what it is and why it is left to PEFT.
-    certificates and mismatches: each graph that `optimize(verify=...)` has checked has one of them.
-    unknown_records: names of records that compiled calls ask for and this process does not have;
-    the cost model chooses for these calls.
+    """What became of a model's sites. `str()` of a report is a table, `to_json()` its JSON.
+
+    sites: every Linear exactly once, in the model's order, then every weight of experts. others:
+    other modules that PEFT adapts or trains, by name, each with the reason. certificates,
+    mismatches: each graph that `optimize(verify=...)` has checked has one of the two.
+    unknown_records: names of records that compiled calls ask for and that this process does not
+    have; the cost model chooses for these calls.
     """
 
     sites: tuple[Site, ...]
@@ -118,7 +120,7 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """How many sites are fused."""
+        """The number of fused sites."""
         return sum(site.fused for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +169,7 @@ class Report:
         )
 
     def _choices(self) -> list[str]:
-        """One line for each distinct choice: sites of one shape share theirs."""
+        """Return a table with one line for each distinct choice; sites of one shape share one."""
         count: Counter[tuple[Any, ...]] = Counter()
         for site in self.sites:
             for direction in ("forward", "backward"):
@@ -203,13 +205,13 @@ def _kept(keeps: bool, rank: str) -> str | None:
 
 
 def regions_of(inventory: Inventory) -> dict[str, Region]:
-    """The compiled modules' regions, by the modules' names."""
+    """Return the regions of compiled modules, by the modules' names."""
     found = ((name, region_of(module)) for name, module in inventory.modules.items())
     return {name: region for name, region in found if region is not None}
 
 
 def build_report(inventory: Inventory) -> Report:
-    """Reads the regions' last calls; sites no region has run yet say so."""
+    """Build a report from the last calls of all regions; sites that have not run yet say so."""
     regions = regions_of(inventory)
     sites = []
     for name, entry in inventory.linears.items():
@@ -278,7 +280,7 @@ def _chosen(site: FusedSite, selector: ModelledSelector) -> dict[str, Any]:
 
 
 def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | None:
-    """The innermost region that lists the site `name`, with the region's own name."""
+    """Return the name and the region of the innermost region that has the site `name`."""
     best = None
     for prefix, region in regions.items():
         if is_inside(name, prefix) and name[len(prefix) :].lstrip(".") in region.sites:

@@ -1,4 +1,4 @@
-"""Inventory: every Linear and every weight of experts of a model, listed once and handed on."""
+"""Inventory: lists every Linear and every weight of experts of a model, in one walk through it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from qlora_compile.weight_reads import read_by_parent
 
 @dataclass
 class LinearEntry:
-    """One Linear or Conv1D. name: its own, or that of the adapter layer around it.
+    """One Linear or Conv1D. name: its own name, or that of the adapter layer around it.
 
-    kept: why it is never quantised and, unless it is adapted, left alone. full_precision: whether
-    transformers keeps it in float32. read_by_parent: whether the module around it computes with its
-    weight. What quantising or adopting changes is read off `module`.
+    kept: why the layer is never quantised and, unless it is adapted, not fused; else None.
+    full_precision: whether transformers keeps it in float32. read_by_parent: whether the module
+    around it computes with its weight. The properties read `module`, since quantising and adopting
+    change it.
     """
 
     name: str
@@ -37,17 +38,17 @@ class LinearEntry:
 
     @property
     def base(self) -> Base | None:
-        """The adopter of another library's quantised layer."""
+        """The adopter, if the layer is another library's quantised one."""
         return base_of(self.module)
 
     @property
     def obstacle(self) -> str | None:
-        """Why another library's quantised layer stays as it is."""
+        """Why another library's quantised layer cannot be adopted, None if it can."""
         return None if self.base is None else self.base.obstacle(self.module)
 
     @property
     def left_alone(self) -> str | None:
-        """Why the site is not fused; None if it is to be."""
+        """Why the site is not fused; None if it shall be."""
         return self.obstacle or (None if self.adapted else self.kept)
 
     @property
@@ -56,13 +57,13 @@ class LinearEntry:
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether it is a plain Linear or Conv1D whose weight nothing needs in full precision."""
+        """Whether this is a plain Linear or Conv1D whose weight nothing needs unquantised."""
         needed = self.kept is not None or self.full_precision or self.read_by_parent
         return type(self.module) in (nn.Linear, Conv1D) and not needed
 
     @property
     def format(self) -> str:
-        """The name of the format that stores its weight, or the weight's dtype."""
+        """The name of the format that stores the weight, or the weight's dtype."""
         if isinstance(self.module, QuantizedLinear):
             return self.module.format
         found = None if self.base is None else self.base.format(self.module)
@@ -70,15 +71,14 @@ class LinearEntry:
 
 
 class Inventory:
-    """The modules and sites of `model`, by name and in the model's order, as they stand when it is
-    made, by one walk through the model.
+    """The modules and sites of `model` at the time of creation, by name, in the model's order.
 
-    Attaching adapters makes it out of date: PEFT wraps modules, copies those it trains in full, and
-    may repeat layers. Quantising and adopting do not.
+    Attaching adapters makes an inventory out of date: PEFT wraps modules, copies those it trains in
+    full, and may repeat layers. Quantising and adopting do not.
 
-    modules: every module by its first name. trained: the sites that somebody chose to train in
-    full, where the model `is_partly_frozen`: all weights of a model that has just been loaded
-    require a gradient.
+    modules: every module by its first name. linears, experts: the sites. trained: the sites that
+    are trained in full; empty unless the model `is_partly_frozen`, as in a model that has just been
+    loaded all weights require a gradient and nobody has chosen so.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -111,12 +111,17 @@ class Inventory:
         self.trained = {name for name, site in weights if site.weight.requires_grad}
 
     def quantizable(self) -> list[LinearEntry]:
-        """Every plain Linear and Conv1D but heads, tied weights, what the model computes with
-        itself and what PEFT trains."""
+        """Return the Linears and Conv1Ds that can be quantised.
+
+        These are all plain ones but heads, tied weights, layers kept in float32, layers whose
+        weight the model reads itself, and layers that PEFT trains in full.
+        """
         return [entry for entry in self.linears.values() if entry.is_quantizable]
 
     def replace(self, entry: LinearEntry, packed: QuantizedLinear) -> None:
-        """Puts `packed` where the entry's Linear is, in the model and here: at no time do two
-        layers exist twice."""
+        """Replace the entry's layer by `packed`, in the model and here.
+
+        Called layer by layer: never do two layers exist in both forms at once.
+        """
         place = adapters.replace_base(self.model, entry.name, packed)
         self.modules[place] = entry.module = packed

@@ -1,4 +1,4 @@
-"""Tables as plain lines: what a pipe, a log and a narrow terminal can all take."""
+"""Tables as plain lines, which suit a pipe, a log and a narrow terminal alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Lines of left-aligned columns, the header first; None is a dash."""
+    """Return lines of left-aligned columns, the header first; None becomes a dash."""
     cells = [tuple(header), *(tuple("-" if c is None else str(c) for c in row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return [

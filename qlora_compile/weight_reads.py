@@ -1,4 +1,7 @@
-"""Which Linears a model computes with past their forward: packed, their weights would be codes."""
+"""Weight reads: finds Linears whose weight a model reads without calling them.
+
+They must not be packed: the model would read codes instead of the weight.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ from types import FunctionType
 from torch import nn
 
 _PREPARING = ("__init__", "reset_", "init_", "_init", "tie_", "_tie")
-"""Methods that run before there is anything to compute."""
+"""Beginnings of the names of methods that only prepare a model, before anything is quantised."""
 
 _DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "numel", "size")
 
 
 def read_by_parent(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of modules whose weight a method of the module that holds them reads: in Mamba,
-    `self.dt_proj.weight @ x`."""
+    """Return the names of modules whose weight a method of their parent module reads.
+
+    For example, Mamba computes `self.dt_proj.weight @ x`.
+    """
     return {
         f"{name}.{child}" if name else child
         for name, module in modules.items()
@@ -41,7 +46,7 @@ def _read_weights(module_class: type[nn.Module]) -> frozenset[str]:
 
 
 def _read_by(function: FunctionType) -> set[str]:
-    """Every NAME in `self.NAME.weight`, but where only its dtype or its like is asked for."""
+    """Return every NAME in `self.NAME.weight`, unless only dtype, shape or the like are read."""
     names = [
         step.argval if step.opname in ("LOAD_FAST", "LOAD_ATTR", "LOAD_METHOD") else None
         for step in dis.get_instructions(function)

@@ -56,4 +56,4 @@ def test_a_model_that_multiplies_a_weight_itself_trains_packed(name: str, kept: 
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     sites = qlora_compile.explain(model).sites
     reasons = {site.reason for site in sites if "dt_proj" in site.name}
-    assert reasons == {"the model computes with its weight past the layer"}
+    assert reasons == {"the model computes with its weight without calling the layer"}

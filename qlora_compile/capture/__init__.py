@@ -1,1 +1,1 @@
-"""Capturing blocks with torch.compile and rewriting their graphs."""
+"""Captures blocks with torch.compile and rewrites their graphs."""

@@ -1,4 +1,4 @@
-"""The Dynamo backend: a captured graph is rewritten, tuned, verified and compiled."""
+"""The Dynamo backend: rewrites, tunes, verifies and compiles each captured graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qlora_compile.verify.verifier import Verifier
 
 
 class RunningRegion(Protocol):
-    """What the backend reads of the region whose call is being compiled."""
+    """The part of a region that the backend reads while it compiles a call of the region."""
 
     module: nn.Module
     sites: frozenset[str]
@@ -31,9 +31,13 @@ class RunningRegion(Protocol):
 
 @dataclass(eq=False)
 class RegionGraph:
-    """One compiled graph and what became of its sites; calling it runs it. weights: for each site,
-    which argument is its weight. records_name: of the selector that its calls ask. unchecked: until
-    the first call, the captured graph and what compares it with this one on real inputs."""
+    """One compiled graph, which is run by calling it, and what became of its sites.
+
+    fused, experts, unfused: as in PassContext. weights: for each site, the position of its weight
+    among the graph's arguments. records_name: the name of the selector that the graph's calls ask
+    for their variants. unchecked: the captured graph and the check that compares it with this one
+    on real inputs; None once the first call has run the check, or if there is none.
+    """
 
     fused: dict[str, FusedSite]
     experts: dict[str, FusedExperts]
@@ -58,12 +62,14 @@ class RegionGraph:
 
 
 GraphCall = tuple[RegionGraph, list[int]]
-"""A graph that ran, and the `id` of each argument that its `weights` names."""
+"""A graph that ran, and the `id` of each argument listed in its `weights`."""
 
 
 class _Running(threading.local):
-    """The regions whose calls are under way in one thread, the innermost last: autograd's threads
-    recompute checkpointed regions, several at a time."""
+    """The regions whose calls are under way in this thread, the innermost last.
+
+    One list per thread, as autograd's threads recompute several checkpointed regions at a time.
+    """
 
     def __init__(self) -> None:
         self.regions: list[tuple[RunningRegion, list[GraphCall]]] = []
@@ -74,7 +80,10 @@ _running = _Running()
 
 @contextmanager
 def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Names the region whose call follows in this thread; yields the graphs that the call runs."""
+    """Make `region` the running one of this thread; yields a list that its call fills with graphs.
+
+    The backend learns from this which region it compiles for.
+    """
     executed: list[GraphCall] = []
     _running.regions.append((region, executed))
     try:
@@ -86,11 +95,11 @@ def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
 def make_backend(
     *, inductor: bool, verifier: Verifier | None, tuner: Tuner | None
 ) -> Callable[..., RegionGraph]:
-    """Makes a backend for torch.compile that rewrites the running region's graph.
+    """Make a backend for torch.compile that rewrites the graphs of the running region.
 
-    Without `inductor` the rewritten graph runs as it is, which is enough to see what becomes of
-    each site. The `tuner` first gives the graph's problems their choices; without one the cost
-    model chooses. The `verifier` checks the graph on its first call.
+    inductor: whether to compile the rewritten graph; if not, it is interpreted, which is enough to
+    see what becomes of each site. tuner: finds or measures the graph's variants; None leaves the
+    choice to the cost model. verifier: checks the graph on its first call; None checks nothing.
     """
     selector = ModelledSelector() if tuner is None else tuner.selector
     verifier = verifier if inductor else None
@@ -122,8 +131,10 @@ def _rewrite(
     names: Mapping[int, Sequence[str]],
     selector: ModelledSelector,
 ) -> RegionGraph:
-    """Runs the passes; the result runs the rewritten graph as it is. names: of the region's
-    tensors."""
+    """Run the passes; the returned graph is rewritten but not compiled.
+
+    names: the names of the region's parameters and buffers, by `id`.
+    """
     context = PassContext(region.sites, dict(region.kept), tensors=names)
     weights: dict[str, int] = {}
     for position, node in enumerate(graph_module.graph.find_nodes(op="placeholder")):
@@ -131,14 +142,14 @@ def _rewrite(
         if site is not None:
             weights.setdefault(site, position)
     run_pipeline(graph_module, context)
-    told = (context.fused, context.experts, context.unfused)
-    return RegionGraph(*told, weights, selector.name, graph_module.forward)
+    outcomes = (context.fused, context.experts, context.unfused)
+    return RegionGraph(*outcomes, weights, selector.name, graph_module.forward)
 
 
 def _tune(
     graph_module: GraphModule, graph: RegionGraph, selector: ModelledSelector, tuner: Tuner | None
 ) -> None:
-    """Gives the problems of the graph their choices and writes into its calls whom to ask."""
+    """Find or measure variants for the graph's calls, and write the selector's name into them."""
     if tuner is not None:
         tuner.ensure_calls((site.forward, site.trains) for site in graph.fused.values())
     settle_calls(graph_module, selector)

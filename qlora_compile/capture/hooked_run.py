@@ -1,4 +1,4 @@
-"""How a block is compiled whose modules have hooks, or why it runs as stock instead."""
+"""Blocks whose modules have hooks: how they are compiled, or why they run uncompiled."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from qlora_compile.hf.captured_outputs import (
 )
 
 REFUSALS = (Unsupported, FailOnRecompileLimitHit, TorchRuntimeError, UserError)
-"""What Dynamo raises, before anything has run, where it does not trace a block as one graph."""
+"""Errors that Dynamo raises, before anything has run, if it cannot trace a block as one graph."""
 
 RECOMPILE_LIMIT = 8
-"""Graphs for blocks with the same hooks; torch's own default. A hook may change what the guards of
-its next call look at, as one that appends to a list does: Dynamo would compile at every call."""
+"""Most graphs for blocks with the same hooks; torch's own default.
+
+A hook may change what the guards of its next call check, for example by appending to a list.
+Without a limit Dynamo would then compile at every call.
+"""
 
 
 @dataclass(frozen=True)
 class HookedRun:
-    """What blocks need to have in common to share a compiled forward with its hooks.
+    """What blocks with hooks must have in common to share a compiled forward.
 
-    hooks: kind, module and code of each. captured: the keys of the outputs that the forward returns
-    besides its result, for transformers; None if it returns the result alone. whole: whether Dynamo
-    may not break the graph.
+    hooks: the kind, the module's path and the code of each hook. captured: the keys of the inner
+    outputs that the forward returns beside its result, for transformers; None if it returns the
+    result alone. whole: whether the block must be one graph, without breaks.
     """
 
     hooks: tuple[tuple[str, str, object], ...]
@@ -44,54 +47,57 @@ class HookedRun:
     @classmethod
     def of(cls, block: nn.Module, hooks: Sequence[Hook]) -> HookedRun:
         if starts_collecting(block):
-            # A break costs part of the graph, running as stock all of it: this is a whole model.
-            return cls(_told(hooks), None, whole=False)
+            # The block is a whole model. A graph break costs a part of it, running it uncompiled
+            # costs all of it.
+            return cls(_identities(hooks), None, whole=False)
         keys = {hook: captured_key(hook.function) for hook in hooks}
         others = [hook for hook in hooks if keys[hook] is None]
         captured = {key for key in keys.values() if key is not None}
-        return cls(_told(others), collected_keys(captured) if captured else None, whole=True)
+        return cls(_identities(others), collected_keys(captured) if captured else None, whole=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of Dynamo, besides those of a block without hooks."""
+        """Dynamo's settings for these blocks, to be added to those of blocks without hooks."""
         limit = {"recompile_limit": RECOMPILE_LIMIT} if self.hooks else {}
         return {"skip_nnmodule_hook_guards": False} | limit
 
     def prepared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, or what returns `captured` outputs, too."""
+        """Return `forward`, wrapped to return the `captured` outputs too if there are any."""
         return forward if self.captured is None else collecting(forward, self.captured)
 
 
 def obstacle(block: nn.Module, hooks: Sequence[Hook]) -> str | None:
-    """Why `block` cannot be compiled with `hooks`, as far as can be told without trying."""
+    """Return why `block` cannot be compiled with `hooks`, as far as is known without trying."""
     backward = [hook for hook in hooks if hook.is_backward]
     if backward:
-        return f"its block ran uncompiled, because compiled code cannot call {named(backward)}"
+        return f"its block ran uncompiled, because compiled code cannot call {hook_names(backward)}"
     own = [hook for hook in hooks if captured_key(hook.function) is None]
     if own and torch.is_grad_enabled() and (checkpoints(block) or _saves_by_hooks()):
-        # The checkpoint stops recomputing at the last value it has saved; where in a compiled block
-        # that is, and which hooks have run by then, is not where it is in an uncompiled one.
+        # The checkpoint stops recomputing at the last value it has saved. A compiled block reaches
+        # that value at another place than an uncompiled one, and other hooks have run by then.
         return (
             "its block ran uncompiled, because a checkpoint that recomputes compiled code "
-            f"would not run {named(own)} as often as it has to"
+            f"would not run {hook_names(own)} as often as it has to"
         )
     return None
 
 
 def untraced(hooks: Sequence[Hook]) -> str:
-    return f"its block ran uncompiled, because Dynamo does not trace it whole with {named(hooks)}"
+    """Return the reason for a block that Dynamo refused to trace as one graph."""
+    names = hook_names(hooks)
+    return f"its block ran uncompiled, because Dynamo does not trace it whole with {names}"
 
 
-def named(hooks: Sequence[Hook], most: int = 3) -> str:
-    told = [str(hook) for hook in hooks]
-    rest = [f"{len(told) - most} more"] if len(told) > most else []
-    return ", ".join([*told[:most], *rest])
+def hook_names(hooks: Sequence[Hook], most: int = 3) -> str:
+    names = [str(hook) for hook in hooks]
+    rest = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest])
 
 
-def _told(hooks: Sequence[Hook]) -> tuple[tuple[str, str, object], ...]:
+def _identities(hooks: Sequence[Hook]) -> tuple[tuple[str, str, object], ...]:
     return tuple((hook.kind, hook.module, hook.code) for hook in hooks)
 
 
 def _saves_by_hooks() -> bool:
-    """Whether something, such as a checkpoint around the block, replaces saved tensors."""
+    """Whether saved-tensor hooks are active, as those of a checkpoint around the block."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None

@@ -51,7 +51,7 @@ class Hook:
 
     @property
     def code(self) -> object:
-        """What runs: hooks of one code differ in the values they hold only."""
+        """The code object of the hook; hooks of one code differ only in the values they hold."""
         return getattr(self.unbound, "__code__", type(self.unbound))
 
     def __str__(self) -> str:
@@ -60,11 +60,11 @@ class Hook:
 
 
 def has_hooks(block: nn.Module) -> bool:
-    """Whether a module inside `block` has hooks that its call runs. The block's own do not count:
-    they run before and after the forward that is compiled.
+    """Whether a module inside `block` has hooks that its call runs.
 
-    Every call of every block asks this. So it looks the modules up afresh, as adapters come and go,
-    but in a third of the time that `Module.modules` takes.
+    The block's own hooks do not count: they run before and after the forward that is compiled.
+    Every call of every block asks this, and adapters come and go, so nothing can be cached. The
+    loop below takes a third of the time of `Module.modules`.
     """
     for hooks in _GLOBAL.values():
         if hooks:
@@ -82,12 +82,12 @@ def has_hooks(block: nn.Module) -> bool:
         ):
             return True
         if children := state["_modules"]:
-            modules += children.values()  # the loop goes on through them
+            modules += children.values()  # the loop goes on through what is appended
     return False
 
 
 def hooks_inside(block: nn.Module) -> tuple[Hook, ...]:
-    """The hooks that `has_hooks` tells of."""
+    """Return the hooks that `has_hooks` looks for."""
     return tuple(_hooks(block))
 
 

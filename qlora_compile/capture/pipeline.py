@@ -1,4 +1,4 @@
-"""Runs the passes over one captured graph: in order, checked after each, and logged."""
+"""Runs the passes over one captured graph in order, checks the graph after each, and logs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
 _ONE_OF_SEVERAL = (
-    "one of its adapters is fused with the base product; another, active with it, runs beside it: "
-    "either drops out its input by a mask of its own, or is not plain LoRA, or of another dtype"
+    "one of its adapters is fused with the base product; another active one runs separately: "
+    "one of them has dropout, and so its own mask, or is not plain LoRA, or has another dtype"
 )
 
 
 def run_pipeline(graph_module: GraphModule, context: PassContext) -> int:
-    """Rewrites `graph_module` in place and fills `context`; returns the number of rewrites.
+    """Rewrite `graph_module` in place and fill `context`; return the number of rewrites.
 
-    Raises PassError when a pass loses a site: every Linear of the graph stays there, as a linear or
-    in a fused call.
+    Raises PassError if a pass loses a site: every Linear must stay in the graph, as a linear or in
+    a fused call.
     """
     rewritten = 0
     expected = _sites(graph_module, context)
@@ -61,7 +61,7 @@ def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
 
 
 def _record(graph_module: GraphModule, context: PassContext) -> None:
-    """Reads off the rewritten graph what became of each site, whatever the passes believed."""
+    """Record what became of each site, by the rewritten graph and not by what the passes say."""
     adapted: set[str] = set()
     for node in graph_module.graph.nodes:
         if not is_fused(node):
@@ -77,7 +77,7 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
             if linear.rank:
                 adapted.add(site)
             elif site in adapted:
-                # DoRA multiplies by W for its norm, too; the product the adapter is in tells.
+                # DoRA multiplies by W for its norm too; the product with the adapter is the site's.
                 continue
             dropout = fused.call.dropout if linear.rank else 0.0
             context.fused[site] = FusedSite(forward, dropout, torch.is_grad_enabled())
@@ -97,8 +97,10 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
 
 
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
-    """Writes into every fused call the selector's name, and its decision whether the forward saves
-    S for the backward."""
+    """Write the selector's name and one decision of the selector into every fused call.
+
+    The decision is whether the forward saves S = x Aᵀ for the backward.
+    """
     for node in filter(is_fused, graph_module.graph.nodes):
         fused = read(node)
         x = example(fused.x)

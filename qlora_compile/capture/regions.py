@@ -1,8 +1,8 @@
-"""Regions: blocks of a model that are compiled in place, each kind once.
+"""Regions: blocks of a model that are compiled in place, each kind of block once.
 
 A region replaces its module's `forward` on the instance. Parameters, state-dict keys, classes and
-hooks stay as they are; a deep copy or a pickle of the model carries the region along and compiles
-again on its first call.
+hooks stay as they are. Regions are copied and pickled with the model, and then compile again on
+their first call.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
 
-import qlora_compile.hf.experts  # noqa: F401  a pickled model names the implementation it registers
+import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
-from qlora_compile.hf.captured_outputs import hand_on
+from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -40,14 +40,13 @@ from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
-    # A number that differs between layers, as a probability of dropout may, is a constant of each
-    # layer's graph, not an input.
+    # A number such as a dropout probability becomes a constant of each layer's graph, not an input.
     "specialize_float": True,
-    # Past the limit Dynamo gives up without a word; one class may serve many kinds of layer.
+    # Past the limit Dynamo silently stops compiling; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }
 
-_APART = (
+_OUTER_COMPILE = (
     "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
     "a graph break, so call that torch.compile without fullgraph=True"
 )
@@ -57,7 +56,9 @@ _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_nam
 
 @dataclass
 class RegionKind:
-    """What the modules of one class in one model share: settings and the compiled forward."""
+    """Settings and compiled forward that the modules of one class in one model share. probing:
+    whether calls are captured but not compiled. refused: hooks with which Dynamo refused to trace
+    the block as one graph, and the reason."""
 
     module_class: type[nn.Module]
     strict: bool
@@ -71,13 +72,13 @@ class RegionKind:
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        left = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
-        left.pop("tuner", None)
-        return left
+        state = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
+        state.pop("tuner", None)
+        return state
 
     @functools.cached_property
     def tuner(self) -> Tuner | None:
-        """One for as long as the kind lives: its compiled calls name this tuner's selector."""
+        """Cached for as long as the kind lives: compiled calls name this tuner's selector."""
         return tuner_of(self.tune)
 
     @property
@@ -85,8 +86,8 @@ class RegionKind:
         return own_forward(self.module_class)
 
     def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
-        """`forward(module, *args, **kwargs)` compiled, or only rewritten while probing; `hooked`
-        where modules inside have hooks."""
+        """Return `forward(module, *args, **kwargs)` compiled, or only rewritten while probing.
+        hooked: None if no module inside the block has hooks."""
         key = (self.probing, hooked)
         if key not in self._compiled:
             backend = make_backend(
@@ -102,7 +103,10 @@ class RegionKind:
 
 
 class Region:
-    """The forward of one compiled module."""
+    """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
+    `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
+    `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
+    captured: the keys of inner outputs that the last forward collected."""
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -128,19 +132,19 @@ class Region:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         # A key-value cache changes shape at every token, so a block that sees one would recompile
-        # until Dynamo gives up. Without a single row (a head whose logits are not wanted), or a
-        # site to fuse, there is nothing to gain. An exported program has no use for our ops.
+        # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
+        # in a head whose logits are not wanted. An exported program has no use for our ops.
         idle = self.sites <= self.kept.keys()
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
         if idle or empty or cached or torch.compiler.is_exporting():
             return self.kind.module_class.forward(module, *args, **kwargs)
-        return self._apart(*args, **kwargs)
+        return self._outside_outer_graph(*args, **kwargs)
 
-    @torch.compiler.disable(reason=_APART)
-    def _apart(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the block by itself, also where a torch.compile around the model is under way."""
+    @torch.compiler.disable(reason=_OUTER_COMPILE)
+    def _outside_outer_graph(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block in graphs of its own, also while a torch.compile traces the model."""
         module = self.module
         hooks = hooks_inside(module) if has_hooks(module) else ()
         if is_given_by_row((hook.function for hook in hooks), kwargs):
@@ -150,14 +154,14 @@ class Region:
             self._leave_uncompiled(reason)
             return self.kind.module_class.forward(module, *args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
-        # Hooks may ask whether what they see requires a gradient.
-        seen = hooked is not None and hooked.hooks
-        # PEFT's own forward calls the modules of an adapter, slots only read their weights.
-        self.adapters.refresh(by_slots=not seen)
-        if self.kind.repeated and module.training and torch.is_grad_enabled() and not seen:
+        user_hooks = hooked is not None and hooked.hooks
+        # Slots only read the weights of an adapter's modules; their hooks run in PEFT's forward.
+        self.adapters.refresh(by_slots=not user_hooks)
+        # Hooks may check which values require a gradient, so none is added for them.
+        if self.kind.repeated and module.training and torch.is_grad_enabled() and not user_hooks:
             args, kwargs = _with_gradient(args, kwargs)
         if checkpoints(module):
-            # The region sits inside the checkpoint: recomputation runs compiled too.
+            # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
             return checkpoint(partial(self._run, hooked, **kwargs), *args)
         return self._run(hooked, *args, **kwargs)
@@ -183,18 +187,18 @@ class Region:
                 return self._run(hooked, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
-            self.graphs = self._told(executed)
+            self.graphs = self._named_graphs(executed)
             if self.kind.strict:
                 self.raise_unfused()
         if hooked is not None and hooked.captured is not None:
             result, collected = result
-            hand_on(collected)
+            append_collected(collected)
         return result
 
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
         hooked = HookedRun.of(self.module, hooks)
         if torch._C._current_graph_task_id() != -1:
-            # A checkpoint around the block recomputes it during the backward: by the same graph.
+            # A checkpoint recomputes the block during the backward: by the graph of the forward.
             return replace(hooked, captured=self.captured)
         self.captured = hooked.captured
         return hooked
@@ -204,13 +208,14 @@ class Region:
         if self.kind.strict:
             self.raise_unfused()
 
-    def _told(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
-        """The graphs that ran, each with its names of sites → those of the weights it was given: a
-        part of a split block may have been compiled for another module of the same kind."""
+    def _named_graphs(self, executed: list[GraphCall]) -> list[tuple[RegionGraph, dict[str, str]]]:
+        """Return the graphs that ran, each with a map from its site names to this module's names
+        where they differ. A part of a split block may have been compiled for another module of the
+        same kind; the weights it was given show which sites it computes here."""
         if len(executed) == 1:
             return [(executed[0][0], {})]
         tensors = tensor_names(self.module)
-        told = []
+        graphs = []
         for graph, weights in executed:
             names: dict[str, str] = {}
             for site, weight in zip(graph.weights, weights, strict=True):
@@ -218,39 +223,39 @@ class Region:
                 sites = {s for n in found for s in (linear_site(n), experts_site(n))}
                 if site not in sites:
                     names[site] = min(sites & self.sites, default=site)
-            told.append((graph, names))
-        return told
+            graphs.append((graph, names))
+        return graphs
 
     @property
     def records_name(self) -> str:
-        """The name of the selector that the last call's graphs ask."""
+        """The name of the selector that the graphs of the last call ask for variants."""
         return next((graph.records_name for graph, _ in self.graphs or ()), MODELLED)
 
     def raise_unfused(self) -> None:
-        """Raises StrictError if a site of the last call was left alone without having to be."""
+        """Raise StrictError if the last call did not fuse a site that is not among `kept`."""
         missing = {site: why for site, why in self.unfused().items() if site not in self.kept}
         if missing:
             reasons = "\n".join(f"  {site}: {why}" for site, why in sorted(missing.items()))
             raise StrictError(count=len(missing), reasons=reasons)
 
     def fused(self) -> dict[str, FusedSite]:
-        """Sites the last call computed by a fused op."""
-        return self._named("fused")
+        """Return the Linears that the last call computed by a fused op."""
+        return self._by_own_names("fused")
 
     def experts(self) -> dict[str, FusedExperts]:
-        """Weights of experts the last call computed by their op."""
-        return self._named("experts")
+        """Return the weights of experts that the last call computed by the experts' op."""
+        return self._by_own_names("experts")
 
-    def _named(self, what: str) -> dict[str, Any]:
-        """What the last call's graphs tell of their sites."""
-        told: dict[str, Any] = {}
+    def _by_own_names(self, attribute: str) -> dict[str, Any]:
+        """Join one `attribute` of the last call's graphs, by this module's names of the sites."""
+        found: dict[str, Any] = {}
         for graph, names in self.graphs or ():
-            for site, value in getattr(graph, what).items():
-                told[str(names.get(site, site))] = value
-        return told
+            for site, value in getattr(graph, attribute).items():
+                found[str(names.get(site, site))] = value
+        return found
 
     def unfused(self) -> dict[str, str]:
-        """All the other sites, with the reason."""
+        """Return all other sites, with the reason."""
         if self.graphs is None:
             reason = "its block has not run yet"
             if self.cached:
@@ -261,7 +266,7 @@ class Region:
         broken = f"graph breaks split its block into {len(self.graphs)} graphs"
         missing = broken if len(self.graphs) > 1 else "not used in the last call"
         served = self.fused().keys() | self.experts().keys()
-        return dict.fromkeys(self.sites - served, missing) | self._named("unfused")
+        return dict.fromkeys(self.sites - served, missing) | self._by_own_names("unfused")
 
 
 def install(
@@ -273,19 +278,19 @@ def install(
 
 
 def uninstall(module: nn.Module) -> None:
-    """Gives `module` back the forward of its class."""
+    """Give `module` the forward of its class again."""
     del module.forward
 
 
 def region_of(module: nn.Module) -> Region | None:
-    # accelerate's hooks put a forward of their own before the one they call.
+    # accelerate's hooks replace `forward` and keep the one they call in `_old_forward`.
     forwards = (module.__dict__.get(name) for name in ("forward", "_old_forward"))
     return next((forward for forward in forwards if isinstance(forward, Region)), None)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own code that calls `forward`: Dynamo counts recompilations per code
-    object, so kinds and models do not use up each other's limit."""
+    """Return a function with its own code object that calls `forward`: Dynamo counts recompilations
+    per code object, so kinds and models do not share one limit."""
 
     def region(module, *args, **kwargs):
         return forward(module, *args, **kwargs)
@@ -295,19 +300,18 @@ def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """The block's first floating-point input, requiring a gradient.
+    """Return the inputs of a block, the first floating-point one requiring a gradient.
 
-    The first block's does not by itself, and Dynamo would compile that block apart from all the
-    others; the gradient it does not need costs less than that.
+    Otherwise that of a model's first block would require none, and Dynamo would compile that block
+    separately, which costs more than the unneeded gradient.
     """
-
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(key, str) and key != "hidden_states":
             continue
         if isinstance(value, Tensor) and value.is_floating_point():
             if value.requires_grad:
                 break
-            # Not the leaf itself: the block may write to its input.
+            # A clone, not the leaf itself: the block may write to its input.
             fresh = value.detach().requires_grad_().clone()
             if isinstance(key, str):
                 return args, kwargs | {key: fresh}

@@ -1,4 +1,4 @@
-"""The command line: every command of `qlora-compile`."""
+"""The command line's app, with all commands of `qlora-compile`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_compile.cli.tune import tune
 from qlora_compile.cli.verify import verify
 
 COMMANDS = (train, explain, verify, tune, records, build)
-"""In the order of the help; a function is one command, a Typer a group of commands."""
+"""In the order of the help text; a function is one command, a Typer is a group of commands."""
 
 app = typer.Typer(
     help="Fine-tune quantised models with LoRA through a compiler.",

@@ -1,4 +1,4 @@
-"""How the command line answers bad input: one line on stderr, and no traceback."""
+"""Bad input: the command line answers it with one line on stderr and no traceback."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 from qlora_compile.errors import QloraCompileError
 
-_BAD_INPUT = 2  # what click itself exits with on a bad option
+_BAD_INPUT = 2  # click's own exit status for a bad option
 
 
 @contextlib.contextmanager
 def bad_input_in_one_line() -> Iterator[None]:
-    """Turn an error of ours into one line and an exit; any other is a bug and passes through.
+    """Turn an error of this package into one line and an exit; any other error is a bug and passes.
 
     Raises:
         typer.Exit: in place of a QloraCompileError.

@@ -1,4 +1,4 @@
-"""The command line's `build`: Triton kernels for a GPU that this machine need not have."""
+"""The command line's `build`: compiles Triton kernels for a GPU that this machine may lack."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def build(
             )
     Console().print(closing_table(kernels, arch, output))
     typer.echo(
-        f"Where the GPU is, with the same Triton and qlora_compile, wherever the folder lies:\n"
+        f"On the GPU's machine, with the same Triton and qlora_compile (the folder may be moved):\n"
         f"export TRITON_CACHE_DIR={output.absolute()}"
     )
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Shows how many kernels of how many are done, once there are any."""
+    """Show a progress bar from the first kernel on; yields on_kernel(done, total)."""
     columns = (
         TextColumn("kernels"),
         BarColumn(),
@@ -102,7 +102,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def closing_table(kernels: list[BuiltKernel], arch: str, output: Path) -> Table:
-    """What was built, by the variants that need it."""
+    """Return a table of what was built, grouped by the variants that need the kernels."""
     by_variants: dict[tuple[str, ...], list[BuiltKernel]] = defaultdict(list)
     for kernel in kernels:
         by_variants[tuple(sorted(kernel.variants))].append(kernel)

@@ -1,4 +1,4 @@
-"""The Problems of a model's fused sites, as training it would pose them."""
+"""The Problems that training poses at the fused sites of a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def problems_of_model(
     dtype: torch.dtype | None = None,
     device: str = "cuda",
 ) -> list[Problem]:
-    """Those of an optimised model's fused sites, each once, for each number of rows.
+    """Return the Problems of an optimised model's fused sites, each once.
 
-    The model may be on another `device` than the one they are for. dtype: what it computes in
-    there, None for what it does here.
-    Raises NotOptimizedError.
+    rows: the numbers of rows (tokens) to return Problems for. device: where the training is to run;
+    the model may be elsewhere. dtype: the dtype the training computes in, None for the model's.
+    Raises NotOptimizedError if `model` is not optimised.
     """
     api.explain(model)
     regions = [region_of(module) for module in model.modules()]
@@ -34,7 +34,7 @@ def problems_of_model(
         for captured in dict.fromkeys(site.forward for site in sites):
             forward = replace(captured, m=bucket_rows(m), device=device)
             if dtype is not None:
-                # An adapter's dtype is its own: PEFT keeps it apart from the model's.
+                # Not the adapter's dtype, which PEFT keeps independent of the model's.
                 forward = replace(forward, x_dtype=dtype, compute_dtype=dtype, out_dtype=dtype)
             problems |= dict.fromkeys(problems_of_call(forward, trains=True))
     return list(problems)

@@ -1,4 +1,4 @@
-"""Options that several commands take, and what they say of a model or a list of shapes."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from qlora_compile.errors import ModelOrShapesError
 
 TRAINED_ROWS = 512
-"""Those of a step of `qlora-compile train`: four sequences of 128 tokens."""
+"""The rows of a step of `qlora-compile train`: four sequences of 128 tokens."""
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A model's folder, .gguf file or Hub name, or: demo.")
@@ -19,7 +19,7 @@ ModelChoiceOption = Annotated[
 ]
 ShapesOption = Annotated[
     str | None,
-    typer.Option("--shapes", help="Instead of a model: MxNxKxR, with commas; N+N of siblings."),
+    typer.Option("--shapes", help="Instead of --model: MxNxKxR, …; N+N for siblings."),
 ]
 FormatOption = Annotated[
     str, typer.Option("--format", help="A format to store the weights in, or: none.")
@@ -31,15 +31,15 @@ AlphaOption = Annotated[
 DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
 RowsOption = Annotated[
     list[int] | None,
-    typer.Option("--rows", min=1, help="Tokens of a model's step; again for more. [512]"),
+    typer.Option("--rows", min=1, help="Tokens of a model's step; may be repeated. [512]"),
 ]
 TuneOption = Annotated[
     str,
-    typer.Option("--tune", help="Implementations by: auto, off, model, or a path of records."),
+    typer.Option("--tune", help="What chooses kernels: auto, off, model, or a path of records."),
 ]
 
 
 def require_model_or_shapes(model: str | None, shapes: str | None) -> None:
-    """Raises ModelOrShapesError unless exactly one of them is given."""
+    """Raise ModelOrShapesError unless exactly one of the two is given."""
     if (model is None) == (shapes is None):
         raise ModelOrShapesError(value="neither" if model is None else "both")

@@ -1,4 +1,4 @@
-"""The command line's `records`: measured choices to look at, ship, take over and clear away."""
+"""The command line's `records`: lists, shows, exports, merges and prunes measured choices."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def prune() -> None:
 
 
 def as_text(record: Record) -> str:
-    """Everything a record holds, a line per fact."""
+    """Return everything that a record holds, one fact per line."""
     from dataclasses import fields
 
     lines = [f"measured at {record.measured_at}"]
@@ -132,14 +132,17 @@ def _store() -> RecordStore:
 
 
 def _fingerprints() -> set[Fingerprint]:
-    """This machine's. Raises FingerprintError where not even its CPU has one."""
+    """Return this machine's fingerprints. Raises FingerprintError if the CPU has none."""
     from qlora_compile.tuning.fingerprint import established, fingerprints_here
 
     return {established("cpu"), *fingerprints_here()}
 
 
 def _chosen(store: RecordStore, prefix: str) -> tuple[str, Record]:
-    """The one record whose key starts with `prefix`. Raises RecordKeyError for none or several."""
+    """Return the key and the record whose key starts with `prefix`.
+
+    Raises RecordKeyError if there is none, or more than one.
+    """
     from qlora_compile.tuning.errors import RecordKeyError
     from qlora_compile.tuning.record import key_digest
 

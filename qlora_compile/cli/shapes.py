@@ -1,15 +1,15 @@
-"""Shapes as the command line takes them."""
+"""Shapes: parses the value of --shapes."""
 
 from __future__ import annotations
 
 from qlora_compile.errors import ShapeError
 
 Shape = tuple[int, tuple[int, ...], int, int]
-"""M, N of each of the Linears that share the input, K, rank."""
+"""(M, N of each Linear that shares the input, K, rank)."""
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Every item of "4096x4096+1024+1024x4096x16,512x1024x4096x0"; rank 0: no adapter.
+    """Parse a list such as "4096x4096+1024+1024x4096x16,512x1024x4096x0"; rank 0 is no adapter.
 
     Raises:
         ShapeError: an item is not four whole numbers, or a dimension is zero.

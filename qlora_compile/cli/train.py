@@ -1,4 +1,4 @@
-"""The command line's `train`: fine-tunes a model and writes everything into one folder."""
+"""The command line's `train`: fine-tunes a model and writes all results into one folder."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def train(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", help="Peak, after a tenth of the steps.")
     ] = 2e-4,
-    seed: Annotated[int, typer.Option("--seed", help="Of adapters, order and split.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="For adapters, order and split.")] = 0,
     held_out: Annotated[
-        float, typer.Option("--held-out", help="Fraction of the documents kept apart.")
+        float, typer.Option("--held-out", help="Fraction of the documents held out.")
     ] = 0.1,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")
@@ -78,7 +78,7 @@ def train(
 
 
 def closing_table(metrics: dict[str, Any], output: Path) -> Table:
-    """The figures a run ends with."""
+    """Return a table of the final figures of a run."""
     table = Table(title=f"Results in {output}", show_header=False)
     held_out = metrics["held_out"]
     if held_out:

@@ -1,4 +1,4 @@
-"""The Problems that training poses, of shapes alone."""
+"""The Problems that training poses for given shapes, without a model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def problems_of_shapes(
     device: str = "cuda",
     dtype: torch.dtype = COMPUTE_DTYPE,
 ) -> list[Problem]:
-    """Those of each shape: a model of `dtype` without biases, weights in `format` as
-    `optimize` packs them, adapters in float32 as PEFT keeps them."""
+    """Return the Problems of each shape, each once.
+
+    They are those of a model of `dtype` without biases, with weights in `format` as `optimize`
+    packs them, and adapters in float32 as PEFT keeps them.
+    """
     problems: dict[Problem, None] = {}
     for m, n, k, rank in shapes:
         single = Problem(

@@ -1,4 +1,4 @@
-"""The command line's `tune`: measures what a model or a list of shapes needs, and remembers it."""
+"""The command line's `tune`: measures what a model or a list of shapes needs, and records it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def tune(
     format: FormatOption = DEFAULT_FORMAT,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Of activations. [the model's; of shapes: bfloat16]"),
+        typer.Option("--dtype", help="Dtype of x. [the model's; with --shapes: bfloat16]"),
     ] = None,
     rank: RankOption = 16,
     dropout: DropoutOption = 0.0,
     rows: RowsOption = None,
     budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
-    again: Annotated[bool, typer.Option("--again", help="Measure what has a record too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also measure what has a record.")] = False,
 ) -> None:
     """Measure the ways of computing each layer on this machine, and remember the fastest."""
     with bad_input_in_one_line():
@@ -75,10 +75,10 @@ def tune(
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of "120s", "120" or "2m".
+    """Parse a time such as "120s", "120" or "2m"; return seconds.
 
     Raises:
-        BudgetError: it is neither, or nothing.
+        BudgetError: the text is no such time, or the time is zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|)", text.strip())
     seconds = 0.0 if match is None else float(match[1]) * (60 if match[2] == "m" else 1)
@@ -94,38 +94,38 @@ def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
     store = RecordStore(cache_folder())
     tuner = Tuner("tune", store, budget, each=None, again=again)
     columns = (TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found: dict[Problem, Choice | None] = {}
+    choices: dict[Problem, Choice | None] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(problems))
 
         def on_record(problem: Problem, choice: Choice | None) -> None:
-            found[problem] = choice
+            choices[problem] = choice
             progress.advance(task)
 
         tuner.ensure(problems, on_record)
-    typer.echo("\n".join(closing_table(found)))
-    known = sum(choice is not None for choice in found.values()) - tuner.measurements
-    left = len(found) - known - tuner.measurements
-    told = [f"{tuner.measurements} problems measured, {known} known before"]
-    told += [f"{left} not measured: give more --budget, or see what is said above"] * bool(left)
-    typer.echo(f"\n{', '.join(told)}; records in {store.folder}")
+    typer.echo("\n".join(closing_table(choices)))
+    known = sum(choice is not None for choice in choices.values()) - tuner.measurements
+    missed = len(choices) - known - tuner.measurements
+    counts = [f"{tuner.measurements} problems measured, {known} known before"]
+    counts += [f"{missed} not measured: give more --budget, or see the warnings"] * bool(missed)
+    typer.echo(f"\n{', '.join(counts)}; records in {store.folder}")
 
 
-def closing_table(found: dict[Problem, Choice | None]) -> list[str]:
-    """What computes each problem from now on."""
+def closing_table(choices: dict[Problem, Choice | None]) -> list[str]:
+    """Return the lines of a table of what computes each problem from now on."""
     rows = []
-    for problem, choice in found.items():
-        told = choice and choice.measured
-        if choice is None or told is None:
+    for problem, choice in choices.items():
+        measured = choice and choice.measured
+        if choice is None or measured is None:
             rows.append((None, None, None, "not measured", None, str(problem)))
             continue
         rows.append(
             (
                 f"{choice.seconds * 1e3:.3f}",
-                told.gain and f"{told.gain:.2f}",
-                told.margin and f"{told.margin:.2f}",
+                measured.gain and f"{measured.gain:.2f}",
+                measured.margin and f"{measured.margin:.2f}",
                 choice.name,
-                told.runner_up,
+                measured.runner_up,
                 str(problem),
             )
         )

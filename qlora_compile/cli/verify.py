@@ -1,4 +1,4 @@
-"""The command line's `verify`: one training step on real text, every rewritten graph checked."""
+"""The command line's `verify`: runs one training step on real text, checking every graph."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def verify(
     tune: TuneOption = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
-    """Check outputs and gradients of every compiled block against float64; exits with 1 if one is
+    """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
     wrong."""
     with bad_input_in_one_line():
         choice = quiet_choice(model, format, rank, alpha, dropout, tune)
         report = _checked(choice, data, sequence_length, batch_size)
     verified = bool(report.certificates) and not report.mismatches
     if json:
-        told = {name: report.to_dict()[name] for name in ("certificates", "mismatches")}
-        typer.echo(json_format.dumps({"verified": verified, **told}, indent=2))
+        results = {name: report.to_dict()[name] for name in ("certificates", "mismatches")}
+        typer.echo(json_format.dumps({"verified": verified, **results}, indent=2))
     else:
         typer.echo("\n".join(closing_table(report)))
     raise typer.Exit(0 if verified else 1)
@@ -69,8 +69,8 @@ def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Re
     tokenizer = loading.load_tokenizer(choice.source)
     named = {"data": data, "purpose": "verifying"}
     sequences = token_sequences(documents, tokenizer, config, length, **named)
-    torch.manual_seed(0)  # the adapters'
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train it
+    torch.manual_seed(0)  # for the adapters' initial weights
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train
     model: Any = choice.optimized(config, verify=True).to(device).train()
     ids = torch.tensor(sequences[:batch_size], device=device)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -78,7 +78,7 @@ def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Re
 
 
 def closing_table(report: Report) -> list[str]:
-    """For every checked graph and kind of inputs the largest ratio, and what was wrong."""
+    """Return a table of the worst comparison by graph and kind of inputs, and all mismatches."""
     rows = []
     for certificate in report.certificates:
         for inputs in certificate.inputs:
@@ -88,6 +88,6 @@ def closing_table(report: Report) -> list[str]:
             rows.append((certificate.region, inputs, ratio, *numbers, worst.tensor))
     header = ("block", "inputs", "ratio", "error", "plain", "allowed", "worst")
     count = len(report.certificates)
-    told = [f"{count} graphs verified, {report.fused} of {len(report.sites)} linears fused"]
-    told += [f"mismatch in {problem}" for problem in report.mismatches]
-    return [*(text_table(header, rows) if rows else ()), "", *told]
+    summary = [f"{count} graphs verified, {report.fused} of {len(report.sites)} linears fused"]
+    summary += [f"mismatch in {problem}" for problem in report.mismatches]
+    return [*(text_table(header, rows) if rows else ()), "", *summary]

@@ -1,9 +1,9 @@
-"""Adapters of a LoRA layer as compiled code reads them: by position, not by name.
+"""Adapter slots: the adapters of a LoRA layer by position, for compiled code to read.
 
-PEFT keeps adapters in dictionaries by their names and scalings as numbers. Code that Dynamo
-compiles from that holds for these names and numbers alone: each further adapter, and each new
-scaling, would be compiled anew. Compiled code reads `slots` instead, in which an adapter is its
-tensors, scaling included. Every call of a block brings the slots up to date first.
+PEFT keeps adapters in dictionaries by their names, and scalings as numbers. Code that Dynamo
+compiles from that is valid for these names and numbers only: it would compile again for each
+further adapter and each new scaling. Compiled code reads `slots` instead, where an adapter consists
+of tensors, the scaling included. Every call of a block first brings the slots up to date.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Slot(NamedTuple):
     """One active adapter: y += (drop(x) aᵀ bᵀ + bias) * scaling.
 
-    a [R, K], b [N, R], bias [N]. scaling: of no dimension, float32, or float64 where `a` is.
-    dropout: the probability of dropping an element of x now, 0 in evaluation.
+    a: [R, K]. b: [N, R]. bias: [N]. scaling: without dimensions, float32, or float64 if `a` is.
+    dropout: the present probability of dropping an element of x, 0 in evaluation.
     """
 
     a: Tensor
@@ -29,12 +29,11 @@ class Slot(NamedTuple):
 
 
 class SlottedLayer:
-    """What PEFT's LoRA layers of Linears are given, as a base before them, to run by slots where
-    they are compiled; elsewhere they run as PEFT wrote them.
+    """Mixin, put before a PEFT LoRA layer among the bases, that runs by slots when compiled.
 
-    slots: the active adapters; empty where none is, or they are merged; None where PEFT's own
-    forward has to be compiled: a variant of LoRA is active, a factor is no plain Linear, or the
-    layer has not been called in a block yet.
+    Uncompiled, the layer runs PEFT's own forward. slots: the active adapters; empty if there are
+    none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
+    LoRA is active, a factor is no plain Linear, or no block has called the layer yet.
     """
 
     slots: tuple[Slot, ...] | None = None
@@ -54,13 +53,15 @@ class SlottedLayer:
         return result.to(dtype)
 
     def unmerge_disabled(self: Any) -> None:
-        """Unmerges adapters that are disabled, as PEFT's forward does first. That rewrites the base
-        weight, so compiled code leaves it to this."""
+        """Unmerge adapters that are disabled.
+
+        PEFT's forward starts with this. It rewrites the base weight, so compiled code must not.
+        """
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
 
     def refresh_slots(self: Any) -> None:
-        """Brings `slots` up to date with what PEFT's own attributes say now."""
+        """Bring `slots` up to date with PEFT's own attributes."""
         state: list[Any] = [self._disable_adapters]
         adapters: list[tuple[Any, Any, Any, float]] = []
         if not self._disable_adapters and not self.merged_adapters:
@@ -75,7 +76,7 @@ class SlottedLayer:
             self._slots_state = state
 
     def forget_slots(self) -> None:
-        """Has PEFT's own forward compiled until the slots are refreshed."""
+        """Make Dynamo compile PEFT's own forward until the slots are refreshed."""
         self.slots = self._slots_state = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,8 +85,10 @@ class SlottedLayer:
 
 
 def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple[Any, ...]:
-    """First whether a slot can stand for an adapter, then all that its slot is made of. Tensors are
-    told by their `id`, which no other has while the slot holds them."""
+    """Return whether a slot can represent the adapter, followed by all that the slot is made of.
+
+    Tensors are represented by their `id`, which is unique while the slot holds them.
+    """
     plain = type(a) is type(b) is nn.Linear and a.bias is None and not variant
     known = isinstance(dropout, (nn.Identity, nn.Dropout))
     tensors = id(a.weight), id(b.weight), id(b.bias)
@@ -93,7 +96,7 @@ def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple
 
 
 _PARTS = 7
-"""Items that `_state` has for each adapter."""
+"""The number of items that `_state` returns for an adapter."""
 
 
 def _probability(dropout: nn.Module) -> float:

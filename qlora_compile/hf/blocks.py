@@ -1,4 +1,4 @@
-"""The structure of a model as transformers builds it: repeated blocks, heads, tied weights."""
+"""The structure of transformers' models: repeated blocks, heads, tied weights, caches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a module's class, without the checkpointing transformers wraps around it."""
+    """Return the forward of a module's class without transformers' checkpointing around it."""
     forward: Any = module_class.forward
-    # Older transformers checkpoint in __call__, which is outside the forward already.
+    # Older versions of transformers checkpoint in __call__, not around the forward.
     while getattr(forward, "__code__", None) and (
         forward.__code__.co_name == "forward_with_checkpointing"
     ):
@@ -25,7 +25,7 @@ def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
 
 
 def checkpoints(module: nn.Module) -> bool:
-    """Whether the class's forward would checkpoint the block now, as `own_forward` does not."""
+    """Whether the forward of the block's class would now checkpoint; `own_forward` never does."""
     return (
         isinstance(module, GradientCheckpointingLayer)
         and module.gradient_checkpointing
@@ -40,13 +40,16 @@ def is_cached_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def is_inside(name: str, outer: str) -> bool:
-    """Whether the module `name` is the module `outer` or below it."""
+    """Whether the module named `name` is the module named `outer`, or inside that."""
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the modules a model repeats: transformers' checkpointing layers, else the children
-    of the longest ModuleList of one class; outermost only, empty if there is neither."""
+    """Return the names of the blocks that a model repeats, empty if there are none.
+
+    These are transformers' checkpointing layers, only outermost ones; if there are none, the
+    children of the longest ModuleList whose children are all of one class.
+    """
     blocks: list[str] = []
     for name, module in modules.items():
         is_block = isinstance(module, GradientCheckpointingLayer)
@@ -65,14 +68,14 @@ def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def kept_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Linears never quantised, and left alone unless an adapter targets them: site → reason.
+    """Return the Linears that are never quantised, and not fused unless adapted: site → reason.
 
-    modules: by every name that each has.
+    modules: every module under each of its names.
     """
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in modules.items():
-        # Its own: an adapter layer shows its base's as `weight` too.
+        # Not module.weight: an adapter layer also shows its base's weight under that name.
         weight = module._parameters.get("weight")
         if weight is None:
             continue
@@ -87,17 +90,17 @@ def kept_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _pretrained(modules: Mapping[str, nn.Module]) -> dict[str, PreTrainedModel]:
-    """transformers' models by their names, the outermost first."""
+    """Return transformers' models by their names, the outermost first."""
     return {name: each for name, each in modules.items() if isinstance(each, PreTrainedModel)}
 
 
 def _site(name: str) -> str:
-    """The name a Linear goes by: its adapter layer's where PEFT has wrapped it."""
+    """Return the site of a Linear: its name, or that of the adapter layer around it."""
     return name.removesuffix(".base_layer")
 
 
 def full_precision_linears(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Linears transformers keeps in float32 whatever the model's dtype."""
+    """Return the sites of Linears that transformers keeps in float32 whatever the model's dtype."""
     found = set()
     for prefix, inner in _pretrained(modules).items():
         kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
@@ -112,10 +115,11 @@ def full_precision_linears(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle | None:
-    """Lets `model` build no key-value cache in calls that have no use for one; None if it has none.
+    """Hook `model` so that calls without use for a key-value cache build none; return the hook.
 
-    transformers' decoders build one by default, in training too, and blocks do not run compiled
-    with a cache. A caller's own `use_cache` is respected.
+    These are calls in training mode or with labels. transformers' decoders build a cache by
+    default, in training too, and blocks do not run compiled with one. A caller's own `use_cache` is
+    respected. Returns None if the model takes no `use_cache`.
     """
     pretrained = _pretrained(modules)
     if not pretrained:
@@ -123,15 +127,18 @@ def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> Rem
     prefix, inner = next(iter(pretrained.items()))
     if not _takes_use_cache([each for n, each in pretrained.items() if is_inside(n, prefix)]):
         return None
-    # A PeftModel may call the forward of the model inside, past its hooks; it passes keywords on.
+    # A PeftModel may call the inner model's forward directly, where hooks do not run. It passes
+    # keywords on, so it is hooked itself.
     direct = isinstance(model, PeftModel) and model.get_base_model() is inner
     caller = model if direct else inner
     return caller.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
 
 def _takes_use_cache(models: list[PreTrainedModel]) -> bool:
-    """Whether the first model's forward names `use_cache`, or hands keywords on to one of the
-    others, inside, that does: LLaVA and GraniteMoE name it no more."""
+    """Whether the first model takes `use_cache`, by name or by passing keywords to an inner model.
+
+    `models`: a model and those inside it. LLaVA and GraniteMoE no longer have it by name.
+    """
     outer, *inner = (inspect.signature(type(each).forward).parameters for each in models)
     hands_on = any(p.kind is p.VAR_KEYWORD for p in outer.values())
     return "use_cache" in outer or (hands_on and any("use_cache" in each for each in inner))
@@ -146,7 +153,7 @@ def _without_cache(
 
 
 def example_call(model: nn.Module) -> dict[str, Any] | None:
-    """Small inputs with which the model can be called, None if it does not say."""
+    """Return small inputs to call the model with, None if `model` is no PreTrainedModel."""
     if not isinstance(model, PreTrainedModel):
         return None
     inputs = dict(model.dummy_inputs)
@@ -163,8 +170,10 @@ def example_call(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _head_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Of the outermost of transformers' models: the output head, and what stands beside the
-    body."""
+    """Return the Linears outside the body of the outermost of transformers' models, with reasons.
+
+    That is its output head, and every Linear beside the body.
+    """
     prefix, model = next(iter(_pretrained(modules).items()), ("", None))
     if model is None:
         return {}

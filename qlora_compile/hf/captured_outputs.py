@@ -1,9 +1,9 @@
-"""Attentions, router logits and other inner outputs, which transformers collects by forward hooks.
+"""Inner outputs (attentions, router logits, …), which transformers collects by forward hooks.
 
-transformers puts such a hook on a module once, for good. The hook appends the module's output to
-the list of its key in the collector of the model's call, if that call has a collector with the key.
-The collector is held by a ContextVar, which Dynamo cannot read. Compiled code therefore fills a
-collector of its own, as transformers lets it, and returns the collector beside its result.
+transformers puts such a hook on a module once, for good. A model's call may have a collector, a
+dictionary of lists by key. The hook appends the module's output to the list of its key, if the
+collector has that key. The collector is held by a ContextVar, which Dynamo cannot read. Compiled
+code therefore fills a collector of its own and returns the collector beside its result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import _active_collector, install_outpu
 
 
 def _capturing_code() -> object:
-    """The code that all of transformers' hooks share: that of the hook on a module made for it."""
+    """Return the code object that all of transformers' hooks share, from a hook made for this."""
     module = nn.Module()
     install_output_capuring_hook(module, "", 0)
     (hook,) = module._forward_hooks.values()
@@ -28,11 +28,11 @@ def _capturing_code() -> object:
 _CODE = _capturing_code()
 
 _COUNTED = "hidden_states"
-"""Of this key, a hook looks how many outputs all layers together have collected so far."""
+"""For this key, a hook reads how many outputs all layers together have collected so far."""
 
 
 def captured_key(function: Any) -> str | None:
-    """The key that a hook of transformers collects outputs for; None for every other hook."""
+    """Return the key that a hook of transformers collects outputs for; None for other hooks."""
     if getattr(function, "__code__", None) is not _CODE:
         return None
     key = inspect.getclosurevars(function).nonlocals["key"]
@@ -40,13 +40,13 @@ def captured_key(function: Any) -> str | None:
 
 
 def collected_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """Those of `keys` that the call under way collects."""
+    """Return those `keys` that the call under way collects, sorted."""
     collector = _active_collector.get() or {}
     return tuple(sorted(set(keys) & collector.keys()))
 
 
 def collecting(forward: Callable[..., Any], keys: Iterable[str]) -> Callable[..., Any]:
-    """A function that calls `forward` and returns its result and what was collected for `keys`."""
+    """Return a function that returns `forward`'s result, and the outputs collected for `keys`."""
 
     def collect(module, *args, **kwargs):
         collected = {key: [] for key in keys}
@@ -59,9 +59,12 @@ def collecting(forward: Callable[..., Any], keys: Iterable[str]) -> Callable[...
     return collect
 
 
-def hand_on(collected: Mapping[str, list[Any]]) -> None:
-    """Appends what a block has collected to the collector of the call under way. There is none
-    while a checkpoint recomputes the block; the outputs have been handed on before, then."""
+def append_collected(collected: Mapping[str, list[Any]]) -> None:
+    """Append the outputs that a block has collected to the collector of the call under way.
+
+    While a checkpoint recomputes the block there is no such collector, and nothing to append: the
+    forward has done so before.
+    """
     collector = _active_collector.get()
     if collector is not None:
         for key, outputs in collected.items():
@@ -69,5 +72,5 @@ def hand_on(collected: Mapping[str, list[Any]]) -> None:
 
 
 def starts_collecting(module: nn.Module) -> bool:
-    """Whether a collector may be made inside `module`, as every model of transformers does."""
+    """Whether `module` contains a transformers model, which may make a collector in its call."""
     return any(isinstance(each, PreTrainedModel) for each in module.modules())

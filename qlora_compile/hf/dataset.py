@@ -1,4 +1,4 @@
-"""What a dataset must hold to train on, and how its examples become a batch."""
+"""Datasets: checks that one can be trained on, tokenises it, and makes batches of its examples."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,16 +21,17 @@ from qlora_compile.errors import (
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.loading import is_causal, longest_sequence
 
-_IGNORED = -100  # the label cross entropy leaves out
-_LABEL_ALIASES = ("label", "label_ids")  # what datasets call the column that models call labels
+_IGNORED = -100  # the label that cross entropy ignores
+_LABEL_ALIASES = ("label", "label_ids")  # names in datasets for the column that models call labels
 
 
 @dataclass(frozen=True)
 class Batching:
     """Turns a list of token dicts into one batch, padded on the right.
 
-    With `add_labels` the labels are the inputs. What is padding is told by position: a pad token
-    that is the end-of-text token too, as many models have it, stays a label where it ends a text.
+    With `add_labels` the labels are the inputs. Padding is recognised by its position and not by
+    its token: in many models the pad token is also the end-of-text token, and that must stay a
+    label where it ends a text.
     """
 
     pad_token: int
@@ -61,23 +62,23 @@ class Batching:
 def prepare(
     dataset: Any, model: Any, tokenizer: Any, max_length: int | None
 ) -> tuple[Any, Batching]:
-    """The dataset with token ids, and the batching that gives this model its loss.
+    """Return the dataset with token ids, and the Batching with which the model returns a loss.
 
-    Texts are cut at `max_length` tokens (the model's own limit if None), blank ones are left out.
+    Texts are cut at `max_length` tokens (None: the model's own limit); blank ones are left out.
 
     Raises:
         OutOfRangeError: max_length is below 1.
         DatasetTypeError: the dataset is of no kind that can be trained on.
-        EmptyDatasetError: it holds no examples.
-        TokenizerMissingError: it holds text, and there is no tokenizer.
+        EmptyDatasetError: the dataset holds no examples.
+        TokenizerMissingError: the dataset holds text, and there is no tokenizer.
         NoLossError: the model takes no labels.
-        MissingLabelsError: the model needs labels that the dataset has not.
+        MissingLabelsError: the model needs labels that the dataset does not have.
     """
     if max_length is not None and max_length < 1:
         raise OutOfRangeError(name="max_length", value=max_length, allowed="1 or more")
     limit = longest_sequence(model.config) if max_length is None else max_length
     rows = _rows(dataset, tokenizer, limit)
-    # A stream has a __getitem__ too, which only raises.
+    # An IterableDataset has a __getitem__ too, which only raises.
     example = next(iter(rows), None) if isinstance(rows, IterableDataset) else rows[0]
     if example is None:
         raise EmptyDatasetError(site="the dataset")
@@ -91,12 +92,12 @@ def prepare(
 
 
 def label_names(model: Any) -> list[str]:
-    """The names of the labels a model's forward takes."""
+    """Return the names of the label arguments of the model's forward."""
     return find_labels(type(base_model(model)))
 
 
 def _rows(dataset: Any, tokenizer: Any, limit: int | None) -> Any:
-    # Whoever holds a datasets.Dataset has imported the package, which is optional here.
+    # `datasets` is optional here; if `dataset` is one of its, the package has been imported.
     library = sys.modules.get("datasets")
     if library is not None and isinstance(dataset, library.Dataset):
         return _table(dataset, tokenizer, limit)
@@ -139,7 +140,7 @@ def _table(table: Any, tokenizer: Any, limit: int | None) -> Any:
 def _tokenized(
     rows: Iterable[Mapping[str, Any]], tokenizer: Any, limit: int | None
 ) -> list[dict[str, Any]]:
-    """The rows with their text as token ids; further columns are kept."""
+    """Return the rows with token ids in place of their text; other columns are kept."""
     if tokenizer is None:
         raise TokenizerMissingError(site="the dataset")
     tokenized = [

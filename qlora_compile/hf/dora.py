@@ -1,8 +1,8 @@
-"""DoRA (Liu et al. 2024) in a form that captures as plain LoRA: y = m / ‖W + sBA‖ ⊙ (W + sBA) x.
+"""DoRA (Liu et al. 2024) in a form that the passes match as LoRA: y = m / ‖W + sBA‖ ⊙ (W + sBA) x.
 
-PEFT keeps the parameters, their files, merging and switching; only how the product is written
-differs. The norm of each row is a constant to autograd, as in the paper (section 4.3), and needs no
-[N, K] tensor:
+PEFT still does parameters, files, merging and switching; only the product is written differently.
+The norm of each row is a constant to autograd, as in the paper (section 4.3). It is computed
+without a [N, K] tensor:
 
     ‖W + sBA‖² = ‖W‖² + 2s (B ⊙ W Aᵀ) 1 + s² (B (A Aᵀ) ⊙ B) 1
 """
@@ -25,7 +25,7 @@ _ELEMENTS_AT_ONCE = 2**22
 
 
 class FactoredDora(DoraLinearVariant):
-    """PEFT's DoRA with the norm by its factors, for any number of active adapters."""
+    """PEFT's DoRA with the norm computed from the factors, for any number of active adapters."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -53,14 +53,14 @@ class FactoredDora(DoraLinearVariant):
 
 
 class DoraLayer(SlottedLayer):
-    """What an adapter layer of PEFT's is given, as a base before it, to run DoRA factored.
+    """Mixin, put before a PEFT adapter layer among the bases, that runs DoRA by its factors.
 
-    `base_squared_norms`: ‖W‖² of each row, float32 or wider [N], a buffer outside the state dict.
-    It is measured again after whatever changes the base weight: merging, loading, a cast.
+    `base_squared_norms`: ‖W‖² of each row, [N], float32 or wider, a buffer that is not saved. It is
+    computed again after everything that changes the base weight: merging, loading, a cast.
     """
 
     def adopt_variants(self: Any) -> None:
-        """Takes over the DoRA adapters that stock PEFT has attached."""
+        """Convert the DoRA adapters that stock PEFT has attached."""
         for name, variant in self.lora_variant.items():
             if type(variant) is DoraLinearVariant:
                 self.lora_variant[name] = FactoredDora()
@@ -114,8 +114,10 @@ class DoraLayer(SlottedLayer):
         return active[0] if only_one else None
 
     def _adapted(self: Any, adapter: str, x: Tensor) -> Tensor:
-        """The layer's output as one LoRA product without bias, scaled. With dropout PEFT applies
-        W to drop(x) there; what that leaves out of the base's product, W (x - drop(x)), is added.
+        """Return the layer's output as one LoRA product without bias, scaled, plus the bias.
+
+        With dropout, PEFT scales W drop(x) and not W x. Here too, and W (x - drop(x)), which is
+        then missing from the base's product, is added.
         """
         base = self.get_base_layer()
         dropped = self.lora_dropout[adapter](x)
@@ -125,8 +127,8 @@ class DoraLayer(SlottedLayer):
         if self.drops_out(adapter):
             y = adapted * self.dora_scale(adapter) + _product(base, x - dropped, base.bias)
         else:
-            # Kept for m's gradient, so in half the memory. With dropout that rounding would be one
-            # more than PEFT's.
+            # Rounded, because autograd saves this for m's gradient, and so in half the memory. With
+            # dropout this would be one rounding more than in PEFT.
             y = adapted.to(product.dtype) * self.dora_scale(adapter)
             y = y if base.bias is None else y + base.bias
         return y.to(product.dtype)
@@ -138,7 +140,7 @@ class DoraLayer(SlottedLayer):
         return self.lora_B[adapter](self.lora_A[adapter](x)) * self.scaling[adapter]
 
     def dora_scale(self: Any, adapter: str) -> Tensor:
-        """m / ‖W + sBA‖, [N]; the gradient goes to m alone."""
+        """Return m / ‖W + sBA‖, [N]; only m gets a gradient."""
         magnitude, norms = self.lora_magnitude_vector[adapter].weight, self.base_squared_norms
         a, b = (f[adapter].weight.detach().to(norms.dtype) for f in (self.lora_A, self.lora_B))
         scaling = self.scaling[adapter]
@@ -146,12 +148,12 @@ class DoraLayer(SlottedLayer):
             crossed = _product(self.get_base_layer(), a).t()
             within = torch.mm(b, torch.mm(a, a.t()))
             squares = norms + ((2 * scaling * crossed + scaling**2 * within) * b).sum(dim=1)
-            # Rounding may leave a row that W and sBA cancel in just below zero.
+            # In a row where W and sBA cancel, rounding may make the sum slightly negative.
             return magnitude / squares.clamp_min(0).sqrt()
 
 
 class DoraLinear(DoraLayer, LoraLinear):  # type: ignore[misc]
-    """Stock PEFT's LoRA layer over a plain Linear, by slots and with DoRA factored."""
+    """PEFT's LoRA layer over a plain Linear, by slots and with DoRA by its factors."""
 
 
 def _measure_loaded(module: Any, incompatible_keys: object) -> None:
@@ -159,8 +161,8 @@ def _measure_loaded(module: Any, incompatible_keys: object) -> None:
 
 
 def _product(base: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ Wᵀ + bias for the weight of `base`, packed or not."""
-    # Not `packed`, which is a property that Dynamo would trace.
+    """Return x @ Wᵀ + bias for the weight W of `base`, packed or not."""
+    # Not hasattr `packed`: that is a property, which Dynamo would trace.
     if hasattr(base, "product"):
         return base.product(x, bias)
     weight = base.weight if torch.is_autocast_enabled(x.device.type) else base.weight.to(x.dtype)
@@ -169,8 +171,10 @@ def _product(base: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def squared_row_norms(base: Any) -> Tensor:
-    """‖W‖² of each row of a base layer's weight, float32 or wider [N]; without a float32 copy of
-    the whole weight."""
+    """Return ‖W‖² of each row of a base layer's weight, [N], float32 or wider.
+
+    Makes no float32 copy of the whole weight.
+    """
     if not hasattr(base, "packed"):
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         return torch.linalg.vector_norm(base.weight, dim=1, dtype=dtype).square()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on a Parameter (`target_parameters`): handed to the experts' op as factors."""
+"""Expert adapters: passes PEFT's LoRA on Parameters (`target_parameters`) to the experts' op."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qlora_compile.modules.experts import PackedExperts
 
 # PEFT recognises its wrapper by this very name when a further adapter is added.
 class ParamWrapper(SlottedLayer, PeftParamWrapper):
-    """PEFT's wrapper without a parametrization, which breaks graphs.
+    """PEFT's wrapper without a parametrization, which would break graphs.
 
-    Over experts that our op computes the base layer is called with the low-rank factors; over every
-    other module, with the adapted parameter in the parameter's place, for the length of the call.
+    If our op computes the wrapped experts, the base layer is called with the low-rank factors. Any
+    other base layer is called with the adapted parameter in place of its own, during the call only.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -49,7 +49,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         return functional_call(self.base_layer, adapted, (x, *args), kwargs, tie_weights=False)
 
     def _adapted(self, parameter: Tensor, names: list[str]) -> Tensor:
-        """The parameter with the adapters' products added, the sum rounded as PEFT rounds it."""
+        """Return the parameter plus the adapters' products, rounded as in PEFT."""
         if len(names) == 1 and self.num_experts > 1:
             left, right, scaling = self.get_delta_factors(names[0])
             with torch.autocast(parameter.device.type, enabled=False):
@@ -65,14 +65,16 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         return self.base_layer(x, *args, **kwargs, factors=factors_by_weight)
 
     def _factors(self, adapters: list[tuple[Tensor, Tensor, Any]]) -> Factors:
-        """The adapters, each the weights of its A and B and its scaling, side by side: [A1; A2] and
-        [s1 B1 | s2 B2]."""
+        """Concatenate adapters, each given as (weight of A, weight of B, scaling).
+
+        Several adapters become [A1; A2] and [s1 B1 | s2 B2] with the scaling 1.
+        """
         parts = []
         for weight_a, weight_b, scaling in adapters:
-            # As PEFT lays them out: A [E * R, K], B [N, R * E].
+            # PEFT's layout is A [E * R, K], B [N, R * E].
             a = weight_a.reshape(self.num_experts, -1, weight_a.shape[-1])
             b = weight_b.reshape(weight_b.shape[0], -1, self.num_experts).permute(2, 0, 1)
-            # PEFT may take what the model reads for what it writes; it says so by this.
+            # PEFT may mistake the inputs of a weight for its outputs; this flag shows if it did.
             if self._did_swap_in_out_features == is_transposed(self.get_base_layer()):
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
             dtype = self.get_param().dtype
@@ -85,14 +87,17 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """PEFT looks here for what a further adapter is to be added to: where the experts are
-        packed their own module no longer has the parameter."""
+        """Yield the parameters, and the packed weight under the name of the wrapped parameter.
+
+        PEFT looks here for the parameter when a further adapter is added. If the experts are
+        packed, their own module no longer has it.
+        """
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         packed = self.get_param()
         if not recurse and isinstance(packed, PackedExperts):
             yield f"{prefix}{'.' if prefix else ''}{self.parameter_name}", packed.weight
 
-    # Asked for by PEFT, of the name above.
+    # PEFT reads the parameter as an attribute of the name that named_parameters yields.
     gate_up_proj = up_proj = down_proj = property(lambda self: self.get_param())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -105,7 +110,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
 
     @contextmanager
     def _unpacked(self) -> Iterator[None]:
-        """The base has its parameter again inside, and what that has become is packed after."""
+        """Give the base layer its unpacked parameter inside, and pack the result afterwards."""
         base, name, packed = self.get_base_layer(), self.parameter_name, self.get_param()
         if not isinstance(packed, PackedExperts):
             yield
@@ -126,17 +131,17 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def adopt(module: nn.Module) -> None:
-    """Makes a stock wrapper one of ours."""
+    """Make `module`, if it is a wrapper of PEFT's, an instance of our class."""
     if type(module) is PeftParamWrapper:
         module.__class__ = ParamWrapper
 
 
 def active_rank(model: nn.Module, site: str) -> int:
-    """The rank of the active adapters of the expert weight `site`, summed; 0 without any."""
+    """Return the summed rank of the active adapters of the expert weight `site`, 0 without any."""
     path, _, parameter = site.rpartition(".")
     try:
         module = model.get_submodule(path)
-    except AttributeError:  # inside what PEFT trains in full, where its own names come between
+    except AttributeError:  # in a module that PEFT trains in full, paths contain PEFT's own names
         return 0
     while isinstance(module, PeftParamWrapper):
         if module.parameter_name == parameter and not (module.disable_adapters or module.merged):

@@ -1,8 +1,8 @@
-"""transformers' mixture-of-experts layers: which compute their experts by our op, and how.
+"""Experts: makes transformers' mixture-of-experts layers compute with our op.
 
-Their 3-D weights are no Linears. A class under `use_experts_implementation` dispatches by its
-config to an implementation registered with transformers, which is where ours comes in; Llama 4's
-class has no such hook, and its modules become instances of a subclass.
+Their 3-D weights are no Linears. A class decorated with `use_experts_implementation` dispatches by
+its config to an implementation registered with transformers; ours is one. Llama 4's class has no
+such hook, so its modules become instances of a subclass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.experts import PackedExperts
 
 IMPLEMENTATION = "qlora_compile"
-"""The name that ours goes by in `config._experts_implementation`."""
+"""The name of our implementation in `config._experts_implementation`."""
 
 _TRAINED = "the base weight is trained"
 _TRAINED_BESIDE = "another parameter of its experts is trained"
@@ -39,8 +39,10 @@ Factors = tuple[Tensor, Tensor, Tensor | float]
 
 @dataclass(frozen=True)
 class ExpertSite:
-    """The weight `parameter` of an experts module: E times [N, K]. copied: whether PEFT trains a
-    copy of the module in full."""
+    """The weight `parameter` of an experts module: `experts` times [n, k].
+
+    copied: whether PEFT trains a copy of the module in full.
+    """
 
     module: nn.Module
     parameter: str
@@ -62,7 +64,7 @@ class ExpertSite:
 
     @property
     def obstacle(self) -> str | None:
-        """Why transformers goes on computing with the weight; None where our op can."""
+        """Why our op cannot compute with the weight, and transformers does; None if it can."""
         if self.copied:
             return "it is trained in full (modules_to_save)"
         reason = _obstacle(self.module)
@@ -70,14 +72,14 @@ class ExpertSite:
 
 
 def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
-    """Every weight of experts in `modules`, by the name it has without PEFT's wrappers."""
+    """Return every weight of experts in `modules`, by its name without PEFT's wrappers."""
     found: dict[str, ExpertSite] = {}
     copies, copied = [], []
     for path, module in modules.items():
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies.append(f"{path}.modules_to_save.")
             copied.append(f"{path}.original_module")
-        # What transformers calls its modules with experts' weights, in all model types.
+        # In all model types transformers names its classes that hold experts' weights so.
         is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
         if not is_named or path.startswith(tuple(copies)):
             continue
@@ -100,12 +102,12 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether its weights are [E, K, N]."""
+    """Whether the weights of `module` are [E, K, N], not [E, N, K]."""
     return bool(getattr(module, "is_transposed", isinstance(module, Llama4TextExperts)))
 
 
 def _is_dispatched(module: nn.Module) -> bool:
-    """Whether its forward is the one `use_experts_implementation` gives."""
+    """Whether the forward of `module` is the one that `use_experts_implementation` makes."""
     return getattr(type(module).forward, "__globals__", None) is vars(moe)
 
 
@@ -128,7 +130,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def check_finite(sites: Mapping[str, ExpertSite]) -> Iterator[tuple[str, int]]:
-    """Yields each site whose weight has NaN or infinite values, and how many it has."""
+    """Yield each site whose weight has NaN or infinite values, with their number."""
     for name, site in sites.items():
         if not isinstance(site.weight, PackedExperts) and site.weight.is_floating_point():
             invalid = site.weight.numel() - int(site.weight.detach().isfinite().sum())
@@ -144,8 +146,11 @@ def pack(
     double_quantize: bool,
     keep_trained: bool,
 ) -> None:
-    """Packs the weights of all experts that our op can compute, one at a time. Experts of which a
-    parameter is trained are left alone if `keep_trained`, else frozen, biases too."""
+    """Pack the weights of all experts that our op can compute, one at a time.
+
+    keep_trained: whether to leave experts alone that have a trained parameter; if not, these are
+    packed too, and frozen with their biases.
+    """
     for name, site in packable(sites, keep_trained=keep_trained).items():
         packed = PackedExperts.from_parameter(
             getattr(site.module, site.parameter),
@@ -161,13 +166,13 @@ def pack(
 
 
 def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str, ExpertSite]:
-    """Those of the `sites` that `pack` packs."""
+    """Return those `sites` that `pack` packs."""
     allowed = (None,) if keep_trained else (None, _TRAINED, _TRAINED_BESIDE)
     return {name: site for name, site in sites.items() if site.obstacle in allowed}
 
 
 def adopt(sites: Iterable[ExpertSite]) -> None:
-    """Has our op compute all experts but those with an obstacle."""
+    """Let our op compute all experts but those with an obstacle."""
     own_configs: dict[int, Any] = {}
     for site in sites:
         module: Any = site.module
@@ -176,7 +181,7 @@ def adopt(sites: Iterable[ExpertSite]) -> None:
         if isinstance(module, Llama4TextExperts):
             module.__class__ = FusedLlama4Experts
             continue
-        # The model's own config is asked by others, and saved.
+        # A copy, because the model's own config is read by others, and saved.
         shared = id(module.config)
         if shared not in own_configs:
             own_configs[shared] = copy.deepcopy(module.config)
@@ -185,7 +190,7 @@ def adopt(sites: Iterable[ExpertSite]) -> None:
 
 
 def is_served(module: nn.Module) -> bool:
-    """Whether our op computes this experts module."""
+    """Whether our op computes the experts of `module`."""
     if isinstance(module, FusedLlama4Experts):
         return True
     config: Any = getattr(module, "config", None)
@@ -199,11 +204,12 @@ def experts_forward(
     top_k_weights: Tensor,
     factors: Mapping[str, Factors] | None = None,
 ) -> Tensor:
-    """The implementation registered with transformers.
+    """Compute the experts of a layer; this is the implementation registered with transformers.
 
-    hidden_states [T, H]; top_k_index, the experts of each token, and top_k_weights [T, top_k];
-    factors: of the adapters, by the weight's name. Returns [T, H]. An index past the last expert
-    contributes nothing. Nothing here depends on data: it is captured whole.
+    hidden_states: [T, H]. top_k_index, top_k_weights: [T, top_k], the experts of each token and
+    their weights. factors: those of the adapters, by the weight's name. Returns [T, H]. An index
+    past the last expert contributes nothing. No control flow or shape depends on data, so Dynamo
+    captures this without a graph break.
     """
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1))
@@ -224,14 +230,14 @@ moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 class FusedLlama4Experts(Llama4TextExperts):
-    """Llama 4's experts, each of which is given all tokens, already weighted."""
+    """Llama 4's experts, each of which gets all tokens, already weighted."""
 
     has_bias = False
 
     def forward(
         self, hidden_states: Tensor, factors: Mapping[str, Factors] | None = None
     ) -> Tensor:
-        """hidden_states [E * T, H], sorted by expert, to the same shape."""
+        """Compute the experts of hidden_states [E * T, H], sorted by expert; returns that shape."""
         rows = hidden_states.shape[0] // self.num_experts
         device = hidden_states.device
         offsets = torch.arange(1, self.num_experts + 1, device=device, dtype=torch.int32) * rows
@@ -242,7 +248,12 @@ class FusedLlama4Experts(Llama4TextExperts):
 def _linear(
     module: Any, name: str, x: Tensor, offsets: Tensor, factors: Mapping[str, Factors] | None
 ) -> Tensor:
-    """All products in the weight's dtype, autocast or not, as transformers' grouped_mm."""
+    """Multiply x with the weight `name` of each expert, and add bias and adapter.
+
+    All products run in the weight's dtype, with autocast or without, as in transformers'
+    grouped_mm. offsets: the end of each expert's rows in x. Raises FrozenExpertsError if the weight
+    or the bias requires a gradient.
+    """
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     adapter = (factors or {}).get(name)

@@ -1,4 +1,7 @@
-"""Weights that are trained in full, beside adapters or frozen ones: packing would freeze them."""
+"""Full training: weights that are trained in full in a model with adapters or frozen weights.
+
+`quantize` leaves them alone, since packing would freeze them.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,25 @@ REASON = "it is trained in full"
 
 
 class TrainedInFullWarning(UserWarning):
-    """`quantize` leaves weights as they are, because they are being trained."""
+    """`quantize` leaves weights as they are, because they are trained in full."""
 
 
 def is_partly_frozen(modules: Mapping[str, nn.Module]) -> bool:
     """Whether the model of these `modules` has adapters, or a parameter that is not trained.
 
-    Where it has neither, nobody has chosen what to train: all weights of a model that has just been
-    loaded require a gradient.
+    If it has neither, nobody has chosen what to train: in a model that has just been loaded all
+    weights require a gradient.
     """
     parameters = (p for module in modules.values() for p in module.parameters(recurse=False))
     return adapters.has_adapters(modules) or not all(p.requires_grad for p in parameters)
 
 
 def warn(weights: Collection[Any]) -> None:
-    """Tells of the `weights` that `quantize` passes over."""
+    """Warn of the `weights` that `quantize` leaves alone."""
     size = sum(weight.nbytes for weight in weights)
     message = (
-        f"{len(weights)} weights ({size:,} bytes) are trained in full, or lie with such ones in a "
-        "layer of experts, and stay unquantised; to have them packed, call requires_grad_(False) "
-        "on their layers before optimize()"
+        f"{len(weights)} weights ({size:,} bytes) are trained in full, or belong to a layer of "
+        "experts that has such weights, and stay unquantised; to have them packed, call "
+        "requires_grad_(False) on their layers before optimize()"
     )
     warnings.warn(message, TrainedInFullWarning, stacklevel=4)

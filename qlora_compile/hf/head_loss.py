@@ -1,7 +1,7 @@
-"""A causal language model's loss without its logits, by hooks on the model and on its head.
+"""LogitsFreeLoss: computes a causal language model's loss without its logits, by hooks.
 
-In a training call with labels, the head is given no rows, and a `LazyLogits` stands for its output
-until the model's loss function takes the loss from the head's real input.
+In a training call with labels the hooks give the head no rows, and replace its output by a
+`LazyLogits`. The model's loss function then computes the loss from the head's real input.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_LOW_PRECISION_TOLERANCE = 2e-2  # logits are rounded before the softcap or after it
+_LOW_PRECISION_TOLERANCE = 2e-2  # the two ways round logits before the softcap or after it
 
 
 @dataclass
 class _Call:
-    """A call that wants a loss and no logits; `hidden` [..., K] once its head has been reached."""
+    """A call that computes a loss without logits. hidden: the head's input [..., K], None before
+    the call has reached the head."""
 
     model: str
     hidden: Tensor | None = None
@@ -43,10 +44,11 @@ _CALL: ContextVar[_Call | None] = ContextVar("logits-free call", default=None)
 
 
 def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | None) -> None:
-    """Raises LogitsFreeLossError unless `model` is a causal LM whose loss this can take.
+    """Raise LogitsFreeLossError unless the loss of `model` can be computed without its logits.
 
-    whole: whether the model is to be compiled as one region. The model is called twice on small
-    inputs, with its logits and without, and left as it was.
+    whole: whether the model is to be compiled as one region. example_inputs: keyword arguments of
+    the model, None for inputs of the model's own. The model is called twice, with its logits and
+    without, to compare the losses, and is left as it was.
     """
     base: Any = base_model(model)
     name = type(base).__name__
@@ -71,7 +73,7 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
     ids = inputs.get("input_ids")
     if inputs.get("labels") is None:
         if not isinstance(ids, Tensor):
-            raise refuse("needs example_inputs with input_ids to be tried on")
+            raise refuse("needs example_inputs with input_ids for a trial call")
         inputs["labels"] = ids.clone()
     plain, _ = _trial(model, inputs)
     installed = LogitsFreeLoss(model)
@@ -87,7 +89,8 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
 
 
 def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
-    """The loss in training mode, of the same dropout every time, and whether logits are absent."""
+    """Return the loss in training mode, with the same dropout every time, and whether the output
+    has no logits."""
     with left_as_found(model), torch.no_grad():
         model.train()
         torch.manual_seed(0)
@@ -96,9 +99,10 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 class LogitsFreeLoss:
-    """The hooks of one model; `model` is what is called, perhaps a PeftModel around it.
+    """The hooks of one model. model: the module that users call, perhaps a PeftModel.
 
-    Raises LogitsFreeLossError if an adapter has made its head one that is not known.
+    Raises LogitsFreeLossError if an adapter on the head is of a kind that `head_operands` does not
+    know.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,7 +114,8 @@ class LogitsFreeLoss:
             problem = f"has an adapter on its head that is not known, a {type(head).__name__}"
             raise LogitsFreeLossError(model=self.name, problem=problem)
         base.loss_function = _Loss(base.loss_function)
-        # A PeftModel calls the forward of the model inside, past its hooks.
+        # Not on `base`: a PeftModel calls the forward of the model inside directly, and the hooks
+        # there would not run.
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -124,12 +129,12 @@ class LogitsFreeLoss:
         del self.model._loss_function
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = module.training and kwargs.get("labels") is not None
-        keeps = kwargs.get("logits_to_keep")
-        everything = keeps is None or (isinstance(keeps, int) and keeps == 0)
-        # Always set: whatever a call that was interrupted has left there is gone.
-        free = wanted and everything and not torch.compiler.is_compiling()
-        _CALL.set(_Call(self.name) if free else None)
+        wants_loss = module.training and kwargs.get("labels") is not None
+        kept = kwargs.get("logits_to_keep")
+        keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
+        # Set in every call, so that nothing remains of an earlier one that was interrupted.
+        logits_free = wants_loss and keeps_all and not torch.compiler.is_compiling()
+        _CALL.set(_Call(self.name) if logits_free else None)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         _CALL.set(None)
@@ -140,7 +145,7 @@ class LogitsFreeLoss:
         if call is None or len(args) != 1 or head_operands(module) is None:
             return None
         call.hidden = args[0]
-        # No rows, so that it costs nothing to learn the logits' dtype from the head itself.
+        # The head runs without any rows: that costs nothing and shows the logits' dtype.
         return (args[0][:0].detach(),)
 
     def _after_head(self, module: nn.Module, args: Any, output: Tensor) -> Any:
@@ -153,7 +158,7 @@ class LogitsFreeLoss:
 
 
 def _without_logits(output: Any) -> Any:
-    """The model's output, of its own class, with what stands for logits absent."""
+    """Return the model's output, in its own class, without LazyLogits; None leaves it as it is."""
     if isinstance(output, ModelOutput):
         names = [field.name for field in fields(type(output))]  # pyright: ignore[reportArgumentType]
         values = {name: output.get(name) for name in names}
@@ -166,7 +171,7 @@ def _without_logits(output: Any) -> Any:
 
 
 class _Loss:
-    """The model's `loss_function`: `plain`, unless there are no logits."""
+    """Stands for the model's `loss_function`, and is `plain` unless the logits are LazyLogits."""
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
@@ -186,7 +191,7 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss, argument for argument."""
+    """Compute transformers' ForCausalLMLoss, with the same arguments, from the head's input."""
     if vocab_size != logits.shape[-1]:
         problem = f"has {logits.shape[-1]} logits for {vocab_size} words"
         raise LogitsFreeLossError(model=logits.model, problem=problem)

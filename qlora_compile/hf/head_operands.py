@@ -1,4 +1,4 @@
-"""The tensors of an output head, whichever way PEFT has wrapped it."""
+"""HeadOperands: the tensors of an output head, however PEFT has wrapped the head."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from qlora_compile.modules.linear import QuantizedLinear
 
 @dataclass(frozen=True)
 class HeadOperands:
-    """logits = hidden weightᵀ + bias + scaling * hidden lora_aᵀ lora_bᵀ; shapes [V, K], [V],
-    [R, K] and [V, R]."""
+    """logits = hidden weightᵀ + bias + scaling * hidden lora_aᵀ lora_bᵀ.
+
+    weight: [V, K]. bias: [V]. lora_a: [R, K]. lora_b: [V, R].
+    """
 
     weight: Tensor | PackedWeight
     bias: Tensor | None
@@ -26,8 +28,11 @@ class HeadOperands:
 
 
 def head_operands(head: nn.Module) -> HeadOperands | None:
-    """What `head` computes now: a Linear, packed or not, alone, trained in full (modules_to_save),
-    or with one plain LoRA adapter without dropout. None for everything else."""
+    """Return the operands of what `head` computes now, None if they are not known.
+
+    Known are a Linear, packed or not, one that is trained in full (modules_to_save), and one with a
+    single plain LoRA adapter without dropout.
+    """
     if isinstance(head, ModulesToSaveWrapper):
         active: list[str] = head.active_adapters
         trained = bool(active) and not head.disable_adapters and active[0] in head.modules_to_save

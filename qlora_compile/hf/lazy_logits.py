@@ -1,4 +1,4 @@
-"""What stands in for logits that are never made, and remembers what a model did to them."""
+"""LazyLogits: a placeholder for logits that are never made; it records what is done to them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _QUOTIENTS = {torch.div, torch.true_divide, torch.divide, Tensor.div, Tensor.__t
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    """`outer * tanh(inner * z)`, or `inner * z` where outer is None, of z = head(hidden).
+    """The logits `outer * tanh(inner * z)`, or `inner * z` if outer is None, of z = head(hidden).
 
-    hidden: [..., K] the head's input; model: the name for errors. shape, dtype and device are those
-    of the logits [..., V]. Numbers multiply and divide it, tanh applies once, casts are free, for
-    the loss is in float32 anyway; everything else raises LogitsFreeLossError.
+    hidden: the head's input [..., K]. model: the name of the model, for errors. shape, dtype,
+    device: those of the logits [..., V]. Supports products and quotients with numbers, one tanh,
+    and casts, which change nothing, as the loss is in float32 anyway. Any other operation raises
+    LogitsFreeLossError.
     """
 
     hidden: Tensor
@@ -35,7 +36,7 @@ class LazyLogits:
 
     @property
     def logit_scale(self) -> float:
-        """As `chunked_cross_entropy` takes it."""
+        """The factor of z, in the form that `chunked_cross_entropy` takes."""
         return self.inner if self.outer is None else self.inner * self.outer
 
     @property
@@ -86,7 +87,7 @@ class LazyLogits:
     __radd__ = __sub__ = __rsub__ = __add__
 
     def __getattr__(self, name: str) -> Any:
-        # Others only ask whether it is something of theirs, as a named tuple.
+        # Private names are asked for by code that tests for its own types, such as named tuples.
         if name.startswith("_"):
             raise AttributeError(name)
         raise self._unknown(f"'{name}'")
@@ -95,7 +96,7 @@ class LazyLogits:
         raise self._unknown("indexing")
 
     def _unknown(self, operation: str) -> LogitsFreeLossError:
-        problem = f"does to its logits what cannot be seen through: {operation}"
+        problem = f"does to its logits what is not supported: {operation}"
         return LogitsFreeLossError(model=self.model, problem=problem)
 
     @classmethod

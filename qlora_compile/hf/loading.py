@@ -1,4 +1,4 @@
-"""Loading models and tokenizers from a folder, a GGUF file or a Hub name."""
+"""Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +21,9 @@ _TOKENIZER_FILES = (
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the machine multiplies it natively, else float32.
+    """Return bfloat16 if this machine multiplies it natively, else float32.
 
-    A CPU without native bfloat16 converts on every multiplication, ten times slower than float32.
+    A CPU without native bfloat16 converts for every multiplication: ten times slower than float32.
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -32,7 +32,7 @@ def compute_dtype() -> torch.dtype:
 
 
 def load_config(source: str | Path) -> Any:
-    """Read a model's configuration, none of its weights.
+    """Read a model's configuration, without its weights.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
@@ -54,7 +54,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: 
     config = load_config(source) if config is None else config
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if "gguf_file" in options:
-        # Plain weights: Trainer refuses a model that is noted as stored in GGUF's own blocks.
+        # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
         return named.from_pretrained(
@@ -65,7 +65,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: 
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer that lies with a model.
+    """Load the tokenizer that is stored with a model.
 
     Raises:
         TokenizerMissingError: there is none.
@@ -80,19 +80,22 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def has_tokenizer(source: str | Path) -> bool:
-    """Whether a folder holds tokenizer files; a GGUF file and a Hub name are taken to have one."""
+    """Whether a folder holds tokenizer files; True for any GGUF file and Hub name."""
     path = Path(source)
     return not path.is_dir() or any((path / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def architecture(config: Any) -> str | None:
-    """The class name a configuration was saved from; GGUF files name none."""
+    """Return the name of the model class in a configuration, None if it has none, as in GGUF."""
     names = getattr(config, "architectures", None)
     return names[0] if names else None
 
 
 def is_causal(class_name: str | None) -> bool:
-    """Whether a model class predicts the next token, so that its labels are its inputs."""
+    """Whether a model class predicts the next token, so that its labels are its inputs.
+
+    An unknown class, None, counts as one.
+    """
     if class_name is None:
         return True
     known = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -100,7 +103,7 @@ def is_causal(class_name: str | None) -> bool:
 
 
 def longest_sequence(config: Any) -> int | None:
-    """How many positions a model has, None where its configuration states no limit."""
+    """Return a model's number of positions, None if its configuration states no limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
@@ -129,7 +132,7 @@ def _location(source: str | Path) -> tuple[str, dict[str, Any]]:
             problem="this is a file",
             remedy="pass the folder it lies in, or a .gguf file",
         )
-    # A Hub name is "name" or "owner/name"; whatever else does not exist here exists nowhere.
+    # A Hub name is "name" or "owner/name"; any other text must be a local path, and is missing.
     text = str(source)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
         raise ModelNotFoundError(

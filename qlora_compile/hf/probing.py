@@ -1,4 +1,4 @@
-"""Running a model once without leaving a trace in it."""
+"""left_as_found: runs a model without changing its state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Training modes, buffers and torch's random state are afterwards what they were before."""
+    """Restore training modes, buffers and torch's random state after the body."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.clone()) for module, _ in modes for b in module.buffers(recurse=False)]
     device = next(p for module, _ in modes for p in module.parameters(recurse=False)).device

@@ -1,4 +1,4 @@
-"""Fine-tuning by the Hugging Face Trainer, and the loss on held-out sequences."""
+"""Fine-tunes with the Hugging Face Trainer, and computes losses of held-out sequences."""
 
 import contextlib
 import difflib
@@ -37,7 +37,7 @@ _TASKS = {
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }
-_LEARNING_RATE = 2e-4  # the customary one for LoRA; TrainingArguments' own suits full fine-tuning
+_LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
 
 
 def require_plain_model(model: object) -> None:
@@ -70,7 +70,7 @@ def require_adapter_settings(rank: object, alpha: object, dropout: object) -> No
 def lora_config(
     model: Any, *, rank: int, alpha: float, dropout: float, target_modules: Any
 ) -> LoraConfig:
-    """PEFT's configuration for a model; a classifier's new head is trained along with it.
+    """Return PEFT's configuration for a model; it also trains the new head of a classifier.
 
     Raises:
         OutOfRangeError: rank, alpha or dropout cannot be used.
@@ -99,11 +99,12 @@ def fine_tune(
     observer: "StepObserver | None" = None,
     options: dict[str, Any],
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Train the parameters that require gradients; returns the TrainOutput and the log history.
+    """Train the parameters that require gradients; return the TrainOutput and the log history.
 
-    `options` go to TrainingArguments. Where they are silent: nothing is reported to a service,
-    nothing is saved unless there is an output_dir, the learning rate is 2e-4, and the CPU is used
-    where there is no accelerator. With an `observer` nothing is printed.
+    dataset, max_length: as `QuantizedLoRA.train` takes them. options: for TrainingArguments; the
+    defaults here are to report to no service, to save nothing without an output_dir, a learning
+    rate of 2e-4, and the CPU if there is no accelerator. observer: watches the steps; with one
+    nothing is printed.
 
     Raises:
         TrainingOptionError: TrainingArguments has no such option.
@@ -129,11 +130,8 @@ def fine_tune(
 
 
 def require_known_options(options: dict[str, Any]) -> None:
-    """Check that TrainingArguments has every option.
-
-    Raises:
-        TrainingOptionError: it has not; the message names the nearest.
-    """
+    """Raise TrainingOptionError, which names the nearest, for an option that TrainingArguments does
+    not have."""
     known = list(inspect.signature(TrainingArguments).parameters)
     for name in options:
         if name not in known:
@@ -144,7 +142,10 @@ def require_known_options(options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def sequence_losses(model: Any, sequences: Sequence[list[int]], batch_size: int) -> list[float]:
-    """The mean next-token loss of each token sequence, the model in evaluation mode meanwhile."""
+    """Return the mean next-token loss of each token sequence, in evaluation mode.
+
+    The model's training mode is restored. Losses are in nats per token.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -163,28 +164,29 @@ def sequence_losses(model: Any, sequences: Sequence[list[int]], batch_size: int)
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest Trainer checkpoint in a directory, None if there is none."""
-    found = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    return Path(found) if found else None
+    """Return the newest Trainer checkpoint in a directory, None if there is none."""
+    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    return Path(checkpoint) if checkpoint else None
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, as the Trainer does, so that new adapters are the same too."""
+    """Seed Python, NumPy and torch as the Trainer does, so that new adapters are reproducible."""
     set_seed(seed)
 
 
 def quiet() -> None:
-    """Leave the terminal to our own progress: errors only from transformers."""
+    """Silence transformers, except for errors, so that the terminal shows only our progress."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # PEFT asks for an attribute that transformers is renaming; nobody at the terminal can help it.
+    # PEFT reads an attribute that transformers is renaming; a user can do nothing about that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # Beside a GGUF file there is no config.json; and no embedding was resized, as PEFT supposes.
+    # PEFT looks for a config.json to see if embeddings were resized. A GGUF file has none beside
+    # it, and none were resized.
     warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
 
 
 class StepObserver(TrainerCallback):
-    """Times every optimiser step and tells a function about it: (step, of how many, loss)."""
+    """Times every optimiser step, and calls on_step(step, steps in all, loss or None)."""
 
     def __init__(self, on_step: Callable[[int, int, float | None], None]) -> None:
         self.on_step = on_step
@@ -218,7 +220,7 @@ def _defaults(options: dict[str, Any], model: Any) -> dict[str, Any]:
         "learning_rate": _LEARNING_RATE,
         "use_cpu": not accelerated,
         "dataloader_pin_memory": accelerated,
-        # Trainer looks for them in PeftModel's forward, which names none.
+        # Trainer would look for the names in PeftModel's forward, which has none.
         "label_names": label_names(model),
     }
     return {**defaults, **options}

@@ -1,4 +1,4 @@
-"""PackedExperts: the frozen weight of all experts of a layer, stored packed."""
+"""PackedExperts: one frozen weight of all experts of a layer, stored packed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qlora_compile.modules.packed import PackedModule
 
 
 class PackedExperts(PackedModule):
-    """Stands where an experts module had its Parameter, [E, N, K] or, `transposed`, [E, K, N].
+    """Takes the place of an experts module's Parameter, [E, N, K] or, if `transposed`, [E, K, N].
 
-    One PackedWeight of shape [E * N, K] holds it, expert e in the rows from e * N: blocks run
-    along K whatever the Parameter's layout was. To who asks it for the Parameter's dtype, shape or
-    device it answers as that did; a cast of the module changes that dtype, in which products run.
+    The weight is one PackedWeight [E * N, K], expert e in the rows from e * N on: blocks run along
+    K whatever the Parameter's layout was. `dtype`, `shape` and `device` are those of the Parameter.
+    Products run in that dtype, and a cast of the module changes it.
     """
 
     requires_grad = False
@@ -42,7 +42,7 @@ class PackedExperts(PackedModule):
         double_quantize: bool = False,
         site: str = "weight",
     ) -> PackedExperts:
-        """Packs `parameter`; raises as `QuantFormat.quantize`."""
+        """Pack `parameter`; raises what `QuantFormat.quantize` raises."""
         packed = format_named(format).quantize(
             _rows(parameter.detach(), transposed),
             block_size=block_size,
@@ -69,13 +69,13 @@ class PackedExperts(PackedModule):
         return self.weight.device
 
     def parameter(self) -> nn.Parameter:
-        """The weight unpacked, in the Parameter's layout."""
+        """Return the decoded weight as a frozen Parameter, in the layout of the original one."""
         weight = self.dequantize().view(self.experts, self.n, self.k)
         weight = weight.transpose(1, 2).contiguous() if self.transposed else weight
         return nn.Parameter(weight, requires_grad=False)
 
     def pack(self, weight: Tensor) -> None:
-        """Replaces the weight by one in the Parameter's layout."""
+        """Replace the weight by `weight`, which has the layout of the original Parameter."""
         self.requantize(_rows(weight, self.transposed))
 
     def _apply(self, fn, recurse: bool = True):

@@ -16,8 +16,7 @@ from qlora_compile.modules.packed import PackedModule
 
 
 class QuantizedLinear(PackedModule, nn.Linear):
-    """y [..., N] = x [..., K] @ dequantize(weight)ᵀ + bias, the weight [N, K] stored as in
-    PackedModule."""
+    """y [..., N] = x [..., K] @ dequantize(weight)ᵀ + bias; PackedModule stores weight [N, K]."""
 
     def __init__(
         self, packed: PackedWeight, bias: nn.Parameter | None, weight_dtype: torch.dtype
@@ -38,7 +37,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         double_quantize: bool = False,
         site: str = "weight",
     ) -> QuantizedLinear:
-        """Packs `linear`'s weight and shares its bias; raises as `QuantFormat.quantize`."""
+        """Pack the weight of `linear` and share its bias; raises as `QuantFormat.quantize`."""
         packed = format_named(format).quantize(
             linear.weight, block_size=block_size, double_quantize=double_quantize, site=site
         )
@@ -51,7 +50,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
-        """`weight` is the dequantised weight [N, K] inside, of `weight_dtype`."""
+        """Make `weight` the decoded weight [N, K] of `weight_dtype` inside the context."""
         codes = self.weight
         if codes.is_floating_point():
             yield
@@ -64,7 +63,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     @contextmanager
     def repacked(self) -> Iterator[None]:
-        """As `unpacked`, and what `weight` has become is packed afterwards, unless that fails."""
+        """Do as `unpacked`, then pack what `weight` has become, unless the body raises."""
         nested = self.weight.is_floating_point()
         with self.unpacked():
             yield
@@ -76,5 +75,5 @@ class QuantizedLinear(PackedModule, nn.Linear):
         return self.product(input, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] @ dequantize(weight)ᵀ + bias."""
+        """Return x [..., K] @ dequantize(weight)ᵀ + bias."""
         return quantized_linear(x, self.tensors, bias, self.layout)

@@ -1,4 +1,4 @@
-"""PackedModule: a frozen weight that a module stores packed."""
+"""PackedModule: base class of modules that store a frozen weight packed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 
 _LAYOUT = "packed_layout"
-"""The buffer that tells a state dict's reader how the weight is stored, as `Layout.to_tensor`."""
+"""The name of the buffer that stores the Layout in a state dict, as `Layout.to_tensor` makes it."""
 
 
 class PackedModule(nn.Module):
     """Holds one PackedWeight of shape `packed_shape`.
 
-    `weight` holds the codes, a frozen Parameter of integers; the other planes are buffers under
-    their own names, and so is the Layout. `weight_dtype` is the dtype of the weight that was
-    packed. Planes keep their dtype whatever the module is cast to.
+    `weight` is a frozen Parameter of integers, the codes. The other planes are buffers under their
+    own names, and the Layout is a buffer too. `weight_dtype` is the dtype of the weight that was
+    packed. Planes keep their dtypes when the module is cast.
     """
 
     weight_dtype: torch.dtype
@@ -32,10 +32,10 @@ class PackedModule(nn.Module):
     @property
     @abstractmethod
     def packed_shape(self) -> tuple[int, int]:
-        """Rows and columns, as `PackedWeight.shape`."""
+        """(rows, columns), as in `PackedWeight.shape`."""
 
     def _store(self, packed: PackedWeight) -> None:
-        # As text, which Dynamo reads as a constant.
+        # Kept as text, which Dynamo reads as a constant.
         self.layout = str(packed.layout)
         codes, *self.side_names = packed.planes
         self.weight = nn.Parameter(packed.planes[codes], requires_grad=False)
@@ -45,7 +45,7 @@ class PackedModule(nn.Module):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """As `PackedWeight.tensors`."""
+        """The planes, in the order of `PackedWeight.tensors`."""
         return [self.weight, *[getattr(self, name) for name in self.side_names]]
 
     @property
@@ -62,13 +62,13 @@ class PackedModule(nn.Module):
         return self.quant_format.packed(Layout.parse(self.layout), self.tensors)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [rows, columns], in `weight_dtype` unless told otherwise."""
+        """Return the decoded weight [rows, columns]; `dtype` None means `weight_dtype`."""
         return self.quant_format.dequantize(self.packed, dtype or self.weight_dtype)
 
     def requantize(self, weight: Tensor) -> None:
-        """Replaces the weight by `weight` [rows, columns], packed as the present one is.
+        """Replace the weight by `weight` [rows, columns], packed in the present Layout.
 
-        A weight that is what the present one decodes to changes nothing: packing what was decoded
+        Does nothing if `weight` equals what the present one decodes to: packing a decoded weight
         would round once more.
         """
         if torch.equal(weight, self.dequantize(weight.dtype)):
@@ -94,8 +94,11 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Raises StoredLayoutError, before this module's tensors change, where the state dict holds
-        a weight that is stored in another way. One of an older version does not tell."""
+        """Load this module's tensors.
+
+        Raises StoredLayoutError, before any of them changes, if the state dict's weight has another
+        Layout. State dicts of older versions have no Layout, and none is missed.
+        """
         key = prefix + _LAYOUT
         if key in state_dict and (stored := Layout.from_tensor(state_dict[key])) != Layout.parse(
             self.layout

@@ -1,4 +1,4 @@
-"""The demo's model and text: both are on the machine once the `demo` extra is installed."""
+"""The demo's model and text, both on the machine once the `demo` extra is installed."""
 
 import ast
 import sysconfig
@@ -18,9 +18,9 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 def demo_model_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct.
+    """Return the GGUF file of SmolLM2-135M-Instruct.
 
-    The package is only located: importing it would need the plugin host it is written for.
+    The package is only located. Importing it would need the program that it is a plugin for.
 
     Raises:
         DemoModelMissingError: the package is not installed.
@@ -34,10 +34,10 @@ def demo_model_file() -> Path:
 
 
 def docstring_documents(root: Path | None = None) -> list[Document]:
-    """The longer docstrings of Python's standard library, one document per source file.
+    """Return the longer docstrings of Python's standard library, one document per source file.
 
-    Ordered by path. A docstring that several files share is kept in the first one only, so that
-    holding out a file holds out its text.
+    Documents are ordered by path. A docstring that several files share is kept in the first one
+    only, so that holding out a file holds out its text.
 
     Raises:
         DemoTextMissingError: there are no sources under `root`.
@@ -62,7 +62,7 @@ def docstring_documents(root: Path | None = None) -> list[Document]:
 def _docstrings(file: Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # lib2to3 and others ship sources in an older grammar on purpose
+    except SyntaxError:  # lib2to3 and others contain sources in an older grammar on purpose
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""Documents of plain text: reading them, holding some out, packing them into token sequences."""
+"""Documents of plain text: reads them, holds some out, and packs them into token sequences."""
 
 import json
 import random
@@ -18,10 +18,11 @@ class Document:
 
 
 def read_documents(path: Path) -> list[Document]:
-    """The documents of a UTF-8 file: the records' `text` of a .jsonl, else the paragraphs.
+    """Read the documents of a UTF-8 file: the `text` of each record of a .jsonl, else paragraphs.
 
     Raises:
-        TextFileError: the file is missing, no file, unreadable, not UTF-8, malformed or blank.
+        TextFileError: the path is missing or a directory, or the file is unreadable, not UTF-8,
+            malformed or blank.
     """
     if path.is_dir():
         raise _unreadable(path, "this is a directory", "pass a text file or a .jsonl file")
@@ -49,9 +50,10 @@ def read_documents(path: Path) -> list[Document]:
 def split(
     documents: Sequence[Document], held_out: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, each in the given order; the same seed, the same split.
+    """Return training and held-out documents, each in the given order.
 
-    `held_out` is the fraction of the documents to keep apart, at least one if it is not 0.
+    held_out: the fraction of the documents to hold out, at least one document if it is not 0. The
+    same seed gives the same split.
 
     Raises:
         TooLittleTextError: holding out would leave nothing to train on.
@@ -79,7 +81,7 @@ def pack(
     separator: int | None,
     length: int,
 ) -> list[list[int]]:
-    """Token sequences of exactly `length`, filled across documents; the last rest is dropped."""
+    """Return token sequences of exactly `length`, filled across documents; drop the remainder."""
     stream: list[int] = []
     for document in documents:
         stream.extend(encode(document.text))
@@ -102,7 +104,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def _records(path: Path, text: str) -> list[str]:
     texts = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it cuts at.
+    # Not splitlines(), which also cuts at U+2028 and other characters that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

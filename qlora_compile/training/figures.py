@@ -8,17 +8,17 @@ from typing import Any
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """The standard error of a mean, None for a single value, which shows no spread."""
+    """Return the standard error of the mean; None for fewer than two values, without a spread."""
     if len(values) < 2:
         return None
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def held_out_figures(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Mean losses over the same sequences before and after, and the paired difference.
+    """Return mean losses of the same sequences before and after training, and their difference.
 
-    The sequences differ far more from each other than training changes any of them, so the
-    difference is judged by the spread of the per-sequence differences.
+    Losses differ far more between sequences than training changes any of them. So the standard
+    error of the difference is that of the per-sequence differences.
     """
     if not before:
         return {}
@@ -37,7 +37,7 @@ def held_out_figures(before: Sequence[float], after: Sequence[float]) -> dict[st
 def training_figures(
     history: Sequence[dict[str, float]], step_seconds: Sequence[float], tokens_per_step: int
 ) -> dict[str, Any]:
-    """Loss per step, and the speed of the steps after the first, which compiles."""
+    """Return the loss of each step, and the speed without the first step, which compiles."""
     later = step_seconds[1:]
     return {
         "losses": [
@@ -55,7 +55,7 @@ def training_figures(
 
 
 def peak_memory() -> dict[str, Any]:
-    """The peak of the accelerator's memory if CUDA was used, else of the process, in bytes."""
+    """Return the peak memory in bytes: of the GPU if CUDA is available, else of the process."""
     import torch
 
     if torch.cuda.is_available():

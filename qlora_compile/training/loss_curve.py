@@ -1,4 +1,4 @@
-"""The loss curve of a training run as a PNG."""
+"""Draws the loss curve of a training run as a PNG."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential running means, unbiased at the start."""
+    """Return exponential running means, corrected for the bias at the start."""
     means: list[float] = []
     total = weight = 0.0
     for value in values:
@@ -38,7 +38,7 @@ def draw_loss_curve(
     title: str,
     held_out: Sequence[tuple[int, float, float | None]] = (),
 ) -> None:
-    """Draw the training loss per step and held-out points of (step, loss, standard error).
+    """Draw the training loss per step, and the `held_out` points (step, loss, standard error).
 
     Raises:
         OSError: the file cannot be written.

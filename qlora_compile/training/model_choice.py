@@ -1,4 +1,4 @@
-"""Which model the command line works on, how its weights are stored, and its adapters."""
+"""ModelChoice: the model a command works on, the format of its weights, and its adapters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ DEFAULT_FORMAT = "nf4"
 
 
 def check_format(name: str) -> None:
-    """Check the name of a format.
-
-    Raises:
-        FormatChoiceError: there is no such format; the message names the nearest.
-    """
+    """Raise FormatChoiceError, which suggests the nearest names, if there is no such format."""
     from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
 
     known = [*(quant_format.name for quant_format in FORMATS), UNQUANTIZED]
@@ -34,7 +30,11 @@ def check_format(name: str) -> None:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model, how its weights are stored, and its adapters."""
+    """A model, the format of its weights, and its adapters.
+
+    model: a folder, a .gguf file, a Hub name, or "demo". alpha: None for 2 * rank. tune: as
+    `optimize` takes it.
+    """
 
     model: str
     format: str = DEFAULT_FORMAT
@@ -44,11 +44,11 @@ class ModelChoice:
     tune: str = "auto"
 
     def check(self) -> Any:
-        """Check the choice and return the model's configuration; no weights are read.
+        """Check the choice without reading weights, and return the model's configuration.
 
         Raises:
             FormatChoiceError, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError, TuneModeError: a value that cannot be used.
+            CausalModelError, TuneModeError: a value cannot be used.
         """
         check_format(self.format)
         from qlora_compile.hf import loading, training
@@ -68,7 +68,10 @@ class ModelChoice:
         return demo_model_file() if self.model == DEMO else self.model
 
     def optimized(self, config: Any, *, verify: bool = False) -> Any:
-        """Load the model, quantise it, add adapters and compile it, as `optimize(verify=…)`."""
+        """Load the model, quantise it, add adapters and compile it; return the optimised model.
+
+        config: as `check` returns it. verify: as `optimize` takes it.
+        """
         from qlora_compile import api
         from qlora_compile.hf import loading, training
         from qlora_compile.kernels.formats.formats import UNQUANTIZED
@@ -98,15 +101,15 @@ def quiet_choice(
     dropout: float,
     tune: str = "auto",
 ) -> ModelChoice:
-    """A choice for the command line, with what the libraries would print switched off.
+    """Return a choice for the command line, and silence what the libraries would print.
 
     Raises:
         FormatChoiceError: there is no such format.
     """
     check_format(format)  # before transformers is imported, which takes seconds
-    # Without this, tokenizers warns about forks that it saw coming.
+    # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Its import advises another package, which nothing here would use.
+    # When imported, bitsandbytes recommends another package, which nothing here would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from qlora_compile.hf.training import quiet
 

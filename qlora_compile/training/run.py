@@ -1,4 +1,4 @@
-"""One fine-tuning run from the command line: checks, text, training, and the files it leaves."""
+"""TrainingRun: one fine-tuning run of the command line, from its checks to the files it writes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
 _HELD_OUT_SEQUENCES = 64  # enough for a small standard error, few enough to evaluate in a moment
 _SETTINGS_FILE = "settings.json"
-# What a resumed run may change: where it is written, how far and how often it is saved.
+# Settings that may differ when a run is resumed: where it writes, how far it goes, how often it
+# saves.
 _MAY_CHANGE = frozenset({"output", "resume", "overwrite", "steps", "checkpoint_every"})
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The settings of one run."""
+    """The settings of one run, named as the options of `qlora-compile train`.
+
+    held_out: the fraction of the documents that are held out. checkpoint_every: steps.
+    """
 
     choice: ModelChoice
     data: str
@@ -56,10 +60,10 @@ class TrainingRun:
         return {**values.pop("choice"), **values, "output": str(self.output)}
 
     def check(self) -> Any:
-        """Check everything that can be without reading text or weights; returns the configuration.
+        """Check all settings and the text file, without reading weights; return the configuration.
 
         Raises:
-            QloraCompileError: a value that cannot be used; see the class for which.
+            QloraCompileError: a value cannot be used; the class says which.
         """
         check_format(self.choice.format)
         for name, value, fine, allowed in (
@@ -127,15 +131,15 @@ class TrainingRun:
                 )
 
     def documents(self) -> list[Document]:
-        """The text to train on and to hold out."""
+        """Return the text to train on and to hold out."""
         return docstring_documents() if self.data == DEMO else read_documents(Path(self.data))
 
     def sequences(self, tokenizer: Any, config: Any) -> tuple[list[list[int]], list[list[int]]]:
-        """Token sequences to train on and held-out ones, from different documents.
+        """Return token sequences to train on and held-out ones, from different documents.
 
         Raises:
-            TooLittleTextError: there is not one full sequence.
-            TokenizerVocabularyError: the tokenizer is another model's.
+            TooLittleTextError: the text does not fill one sequence.
+            TokenizerVocabularyError: the tokenizer belongs to another model.
         """
         documents = self.documents()
         training_documents, held_out_documents = split(documents, self.held_out, self.seed)
@@ -155,10 +159,10 @@ class TrainingRun:
     def execute(
         self, announce: Callable[[str], None], observer: StepObserver
     ) -> tuple[dict[str, Any], Any]:
-        """Train and write every file; returns the figures of metrics.json and the report.
+        """Train and write every file; return the figures of metrics.json and the report.
 
         Raises:
-            QloraCompileError: see `check` and `sequences`; before anything was trained.
+            QloraCompileError: as `check` and `sequences`, before anything is trained.
         """
         from qlora_compile import api
         from qlora_compile.hf import loading, training
@@ -198,7 +202,7 @@ class TrainingRun:
                 "disable_tqdm": True,
             },
         )
-        report = api.explain(model)  # of the last step, not of a trial call
+        report = api.explain(model)  # now, so that it describes the last training step
         announce(f"held-out loss after training ({len(held_out)} sequences)")
         after = training.sequence_losses(model, held_out, self.batch_size)
         metrics = {

@@ -1,4 +1,4 @@
-"""Token sequences of documents, as training and verifying take them."""
+"""Turns documents into token sequences for training and verifying."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_compile.training.documents import Document, pack
 
 
 def check_sequence_length(length: int, config: Any, model: str) -> None:
-    """Raises SequenceLengthError if the model of `config` takes no sequences so long."""
+    """Raise SequenceLengthError if `length` is more than the model of `config` can take."""
     from qlora_compile.hf.loading import longest_sequence
 
     limit = longest_sequence(config)
@@ -27,11 +27,13 @@ def token_sequences(
     data: str,
     purpose: str,
 ) -> list[list[int]]:
-    """Sequences of `length` tokens, none of no documents; `data` and `purpose` are for errors.
+    """Return sequences of `length` tokens; without documents, none.
+
+    data and purpose only appear in error messages.
 
     Raises:
-        TooLittleTextError: there is not one full sequence.
-        TokenizerVocabularyError: the tokenizer is another model's.
+        TooLittleTextError: the documents do not fill one sequence.
+        TokenizerVocabularyError: the tokenizer belongs to another model.
     """
 
     def encode(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""FolderContents: the records of a folder's files, each file read again only once it changed."""
+"""FolderContents: the records in a folder's files; a file is read again only after it changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_compile.tuning.warning import warn_of_file, warn_of_folder
 
 
 class _Stamp(NamedTuple):
-    """What of a file changes whenever its content does."""
+    """Attributes of a file that change whenever its content does."""
 
     modified: int
     size: int
@@ -20,7 +20,7 @@ class _Stamp(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """What was read of each file, and of all in one."""
+    """The records that were read: of each file, and of all files merged."""
 
     stamps: dict[Path, _Stamp]
     files: dict[Path, dict[Key, Record]]
@@ -29,10 +29,10 @@ class _Contents(NamedTuple):
 
 
 class FolderContents:
-    """The records in the *.jsonl files directly in `folder`, sorted by name, but `last` at the end.
+    """The records in the *.jsonl files directly in `folder`, read in the order of their names.
 
-    Of records with one key the last wins. A folder that is not there is empty. Warns once a process
-    of whatever cannot be read, and raises nothing.
+    The file named `last` is read last. Of records with one key the last one wins. A folder that
+    does not exist is empty. Warns of what cannot be read, once per process, and raises nothing.
     """
 
     def __init__(self, folder: Path, last: str) -> None:
@@ -41,7 +41,7 @@ class FolderContents:
         self._contents = _Contents({}, {}, {}, {})
 
     def paths(self) -> list[Path]:
-        """The files in the order they are read."""
+        """Return the files in the order they are read."""
         try:
             paths = [path for path in self._folder.iterdir() if path.suffix == ".jsonl"]
         except FileNotFoundError:
@@ -52,15 +52,15 @@ class FolderContents:
         return sorted(paths, key=lambda path: (path.name == self._last, path.name))
 
     def records(self) -> dict[Key, Record]:
-        """The records by key; not to be changed."""
+        """Return the records by key; the caller must not change the dictionary."""
         return self._read().records
 
     def by_problem(self) -> dict[Problem, list[Record]]:
-        """The records by portable problem; not to be changed."""
+        """Return the records by portable problem; the caller must not change the dictionary."""
         return self._read().by_problem
 
     def _read(self) -> _Contents:
-        # Stamps come first: what changes after them is read again next time.
+        # Take the stamps first: a file that changes after that is read again next time.
         stamps = self._stamps()
         before = self._contents
         if stamps == before.stamps:
@@ -78,7 +78,7 @@ class FolderContents:
             except OSError as error:
                 warn_of_file(path, error)
         records = {key: record for found in files.values() for key, record in found.items()}
-        # In one assignment, as other threads read without a lock.
+        # One assignment, because other threads read without a lock.
         self._contents = _Contents(stamps, files, records, by_problem(records.values()))
         return self._contents
 
@@ -86,11 +86,11 @@ class FolderContents:
         stamps = {}
         for path in self.paths():
             try:
-                found = path.stat()
+                status = path.stat()
             except FileNotFoundError:
                 continue
             except OSError as error:
                 warn_of_file(path, error)
                 continue
-            stamps[path] = _Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+            stamps[path] = _Stamp(status.st_mtime_ns, status.st_size, status.st_ino)
         return stamps

@@ -1,4 +1,4 @@
-"""Whether a candidate's results are right: no candidate is timed before they are."""
+"""Correctness: checks a candidate's results; only candidates with right results are timed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.tuning.operands import Operands
 
 FACTOR = 2.0
-"""A candidate's error may be this many times that of the plain computation in the same dtypes."""
+"""How many times the error of the plain computation in the same dtypes a candidate may have."""
 
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 
 WRONG = "wrong result"
-"""How the reason of a candidate begins whose numbers were wrong."""
+"""The beginning of the reason why a candidate with wrong numbers is rejected."""
 
 
 class Correctness:
-    """What `operands` must give, and how exactly."""
+    """The expected results for `operands`; `allowed` holds the largest error of each, relative to
+    its Euclidean norm."""
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -32,8 +33,8 @@ class Correctness:
         problem = operands.problem
         dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype, problem.x_dtype)
         lowest = max(torch.finfo(dtype).eps for dtype in dtypes)
-        # The order of a sum and the last rounding are a matter of luck, and in float64 the exact
-        # results themselves are no better.
+        # The order of a sum and the last rounding are a matter of luck: their differences are
+        # allowed on top. In float64 the exact results themselves are no better.
         luck = 64 * lowest if lowest < _FLOAT32 else 2 * _FLOAT32
         self.allowed = {
             name: FACTOR * max(_error(plain[name], exact), lowest / 4) + luck
@@ -41,8 +42,8 @@ class Correctness:
         }
 
     def problem_with(self, choice: Choice) -> str | None:
-        """Runs the choice; None if its results are right, else which is not and by how much."""
-        # What an earlier candidate left would be right, too.
+        """Run the choice; return which result is wrong and by how much, None if all are right."""
+        # Otherwise right results that an earlier candidate left in memory would be accepted.
         workspace.poison()
         for tensors, _ in self.operands.group:
             if tensors.low_rank is not None and self.operands.problem.direction == "forward":

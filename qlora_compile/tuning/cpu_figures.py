@@ -1,4 +1,4 @@
-"""What the cost model needs to know of this machine's CPU: measured once, in about a second."""
+"""CPU figures: what the cost model needs of this machine's CPU, measured once in about a second."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from qlora_compile.tuning.warning import warn_of_folder
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
 _FEWEST_RUNS, _SECONDS = 3, 0.01
-"""Of each figure: where other work has the machine, only some of the short runs are undisturbed."""
+"""Least number and least total seconds of the runs for each figure: where other work has the
+machine too, only some of the short runs are undisturbed."""
 
 
 def measure_cpu() -> CpuModel:
-    """The CPU as torch's present number of threads uses it; the best of a few runs each."""
+    """Measure this CPU with torch's present number of threads; each figure is the best of a few
+    runs."""
     gemm, thin, decode = [], [], []
     weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0), device="cpu")
     quant_format = FORMATS[0]
@@ -74,7 +76,7 @@ def measure_cpu() -> CpuModel:
 
 
 def _compile(packed: PackedWeight) -> None:
-    """What is compiled in C++ for decoding and for adapters, together: a compiler has one core."""
+    """Compile the C++ for decoding and for adapters, in parallel: each compiler uses one core."""
     decode = format_named(packed.format).dequantize_rows
     dtypes = (torch.float32, torch.bfloat16)
     compiled = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
@@ -84,8 +86,10 @@ def _compile(packed: PackedWeight) -> None:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Least seconds of a few runs, of many where they are short; a run before these loads or
-    compiles what it calls."""
+    """Return the least seconds of a few runs, or of many short ones.
+
+    An untimed first run loads or compiles what `run` calls.
+    """
     run()
     best, spent, runs = float("inf"), 0.0, 0
     while runs < _FEWEST_RUNS or spent < _SECONDS:
@@ -97,12 +101,15 @@ def _best(run: Callable[[], object]) -> float:
 
 
 _known: dict[tuple[Path | None, int], CpuModel] = {}
-"""What was read or measured, by folder and number of threads."""
+"""The figures that were read or measured, by folder and number of threads."""
 
 
 def measured_cpu(folder: Path | None, *, measures: bool = True) -> CpuModel | None:
-    """This machine's figures: those stored in `folder`, else, if it `measures`, new ones, which it
-    stores there; None where there are none."""
+    """Return this machine's figures.
+
+    They are read from `folder` if stored there; else measured, if `measures` is true, and stored
+    there. Returns None if they are neither stored nor to be measured.
+    """
     key = (folder, torch.get_num_threads())
     if key in _known:
         return _known[key]
@@ -124,7 +131,7 @@ def _digest(here: Fingerprint) -> str:
 
 
 def _read(path: Path) -> CpuModel | None:
-    """None where there is no such file, or one that this version would not have written."""
+    """Read figures; None if there is no such file, or one that this version would not write."""
     try:
         model = CpuModel.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""Errors of records and tuning; what all errors have in common is in qlora_compile/errors.py."""
+"""Errors of records and tuning; their base class is in qlora_compile/errors.py."""
 
 from __future__ import annotations
 

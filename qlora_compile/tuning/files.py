@@ -1,4 +1,4 @@
-"""Files of records: reading their lines, and replacing a file so that no death tears it."""
+"""Files of records: reads their lines, and replaces a file such that no crash leaves it torn."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qlora_compile.tuning.warning import warn_of_line
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a file; `record` is None where it holds none that this version reads."""
+    """One line of a file; `record` is None if the line holds none that this version reads."""
 
     raw: bytes
     record: Record | None
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The lines of a file that are not blank; warns once of each that holds no record.
+    """Return the lines of a file that are not blank; warn once of each that holds no record.
 
     Raises:
         OSError: the file cannot be read.
@@ -34,7 +34,7 @@ def read_lines(path: Path) -> list[Line]:
             continue
         record = None
         try:
-            # A replaced byte makes an unreadable line of it, as records are ASCII.
+            # Records are ASCII, so a replaced byte makes the line unreadable.
             record = from_line(raw.decode("ascii", errors="replace"))
         except RecordLineError as error:
             warn_of_line(path, number, hashlib.sha256(raw).digest(), error)
@@ -43,18 +43,20 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def records_of(lines: Iterable[Line]) -> Iterator[Record]:
-    """The records among `lines`."""
+    """Yield the records among `lines`."""
     return (line.record for line in lines if line.record is not None)
 
 
 def replace_file(path: Path, lines: Sequence[bytes], temporary: str) -> None:
-    """Make `lines` the content of `path`: whoever reads it, or dies here, sees the old file or the
-    new one. `temporary` begins the name of the file, beside `path`, that is written before.
+    """Replace the content of `path` by `lines`, atomically.
+
+    A reader sees the old file or the new one, also if this process dies. `temporary` is the
+    beginning of the name of the file that is written first, beside `path`.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OSError: the file cannot be written; `path` is unchanged.
     """
-    # Named anew each time: were a file system's locks to fail, writers would still not mix. Not by
+    # A new name each time, so that writers do not mix even if a file system's locks fail. Not by
     # tempfile, whose files no other user of a shared folder may read.
     written = path.with_name(f"{temporary}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -68,10 +70,10 @@ def replace_file(path: Path, lines: Sequence[bytes], temporary: str) -> None:
 
 
 def remove_temporaries(folder: Path, temporary: str) -> None:
-    """Remove what writers left behind that died in `replace_file`.
+    """Remove the temporary files of writers that died in `replace_file`.
 
     Raises:
-        OSError: one cannot be removed.
+        OSError: a file cannot be removed.
     """
     for path in folder.glob(f"{temporary}*.tmp"):
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Fingerprint: everything but the problem that decides whether a measured choice still holds.
+"""Fingerprint: everything but the problem that decides whether a measured choice is still valid.
 
-It fails closed. What cannot be established is never guessed: there is no fingerprint then, and
-nothing measured is kept or found.
+Nothing is guessed: if a part cannot be established there is no fingerprint, and then no measurement
+is stored or looked up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPUINFO = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AMD_DRIVER = Path("/sys/module/amdgpu/version")
 
-# x86 and ARM name a core by different lines. Some clouds' model name is just "AMD EPYC".
+# x86 and ARM identify a core by different lines. In some clouds the model name is just "AMD EPYC".
 _CORE_LINES = (
     "vendor_id",
     "cpu family",
@@ -40,7 +40,7 @@ _CORE_LINES = (
     "CPU part",
     "CPU revision",
 )
-# Of the flags only vector and bit instructions: a new kernel release shows others, no new speed.
+# Only vector and bit instructions: a new Linux release may list other flags without a new speed.
 _ISA_FLAG = re.compile(
     r"s?sse|avx|fma|f16c|amx|bmi|abm|popcnt|vaes|gfni|sve|sme(?!p)|neon|asimd|fphp|bf16|i8mm|fcma"
 )
@@ -48,9 +48,12 @@ _ISA_FLAG = re.compile(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """kernels: the name of each variant, with a digest of the sources it uses; in a record, of the
-    variants that were tried. `triton` and `driver` are "none" where there is none; `threads` is
-    torch's thread count on a CPU, 0 on a GPU."""
+    """The device, the software versions and the kernels' sources of a measurement.
+
+    kernels: (name, digest of the sources it uses) of each variant; in a record, of the variants
+    that were tried. triton, driver: "none" where there is none. threads: torch's thread count on a
+    CPU, 0 on a GPU.
+    """
 
     kernels: tuple[tuple[str, str], ...]
     torch: str
@@ -60,28 +63,31 @@ class Fingerprint:
     threads: int
 
     def of_variants(self, names: Collection[str]) -> Fingerprint:
-        """The same with the sources of these variants alone."""
+        """Return the same fingerprint with only the variants named."""
         return replace(self, kernels=tuple(each for each in self.kernels if each[0] in names))
 
     def covers(self, other: Fingerprint) -> bool:
-        """Whether what was measured under `other` holds here: the variants tried there have the
-        same sources here, whatever became of the others, and all else is equal."""
+        """Whether measurements made under `other` are valid under this fingerprint.
+
+        The variants that were tried must have the same sources here, and all else must be equal;
+        other variants do not matter.
+        """
         return replace(other, kernels=self.kernels) == self and self.has_sources_of(other)
 
     def has_sources_of(self, other: Fingerprint) -> bool:
-        """Whether the sources, the torch and the Triton of `other` are the ones here."""
+        """Whether torch, Triton and the sources of the variants of `other` are the same here."""
         versions = (self.torch, self.triton) == (other.torch, other.triton)
         return versions and bool(other.kernels) and set(other.kernels) <= set(self.kernels)
 
 
 def fingerprint(device: str) -> Fingerprint | None:
-    """The fingerprint of a torch device as it is now; None where it cannot be established."""
+    """Return the fingerprint of a torch device as it is now; None if it cannot be established."""
     result = fingerprint_or_reason(device)
     return None if isinstance(result, str) else result
 
 
 def fingerprint_or_reason(device: str) -> Fingerprint | str:
-    """The fingerprint of a torch device as it is now, or why there is none."""
+    """Return the fingerprint of a torch device as it is now, or why there is none."""
     try:
         return established(device)
     except FingerprintError as error:
@@ -89,16 +95,16 @@ def fingerprint_or_reason(device: str) -> Fingerprint | str:
 
 
 def fingerprints_here() -> set[Fingerprint]:
-    """Those of this machine's devices that have one."""
+    """Return the fingerprints of those devices of this machine that have one."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {found for found in map(fingerprint, devices) if found is not None}
 
 
 def established(device: str) -> Fingerprint:
-    """The fingerprint of a torch device as it is now.
+    """Return the fingerprint of a torch device as it is now.
 
     Raises:
-        FingerprintError: a part of it cannot be established.
+        FingerprintError: a part of the fingerprint cannot be established.
     """
     try:
         kind = torch.device(device).type
@@ -127,7 +133,7 @@ def established(device: str) -> Fingerprint:
 
 
 def _torch_version() -> str:
-    """And its setting of what float32 products may be computed in."""
+    """Return torch's version and build, and its precision setting for float32 products."""
     built = f"cuda={torch.version.cuda} hip={torch.version.hip}"
     return f"{torch.__version__} {built} float32={torch.get_float32_matmul_precision()}"
 
@@ -139,7 +145,7 @@ def _triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        # Slow, a third of a second: ROCm's and Windows' builds come in packages of other names.
+        # ROCm's and Windows' builds come in packages of other names. This search takes 0.3 s.
         packages = sorted(set(importlib.metadata.packages_distributions().get("triton", ())))
     if not packages:
         raise UnestablishedError("triton is there, and no installed package says which version")
@@ -157,7 +163,7 @@ def _gpu_name(device: str) -> str:
 
 
 def _gpu_driver() -> str:
-    # torch tells the driver's API level only, which many drivers share.
+    # torch only reports the driver's API level, which many drivers share.
     return _amd_driver(AMD_DRIVER) if torch.version.hip else _nvidia_driver(NVIDIA_DRIVER)
 
 
@@ -173,7 +179,7 @@ def _nvidia_driver(path: Path) -> str:
 def _amd_driver(path: Path) -> str:
     if path.exists():
         return _text(path).strip()
-    # The kernel's own driver has no version but the kernel's.
+    # The driver that is part of Linux has no version of its own.
     if path.parent.exists() and platform.release():
         return f"linux {platform.release()}"
     raise UnestablishedError(f"there is no {path.parent}, and so no driver version")
@@ -190,15 +196,15 @@ def _cpu_name(cpuinfo: Path) -> str:
         name = platform.processor()
     if not name:
         raise UnestablishedError("the system does not name its CPU")
-    # What torch's kernels make of it, which ATEN_CPU_CAPABILITY can lower.
+    # With the vector instructions that torch's kernels use; ATEN_CPU_CAPABILITY can restrict them.
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cpu_named(cpuinfo: str) -> str:
-    """A CPU's name from the text of /proc/cpuinfo, "" where it says too little.
+    """Return a CPU's name from the text of /proc/cpuinfo, "" if the text says too little.
 
-    It holds the model's name, every line that tells cores apart, for each kind of core the machine
-    has, and a digest of the vector instructions.
+    The name holds the lines that distinguish cores, once for each kind of core in the machine, and
+    a digest of the vector instructions.
     """
     cores: set[str] = set()
     flags: set[str] = set()
@@ -207,9 +213,9 @@ def cpu_named(cpuinfo: str) -> str:
             (name.strip(), value.strip())
             for name, _, value in (line.partition(":") for line in processor.splitlines())
         )
-        told = [f"{name} {lines[name]}" for name in _CORE_LINES if lines.get(name)]
+        identity = [f"{name} {lines[name]}" for name in _CORE_LINES if lines.get(name)]
         if lines.get("model name") or lines.get("CPU part"):
-            cores.add(", ".join(told))
+            cores.add(", ".join(identity))
         flags.update((lines.get("flags") or lines.get("Features") or "").split())
     if not cores:
         return ""

@@ -1,4 +1,4 @@
-"""Measuring in another process, where a candidate may take the process down or never return."""
+"""IsolatedMeasurement: measures in another process, which a candidate may crash or hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WORKER = "qlora_compile.tuning.worker"
 
 
 class IsolatedMeasurement:
-    """One worker process, started on first use and again after each death."""
+    """One worker process, started on first use and again each time it has died."""
 
     def __init__(self) -> None:
         self._worker: tuple[subprocess.Popen, Connection, Connection] | None = None
@@ -28,11 +28,11 @@ class IsolatedMeasurement:
     def measure(
         self, problem: Problem, candidates: Sequence[Choice], seconds: float, limit: float = 120.0
     ) -> Measurement:
-        """As `measure.measure`; a candidate that kills the process, or runs for more than `limit`
-        seconds, compiling included, is rejected.
+        """Measure as `measure.measure` does, in the worker process.
 
-        Raises TuningProcessError if the process dies before any candidate ran, and CandidateError
-        for what a candidate raises without being rejected for it.
+        A candidate is rejected if it kills the process, or does not return within `limit` seconds,
+        compiling included. Raises TuningProcessError if the process dies before any candidate ran,
+        and CandidateError if a candidate raises an error that is not in `rejected_errors`.
         """
         lost: dict[int, str] = {}
         while True:
@@ -59,7 +59,7 @@ class IsolatedMeasurement:
             lost[running] = reason
 
     def close(self, wait: float = 5.0) -> str:
-        """Ends the process, by force after `wait` seconds; returns how it ended."""
+        """End the process, by force after `wait` seconds; return how it ended."""
         if self._worker is None:
             return "not running"
         process, requests, replies = self._worker
@@ -76,7 +76,7 @@ class IsolatedMeasurement:
     def _started(self) -> tuple[subprocess.Popen, Connection, Connection]:
         if self._worker is None:
             (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
-            # It imports what this process could import.
+            # So that the worker can import what this process can import.
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             command = [sys.executable, "-m", _WORKER, str(their_read), str(their_write)]
             process = subprocess.Popen(

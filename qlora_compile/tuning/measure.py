@@ -1,4 +1,4 @@
-"""Measuring candidates for one problem: correct first, then timed in turn."""
+"""Measurement: checks all candidates for one problem, then times the correct ones in turn."""
 
 from __future__ import annotations
 
@@ -20,26 +20,31 @@ from qlora_compile.tuning.plain_mode import plain_mode
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _LARGEST_ROTATION = 8
-"""Runs take turns among copies of the operands, of that many bytes or copies: not among so many
-that making them would take longer than the timing."""
+"""Timed runs rotate among copies of the operands, so that caches are cold. There are as many copies
+as fill _ROTATED_BYTES, but at most this many: making more would take longer than the timing."""
 
 _FEWEST_TIMINGS, _MOST_TIMINGS = 3, 40
 _PATIENCE = 3
-"""The fewest should be timings that nothing disturbed; for them it may take so many times as long
-as it was given."""
+"""Measuring may take this many times the given seconds, until every candidate has _FEWEST_TIMINGS
+that nothing disturbed."""
 
 _SPIN_CYCLES = 4_000_000
-"""Two milliseconds, and more than any call takes to launch."""
+"""About two milliseconds, more than any call takes to launch."""
 
 _DISTURBED = 2.0
+"""A timing is disturbed if it exceeds this many times the least one."""
+
 _WORSE = {2: 2.0, 3: 1.25, 6: 1.0}
-"""A candidate whose best of so many timings or more is above so many medians of the fastest is
-timed no more. The best of six that are no slower exceeds the median once in 64 times."""
+"""By number of timings: a candidate is dropped if its best timing exceeds this many times the
+median of the fastest candidate. The best of six timings of an equally fast one does so once in 64
+times."""
 
 
 def rejected_errors() -> tuple[type[Exception], ...]:
-    """What a candidate may raise and be rejected for it: torch's and Triton's own errors. Anything
-    else is a mistake in a variant and goes on to the caller."""
+    """Return the errors for which a candidate is rejected: torch's and Triton's own.
+
+    Any other error is a mistake in a variant and is passed on to the caller.
+    """
     errors: tuple[type[Exception], ...] = (MemoryError, RuntimeError)
     if importlib.util.find_spec("triton") is not None:
         from triton.errors import TritonError
@@ -50,15 +55,17 @@ def rejected_errors() -> tuple[type[Exception], ...]:
 
 @dataclass
 class Measurement:
-    """seconds: every timing of each correct candidate, by its index. rejected: the other
-    candidates' reasons."""
+    """The result of measuring. seconds: every timing of each correct candidate, by its index.
+    rejected: the reasons against the other candidates, by index."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     rejected: dict[int, str] = field(default_factory=dict)
 
     def undisturbed(self, index: int) -> list[float]:
-        """The timings of a candidate less those in which something else had the machine: it only
-        ever adds, and on a busy CPU it adds many times what is measured."""
+        """Return a candidate's timings without those in which other work had the machine.
+
+        Other work only ever adds time, on a busy CPU many times the time that is measured.
+        """
         limit = _DISTURBED * min(self.seconds[index])
         return [taken for taken in self.seconds[index] if taken <= limit]
 
@@ -66,7 +73,7 @@ class Measurement:
         return statistics.median(self.undisturbed(index))
 
     def spread(self, index: int) -> float:
-        """The interquartile range, seconds."""
+        """Return the interquartile range in seconds."""
         taken = self.undisturbed(index)
         if len(taken) < 2:
             return 0.0
@@ -75,7 +82,7 @@ class Measurement:
 
     @property
     def ranking(self) -> list[int]:
-        """The correct candidates, fastest first."""
+        """The indices of the correct candidates, fastest first."""
         return sorted(self.seconds, key=self.median)
 
 
@@ -86,11 +93,11 @@ def measure(
     on_run: Callable[[int], None] = lambda index: None,
     skipped: Sequence[int] = (),
 ) -> Measurement:
-    """Times the candidates that give right results, for about so many `seconds`.
+    """Time the candidates that give right results, for about `seconds` in all.
 
-    Interleaved, so that what slows the machine slows all of them, and over rotated operands. Those
-    that are clearly slower are dropped on the way. on_run is called with a candidate's index before
-    each of its runs; `skipped` ones do not run.
+    The candidates take turns, so that whatever slows the machine slows all of them. Those that are
+    clearly slower are dropped on the way. on_run: called with a candidate's index before each of
+    its runs. skipped: the indices of candidates that must not run.
     """
     with plain_mode(problem.device):
         return _measured(problem, candidates, seconds, on_run, skipped)
@@ -123,20 +130,20 @@ def _measured(
         if wrong is None:
             continue
         if torch.device(problem.device).type == "cuda":
-            # A fault stays with the context and would fail the others: here it ends the process,
-            # while the one that ran is known.
+            # A fault stays with the CUDA context and would fail all later candidates. Raised here,
+            # it ends the process while it is known which candidate ran.
             torch.cuda.synchronize(problem.device)
         result.rejected[index] = wrong
     alive = list(result.seconds)
     start = time.monotonic()
-    # One that nothing is compared with has its one timing.
+    # A single candidate, with nothing to compare it with, keeps its one timing.
     for timings in range(1, _MOST_TIMINGS if len(alive) > 1 else 1):
         spent = time.monotonic() - start
         quiet = all(len(result.undisturbed(i)) >= _FEWEST_TIMINGS for i in alive)
         enough = spent > seconds or len(alive) < 2
         if timings >= _FEWEST_TIMINGS and enough and (quiet or spent > _PATIENCE * seconds):
             break
-        # Nobody always runs behind the same neighbour.
+        # The order rotates, so that no candidate always runs after the same one.
         first = timings % max(len(alive), 1)
         for index in alive[first:] + alive[:first]:
             on_run(index)
@@ -161,7 +168,7 @@ def _rotation(problem: Problem) -> list[Operands]:
 
 
 def _timed(call: Operands, choice: Choice) -> float:
-    """Seconds of one run."""
+    """Return the seconds of one run."""
     if call.x.device.type == "cuda":
         return device_seconds(lambda: call.run(choice.variant, choice.config))
     start = time.perf_counter()
@@ -170,9 +177,9 @@ def _timed(call: Operands, choice: Choice) -> float:
 
 
 def device_seconds(run: Callable[[], Any]) -> float:
-    """Seconds that what `run` launches takes on the current accelerator, without the host's."""
+    """Return the seconds that the launches of `run` take on the current GPU, without host time."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # While it spins, everything is launched: else its waiting for launches would be timed.
+    # Everything is launched while the GPU spins: else its waiting for launches would be timed.
     torch.cuda._sleep(_SPIN_CYCLES)
     begin.record()
     run()

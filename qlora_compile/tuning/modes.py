@@ -1,4 +1,4 @@
-"""The ways to choose that a user has: `optimize(tune=...)`."""
+"""Modes: the values of `optimize(tune=...)`, and the tuner of each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qlora_compile.tuning.warning import RecordWarning
 
 AUTO, MODEL, OFF = "auto", "model", "off"
 SHIPPED = "shipped"
-"""The name of selectors for the records of a path. It does not hold the path: compile caches would
-hold for this machine alone."""
+"""The name of selectors for the records of a path. The path is not part of it: compiled code holds
+the name, and compile caches would be valid on this machine alone."""
 
 
 def check_mode(tune: str | os.PathLike[str]) -> str:
-    """Returns `tune` as regions hold it: a mode, or the absolute path of records.
+    """Return `tune` in the form that regions hold: a mode, or the absolute path of records.
 
-    The mode's tuner gets its budget afresh and reads again what may have changed. Raises
-    TuneModeError for anything else, RecordFileError for a file that cannot be read.
+    Also gives the mode's tuner its full budget again, and lets it read records that may have
+    changed. Raises TuneModeError for any other value, RecordFileError for an unreadable file.
     """
     if tune in (AUTO, OFF, MODEL):
         mode = str(tune)
@@ -34,7 +34,7 @@ def check_mode(tune: str | os.PathLike[str]) -> str:
     if tuner is None:
         return mode
     if mode not in (AUTO, OFF):
-        # The records may have changed since another model was given them.
+        # The records may have changed since the tuner was made, for another model.
         tuner.reopen(_store(Path(mode)))
     if mode == AUTO:
         tuner.refresh(AUTO_BUDGET)
@@ -43,7 +43,7 @@ def check_mode(tune: str | os.PathLike[str]) -> str:
 
 
 def tuner_of(mode: str) -> Tuner | None:
-    """The process's tuner for a mode; None where nothing but the cost model is asked.
+    """Return this process's tuner for a mode; None for "model", where the cost model chooses.
 
     Raises RecordFileError for a file that cannot be read.
     """
@@ -61,7 +61,7 @@ _tuners: dict[tuple[str, Path], Tuner] = {}
 
 
 def forget_tuners() -> None:
-    """Has the next `tuner_of` make new tuners, as a new process would."""
+    """Let the next `tuner_of` make a new tuner, as in a new process."""
     _tuners.clear()
 
 
@@ -73,7 +73,7 @@ def _tuner(mode: str, folder: Path) -> Tuner:
 
 def _store(path: Path) -> RecordFile | RecordStore:
     if not path.exists():
-        message = f"{path} is gone: what it would have chosen is left to the cost model"
+        message = f"{path} is gone: the cost model chooses in place of its records"
         warnings.warn(message, RecordWarning, stacklevel=2)
     return RecordFile(path) if path.is_file() else RecordStore(path)
 

@@ -1,4 +1,4 @@
-"""Operands of a problem to measure it with, and what its results must be."""
+"""Operands: random operands to measure a problem with, and the results they must give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from qlora_compile.kernels.variants.base import (
 DROPOUT = 0.1
 _SCALING = 2.0
 _QUANTIZED = 1 << 18
-"""Weights that are quantised; the others repeat them, which costs less and decodes as fast."""
+"""How many elements of a weight are quantised. The rest of its planes repeats theirs, which costs
+less and decodes as fast."""
 
 _CHECKED_ROWS = 64
 _CHUNK = 512
@@ -33,8 +34,11 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Operands:
-    """One call of `problem`: random activations and adapters over random weights, for a backward
-    gradients, too; the Linears in the order of the problem's parts."""
+    """The operands of one call of `problem`, all random.
+
+    group: the tensors and the spec of each Linear, in the order of the problem's parts. grads: for
+    a backward, the gradient [M, N] of each Linear's result.
+    """
 
     problem: Problem
     group: list[tuple[LinearTensors, LinearSpec]]
@@ -50,14 +54,17 @@ class Operands:
         return sum(t.numel() * t.element_size() for t in (self.x, *self.grads, *planes))
 
     def copied(self) -> Operands:
-        """The same numbers in other memory."""
+        """Return a copy: the same numbers in other memory."""
         tensors, grads = copy.deepcopy(([each for each, _ in self.group], self.grads))
         specs = (spec for _, spec in self.group)
         return Operands(self.problem, list(zip(tensors, specs, strict=True)), grads)
 
     def run(self, variant: Variant, config: Config) -> dict[str, Tensor]:
-        """The problem's results by `variant`: y, or the gradients of x and the adapter; of one
-        Linear under these names, of siblings numbered, but for their grad x."""
+        """Run `variant` and return the results by name.
+
+        Forward: "y", and "low rank" where that is kept. Backward: "grad x", "grad lora_a",
+        "grad lora_b". For siblings all names but "grad x" are numbered: "y 1", "y 2", ….
+        """
         results: dict[str, Tensor | None] = {}
         if self.problem.direction == "forward":
             ys = variant.forward_group(self.group, config)
@@ -77,15 +84,17 @@ class Operands:
 
     @property
     def checked(self) -> Tensor:
-        """The rows of y and grad x that are compared: all over, the first and the last too."""
+        """The indices of the rows of y and grad x that are compared, from the first to the last."""
         rows = self.problem.m
         count = min(rows, _CHECKED_ROWS)
         rows = [round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)]
         return torch.tensor(rows, device=self.x.device)
 
     def expected(self, *, exact: bool) -> dict[str, Tensor]:
-        """What `run` must return, `checked` rows only of y and grad x: by the specification in
-        float64, or plainly in the problem's dtypes."""
+        """Return what `run` must return, with only the `checked` rows of y and grad x.
+
+        exact: whether to compute in float64; else plainly in the problem's dtypes.
+        """
         p = self.problem
         compute = torch.float64 if exact else p.compute_dtype
         out = torch.float64 if exact else p.out_dtype
@@ -100,7 +109,7 @@ class Operands:
                 if part.keeps_low_rank:
                     results[self._name("low rank", i)] = _low_rank(tensors, spec, lora)
             else:
-                # Autograd, too, rounds what each gives before it adds them up.
+                # Rounded for each Linear before the sum, as autograd does too.
                 grad_x += self._grad_x(i, compute, lora).to(x_dtype)
                 if part.rank:
                     grad_a, grad_b = _adapter_gradients(tensors, spec, self.grads[i], lora)
@@ -111,7 +120,7 @@ class Operands:
         return results
 
     def _y(self, position: int, compute: torch.dtype, lora: torch.dtype) -> Tensor:
-        """Of one Linear, the `checked` rows."""
+        """Return the `checked` rows of the result of the Linear at `position`."""
         tensors, spec = self.group[position]
         x = tensors.x[self.checked]
         y = x.new_empty(len(x), spec.n, dtype=compute)
@@ -122,12 +131,12 @@ class Operands:
         y = y.to(_wide(compute))
         if tensors.lora_a is not None and tensors.lora_b is not None:
             a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
-            kept = self._kept(position, lora)
-            y += (x.to(lora) * kept @ a.t() @ b.t()).to(y.dtype) * adapter_scaling(tensors, spec)
+            mask = self._mask(position, lora)
+            y += (x.to(lora) * mask @ a.t() @ b.t()).to(y.dtype) * adapter_scaling(tensors, spec)
         return y
 
     def _grad_x(self, position: int, compute: torch.dtype, lora: torch.dtype) -> Tensor:
-        """Of one Linear, the `checked` rows."""
+        """Return the `checked` rows of x's gradient through the Linear at `position`."""
         tensors, spec = self.group[position]
         grad = self.grads[position][self.checked]
         grad_x = grad.new_zeros(len(grad), spec.k, dtype=_wide(compute))
@@ -135,15 +144,15 @@ class Operands:
             grad_x += grad[:, n].to(compute) @ weight
         if tensors.lora_a is not None and tensors.lora_b is not None:
             a, b = tensors.lora_a.to(lora), tensors.lora_b.to(lora)
-            kept = self._kept(position, lora)
-            added = (grad.to(lora) @ b @ a * kept).to(grad_x.dtype)
+            mask = self._mask(position, lora)
+            added = (grad.to(lora) @ b @ a * mask).to(grad_x.dtype)
             grad_x += added * adapter_scaling(tensors, spec)
         return grad_x
 
-    def _kept(self, position: int, dtype: torch.dtype) -> Tensor | float:
-        """The `checked` rows of the dropout mask."""
-        keep = _keep(*self.group[position], slice(0, self.problem.m), dtype)
-        return 1.0 if keep is None else keep[self.checked]
+    def _mask(self, position: int, dtype: torch.dtype) -> Tensor | float:
+        """Return the `checked` rows of the dropout mask, 1 if there is no dropout."""
+        mask = _dropout_mask(*self.group[position], slice(0, self.problem.m), dtype)
+        return 1.0 if mask is None else mask[self.checked]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -151,7 +160,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _low_rank(tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-    """S, of all rows."""
+    """Return S = scaling * drop(x) Aᵀ [M, R], all rows."""
     assert tensors.lora_a is not None
     a = tensors.lora_a.to(dtype)
     lows = [x @ a.t() * adapter_scaling(tensors, spec) for _, x in _dropped(tensors, spec, dtype)]
@@ -161,7 +170,7 @@ def _low_rank(tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype) -> T
 def _adapter_gradients(
     tensors: LinearTensors, spec: LinearSpec, all_grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Those of A and B, of all rows."""
+    """Return the gradients of A and B, from all rows."""
     assert tensors.lora_a is not None
     assert tensors.lora_b is not None
     a, b = tensors.lora_a.to(dtype), tensors.lora_b.to(dtype)
@@ -176,15 +185,15 @@ def _adapter_gradients(
 def _dropped(
     tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """x with its dropout by blocks of rows, so that no copy of it in float64 is needed."""
+    """Yield x with its dropout by blocks of rows, so that no whole copy in float64 is needed."""
     for start in range(0, len(tensors.x), _CHUNK):
         m = slice(start, min(start + _CHUNK, len(tensors.x)))
-        keep = _keep(tensors, spec, m, dtype)
+        mask = _dropout_mask(tensors, spec, m, dtype)
         x = tensors.x[m].to(dtype)
-        yield m, x if keep is None else x * keep
+        yield m, x if mask is None else x * mask
 
 
-def _keep(
+def _dropout_mask(
     tensors: LinearTensors, spec: LinearSpec, rows: slice, dtype: torch.dtype
 ) -> Tensor | None:
     if tensors.seed is None:
@@ -196,14 +205,14 @@ def _keep(
 def _weight(
     tensors: LinearTensors, spec: LinearSpec, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """W by blocks of rows, so that no copy of it in float64 is needed."""
+    """Yield W by blocks of rows, so that no whole copy in float64 is needed."""
     decoded = torch.float32 if spec.layout.quantized else dtype
     for n, block in spec.decoded(tensors.planes, decoded, _CHUNK):
         yield n, block.to(dtype)
 
 
 def operands(problem: Problem) -> Operands:
-    """Random operands on the problem's device, the same every time."""
+    """Return random operands on the problem's device, the same every time."""
     device = torch.device(problem.device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -212,7 +221,7 @@ def operands(problem: Problem) -> Operands:
         return made.to(dtype)
 
     x = normal(problem.m, problem.k, 1.0, problem.x_dtype)
-    drawn = torch.tensor([12345], device=device)
+    seed = torch.tensor([12345], device=device)
     group, grads = [], []
     for stream, p in enumerate(problem.parts):
         if not p.layout.quantized:
@@ -230,8 +239,8 @@ def operands(problem: Problem) -> Operands:
                 low_rank = torch.empty(p.m, p.rank, dtype=p.lora_dtype, device=device)
         bias = normal(1, p.n, 1.0, p.compute_dtype)[0] if p.bias else None
         spec = LinearSpec.of(p, dropout=DROPOUT, stream=stream)
-        mask = drawn if p.dropout else None
-        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, scaling, mask, low_rank)
+        own_seed = seed if p.dropout else None
+        tensors = LinearTensors(x, planes, bias, lora_a, lora_b, scaling, own_seed, low_rank)
         if p.direction == "backward":
             grads.append(normal(p.m, p.n, 1.0, p.out_dtype))
             if low_rank is not None:
@@ -241,7 +250,7 @@ def operands(problem: Problem) -> Operands:
 
 
 def _planes(problem: Problem, weight: Tensor) -> list[Tensor]:
-    """Planes of a weight [N, K] that repeat those of the smaller `weight`."""
+    """Return planes of a weight [N, K] that repeat the planes of the smaller `weight`."""
     layout = problem.layout
     quant_format = format_named(layout.format)
     scaled = weight * problem.k**-0.5

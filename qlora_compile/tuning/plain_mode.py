@@ -1,4 +1,4 @@
-"""Measuring as an op runs, whatever the caller has switched on around it."""
+"""plain_mode: measures under the modes in which an op runs, whatever the caller has switched on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 @contextlib.contextmanager
 def plain_mode(device: str) -> Iterator[None]:
-    """Inside, events are of `device`, no gradients are recorded, and neither autocast, inference
-    mode nor a default dtype of the caller's is in force."""
+    """Run the body on `device` without recording gradients, and without the caller's autocast,
+    inference mode and default dtype."""
     kind = torch.device(device).type
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

@@ -1,7 +1,7 @@
-"""Record: what was measured for one problem on one machine, and the JSON line it is kept as.
+"""Record: what was measured for one problem on one machine, and the JSON line that stores it.
 
-A line is data, never code, and is read strictly: whatever `to_line` would not have written,
-byte for byte, is no record.
+A line is data, never code, and is read strictly: a line that differs in one byte from what
+`to_line` writes is no record.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-"""By name: a dtype in a line is looked up here, never in torch."""
+"""The dtypes by name. A dtype in a line is looked up here, never in torch."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _VERSION_KEY = "qlora_compile_record"
@@ -44,23 +44,24 @@ Key = tuple[Problem, Fingerprint]
 
 
 def portable(problem: Problem) -> Problem:
-    """`problem` with its device reduced to the type: ranks on cuda:0 and cuda:3 share records."""
+    """Return `problem` with its device reduced to the type, so that cuda:0 and cuda:3 share
+    records."""
     return dataclasses.replace(problem, device=torch.device(problem.device).type)
 
 
 def key_digest(key: Key) -> str:
-    """Hex digits that name a key: in files, and for people."""
+    """Return hex digits that name a key, in file names and for people."""
     return hashlib.sha256(_json([_plain(part) for part in key]).encode()).hexdigest()
 
 
 def utc_now() -> str:
-    """The present as `Record.measured_at` has it."""
+    """Return the present time in the form of `Record.measured_at`."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one candidate and the interquartile range; `config` is its label."""
+    """One candidate's median and interquartile range in seconds; `config` is the label."""
 
     variant: str
     config: str
@@ -68,18 +69,18 @@ class Timing:
     spread: float
 
     def __post_init__(self) -> None:
-        # An int, or NumPy's median, would be written as a line that is then not read as a float.
+        # An int or a NumPy float would be written in a form that is not read back as a float.
         object.__setattr__(self, "seconds", float(self.seconds))
         object.__setattr__(self, "spread", float(self.spread))
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What was measured of a problem.
+    """What was measured for a problem.
 
-    `timings` are of the candidates that computed correctly, fastest first, at least one;
-    `baseline` is of the variant *dense* in its standard config, in the same run, None where that
-    was not among them; `rejected` holds candidate and reason.
+    timings: those of the candidates with right results, fastest first, at least one. baseline: that
+    of the variant *dense* in its standard config, in the same run; None if that was not timed.
+    rejected: (candidate, reason) of the others.
     """
 
     timings: tuple[Timing, ...]
@@ -102,20 +103,20 @@ class Timings:
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as the baseline; None without one."""
+        """How many times as fast the winner is as the baseline; None without a baseline."""
         return None if self.baseline is None else self.baseline.seconds / self.winner.seconds
 
     @property
     def margin(self) -> float | None:
-        """How many times as fast as the second best; None without one."""
+        """How many times as fast the winner is as the second best; None without one."""
         return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds
 
 
 @dataclass(frozen=True)
 class Record(Timings):
-    """Timings of a portable `problem`, by what computed them; `measured_at` is ISO 8601 in UTC.
+    """Timings of a portable `problem` under a fingerprint; `measured_at` is ISO 8601 in UTC.
 
-    Raises InvalidRecordError where any of that, or of Timings, does not hold.
+    Raises InvalidRecordError if a field breaks a rule stated here or in Timings.
     """
 
     problem: Problem
@@ -141,7 +142,7 @@ class Record(Timings):
             raise _invalid("timings", seconds, "timings in order, fastest first")
         if self.baseline is not None and self.baseline.variant != BASELINE:
             raise _invalid("baseline", self.baseline.variant, f"the variant {BASELINE}")
-        _ = self.measured  # raises, as nothing could tell which of two such records is newer
+        _ = self.measured  # raises for a bad time: records are compared by it
 
     @property
     def key(self) -> Key:
@@ -149,7 +150,7 @@ class Record(Timings):
 
     @property
     def measured(self) -> datetime:
-        """`measured_at` as a value that can be compared."""
+        """`measured_at` as a datetime, to be compared."""
         try:
             time = datetime.fromisoformat(self.measured_at)
         except ValueError:
@@ -160,7 +161,7 @@ class Record(Timings):
 
 
 def by_problem(records: Iterable[Record]) -> dict[Problem, list[Record]]:
-    """`records` sorted into lists, one for each portable problem."""
+    """Return lists of `records`, one list for each portable problem."""
     found: dict[Problem, list[Record]] = {}
     for record in records:
         found.setdefault(record.problem, []).append(record)
@@ -170,7 +171,7 @@ def by_problem(records: Iterable[Record]) -> dict[Problem, list[Record]]:
 def latest(
     records: Mapping[Problem, Iterable[Record]], problem: Problem, here: Fingerprint
 ) -> Record | None:
-    """The record of `problem` that was measured last, of those that hold here."""
+    """Return the newest record of `problem` among those that `here` covers, None if none does."""
     fitting = (each for each in records.get(portable(problem), ()) if here.covers(each.fingerprint))
     return max(fitting, key=lambda record: record.measured, default=None)
 
@@ -180,30 +181,30 @@ def _invalid(field: str, value: object, allowed: str) -> InvalidRecordError:
 
 
 def to_line(record: Record) -> str:
-    """A record as one line of JSON, ASCII, without the newline."""
+    """Return a record as one line of JSON, ASCII, without the newline."""
     return written_line(record, _VERSION_KEY, VERSION)
 
 
 def from_line(line: str) -> Record:
-    """The record of a line; a newline at its end does not matter.
+    """Parse a line, with or without a newline at its end.
 
     Raises:
-        RecordLineError: `line` is anything but what `to_line` makes of a record; it says what.
+        RecordLineError: `to_line` did not make the line; the error says what is wrong.
     """
     return read_line(Record, line, _VERSION_KEY, VERSION)
 
 
 def written_line(value: Any, version_key: str, version: int) -> str:
-    """A dataclass of plain fields as one line of JSON with its digest, ASCII, no newline."""
+    """Return a dataclass of plain fields as one line of JSON with a digest, ASCII, no newline."""
     body = _plain(value)
     return _json({version_key: version, _DIGEST_KEY: _digest(body), **body})
 
 
 def read_line(kind: type[T], line: str, version_key: str, expected: int) -> T:
-    """The `kind` that `written_line` made `line` of.
+    """Return the `kind` of dataclass that `written_line` wrote as `line`.
 
     Raises:
-        RecordLineError: it made no such line; the error says what is wrong.
+        RecordLineError: `written_line` did not write the line; the error says what is wrong.
     """
     try:
         body = json.loads(line)
@@ -220,8 +221,8 @@ def read_line(kind: type[T], line: str, version_key: str, expected: int) -> T:
         value = _decoded(kind, body, "the record")
     except InvalidRecordError as error:
         raise RecordLineError(problem=str(error)) from error
-    # Reading JSON forgives spaces, repeated names and other ways to write a number or a letter,
-    # where a digest of what was read cannot notice.
+    # JSON may have spaces, repeated names, and other spellings of a number or a letter. The digest
+    # is of what was read and does not notice them.
     if written_line(value, version_key, expected) != line.rstrip("\r\n"):
         raise RecordLineError(problem="it was edited, its digest is of another spelling")
     return value
@@ -239,7 +240,7 @@ def _digest(body: object) -> str:
 
 
 def _plain(value: object) -> Any:
-    """`value` in the terms of JSON."""
+    """Return `value` as lists, dictionaries and other values that JSON can express."""
     if isinstance(value, torch.dtype):
         return _DTYPE_NAMES[value]
     if isinstance(value, Layout):
@@ -260,7 +261,7 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def _decoded(kind: Any, value: Any, site: str) -> Any:
-    """The `kind` that `_plain` made `value` of. Raises RecordLineError where it made no such."""
+    """Invert `_plain` for a value of type `kind`. Raises RecordLineError if `value` is no such."""
     if kind is Layout and isinstance(value, str):
         try:
             return Layout.parse(value)

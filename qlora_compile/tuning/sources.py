@@ -1,7 +1,8 @@
-"""A digest of the sources that one variant uses: what its measurements hold for.
+"""Digest of the sources that one variant uses; measurements are valid for one digest.
 
-Python counts by its syntax tree, so that a comment, a docstring or the layout of the text discards
-no measurement. C++ counts byte for byte. Whatever cannot be read or followed is an error.
+Python counts by its syntax tree, so that a changed comment, docstring or layout of the text
+discards no measurement. C++ counts byte by byte. A source that cannot be read, or an import that
+cannot be followed, is an error.
 """
 
 from __future__ import annotations
@@ -22,24 +23,29 @@ _KERNELS = "qlora_compile.kernels"
 
 
 class UnestablishedError(Exception):
-    """Why a part of a fingerprint cannot be established; the device is known further up."""
+    """A part of a fingerprint cannot be established; the message says why.
+
+    The caller turns this into a FingerprintError, which names the device.
+    """
 
 
 @functools.cache
 def sources_digest(variant: type) -> str:
-    """The digest for a variant's class: of the modules of the class and of its bases, of all that
-    these import of the kernels, and so on, and of the C++ beside these.
+    """Return the digest for a variant's class.
+
+    It covers the modules of the class and of its bases, all modules of the kernels that these
+    import, directly or not, and the C++ files in the folders of those.
 
     Raises:
-        UnestablishedError: a source is not there, or is no Python.
+        UnestablishedError: a source file is missing, or is no Python.
     """
     bases = [each for each in variant.__mro__ if each not in (object, ABC)]
-    left = {each.__module__: _source_of(each) for each in bases}
+    unread = {each.__module__: _source_of(each) for each in bases}
     digests: dict[str, str] = {}
-    while left:
-        module, path = left.popitem()
+    while unread:
+        module, path = unread.popitem()
         digests[module], imported = _read(module, path)
-        left |= {name: path for name, path in imported.items() if name not in digests}
+        unread |= {name: path for name, path in imported.items() if name not in digests}
         if _is_ours(module):
             for native in path.parent.glob("*.cpp"):
                 digests[native.name] = hashlib.sha256(_content(native)).hexdigest()
@@ -51,7 +57,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module of the kernels; None where there is no module of this name."""
+    """Return the file of a module of the kernels; None if there is no module of this name."""
     folder = Path(str(registry.__file__)).resolve().parent
     place = folder.joinpath(*module.removeprefix(_KERNELS).split(".")[1:])
     candidates = (place.with_suffix(".py"), place / "__init__.py")
@@ -61,7 +67,7 @@ def _path(module: str) -> Path | None:
 def _source_of(cls: type) -> Path:
     try:
         found = _path(cls.__module__) if _is_ours(cls.__module__) else inspect.getsourcefile(cls)
-    except (TypeError, OSError):  # a class typed into a prompt, or of a compiled module
+    except (TypeError, OSError):  # a class that was typed into a prompt or is in a compiled module
         found = None
     if found is None:
         raise UnestablishedError(f"class {cls.__module__}.{cls.__qualname__} has no source file")
@@ -70,7 +76,7 @@ def _source_of(cls: type) -> Path:
 
 @functools.cache
 def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
-    """A digest of one file, and the modules of the kernels that it imports."""
+    """Return a digest of one file, and the files of the kernels' modules that it imports."""
     try:
         tree = ast.parse(_content(path))
     except (SyntaxError, ValueError) as error:
@@ -87,20 +93,22 @@ def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ...]]:
-    """What each import may load: of `from a import b` the module a, and a.b if that is one."""
+    """Yield the modules that each import may load: for `from a import b` a, and perhaps a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name,) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            source = node.module or ""
+            module = node.module or ""
             if node.level:
-                source = importlib.util.resolve_name("." * node.level + source, package)
-            yield from ((source, f"{source}.{alias.name}") for alias in node.names)
+                module = importlib.util.resolve_name("." * node.level + module, package)
+            yield from ((module, f"{module}.{alias.name}") for alias in node.names)
 
 
 def _plain(node: Any) -> Any:
-    """A syntax tree as tuples and lists, without positions, docstrings and absent fields: those
-    differ between versions of Python."""
+    """Return a syntax tree as tuples and lists, without positions, docstrings and absent fields.
+
+    Absent fields differ between versions of Python.
+    """
     if isinstance(node, list):
         return [_plain(each) for each in node if not _is_text(each)]
     if not isinstance(node, ast.AST):
@@ -110,7 +118,7 @@ def _plain(node: Any) -> Any:
 
 
 def _is_text(node: Any) -> bool:
-    """Whether it is a docstring, or a string that describes the name before it."""
+    """Whether `node` is a docstring, or a string that describes the name before it."""
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
         return False
     return isinstance(node.value.value, str)

@@ -1,4 +1,4 @@
-"""RecordStore: a folder of records, which many processes read and write at once."""
+"""RecordStore: a folder of records that many processes may read and write at once."""
 
 from __future__ import annotations
 
@@ -31,23 +31,25 @@ from qlora_compile.tuning.record import (
     portable,
     to_line,
 )
-from qlora_compile.tuning.warning import told, warn_of_folder
+from qlora_compile.tuning.warning import error_text, warn_of_folder
 
 OWN_FILE = "records.jsonl"
 _LOCK_FILE = "records.lock"
 _KEY_LOCKS = "locks"
-_WRITING = "writing-"  # temporaries of whoever holds the lock; others' are not the next one's
+# The names of temporary files begin so. Whoever holds the lock removes those for writing, left by a
+# holder that died. Exports are written without the lock, so theirs have another name.
+_WRITING = "writing-"
 _EXPORTING = "exporting-"
-# A write takes milliseconds. Rather than wait for a holder that was stopped, go on without.
+# A write takes milliseconds. A longer wait means that the holder was stopped: go on without.
 LOCK_SECONDS = 10.0
 
-# What a folder that cannot be used raises. filelock's Timeout is an OSError; older versions raise
-# NotImplementedError where a file system has no locks.
+# The errors of a folder that cannot be used. filelock's Timeout is an OSError; its older versions
+# raise NotImplementedError where a file system has no locks.
 UNUSABLE = (OSError, NotImplementedError)
 
 
 def cache_folder() -> Path:
-    """Where records are kept: $QLORA_COMPILE_CACHE, else the user's cache folder of this name."""
+    """Return $QLORA_COMPILE_CACHE, or else the folder qlora-compile among the user's caches."""
     chosen = os.environ.get("QLORA_COMPILE_CACHE")
     if chosen:
         return Path(chosen)
@@ -57,9 +59,9 @@ def cache_folder() -> Path:
 class RecordStore:
     """The records in the *.jsonl files directly in `folder`, which need not exist.
 
-    Files are read sorted by name, but records.jsonl last, the only one `append` and `merge` write;
-    of records with one key the last wins. A line that holds no record is skipped with a warning,
-    once a process, and stays where it is until `prune`.
+    Files are read sorted by name, but records.jsonl last; `append` and `merge` write that file
+    only. Of records with one key the last one wins. A line that holds no record is skipped, with
+    one warning per process, and stays in its file until `prune`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,23 +69,26 @@ class RecordStore:
         self._own = folder / OWN_FILE
         self._unwritten: dict[Key, Record] = {}
         self._contents = FolderContents(folder, last=OWN_FILE)
-        # Threads of one process; the backward pass has its own. Readers need none.
+        # For the threads of this process, as the backward pass has its own. Readers take no lock.
         self._writers = threading.Lock()
 
     def read(self) -> dict[Key, Record]:
-        """All records, also those of this store that could not be written."""
+        """Return all records, also those that this store could not write."""
         return {**self._contents.records(), **self._unwritten}
 
     def find(self, problem: Problem, here: Fingerprint) -> Record | None:
-        """The latest record of `problem` that holds here. Unchanged files are not read again."""
+        """Return the newest record of `problem` that `here` covers, None if there is none.
+
+        Unchanged files are not read again.
+        """
         written = latest(self._contents.by_problem(), problem, here)
         return latest(by_problem(self._unwritten.values()), problem, here) or written
 
     def append(self, record: Record) -> None:
-        """Write `record`, in place of one with its key in records.jsonl.
+        """Write `record` to records.jsonl, in place of the one with the same key.
 
-        Where the folder cannot be written this warns, once a process, and the record is found by
-        this store alone, until a later `append` can write it.
+        If the folder cannot be written, this warns, once per process. Then only this store finds
+        the record, until a later `append` can write it.
         """
         with self._writers:
             self._unwritten[record.key] = record
@@ -99,11 +104,12 @@ class RecordStore:
     def exclusive(
         self, problem: Problem, fingerprint: Fingerprint, *, timeout: float
     ) -> Iterator[bool]:
-        """The right to measure one key, which one process holds at a time, until it leaves or dies.
+        """Hold the lock for measuring one key, which one process has until it leaves or dies.
 
-        Yields whether it was to be had within `timeout` seconds (0: at once, -1: however long).
-        Look for the record again once you hold it. Where the folder is unusable this warns, once a
-        process, and yields True: measuring twice beats measuring never.
+        Yields whether the lock was free within `timeout` seconds (0: do not wait, -1: wait
+        forever). Look for the record again once you have the lock: another process may have
+        measured it. If the folder is unusable, this warns, once per process, and yields True, as it
+        is better to measure twice than never.
         """
         name = key_digest((portable(problem), fingerprint))
         with contextlib.ExitStack() as held:
@@ -121,12 +127,12 @@ class RecordStore:
             yield mine
 
     def merge(self, files: Iterable[Path]) -> int:
-        """Take the records of other files into records.jsonl and return how many were new here.
+        """Add the records of other files to records.jsonl; return how many were new or newer.
 
-        Of records with one key the one measured later wins, wherever it is.
+        Of records with one key the one measured later wins, wherever it is stored.
 
         Raises:
-            RecordFileError: a file cannot be read, or the folder not be written.
+            RecordFileError: a file cannot be read, or the folder cannot be written.
         """
         incoming: dict[Key, Record] = {}
         for file in files:
@@ -148,12 +154,13 @@ class RecordStore:
     def export(
         self, path: Path, fingerprints: Collection[Fingerprint] | None, *, overwrite: bool = False
     ) -> int:
-        """Write the records that hold on one of `fingerprints`, or all for None, to one file and
-        return how many.
+        """Write the records that one of `fingerprints` covers to one file; return how many.
+
+        fingerprints: None for all records.
 
         Raises:
-            RecordFileError: there are none, or `path` exists and is not to be overwritten, or is
-                this store's own file, or cannot be written.
+            RecordFileError: there are no such records; or `path` exists and `overwrite` is False,
+                or is this store's own file, or cannot be written.
         """
         chosen = [
             record
@@ -170,17 +177,19 @@ class RecordStore:
         try:
             replace_file(path, sorted(to_line(record).encode() for record in chosen), _EXPORTING)
         except OSError as error:
-            raise _file_error(path, told(error), "choose a path that can be written") from error
+            raise _file_error(
+                path, error_text(error), "choose a path that can be written"
+            ) from error
         return len(chosen)
 
     def prune(self, current: Collection[Fingerprint]) -> int:
-        """Remove records of other sources and unreadable lines, and return how many lines in all.
+        """Remove outdated records and unreadable lines; return the number of lines removed.
 
-        That is from every *.jsonl file of the folder. A record stays if one of `current` has the
-        sources of its variants, its torch and its Triton: records of other devices, drivers and
-        thread counts stay. Every line that holds no record goes, be it corrupted, of another
-        version of records, or something else. `current` must hold what runs here: an empty one
-        leaves nothing.
+        This covers every *.jsonl file of the folder. A record stays if one of `current` has the
+        sources of its variants, its torch and its Triton; records of other devices, drivers and
+        thread counts stay. Every line that holds no record is removed, whether it is corrupted, of
+        another version, or something else. `current` must hold the fingerprints of this machine:
+        with an empty one every line is removed.
 
         Raises:
             RecordFileError: the folder cannot be read or written; no file is half pruned.
@@ -213,13 +222,13 @@ class RecordStore:
 
     @contextlib.contextmanager
     def _must_write(self) -> Iterator[None]:
-        """Like `_exclusive_writer`, for what a person asked for: raises RecordFileError."""
+        """Do as `_exclusive_writer`, but raise RecordFileError: for what a person asked for."""
         try:
             with self._exclusive_writer():
                 yield
         except UNUSABLE as error:
             remedy = "make it a folder that can be written, or set QLORA_COMPILE_CACHE to another"
-            raise _file_error(self.folder, told(error), remedy) from error
+            raise _file_error(self.folder, error_text(error), remedy) from error
 
     def _write(self, records: dict[Key, Record]) -> None:
         lines = read_lines(self._own) if self._own.exists() else []
@@ -232,7 +241,7 @@ class RecordFile:
     """The records of one file, as `RecordStore.export` writes it.
 
     Raises:
-        RecordFileError: it cannot be read.
+        RecordFileError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -240,7 +249,7 @@ class RecordFile:
         self._records = by_problem(records.values())
 
     def find(self, problem: Problem, here: Fingerprint) -> Record | None:
-        """Does as `RecordStore.find`."""
+        """Do as `RecordStore.find`."""
         return latest(self._records, problem, here)
 
 
@@ -248,7 +257,7 @@ def _lines_of(file: Path) -> list[Line]:
     try:
         return read_lines(file)
     except OSError as error:
-        raise _file_error(file, told(error), "check the path") from error
+        raise _file_error(file, error_text(error), "check the path") from error
 
 
 def _keep_newer(records: dict[Key, Record], record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Tuner: gives problems a measured choice, found in records or measured now."""
+"""Tuner: finds a measured choice for each problem in records, or measures one now."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from qlora_compile.tuning.store import RecordStore
 logger = logging.getLogger(__name__)
 
 AUTO_BUDGET = 60.0
-"""Seconds that one model's problems may take to measure without anyone asking for it."""
+"""Seconds that measuring one model's problems may take if nobody asked for it explicitly."""
 
 _SECONDS_EACH = 0.3
-"""Of timing one problem where the budget does not allow for more or less."""
+"""Seconds of timing one problem, unless the budget leaves less."""
 
 _SHORTEST_LIMIT, _LONGEST_RUN = 30.0, 120.0
-"""Seconds after which a candidate that has not returned is given up, compiling included: the budget
-within these bounds."""
+"""A candidate is given up if it does not return, compiling included, within the seconds of the
+budget, which for this are clamped to these bounds."""
 
 
 class WrongResultWarning(UserWarning):
-    """A variant computed wrong numbers and will not be chosen: a bug of this package."""
+    """A variant computed wrong numbers and will not be chosen; this is a bug in the package."""
 
 
 class NotMeasuredWarning(UserWarning):
-    """None of a problem's candidates could be timed; it stays modelled."""
+    """None of a problem's candidates could be timed, so the cost model chooses for the problem."""
 
 
 class Records(Protocol):
-    """Where records are looked up."""
+    """A place where records are looked up."""
 
     def find(self, problem: Problem, here: Fingerprint) -> Record | None: ...
 
@@ -56,10 +56,11 @@ class Records(Protocol):
 class Tuner:
     """Fills the records of its `selector` for the problems it is given.
 
-    name: of the selector. store: where records are found and, if it is a RecordStore, written.
-    budget: the seconds it may spend measuring in all; 0 measures nothing. each: the seconds of
-    timing one problem, if there is a choice; None times every problem, for its share of the budget.
-    again: measures also what has a record. `measurements` counts the problems measured.
+    name: the name of the selector. store: where records are found and, if it is a RecordStore,
+    written. budget: the seconds to spend on measuring in all; 0 measures nothing. each: the seconds
+    of timing one problem, and problems with a single candidate are not timed; None times every
+    problem for its share of the budget. again: whether to measure problems that have a record too.
+    `measurements` counts the problems measured.
     """
 
     def __init__(
@@ -86,26 +87,28 @@ class Tuner:
         problems: Iterable[Problem],
         on_record: Callable[[Problem, Choice | None], None] = lambda problem, choice: None,
     ) -> None:
-        """Finds or measures a choice for each problem; the cost model chooses for those that the
-        budget does not reach. Calls on_record with each problem and its recorded choice.
+        """Find or measure a choice for each problem, in order, while the budget lasts.
 
-        Raises NoCorrectVariantError where no candidate gives right results.
+        The cost model chooses for the problems that are not reached. on_record: called with each
+        problem and its recorded choice, or None.
+
+        Raises NoCorrectVariantError if no candidate gives right results for a problem.
         """
-        left = list(dict.fromkeys(problems))
+        waiting = list(dict.fromkeys(problems))
         with self._lock:
             try:
-                while left:
-                    problem = left.pop(0)
+                while waiting:
+                    problem = waiting.pop(0)
                     known = self.selector.recorded(problem) or problem in self._modelled
                     if self.again or not known:
-                        self._ensure(problem, 1 + len(left))
+                        self._ensure(problem, 1 + len(waiting))
                     on_record(problem, self.selector.recorded(problem))
             finally:
                 self._isolated.close()
 
     def ensure_calls(self, calls: Iterable[tuple[Problem, bool]]) -> None:
-        """Does as `ensure` for the problems of calls, each given by its forward's problem and by
-        whether it trains."""
+        """Do as `ensure` for the problems of calls, each given as (forward problem, whether it
+        trains)."""
         calls = dict.fromkeys(calls)
         if self.budget > 0 and any(forward.device == "cpu" for forward, _ in calls):
             self._use_measured_cpu()
@@ -116,20 +119,22 @@ class Tuner:
         )
 
     def refresh(self, budget: float) -> None:
-        """Gives a new budget, and tries again what an earlier one did not reach."""
+        """Set a new budget, and try problems again that an earlier budget did not reach."""
         self.budget = budget
         self._modelled.clear()
 
     def reopen(self, store: Records) -> None:
-        """Looks for every record again, in `store`."""
+        """Look up every record anew, in `store`."""
         with self._lock:
             self.store = store
             self._modelled.clear()
             self.selector.forget_records()
 
     def ensure_missed(self) -> None:
-        """Does as `ensure` for the problems that calls asked for without a record, unless a
-        backward is under way."""
+        """Do as `ensure` for the problems that calls asked for and that had no record.
+
+        Does nothing while a backward is under way.
+        """
         if not _in_backward():
             self.ensure(self.selector.take_misses())
 
@@ -157,8 +162,10 @@ class Tuner:
 
     @contextlib.contextmanager
     def _turn(self, problem: Problem, here: Fingerprint | None) -> Iterator[bool]:
-        """Yields whether this process may measure: the ranks of a job take turns, and all but the
-        first find what it measured."""
+        """Yield whether this process may measure.
+
+        The ranks of a job take turns; all but the first then find what the first has measured.
+        """
         if here is None or not isinstance(self.store, RecordStore):
             yield True
         else:
@@ -172,7 +179,7 @@ class Tuner:
         if timings is None:
             return None
         self.measurements += 1
-        # Without a baseline something was short that may not be next time.
+        # A missing baseline may be due to a lack of memory that does not last: do not record it.
         if here and timings.baseline and isinstance(self.store, RecordStore):
             parts = {field.name: getattr(timings, field.name) for field in fields(Timings)}
             tried = here.of_variants(timings.variants)
@@ -190,14 +197,17 @@ class Tuner:
             self.selector.use_cpu(model)
 
     def _timings(self, problem: Problem, seconds: float) -> Timings | None:
-        """Times a handful of candidates, and further ones only while none of them is right; returns
-        None where there is only one, or none could run."""
+        """Time a handful of candidates, and further ones only while none gives right results.
+
+        Returns None if there is only one candidate, or if none could run. Raises
+        NoCorrectVariantError if all ran and all gave wrong results.
+        """
         ranked = selection.candidates(problem, model_for(problem.device, self.selector.cpu))
         rejected: dict[str, str] = {}
         while ranked:
             tried = selection.shortlist(ranked, problem)
             if self.each is not None and len(tried) == 1 and not rejected:
-                return None  # There is nothing to choose between.
+                return None  # A single candidate: there is no choice to make.
             ranked = [choice for choice in ranked if choice not in tried]
             try:
                 result = self._run(problem, tried, seconds)
@@ -220,8 +230,8 @@ class Tuner:
         wrong = [name for name, reason in rejected.items() if reason.startswith(WRONG)]
         if len(wrong) == len(rejected):
             raise NoCorrectVariantError(problem=problem, reasons=reasons)
-        # Those that ran out of memory here, beside the operands of the measurement, may have
-        # enough of it in the call itself: exclude only the wrong ones.
+        # Exclude only candidates with wrong results. Those that ran out of memory here, beside the
+        # operands of the measurement, may have enough memory in the call itself.
         self.selector.exclude(problem, wrong)
         message = f"{problem} is chosen by the cost model, no candidate could be timed:\n{reasons}"
         warnings.warn(message, NotMeasuredWarning, stacklevel=2)
@@ -231,7 +241,7 @@ class Tuner:
         if not any(choice.variant.isolated for choice in tried):
             return measure(problem, tried, seconds)
         if torch.cuda.is_initialized():
-            # The other process needs what this one holds without using it.
+            # The other process needs the memory that this one has cached and does not use.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         limit = min(_LONGEST_RUN, max(_SHORTEST_LIMIT, self.budget))
@@ -248,7 +258,7 @@ def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
 
 
 def choice_of(problem: Problem, timings: Timings) -> Choice | None:
-    """The fastest candidate as a choice; None where this version does not offer it for
+    """Return the fastest candidate as a choice; None if this version does not offer it for
     `problem`."""
     winner = timings.winner
     for variant in registry.VARIANTS:

@@ -1,4 +1,4 @@
-"""RecordWarning: what the record store says when it goes on without something, once a process."""
+"""RecordWarning: what stores warn of when they go on without a line, a file or a folder."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ class RecordWarning(UserWarning):
 
 
 def warn_of_line(path: Path, number: int, digest: bytes, error: Exception) -> None:
-    """A line of `path` is skipped; its number may change, its `digest` not."""
-    told_once = f"{path}:{number}: skipped, {error}; `qlora-compile records prune` removes it"
-    _warn_once((path.absolute(), digest), told_once)
+    """Warn that a line of `path` is skipped, once per `digest`: the line's number may change."""
+    message = f"{path}:{number}: skipped, {error}; `qlora-compile records prune` removes it"
+    _warn_once((path.absolute(), digest), message)
 
 
 def warn_of_file(path: Path, error: Exception) -> None:
-    """A whole file is skipped."""
-    _warn_once((path.absolute(),), f"{path}: skipped, {told(error)}")
+    """Warn that a whole file is skipped."""
+    _warn_once((path.absolute(),), f"{path}: skipped, {error_text(error)}")
 
 
 def warn_of_folder(folder: Path, error: Exception) -> None:
-    """A folder cannot be used."""
+    """Warn that a folder cannot be used."""
     _warn_once(
         (folder.absolute(),),
-        f"{folder}: {told(error)}; what is measured is kept in this process only, set "
+        f"{folder}: {error_text(error)}; results are kept in this process only, set "
         "QLORA_COMPILE_CACHE to a folder that can be written",
     )
 
 
-def told(error: Exception) -> str:
-    """What a system's or a lock's error says, without its path."""
+def error_text(error: Exception) -> str:
+    """Return the text of a system's or a lock's error, without the path."""
     strerror = error.strerror if isinstance(error, OSError) else None
     return strerror or str(error) or type(error).__name__
 
 
 def _warn_once(about: tuple[object, ...], message: str) -> None:
+    """Warn, once per process for each `about`."""
     if about not in _SAID:
         _SAID.add(about)
         warnings.warn(message, RecordWarning, stacklevel=3)

@@ -1,7 +1,7 @@
-"""A process that measures for another: what a candidate does to it costs the session nothing.
+"""Worker: a process that measures for another, so that a crash costs the user's session nothing.
 
-`python -m qlora_compile.tuning.worker READ WRITE` with two inherited pipe ends. Only its parent
-talks to it, by pickles of its own.
+It is started as `python -m qlora_compile.tuning.worker READ WRITE`, with two inherited pipe ends.
+Only the parent writes to the pipe, so the pickles that are read come from the same program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlora_compile.tuning.measure import measure
 
 
 def main(read: int, write: int) -> None:
-    """Measures what it is asked to until its parent is gone."""
+    """Measure what the parent asks for, until the parent is gone."""
     requests, replies = Connection(read, writable=False), Connection(write, readable=False)
     while True:
         try:
@@ -28,7 +28,7 @@ def main(read: int, write: int) -> None:
         try:
             replies.send(measure(problem, candidates, seconds, replies.send, skipped))
         except Exception:
-            # Not a rejection: the parent raises it, with where it came from.
+            # An error that rejects no candidate: the parent raises it, with this traceback.
             replies.send(traceback.format_exc())
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -1,6 +1,7 @@
-"""Single fused calls on the inputs that they have in a graph, next to their specification.
+"""CallInterpreter: compares each fused call of a graph with its specification, on its own inputs.
 
-Errors of a whole block hide what one kernel adds to them; those of one call are a rounding or two.
+The errors of a whole block hide the error of a single kernel. Those of one call are a rounding or
+two, so that a wrong kernel shows.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 
 
 class CallInterpreter(Interpreter):
-    """Runs a rewritten graph and calls `on_call` with the results of every call in it of an op of
-    ours: by its specification in its own dtypes, by that in float64, and its own.
+    """Runs a rewritten graph and passes `on_call` three results of each call of one of our ops.
 
-    names: of the graph's placeholders.
+    These are the results of the specification in the call's dtypes, of the specification in
+    float64, and of the op itself. names: the names of the graph's placeholders, in order.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class CallInterpreter(Interpreter):
             weights = base_weights(n) if is_fused(n) else [experts_weight(n)]
             sites = [self._site(weight) for weight in weights]
             names = [f"the input of {', '.join(sites)}"]
-            # The block's gradient of it bears its plain name.
+            # The plain names are taken by the gradients of the whole block.
             names += [f"{self._name(each)} in its own call" for each in others]
-        found = outputs_and_gradients(
+        results = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
         )
-        told = {f"output {i}": f"output of {site}" for i, site in enumerate(sites)}
-        return {told.get(name, name): value for name, value in found.items()}
+        renamed = {f"output {i}": f"output of {site}" for i, site in enumerate(sites)}
+        return {renamed.get(name, name): value for name, value in results.items()}
 
     def _name(self, value: Any) -> str:
-        """Of a stored tensor, a cast or a view of it: the placeholder's."""
+        """Return the name of the placeholder that `value` is, or is a cast or a view of."""
         return self._names.get(stored_weight(value), str(value))
 
     def _site(self, weight: Node) -> str:

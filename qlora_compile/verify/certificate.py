@@ -1,5 +1,5 @@
-"""Certificate: how exactly one rewritten graph computed what the captured one does, by which
-kernels and versions; and the JSON line it is kept as."""
+"""Certificate: the errors of one rewritten graph that passed its check, with the kernels and
+versions that computed it, and the JSON line that stores it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _VERSION_KEY = "qlora_compile_certificate"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output or gradient of a region or of a fused call in it, on `inputs`: "real", "random",
-    "random, dropped out" or "random, in float32".
+    """The errors of one output or gradient of a region, or of a fused call in the region.
 
-    Errors are Euclidean norms of the difference from the reference, over the reference's: `error`
-    of the rewritten graph, `plain_error` of the captured one in the same dtypes; `allowed` is what
-    `error` may be.
+    inputs: "real", "random", "random, dropped out" or "random, in float32". An error is the
+    Euclidean norm of the difference from the reference, divided by the norm of the reference:
+    `error` of the rewritten graph, `plain_error` of the captured one in the same dtypes. allowed:
+    the largest `error` that passes.
     """
 
     inputs: str
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float | None:
-        """`error` over `plain_error`; 1 where both are zero, None where the plain alone is."""
+        """`error` over `plain_error`; 1 if both are zero, None if only `plain_error` is."""
         if self.plain_error:
             return self.error / self.plain_error
         return None if self.error else 1.0
@@ -49,8 +49,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Versions:
-    """What a certificate holds for: device, kernels' sources, torch, Triton and driver are in
-    `fingerprint`; `sources` is a digest of all of qlora_compile's."""
+    """The versions that a certificate is valid for.
+
+    fingerprint: device, sources of the kernels, torch, Triton and driver. sources: a digest of all
+    sources of qlora_compile.
+    """
 
     fingerprint: Fingerprint
     transformers: str
@@ -66,9 +69,10 @@ class Certificate:
     """A rewritten graph that passed; `comparisons` holds every output and gradient.
 
     pattern: digest of the graph, as in `graph_pattern`. region: the class of the block. kernels:
-    the implementations chosen, with their directions. reference: the dtype of the evaluation that
-    errors are from, and why it is not float64 where it is not. factor: how many times the plain
-    error was allowed a whole region.
+    the chosen implementations, each with its direction. versions: None if they cannot be
+    established. reference: the dtype of the evaluation that errors are measured against, and the
+    reason if that is not float64. factor: how many times the plain error a whole region was
+    allowed.
     """
 
     pattern: str
@@ -83,31 +87,31 @@ class Certificate:
 
     @property
     def worst(self) -> Comparison:
-        """The comparison with the largest ratio; of those without one, the largest error."""
+        """The comparison with the largest ratio; without any ratio, with the largest error."""
         return _worst(self.comparisons)
 
     def worst_on(self, inputs: str) -> Comparison:
-        """The same of one of `inputs`."""
+        """Return the worst comparison on one kind of `inputs`."""
         return _worst(c for c in self.comparisons if c.inputs == inputs)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The kinds of inputs it was checked on."""
+        """The kinds of inputs that the graph was checked on."""
         return tuple(dict.fromkeys(comparison.inputs for comparison in self.comparisons))
 
     @property
     def key(self) -> Key | None:
-        """None where the versions could not be established: such a one is not kept."""
+        """The key in a store; None if the versions are unknown, and then it is not stored."""
         return self.versions and (self.pattern, self.kernels, self.versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, with the ratios."""
+        """Return all fields, and the ratio of every comparison."""
         comparisons = [asdict(each) | {"ratio": each.ratio} for each in self.comparisons]
         return asdict(self) | {"comparisons": comparisons}
 
     def __str__(self) -> str:
-        """Such as "Block verified: worst ratio 1.03 (gradient of q_proj.lora_A, random); on real
-        and random inputs"."""
+        """For example: "Block verified: worst ratio 1.03 (gradient of q_proj.lora_A, random); on
+        real and random inputs"."""
         worst, last = self.worst, self.inputs[-1]
         ratio = "unknown" if worst.ratio is None else f"{worst.ratio:.2f}"
         inputs = f"{'; '.join(self.inputs[:-1])} and {last}" if len(self.inputs) > 1 else last
@@ -122,17 +126,17 @@ def _worst(comparisons: Iterable[Comparison]) -> Comparison:
 
 
 def to_line(certificate: Certificate) -> str:
-    """A certificate as one line of JSON, ASCII, without the newline."""
+    """Return the certificate as one line of JSON, ASCII, without the newline."""
     return written_line(certificate, _VERSION_KEY, VERSION)
 
 
 def from_line(line: str) -> Certificate:
-    """The certificate of a line. Raises RecordLineError where `to_line` did not make it."""
+    """Parse a line. Raises RecordLineError unless `to_line` made the line."""
     return read_line(Certificate, line, _VERSION_KEY, VERSION)
 
 
 def versions_here(device: str) -> Versions | None:
-    """Those that run here, None where one cannot be established."""
+    """Return the versions that run here, None if one of them cannot be established."""
     found, sources = fingerprint(device), _sources_digest()
     if found is None or sources is None:
         return None
@@ -161,7 +165,7 @@ def _sources_digest() -> str | None:
 
 
 def _source_files(folder: Path) -> list[Path]:
-    # Not rglob, which does not enter `kernels` and `passes` where they are links.
+    # Not rglob: where `kernels` and `passes` are links, it does not enter them.
     files = []
     for path in folder.iterdir():
         if path.is_dir() and path.name != "__pycache__":

@@ -1,5 +1,5 @@
-"""Numerical check of a rewrite: outputs and all gradients of the rewritten graph against a float64
-evaluation of the captured one, next to the errors the captured one makes in its own dtypes."""
+"""Numerical check of a rewrite: compares outputs and all gradients with a float64 evaluation of the
+captured graph, and the errors with those that the captured graph makes in its own dtypes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from qlora_compile.verify.graph_forms import (
 from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 
 FACTOR = 4.0
-"""An error may be this many times that of the plain computation in the same dtypes: of hundreds of
-gradients the plain one's is, by luck, a third of the others' in some."""
+"""How many times the error of the plain computation in the same dtypes is allowed. Among hundreds
+of gradients there are some whose plain error is, by luck, a third of the usual one."""
 
 CALL_FACTOR = 2.0
-"""The same for a single fused call, where little adds up."""
+"""The same for a single fused call, where few roundings add up."""
 
 LOST_FACTOR = 10.0
-"""The same where the plain computation has no correct digit, as of gradients that cancel out."""
+"""The same where the plain computation has no correct digit, as for gradients that cancel out."""
 
 _LOST = 0.5
+"""A plain error from which on no digit is correct."""
 
 NOISE = {
     torch.float64: 64 * torch.finfo(torch.float64).eps,
@@ -43,16 +44,16 @@ NOISE = {
     torch.float16: torch.finfo(torch.float16).eps / 4,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
 }
-"""Errors below this, of one rounding or of the order of a sum, are taken for a plain one's. In
+"""The least plain error to judge by: one rounding or another order of a sum makes as much. In
 float64 the reference itself is no better."""
 
 _OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Allowed where the captured graph runs in no other dtype and is its own reference."""
+"""The allowed error where the captured graph runs only in its own dtypes and is the reference."""
 
 _OWN_DTYPES = "its own dtypes"
 
 _SEED = 1
-"""Of random inputs."""
+"""The seed of random inputs."""
 
 IN_FLOAT32 = "random, in float32"
 
@@ -61,7 +62,8 @@ _MODULE = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found: every comparison it made, and the first that failed, in words."""
+    """The result of a check. reference: as in Certificate. dtype: the lowest precision that the
+    graph computes in. mismatch: the first failure, in words, or None."""
 
     comparisons: tuple[Comparison, ...]
     reference: str
@@ -71,7 +73,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class CapturedInput:
-    """A placeholder: what people call it, and whether it is a parameter or buffer of the block."""
+    """A placeholder: its name for people, and whether it is a parameter or buffer of the block."""
 
     name: str
     stored: bool
@@ -80,8 +82,11 @@ class CapturedInput:
 def captured_inputs(
     graph_module: GraphModule, names: Mapping[int, Sequence[str]]
 ) -> list[CapturedInput]:
-    """The inputs of a graph as Dynamo hands it over; later it has forgotten them. names: of the
-    block's parameters and buffers, by their `id`; an adapter is read by its slot, not by name."""
+    """Describe the inputs of a graph that Dynamo has just captured; later it has forgotten them.
+
+    names: of the block's parameters and buffers, by their `id`. Compiled code reads the tensors of
+    an adapter from slots, not by name.
+    """
     found = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         argument = node.meta.get("grapharg")
@@ -89,7 +94,7 @@ def captured_inputs(
         path = ".".join(_MODULE.findall(source.name)) if source is not None else ""
         known = names.get(id(getattr(argument, "example", None)), ())
         name = path if path in known or not known else known[0]
-        # A slot's scaling lies in a module, but is none of its parameters and buffers.
+        # A slot's scaling is an attribute of a module, but none of its parameters and buffers.
         is_named = bool(known) or not (names and path)
         found.append(CapturedInput(name if name and is_named else node.name, bool(name)))
     return found
@@ -101,12 +106,15 @@ def check(
     inputs: Sequence[CapturedInput],
     args: Sequence[Any],
 ) -> Checked:
-    """Compares both graphs on `args`, with dropout off; on random activations and trained
-    parameters of the same shapes and dtypes; where the fused ops drop out, on these with the masks
-    of the fused op in both; and, where they compute in 16 bits, on the same in float32, whose small
-    errors hide no wrong rewrite. In its own dtypes each fused call is compared by itself too: the
-    small errors of one call hide no wrong kernel. Stops at the first case with a mismatch."""
-    # A checkpoint that is under way would count what is saved here.
+    """Compare both graphs on up to four sets of inputs; stop at the first one with a mismatch.
+
+    "real": `args`, dropout off. "random": random activations and trained parameters of the same
+    shapes and dtypes. "random, dropped out": these with the fused op's masks in both graphs, if
+    fused ops have dropout. "random, in float32": these in float32, whose small errors hide no wrong
+    rewrite, if the graphs compute in 16 bits. In the graphs' own dtypes each fused call is compared
+    by itself too: the small errors of one call hide no wrong kernel.
+    """
+    # A checkpoint that is under way would count the tensors saved here.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         return _check(original, rewritten, inputs, args)
 
@@ -139,14 +147,14 @@ def _check(
         if case.mismatch is not None:
             break
     mismatch = next((case.mismatch for case in cases if case.mismatch is not None), None)
-    # That of the first case: of all that ran, they differ in nothing it depends on.
+    # All cases that ran share the first one's reference: they differ in nothing it depends on.
     return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch)
 
 
 @dataclass
 class _Case:
-    """One set of inputs; `lowest` is the lowest dtype it is computed in, `wide` the one that both
-    graphs are converted to, None for their own."""
+    """One set of inputs and its comparisons. inputs: the kind, as in Comparison. lowest: the lowest
+    precision computed in. wide: the dtype that both graphs are converted to, None for their own."""
 
     inputs: str
     names: list[str]
@@ -180,7 +188,7 @@ class _Case:
             self.mismatch = self.mismatch or self._compare(name, plain, exact, actual, factor)
 
     def _exact(self, captured: GraphModule) -> Results | None:
-        """In float64 or, if it does not run in that, float32; None if in neither."""
+        """Return the results in float64, or in float32 if float64 does not run; None if neither."""
         reasons = []
         for dtype in (torch.float64, torch.float32):
             self.reference = "; ".join([_name(dtype), *reasons])
@@ -203,27 +211,27 @@ class _Case:
         actuals: Results,
         factor: float,
     ) -> str | None:
-        """Notes the comparison; returns what is wrong with it."""
+        """Record one comparison; return what is wrong, None if it passes."""
         plain, actual = plains.get(name), actuals.get(name)
         exact = plain if exacts is None else exacts.get(name)
-        told = f"{name} (inputs: {self.inputs})"
+        subject = f"{name} (inputs: {self.inputs})"
         if plain is None and actual is None:
             return None
         if plain is None or exact is None or actual is None:
             side = "the rewritten" if actual is None else "the original"
-            return f"{told} is missing from {side} graph"
+            return f"{subject} is missing from {side} graph"
         if (actual.shape, actual.dtype) != (plain.shape, plain.dtype):
             was = f"{_name(plain.dtype)} {list(plain.shape)}"
-            return f"{told} is {_name(actual.dtype)} {list(actual.shape)}, not {was}"
+            return f"{subject} is {_name(actual.dtype)} {list(actual.shape)}, not {was}"
         if not plain.is_floating_point():
-            return None if torch.equal(plain, actual) else f"{told} differs"
-        # Where the plain computation overflows, or divides by zero, nothing is right or wrong.
+            return None if torch.equal(plain, actual) else f"{subject} differs"
+        # Elements that overflow or divide by zero in the plain computation are not compared.
         defined = plain.isfinite() & exact.isfinite()
         if plain.numel() and not defined.any():
-            return f"{told} cannot be compared: the original computes no finite value of it"
+            return f"{subject} cannot be compared: the original computes no finite value of it"
         invalid = int((~actual.isfinite() & defined).sum())
         if invalid:
-            return f"{told} holds {invalid} NaN or infinite values that the original does not"
+            return f"{subject} holds {invalid} NaN or infinite values that the original does not"
         exact = torch.where(defined, exact, 0.0).double()
         error = _error(torch.where(defined, actual, 0.0), exact)
         plain_error = _error(torch.where(defined, plain, 0.0), exact)
@@ -236,19 +244,20 @@ class _Case:
         if result.passes:
             return None
         return (
-            f"{told} is off by {error:.1e} of its norm, allowed {allowed:.1e} "
+            f"{subject} is off by {error:.1e} of its norm, allowed {allowed:.1e} "
             f"(the original's own error is {plain_error:.1e})"
         )
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over that of `exact`; of an `exact` of zero the value's own norm."""
+    """Return |value - exact| / |exact| by Euclidean norms, or |value| if `exact` is zero."""
     return float((value.double() - exact).norm()) / (float(exact.norm()) or 1.0)
 
 
 def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[Any]:
-    """`args` with normal numbers for activations, of their own mean and deviation, and for trained
-    parameters: matrices, which as adapters begin with zeros, of variance 1 / columns."""
+    """Return `args` with normal numbers for activations, with their mean and deviation, and for
+    trained matrices, with variance 1 / columns, as an adapter's B is all zeros at first. Trained
+    vectors get noise of deviation 0.1."""
     generator = torch.Generator().manual_seed(_SEED)
     values = []
     for each, arg in zip(inputs, args, strict=True):
@@ -266,8 +275,8 @@ def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[An
 
 
 def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
-    """Whether other numbers may stand for it: frozen weights stay, and so do masks, which hold what
-    is added to scores to hide them."""
+    """Whether `arg` may be replaced by random numbers: not a frozen weight, nor an attention mask,
+    which holds huge negative numbers to be added to scores."""
     if captured.stored:
         return arg.requires_grad
     hidden = ~arg.isfinite() | (arg < torch.finfo(arg.dtype).min / 2)

@@ -1,7 +1,7 @@
-"""Forms of a captured graph that its check compares: without dropout, with the masks of the fused
-op, and computed by the specification in its own dtypes or in wider ones.
+"""Forms of a graph that its check compares: without dropout, with the masks of the fused op, and
+computed by the specification, in its own dtypes or in wider ones.
 
-Each is a copy; the parameters are inputs of the graph, so that a copy holds none.
+Each form is a copy of the graph. Parameters are inputs of the graph, so no copy holds any.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from qlora_compile.passes.nodes import (
 )
 
 SEED = 20240229
-"""Of every fused op's dropout in a check."""
+"""The seed of every fused dropout in a check."""
 
 _DROPOUT = torch.nn.functional.dropout
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _CASTS = ("float", "half", "bfloat16", "double")
 
 Masks = dict[str, tuple[int, float]]
-"""Stream and probability of each fused dropout, by the placeholder of the adapter's first factor:
-what the rewritten graph and the captured one both call it."""
+"""Stream and probability of each fused dropout, by the placeholder of the adapter's A.
+
+The rewritten graph and the captured one have the same name for that placeholder.
+"""
 
 
 def fused_masks(rewritten: GraphModule) -> Masks:
-    """Those that the fused ops of `rewritten` draw; empty where none drops anything out."""
+    """Return the masks that fused ops of `rewritten` draw; empty if none of them has dropout."""
     return {
         stored_weight(nodes.lora_a).name: (linear.stream, fused.call.dropout)
         for fused in _fused_calls(rewritten)
@@ -56,19 +58,22 @@ def _fused_calls(graph_module: GraphModule) -> list[FusedCall]:
 
 
 def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) -> str | None:
-    """The placeholder of a fused adapter whose input `original` drops out with another probability
-    than `rewritten`, whose masks are `masks`; no comparison of numbers would tell."""
+    """Return the placeholder of a fused adapter's A whose dropout differs between the graphs.
+
+    That is, whose input `original` drops out with another probability than `rewritten`, whose masks
+    are `masks`. None if there is none. No comparison of numbers would show the difference.
+    """
     dropouts = [node for node in original.graph.nodes if node.target is _DROPOUT]
     expected = {
         name: dropout_probability(node) for node in dropouts for name in _weights_after(node)
     }
     for fused in _fused_calls(rewritten):
-        # Where the base product reads what is dropped out, as in DoRA, that stays a node.
+        # Where the base product reads the dropped-out x too, as in DoRA, the dropout stays a node.
         before = dropout_probability(strip_casts(fused.x)) or 0.0
         for nodes in fused.linears:
             if nodes.lora_a is None:
                 continue
-            # A factor that was made of several adapters' has no dropout before it.
+            # A factor that was concatenated from several adapters' has no dropout before it.
             name = stored_weight(nodes.lora_a).name
             if expected.get(name, 0.0) != (masks[name][1] if name in masks else before):
                 return name
@@ -76,8 +81,11 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
 
 
 def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
-    """The captured or the rewritten graph with the fused ops' dropout drawn from SEED, and every
-    other dropout off; without `masks`, which are all of `fused_masks`, theirs too."""
+    """Return a copy of the captured or the rewritten graph whose dropout is reproducible.
+
+    masks: all of `fused_masks`; these are drawn from SEED, and every other dropout is off. Empty:
+    all dropout is off.
+    """
     graph_module = copy.deepcopy(graph_module)
     for node in graph_module.graph.nodes:
         if is_fused(node):
@@ -88,7 +96,7 @@ def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
             node.target, node.args = masked, (_operand(node), stream, probability)
             node.kwargs = {}
         elif node.target is _ATTENTION:
-            # query, key, value, attn_mask; dropout_p is the fifth.
+            # query, key, value and attn_mask come first; dropout_p is the fifth argument.
             node.args = (*node.args[:4], 0.0, *node.args[5:]) if len(node.args) > 4 else node.args
             if len(node.args) <= 4:
                 node.kwargs = dict(node.kwargs) | {"dropout_p": 0.0}
@@ -102,7 +110,7 @@ def _with_masks(fused: FusedCall, masks: Masks) -> FusedCall:
     if not fused.call.dropout:
         return fused
     fused.seed.target, fused.seed.args = torch.full, ((1,), SEED)
-    # A Linear that is called twice has two streams: by its name there is one to give both.
+    # A Linear that is called twice has two streams. `masks` has one by its name, used for both.
     linears = tuple(
         replace(linear, stream=masks[stored_weight(nodes.lora_a).name][0])
         if linear.rank
@@ -113,7 +121,7 @@ def _with_masks(fused: FusedCall, masks: Masks) -> FusedCall:
 
 
 def masked(x: Tensor, stream: int, probability: float) -> Tensor:
-    """x [..., K] dropped out as the fused op drops it."""
+    """Return x [..., K] dropped out by the mask that the fused op draws from SEED."""
     if probability == 0.0:
         return x.clone()
     seed = torch.full((1,), SEED, dtype=torch.int64, device=x.device)
@@ -125,7 +133,7 @@ def _operand(dropout: Node) -> Any:
 
 
 def _weights_after(dropout: Node) -> list[str]:
-    """The placeholders of what a dropout's result is multiplied with: an adapter's A, mostly."""
+    """Return the placeholders of the weights that multiply a dropout's result: mostly a LoRA A."""
     users, weights = list(dropout.users), []
     while users:
         user = users.pop()
@@ -137,8 +145,11 @@ def _weights_after(dropout: Node) -> list[str]:
 
 
 def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
-    """The captured graph with its packed weights decoded and multiplied as the formats specify
-    them, by none of the kernels that are to be checked; in its own dtypes, or `widened`."""
+    """Return the captured graph with our ops replaced by their specification.
+
+    That decodes packed weights as the formats specify, and uses none of the kernels that are to be
+    checked. wide: the dtype to compute in, as `widened` does; None for the graph's own dtypes.
+    """
     graph_module = copy.deepcopy(captured) if wide is None else widened(captured, wide)
     for part in _parts(graph_module):
         for node in part.graph.nodes:
@@ -150,7 +161,7 @@ def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
 
 
 def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
-    """`graph_module` with `wide` for every floating-point dtype that it names, and no autocast."""
+    """Return a copy with `wide` for every floating-point dtype it names, and without autocast."""
     graph_module = copy.deepcopy(graph_module).to(wide)
     for part in _parts(graph_module):
         for node in part.graph.nodes:
@@ -170,13 +181,15 @@ def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
 
 
 def _parts(graph_module: GraphModule) -> list[GraphModule]:
-    """Itself and the graphs that it hands to higher-order ops."""
+    """Return `graph_module` and the inner graphs that it passes to higher-order ops."""
     return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
 
 
 def widened_call(call: Call, wide: torch.dtype) -> Call:
-    """`call` in `wide`, chosen by the cost model: no model runs in these dtypes, so that nothing is
-    looked up, or measured later, for them."""
+    """Return `call` in the dtype `wide`, its variant chosen by the cost model.
+
+    No model runs in these dtypes: records need not be looked up for them, nor measured later.
+    """
     return replace(call, compute_dtype=wide, lora_dtype=wide, out_dtype=wide, records=MODELLED)
 
 

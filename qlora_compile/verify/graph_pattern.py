@@ -1,5 +1,7 @@
-"""The pattern of a rewritten graph: a digest that is the same in every process, and for layers and
-lengths that share a graph or could."""
+"""Graph pattern: a digest of a rewritten graph that is the same in every process.
+
+Layers and sequence lengths that share a graph, or could share one, have the same pattern.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ from qlora_compile.verify.check import CapturedInput
 def graph_pattern(
     graph_module: GraphModule, inputs: Sequence[CapturedInput], args: Sequence[Any]
 ) -> str:
-    """Hex digits for the ops of `graph_module` and how they are connected, their constants (formats
-    among them), and dtypes, devices and shapes of the inputs `args`. All dimensions but the last
-    of an activation are rounded up as `Problem` rounds rows, also where the graph names them.
+    """Return 16 hex digits of SHA-256 over the graph and its inputs.
+
+    They cover the ops of `graph_module`, their connections and constants (formats among them), and
+    the dtypes, devices and shapes of the inputs `args`. All dimensions of an activation but the
+    last are rounded up as `Problem` rounds rows, also where they are constants in the graph.
     """
     rows = {
         size
@@ -30,12 +34,12 @@ def graph_pattern(
         if isinstance(arg, Tensor) and not each.stored
         for size in arg.shape[:-1]
     }
-    inputs_told = [_input(*pair) for pair in zip(inputs, args, strict=True)]
+    described_inputs = [_input(*pair) for pair in zip(inputs, args, strict=True)]
     devices = sorted({arg.device.type for arg in args if isinstance(arg, Tensor)})
     state = [torch.is_grad_enabled()]
     state += [str(torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)]
-    told = [inputs_told, state, _graph(graph_module, frozenset(rows))]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    described = [described_inputs, state, _graph(graph_module, frozenset(rows))]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
 def _input(captured: CapturedInput, arg: Any) -> Any:
@@ -49,9 +53,9 @@ def _input(captured: CapturedInput, arg: Any) -> Any:
 
 def _graph(graph_module: GraphModule, rows: frozenset[int]) -> list[Any]:
     number = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    tell = functools.partial(_told, graph_module, number, rows)
+    describe = functools.partial(_described, graph_module, number, rows)
     return [
-        [node.op, _target(graph_module, node, rows), tell(node.args), tell(node.kwargs)]
+        [node.op, _target(graph_module, node, rows), describe(node.args), describe(node.kwargs)]
         for node in _operations(graph_module.graph)
     ]
 
@@ -73,22 +77,22 @@ def _target(graph_module: GraphModule, node: Node, rows: frozenset[int]) -> Any:
     if isinstance(node.target, (str, torch._ops.OpOverload)):
         return str(node.target)
     module = getattr(node.target, "__module__", "")
-    # Not repr(), which holds addresses.
+    # Not repr(), which contains memory addresses.
     return f"{module}.{getattr(node.target, '__qualname__', type(node.target).__name__)}"
 
 
-def _told(
+def _described(
     graph_module: GraphModule, number: dict[Node, int], rows: frozenset[int], value: Any
 ) -> Any:
-    tell = functools.partial(_told, graph_module, number, rows)
+    describe = functools.partial(_described, graph_module, number, rows)
     if isinstance(value, Node):
         return ["node", number[value]]
     if isinstance(value, (list, tuple)):
-        return [tell(each) for each in value]
+        return [describe(each) for each in value]
     if isinstance(value, dict):
-        return {str(key): tell(each) for key, each in value.items()}
+        return {str(key): describe(each) for key, each in value.items()}
     if isinstance(value, slice):
-        return ["slice", *map(tell, (value.start, value.stop, value.step))]
+        return ["slice", *map(describe, (value.start, value.stop, value.step))]
     if type(value) is int:
         return bucket_rows(value) if value in rows else value
     if value is None or isinstance(value, (bool, float, str)):

@@ -1,4 +1,4 @@
-"""What a graph computes: its outputs, and the gradients of its inputs."""
+"""Results of a graph: runs it and returns its outputs and the gradients of its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 Results = dict[str, Tensor | None]
-"""By what people call them; a gradient that there is not is None."""
+"""Outputs and gradients by their names for people; None for a gradient that autograd left out."""
 
 
 def outputs_and_gradients(
@@ -20,9 +20,11 @@ def outputs_and_gradients(
     args: Sequence[Any],
     wide: torch.dtype | None,
 ) -> Results:
-    """Of the graph's outputs, weighted at random, with respect to every input that requires one.
+    """Run `graph` on `args` and return its outputs ("output 0", …) and gradients ("gradient of …").
 
-    wide: the dtype that floating-point inputs are converted to.
+    The gradients are those of the sum of all outputs times fixed random weights, with respect to
+    every input that requires a gradient. names: the names of `args`. wide: the dtype that
+    floating-point inputs are converted to, None for their own.
     """
     leaves: dict[str, Tensor] = {}
     values = []
@@ -32,7 +34,7 @@ def outputs_and_gradients(
             value = _converted(arg.detach(), wide)
             if arg.requires_grad:
                 leaves[f"gradient of {name}"] = value.requires_grad_()
-            # Not the leaf itself, nor the model's own tensor: the graph may write to its inputs.
+            # A clone of the leaf, or of the model's tensor: the graph may write to its inputs.
             value = value if _is_frozen(arg) else value.clone()
         values.append(value)
     with _undisturbed(args, wide):
@@ -43,7 +45,7 @@ def outputs_and_gradients(
     weighted = []
     for output in outputs:
         if output.is_floating_point():
-            # Exact in every dtype that a graph may compute in.
+            # Rounded to bfloat16, so that the weights are exact in every dtype of a graph.
             weight = torch.randn(output.shape, generator=generator).to(torch.bfloat16).float()
             if output.requires_grad:
                 weighted.append((output, weight.to(output.device, output.dtype)))
@@ -52,10 +54,10 @@ def outputs_and_gradients(
         if weighted and leaves:
             roots, weights = zip(*weighted, strict=True)
             with _undisturbed(args, wide, autocast=False):
-                found = torch.autograd.grad(
+                gradients = torch.autograd.grad(
                     roots, list(leaves.values()), weights, allow_unused=True
                 )
-            results |= dict(zip(leaves, found, strict=True))
+            results |= dict(zip(leaves, gradients, strict=True))
     return results
 
 
@@ -71,7 +73,10 @@ def _is_frozen(arg: Tensor) -> bool:
 def _undisturbed(
     args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
 ) -> Iterator[None]:
-    """The random state is left as found; autocast is off for wide dtypes and for gradients."""
+    """Restore the random state afterwards, which is seeded inside.
+
+    Autocast is off inside if `wide` is given or `autocast` is False, as for gradients.
+    """
     devices = {arg.device for arg in args if isinstance(arg, Tensor)}
     with ExitStack() as stack:
         on = [device for device in devices if device.type == "cuda"]

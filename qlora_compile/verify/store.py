@@ -1,4 +1,4 @@
-"""CertificateStore: a file of certificates, which many processes read and write at once."""
+"""CertificateStore: a file of certificates that many processes may read and write at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlora_compile.tuning.store import LOCK_SECONDS, UNUSABLE
 from qlora_compile.tuning.warning import warn_of_file, warn_of_folder, warn_of_line
 from qlora_compile.verify.certificate import Certificate, Key, from_line, to_line
 
-FOLDER = "certificates"  # of its own: every *.jsonl in the cache folder itself holds records
+FOLDER = "certificates"  # its own folder: every *.jsonl in the cache folder itself holds records
 _FILE = "certificates.jsonl"
 _WRITING = "writing-"
 
@@ -21,7 +21,8 @@ _WRITING = "writing-"
 class CertificateStore:
     """The certificates in `cache`/certificates/certificates.jsonl, which need not exist.
 
-    A line that holds none is skipped with a warning, once a process, and goes with the next write.
+    A line that holds no certificate is skipped, with one warning per process, and removed by the
+    next write.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -32,12 +33,14 @@ class CertificateStore:
         return {key: certificate for key, (_, certificate) in self._lines().items()}
 
     def find(self, key: Key) -> Certificate | None:
-        """The certificate of this very pattern, by these kernels, on these versions."""
+        """Return the certificate of exactly this pattern, these kernels and these versions."""
         return self.read().get(key)
 
     def append(self, certificate: Certificate) -> None:
-        """Write it in place of one with its key; nothing if it has none. Where the folder cannot be
-        written this warns, once a process."""
+        """Write `certificate` in place of the one with the same key; without a key, do nothing.
+
+        Warns, once per process, if the folder cannot be written.
+        """
         if certificate.key is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Verifier: has every rewritten graph of a kind of block checked, and keeps what came out."""
+"""Verifier: checks every rewritten graph of one kind of block, and keeps the results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Verify = bool | Literal["once"]
 
 
 def check_option(verify: object) -> Verify:
-    """`verify` itself. Raises OptionError for what is no way to verify."""
+    """Return `verify`. Raises OptionError unless it is True, False or "once"."""
     if verify is True or verify is False or verify == "once":
         return verify  # pyright: ignore[reportReturnType]
     raise OptionError(option="verify", value=verify, known="True, False, 'once'")
@@ -31,10 +31,11 @@ def check_option(verify: object) -> Verify:
 
 @dataclass
 class Verifier:
-    """The check of one region kind's graphs. once: a certificate that was stored for the same
-    pattern, kernels and versions stands for the check.
+    """Checks the graphs of one kind of region.
 
-    `certificates` and `mismatches` are of the graphs checked so far.
+    region: the class of the block. strict: whether a mismatch is raised. once: whether a stored
+    certificate for the same pattern, kernels and versions replaces the check. certificates: those
+    of the graphs checked so far, by pattern. mismatches: what was wrong with the others.
     """
 
     region: str
@@ -51,10 +52,10 @@ class Verifier:
         fused: Iterable[FusedSite | FusedExperts],
         selector: ModelledSelector,
     ) -> Callable[[Sequence[Any]], str | None]:
-        """Returns the check of one graph: a function of the graph's first arguments that tells what
-        differs, or returns None if nothing does. selector: chooses the graph's variants.
+        """Return the check of one graph, a function to call with the graph's first arguments.
 
-        In strict mode the check raises VerificationError instead.
+        It returns what differs, or None. In strict mode it raises VerificationError for a
+        difference. fused: the sites of the graph. selector: chooses their variants.
         """
 
         def first_call(args: Sequence[Any]) -> str | None:
@@ -93,7 +94,7 @@ class Verifier:
 def _kernels(
     fused: Iterable[FusedSite | FusedExperts], selector: ModelledSelector
 ) -> tuple[str, ...]:
-    """Names what computes the sites, as `build_report` does."""
+    """Return the variants that compute the sites, with directions, as `build_report` finds them."""
     names = set()
     for site in fused:
         if isinstance(site, FusedExperts):

@@ -281,5 +281,5 @@ def test_a_weight_used_past_its_layer_is_named() -> None:
     model = qlora_compile.optimize(model)
     torch.testing.assert_close(model(x), expected)
     layer, other = qlora_compile.explain(model).sites
-    assert layer.reason == "the model computes with its weight past the layer"
+    assert layer.reason == "the model computes with its weight without calling the layer"
     assert other.fused

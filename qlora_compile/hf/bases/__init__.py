@@ -1,1 +1,1 @@
-"""Quantised base layers of other libraries that are adopted where they stand, a file each."""
+"""Quantised layers of other libraries, adopted in place: one adopter and one file per library."""

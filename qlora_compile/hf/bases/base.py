@@ -1,4 +1,4 @@
-"""What the adopter of one library's quantised layers must tell and do."""
+"""Base: the interface of an adopter of one library's quantised layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import nn
 
 
 class Base(ABC):
-    """One library's quantised Linears. Making and asking an adopter imports nothing of it, since
-    the library is optional: its presence shows in the classes of the modules."""
+    """Adopter of one library's quantised Linears.
+
+    The library is optional, so creating an adopter and calling `recognises` and `format` must not
+    import it: they look at the classes of the modules.
+    """
 
     @abstractmethod
     def recognises(self, module: nn.Module) -> bool:
@@ -18,18 +21,22 @@ class Base(ABC):
 
     @abstractmethod
     def format(self, module: Any) -> str | None:
-        """The name of the format that a recognised `module` stores its weight in, adopted or not;
-        None where it is not quantised yet."""
+        """Return the name of the format of a recognised `module`'s weight, adopted or not.
+
+        None if the weight is not quantised yet.
+        """
 
     @abstractmethod
     def obstacle(self, module: Any) -> str | None:
-        """Why a recognised `module` cannot be adopted; None if it can."""
+        """Return why a recognised `module` cannot be adopted; None if it can."""
 
     @abstractmethod
     def adopt(self, module: Any) -> None:
-        """Makes a `module` without an obstacle a site of the fused op, copying no weight."""
+        """Make a `module` without an obstacle a site of the fused op; the weight is not copied."""
 
     @abstractmethod
     def adapter_layer(self, layer: nn.Module) -> type[nn.Module] | None:
-        """The class of ours that stands for PEFT's adapter `layer` over an adopted base; None where
-        `layer` is none of PEFT's for this library."""
+        """Return our class to replace the class of PEFT's adapter `layer` over an adopted base.
+
+        None if `layer` is no adapter layer of PEFT's for this library.
+        """

@@ -1,7 +1,7 @@
-"""bitsandbytes' quantised layers, adopted where they stand: same Parameters, same state dict.
+"""bitsandbytes' quantised layers, adopted in place: Parameters and state dict stay the same.
 
-Adopting changes a layer's class to a subclass whose forward is the fused op while a block is being
-captured and bitsandbytes' own otherwise; no weight is copied.
+Adopting changes a layer's class to a subclass. Its forward is the fused op while a block is being
+captured, and bitsandbytes' own otherwise. No weight is copied.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """As `PackedWeight.tensors`."""
+        """The planes, in the order of `PackedWeight.tensors`."""
         state = self.weight.quant_state
         nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
         return [self.weight, state.absmax, *nested]
 
     @property
     def layout(self) -> str:
-        """The text of the weight's Layout."""
+        """The weight's Layout, as text."""
         state, shape = self.weight.quant_state, (self.out_features, self.in_features)
         return _layout(state.quant_type, *shape, state.blocksize, bool(state.nested))
 
@@ -48,7 +48,7 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
         return _packed(self)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] @ Wᵀ + bias."""
+        """Return x [..., K] @ Wᵀ + bias, in the dtype of x."""
         compute_dtype = _compute_dtype(x, self.compute_dtype)
         return quantized_linear(
             *(x, self.tensors, bias, self.layout), compute_dtype=compute_dtype, out_dtype=x.dtype
@@ -56,7 +56,7 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
 
 
 class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
-    """Weight-only: unlike LLM.int8 (Dettmers et al. 2022) the fused op does not quantise x."""
+    """8-bit layer. Unlike LLM.int8 (Dettmers et al. 2022), the fused op does not quantise x."""
 
     weight: Any
 
@@ -67,13 +67,13 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """As `PackedWeight.tensors`."""
+        """The planes, in the order of `PackedWeight.tensors`."""
         assert self.state.SCB is not None
         return [self.weight, self.state.SCB]
 
     @property
     def layout(self) -> str:
-        """The text of the weight's Layout."""
+        """The weight's Layout, as text."""
         return _layout("int8", self.out_features, self.in_features, self.in_features, False)
 
     @property
@@ -81,7 +81,7 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
         return _packed(self)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] @ Wᵀ + bias."""
+        """Return x [..., K] @ Wᵀ + bias, in the dtype of x."""
         compute_dtype = _compute_dtype(x, x.dtype)
         return quantized_linear(
             *(x, self.tensors, bias, self.layout), compute_dtype=compute_dtype, out_dtype=x.dtype
@@ -89,18 +89,18 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
 
 class DoraLinear4bit(DoraLayer, Linear4bit):  # type: ignore[misc]
-    """PEFT's adapter layer over 4-bit layers, by slots and with DoRA factored."""
+    """PEFT's adapter layer over 4-bit layers, by slots and with DoRA by its factors."""
 
 
 class DoraLinear8bitLt(DoraLayer, Linear8bitLt):  # type: ignore[misc]
-    """PEFT's adapter layer over 8-bit layers, by slots and with DoRA factored."""
+    """PEFT's adapter layer over 8-bit layers, by slots and with DoRA by its factors."""
 
 
 ADAPTER_LAYERS = {Linear4bit: DoraLinear4bit, Linear8bitLt: DoraLinear8bitLt}
-"""By the class of stock PEFT's that each stands for."""
+"""Our classes, by the PEFT class that each replaces."""
 
 
-# Dynamo does not trace how a text is made; it depends on nothing but constants.
+# Dynamo cannot trace the making of the text. The arguments are constants of a graph.
 @torch.compiler.assume_constant_result
 def _layout(format: str, n: int, k: int, block_size: int, double_quantized: bool) -> str:
     return str(block_layout(format, (n, k), block_size, double_quantized))
@@ -114,14 +114,14 @@ def _packed(layer: AdoptedLinear4bit | AdoptedLinear8bitLt) -> PackedWeight:
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    # As bitsandbytes: an input it can compute in safely decides.
+    # As in bitsandbytes: x in float32 or bfloat16 is computed with in that dtype.
     if x.dtype in (torch.float32, torch.bfloat16) or configured is None:
         return x.dtype
     return configured
 
 
 def obstacle(module: Any) -> str | None:
-    """Why a layer of bitsandbytes cannot be adopted, None if it can."""
+    """Return why a layer of bitsandbytes cannot be adopted, None if it can."""
     unquantized = "bitsandbytes has not quantised its weight yet; move the model to its device"
     if _is_8bit(module):
         if module.state.has_fp16_weights:
@@ -141,7 +141,7 @@ def obstacle(module: Any) -> str | None:
 
 
 def adopt(module: Any) -> None:
-    """Adopts in place a layer without an obstacle."""
+    """Adopt a layer without an obstacle, in place."""
     if _is_8bit(module):
         if module.weight.CB is not None:
             module.init_8bit_state()
@@ -158,5 +158,5 @@ def _is_8bit(module: Any) -> bool:
 
 
 def _quant_state(module: Any) -> Any:
-    # FSDP2 replaces the Parameter and with it the state that hangs on it.
+    # FSDP2 replaces the Parameter, and the quant_state attribute of the old one is lost.
     return module.weight.quant_state or module.quant_state

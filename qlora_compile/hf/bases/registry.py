@@ -1,4 +1,4 @@
-"""Every adopter of another library's quantised layers."""
+"""Registry of the adopters of other libraries' quantised layers."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ BASES: tuple[Base, ...] = (BitsAndBytes(),)
 
 
 def base_of(module: nn.Module) -> Base | None:
-    """The adopter of a quantised layer, None for any other module."""
+    """Return the adopter of a quantised layer, None for any other module."""
     return next((base for base in BASES if base.recognises(module)), None)
