@@ -52,7 +52,7 @@ FAULTS = (
     Fault("buffers are donated", _donated_buffers, (Backward,), "donated buffers"),
     Fault(
         "trained Linears are packed",
-        lambda: mock.patch.object(full_training, "trained_in_full", return_value=set()),
+        lambda: mock.patch.object(full_training, "is_partly_frozen", return_value=False),
         (Batch,),
         "only stock has",
     ),
