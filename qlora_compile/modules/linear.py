@@ -56,11 +56,13 @@ class QuantizedLinear(PackedModule, nn.Linear):
         if codes.is_floating_point():
             yield
             return
-        self.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        # Not by `self.weight =`, which accelerate and PEFT have put Parameters on the meta device
+        # while they make a model without data.
+        self._parameters["weight"] = nn.Parameter(self.dequantize(), requires_grad=False)
         try:
             yield
         finally:
-            self.weight = codes
+            self._parameters["weight"] = codes
 
     @contextmanager
     def repacked(self) -> Iterator[None]:
