@@ -52,6 +52,7 @@ _APART = (
     "a graph break, so call that torch.compile without fullgraph=True"
 )
 _GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
+_TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
@@ -142,6 +143,9 @@ class Region:
     def _apart(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the block by itself, also where a torch.compile around the model is under way."""
         module = self.module
+        if torch._C._are_functorch_transforms_active():
+            self.graphs, self.uncompiled = [], _TRANSFORMED
+            return self.kind.module_class.forward(module, *args, **kwargs)
         hooks = hooks_inside(module) if has_hooks(module) else ()
         if is_given_by_row((hook.function for hook in hooks), kwargs):
             self.graphs, self.uncompiled = [], _BY_ROW

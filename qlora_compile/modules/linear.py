@@ -79,4 +79,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] @ dequantize(weight)ᵀ + bias."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # No transform of torch.func knows the op, and jvp's result would be wrong.
+            return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         return quantized_linear(x, self.tensors, bias, self.layout)

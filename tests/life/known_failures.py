@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.life.operations import FunctionalGradient
 from tests.life.pair import Operation, Pair, Start
 
 
@@ -22,14 +21,7 @@ class KnownFailure:
     operations: tuple[Operation, ...]
 
 
-KNOWN_FAILURES: tuple[KnownFailure, ...] = (
-    KnownFailure(
-        "a block is compiled under a functorch transform",
-        lambda pair, operation: isinstance(operation, FunctionalGradient),
-        Start("nf4", ("q_proj",)),
-        (FunctionalGradient(),),
-    ),
-)
+KNOWN_FAILURES: tuple[KnownFailure, ...] = ()
 
 
 def known_to_fail(pair: Pair, operation: Any) -> bool:
