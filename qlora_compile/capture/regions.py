@@ -51,6 +51,7 @@ _OUTER_COMPILE = (
     "a graph break, so call that torch.compile without fullgraph=True"
 )
 _GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
+_TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
@@ -146,6 +147,9 @@ class Region:
     def _outside_outer_graph(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block in graphs of its own, also while a torch.compile traces the model."""
         module = self.module
+        if torch._C._are_functorch_transforms_active():
+            self.graphs, self.uncompiled = [], _TRANSFORMED
+            return self.kind.module_class.forward(module, *args, **kwargs)
         hooks = hooks_inside(module) if has_hooks(module) else ()
         if is_given_by_row((hook.function for hook in hooks), kwargs):
             self.graphs, self.uncompiled = [], _BY_ROW

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf.adapter_slots import SlottedLayer
@@ -237,8 +238,21 @@ def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
     """The PeftModel PEFT makes of `model`, with our layer where the base is packed."""
     config = copy.deepcopy(config)
+    # The hook below would do, but PEFT would first warn of a Conv1D's fan_in_fan_out.
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     return get_peft_model(model, config)
+
+
+def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
+    """Gives a LoRA layer its class when PEFT, which knows no packed Linear unless a config names
+    it, makes the layer over one: before the layer's adapter is made, and whoever attaches it."""
+    if name == "base_layer" and isinstance(layer, LoraLayer) and hasattr(type(base), "packed"):
+        own = _own_class(layer, base)
+        if own is not None:
+            layer.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
+
+
+register_module_module_registration_hook(_adopt_new)
 
 
 def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
@@ -259,7 +273,7 @@ def adopt_adapter_layer(module: nn.Module) -> None:
     slots, DoRA is written as plain LoRA, and merging packs a packed base anew. A packed weight is
     never [K, N], whatever the layer's config says of it (fan_in_fan_out), ours included."""
     if isinstance(module, LoraLayer):
-        own = _own_class(module)
+        own = _own_class(module, module.get_base_layer())
         if own is not None:
             module.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(module, QuantizedLoraLinear):
@@ -268,10 +282,9 @@ def adopt_adapter_layer(module: nn.Module) -> None:
         module.adopt_variants()
 
 
-def _own_class(layer: Any) -> type[nn.Module] | None:
-    """The class of ours that stands for a stock adapter layer; None where the layer stays as it
-    is: ours already, or over something else than a Linear."""
-    linear = layer.get_base_layer()
+def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
+    """The class of ours that stands for a stock adapter layer over `linear`; None where the layer
+    stays as it is: ours already, or over something else than a Linear."""
     if type(layer) is LoraLinear:
         if isinstance(linear, QuantizedLinear):
             return QuantizedLoraLinear

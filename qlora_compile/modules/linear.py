@@ -55,11 +55,13 @@ class QuantizedLinear(PackedModule, nn.Linear):
         if codes.is_floating_point():
             yield
             return
-        self.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        # Not by `self.weight =`, which accelerate and PEFT have put Parameters on the meta device
+        # while they make a model without data.
+        self._parameters["weight"] = nn.Parameter(self.dequantize(), requires_grad=False)
         try:
             yield
         finally:
-            self.weight = codes
+            self._parameters["weight"] = codes
 
     @contextmanager
     def repacked(self) -> Iterator[None]:
@@ -76,4 +78,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x [..., K] @ dequantize(weight)ᵀ + bias."""
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # No transform of torch.func knows the op, and jvp's result would be wrong.
+            return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         return quantized_linear(x, self.tensors, bias, self.layout)
