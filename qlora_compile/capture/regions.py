@@ -21,6 +21,7 @@ from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
+from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.errors import StrictError
@@ -163,7 +164,7 @@ class Region:
         self.adapters.refresh(by_slots=not user_hooks)
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not user_hooks:
-            args, kwargs = _with_gradient(args, kwargs)
+            args, kwargs = with_gradient(args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
@@ -301,23 +302,3 @@ def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     code = region.__code__.replace(co_name=f"region_{forward.__qualname__}")
     return FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
-
-
-def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Return the inputs of a block, the first floating-point one requiring a gradient.
-
-    Otherwise that of a model's first block would require none, and Dynamo would compile that block
-    separately, which costs more than the unneeded gradient.
-    """
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(key, str) and key != "hidden_states":
-            continue
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.requires_grad:
-                break
-            # A clone, not the leaf itself: the block may write to its input.
-            fresh = value.detach().requires_grad_().clone()
-            if isinstance(key, str):
-                return args, kwargs | {key: fresh}
-            return (*args[:key], fresh, *args[key + 1 :]), kwargs
-    return args, kwargs

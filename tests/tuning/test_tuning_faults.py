@@ -10,9 +10,10 @@ from pathlib import Path
 
 from qlora_compile.tuning.record import from_line
 from qlora_compile.tuning.store import RecordStore
+from tests.examples import examples
 from tests.tuning.conftest import Writers
 
-KILLS = 50
+KILLS = examples(50)
 
 
 def test_killed_tuners_lose_no_finished_record(writers: Writers, tmp_path: Path) -> None:

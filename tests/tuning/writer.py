@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.tuner import Tuner
 from tests.tuning.records import (
@@ -88,6 +89,8 @@ CHILDREN = {
 
 def main() -> None:
     """Each command is a number of children and for each its words; says when all are dead."""
+    # What every child would read again: the sources of all variants.
+    established("cpu")
     say("ready")
     for command in sys.stdin:
         children = []
