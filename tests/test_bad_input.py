@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
     "a lone Linear": (lambda: nn.Linear(4, 4), {"quantize": "nf4"}, errors.NoLinearError, ()),
     "no target": (
         toy,
-        {"lora": _lora(target_modules=["q_proj", "qproj"]), "quantize": "nf4"},
+        {"lora": _lora(target_modules=["query", "qproj"]), "quantize": "nf4"},
         errors.AdapterTargetError,
         ("'qproj'", "q_proj"),
     ),

@@ -185,7 +185,7 @@ def check_lora_config(
     modules: of `model`, by name.
 
     Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
-    would fail, or pass over a name, after it had begun to change the model.
+    would fail after it had begun to change the model.
     """
     if not isinstance(config, LoraConfig):
         raise AdapterConfigError(
@@ -202,12 +202,12 @@ def check_lora_config(
         raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
     targets = config.target_modules
     if targets is not None and targets != "all-linear":
-        names = [name for name in modules if name]
-        for rule in [targets] if isinstance(targets, str) else sorted(targets):
-            probe = LoraConfig(target_modules=rule if isinstance(targets, str) else [rule])
-            if not any(check_target_module_exists(probe, name) for name in names):
-                leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
-                raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
+        # As PEFT: names that this architecture lacks are passed over where others match.
+        probe = LoraConfig(target_modules=targets)
+        if not any(check_target_module_exists(probe, name) for name in modules if name):
+            leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
+            rule = targets if isinstance(targets, str) else sorted(targets)
+            raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the random state as the user left it.
     with torch.random.fork_rng():
