@@ -51,12 +51,13 @@ class QuantizedLinear(PackedModule, nn.Linear):
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Make `weight` the decoded weight [N, K] of `weight_dtype` inside the context."""
-        codes = self.weight
+        codes = self._parameters["weight"]
+        assert codes is not None
         if codes.is_floating_point():
             yield
             return
-        # Not by `self.weight =`, which accelerate and PEFT have put Parameters on the meta device
-        # while they make a model without data.
+        # `self.weight = ...` would put the Parameter on the meta device while PEFT loads an adapter
+        # with low_cpu_mem_usage.
         self._parameters["weight"] = nn.Parameter(self.dequantize(), requires_grad=False)
         try:
             yield

@@ -25,7 +25,7 @@ Way = Callable[[Any, LoraConfig, Path], Any]
 def saved(config: LoraConfig, folder: Path) -> Path:
     """The folder with an adapter of `config` for the toy model."""
     torch.manual_seed(3)
-    get_peft_model(toy(), config).save_pretrained(folder)
+    get_peft_model(toy(), config).save_pretrained(str(folder))
     return folder
 
 
