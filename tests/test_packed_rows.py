@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 import qlora_compile
 from bench.agreement import distance
+from tests.examples import examples
 from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
 from tests.toy_models import VOCABULARY, toy
 
@@ -44,7 +45,7 @@ def step(model: Any, batch: Any) -> dict[str, Tensor]:
 
 
 @given(lengths=st.lists(st.integers(2, 20), min_size=3, max_size=3))
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 def test_packed_rows_train_as_the_same_rows_apart(model: Any, lengths: list[int]) -> None:
     rows = [{"input_ids": torch.randint(3, VOCABULARY, (n,)).tolist()} for n in lengths]
     apart = {

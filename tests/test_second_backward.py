@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.agreement import distance
+from tests.examples import examples
 from tests.test_equality import FLOAT32_TOLERANCE, build
 from tests.toy_models import tokens
 
@@ -69,7 +70,7 @@ def models(request: pytest.FixtureRequest) -> tuple[torch.dtype, list[Any]]:
 
 
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_gradients_are_those_of_stock_every_time(
     models: tuple[torch.dtype, list[Any]], data: st.DataObject
 ) -> None:

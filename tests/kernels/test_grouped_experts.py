@@ -21,6 +21,7 @@ from qlora_compile.kernels.gpu.configs import GROUPED, GROUPED_DENSE, GemmConfig
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
+from tests.examples import examples
 from tests.kernels.linear_cases import double_quantizes
 from tests.kernels.test_qlora_experts import Case, assert_no_worse_than_plain
 
@@ -74,7 +75,7 @@ def cases(draw: st.DrawFn, format: str) -> Case:
 
 
 @pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(data=st.data())
 def test_error_of_output_and_gradients(format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()

@@ -18,6 +18,7 @@ from qlora_compile.errors import LabelRangeError, OptionError
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 from qlora_compile.kernels.head_sweep import Sweep
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
+from tests.examples import examples
 from tests.kernels.head_cases import BF16, F32, F64, PRECISIONS, Case
 
 FACTOR = 1.5
@@ -79,7 +80,7 @@ def cases() -> st.SearchStrategy[Case]:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(cases())
 @example(Case(ignored=1.0))
 @example(Case(ignored=1.0, label_smoothing=0.1, vocabulary_chunk=5))
@@ -90,7 +91,7 @@ def test_equals_cross_entropy_over_all_logits(case: Case) -> None:
     check(case)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     st.builds(
         Case,
