@@ -222,8 +222,7 @@ def build_report(inventory: Inventory) -> Report:
         if found is None:
             reason = entry.kept or "outside the blocks, and neither quantised nor adapted"
         else:
-            prefix, region = found
-            local = name[len(prefix) :].lstrip(".")
+            local, region = found
             fused = region.fused().get(local)
             chosen = _chosen(fused, selector_named(region.records_name)) if fused else {}
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
@@ -253,8 +252,7 @@ def _expert_sites(inventory: Inventory, regions: dict[str, Region]) -> Iterator[
         rank = expert_adapters.active_rank(inventory.model, name)
         fused, reason = None, site.obstacle or "its experts run outside the compiled blocks"
         if (found := _enclosing(name, regions)) is not None:
-            prefix, region = found
-            local = name[len(prefix) :].lstrip(".")
+            local, region = found
             fused = region.experts().get(local)
             reason = None if fused else region.unfused().get(local, "the block has not run yet")
         if fused is None and name in inventory.trained:
@@ -280,9 +278,10 @@ def _chosen(site: FusedSite, selector: ModelledSelector) -> dict[str, Any]:
 
 
 def _enclosing(name: str, regions: dict[str, Region]) -> tuple[str, Region] | None:
-    """Return the name and the region of the innermost region that has the site `name`."""
+    """Return the innermost region that has the site `name`, after the site's name inside it."""
     best = None
     for prefix, region in regions.items():
-        if is_inside(name, prefix) and name[len(prefix) :].lstrip(".") in region.sites:
-            best = (prefix, region)
+        local = name[len(prefix) :].lstrip(".")
+        if is_inside(name, prefix) and local in region.sites:
+            best = (local, region)
     return best

@@ -109,7 +109,7 @@ def make_backend(
     ) -> RegionGraph:
         region, _ = _running.regions[-1]
         names = tensor_names(region.module)
-        inputs = captured_inputs(graph_module, names)
+        inputs = [] if verifier is None else captured_inputs(graph_module, names)
         captured = graph_module if verifier is None else copy.deepcopy(graph_module)
         graph = _rewrite(graph_module, region, names, selector)
         if inductor:

@@ -247,9 +247,7 @@ def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
     """Gives a LoRA layer its class when PEFT, which knows no packed Linear unless a config names
     it, makes the layer over one: before the layer's adapter is made, and whoever attaches it."""
     if name == "base_layer" and isinstance(layer, LoraLayer) and hasattr(type(base), "packed"):
-        own = _own_class(layer, base)
-        if own is not None:
-            layer.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
+        _give_own_class(layer, base)
 
 
 register_module_module_registration_hook(_adopt_new)
@@ -273,13 +271,17 @@ def adopt_adapter_layer(module: nn.Module) -> None:
     slots, DoRA is written as plain LoRA, and merging packs a packed base anew. A packed weight is
     never [K, N], whatever the layer's config says of it (fan_in_fan_out), ours included."""
     if isinstance(module, LoraLayer):
-        own = _own_class(module, module.get_base_layer())
-        if own is not None:
-            module.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
+        _give_own_class(module, module.get_base_layer())
         if isinstance(module, QuantizedLoraLinear):
             module.fan_in_fan_out = False
     if isinstance(module, DoraLayer):
         module.adopt_variants()
+
+
+def _give_own_class(layer: nn.Module, linear: nn.Module | None) -> None:
+    own = _own_class(layer, linear)
+    if own is not None:
+        layer.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:

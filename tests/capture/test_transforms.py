@@ -43,14 +43,13 @@ def test_a_transform_gives_what_it_gives_of_stock(transform: str) -> None:
     ids = torch.arange(3, 11)[None]
     results = []
     stock, ours = (get_peft_model(toy(num_hidden_layers=1), lora()) for _ in range(2))
-    base: Any
     ours = qlora_compile.optimize(ours, quantize="nf4", tune="off")
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             stock.get_submodule(name).weight.data = module.dequantize()
     values = {n: p.detach() for n, p in ours.named_parameters() if "lora_" in n}
     for model in (stock, ours):
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         base.set_attn_implementation("eager")
 
         def loss(values: dict[str, Tensor], model: Any = model) -> Tensor:
