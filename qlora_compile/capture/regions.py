@@ -164,7 +164,7 @@ class Region:
         self.adapters.refresh(by_slots=not user_hooks)
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not user_hooks:
-            args, kwargs = with_gradient(args, kwargs)
+            args, kwargs = with_gradient(module, args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
