@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,7 +163,26 @@ def pack(
         )
         delattr(site.module, site.parameter)
         setattr(site.module, site.parameter, packed)
+        # PEFT finds the parameters that it adapts by this method of the module that has them.
+        named: Any = partial(_parameters, site.module)
+        named.__func__ = _parameters  # Dynamo takes it for a bound method
+        site.module.named_parameters = named
         site.module.requires_grad_(False)
+
+
+def _parameters(
+    module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of `module` as its class does, and packed weights by their own names.
+
+    The weights come in the order that they had as parameters: PEFT wraps the module once for each.
+    """
+    yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
+    if not recurse:
+        for name in _weight_names(module):
+            packed = getattr(module, name)
+            if isinstance(packed, PackedExperts):
+                yield f"{prefix}{'.' if prefix else ''}{name}", packed.weight
 
 
 def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str, ExpertSite]:
