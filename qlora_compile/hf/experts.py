@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import moe
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from qlora_compile.expert_errors import FrozenExpertsError
+from qlora_compile.expert_errors import raise_frozen
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.base import BlockSize
@@ -284,12 +284,12 @@ def _linear(
             scaling = torch.full((1,), scaling, dtype=wide, device=x.device)
         adapter = (lora_a, lora_b, scaling)
     if bias is not None and bias.requires_grad:
-        raise FrozenExpertsError(site=f"{type(module).__name__}.{name}_bias")
+        raise_frozen(f"{type(module).__name__}.{name}_bias")
     if isinstance(weight, PackedExperts):
         planes, layout = weight.tensors, weight.layout
     else:
         if weight.requires_grad:
-            raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")
+            raise_frozen(f"{type(module).__name__}.{name}")
         planes = [weight.transpose(1, 2) if is_transposed(module) else weight]
         experts, n, k = planes[0].shape
         layout = str(Layout(UNQUANTIZED, (experts * n, k)))
