@@ -10,12 +10,13 @@ from qlora_compile.errors import (
     AlreadyQuantizedError,
     MetaDeviceError,
     NoLinearError,
-    ReplacedForwardError,
+    OffloadedWeightError,
     StrictError,
     WeightValueError,
 )
 from qlora_compile.hf import adapters, expert_adapters, experts, full_training
 from qlora_compile.hf.conv1d import LinearSite, as_linear
+from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.linear import QuantizedLinear
@@ -30,10 +31,9 @@ def check(
     block_size: BlockSize,
     double_quantize: bool,
     strict: bool,
-    whole: bool,
 ) -> list[LinearEntry]:
     """The Linears and Conv1Ds to pack. Raises the error of everything `adopt` would stumble over;
-    changes nothing. whole: whether the model is to be compiled as one region."""
+    changes nothing."""
     options: dict[str, Any] = {}
     if quantize is not None:
         options = _options(quantize, block_size, double_quantize)
@@ -46,12 +46,10 @@ def check(
         for prefix, module in inventory.modules.items():
             for name, tensor in getattr(module, kind)(prefix, recurse=False):
                 if tensor.device.type == "meta":
-                    raise MetaDeviceError(site=name)
+                    lost = OffloadedWeightError if is_offloaded(module) else MetaDeviceError
+                    raise lost(site=name)
     if strict:
         raise_left((name, each.obstacle) for name, each in inventory.linears.items())
-    for name, module in inventory.modules.items():
-        if (name or whole) and "forward" in module.__dict__:
-            raise ReplacedForwardError(site=name or model)
     if lora is not None and adapters.has_adapters(inventory.modules):
         raise AlreadyAdaptedError(model=model)
     if quantize is not None:
@@ -91,6 +89,7 @@ def adopt(
     """Quantises the Linears `packed` in place, one after another, lets PEFT attach `lora` and
     quantises experts; returns the inventory of the PeftModel if one was made, else the same."""
     keep_trained = lora is not None or inventory.is_partly_frozen
+    bound = bound_forwards(inventory.modules.values())
     options: dict[str, Any] = {}
     if quantize is not None:
         if lora is None and keep_trained:
@@ -112,6 +111,8 @@ def adopt(
     for module in inventory.modules.values():
         adapters.adopt_adapter_layer(module)
         expert_adapters.adopt(module)
+    for module in bound:
+        bind_forward(module)
     return inventory
 
 

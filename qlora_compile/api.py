@@ -10,12 +10,8 @@ import torch
 from torch import nn
 
 from qlora_compile import adopt
-from qlora_compile.capture.regions import (
-    Region,
-    RegionKind,
-    install,
-    uninstall,
-)
+from qlora_compile.capture.region_kind import RegionKind
+from qlora_compile.capture.regions import Region, install, uninstall
 from qlora_compile.errors import (
     AlreadyOptimizedError,
     NoExampleInputsError,
@@ -121,7 +117,7 @@ def optimize(
         "double_quantize": double_quantize,
     }
     blocks = repeated_blocks(inventory.modules) if scope == "block" else []
-    packed = adopt.check(inventory, lora, **options, strict=strict, whole=not blocks)
+    packed = adopt.check(inventory, lora, **options, strict=strict)
     if strict:
         _example_inputs(model, example_inputs)
     if logits_free_loss:

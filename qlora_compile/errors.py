@@ -272,10 +272,11 @@ class AdapterTargetError(QloraCompileError, ValueError):
     template = "target_modules: {rule!r} matches no module of the model; its linears are {known}"
 
 
-class ReplacedForwardError(QloraCompileError, ValueError):
+class OffloadedWeightError(QloraCompileError, ValueError):
     template = (
-        "{site} has a forward of its own on the instance, as accelerate's hooks set it; load "
-        "the model on one device, or call accelerate.hooks.remove_hook_from_submodules(model) first"
+        "{site} is offloaded by accelerate and holds no data between calls; load the model with a "
+        "device_map that offloads nothing to the CPU or a disk, or call "
+        "accelerate.hooks.remove_hook_from_submodules(model) first"
     )
 
 

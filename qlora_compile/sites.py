@@ -11,6 +11,7 @@ from qlora_compile.hf.bases.base import Base
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears
 from qlora_compile.hf.conv1d import Conv1D, LinearSite
+from qlora_compile.hf.replaced_forward import replaced_forward
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
 
@@ -59,6 +60,7 @@ class LinearEntry:
     def is_quantizable(self) -> bool:
         """Whether this is a plain Linear or Conv1D whose weight nothing needs unquantised."""
         needed = self.kept is not None or self.full_precision or self.read_by_parent
+        needed |= replaced_forward(self.module) is not None
         return type(self.module) in (nn.Linear, Conv1D) and not needed
 
     @property

@@ -13,6 +13,8 @@ from types import FunctionType
 
 from torch import nn
 
+from qlora_compile.hf.replaced_forward import plain_function, replaced_forward
+
 _PREPARING = ("__init__", "reset_", "init_", "_init", "tie_", "_tie")
 """Beginnings of the names of methods that only prepare a model, before anything is quantised."""
 
@@ -20,14 +22,15 @@ _DESCRIPTIONS = ("dtype", "device", "shape", "ndim", "numel", "size")
 
 
 def read_by_parent(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of modules whose weight a method of their parent module reads.
+    """Return the names of modules whose weight a method of their parent module reads, or a forward
+    that stands on the parent's instance.
 
     For example, Mamba computes `self.dt_proj.weight @ x`.
     """
     return {
         f"{name}.{child}" if name else child
         for name, module in modules.items()
-        for child in _read_weights(type(module))
+        for child in _read_weights(type(module)) | _read_on_instance(module)
         if child in module._modules
     }
 
@@ -45,8 +48,16 @@ def _read_weights(module_class: type[nn.Module]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _read_by(function: FunctionType) -> set[str]:
-    """Return every NAME in `self.NAME.weight`, unless only dtype, shape or the like are read."""
+def _read_on_instance(module: nn.Module) -> set[str]:
+    function = plain_function(replaced_forward(module))
+    return _read_by(function, owner=None) if isinstance(function, FunctionType) else set()
+
+
+def _read_by(function: FunctionType, owner: str | None = "self") -> set[str]:
+    """Return every NAME in `owner.NAME.weight`, unless only dtype, shape or the like are read.
+
+    owner: the variable; None for whatever stands before NAME.
+    """
     names = [
         step.argval if step.opname in ("LOAD_FAST", "LOAD_ATTR", "LOAD_METHOD") else None
         for step in dis.get_instructions(function)
@@ -56,5 +67,5 @@ def _read_by(function: FunctionType) -> set[str]:
     return {
         name
         for first, name, last, then in zip(names, names[1:], names[2:], following, strict=False)
-        if (first, last) == ("self", "weight") and name and then not in _DESCRIPTIONS
+        if last == "weight" and owner in (None, first) and name and then not in _DESCRIPTIONS
     }

@@ -1,4 +1,5 @@
-"""Blocks whose modules have hooks: how they are compiled, or why they run uncompiled."""
+"""Blocks whose modules have hooks, or forwards of their own: how they are compiled, or why they run
+uncompiled."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchRuntimeError, Unsupported, UserError
 
-from qlora_compile.capture.hooks import Hook
+from qlora_compile.capture.hooks import FORWARD, Hook
 from qlora_compile.hf.blocks import checkpoints
 from qlora_compile.hf.captured_outputs import (
     captured_key,
@@ -56,13 +57,26 @@ class HookedRun:
         return cls(_identities(others), collected_keys(captured) if captured else None, whole=True)
 
     @property
+    def is_watched(self) -> bool:
+        """Whether there are hooks in the narrow sense, which see what the modules are given."""
+        return any(kind != FORWARD for kind, _, _ in self.hooks)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Dynamo's settings for these blocks, to be added to those of blocks without hooks."""
+        if not self.is_watched and self.captured is None:
+            return {}
         limit = {"recompile_limit": RECOMPILE_LIMIT} if self.hooks else {}
         return {"skip_nnmodule_hook_guards": False} | limit
 
     def prepared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `forward`, wrapped to return the `captured` outputs too if there are any."""
+        """Return `forward`, wrapped to return the `captured` outputs too if there are any.
+
+        Where the block's own forward is replaced, the result takes the replacement in the place of
+        the module.
+        """
+        if any(kind == FORWARD and not path for kind, path, _ in self.hooks):
+            forward = _call
         return forward if self.captured is None else collecting(forward, self.captured)
 
 
@@ -71,7 +85,10 @@ def obstacle(block: nn.Module, hooks: Sequence[Hook]) -> str | None:
     backward = [hook for hook in hooks if hook.is_backward]
     if backward:
         return f"its block ran uncompiled, because compiled code cannot call {hook_names(backward)}"
-    own = [hook for hook in hooks if captured_key(hook.function) is None]
+    forwards = [hook for hook in hooks if hook.kind == FORWARD]
+    if forwards and not forwards[0].module and checkpoints(block):
+        return f"its block ran uncompiled under a checkpoint, because of {hook_names(forwards[:1])}"
+    own = [h for h in hooks if h.kind != FORWARD and captured_key(h.function) is None]
     if own and torch.is_grad_enabled() and (checkpoints(block) or _saves_by_hooks()):
         # The checkpoint stops recomputing at the last value it has saved. A compiled block reaches
         # that value at another place than an uncompiled one, and other hooks have run by then.
@@ -92,6 +109,10 @@ def hook_names(hooks: Sequence[Hook], most: int = 3) -> str:
     names = [str(hook) for hook in hooks]
     rest = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *rest])
+
+
+def _call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
 def _identities(hooks: Sequence[Hook]) -> tuple[tuple[str, str, object], ...]:

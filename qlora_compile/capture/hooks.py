@@ -1,8 +1,7 @@
-"""The hooks that the modules inside a block have at the time of a call."""
+"""The hooks, and forwards of their own, that the modules inside a block have at the time of a call."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,11 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+
+from qlora_compile.hf.replaced_forward import called_forward, plain_function
+
+FORWARD = "forward"
+"""The kind of a forward on the instance, which counts as a hook."""
 
 _GLOBAL = {
     "global forward hook": _global_forward_hooks,
@@ -31,7 +35,10 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Hook:
-    """A hook on the module at a path inside a block; a global one has the path "every module"."""
+    """A hook on the module at a path inside a block; a global one has the path "every module".
+
+    A forward that stands on a module's instance counts as one; that of the block has the path "".
+    """
 
     kind: str
     module: str
@@ -44,10 +51,7 @@ class Hook:
     @property
     def unbound(self) -> Any:
         """The plain function behind partial objects and bound methods."""
-        function: Any = self.function
-        while isinstance(function, functools.partial):
-            function = function.func
-        return getattr(function, "__func__", function)
+        return plain_function(self.function)
 
     @property
     def code(self) -> object:
@@ -55,12 +59,15 @@ class Hook:
         return getattr(self.unbound, "__code__", type(self.unbound))
 
     def __str__(self) -> str:
-        name = getattr(self.unbound, "__qualname__", type(self.unbound).__qualname__)
-        return f"the {self.kind} {name} on {self.module}"
+        named = self.unbound if hasattr(self.unbound, "__qualname__") else type(self.unbound)
+        name = named.__qualname__
+        if self.kind == FORWARD:
+            name = f"{named.__module__}.{name}"
+        return f"the {self.kind} {name} on {self.module or 'the block itself'}"
 
 
 def has_hooks(block: nn.Module) -> bool:
-    """Whether a module inside `block` has hooks that its call runs.
+    """Whether a module inside `block` has hooks, or a forward of its own, that its call runs.
 
     The block's own hooks do not count: they run before and after the forward that is compiled.
     Every call of every block asks this, and adapters come and go, so nothing can be cached. The
@@ -81,6 +88,8 @@ def has_hooks(block: nn.Module) -> bool:
             or state["_backward_pre_hooks"]
         ):
             return True
+        if FORWARD in state and called_forward(module) is not None:
+            return True
         if children := state["_modules"]:
             modules += children.values()  # the loop goes on through what is appended
     return False
@@ -97,6 +106,9 @@ def _hooks(block: nn.Module) -> Iterator[Hook]:
             yield Hook(kind, "every module", function)
     for path, module in block.named_modules():
         if module is not block:
+            forward = called_forward(module)
+            if forward is not None:
+                yield Hook(FORWARD, path, forward)
             for kind, name in _OWN.items():
                 for function in getattr(module, name).values():
                     yield Hook(kind, path, function)

@@ -1,18 +1,16 @@
 """Regions: blocks of a model that are compiled in place, each kind of block once.
 
-A region replaces its module's `forward` on the instance. Parameters, state-dict keys, classes and
-hooks stay as they are. Regions are copied and pickled with the model, and then compile again on
-their first call.
+A region replaces its module's `forward` on the instance, or the one that accelerate's hook calls
+there. Parameters, state-dict keys, classes and hooks stay as they are. Regions are copied and
+pickled with the model, and then compile again on their first call.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,14 +18,21 @@ from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
-from qlora_compile.capture.backend import GraphCall, RegionGraph, make_backend, running
+from qlora_compile.capture.backend import GraphCall, RegionGraph, running
 from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
-from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
+from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
+from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
-from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
+from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
+from qlora_compile.hf.replaced_forward import (
+    forward_place,
+    place_hooks,
+    reached,
+    replaced_forward,
+)
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -36,9 +41,6 @@ from qlora_compile.passes.context import (
     linear_site,
     tensor_names,
 )
-from qlora_compile.tuning.modes import tuner_of
-from qlora_compile.tuning.tuner import Tuner
-from qlora_compile.verify.verifier import Verifier
 
 _DYNAMO_SETTINGS = {
     # A number such as a dropout probability becomes a constant of each layer's graph, not an input.
@@ -56,59 +58,12 @@ _TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
-@dataclass
-class RegionKind:
-    """Settings and compiled forward that the modules of one class in one model share. probing:
-    whether calls are captured but not compiled. refused: hooks with which Dynamo refused to trace
-    the block as one graph, and the reason."""
-
-    module_class: type[nn.Module]
-    strict: bool
-    verifier: Verifier | None
-    repeated: bool
-    tune: str
-    probing: bool = False
-    refused: dict[HookedRun, str] = field(default_factory=dict, repr=False)
-    _compiled: dict[tuple[bool, HookedRun | None], Callable[..., Any]] = field(
-        default_factory=dict, repr=False
-    )
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_compiled": {}, "refused": {}, "probing": False}
-        state.pop("tuner", None)
-        return state
-
-    @functools.cached_property
-    def tuner(self) -> Tuner | None:
-        """Cached for as long as the kind lives: compiled calls name this tuner's selector."""
-        return tuner_of(self.tune)
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        return own_forward(self.module_class)
-
-    def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
-        """Return `forward(module, *args, **kwargs)` compiled, or only rewritten while probing.
-        hooked: None if no module inside the block has hooks."""
-        key = (self.probing, hooked)
-        if key not in self._compiled:
-            backend = make_backend(
-                inductor=not self.probing,
-                verifier=self.verifier,
-                tuner=self.tuner,
-            )
-            forward = self.forward if hooked is None else hooked.prepared(self.forward)
-            self._compiled[key] = torch.compile(
-                _entry(forward), backend=backend, fullgraph=hooked is not None and hooked.whole
-            )
-        return self._compiled[key]
-
-
 class Region:
     """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
     `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
     `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
-    captured: the keys of inner outputs that the last forward collected."""
+    captured: the keys of inner outputs that the last forward collected. replaced: the forward that
+    stood on the module's instance before, if any."""
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -122,7 +77,8 @@ class Region:
         self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
         self.adapters = SlottedAdapters(module, sites)
-        self.__signature__ = inspect.signature(module.forward)
+        self.replaced = replaced_forward(module)
+        self.__signature__ = inspect.signature(self.stock)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"graphs": None}
@@ -141,7 +97,7 @@ class Region:
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
         if idle or empty or cached or torch.compiler.is_exporting():
-            return self.kind.module_class.forward(module, *args, **kwargs)
+            return self.stock(*args, **kwargs)
         return self._outside_outer_graph(*args, **kwargs)
 
     @torch.compiler.disable(reason=_OUTER_COMPILE)
@@ -150,20 +106,20 @@ class Region:
         module = self.module
         if torch._C._are_functorch_transforms_active():
             self.graphs, self.uncompiled = [], _TRANSFORMED
-            return self.kind.module_class.forward(module, *args, **kwargs)
-        hooks = hooks_inside(module) if has_hooks(module) else ()
+            return self.stock(*args, **kwargs)
+        hooks = self._hooks()
         if is_given_by_row((hook.function for hook in hooks), kwargs):
             self.graphs, self.uncompiled = [], _BY_ROW
-            return self.kind.module_class.forward(module, *args, **kwargs)
+            return self.stock(*args, **kwargs)
         if (reason := obstacle(module, hooks)) is not None:
             self._leave_uncompiled(reason)
-            return self.kind.module_class.forward(module, *args, **kwargs)
+            return self.stock(*args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
-        user_hooks = hooked is not None and hooked.hooks
+        watched = hooked is not None and hooked.is_watched
         # Slots only read the weights of an adapter's modules; their hooks run in PEFT's forward.
-        self.adapters.refresh(by_slots=not user_hooks)
+        self.adapters.refresh(by_slots=not watched)
         # Hooks may check which values require a gradient, so none is added for them.
-        if self.kind.repeated and module.training and torch.is_grad_enabled() and not user_hooks:
+        if self.kind.repeated and module.training and torch.is_grad_enabled() and not watched:
             args, kwargs = with_gradient(module, args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
@@ -174,7 +130,7 @@ class Region:
     def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
         if hooked in self.kind.refused:
             self._leave_uncompiled(self.kind.refused[hooked])
-            return self.kind.forward(self.module, *args, **kwargs)
+            return (self.replaced or partial(self.kind.forward, self.module))(*args, **kwargs)
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
@@ -184,11 +140,11 @@ class Region:
             _dynamo_config.patch(settings),
         ):
             try:
-                result = self.kind.compiled(hooked)(self.module, *args, **kwargs)
+                result = self.kind.compiled(hooked)(self.replaced or self.module, *args, **kwargs)
             except REFUSALS:
                 if hooked is None or not hooked.whole or executed:
                     raise
-                self.kind.refused[hooked] = untraced(hooks_inside(self.module))
+                self.kind.refused[hooked] = untraced(self._hooks())
                 return self._run(hooked, *args, **kwargs)
         self.uncompiled = _GIVEN_UP
         if self.graphs is None or [g for g, _ in executed] != [g for g, _ in self.graphs]:
@@ -199,6 +155,18 @@ class Region:
             result, collected = result
             append_collected(collected)
         return result
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The module's forward before there was a region."""
+        return self.replaced or self.kind.module_class.forward.__get__(self.module)
+
+    def _hooks(self) -> tuple[Hook, ...]:
+        hooks: tuple[Hook, ...] = ()
+        if has_hooks(self.module):
+            place_hooks(self.module)
+            hooks = hooks_inside(self.module)
+        return hooks if self.replaced is None else (Hook(FORWARD, "", self.replaced), *hooks)
 
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
         hooked = HookedRun.of(self.module, hooks)
@@ -243,6 +211,13 @@ class Region:
             reasons = "\n".join(f"  {site}: {why}" for site, why in sorted(missing.items()))
             raise StrictError(count=len(missing), reasons=reasons)
 
+    @property
+    def displaced(self) -> str | None:
+        """The reason why the module's calls run no more through this region, None if they do."""
+        if any(each is self for each in reached(self.module)):
+            return None
+        return f"its block runs uncompiled: {Hook(FORWARD, '', self.module.forward)} came later"
+
     def fused(self) -> dict[str, FusedSite]:
         """Return the Linears that the last call computed by a fused op."""
         return self._by_own_names("fused")
@@ -254,13 +229,15 @@ class Region:
     def _by_own_names(self, attribute: str) -> dict[str, Any]:
         """Join one `attribute` of the last call's graphs, by this module's names of the sites."""
         found: dict[str, Any] = {}
-        for graph, names in self.graphs or ():
+        for graph, names in () if self.displaced else self.graphs or ():
             for site, value in getattr(graph, attribute).items():
                 found[str(names.get(site, site))] = value
         return found
 
     def unfused(self) -> dict[str, str]:
         """Return all other sites, with the reason."""
+        if self.displaced:
+            return dict.fromkeys(self.sites, self.displaced) | self.kept
         if self.graphs is None:
             reason = "its block has not run yet"
             if self.cached:
@@ -274,31 +251,27 @@ class Region:
         return dict.fromkeys(self.sites - served, missing) | self._by_own_names("unfused")
 
 
+_REGION = "_qlora_compile_region"
+"""The attribute of a module that holds its region, whatever becomes of the module's forward."""
+
+
 def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
-    module.forward = region
+    setattr(module, forward_place(module), region)
+    setattr(module, _REGION, region)
     return region
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give `module` the forward of its class again."""
-    del module.forward
+    """Give `module` the forward back that it had before."""
+    region = module.__dict__.pop(_REGION)
+    if forward_place(module) == "forward" and region.replaced is None:
+        del module.forward
+    else:
+        setattr(module, forward_place(module), region.stock)
 
 
 def region_of(module: nn.Module) -> Region | None:
-    # accelerate's hooks replace `forward` and keep the one they call in `_old_forward`.
-    forwards = (module.__dict__.get(name) for name in ("forward", "_old_forward"))
-    return next((forward for forward in forwards if isinstance(forward, Region)), None)
-
-
-def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with its own code object that calls `forward`: Dynamo counts recompilations
-    per code object, so kinds and models do not share one limit."""
-
-    def region(module, *args, **kwargs):
-        return forward(module, *args, **kwargs)
-
-    code = region.__code__.replace(co_name=f"region_{forward.__qualname__}")
-    return FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
+    return module.__dict__.get(_REGION)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.hf.replaced_forward import called_forward
+
 
 class Slot(NamedTuple):
     """One active adapter: y += (drop(x) aᵀ bᵀ + bias) * scaling.
@@ -90,6 +92,7 @@ def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple
     Tensors are represented by their `id`, which is unique while the slot holds them.
     """
     plain = type(a) is type(b) is nn.Linear and a.bias is None and not variant
+    plain &= not any("forward" in m.__dict__ and called_forward(m) for m in (a, b, dropout))
     known = isinstance(dropout, (nn.Identity, nn.Dropout))
     tensors = id(a.weight), id(b.weight), id(b.bias)
     return (plain and known, *tensors, a.weight.device, scaling, _probability(dropout))

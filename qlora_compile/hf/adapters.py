@@ -22,6 +22,7 @@ from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
+from qlora_compile.hf.replaced_forward import move_hook
 from qlora_compile.modules.linear import QuantizedLinear
 
 
@@ -256,7 +257,8 @@ register_module_module_registration_hook(_adopt_new)
 def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
     """Puts `linear` where the site's Linear is, under its adapter if it has one; returns the name
     of that place."""
-    module = model.get_submodule(site)
+    module: Any = model.get_submodule(site)
+    move_hook(getattr(module, "base_layer", module), linear)
     if isinstance(module, BaseTunerLayer):
         module.base_layer = linear
         adopt_adapter_layer(module)

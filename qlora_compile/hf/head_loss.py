@@ -199,8 +199,10 @@ def _causal_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     operands = head_operands(logits.head)
     assert operands is not None
+    # accelerate moves what the head is given to the head's device.
+    hidden = logits.hidden.to(logits.device)
     loss = chunked_cross_entropy(
-        logits.hidden.reshape(-1, logits.hidden.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]),
         operands.weight,
         shift_labels.reshape(-1).to(logits.device),
         bias=operands.bias,

@@ -9,6 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from qlora_compile.hf.replaced_forward import replaced_forward
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.modules.linear import QuantizedLinear
 
@@ -31,8 +32,10 @@ def head_operands(head: nn.Module) -> HeadOperands | None:
     """Return the operands of what `head` computes now, None if they are not known.
 
     Known are a Linear, packed or not, one that is trained in full (modules_to_save), and one with a
-    single plain LoRA adapter without dropout.
+    single plain LoRA adapter without dropout. Unknown is what a forward on the instance computes.
     """
+    if replaced_forward(head) is not None:
+        return None
     if isinstance(head, ModulesToSaveWrapper):
         active: list[str] = head.active_adapters
         trained = bool(active) and not head.disable_adapters and active[0] in head.modules_to_save

@@ -1,0 +1,126 @@
+"""Forwards that stand on a module's instance, before that of its class.
+
+Trainers and other libraries put them there. accelerate's hooks do so too: they keep the forward
+that they call in `_old_forward`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+from torch import nn
+
+
+class PlacedHook(AlignDevicesHook):
+    """The hook of a module that lies on one device with its whole block: nothing is to be moved.
+
+    Dynamo cannot trace accelerate's moving. Compiled code does without it.
+    """
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return args, kwargs
+        return super().pre_forward(module, *args, **kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output if torch.compiler.is_compiling() else super().post_forward(module, output)
+
+
+def place_hooks(block: nn.Module) -> None:
+    """Let compiled code run through accelerate's hooks inside `block` where these have nothing to
+    do: the block's own hook has moved the inputs to the only device that it and they know."""
+    devices = {tensor.device for tensor in (*block.parameters(), *block.buffers())}
+    if not any(_places(each) and devices == {_device(each)} for each in _hooks(block)):
+        return
+    for module in block.modules():
+        hook: Any = module.__dict__.get("_hf_hook")
+        forward: Any = module.__dict__.get("forward")
+        if module is not block and _places(hook) and devices == {_device(hook)}:
+            hook.__class__ = PlacedHook
+            # Dynamo would compile each layer for itself: it knows partial objects by their id.
+            module.__dict__["forward"] = MethodType(forward.func, module)
+
+
+def _places(hook: ModelHook | None) -> bool:
+    return type(hook) is AlignDevicesHook and not hook.offload
+
+
+def _device(hook: Any) -> torch.device | None:
+    return None if hook.execution_device is None else torch.device(hook.execution_device)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate takes the tensors of `module` away between calls."""
+    return any(getattr(hook, "offload", False) is True for hook in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> Iterable[ModelHook]:
+    hook = module.__dict__.get("_hf_hook")
+    return hook.hooks if isinstance(hook, SequentialHook) else () if hook is None else (hook,)
+
+
+def move_hook(module: nn.Module, successor: nn.Module) -> None:
+    """Give `successor` the hook of accelerate's that `module` has."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        add_hook_to_module(successor, hook)
+
+
+def forward_place(module: nn.Module) -> str:
+    """Return the attribute that holds the forward which accelerate's hook calls, if there is one,
+    else that which a call of the module runs."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that someone other than accelerate put on the instance."""
+    forward = module.__dict__.get(forward_place(module))
+    # accelerate leaves the class's own forward there when it takes a hook off.
+    return None if getattr(forward, "__func__", None) is type(module).forward else forward
+
+
+def called_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that a call of `module` runs, None if it is the class's."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None or type(hook) is PlacedHook:
+        return replaced_forward(module)
+    return module.__dict__.get("forward")
+
+
+def bound_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules on which an attribute binds the class's own forward."""
+    return [m for m in modules if forward_place(m) in m.__dict__ and replaced_forward(m) is None]
+
+
+def bind_forward(module: nn.Module) -> None:
+    """Bind the forward of the class that `module` has now."""
+    module.__dict__[forward_place(module)] = type(module).forward.__get__(module)
+
+
+def plain_function(function: Any) -> Any:
+    """Return the function behind partial objects and bound methods."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__func__", function)
+
+
+def reached(module: nn.Module) -> Iterator[object]:
+    """Yield the forwards of `module`, and what they hold and may call."""
+    pending: list[Any] = [module.__dict__.get(name) for name in ("forward", "_old_forward")]
+    seen: set[int] = set()
+    for each in pending:
+        if callable(each) and not isinstance(each, nn.Module) and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            if isinstance(each, functools.partial):
+                pending += [each.func, *each.args]
+            for cell in getattr(each, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty cell
+                    pending.append(cell.cell_contents)
+            pending += getattr(each, "__dict__", {}).values()
