@@ -12,6 +12,7 @@ from torch import nn
 from qlora_compile import adopt
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.regions import Region, install, uninstall
+from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import (
     AlreadyOptimizedError,
     NoExampleInputsError,
@@ -206,6 +207,9 @@ def _install_regions(
         local = _inside(block, reasons)
         kept = {path: why for name, path in local.items() if (why := reasons[name]) is not None}
         regions.append(install(module, kinds[key], frozenset(local.values()), kept))
+    first_step = FirstStep(regions)
+    for region in regions:
+        region.first_step = first_step
     return regions
 
 

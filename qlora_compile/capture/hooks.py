@@ -1,4 +1,4 @@
-"""The hooks, and forwards of their own, that the modules inside a block have at the time of a call."""
+"""The hooks and replaced forwards that the modules inside a block have at the time of a call."""
 
 from __future__ import annotations
 

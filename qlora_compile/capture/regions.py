@@ -23,6 +23,7 @@ from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
+from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
@@ -76,6 +77,7 @@ class Region:
         self.cached = False
         self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
+        self.first_step: FirstStep | None = None
         self.adapters = SlottedAdapters(module, sites)
         self.replaced = replaced_forward(module)
         self.__signature__ = inspect.signature(self.stock)
@@ -96,6 +98,9 @@ class Region:
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
+        training = module.training and not (self.kind.probing or torch.compiler.is_compiling())
+        if training and self.first_step is not None:
+            self.first_step.begin(self)
         if idle or empty or cached or torch.compiler.is_exporting():
             return self.stock(*args, **kwargs)
         return self._outside_outer_graph(*args, **kwargs)
