@@ -60,11 +60,14 @@ _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_nam
 
 
 class Region:
-    """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
+    """The forward of one compiled module.
+
+    kept: sites to leave alone, with the reason. idle: whether no other site is left. graphs: as
     `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
     `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
     captured: the keys of inner outputs that the last forward collected. replaced: the forward that
-    stood on the module's instance before, if any."""
+    stood on the module's instance before, if any.
+    """
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -73,6 +76,7 @@ class Region:
         self.kind = kind
         self.sites = sites
         self.kept = kept
+        self.idle = sites <= kept.keys()
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
         self.captured: tuple[str, ...] | None = None
@@ -94,14 +98,14 @@ class Region:
         # A key-value cache changes shape at every token, so a block that sees one would recompile
         # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
         # in a head whose logits are not wanted. An exported program has no use for our ops.
-        idle = self.sites <= self.kept.keys()
-        empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
+        empty = len(args) > 0 and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
         training = module.training and not (self.kind.probing or torch.compiler.is_compiling())
         if training and self.first_step is not None:
             self.first_step.begin(self)
-        if idle or empty or cached or torch.compiler.is_exporting():
+        # Not is_exporting(), which is true of every compilation in torch 2.11.
+        if self.idle or empty or cached or torch.compiler._is_exporting_flag:
             return self.stock(*args, **kwargs)
         return self._outside_outer_graph(*args, **kwargs)
 
@@ -164,7 +168,7 @@ class Region:
     @property
     def stock(self) -> Callable[..., Any]:
         """The module's forward before there was a region."""
-        return self.replaced or self.kind.module_class.forward.__get__(self.module)
+        return self.replaced or partial(self.kind.module_class.forward, self.module)
 
     def _hooks(self) -> tuple[Hook, ...]:
         hooks: tuple[Hook, ...] = ()
