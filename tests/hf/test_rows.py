@@ -1,5 +1,6 @@
 """Rows that cannot be trained on: one error each, whatever the dataset, the model and the fault."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from qlora_compile import errors, row_errors
 from qlora_compile.hf.dataset import prepare
-from tests.toy_language_model import END, LONGEST, VOCABULARY, toy_llama, toy_tokenizer
+from tests.toy_language_model import END, LONGEST, VOCABULARY, toy_tokenizer
 
 CLASSES = 5
 Row = dict[str, Any]
@@ -86,6 +87,8 @@ _SMALL: dict[str, Any] = {
     "hidden_size": 8,
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
+    "encoder_attention_heads": 1,
+    "decoder_attention_heads": 1,
 }
 
 
@@ -269,3 +272,106 @@ def test_a_wrong_row_is_one_error_that_names_it(kind: str, data: st.DataObject) 
     assert message.startswith(f"row {named}")
     assert "; " in message
     assert kind in TYPED or str(shown) in message
+
+
+def test_labels_that_begin_late_are_one_error() -> None:
+    rows = [{"input_ids": [1, 2]}, {"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}]
+    for kind in UNTYPED:
+        with pytest.raises(row_errors.RowColumnsError, match=r"row \d .*labels"):
+            prepared(kind, rows, TASKS["causal"])
+
+
+class Stopped(IterableDataset):
+    """A stream with a length and epochs of its own."""
+
+    epoch = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter([{"input_ids": [1, 2]}] * 3)
+
+    def __len__(self) -> int:
+        return 3
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_a_checked_stream_stays_the_stream_it_was() -> None:
+    stream = Stopped()
+    ready, _ = prepare(stream, TASKS["causal"].model(), None, None)
+    ready.set_epoch(2)
+    assert (len(pickle.loads(pickle.dumps(ready))), stream.epoch) == (3, 2)
+    with pytest.raises(TypeError):
+        len(prepare(Stream([{"input_ids": [1, 2]}]), TASKS["causal"].model(), None, None)[0])
+
+
+def tokenizer_that(ends: bool, side: str) -> Any:
+    tokenizer = toy_tokenizer()
+    tokenizer.truncation_side = side
+    if ends:
+        end = tokenizer.eos_token_id
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, end)]
+        )
+    return tokenizer
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    limit=st.none() | st.integers(1, 20),
+    ends=st.booleans(),
+    side=st.sampled_from(("left", "right")),
+)
+def test_a_text_that_is_not_cut_ends_once(
+    lengths: list[int], limit: int | None, ends: bool, side: str
+) -> None:
+    tokenizer = tokenizer_that(ends, side)
+    end = tokenizer.eos_token_id
+    texts = ["x" * length for length in lengths]
+    rows, _ = prepare(texts, TASKS["causal"].model(), tokenizer, limit)
+    for length, row in zip(lengths, rows, strict=True):
+        whole = tokenizer("x" * length, add_special_tokens=False)["input_ids"] + [end]
+        kept = min(len(whole), limit or len(whole))
+        expected = whole[:kept] if side == "right" else whole[len(whole) - kept :]
+        assert row["input_ids"] == expected
+        assert row["attention_mask"] == [1] * kept
+
+
+@pytest.mark.parametrize("task", ["classes", "tokens", "masked"])
+def test_a_text_for_other_models_is_what_the_tokenizer_makes_of_it(task: str) -> None:
+    labels = {"classes": 1, "tokens": [1, 2], "masked": [-100, 2]}[task]
+    for ends in (False, True):
+        tokenizer = tokenizer_that(ends, "right")
+        labelled = [{"text": "xyz"[: 3 - ends], "labels": labels}]
+        limit = 2 + ends if task == "classes" else 2
+        rows, _ = prepare(labelled, TASKS[task].model(), tokenizer, limit)
+        assert (
+            rows[0]["input_ids"]
+            == tokenizer(labelled[0]["text"], truncation=True, max_length=limit)["input_ids"]
+        )
+
+
+def test_rows_of_text_are_counted_with_the_blank_ones() -> None:
+    task = TASKS["causal"].model()
+    with pytest.raises(row_errors.RowTypeError, match="row 2: text is 7"):
+        prepare([{"text": "a"}, {"text": " "}, {"text": 7}], task, toy_tokenizer(), None)
+    with pytest.raises(row_errors.RowColumnsError, match="row 1 has no text"):
+        prepare([{"text": "a"}, {"input_ids": [1]}], task, toy_tokenizer(), None)
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"<{n}>" for n in range(VOCABULARY)])
+    with pytest.raises(row_errors.RowTokenError, match=r"row 2: .* ids 0 to 127; use the tok"):
+        prepare(["a", " ", f"<{VOCABULARY - 1}>"], task, tokenizer, None)
+
+
+def test_more_tokens_than_positions_cannot_be_asked_for() -> None:
+    for task in TASKS.values():
+        with pytest.raises(errors.SequenceLengthError, match=f"at most {task.longest}"):
+            prepare(["a"], task.model(), toy_tokenizer(), task.longest + 1)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, None], [0.5, 1.5, None]])
+def test_a_frame_with_a_missing_label_is_that_row_s_error(labels: list[Any]) -> None:
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "labels": labels})
+    task = TASKS["classes" if labels[0] == 0 else "numbers"]
+    with pytest.raises(row_errors.RowColumnsError, match="row 2 has no labels"):
+        prepare(frame, task.model(), toy_tokenizer(), None)
