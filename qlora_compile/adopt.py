@@ -14,7 +14,13 @@ from qlora_compile.errors import (
     StrictError,
     WeightValueError,
 )
-from qlora_compile.hf import adapters, expert_adapters, experts, full_training
+from qlora_compile.hf import (
+    adapters,
+    expert_adapters,
+    experts,
+    full_training,
+    parameter_counts,
+)
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
 from qlora_compile.kernels.formats.base import BlockSize
@@ -104,6 +110,7 @@ def adopt(
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
+        parameter_counts.count_elements(inventory.model)
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
         if entry.base is not None and entry.obstacle is None:
