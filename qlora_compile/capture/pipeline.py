@@ -91,9 +91,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
         site, value = context.site_of(node), example(node)
         if site is not None and site not in found and value is not None and value.dim() == 2:
             context.unfused.setdefault(site, READ_PAST_THE_LAYER)
+    context.unfused |= context.kept
     for site in context.unfused:
         context.fused.pop(site, None)
-    context.unfused |= context.kept
 
 
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:

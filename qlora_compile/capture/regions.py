@@ -25,7 +25,8 @@ from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import Hook, has_hooks, hooks_inside
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
+from qlora_compile.hf.adapters import SlottedAdapters
+from qlora_compile.hf.adapters_by_row import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call, own_forward
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.kernels.selector import MODELLED
