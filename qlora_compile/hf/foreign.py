@@ -28,8 +28,8 @@ def stored_as(weight: Tensor) -> str:
 
 def _is_plain(weight: Tensor) -> bool:
     """Whether torch computes with the memory of `weight`, and no subclass of Tensor intervenes."""
-    dispatch = type(weight).__torch_dispatch__
-    return dispatch is Tensor.__torch_dispatch__ and not has_torch_function((weight,))
+    own, plain = (getattr(each, "__torch_dispatch__") for each in (type(weight), Tensor))  # noqa: B009
+    return own is plain and not has_torch_function((weight,))
 
 
 def is_linear(module: nn.Module) -> bool:

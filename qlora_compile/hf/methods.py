@@ -18,10 +18,10 @@ _STOCK: tuple[type[nn.Module], ...] = (
     *(tuners.c3a.layer.C3ALinear, tuners.fourierft.layer.FourierFTLinear),
     *(tuners.gralora.layer.Linear, tuners.ia3.layer.Linear, tuners.lily.layer.Linear),
     *(tuners.oft.layer.Linear, tuners.poly.layer.Linear, tuners.pvera.layer.Linear),
-    *(tuners.randlora.layer.Linear, tuners.road.layer.Linear, tuners.unilora.layer.Linear),
-    *(tuners.vblora.layer.Linear, tuners.vera.layer.Linear, tuners.waveft.layer.WaveFTLinear),
+    *(tuners.randlora.layer.Linear, tuners.road.layer.Linear, tuners.vblora.layer.Linear),
+    *(tuners.vera.layer.Linear, tuners.waveft.layer.WaveFTLinear),
 )
-"""PEFT's adapter layers that read the base weight as a matrix only while they merge."""
+"""PEFT's adapter layers that read the base weight, and its dtype, only while they merge."""
 
 
 class Repacked:
@@ -84,8 +84,8 @@ def _checked(tuner: Any, name: str, *args: Any) -> None:
     getattr(type(tuner), name)(tuner, *args)
 
 
-def _check_config(tuner: Any, config: PeftConfig) -> None:
-    method = str(config.peft_type.value).lower()
+def _check_config(tuner: Any, config: Any) -> None:
+    method = config.peft_type.value.lower()
     if method in WORKING:
         return
     model = tuner.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,7 @@ class DecodedByFunction(Tensor):
         if func is linear:
             x, weight, *bias = args
             return linear(x, weight.codes.to(x.dtype) * weight.scale, *bias)
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result: Any = super().__torch_function__(func, types, args, kwargs or {})
         if func is Tensor.detach:
             result.codes, result.scale = args[0].codes, args[0].scale
         return result
@@ -104,10 +103,20 @@ class Fp8Linear(nn.Linear):
         return linear(input, self.weight.to(input.dtype), self.bias)
 
 
-class Unnamed(nn.Module):
+class Int8Linear(Fp8Linear):
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain)
+        self.weight = nn.Parameter(codes_of(plain)[0], requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight.to(input.dtype) * 0.01, self.bias)
+
+
+class Coded(nn.Module):
     """A layer of GPTQ's kind: its codes are a buffer. sizes: the attributes that hold (K, N)."""
 
     sizes: tuple[str, ...] = ()
+    qweight: Tensor
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
@@ -121,26 +130,28 @@ class Unnamed(nn.Module):
         return linear(x, self.qweight.to(x.dtype) * self.scale, self.bias)
 
 
-class HqqLayer(Unnamed):
+class HqqLayer(Coded):
     sizes = ("in_features", "out_features")
 
 
-class GptqLayer(Unnamed):
+class GptqLayer(Coded):
     sizes = ("infeatures", "outfeatures")
 
 
-class EetqLinear(Unnamed):
+class EetqLinear(Coded):
     """Tells no sizes."""
 
 
 class CompressedLinear(nn.Linear):
     """An nn.Linear without a weight, as compressed-tensors'."""
 
+    weight_packed: Tensor
+
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features)
         del self.weight
-        self.packed, self.scale = codes_of(plain)
-        self.register_buffer("weight_packed", self.packed)
+        codes, self.scale = codes_of(plain)
+        self.register_buffer("weight_packed", codes)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight_packed.to(input.dtype) * self.scale)
@@ -151,19 +162,10 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "Wrapper": with_weight(Wrapper),
     "Flattened": with_weight(Flattened),
     "float8_e4m3fn": Fp8Linear,
-    "int8": lambda plain: Int8Linear(plain),
+    "int8": Int8Linear,
     **{each.__name__: each for each in (HqqLayer, GptqLayer, EetqLinear, CompressedLinear)},
 }
 """By a word that the reason must say."""
-
-
-class Int8Linear(Fp8Linear):
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain)
-        self.weight = nn.Parameter(codes_of(plain)[0], requires_grad=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight.to(input.dtype) * 0.01, self.bias)
 
 
 class Block(nn.Module):

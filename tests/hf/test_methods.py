@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, tuners
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -44,12 +44,16 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"target_modules": None, "token_indices": [3, 5]},
     "LN_TUNING": {"target_modules": ["input_layernorm", "q_proj"]},
     "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1, "target_modules": None},
-    "CPT": {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
+    "CPT": {
+        "cpt_token_ids": [3, 4, 5, 6],
+        "cpt_mask": [1, 1, 1, 1],
+        "cpt_tokens_type_mask": [1, 2, 3, 4],
+    },
 }
 
 
-def config_of(method: str, **options: Any) -> PeftConfig:
-    made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+def config_of(method: str, **options: Any) -> Any:
+    made: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
     fields = {field.name for field in dataclasses.fields(made)}
     given = OPTIONS | OWN_OPTIONS.get(method, {}) | options
     return made(**{name: value for name, value in given.items() if name in fields})
@@ -81,9 +85,14 @@ def decoded() -> Any:
     return model
 
 
+def attach(model: Any, config: PeftConfig) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(model, copy.deepcopy(config))
+
+
 def adapted(model: Any, config: PeftConfig) -> Any:
     """Stock PEFT's model, its adapters no longer as they begin."""
-    model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+    model = attach(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -149,8 +158,9 @@ def assert_merges_as(model: Any, stock: Any) -> None:
         difference = base.dequantize() - again.dequantize()
         assert difference.norm() < 0.02 * before.norm(), name
         assert not torch.equal(base.dequantize(), before), name
+        error = 0.02 * again.dequantize().norm()
         layer.unmerge()
-        assert (base.dequantize() - before).norm() < 0.1 * before.norm(), name
+        assert (base.dequantize() - before).norm() < error, name
 
 
 @pytest.mark.usefixtures("eager")
@@ -164,11 +174,11 @@ def test_a_method_is_stock_pefts_or_refused(method: Any, late: bool, decoded: An
         expected = step(stock)
     except Exception as error:
         pytest.skip(f"stock PEFT refuses it: {type(error).__name__} {error}")
-    model: Any = packed() if late else get_peft_model(small(), copy.deepcopy(config))
+    model: Any = packed() if late else attach(small(), config)
     before, shape, refused = state_of(model), outline(model), None
     try:
         if late:
-            model = get_peft_model(model, copy.deepcopy(config))
+            model = attach(model, config)
         else:
             qlora_compile.optimize(model, quantize="int8", tune="off")
     except REFUSALS as error:
@@ -189,7 +199,7 @@ def test_a_method_is_stock_pefts_or_refused(method: Any, late: bool, decoded: An
     if late:
         config = LoraConfig(target_modules=TARGETS)
         stock = adapted(decoded, config)
-        model = get_peft_model(model, config)
+        model = attach(model, config)
         take(model, stock.state_dict())
         assert_close(step(model), step(stock))
 
@@ -226,23 +236,22 @@ def test_over_bitsandbytes_it_goes_on_as_stock(method: str) -> None:
         stock = adapted(with_bitsandbytes(small(), 4), config)
         for late in (False, True):
             model: Any = with_bitsandbytes(small(), 4)
-            for act in (0, 1) if late else (1, 0):
-                attach = lambda each: get_peft_model(each, copy.deepcopy(config))
-                model = (lambda each: qlora_compile.optimize(each, tune="off"), attach)[act](model)
+            model = model if late else attach(model, config)
+            model = qlora_compile.optimize(model, tune="off")
+            model = attach(model, config) if late else model
             take(model, stock.state_dict())
             assert_close(step(model), step(stock))
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("late", [False, True], ids=("before", "after"))
+@pytest.mark.parametrize(("late", "quantize"), [(False, None), (True, "int8")])
 def test_compiled_it_is_exact_and_named(late: bool, quantize: str | None, decoded: Any) -> None:
     config = config_of("IA3", target_modules=TARGETS)
     stock = adapted(decoded, config)
     model = copy.deepcopy(decoded)
-    model = model if late else get_peft_model(model, copy.deepcopy(config))
+    model = model if late else attach(model, config)
     model = qlora_compile.optimize(model, quantize=quantize, tune="off")
-    model = get_peft_model(model, copy.deepcopy(config)) if late else model
+    model = attach(model, config) if late else model
     take(model, stock.state_dict())
     assert_close(step(model), step(stock))
     sites = {site.name.rpartition(".")[2]: site for site in qlora_compile.explain(model).sites}
