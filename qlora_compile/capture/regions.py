@@ -25,7 +25,8 @@ from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
+from qlora_compile.hf.adapters import SlottedAdapters
+from qlora_compile.hf.adapters_by_row import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.hf.replaced_forward import (
