@@ -88,7 +88,6 @@ class Region:
         return "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
         # A key-value cache changes shape at every token, so a block that sees one would recompile
         # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
         # in a head whose logits are not wanted. An exported program has no use for our ops.

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 import qlora_compile
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.examples import LONG
-from tests.test_equality import lora, _round_trip, without_inductor
+from tests.test_equality import _round_trip, lora, without_inductor
 from tests.toy_language_model import toy_llama, toy_tokenizer
 
 __all__ = ["without_inductor"]
