@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from torch import nn
 from qlora_compile import adopt
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.regions import Region, install, uninstall
+from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import (
     AlreadyOptimizedError,
     NoExampleInputsError,
@@ -100,6 +102,9 @@ def optimize(
     start again at each sequence: without a cache it keeps the sequences apart, with one, its
     default, they attend to one another.
 
+    A model that has been optimised may be optimised again when it has changed since, or to attach
+    or quantise what is not yet; AlreadyOptimizedError is raised if there is nothing to do.
+
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
     and adapted but uncompiled.
@@ -107,7 +112,16 @@ def optimize(
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
     inventory = Inventory(model)
-    if regions_of(inventory):
+    installed = regions_of(inventory)
+    packs = quantize is not None and bool(inventory.quantizable())
+    if (
+        installed
+        and lora is None
+        and not packs
+        and not any(region.displaced for region in installed.values())
+        and _planned(inventory, scope)
+        == {name: (region.sites, region.kept) for name, region in installed.items()}
+    ):
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
     verify = check_option(verify)
@@ -122,6 +136,8 @@ def optimize(
         _example_inputs(model, example_inputs)
     if logits_free_loss:
         head_loss.check(model, whole=not blocks, example_inputs=example_inputs)
+    for region in installed.values():
+        uninstall(region.module)
     inventory = adopt.adopt(inventory, lora, packed=packed, **options)
     model = inventory.model
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
@@ -170,12 +186,10 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
     return inputs
 
 
-def _install_regions(
-    inventory: Inventory, *, strict: bool, verify: Verify, scope: str, tune: str
-) -> list[Region]:
+def _planned(inventory: Inventory, scope: str) -> dict[str, tuple[frozenset[str], dict[str, str]]]:
+    """Return the modules to compile by name, each with its sites and those among them to leave
+    alone, by their names inside the module."""
     modules = inventory.modules
-    if strict:
-        adopt.raise_left((name, each.obstacle) for name, each in inventory.experts.items())
     base = adapters.base_model(inventory.model)
     root = next(name for name, module in modules.items() if module is base)
     linears = {n: each for n, each in inventory.linears.items() if is_inside(n, root)}
@@ -194,18 +208,34 @@ def _install_regions(
         and name not in covered
         and (not blocks or entry.is_quantized or entry.adapted)
     ]
-    kinds: dict[type, RegionKind] = {}
-    regions = []
+    planned = {}
     for block in [*blocks, *singles] or [root]:
-        module = modules[block]
-        key = type(module)
-        if key not in kinds:
-            is_repeated = sum(type(modules[b]) is key for b in blocks) > 1
-            verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
-            kinds[key] = RegionKind(key, strict, verifier, is_repeated, tune)
         local = _inside(block, reasons)
         kept = {path: why for name, path in local.items() if (why := reasons[name]) is not None}
-        regions.append(install(module, kinds[key], frozenset(local.values()), kept))
+        planned[block] = frozenset(local.values()), kept
+    return planned
+
+
+def _install_regions(
+    inventory: Inventory, *, strict: bool, verify: Verify, scope: str, tune: str
+) -> list[Region]:
+    if strict:
+        adopt.raise_left((name, each.obstacle) for name, each in inventory.experts.items())
+    planned = _planned(inventory, scope)
+    blocks = repeated_blocks(inventory.modules)
+    count = Counter(type(inventory.modules[name]) for name in planned if name in blocks)
+    kinds: dict[type, RegionKind] = {}
+    regions = []
+    for name, (sites, kept) in planned.items():
+        module = inventory.modules[name]
+        key = type(module)
+        if key not in kinds:
+            verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
+            kinds[key] = RegionKind(key, strict, verifier, count[key] > 1, tune)
+        regions.append(install(module, kinds[key], sites, kept))
+    first_step = FirstStep(regions)
+    for region in regions:
+        region.first_step = first_step
     return regions
 
 

@@ -246,7 +246,7 @@ class AlreadyQuantizedError(QloraCompileError, ValueError):
 
 
 class AlreadyOptimizedError(QloraCompileError, ValueError):
-    template = "{model} is optimised already; use it as it is, or optimise a freshly loaded model"
+    template = "{model} is optimised already, and nothing has changed since; use it as it is"
 
 
 class NotOptimizedError(QloraCompileError, ValueError):

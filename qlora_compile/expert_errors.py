@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from qlora_compile.errors import QloraCompileError
 
 
@@ -10,3 +12,9 @@ class FrozenExpertsError(QloraCompileError):
         "{site} requires a gradient, but since optimize its op takes it for frozen; call "
         "requires_grad_(False) on it or, to train it, requires_grad_(True) before optimize"
     )
+
+
+@torch.compiler.disable
+def raise_frozen(site: str) -> None:
+    """Raise FrozenExpertsError. Traced, the error would reach users as one of Dynamo's own."""
+    raise FrozenExpertsError(site=site)

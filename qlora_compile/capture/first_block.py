@@ -1,23 +1,26 @@
-"""The input of a model's first block, which requires no gradient by itself."""
+"""The input of the first trained block of a model, which requires no gradient by itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Return the inputs of a block, the first floating-point one requiring a gradient.
+def with_gradient(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple, dict]:
+    """Return the inputs of the block `module`, the first floating-point one requiring a gradient.
 
-    Otherwise that of a model's first block would require none, and Dynamo would compile that block
-    separately, which costs more than the unneeded gradient.
+    Otherwise that of the first trained block would require none, and Dynamo would compile that
+    block separately, which costs more than the unneeded gradient. A block where nothing is trained
+    keeps its inputs: if none requires a gradient, nothing of the block is differentiated.
     """
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(key, str) and key != "hidden_states":
             continue
         if isinstance(value, Tensor) and value.is_floating_point():
-            if value.requires_grad:
+            if value.requires_grad or not any(p.requires_grad for p in module.parameters()):
                 break
             # A clone, not the leaf itself: the block may write to its input.
             fresh = value.detach().requires_grad_().clone()

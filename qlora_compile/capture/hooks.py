@@ -1,4 +1,4 @@
-"""The hooks, and forwards on the instance, that modules inside a block have when it is called."""
+"""The hooks and replaced forwards that the modules inside a block have at the time of a call."""
 
 from __future__ import annotations
 

@@ -23,11 +23,13 @@ from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
+from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.hf.replaced_forward import (
+    CompiledForward,
     forward_place,
     place_hooks,
     reached,
@@ -58,12 +60,11 @@ _TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
-class Region:
+class Region(CompiledForward):
     """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
     `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
     `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
-    captured: the keys of inner outputs that the last forward collected. replaced: the forward that
-    stood on the module's instance before, if any."""
+    captured: the keys of inner outputs that the last forward collected."""
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -76,6 +77,7 @@ class Region:
         self.cached = False
         self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
+        self.first_step: FirstStep | None = None
         self.adapters = SlottedAdapters(module, sites)
         self.replaced = replaced_forward(module)
         self.__signature__ = inspect.signature(self.stock)
@@ -95,6 +97,9 @@ class Region:
         empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
+        training = self.module.training and not (self.kind.probing or torch.compiler.is_compiling())
+        if training and self.first_step is not None:
+            self.first_step.begin(self)
         if idle or empty or cached or torch.compiler.is_exporting():
             return self.stock(*args, **kwargs)
         return self._outside_outer_graph(*args, **kwargs)
@@ -119,7 +124,7 @@ class Region:
         self.adapters.refresh(by_slots=not watched)
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not watched:
-            args, kwargs = with_gradient(args, kwargs)
+            args, kwargs = with_gradient(module, args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
@@ -264,12 +269,13 @@ def install(
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give `module` the forward back that it had before."""
-    region = module.__dict__.pop(_REGION)
-    if forward_place(module) == "forward" and region.replaced is None:
-        del module.forward
-    else:
-        setattr(module, forward_place(module), region.stock)
+    """Give `module` the forward back that it had before, unless another one has come since."""
+    region, place = module.__dict__.pop(_REGION), forward_place(module)
+    if module.__dict__.get(place) is region:
+        if place == "forward" and region.replaced is None:
+            del module.forward
+        else:
+            setattr(module, place, region.stock)
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -119,7 +119,7 @@ def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> Rem
 
     These are calls in training mode or with labels. transformers' decoders build a cache by
     default, in training too, and blocks do not run compiled with one. A caller's own `use_cache` is
-    respected. Returns None if the model takes no `use_cache`.
+    respected. Returns None if the model takes no `use_cache`, or has the hook.
     """
     pretrained = _pretrained(modules)
     if not pretrained:
@@ -131,6 +131,8 @@ def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> Rem
     # keywords on, so it is hooked itself.
     direct = isinstance(model, PeftModel) and model.get_base_model() is inner
     caller = model if direct else inner
+    if _without_cache in caller._forward_pre_hooks.values():
+        return None
     return caller.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
 

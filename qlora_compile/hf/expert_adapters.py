@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.experts import Factors, is_served, is_transposed
@@ -84,22 +85,6 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         lora_a = torch.cat([a for a, _, _ in parts], dim=1)
         return lora_a, torch.cat([scaling * b for _, b, scaling in parts], dim=2), 1.0
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters, and the packed weight under the name of the wrapped parameter.
-
-        PEFT looks here for the parameter when a further adapter is added. If the experts are
-        packed, their own module no longer has it.
-        """
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        packed = self.get_param()
-        if not recurse and isinstance(packed, PackedExperts):
-            yield f"{prefix}{'.' if prefix else ''}{self.parameter_name}", packed.weight
-
-    # PEFT reads the parameter as an attribute of the name that named_parameters yields.
-    gate_up_proj = up_proj = down_proj = property(lambda self: self.get_param())
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         with self._unpacked():
             super().merge(safe_merge, adapter_names)
@@ -134,6 +119,20 @@ def adopt(module: nn.Module) -> None:
     """Make `module`, if it is a wrapper of PEFT's, an instance of our class."""
     if type(module) is PeftParamWrapper:
         module.__class__ = ParamWrapper
+
+
+def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
+    """Adopt a wrapper of PEFT's that is made over experts that our op computes.
+
+    The wrapper reads its parameter, which may be packed, only after it has registered its base.
+    """
+    if name == "base_layer" and base is not None and type(layer) is PeftParamWrapper:
+        innermost = base.get_base_layer() if isinstance(base, PeftParamWrapper) else base
+        if is_served(innermost):
+            adopt(layer)
+
+
+register_module_module_registration_hook(_adopt_new)
 
 
 def active_rank(model: nn.Module, site: str) -> int:

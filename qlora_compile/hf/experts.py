@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import moe
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from qlora_compile.expert_errors import FrozenExpertsError
+from qlora_compile.expert_errors import raise_frozen
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.base import BlockSize
@@ -162,7 +163,26 @@ def pack(
         )
         delattr(site.module, site.parameter)
         setattr(site.module, site.parameter, packed)
+        # PEFT finds the parameters that it adapts by this method of the module that has them.
+        named: Any = partial(_parameters, site.module)
+        named.__func__ = _parameters  # Dynamo takes it for a bound method
+        site.module.named_parameters = named
         site.module.requires_grad_(False)
+
+
+def _parameters(
+    module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of `module` as its class does, and packed weights by their own names.
+
+    The weights come in the order that they had as parameters: PEFT wraps the module once for each.
+    """
+    yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
+    if not recurse:
+        for name in _weight_names(module):
+            packed = getattr(module, name)
+            if isinstance(packed, PackedExperts):
+                yield f"{prefix}{'.' if prefix else ''}{name}", packed.weight
 
 
 def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str, ExpertSite]:
@@ -264,12 +284,12 @@ def _linear(
             scaling = torch.full((1,), scaling, dtype=wide, device=x.device)
         adapter = (lora_a, lora_b, scaling)
     if bias is not None and bias.requires_grad:
-        raise FrozenExpertsError(site=f"{type(module).__name__}.{name}_bias")
+        raise_frozen(f"{type(module).__name__}.{name}_bias")
     if isinstance(weight, PackedExperts):
         planes, layout = weight.tensors, weight.layout
     else:
         if weight.requires_grad:
-            raise FrozenExpertsError(site=f"{type(module).__name__}.{name}")
+            raise_frozen(f"{type(module).__name__}.{name}")
         planes = [weight.transpose(1, 2) if is_transposed(module) else weight]
         experts, n, k = planes[0].shape
         layout = str(Layout(UNQUANTIZED, (experts * n, k)))

@@ -100,6 +100,13 @@ def move_hook(module: nn.Module, successor: nn.Module) -> None:
         add_hook_to_module(successor, hook)
 
 
+class CompiledForward:
+    """What stands in the place of a forward and computes the same. replaced: the forward that stood
+    on the instance before, if any."""
+
+    replaced: Callable[..., Any] | None = None
+
+
 def forward_place(module: nn.Module) -> str:
     """Return the attribute that holds the forward which accelerate's hook calls, if there is one,
     else that which a call of the module runs."""
@@ -107,8 +114,10 @@ def forward_place(module: nn.Module) -> str:
 
 
 def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward that someone other than accelerate put on the instance."""
+    """Return the forward that someone other than accelerate and us put on the instance."""
     forward = module.__dict__.get(forward_place(module))
+    if isinstance(forward, CompiledForward):
+        forward = forward.replaced
     # accelerate leaves the class's own forward there when it takes a hook off.
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 

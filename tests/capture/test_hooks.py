@@ -29,6 +29,7 @@ from qlora_compile.capture import hooked_run
 from qlora_compile.capture.hooks import has_hooks, hooks_inside
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import StrictError
+from qlora_compile.hf.blocks import checkpoints
 from tests.test_equality import FLOAT32_TOLERANCE, build, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -261,13 +262,16 @@ def test_hooks_run_as_often_as_in_stock_under_checkpointing(how: str) -> None:
     for model in both:
         checkpointed(model, how)
     both.assert_agree(ids)
+    # transformers 5.17 checkpoints a block from outside; then a reentrant one, which recomputes all
+    # of it, leaves compiled code free to call hooks.
+    free = how == "reentrant" and not checkpoints(block(both.ours, 1))
     for effect in (counts, replaces, sees_gradients):
         for path in ("self_attn.q_proj", "mlp"):
             if how == "around":
                 path = f"_checkpoint_wrapped_module.{path}"
             with both.hooked(effect, path, 1) as seen:
                 both.assert_agree(ids, seen)
-                assert both.reasons(1)
+                assert free or both.reasons(1)
     both.assert_agree(ids)
 
 

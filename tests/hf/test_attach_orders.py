@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 import qlora_compile
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.hf import test_experts as experts
 from tests.test_equality import lora, without_inductor
 from tests.toy_models import toy
 
@@ -126,3 +128,22 @@ def test_a_model_optimised_once_is_adapted_and_merged_again_and_again() -> None:
         model = model.merge_and_unload()
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, merged)
         assert not adapted(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.usefixtures("without_inductor")
+def test_adapters_of_packed_experts_are_attached_late(name: str) -> None:
+    model: Any = qlora_compile.optimize(experts.toy(name), quantize="int8", tune="off")
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    stock = experts.adapted(name)
+    inputs = experts.batch(stock)
+    for _ in range(2):
+        ours = get_peft_model(model, experts.lora(name)).train()
+        experts.decode_into(stock, ours)
+        adapters = {n: value for n, value in ours.state_dict().items() if "lora_" in n}
+        assert stock.load_state_dict(adapters, strict=False).unexpected_keys == []
+        experts.assert_trains_alike(ours, stock, inputs)
+        adapted_logits = experts.output(ours.eval(), inputs)
+        model = ours.merge_and_unload()
+        merged = experts.output(model, inputs)
+        assert error(merged, adapted_logits) < 0.1

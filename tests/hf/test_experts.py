@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def test_all_linear_adapts_routers_without_graph_break() -> None:
     ours = qlora_compile.optimize(copy.deepcopy(stock), tune="model")
     counters.clear()
     assert_trains_alike(ours, stock, batch(stock))
-    assert not counters["graph_break"]
+    # Dynamo of torch 2.11 does not trace the `is` in PEFT's wrapper.
+    assert bool(counters["graph_break"]) == (version("torch") < "2.12")
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -189,12 +191,6 @@ def test_adapter_switches_agree_with_stock(format: str | None) -> None:
     for model in (ours, stock):
         torch.manual_seed(2)
         model.add_adapter("second", lora(r=2, lora_alpha=16))
-    # PEFT comes upon packed weights in another order, and draws for them in it.
-    mine, theirs = ({n: p for n, p in m.named_parameters() if "lora_" in n} for m in (ours, stock))
-    assert mine.keys() == theirs.keys()
-    with torch.no_grad():
-        for parameter, other in ((mine[n], theirs[n]) for n in mine):
-            parameter.copy_(other)
     for active in ("default", "second", ["default", "second"]):
         for model in (ours, stock):
             model.base_model.set_adapter(active)
@@ -307,10 +303,8 @@ def test_weights_that_begin_to_train_are_refused() -> None:
     ours(**inputs)
     next(iter(Inventory(ours).experts.values())).weight.requires_grad_(True)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="takes it for frozen") as caught:
+    with pytest.raises(FrozenExpertsError, match="takes it for frozen"):
         ours(**inputs)
-    errors = [caught.value, caught.value.__cause__]
-    assert any(isinstance(e, FrozenExpertsError) or "FrozenExperts" in str(e) for e in errors)
 
 
 def test_weights_that_are_not_finite_are_refused_before_anything_changes() -> None:

@@ -141,8 +141,9 @@ class FunctionalGradient:
 
     @staticmethod
     def drawn(pair: Pair) -> Strategy | None:
-        # torch's checkpointing refuses it, and so do bitsandbytes' products.
+        # torch's checkpointing and backward hooks refuse it, and so do bitsandbytes' products.
         left = pair.checkpointing != "none" or pair.start.base.startswith("bnb")
+        left |= any(hooked.handles and "backward" in hooked.name for hooked in pair.hooks)
         return None if left or pair.disabled or pair.merged else st.builds(FunctionalGradient)
 
     def apply(self, pair: Pair) -> None:

@@ -1,0 +1,65 @@
+"""Warns once, after a model's first step in training, of sites that could be fused and are not."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class UnfusedWarning(UserWarning):
+    """Blocks in training left sites to stock code that the fused op could compute."""
+
+
+class _Region(Protocol):
+    module: nn.Module
+    sites: frozenset[str]
+    kept: dict[str, str]
+
+    def unfused(self) -> dict[str, str]: ...
+
+
+class FirstStep:
+    """Waits for the end of the first step of training.
+
+    This is when one of the `regions` of a model is called in training for a second time: until then
+    all that run at all have run. Whether an epoch, a checkpoint's recomputation or a shared block
+    calls the region makes no difference.
+    """
+
+    def __init__(self, regions: Collection[_Region]) -> None:
+        self.regions = regions
+        self.called: set[int] | None = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"called": set()}
+
+    def begin(self, region: _Region) -> None:
+        """Tell that `region` is called in training."""
+        if self.called is None:
+            return
+        if id(region) not in self.called:
+            self.called.add(id(region))
+            return
+        ran = [each for each in self.regions if id(each) in self.called]
+        self.called = None
+        self._warn(ran)
+
+    def _warn(self, regions: list[_Region]) -> None:
+        reasons = Counter(
+            why
+            for region in regions
+            for site, why in region.unfused().items()
+            if site not in region.kept
+        )
+        if reasons:
+            total = sum(len(region.sites - region.kept.keys()) for region in regions)
+            listed = "; ".join(f"{count}: {why}" for why, count in reasons.most_common(3))
+            message = (
+                f"{reasons.total()} of {total} linears and weights of experts that could be fused "
+                f"are not ({listed}); qlora_compile.explain(model) lists each"
+            )
+            warnings.warn(message, UnfusedWarning, stacklevel=2)
