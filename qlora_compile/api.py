@@ -118,6 +118,7 @@ def optimize(
         installed
         and lora is None
         and not packs
+        and not any(region.displaced for region in installed.values())
         and _planned(inventory, scope)
         == {name: (region.sites, region.kept) for name, region in installed.items()}
     ):

@@ -30,18 +30,10 @@ def _adapted() -> nn.Module:
     return get_peft_model(toy(), _lora())
 
 
-def _hooked() -> nn.Module:
-    from accelerate.hooks import ModelHook, add_hook_to_module
+def _offloaded() -> nn.Module:
+    from accelerate import cpu_offload
 
-    model = toy()
-    add_hook_to_module(model.model.layers[1].mlp, ModelHook())
-    return model
-
-
-def _root_hooked() -> nn.Module:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    return add_hook_to_module(nn.Sequential(nn.Linear(4, 4)), ModelHook())
+    return cpu_offload(toy(), torch.device("cpu"))
 
 
 def _rank_zero() -> LoraConfig:
@@ -149,17 +141,11 @@ CASES: dict[str, Case] = {
         errors.AdapterConfigError,
         ("'orthogonal'",),
     ),
-    "a replaced forward": (
-        _hooked,
+    "offloaded weights": (
+        _offloaded,
         {"quantize": "nf4"},
-        errors.ReplacedForwardError,
-        ("model.layers.1.mlp", "remove_hook_from_submodules"),
-    ),
-    "a replaced forward of the model itself": (
-        _root_hooked,
-        {"quantize": "nf4"},
-        errors.ReplacedForwardError,
-        ("Sequential", "remove_hook_from_submodules"),
+        errors.OffloadedWeightError,
+        ("model.embed_tokens.weight", "remove_hook_from_submodules", "device_map"),
     ),
     "bitsandbytes and a wrong target": (
         lambda: with_bitsandbytes(toy(), 4),

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from qlora_compile.hf.replaced_forward import called_forward, plain_function
+from qlora_compile.hf.replaced_forward import called_forward, plain_function, qualified_name
 
 FORWARD = "forward"
 """The kind of a forward on the instance, which counts as a hook."""
@@ -59,10 +59,9 @@ class Hook:
         return getattr(self.unbound, "__code__", type(self.unbound))
 
     def __str__(self) -> str:
-        named = self.unbound if hasattr(self.unbound, "__qualname__") else type(self.unbound)
-        name = named.__qualname__
+        name = getattr(self.unbound, "__qualname__", type(self.unbound).__qualname__)
         if self.kind == FORWARD:
-            name = f"{named.__module__}.{name}"
+            name = qualified_name(self.function)
         return f"the {self.kind} {name} on {self.module or 'the block itself'}"
 
 

@@ -30,6 +30,7 @@ from qlora_compile.hf.adapters_by_row import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.hf.replaced_forward import (
+    CompiledForward,
     forward_place,
     place_hooks,
     reached,
@@ -60,14 +61,13 @@ _TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
-class Region:
+class Region(CompiledForward):
     """The forward of one compiled module.
 
     kept: sites to leave alone, with the reason. idle: whether no other site is left. graphs: as
     `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
     `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
-    captured: the keys of inner outputs that the last forward collected. replaced: the forward that
-    stood on the module's instance before, if any.
+    captured: the keys of inner outputs that the last forward collected.
     """
 
     def __init__(
@@ -95,14 +95,13 @@ class Region:
         return "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module
         # A key-value cache changes shape at every token, so a block that sees one would recompile
         # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
         # in a head whose logits are not wanted. An exported program has no use for our ops.
         empty = len(args) > 0 and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
-        training = module.training and not (self.kind.probing or torch.compiler.is_compiling())
+        training = self.module.training and not (self.kind.probing or torch.compiler.is_compiling())
         if training and self.first_step is not None:
             self.first_step.begin(self)
         # Not is_exporting(), which is true of every compilation in torch 2.11.
@@ -275,12 +274,13 @@ def install(
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give `module` the forward back that it had before."""
-    region = module.__dict__.pop(_REGION)
-    if forward_place(module) == "forward" and region.replaced is None:
-        del module.forward
-    else:
-        setattr(module, forward_place(module), region.stock)
+    """Give `module` the forward back that it had before, unless another one has come since."""
+    region, place = module.__dict__.pop(_REGION), forward_place(module)
+    if module.__dict__.get(place) is region:
+        if place == "forward" and region.replaced is None:
+            del module.forward
+        else:
+            setattr(module, place, region.stock)
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -25,6 +25,7 @@ from qlora_compile.hf.blocks import example_call
 from qlora_compile.hf.head_operands import head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
 from qlora_compile.hf.probing import left_as_found
+from qlora_compile.hf.replaced_forward import qualified_name, replaced_forward
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -67,6 +68,8 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
         raise refuse("takes no labels")
     if whole:
         raise refuse("would be compiled as a whole, its head included")
+    if (forward := replaced_forward(head)) is not None:
+        raise refuse(f"has a head whose forward is {qualified_name(forward)}")
     if head_operands(head) is None:
         raise refuse(f"has a head that is not known, a {type(head).__name__}")
     inputs = dict(example_inputs or example_call(base) or {})

@@ -17,6 +17,32 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_ho
 from torch import nn
 
 
+def plain_function(function: Any) -> Any:
+    """Return the function behind partial objects and bound methods."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__func__", function)
+
+
+def qualified_name(function: Any) -> str:
+    """Return module and name of `function`, or of its class if it has no name."""
+    function = plain_function(function)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _hook_code() -> object:
+    """Return the code object that all of accelerate's forwards share, from one made for this."""
+    return plain_function(add_hook_to_module(nn.Module(), ModelHook()).forward).__code__
+
+
+_HOOK_CODE = _hook_code()
+
+
+def _is_of_accelerate(forward: object) -> bool:
+    return getattr(plain_function(forward), "__code__", None) is _HOOK_CODE
+
+
 class PlacedHook(AlignDevicesHook):
     """The hook of a module that lies on one device with its whole block: nothing is to be moved.
 
@@ -35,16 +61,18 @@ class PlacedHook(AlignDevicesHook):
 def place_hooks(block: nn.Module) -> None:
     """Let compiled code run through accelerate's hooks inside `block` where these have nothing to
     do: the block's own hook has moved the inputs to the only device that it and they know."""
-    devices = {tensor.device for tensor in (*block.parameters(), *block.buffers())}
-    if not any(_places(each) and devices == {_device(each)} for each in _hooks(block)):
+    own = {_device(hook) for hook in _hooks(block) if _places(hook)}
+    devices = {tensor.device for tensor in (*block.parameters(), *block.buffers())} if own else own
+    if not own or devices != own:
         return
     for module in block.modules():
         hook: Any = module.__dict__.get("_hf_hook")
         forward: Any = module.__dict__.get("forward")
-        if module is not block and _places(hook) and devices == {_device(hook)}:
+        placed = _places(hook) and devices == {_device(hook)} and _is_of_accelerate(forward)
+        if placed and module is not block:
             hook.__class__ = PlacedHook
             # Dynamo would compile each layer for itself: it knows partial objects by their id.
-            module.__dict__["forward"] = MethodType(forward.func, module)
+            module.__dict__["forward"] = MethodType(plain_function(forward), module)
 
 
 def _places(hook: ModelHook | None) -> bool:
@@ -72,25 +100,34 @@ def move_hook(module: nn.Module, successor: nn.Module) -> None:
         add_hook_to_module(successor, hook)
 
 
+class CompiledForward:
+    """What stands in the place of a forward and computes the same. replaced: the forward that stood
+    on the instance before, if any."""
+
+    replaced: Callable[..., Any] | None = None
+
+
 def forward_place(module: nn.Module) -> str:
     """Return the attribute that holds the forward which accelerate's hook calls, if there is one,
     else that which a call of the module runs."""
-    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    return "_old_forward" if _is_of_accelerate(module.__dict__.get("forward")) else "forward"
 
 
 def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward that someone other than accelerate put on the instance."""
+    """Return the forward that someone other than accelerate and us put on the instance."""
     forward = module.__dict__.get(forward_place(module))
+    if isinstance(forward, CompiledForward):
+        forward = forward.replaced
     # accelerate leaves the class's own forward there when it takes a hook off.
     return None if getattr(forward, "__func__", None) is type(module).forward else forward
 
 
 def called_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the forward that a call of `module` runs, None if it is the class's."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None or type(hook) is PlacedHook:
-        return replaced_forward(module)
-    return module.__dict__.get("forward")
+    """Return the forward on the instance that compiled code of a block has to run for `module`."""
+    placed = type(module.__dict__.get("_hf_hook")) is PlacedHook
+    if _is_of_accelerate(module.__dict__.get("forward")) and not placed:
+        return module.__dict__["forward"]
+    return replaced_forward(module)
 
 
 def bound_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -101,13 +138,6 @@ def bound_forwards(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def bind_forward(module: nn.Module) -> None:
     """Bind the forward of the class that `module` has now."""
     module.__dict__[forward_place(module)] = type(module).forward.__get__(module)
-
-
-def plain_function(function: Any) -> Any:
-    """Return the function behind partial objects and bound methods."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__func__", function)
 
 
 def reached(module: nn.Module) -> Iterator[object]:

@@ -354,6 +354,18 @@ def test_the_quick_look_at_a_block_misses_no_module(kind: str) -> None:
         assert not has_hooks(inside)
 
 
+def test_the_quick_look_at_a_block_misses_no_forward_on_an_instance() -> None:
+    inside = block(get_peft_model(toy(), lora(0.1)), 0)
+    for name, module in inside.named_modules():
+        module.forward = nothing
+        assert has_hooks(inside) == (module is not inside), name
+        assert len(hooks_inside(inside)) == (module is not inside), name
+        # As accelerate leaves it there.
+        module.forward = type(module).forward.__get__(module)
+        assert not has_hooks(inside)
+        assert not hooks_inside(inside)
+
+
 @pytest.mark.usefixtures("without_inductor")
 def test_copies_take_their_hooks_along() -> None:
     model, ids = pair().ours, tokens()
