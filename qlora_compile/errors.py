@@ -298,22 +298,6 @@ class ArchitectureError(QloraCompileError, ValueError):
     template = "--arch {value!r} is unknown; choose one of {known}"
 
 
-class BudgetError(QloraCompileError, ValueError):
-    template = "--budget {value!r} is no time; write seconds or minutes, such as 120s or 5m"
-
-
-class DtypeChoiceError(QloraCompileError, ValueError):
-    template = "--dtype {value!r} is unknown; choose one of {known}"
-
-
-class ModelOrShapesError(QloraCompileError, ValueError):
-    template = "{value} given; pass one of --model and --shapes"
-
-
-class ShapeError(QloraCompileError, ValueError):
-    template = "--shapes: {value!r} {problem}; write MxNxKxR, such as 4096x4096x4096x16"
-
-
 class NoKernelsError(QloraCompileError, ValueError):
     template = "{value} needs no Triton kernel on {target}: {problem}"
 

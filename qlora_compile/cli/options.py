@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_compile.errors import ModelOrShapesError
+from qlora_compile.cli.errors import ModelOrShapesError
 
 TRAINED_ROWS = 512
 """The rows of a step of `qlora-compile train`: four sequences of 128 tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_compile.errors import ShapeError
+from qlora_compile.cli.errors import ShapeError
 
 Shape = tuple[int, tuple[int, ...], int, int]
 """(M, N of each Linear that shares the input, K, rank)."""

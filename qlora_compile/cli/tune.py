@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.errors import BudgetError, DtypeChoiceError
 from qlora_compile.cli.options import (
     TRAINED_ROWS,
     DropoutOption,
@@ -21,7 +22,6 @@ from qlora_compile.cli.options import (
     require_model_or_shapes,
 )
 from qlora_compile.cli.shapes import parse_shapes
-from qlora_compile.errors import BudgetError, DtypeChoiceError
 from qlora_compile.text_table import text_table
 from qlora_compile.training.model_choice import DEFAULT_FORMAT, check_format, quiet_choice
 

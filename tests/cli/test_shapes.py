@@ -2,8 +2,8 @@
 
 import pytest
 
+from qlora_compile.cli.errors import ShapeError
 from qlora_compile.cli.shapes import parse_shapes
-from qlora_compile.errors import ShapeError
 
 
 def test_every_item_is_four_numbers() -> None:
