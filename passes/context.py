@@ -95,6 +95,14 @@ def linear_site(name: str) -> str:
     return name.rpartition(".")[0].removesuffix("base_layer").removesuffix(".")
 
 
+def module_site(node: Node) -> str | None:
+    """Return the site whose layer, or adapter layer, the computing `node` stands directly in."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    # Dynamo writes "L['module'].mlp.up_proj.base_layer".
+    path = stack[-1][0].partition("].")[2] if stack else None
+    return path and path.removesuffix("base_layer").removesuffix(".")
+
+
 def experts_site(name: str) -> str:
     """Return the site of a weight of experts from the `name` of its parameter or buffer."""
     parts = [part for part in name.split(".") if part != "base_layer"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from qlora_compile.adapter_errors import NothingToPackError
 from qlora_compile.errors import (
     AlreadyAdaptedError,
     AlreadyQuantizedError,
@@ -14,7 +15,15 @@ from qlora_compile.errors import (
     StrictError,
     WeightValueError,
 )
-from qlora_compile.hf import adapters, expert_adapters, experts, full_training
+from qlora_compile.hf import (
+    adapters,
+    expert_adapters,
+    experts,
+    foreign,
+    full_training,
+    methods,
+    parameter_counts,
+)
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
 from qlora_compile.kernels.formats.base import BlockSize
@@ -40,7 +49,8 @@ def check(
         # What is wrong whatever the weight.
         format_named(quantize).layout((1, 1), **options)
     model = type(inventory.model).__name__
-    if not inventory.linears or isinstance(inventory.model, LinearSite):
+    sites = inventory.linears or inventory.foreign
+    if not sites or isinstance(inventory.model, LinearSite):
         raise NoLinearError(model=model)
     for kind in ("named_parameters", "named_buffers"):
         for prefix, module in inventory.modules.items():
@@ -49,7 +59,12 @@ def check(
                     lost = OffloadedWeightError if is_offloaded(module) else MetaDeviceError
                     raise lost(site=name)
     if strict:
-        raise_left((name, each.obstacle) for name, each in inventory.linears.items())
+        raise_left(
+            [
+                *((name, e.obstacle or e.other_method) for name, e in inventory.linears.items()),
+                *((name, foreign.reason(layer)) for name, layer in inventory.foreign.items()),
+            ]
+        )
     if lora is not None and adapters.has_adapters(inventory.modules):
         raise AlreadyAdaptedError(model=model)
     if quantize is not None:
@@ -66,7 +81,10 @@ def check(
     if quantize is None:
         return []
     packed = [entry for entry in inventory.quantizable() if entry.name not in trained]
+    if not packed and not experts.packable(inventory.experts, keep_trained=False):
+        _raise_unreadable(inventory, quantize)
     for entry in packed:
+        methods.refuse(entry.name, entry.method)
         weight = entry.weight
         format_named(quantize).layout((weight.shape[0], weight.shape[1]), **options)
         invalid = weight.numel() - int(weight.detach().isfinite().sum())
@@ -104,6 +122,7 @@ def adopt(
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
+        parameter_counts.count_elements(inventory.model)
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
         if entry.base is not None and entry.obstacle is None:
@@ -127,6 +146,16 @@ def raise_left(sites: Iterable[tuple[str, str | None]]) -> None:
     left = [f"  {name}: {reason}" for name, reason in sites if reason is not None]
     if left:
         raise StrictError(count=len(left), reasons="\n".join(left))
+
+
+def _raise_unreadable(inventory: Inventory, quantize: str) -> None:
+    """Raises NothingToPackError if there are Linears that another library has quantised."""
+    reasons = {name: foreign.reason(layer) for name, layer in inventory.foreign.items()}
+    reasons |= {n: e.obstacle for n, e in inventory.linears.items() if e.obstacle is not None}
+    for site, reason in reasons.items():
+        raise NothingToPackError(
+            model=type(inventory.model).__name__, value=quantize, site=site, reason=reason
+        )
 
 
 def _warn_of_trained(inventory: Inventory) -> None:

@@ -81,7 +81,7 @@ class ModelTypeError(QloraCompileError, TypeError):
 class AdaptersPresentError(QloraCompileError, ValueError):
     template = (
         "model is a {value} and has adapters already; call qlora_compile.optimize(model) to keep "
-        "them, or model.unload() first"
+        "them, or pass a model without adapters"
     )
 
 
@@ -235,13 +235,16 @@ class MetaDeviceError(QloraCompileError, ValueError):
 
 
 class AlreadyAdaptedError(QloraCompileError, ValueError):
-    template = "{model} has adapters already; pass lora=None to keep them, or unload them first"
+    template = (
+        "{model} has adapters already; call qlora_compile.optimize with lora=None to keep them, or "
+        "remove them first"
+    )
 
 
 class AlreadyQuantizedError(QloraCompileError, ValueError):
     template = (
-        "{site} is a quantised {kind} already; pass quantize=None to adopt it "
-        "instead of quantize={value!r}"
+        "{site} is a quantised {kind} already and cannot become {value!r}; call "
+        "qlora_compile.optimize with quantize=None to adopt it, or load the model unquantised"
     )
 
 

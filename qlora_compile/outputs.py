@@ -1,5 +1,6 @@
-"""Output directories: checks before long work starts that one can be written."""
+"""Output directories: checks that one can be written, and finds what a training has saved there."""
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def writable_directory(path: Path) -> Path:
     except OSError as error:
         raise _unwritable(path, error.strerror or type(error).__name__) from error
     return path
+
+
+def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
+    """Return the Trainer's newest whole checkpoint of a step `up_to` this one, None without one.
+
+    The Trainer writes its state last: a checkpoint without that was interrupted.
+    """
+    folders = (file.parent for file in directory.glob("checkpoint-*/trainer_state.json"))
+    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
+    whole = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
+    return max(((n, folder) for n, folder in whole.items() if n <= up_to), default=(0, None))[1]
 
 
 def _unwritable(path: Path, problem: str) -> OutputDirectoryError:

@@ -24,6 +24,7 @@ class QuantizedLoRA:
         OutOfRangeError: rank, alpha or dropout cannot be used.
         ModelTypeError: the model is no transformers model.
         AdaptersPresentError: the model has adapters already.
+        AlreadyQuantizedError: another library has quantised the model.
         ModelNotFoundError: there is no model at the path.
         QloraCompileError: an error of `qlora_compile.optimize`.
     """
@@ -78,13 +79,18 @@ class QuantizedLoRA:
     def train(self, dataset: Any, *, max_length: int | None = None, **options: Any) -> Any:
         """Train the adapters and return the Trainer's TrainOutput; a second call trains further.
 
-        dataset: a `datasets.Dataset` with a column input_ids or text, a torch Dataset of token
-        dicts, or an iterable of strings. Text needs a tokenizer; blank texts are left out. Without
-        labels, a causal language model learns to predict its inputs. max_length: where to cut
-        texts, in tokens; None for the model's own limit. options: for
+        dataset: a `datasets.Dataset` or pandas DataFrame with a column input_ids or text, a torch
+        Dataset or an iterable of token dicts, or one of strings. Text needs a tokenizer; blank
+        texts are left out. Without labels, a causal language model learns to predict its inputs,
+        and where a text is not cut, to end it with the end-of-sequence token. max_length: where to
+        cut texts, in tokens; None for the model's own limit. options: for
         `transformers.TrainingArguments`; without an output_dir nothing is saved.
 
-        Raises, always before anything is trained:
+        Ctrl-C ends the training after the present step, saves a checkpoint there if there is an
+        output_dir, and raises a KeyboardInterrupt that says how to go on. A second one stops at
+        once.
+
+        Raises, always before anything is trained (rows of a stream are checked when they come):
             TrainingOptionError: TrainingArguments has no such option.
             OutOfRangeError: max_length is below 1.
             DatasetTypeError: the dataset is of no kind that can be trained on.
@@ -92,6 +98,8 @@ class QuantizedLoRA:
             TokenizerMissingError: the dataset holds text, and there is no tokenizer.
             NoLossError: the model takes no labels.
             MissingLabelsError: the model needs labels that the dataset does not have.
+            SequenceLengthError: max_length is more than the model can take.
+            An error of `qlora_compile.row_errors`: a row cannot be trained on.
         """
         from qlora_compile.hf.training import fine_tune
 

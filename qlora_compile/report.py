@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qlora_compile.capture.regions import Region, region_of
-from qlora_compile.hf import adapters, expert_adapters
+from qlora_compile.hf import adapters, expert_adapters, foreign
 from qlora_compile.hf.blocks import is_inside
-from qlora_compile.hf.conv1d import features
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
@@ -73,7 +72,8 @@ class Chosen:
 class Site:
     """One Linear, Conv1D or weight of experts, with a weight [n, k].
 
-    format: how the weight is stored; its dtype if it is not quantised. rank: of the adapter, 0 for
+    format: how the weight is stored: its dtype if it is not quantised, another library's class if
+    only that reads it. rank: of the adapter, 0 for
     none. reason: why the site is not `fused`. forward, backward: what computes a fused site, and in
     training its gradients. keeps_low_rank: whether the forward keeps S = x Aᵀ for the backward.
     experts: how many [n, k] a weight of experts holds, 0 for a Linear.
@@ -216,7 +216,7 @@ def build_report(inventory: Inventory) -> Report:
     sites = []
     for name, entry in inventory.linears.items():
         found = _enclosing(name, regions)
-        n, k = features(entry.module)
+        n, k = foreign.sizes(entry.module)
         rank = adapters.active_rank(inventory.model, name)
         fused, chosen = None, {}
         if found is None:
@@ -231,10 +231,17 @@ def build_report(inventory: Inventory) -> Report:
         stays = entry.kept or entry.base or entry.read_by_parent
         if fused is None and name in inventory.trained and not stays:
             reason = TRAINED_IN_FULL
+        if entry.other_method is not None:
+            fused, chosen, reason = None, {}, entry.other_method
         sites.append(Site(name, fused is not None, entry.format, n, k, rank, reason, **chosen))
+    for name, layer in inventory.foreign.items():
+        shape = (type(layer).__name__, *foreign.sizes(layer))
+        rank = adapters.active_rank(inventory.model, name)
+        sites.append(Site(name, False, *shape, rank, foreign.reason(layer)))
     weights = tuple(_expert_sites(inventory, regions))
     modules = {site.name.rpartition(".")[0] for site in weights}
-    others = adapters.other_modules(inventory.modules, inventory.linears).items()
+    listed = inventory.linears | inventory.foreign
+    others = adapters.other_modules(inventory.modules, listed).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
     names = {region.records_name for region in regions.values()}
     verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]

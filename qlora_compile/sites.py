@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qlora_compile.hf import adapters, experts, full_training
+from qlora_compile.hf import adapters, experts, foreign, full_training
 from qlora_compile.hf.bases.base import Base
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears
@@ -20,15 +20,15 @@ from qlora_compile.weight_reads import read_by_parent
 class LinearEntry:
     """One Linear or Conv1D. name: its own name, or that of the adapter layer around it.
 
-    kept: why the layer is never quantised and, unless it is adapted, not fused; else None.
-    full_precision: whether transformers keeps it in float32. read_by_parent: whether the module
-    around it computes with its weight. The properties read `module`, since quantising and adopting
-    change it.
+    method: that of PEFT's adapter around the layer, None without one. kept: why the layer is never
+    quantised and, unless it is adapted, not fused; else None. full_precision: whether transformers
+    keeps it in float32. read_by_parent: whether the module around it computes with its weight. The
+    properties read `module`, since quantising and adopting change it.
     """
 
     name: str
     module: LinearSite
-    adapted: bool
+    method: str | None
     kept: str | None
     full_precision: bool
     read_by_parent: bool
@@ -44,13 +44,28 @@ class LinearEntry:
 
     @property
     def obstacle(self) -> str | None:
-        """Why another library's quantised layer cannot be adopted, None if it can."""
-        return None if self.base is None else self.base.obstacle(self.module)
+        """Why the weight cannot be read: another library has quantised it; None if it can."""
+        if isinstance(self.module, QuantizedLinear):
+            return None
+        return (
+            foreign.obstacle(self.module) if self.base is None else self.base.obstacle(self.module)
+        )
+
+    @property
+    def adapted(self) -> bool:
+        return self.method is not None
+
+    @property
+    def other_method(self) -> str | None:
+        """Why the site's adapter is not fused, None if it can be or there is none."""
+        if self.method in (None, "lora"):
+            return None
+        return f"its adapter is PEFT's {self.method}, not LoRA, and runs as PEFT wrote it"
 
     @property
     def left_alone(self) -> str | None:
         """Why the site is not fused; None if it shall be."""
-        return self.obstacle or (None if self.adapted else self.kept)
+        return self.obstacle or self.other_method or (None if self.adapted else self.kept)
 
     @property
     def is_quantized(self) -> bool:
@@ -61,7 +76,8 @@ class LinearEntry:
         """Whether this is a plain Linear or Conv1D whose weight nothing needs unquantised."""
         needed = self.kept is not None or self.full_precision or self.read_by_parent
         needed |= replaced_forward(self.module) is not None
-        return type(self.module) in (nn.Linear, Conv1D) and not needed
+        plain = type(self.module) in (nn.Linear, Conv1D) and foreign.obstacle(self.module) is None
+        return plain and not needed
 
     @property
     def format(self) -> str:
@@ -69,7 +85,7 @@ class LinearEntry:
         if isinstance(self.module, QuantizedLinear):
             return self.module.format
         found = None if self.base is None else self.base.format(self.module)
-        return found or str(self.weight.dtype).removeprefix("torch.")
+        return found or foreign.stored_as(self.weight)
 
 
 class Inventory:
@@ -78,7 +94,8 @@ class Inventory:
     Attaching adapters makes an inventory out of date: PEFT wraps modules, copies those it trains in
     full, and may repeat layers. Quantising and adopting do not.
 
-    modules: every module by its first name. linears, experts: the sites. trained: the sites that
+    modules: every module by its first name. linears, experts: the sites. foreign: other layers that
+    act as Linears. trained: the sites that
     are trained in full; empty unless the model `is_partly_frozen`, as in a model that has just been
     loaded all weights require a gradient and nobody has chosen so.
     """
@@ -100,13 +117,14 @@ class Inventory:
             name: LinearEntry(
                 name=name,
                 module=linear,
-                adapted=adapters.is_adapted(model, name),
+                method=adapters.method_at(model, name),
                 kept=kept.get(name),
                 full_precision=name in full_precision,
                 read_by_parent=name in read,
             )
             for name, linear in linears.items()
         }
+        self.foreign = adapters.linear_sites(self.modules, foreign.acts_as_linear)
         self.experts = experts.sites(self.modules)
         self.is_partly_frozen = full_training.is_partly_frozen(self.modules)
         weights = (self.linears | self.experts).items() if self.is_partly_frozen else ()

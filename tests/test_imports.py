@@ -14,7 +14,7 @@ LONGEST_FILE = 320
 
 ORDER = (
     ("errors",),
-    ("kernels", "expert_errors", "outputs", "text_table"),
+    ("kernels", "adapter_errors", "expert_errors", "row_errors", "outputs", "text_table"),
     ("passes", "tuning"),
     ("modules",),
     ("hf", "weight_reads"),

@@ -1,10 +1,13 @@
 """QuantizedLoRA: every kind of dataset, every bad input, saving and going on."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import peft
 import pytest
 import torch
@@ -15,6 +18,7 @@ from qlora_compile import api, errors
 from qlora_compile.hf.dataset import Batching
 from qlora_compile.quantized_lora import QuantizedLoRA
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+from tests.toy_models import toy, with_bitsandbytes
 
 TEXTS = ["a first text", "and a second, longer one", " ", "a third"] * 4
 OPTIONS: dict[str, Any] = {"max_steps": 2, "disable_tqdm": True}
@@ -75,6 +79,10 @@ DATASETS: dict[str, Callable[[], Any]] = {
     "table of text and more": lambda: text_table(source=["x"] * len(TEXTS)),
     "table of tokens": lambda: datasets.Dataset.from_list(
         [{"input_ids": row["input_ids"].tolist()} for row in token_rows()]
+    ),
+    "frame of text": lambda: pd.DataFrame({"text": TEXTS, "source": "x"}),
+    "frame of tokens": lambda: pd.DataFrame(
+        {"input_ids": [row["input_ids"].tolist() for row in token_rows()]}
     ),
     "torch dataset": lambda: TokenDicts(token_rows()),
     "torch stream": TokenStream,
@@ -186,6 +194,19 @@ def test_a_model_must_be_a_plain_transformers_model(tmp_path: Path) -> None:
         QuantizedLoRA(tmp_path / "absent" / "model")
     with pytest.raises(errors.ModelNotFoundError, match=r"no config\.json"):
         QuantizedLoRA(tmp_path)
+
+
+def test_remedies_are_arguments_that_there_are() -> None:
+    known = set(inspect.signature(QuantizedLoRA).parameters)
+    adapted = toy_llama()
+    adapted.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    for model in (with_bitsandbytes(toy(), 4), with_bitsandbytes(toy(), 8), adapted):
+        with pytest.raises(errors.QloraCompileError) as raised:
+            QuantizedLoRA(model)
+        message = str(raised.value)
+        assert "call qlora_compile.optimize" in message
+        own, _, _ = message.partition("call qlora_compile.optimize")
+        assert known >= set(re.findall(r"(\w+)=", own))
 
 
 BAD_DATASETS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

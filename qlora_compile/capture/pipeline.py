@@ -13,7 +13,7 @@ from qlora_compile.kernels.linear_call import problem_of
 from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.calls import base_weights, is_fused, read
-from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext
+from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite, PassContext, module_site
 from qlora_compile.passes.default import PASSES
 from qlora_compile.passes.experts import record_experts
 from qlora_compile.passes.nodes import example, is_linear, linear_operands
@@ -21,6 +21,7 @@ from qlora_compile.passes.nodes import example, is_linear, linear_operands
 logger = logging.getLogger(__name__)
 
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
+_OWN_WAY = "its layer multiplies by its weight in a way of its own, and not by a linear"
 _ONE_OF_SEVERAL = (
     "one of its adapters is fused with the base product; another active one runs separately: "
     "one of them has dropout, and so its own mask, or is not plain LoRA, or has another dtype"
@@ -84,16 +85,19 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
     for node in graph_module.graph.nodes:
         if is_linear(node):
             site = context.adapter_site_of(linear_operands(node)[1])
-            if site is not None:
-                context.unfused[site] = _ONE_OF_SEVERAL if site in adapted else _NOT_PLAIN
+            if site in adapted:
+                context.unfused[site] = _ONE_OF_SEVERAL
+            elif site in context.fused:
+                context.unfused[site] = _NOT_PLAIN
     found = _sites(graph_module, context)
     for node in graph_module.graph.nodes:
         site, value = context.site_of(node), example(node)
         if site is not None and site not in found and value is not None and value.dim() == 2:
-            context.unfused.setdefault(site, READ_PAST_THE_LAYER)
+            inside = any(module_site(user) == site for user in node.users)
+            context.unfused.setdefault(site, _OWN_WAY if inside else READ_PAST_THE_LAYER)
+    context.unfused |= context.kept
     for site in context.unfused:
         context.fused.pop(site, None)
-    context.unfused |= context.kept
 
 
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:

@@ -25,7 +25,8 @@ from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import SlottedAdapters, is_given_by_row
+from qlora_compile.hf.adapters import SlottedAdapters
+from qlora_compile.hf.adapters_by_row import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.hf.replaced_forward import (
@@ -61,10 +62,13 @@ _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_nam
 
 
 class Region(CompiledForward):
-    """The forward of one compiled module. kept: sites to leave alone, with the reason. graphs: as
+    """The forward of one compiled module.
+
+    kept: sites to leave alone, with the reason. idle: whether no other site is left. graphs: as
     `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
     `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
-    captured: the keys of inner outputs that the last forward collected."""
+    captured: the keys of inner outputs that the last forward collected.
+    """
 
     def __init__(
         self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
@@ -73,6 +77,7 @@ class Region(CompiledForward):
         self.kind = kind
         self.sites = sites
         self.kept = kept
+        self.idle = sites <= kept.keys()
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
         self.captured: tuple[str, ...] | None = None
@@ -93,14 +98,14 @@ class Region(CompiledForward):
         # A key-value cache changes shape at every token, so a block that sees one would recompile
         # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
         # in a head whose logits are not wanted. An exported program has no use for our ops.
-        idle = self.sites <= self.kept.keys()
-        empty = bool(args) and isinstance(args[0], Tensor) and args[0].numel() == 0
+        empty = len(args) > 0 and isinstance(args[0], Tensor) and args[0].numel() == 0
         cached = is_cached_call(args, kwargs)
         self.cached |= cached
         training = self.module.training and not (self.kind.probing or torch.compiler.is_compiling())
         if training and self.first_step is not None:
             self.first_step.begin(self)
-        if idle or empty or cached or torch.compiler.is_exporting():
+        # Not is_exporting(), which is true of every compilation in torch 2.11.
+        if self.idle or empty or cached or torch.compiler._is_exporting_flag:
             return self.stock(*args, **kwargs)
         return self._outside_outer_graph(*args, **kwargs)
 
@@ -163,7 +168,7 @@ class Region(CompiledForward):
     @property
     def stock(self) -> Callable[..., Any]:
         """The module's forward before there was a region."""
-        return self.replaced or self.kind.module_class.forward.__get__(self.module)
+        return self.replaced or partial(self.kind.module_class.forward, self.module)
 
     def _hooks(self) -> tuple[Hook, ...]:
         hooks: tuple[Hook, ...] = ()
@@ -275,7 +280,8 @@ def uninstall(module: nn.Module) -> None:
         if place == "forward" and region.replaced is None:
             del module.forward
         else:
-            setattr(module, place, region.stock)
+            own = region.kind.module_class.forward.__get__(module)
+            setattr(module, place, region.replaced or own)
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +21,10 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
+from qlora_compile.outputs import last_checkpoint
 from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
+
+_INTERRUPTED = 130  # a shell's exit status for what SIGINT ended
 
 
 def train(
@@ -56,7 +61,7 @@ def train(
     tune: TuneOption = "auto",
 ) -> None:
     """Fine-tune a causal language model; write adapter, loss curve, report and figures."""
-    with bad_input_in_one_line():
+    with bad_input_in_one_line(), _interruption_in_one_line(output):
         from qlora_compile.training.run import TrainingRun
 
         run = TrainingRun(
@@ -75,6 +80,26 @@ def train(
         )
         metrics = _execute(run)
     Console().print(closing_table(metrics, output))
+
+
+@contextlib.contextmanager
+def _interruption_in_one_line(output: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says what is saved, and an exit.
+
+    Raises:
+        typer.Exit: in place of a KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        saved = last_checkpoint(output)
+        text = (
+            f"{saved} holds adapter and training state; --resume goes on from there"
+            if saved
+            else "nothing was saved"
+        )
+        typer.echo(f"stopped: {text}", err=True)
+        raise typer.Exit(_INTERRUPTED) from error
 
 
 def closing_table(metrics: dict[str, Any], output: Path) -> Table:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
+from qlora_compile.hf import foreign, methods
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
@@ -50,10 +50,12 @@ class SlottedLinear(SlottedLayer, LoraLinear):  # type: ignore[misc]
     """PEFT's LoRA layer over a Conv1D, or a Linear that multiplies in a way of its own."""
 
 
-def linear_sites(modules: Mapping[str, nn.Module]) -> dict[str, LinearSite]:
+def linear_sites(
+    modules: Mapping[str, nn.Module], is_site: Callable[[nn.Module], bool] = foreign.is_linear
+) -> dict[str, Any]:
     """Every Linear or Conv1D of `modules` by its name: an adapted one under its adapter layer's
     name, the adapters' own and PEFT's trained copies not counted."""
-    sites: dict[str, LinearSite] = {}
+    sites: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in modules.items():
         if name.startswith(tuple(inside)):
@@ -64,15 +66,16 @@ def linear_sites(modules: Mapping[str, nn.Module]) -> dict[str, LinearSite]:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inside.append(f"{name}.")
             for part, linear in module.original_module.named_modules(prefix=name):
-                if isinstance(linear, LinearSite):
+                if is_site(linear):
                     sites[part] = linear
-        if isinstance(module, LinearSite):
+        if is_site(module):
             sites[name] = module
     return sites
 
 
-def is_adapted(model: nn.Module, site: str) -> bool:
-    return isinstance(_wrapper(model, site), BaseTunerLayer)
+def method_at(model: nn.Module, site: str) -> str | None:
+    """The method of PEFT's that adapts a site, None if none does."""
+    return methods.method_of(_wrapper(model, site))
 
 
 def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
@@ -82,19 +85,6 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return model.get_submodule(site)
     except AttributeError:
         return None
-
-
-_OF_ROWS = {"adapter_names", "alora_offsets"}
-"""Keywords by which PEFT tells an adapter layer what to do with each row."""
-
-
-def is_given_by_row(functions: Iterable[object], kwargs: Mapping[str, Any]) -> bool:
-    """Whether each row of a call is given its adapter: by one of the hooks `functions`, as PEFT
-    tells it to the layers inside a block, or by the block's own `kwargs`."""
-    return not _OF_ROWS.isdisjoint(kwargs) or any(
-        isinstance(function, partial) and not _OF_ROWS.isdisjoint(function.keywords)
-        for function in functions
-    )
 
 
 class SlottedAdapters:
@@ -188,7 +178,7 @@ def check_lora_config(
     Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
     would fail after it had begun to change the model.
     """
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise AdapterConfigError(
             field="lora", value=config, remedy="pass a peft.LoraConfig or None"
         )
@@ -245,9 +235,13 @@ def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
 
 
 def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
-    """Gives a LoRA layer its class when PEFT, which knows no packed Linear unless a config names
-    it, makes the layer over one: before the layer's adapter is made, and whoever attaches it."""
-    if name == "base_layer" and isinstance(layer, LoraLayer) and hasattr(type(base), "packed"):
+    """Gives an adapter layer its class when PEFT, which knows no packed Linear unless a config
+    names it, makes the layer over one: before the adapter is made, and whoever attaches it."""
+    if name == "model" and isinstance(layer, BaseTuner) and base is not None:
+        methods.check_first(layer, base)
+    if name == "base_layer" and isinstance(layer, BaseTunerLayer) and hasattr(type(base), "packed"):
+        if isinstance(base, QuantizedLinear):
+            methods.check(layer, base)
         _give_own_class(layer, base)
 
 
@@ -278,6 +272,8 @@ def adopt_adapter_layer(module: nn.Module) -> None:
             module.fan_in_fan_out = False
     if isinstance(module, DoraLayer):
         module.adopt_variants()
+    if isinstance(module, BaseTuner):
+        methods.check_first(module, module.model)
 
 
 def _give_own_class(layer: nn.Module, linear: nn.Module | None) -> None:
@@ -292,6 +288,10 @@ def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
     if type(layer) is LoraLinear:
         if isinstance(linear, QuantizedLinear):
             return QuantizedLoraLinear
+        if not foreign.is_linear(linear) or foreign.obstacle(linear) is not None:
+            return None
         return DoraLinear if type(linear).forward is nn.Linear.forward else SlottedLinear
+    if isinstance(linear, QuantizedLinear):
+        return methods.REPACKED.get(type(layer))
     base = base_of(linear)
     return base.adapter_layer(layer) if base is not None and hasattr(linear, "packed") else None

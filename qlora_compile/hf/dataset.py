@@ -1,7 +1,8 @@
 """Datasets: checks that one can be trained on, tokenises it, and makes batches of its examples."""
 
+import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,13 @@ from qlora_compile.errors import (
     MissingLabelsError,
     NoLossError,
     OutOfRangeError,
+    SequenceLengthError,
     TokenizerMissingError,
 )
 from qlora_compile.hf.adapters import base_model
-from qlora_compile.hf.loading import is_causal, longest_sequence
-
-_IGNORED = -100  # the label that cross entropy ignores
-_LABEL_ALIASES = ("label", "label_ids")  # names in datasets for the column that models call labels
+from qlora_compile.hf.loading import is_causal
+from qlora_compile.hf.rows import IGNORED, LABELS, RowRules, longest_row
+from qlora_compile.row_errors import RowColumnsError, RowTypeError
 
 
 @dataclass(frozen=True)
@@ -31,32 +32,115 @@ class Batching:
 
     With `add_labels` the labels are the inputs. Padding is recognised by its position and not by
     its token: in many models the pad token is also the end-of-text token, and that must stay a
-    label where it ends a text.
+    label where it ends a text. With `float_labels` labels are no classes.
     """
 
     pad_token: int
     add_labels: bool
+    float_labels: bool = False
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        columns = {name: [torch.as_tensor(e[name]) for e in examples] for name in examples[0]}
+        columns = {
+            "labels" if name in LABELS else name: [torch.as_tensor(e[name]) for e in examples]
+            for name in examples[0]
+        }
         lengths = {len(ids) for ids in columns["input_ids"]}
         if len(lengths) > 1 and "attention_mask" not in columns:
             columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
-        batch = {
-            "labels" if name in _LABEL_ALIASES else name: self._stack(name, values)
-            for name, values in columns.items()
-        }
+        batch = {name: self._stack(name, values) for name, values in columns.items()}
         if self.add_labels:
             batch["labels"] = batch["input_ids"].clone()
             if "attention_mask" in batch:
-                batch["labels"].masked_fill_(batch["attention_mask"] == 0, _IGNORED)
+                batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
         return batch
 
     def _stack(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        # Models look up int64, and compute losses in float32; arrays come in other widths, too.
+        is_float = values[0].is_floating_point() or (name == "labels" and self.float_labels)
+        if values[0].dtype != torch.bool:
+            values = [value.float() if is_float else value.long() for value in values]
         if values[0].dim() == 0:
             return torch.stack(values)
-        fill = {"input_ids": self.pad_token, "labels": _IGNORED}.get(name, 0)
+        fill = {"input_ids": self.pad_token, "labels": IGNORED}.get(name, 0)
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """Turns rows of text into token dicts.
+
+    limit: where to cut texts, in tokens; None for nowhere. ends: whether a text that is not cut and
+    has no labels of its own ends with the end-of-sequence token.
+    """
+
+    tokenizer: Any
+    limit: int | None
+    ends: bool
+
+    def rows(self, rows: Iterable[Any]) -> dict[int, dict[str, Any]]:
+        """Return each row by its number, with token ids in place of its text, blank ones left out.
+
+        rows: strings, or mappings with a text, whose other columns are kept.
+
+        Raises:
+            TokenizerMissingError: there is no tokenizer.
+            DatasetTypeError, RowColumnsError: a row is no text.
+            RowTypeError: a text is no string.
+            EmptyDatasetError: all texts are blank.
+        """
+        if self.tokenizer is None:
+            raise TokenizerMissingError(site="the dataset")
+        tokenized: dict[int, dict[str, Any]] = {}
+        for number, row in enumerate(rows):
+            if not isinstance(row, str | Mapping):
+                site, value = f"example {number}", f"{_described(row)} and no string"
+                raise DatasetTypeError(site=site, value=value)
+            columns = {"text": row} if isinstance(row, str) else dict(row)
+            if "text" not in columns:
+                raise RowColumnsError(row=number, problem="has no", column="text")
+            text = columns.pop("text")
+            if not isinstance(text, str | None):
+                raise RowTypeError(row=number, column="text", value=repr(text), wanted="a string")
+            if text and text.strip():
+                ends = self.ends and columns.keys().isdisjoint(LABELS)
+                tokenized[number] = columns | self._tokens(text, ends)
+        if not tokenized:
+            raise EmptyDatasetError(site="the dataset")
+        return tokenized
+
+    def _tokens(self, text: str, ends: bool) -> dict[str, list[int]]:
+        if not ends:
+            cut = self.limit is not None
+            return dict(self.tokenizer(text, truncation=cut, max_length=self.limit))
+        tokens = dict(self.tokenizer(text, verbose=False))
+        end = self.tokenizer.eos_token_id
+        if end is not None and tokens["input_ids"][-1:] != [end]:
+            last = {"input_ids": end, "attention_mask": 1}
+            tokens = {n: [*ids, last.get(n, (ids or [0])[-1])] for n, ids in tokens.items()}
+        # Cut here: a tokenizer that ends texts itself would end those that it cuts, too.
+        count = len(tokens["input_ids"])
+        kept = min(count, self.limit or count)
+        left = self.tokenizer.truncation_side == "left"
+        cut = slice(count - kept, None) if left else slice(kept)
+        return {name: values[cut] for name, values in tokens.items()}
+
+
+class _CheckedStream(IterableDataset):
+    """Checks each row of a stream when it comes."""
+
+    def __init__(self, stream: Any, rules: RowRules) -> None:
+        self.stream, self.rules = stream, rules
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.rules.checked, self.stream, itertools.count())
+
+    def __len__(self) -> int:
+        return len(self.stream)  # raises TypeError if the stream has no length, as DataLoader asks
+
+    def __getattr__(self, name: str) -> Any:  # such as set_epoch
+        if name == "stream":
+            raise AttributeError(name)  # while a copy is being made
+        return getattr(self.stream, name)
 
 
 def prepare(
@@ -65,30 +149,50 @@ def prepare(
     """Return the dataset with token ids, and the Batching with which the model returns a loss.
 
     Texts are cut at `max_length` tokens (None: the model's own limit); blank ones are left out.
+    Those that a causal language model learns to predict end with the end-of-sequence token, unless
+    they are cut. Rows are checked: all of them here, or those of a stream when they come.
 
     Raises:
         OutOfRangeError: max_length is below 1.
+        SequenceLengthError: max_length is more than the model can take.
         DatasetTypeError: the dataset is of no kind that can be trained on.
         EmptyDatasetError: the dataset holds no examples.
         TokenizerMissingError: the dataset holds text, and there is no tokenizer.
         NoLossError: the model takes no labels.
         MissingLabelsError: the model needs labels that the dataset does not have.
+        An error of `RowRules.check_rows`: a row cannot be trained on.
     """
     if max_length is not None and max_length < 1:
         raise OutOfRangeError(name="max_length", value=max_length, allowed="1 or more")
-    limit = longest_sequence(model.config) if max_length is None else max_length
-    rows = _rows(dataset, tokenizer, limit)
+    base = base_model(model)
+    name = type(base).__name__
+    limit = longest_row(base)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise SequenceLengthError(value=max_length, model=name, limit=limit)
+    tokenizing = Tokenizing(tokenizer, max_length or limit, is_causal(name))
+    rows: Any
+    rows, numbers = _rows(dataset, tokenizing)
     # An IterableDataset has a __getitem__ too, which only raises.
-    example = next(iter(rows), None) if isinstance(rows, IterableDataset) else rows[0]
+    is_stream = isinstance(rows, IterableDataset)
+    example = next(iter(rows), None) if is_stream else rows[0]
     if example is None:
         raise EmptyDatasetError(site="the dataset")
     if not isinstance(example, Mapping) or "input_ids" not in example:
         raise DatasetTypeError(site="the dataset's first example", value=_described(example))
     add_labels = _labels_are_inputs(model, set(example))
+    rules = RowRules.of(model, example)
+    if is_stream:
+        streamed = _library_class("datasets", "IterableDataset")
+        own = streamed is not None and isinstance(rows, streamed)
+        rows = rows.map(rules.checked, with_indices=True) if own else _CheckedStream(rows, rules)
+    elif _is_table(rows) and rows.format["type"] != "custom":
+        rules.check_table(rows)
+    else:
+        rules.check_rows((rows[place] for place in range(len(rows))), numbers)
     pad_token = getattr(model.config, "pad_token_id", None)
     if pad_token is None:
         pad_token = getattr(tokenizer, "pad_token_id", None)
-    return rows, Batching(pad_token=pad_token or 0, add_labels=add_labels)
+    return rows, Batching(pad_token or 0, add_labels, float_labels=rules.has_float_labels)
 
 
 def label_names(model: Any) -> list[str]:
@@ -96,62 +200,45 @@ def label_names(model: Any) -> list[str]:
     return find_labels(type(base_model(model)))
 
 
-def _rows(dataset: Any, tokenizer: Any, limit: int | None) -> Any:
-    # `datasets` is optional here; if `dataset` is one of its, the package has been imported.
-    library = sys.modules.get("datasets")
-    if library is not None and isinstance(dataset, library.Dataset):
-        return _table(dataset, tokenizer, limit)
+def _library_class(library: str, name: str) -> Any:
+    """Return a class of a library that is optional here, None if nobody has imported it: then no
+    dataset is of that class."""
+    return getattr(sys.modules.get(library), name, None)
+
+
+def _is_table(dataset: Any) -> bool:
+    table = _library_class("datasets", "Dataset")
+    return table is not None and isinstance(dataset, table)
+
+
+def _rows(dataset: Any, tokenizing: Tokenizing) -> tuple[Any, Iterable[int]]:
+    """Return the dataset's rows, with token ids where there was text, and their numbers."""
     if isinstance(dataset, IterableDataset):
-        return dataset
-    if isinstance(dataset, TorchDataset):
-        sized: Any = dataset
-        if len(sized) == 0:
-            raise EmptyDatasetError(site="the dataset")
-        if not isinstance(sized[0], str):
-            return dataset
-        dataset = [sized[index] for index in range(len(sized))]
-    if isinstance(dataset, str | bytes | Mapping) or not isinstance(dataset, Iterable):
-        raise DatasetTypeError(site="dataset", value=_described(dataset))
-    rows = list(dataset)
-    if not rows:
+        return dataset, itertools.count()
+    frame = _library_class("pandas", "DataFrame")
+    rows: Any = dataset
+    if frame is not None and isinstance(dataset, frame):
+        rows = _records(dataset)
+    elif not isinstance(dataset, TorchDataset) and not _is_table(dataset):
+        if isinstance(dataset, str | bytes | Mapping) or not isinstance(dataset, Iterable):
+            raise DatasetTypeError(site="dataset", value=_described(dataset))
+        rows = list(dataset)
+    if len(rows) == 0:
         raise EmptyDatasetError(site="the dataset")
-    kind, wanted = (str, "string") if isinstance(rows[0], str) else (Mapping, "token dict")
-    for index, row in enumerate(rows):
-        if not isinstance(row, kind):
-            raise DatasetTypeError(
-                site=f"example {index}", value=f"{_described(row)} and no {wanted}"
-            )
-    if kind is Mapping:
-        return rows
-    return _tokenized([{"text": text} for text in rows], tokenizer, limit)
+    first = rows[0]
+    is_text = isinstance(first, Mapping) and "text" in first and "input_ids" not in first
+    if not is_text and not isinstance(first, str):
+        return rows, itertools.count()
+    tokenized = tokenizing.rows(rows[place] for place in range(len(rows)))
+    return list(tokenized.values()), tokenized
 
 
-def _table(table: Any, tokenizer: Any, limit: int | None) -> Any:
-    if len(table) == 0:
-        raise EmptyDatasetError(site="the dataset")
-    if "input_ids" in table.column_names:
-        return table
-    if "text" not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise DatasetTypeError(site="dataset", value=f"a datasets.Dataset with columns {columns}")
-    return _tokenized(table, tokenizer, limit)
-
-
-def _tokenized(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, limit: int | None
-) -> list[dict[str, Any]]:
-    """Return the rows with token ids in place of their text; other columns are kept."""
-    if tokenizer is None:
-        raise TokenizerMissingError(site="the dataset")
-    tokenized = [
-        {name: value for name, value in row.items() if name != "text"}
-        | dict(tokenizer(row["text"], truncation=limit is not None, max_length=limit))
-        for row in rows
-        if row["text"] and row["text"].strip()
-    ]
-    if not tokenized:
-        raise EmptyDatasetError(site="the dataset")
-    return tokenized
+def _records(frame: Any) -> list[dict[str, Any]]:
+    """Return the rows of a pandas DataFrame, with None where a value is missing."""
+    # First pandas' own dtypes: NumPy's turn whole numbers beside a missing one into floats.
+    records = frame.convert_dtypes().to_dict("records")
+    missing = sys.modules["pandas"].NA
+    return [{n: None if v is missing else v for n, v in row.items()} for row in records]
 
 
 def _labels_are_inputs(model: Any, columns: set[str]) -> bool:
@@ -159,7 +246,7 @@ def _labels_are_inputs(model: Any, columns: set[str]) -> bool:
     expected = label_names(model)
     if not expected:
         raise NoLossError(model=type(base).__name__)
-    accepted = {*expected, *_LABEL_ALIASES} if "labels" in expected else set(expected)
+    accepted = {*expected, *LABELS} if "labels" in expected else set(expected)
     if columns & accepted:
         return False
     if not is_causal(type(base).__name__):

@@ -104,8 +104,13 @@ def is_causal(class_name: str | None) -> bool:
 
 def longest_sequence(config: Any) -> int | None:
     """Return a model's number of positions, None if its configuration states no limit."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet's is -1
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a model's configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _location(source: str | Path) -> tuple[str, dict[str, Any]]:

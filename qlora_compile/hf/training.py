@@ -7,7 +7,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from qlora_compile.errors import (
@@ -30,6 +28,7 @@ from qlora_compile.errors import (
     TrainingOptionError,
 )
 from qlora_compile.hf.dataset import label_names, prepare
+from qlora_compile.hf.interruption import Interruption
 from qlora_compile.hf.loading import is_causal
 
 _TASKS = {
@@ -109,10 +108,12 @@ def fine_tune(
     Raises:
         TrainingOptionError: TrainingArguments has no such option.
         DatasetTypeError, EmptyDatasetError, TokenizerMissingError, NoLossError,
-        MissingLabelsError: the dataset cannot be trained on.
+        MissingLabelsError, or an error of a row: the dataset cannot be trained on.
+        TrainingInterrupt: Ctrl-C stopped the training.
     """
     require_known_options(options)
     rows, batching = prepare(dataset, model, tokenizer, max_length)
+    interruption = Interruption(options.get("output_dir"))
     with _output_directory(options) as directory:
         arguments = TrainingArguments(**{**_defaults(options, model), "output_dir": directory})
         trainer = Trainer(
@@ -121,11 +122,14 @@ def fine_tune(
             train_dataset=rows,
             data_collator=batching,
             processing_class=tokenizer,
-            callbacks=[observer] if observer else None,
+            callbacks=[interruption, *([observer] if observer else [])],
         )
         if observer:
             trainer.remove_callback(PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+        # Of several processes each would stop after another step.
+        alone = arguments.world_size == 1
+        with interruption.watching(trainer) if alone else contextlib.nullcontext():
+            output = trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
     return output, trainer.state.log_history
 
 
@@ -161,12 +165,6 @@ def sequence_losses(model: Any, sequences: Sequence[list[int]], batch_size: int)
     finally:
         model.train(was_training)
     return losses
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """Return the newest Trainer checkpoint in a directory, None if there is none."""
-    checkpoint = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    return Path(checkpoint) if checkpoint else None
 
 
 def seed_everything(seed: int) -> None:

@@ -17,7 +17,7 @@ from qlora_compile.errors import (
     OutputDirectoryError,
     ResumeError,
 )
-from qlora_compile.outputs import check_writable, writable_directory
+from qlora_compile.outputs import check_writable, last_checkpoint, writable_directory
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document, read_documents, split
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures
@@ -92,8 +92,6 @@ class TrainingRun:
         return config
 
     def _check_earlier_run(self) -> None:
-        from qlora_compile.hf.training import last_checkpoint
-
         checkpoint = last_checkpoint(self.output)
         where = str(self.output)
         if not self.resume:
@@ -180,7 +178,7 @@ class TrainingRun:
         announce(f"held-out loss before training ({len(held_out)} sequences)")
         before = training.sequence_losses(model, held_out, self.batch_size)
         announce("training; the first step compiles")
-        checkpoint = training.last_checkpoint(self.output) if self.resume else None
+        checkpoint = last_checkpoint(self.output) if self.resume else None
         _, history = training.fine_tune(
             model,
             [{"input_ids": sequence} for sequence in train_sequences],

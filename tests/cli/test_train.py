@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from qlora_compile import api
 from qlora_compile.cli.app import app
+from qlora_compile.hf.training import StepObserver
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
@@ -124,6 +126,45 @@ def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: P
     figures = [json.loads((run / "metrics.json").read_text()) for run in (whole, interrupted)]
     assert figures[0]["held_out"] == figures[1]["held_out"]
     assert figures[1]["training"]["steps_timed"] == 5
+
+
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_is_one_line_and_resume_goes_on(
+    presses: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"steps": 6, "dropout": 0.1, "checkpoint_every": 2, "format": "none"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert CliRunner().invoke(app, arguments(inputs, whole, **changed)).exit_code == 0
+
+    def press(observer: StepObserver, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(StepObserver, "on_step_begin", press)
+        result = CliRunner().invoke(app, arguments(inputs, stopped, **changed))
+    assert result.exit_code == 130
+    saved = stopped / f"checkpoint-{4 - presses}"
+    *_, line = result.stderr.splitlines()
+    assert line == f"stopped: {saved} holds adapter and training state; --resume goes on from there"
+    assert "Traceback" not in result.output
+    resumed = CliRunner().invoke(app, arguments(inputs, stopped, resume=True, **changed))
+    assert resumed.exit_code == 0, resumed.output
+    assert losses(stopped) == losses(whole)
+
+
+def test_ctrl_c_before_training_saves_nothing(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training_run, "split", press)
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "stopped: nothing was saved"
 
 
 @pytest.mark.usefixtures("stock")

@@ -1,0 +1,87 @@
+"""Counts of parameters by PEFT and transformers, in which a packed weight counts its elements.
+
+Both add up `numel()` of each Parameter, which for a packed weight is the number of stored codes:
+half of the weights of a 4-bit format. A Parameter that said otherwise would mislead whoever asks
+for its size to move, shard or store it, so the models' own methods are put right instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from qlora_compile.kernels.formats.formats import planes_of
+from qlora_compile.kernels.layout import Layout
+from qlora_compile.modules.packed import PackedModule
+
+
+class _Count:
+    """Takes the place of a method of `model`; an object is copied and pickled with the model."""
+
+    method: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        return getattr(type(self.model), self.method)
+
+
+class TrainableParameters(_Count):
+    """PEFT's count of the trainable parameters and of all, which it prints."""
+
+    method = "get_nb_trainable_parameters"
+
+    def __call__(self) -> tuple[int, int]:
+        trainable, total = self.stock(self.model)
+        return trainable, total + _elements_beyond_codes(self.model)
+
+
+class Parameters(_Count):
+    """transformers' count of parameters."""
+
+    method = "num_parameters"
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        counted = self.stock(self.model, only_trainable, exclude_embeddings)
+        return counted if only_trainable else counted + _elements_beyond_codes(self.model)
+
+
+def count_elements(model: nn.Module) -> None:
+    """Let the model, and all models inside it, count elements of packed weights from now on."""
+    for module in model.modules():
+        for count in (TrainableParameters, Parameters):
+            if hasattr(type(module), count.method):
+                setattr(module, count.method, count(module))
+
+
+def _count_attached(outer: nn.Module, name: str, model: nn.Module | None) -> None:
+    """Do so for a PeftModel that is made of a quantised model, by whomever."""
+    if model is None or not hasattr(type(outer), TrainableParameters.method):
+        return
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        setattr(outer, TrainableParameters.method, TrainableParameters(outer))
+
+
+register_module_module_registration_hook(_count_attached)
+
+
+def _elements_beyond_codes(model: nn.Module) -> int:
+    """Return how many more elements the model's packed weights have than stored codes."""
+    packed = (module for module in model.modules() if isinstance(module, PackedModule))
+    # Not those whose weight is the decoded one, inside of `unpacked`; shared weights once.
+    layouts = {
+        id(module.weight): Layout.parse(module.layout)
+        for module in packed
+        if not module.weight.is_floating_point()
+    }
+    # By the layouts, since a sharded weight may be empty here.
+    return sum(
+        math.prod(layout.shape) - math.prod(planes_of(layout)[0].shape)
+        for layout in layouts.values()
+    )
