@@ -282,7 +282,8 @@ def uninstall(module: nn.Module) -> None:
         if place == "forward" and region.replaced is None:
             del module.forward
         else:
-            setattr(module, place, region.stock)
+            own = region.kind.module_class.forward.__get__(module)
+            setattr(module, place, region.replaced or own)
 
 
 def region_of(module: nn.Module) -> Region | None:

@@ -156,7 +156,7 @@ def test_forwards_that_come_and_go_after_optimize() -> None:
 def test_a_forward_put_on_a_block_after_optimize_is_run_and_reported() -> None:
     both, ids = pair(), tokens()
     both.assert_agree(ids)
-    ours = block(both.ours, 1)
+    ours: Any = block(both.ours, 1)
     region = region_of(ours)
     for replace, named in ((as_method, True), (as_closure, False), (printing, False)):
         for model in both:

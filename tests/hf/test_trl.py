@@ -142,6 +142,7 @@ def test_trains_and_merges_as_stock(name: str, order: Order, tmp_path: Path) -> 
     for path, linear in model.named_modules():
         if isinstance(linear, QuantizedLinear):
             merged = copy.deepcopy(linear)
-            merged.requantize(plain.get_submodule(path).weight.data)
+            weight: Any = plain.get_submodule(path).weight
+            merged.requantize(weight.data)
             difference = linear.dequantize() - merged.dequantize()
             assert difference.norm() < 0.02 * merged.dequantize().norm(), path
