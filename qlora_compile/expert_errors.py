@@ -14,7 +14,7 @@ class FrozenExpertsError(QloraCompileError):
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def raise_frozen(site: str) -> None:
     """Raise FrozenExpertsError. Traced, the error would reach users as one of Dynamo's own."""
     raise FrozenExpertsError(site=site)

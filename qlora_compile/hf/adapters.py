@@ -251,10 +251,11 @@ register_module_module_registration_hook(_adopt_new)
 def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
     """Puts `linear` where the site's Linear is, under its adapter if it has one; returns the name
     of that place."""
-    module: Any = model.get_submodule(site)
-    move_hook(getattr(module, "base_layer", module), linear)
+    module = model.get_submodule(site)
+    wrapper: Any = module
+    move_hook(getattr(wrapper, "base_layer", wrapper), linear)
     if isinstance(module, BaseTunerLayer):
-        module.base_layer = linear
+        wrapper.base_layer = linear
         adopt_adapter_layer(module)
         return f"{site}.base_layer"
     parent, _, leaf = site.rpartition(".")

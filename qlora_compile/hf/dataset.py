@@ -182,9 +182,11 @@ def prepare(
     add_labels = _labels_are_inputs(model, set(example))
     rules = RowRules.of(model, example)
     if is_stream:
+        stream: Any = rows
         streamed = _library_class("datasets", "IterableDataset")
         own = streamed is not None and isinstance(rows, streamed)
-        rows = rows.map(rules.checked, with_indices=True) if own else _CheckedStream(rows, rules)
+        checked = rules.checked
+        rows = stream.map(checked, with_indices=True) if own else _CheckedStream(stream, rules)
     elif _is_table(rows) and rows.format["type"] != "custom":
         rules.check_table(rows)
     else:

@@ -133,7 +133,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: P
 def test_ctrl_c_is_one_line_and_resume_goes_on(
     presses: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = {"steps": 6, "dropout": 0.1, "checkpoint_every": 2, "format": "none"}
+    changed: Any = {"steps": 6, "dropout": 0.1, "checkpoint_every": 2, "format": "none"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert CliRunner().invoke(app, arguments(inputs, whole, **changed)).exit_code == 0
 
