@@ -139,7 +139,7 @@ def test_ctrl_c_is_one_line_and_resume_goes_on(
 
     def press(observer: StepObserver, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
-            for _ in range(presses):
+            for _press in range(presses):
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as pressed:
