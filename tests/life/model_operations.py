@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.life.pair import BLOCK, Pair, Strategy
+from tests.life.step_operations import RETAINING
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class OuterCompile:
 
     @staticmethod
     def drawn(pair: Pair) -> Strategy | None:
+        if pair.backend_outside == "inductor" and pair.backward in RETAINING:
+            return None
         return st.just(OuterCompile(not pair.compiled_outside))
 
     def apply(self, pair: Pair) -> None:

@@ -67,6 +67,11 @@ class Checkpointing:
         pair.both(change)
 
 
+RETAINING = {"twice", "two losses", "autograd.grad"}
+"""Kinds of Backward that retain the graph. Code of Inductor's that takes saved tensors for memory of
+its own refuses them, around a stock model too."""
+
+
 @dataclass(frozen=True)
 class Backward:
     """Another way from the loss to the gradients"""
@@ -78,6 +83,8 @@ class Backward:
         kinds = {"once", "twice", "two losses", "accumulated", "autograd.grad"} - {pair.backward}
         if pair.checkpointing == "reentrant":
             kinds -= {"autograd.grad"}
+        if pair.compiled_outside and pair.backend_outside == "inductor":
+            kinds -= RETAINING
         return st.sampled_from(sorted(kinds)).map(Backward)
 
     def apply(self, pair: Pair) -> None:
