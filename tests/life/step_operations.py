@@ -68,7 +68,7 @@ class Checkpointing:
 
 
 RETAINING = {"twice", "two losses", "autograd.grad"}
-"""Kinds of Backward that retain the graph. Code of Inductor's that takes saved tensors for memory of
+"""Kinds of Backward that retain the graph. Code of Inductor's that uses saved tensors as memory of
 its own refuses them, around a stock model too."""
 
 
