@@ -1,6 +1,7 @@
 """Datasets: checks that one can be trained on, tokenises it, and makes batches of its examples."""
 
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -237,8 +238,11 @@ def _records(frame: Any) -> list[dict[str, Any]]:
     """Return the rows of a pandas DataFrame, with None where a value is missing."""
     # First pandas' own dtypes: NumPy's turn whole numbers beside a missing one into floats.
     records = frame.convert_dtypes().to_dict("records")
-    missing = sys.modules["pandas"].NA
-    return [{n: None if v is missing else v for n, v in row.items()} for row in records]
+    return [{n: None if _is_missing(v) else v for n, v in row.items()} for row in records]
+
+
+def _is_missing(value: object) -> bool:
+    return value is sys.modules["pandas"].NA or (isinstance(value, float) and math.isnan(value))
 
 
 def _labels_are_inputs(model: Any, columns: set[str]) -> bool:
