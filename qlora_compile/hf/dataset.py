@@ -133,7 +133,7 @@ class _CheckedStream(IterableDataset):
         self.stream, self.rules = stream, rules
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.rules.checked, self.stream, itertools.count())
+        return map(self.rules.checked_row, self.stream, itertools.count())
 
     def __len__(self) -> int:
         return len(self.stream)  # raises TypeError if the stream has no length, as DataLoader asks
@@ -185,7 +185,9 @@ def prepare(
     if is_stream:
         streamed = _library_class("datasets", "IterableDataset")
         own = streamed is not None and isinstance(rows, streamed)
-        rows = rows.map(rules.checked, with_indices=True) if own else _CheckedStream(rows, rules)
+        rows = (
+            rows.map(rules.checked_row, with_indices=True) if own else _CheckedStream(rows, rules)
+        )
     elif _is_table(rows) and rows.format["type"] != "custom":
         rules.check_table(rows)
     else:
