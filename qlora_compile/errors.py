@@ -235,10 +235,7 @@ class MetaDeviceError(QloraCompileError, ValueError):
 
 
 class AlreadyAdaptedError(QloraCompileError, ValueError):
-    template = (
-        "{model} has adapters already; call qlora_compile.optimize with lora=None to keep them, or "
-        "remove them first"
-    )
+    template = "{model} has adapters already; call optimize with lora=None, or remove them first"
 
 
 class AlreadyQuantizedError(QloraCompileError, ValueError):

@@ -1,6 +1,7 @@
 """Datasets: checks that one can be trained on, tokenises it, and makes batches of its examples."""
 
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class _CheckedStream(IterableDataset):
         self.stream, self.rules = stream, rules
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.rules.checked, self.stream, itertools.count())
+        return map(self.rules.checked_row, self.stream, itertools.count())
 
     def __len__(self) -> int:
         return len(self.stream)  # raises TypeError if the stream has no length, as DataLoader asks
@@ -185,7 +186,7 @@ def prepare(
         stream: Any = rows
         streamed = _library_class("datasets", "IterableDataset")
         own = streamed is not None and isinstance(rows, streamed)
-        checked = rules.checked
+        checked = rules.checked_row
         rows = stream.map(checked, with_indices=True) if own else _CheckedStream(stream, rules)
     elif _is_table(rows) and rows.format["type"] != "custom":
         rules.check_table(rows)
@@ -239,8 +240,11 @@ def _records(frame: Any) -> list[dict[str, Any]]:
     """Return the rows of a pandas DataFrame, with None where a value is missing."""
     # First pandas' own dtypes: NumPy's turn whole numbers beside a missing one into floats.
     records = frame.convert_dtypes().to_dict("records")
-    missing = sys.modules["pandas"].NA
-    return [{n: None if v is missing else v for n, v in row.items()} for row in records]
+    return [{n: None if _is_missing(v) else v for n, v in row.items()} for row in records]
+
+
+def _is_missing(value: object) -> bool:
+    return value is sys.modules["pandas"].NA or (isinstance(value, float) and math.isnan(value))
 
 
 def _labels_are_inputs(model: Any, columns: set[str]) -> bool:

@@ -93,7 +93,7 @@ def _array(row: Any) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     if isinstance(row, torch.Tensor):
         row = row.detach().cpu()
-        return (row.float() if row.dtype == torch.bfloat16 else row).numpy()
+        row = (row.float() if row.dtype == torch.bfloat16 else row).numpy()
     try:
         array = np.asarray(row)
     except ValueError:  # its parts have different lengths

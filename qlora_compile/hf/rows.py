@@ -85,6 +85,11 @@ class RowRules:
         )
 
     @property
+    def checked(self) -> frozenset[str]:
+        """The columns that hold something for each token, or labels; not images, for example."""
+        return self.columns.intersection((*_TOKEN_IDS, *_BESIDE_TOKENS, *LABELS))
+
+    @property
     def has_float_labels(self) -> bool:
         return self.labels is not None and self.labels[1].classes is None
 
@@ -101,20 +106,22 @@ class RowRules:
             for row, number in some:
                 if not isinstance(row, Mapping):
                     raise DatasetTypeError(site=f"row {number}", value=f"a {type(row).__name__}")
-                for name in sorted(self.accepted.intersection(row) - self.columns):
-                    raise RowColumnsError(row=number, problem="unlike others has", column=name)
-            columns = {name: Column.of([row.get(name) for row, _ in some]) for name in self.columns}
+                for name in sorted(self.accepted):
+                    if (row.get(name) is None) == (name in self.columns):
+                        problem = "has no" if name in self.columns else "unlike others has"
+                        raise RowColumnsError(row=number, problem=problem, column=name)
+            columns = {name: Column.of([row[name] for row, _ in some]) for name in self.checked}
             self._check(columns, [number for _, number in some])
 
     def check_table(self, table: Any) -> None:
         """Check a datasets.Dataset a part at a time; raises as `check_rows`."""
-        arrow = table.select_columns(sorted(self.columns)).with_format("arrow")
+        arrow = table.select_columns(sorted(self.checked)).with_format("arrow")
         for start in range(0, len(table), _AT_ONCE):
             part = arrow[start : start + _AT_ONCE]
-            columns = {name: Column.of_arrow(part[name]) for name in self.columns}
+            columns = {name: Column.of_arrow(part[name]) for name in self.checked}
             self._check(columns, range(start, start + _AT_ONCE))
 
-    def checked(self, row: Any, number: int) -> Any:
+    def checked_row(self, row: Any, number: int) -> Any:
         """Return the row; raises as `check_rows`."""
         self.check_rows([row], [number])
         return row
@@ -165,7 +172,8 @@ class RowRules:
             yield from _length_faults(name, column, ids)
         else:
             found = column.row_where(column.counts != rule.count, column.counts)
-            fields = {"length": rule.count, "wanted": "as many as the row has labels"}
+            wanted = "one for the row" if rule.count == 1 else "one for each of the model's labels"
+            fields = {"length": rule.count, "wanted": wanted}
             yield name, found, ColumnLengthError, fields
         kinds, wanted = ("iuf", "numbers") if rule.classes is None else ("iu", "whole numbers")
         yield name, column.row_where(~column.of_kind(kinds)), RowTypeError, {"wanted": wanted}
@@ -194,7 +202,8 @@ def label_rule(base: Any, label: Any) -> LabelRule | None:
         problem = config.problem_type
         if problem is None and config.num_labels == 1:
             problem = "regression"
-        if problem is None and not Column.of([label]).of_kind("iu").all():
+        one = Column.of([label])
+        if problem is None and one.dims.all() and one.of_kind("f").all():
             problem = "multi_label_classification"
         if problem == "single_label_classification" or problem is None:
             return LabelRule("row", config.num_labels)
@@ -202,7 +211,7 @@ def label_rule(base: Any, label: Any) -> LabelRule | None:
     if name.endswith("ForTokenClassification"):
         return LabelRule("token", config.num_labels)
     vocabulary = getattr(text_config(config), "vocab_size", None)
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         return LabelRule("sequence", vocabulary)
     if is_causal(name) or name.endswith("ForMaskedLM"):
         return LabelRule("token", vocabulary)

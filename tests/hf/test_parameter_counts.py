@@ -19,7 +19,7 @@ FORMAT_NAMES = [each.name for each in FORMATS]
 
 
 def config() -> LoraConfig:
-    return LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
+    return LoraConfig(r=3, target_modules=["q_proj", "o_proj"])
 
 
 def mixtral() -> Any:
