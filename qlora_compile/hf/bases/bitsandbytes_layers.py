@@ -68,8 +68,9 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
     @property
     def tensors(self) -> list[Tensor]:
         """The planes, in the order of `PackedWeight.tensors`."""
-        assert self.state.SCB is not None
-        return [self.weight, self.state.SCB]
+        # A weight that is new, as merging makes one, keeps its scales until bitsandbytes' forward.
+        scales = self.weight.SCB if self.state.SCB is None else self.state.SCB
+        return [self.weight, scales]
 
     @property
     def layout(self) -> str:

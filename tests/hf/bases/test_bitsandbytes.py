@@ -46,6 +46,22 @@ def test_adapters_are_attached_to_a_bitsandbytes_model(bits: int) -> None:
     assert qlora_compile.explain(ours).fused == 14
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_is_merged_and_unmerged_between_calls(bits: int) -> None:
+    models: list[Any] = []
+    for optimized in (False, True):
+        torch.manual_seed(1)
+        model: Any = get_peft_model(with_bitsandbytes(toy(), bits), lora())
+        models.append(qlora_compile.optimize(model) if optimized else model)
+    ids = tokens()
+    for change in ("train", "merge_adapter", "unmerge_adapter"):
+        for model in models:
+            getattr(model.base_model if "merge" in change else model, change)()
+        stock, ours = (model(input_ids=ids, labels=ids).logits for model in models)
+        assert float((ours - stock).norm() / stock.norm()) < FLOAT32_TOLERANCE, change
+        assert qlora_compile.explain(models[1]).fused == 14
+
+
 def test_what_bitsandbytes_keeps_is_named() -> None:
     model: Any = get_peft_model(with_bitsandbytes(toy(), 8), lora())
     mlp = model.base_model.model.model.layers[1].mlp
