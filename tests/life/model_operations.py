@@ -22,6 +22,8 @@ class Mode:
 
     @staticmethod
     def drawn(pair: Pair) -> Strategy | None:
+        if pair.quantizes_inputs:
+            return None
         return st.builds(
             Mode, st.booleans(), st.sampled_from(("", f"{BLOCK}.0", f"{BLOCK}.1.mlp"))
         ).filter(lambda each: pair.stock.get_submodule(each.module).training != each.training)
