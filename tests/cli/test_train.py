@@ -18,7 +18,10 @@ from qlora_compile.cli.app import app
 from qlora_compile.hf.training import StepObserver
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
+from tests.interrupts import interruptible
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+
+__all__ = ["interruptible"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -128,7 +131,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: P
     assert figures[1]["training"]["steps_timed"] == 5
 
 
-@pytest.mark.usefixtures("stock")
+@pytest.mark.usefixtures("stock", "interruptible")
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_is_one_line_and_resume_goes_on(
     presses: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +158,7 @@ def test_ctrl_c_is_one_line_and_resume_goes_on(
     assert losses(stopped) == losses(whole)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_before_training_saves_nothing(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,12 @@ import pytest
 
 from qlora_compile.hf.interruption import TrainingInterrupt
 from qlora_compile.hf.training import StepObserver, fine_tune, seed_everything
+from tests.interrupts import interruptible
 from tests.toy_language_model import toy_llama
+
+__all__ = ["interruptible"]
+
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 STEPS = 6
 ROWS = [{"input_ids": list(range(n, n + 5))} for n in range(9)]
