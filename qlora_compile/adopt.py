@@ -122,7 +122,7 @@ def adopt(
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
-        parameter_counts.count_elements(inventory.model)
+        parameter_counts.count_elements(inventory.model, inventory.modules.values())
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
         if entry.base is not None and entry.obstacle is None:

@@ -8,12 +8,13 @@ for its size to move, shard or store it, so the models' own methods are put righ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from qlora_compile.hf.adapters import base_model
 from qlora_compile.kernels.formats.formats import planes_of
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.packed import PackedModule
@@ -52,9 +53,15 @@ class Parameters(_Count):
         return counted if only_trainable else counted + _elements_beyond_codes(self.model)
 
 
-def count_elements(model: nn.Module) -> None:
-    """Let the model, and all models inside it, count elements of packed weights from now on."""
-    for module in model.modules():
+_MARK = "_counts_packed_elements"
+"""The attribute of a quantised model by which a PeftModel that is made of it later is known."""
+
+
+def count_elements(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Let `model`, and all models among its `modules`, count elements of packed weights from now
+    on."""
+    setattr(base_model(model), _MARK, True)
+    for module in modules:
         for count in (TrainableParameters, Parameters):
             if hasattr(type(module), count.method):
                 setattr(module, count.method, count(module))
@@ -62,9 +69,8 @@ def count_elements(model: nn.Module) -> None:
 
 def _count_attached(outer: nn.Module, name: str, model: nn.Module | None) -> None:
     """Do so for a PeftModel that is made of a quantised model, by whomever."""
-    if model is None or not hasattr(type(outer), TrainableParameters.method):
-        return
-    if any(isinstance(module, PackedModule) for module in model.modules()):
+    # PEFT's tuner, which is the model here, hands on the attributes of the model inside.
+    if hasattr(type(outer), TrainableParameters.method) and hasattr(model, _MARK):
         setattr(outer, TrainableParameters.method, TrainableParameters(outer))
 
 
