@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 import qlora_compile
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import LogitsFreeLossError, OffloadedWeightError
+from qlora_compile.hf.blocks import checkpoints
 from tests.capture.test_hooks import Pair, block, checkpointed, first, instead
 from tests.examples import LONG
 from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
@@ -125,7 +126,10 @@ def test_a_replaced_block_that_checkpoints_runs_as_stock() -> None:
         checkpointed(model, "nonreentrant")
     both.assert_agree(tokens())
     assert not both.reasons(0)
-    assert "as_method.<locals>.halved on the block itself" in both.reasons(1).pop()
+    # transformers 5.17 checkpoints a block from outside, which then runs compiled.
+    reasons = both.reasons(1)
+    assert bool(reasons) == checkpoints(block(both.ours, 1))
+    assert all("as_method.<locals>.halved on the block itself" in reason for reason in reasons)
 
 
 def test_forwards_that_come_and_go_after_optimize() -> None:
