@@ -95,9 +95,9 @@ class Inventory:
     full, and may repeat layers. Quantising and adopting do not.
 
     modules: every module by its first name. linears, experts: the sites. foreign: other layers that
-    act as Linears. trained: the sites that
-    are trained in full; empty unless the model `is_partly_frozen`, as in a model that has just been
-    loaded all weights require a gradient and nobody has chosen so.
+    act as Linears. trained: the sites that are trained in full; empty unless the model
+    `is_partly_frozen`, as in a model that has just been loaded all weights require a gradient and
+    nobody has chosen so.
     """
 
     def __init__(self, model: nn.Module) -> None:

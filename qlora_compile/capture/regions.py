@@ -247,8 +247,8 @@ class Region(CompiledForward):
 
     def unfused(self) -> dict[str, str]:
         """Return all other sites, with the reason."""
-        if self.displaced:
-            return dict.fromkeys(self.sites, self.displaced) | self.kept
+        if (displaced := self.displaced) is not None:
+            return dict.fromkeys(self.sites, displaced) | self.kept
         if self.graphs is None:
             reason = "its block has not run yet"
             if self.cached:

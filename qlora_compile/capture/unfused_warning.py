@@ -7,15 +7,12 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from torch import nn
-
 
 class UnfusedWarning(UserWarning):
     """Blocks in training left sites to stock code that the fused op could compute."""
 
 
 class _Region(Protocol):
-    module: nn.Module
     sites: frozenset[str]
     kept: dict[str, str]
 
@@ -25,9 +22,9 @@ class _Region(Protocol):
 class FirstStep:
     """Waits for the end of the first step of training.
 
-    This is when one of the `regions` of a model is called in training for a second time: until then
-    all that run at all have run. Whether an epoch, a checkpoint's recomputation or a shared block
-    calls the region makes no difference.
+    The step has ended when one of the `regions` of a model is called in training for the second
+    time: by then every region that takes part in a step has run. The second call may belong to the
+    next step, to a checkpoint's recomputation, or to a block that the model uses twice.
     """
 
     def __init__(self, regions: Collection[_Region]) -> None:
@@ -38,7 +35,7 @@ class FirstStep:
         return self.__dict__ | {"called": set()}
 
     def begin(self, region: _Region) -> None:
-        """Tell that `region` is called in training."""
+        """Note that `region` is called in training; warn if it was called before."""
         if self.called is None:
             return
         if id(region) not in self.called:
