@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from collections.abc import Generator
 
 import hypothesis
 import numpy
@@ -82,6 +83,18 @@ class _TorchRandom:
 
 _torch_random = _TorchRandom()  # hypothesis holds it by a weak reference
 hypothesis.register_random(_torch_random)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Keep the variables that a test sets from the next: where PEFT's BOFT finds no CUDA, it leaves
+    CXX=gcc, with which no later process could load the C++ that it compiles."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
