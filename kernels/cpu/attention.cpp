@@ -4,13 +4,6 @@
 
 static constexpr int64_t KEYS = 128, QUERIES = 256;  // of a block
 
-static inline void load_sums(const float* first, const float* second) {
-  _tile_loadd(0, first, 64);
-  _tile_loadd(1, first + SUMS, 64);
-  _tile_loadd(2, second, 64);
-  _tile_loadd(3, second + SUMS, 64);
-}
-
 // One thread's memory for one head at a time; d, keys and queries are rounded up to 32.
 struct Scratch {
   std::vector<uint16_t> memory;
@@ -70,12 +63,10 @@ static void scores(const Scratch& s, const Mask& mask, int64_t key, int64_t quer
   alignas(64) float score[4 * SUMS], product[4 * SUMS];
   alignas(64) __m512i bias[64];
   const int64_t tile = query / TILE * TILE_SIZE, step = s.queries / TILE * TILE_SIZE;
-  clear();
-  multiply(s.key + row * s.d, s.d, 32, s.query_t + tile, step, s.d / 32, TILE * s.d);
-  stored(score);
-  clear();
-  multiply(s.value + row * s.d, s.d, 32, s.grad_t + tile, step, s.d / 32, TILE * s.d);
-  stored(product);
+  multiply(s.key + row * s.d, s.d, 32, TILE * s.d, s.query_t + tile, step, s.d / 32, score,
+           score + 2 * SUMS, false);
+  multiply(s.value + row * s.d, s.d, 32, TILE * s.d, s.grad_t + tile, step, s.d / 32, product,
+           product + 2 * SUMS, false);
   if (mask.at) mask.load_tiles(key, query, bias);
   const __m512 scale = _mm512_set1_ps(mask.scale), log2_e = _mm512_set1_ps(LOG2_E);
   const bool whole = key + 32 <= mask.keys && (!mask.causal || query >= key + 31);
@@ -105,13 +96,13 @@ static void scores(const Scratch& s, const Mask& mask, int64_t key, int64_t quer
         ds[half] = _mm512_maskz_mov_ps(inside, ds[half]);
       }
     }
-    _mm512_storeu_si512(probability + i * QUERIES, (__m512i)_mm512_cvtne2ps_pbh(p[1], p[0]));
-    const auto narrow = (__m512i)_mm512_cvtne2ps_pbh(ds[1], ds[0]);
-    _mm512_storeu_si512(slope + i * QUERIES, narrow);
+    _mm512_storeu_si512(probability + i * QUERIES, narrow(p[0], p[1]));
+    const __m512i slopes = narrow(ds[0], ds[1]);
+    _mm512_storeu_si512(slope + i * QUERIES, slopes);
     if (i % 2) {
-      interleave(even, narrow, packed + i / 2 * 32, packed + i / 2 * 32 + TILE_SIZE);
+      interleave(even, slopes, packed + i / 2 * 32, packed + i / 2 * 32 + TILE_SIZE);
     } else {
-      even = narrow;
+      even = slopes;
     }
   }
 }
@@ -136,10 +127,9 @@ static void block(const Scratch& s, const Mask& mask, int64_t key, int64_t keys,
         float* sums = (both ? s.grad_key : s.grad_value) + ((key + row) / TILE * width + i) * SUMS;
         const uint16_t* left = (both ? s.slope : s.probability) + row * QUERIES + column;
         const uint16_t* right = both ? s.query : s.grad;
-        load_sums(sums, sums + width * SUMS);
-        multiply(left, QUERIES, 32, right + ((query + column) / 32 * width + i) * TILE_SIZE,
-                 right_step, steps, TILE * QUERIES);
-        stored(sums, sums + width * SUMS);
+        multiply(left, QUERIES, 32, TILE * QUERIES,
+                 right + ((query + column) / 32 * width + i) * TILE_SIZE, right_step, steps, sums,
+                 sums + width * SUMS, true);
       }
   }
   const int64_t tiles = s.queries / TILE;
@@ -148,11 +138,9 @@ static void block(const Scratch& s, const Mask& mask, int64_t key, int64_t keys,
     if (rows <= 0) continue;
     for (int64_t i = 0; i < width; i += 2) {
       float* sums = s.grad_query + (i * tiles + (query + column) / TILE) * SUMS;
-      load_sums(sums, sums + tiles * SUMS);
-      multiply(s.key_t + i * (KEYS / 32) * TILE_SIZE, 32, TILE_SIZE,
-               s.packed + column / TILE * TILE_SIZE, QUERIES / TILE * TILE_SIZE, rows / 32,
-               KEYS / 32 * TILE_SIZE);
-      stored(sums, sums + tiles * SUMS);
+      multiply(s.key_t + i * (KEYS / 32) * TILE_SIZE, 32, TILE_SIZE, KEYS / 32 * TILE_SIZE,
+               s.packed + column / TILE * TILE_SIZE, QUERIES / TILE * TILE_SIZE, rows / 32, sums,
+               sums + tiles * SUMS, true);
     }
   }
 }
@@ -175,8 +163,8 @@ static void head(const Scratch& s, const Mask& mask, Operand q, Operand k, Opera
     s.log_sum[i] = i < mask.queries ? log_sum[i * log_step] : INFINITY;
     __m512 delta = _mm512_setzero_ps();
     for (int64_t j = 0; j < d; j += 32)
-      delta = _mm512_dpbf16_ps(delta, (__m512bh)row_of(grad.at, grad.step, i, mask.queries, j, d),
-                               (__m512bh)row_of(out.at, out.step, i, mask.queries, j, d));
+      delta = add_products(delta, row_of(grad.at, grad.step, i, mask.queries, j, d),
+                           row_of(out.at, out.step, i, mask.queries, j, d));
     s.delta[i] = _mm512_reduce_add_ps(delta);
   }
   std::memset(s.grad_query, 0, rows * width * sizeof(float));

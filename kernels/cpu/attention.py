@@ -1,42 +1,41 @@
-"""The gradients of scaled dot-product attention on CPUs with AMX, from bfloat16 operands and block
-by block. torch's own take seven times as long."""
+"""The gradients of scaled dot-product attention on CPUs with AVX-512, from bfloat16 operands and
+block by block, by AMX's tiles where the CPU has them. torch's own take several times as long."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import amx
+from qlora_compile.kernels.cpu.native import NativeKernel
 
 _FILES = ("attention_operands", "attention")
-_ARGUMENTS = (
-    *["const uint16_t*"] * 5,
-    *("const float*", "const uint8_t*"),
-    *["uint16_t*"] * 3,
-    "const int64_t*",
-    *["int64_t"] * 8,
-    *("float", "int64_t"),
+_KERNEL = NativeKernel(
+    sources=(
+        ("amx", ("tiles", "tiles_amx", *_FILES)),
+        ("avx512", ("tiles", "tiles_avx512", *_FILES)),
+    ),
+    arguments=(
+        *["const uint16_t*"] * 5,
+        *("const float*", "const uint8_t*"),
+        *["uint16_t*"] * 3,
+        "const int64_t*",
+        *["int64_t"] * 8,
+        *("float", "int64_t"),
+    ),
 )
+
+start = _KERNEL.start
 
 
 def available(*operands: Tensor) -> bool:
     """Whether `gradients` takes such operands."""
-    return expected(*operands) and _kernel() is not None
+    return expected(*operands) and _KERNEL.function() is not None
 
 
 def expected(*operands: Tensor) -> bool:
     """Whether they are `available`, unless the kernel turns out not to build."""
     kind = {(each.device.type, each.dtype) for each in operands}
-    return kind == {("cpu", torch.bfloat16)} and amx.available()
-
-
-def start() -> None:
-    """Has the kernel built while this thread goes on."""
-    amx.start(_FILES, _ARGUMENTS)
+    return kind == {("cpu", torch.bfloat16)} and _KERNEL.expected()
 
 
 def gradients(
@@ -59,7 +58,7 @@ def gradients(
     float, of a shape that broadcasts to [B, H, M, N], added to the scores. is_causal: key n counts
     for query m if n <= m.
     """
-    kernel = _kernel()
+    kernel = _KERNEL.function()
     assert kernel is not None
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1:3]
@@ -86,8 +85,3 @@ def gradients(
     settings = (*shape, int(is_causal), scale, torch.get_num_threads())
     kernel(*inputs, log_sum, bias, *results, torch.tensor(strides), *settings)
     return results[0], results[1], results[2]
-
-
-@functools.cache
-def _kernel() -> Callable[..., Any] | None:
-    return amx.kernel(_FILES, _ARGUMENTS)

@@ -112,24 +112,7 @@ static void transpose_rows(const uint16_t* t, int64_t rows, int64_t d, int64_t b
 static void store_row(const float* sums, float scale, int64_t inside, uint16_t* to) {
   const __m512 row = _mm512_load_ps(sums) * scale;
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << inside) - 1),
-                           (__m256i)_mm512_cvtneps_pbh(row));
-}
-
-// Sums of 32 x 32 += left [32, steps * 32] right [steps * 32, 32].
-static inline void multiply(const uint16_t* left, int64_t ld, int64_t left_step,
-                            const uint16_t* right, int64_t right_step, int64_t steps,
-                            int64_t left_second) {
-  barrier();
-  for (int64_t i = 0; i < steps; ++i) {
-    _tile_loadd(4, left + i * left_step, ld * 2);
-    _tile_loadd(5, left + i * left_step + left_second, ld * 2);
-    _tile_loadd(6, right + i * right_step, 64);
-    _tile_loadd(7, right + i * right_step + TILE_SIZE, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
+                           narrow(row));
 }
 
 // Which keys count for a query, and how much.

@@ -1,272 +1,174 @@
-// Products of bfloat16 rows with an adapter's float32 factor, accumulated in float32. A float32
-// number is the sum of three bfloat16 ones, so that AMX loses nothing of it (Henry, Tang and
-// Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
-// Computations").
+// Products of bfloat16 rows with an adapter's float32 factor, in float32. Rows are widened in the
+// cache, a few of them at a time, so that no float32 copy of an activation goes through memory.
 
-#include <vector>
+static constexpr int64_t GROUP = 16;  // ranks that are multiplied together
 
-// The bits of a float32 rounded to bfloat16, in their upper half; what is left of the value.
-static inline uint32_t take(float& value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  float taken;
-  std::memcpy(&taken, &bits, sizeof(taken));
-  value -= taken;
-  return bits;
-}
-
-// 16 columns, from `first`, of rows i … i + 31 of tᵀ, t [rank, k], as tiles of a right operand:
-// [part][16 pairs of rows][16][2].
-static void pack_right(const float* t, int64_t first, int64_t rank, int64_t i, int64_t k,
-                       int64_t step, int64_t step_k, uint16_t* out) {
-  float values[32][TILE] = {};
-  const int64_t rows = std::min<int64_t>(32, k - i), columns = std::min(TILE, rank - first);
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t c = 0; c < columns; ++c) values[j][c] = t[(first + c) * step + (i + j) * step_k];
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t j = 0; j < 16; ++j)
-#pragma omp simd
-    for (int64_t c = 0; c < TILE; ++c) {
-      float even = values[2 * j][c], odd = values[2 * j + 1][c];
-      uint32_t* to = pairs + j * TILE + c;
-      to[0] = take(even) >> 16 | take(odd);
-      to[TILE_SIZE / 2] = take(even) >> 16 | take(odd);
-      to[TILE_SIZE] = take(even) >> 16 | take(odd);
-    }
-}
-
-static void product(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* t,
-                        int64_t rank, int64_t step, int64_t step_k, float* out, int64_t ld_out,
-                        float scale, int64_t threads) {
-  const int64_t groups = ceil_div(rank, TILE), blocks = ceil_div(k, 32);
-#pragma omp parallel num_threads(threads)
-  {
-    // Every thread for itself: another core's would have to be fetched from there.
-    static thread_local std::vector<uint16_t> packed;
-    packed.resize(blocks * groups * 3 * TILE_SIZE);
-    uint16_t* right = packed.data();
-    for (int64_t i = 0; i < blocks * groups; ++i) {
-      const int64_t first = i % groups * TILE, row = i / groups * 32;
-      pack_right(t, first, rank, row, k, step, step_k, right + i * 3 * TILE_SIZE);
-    }
-    Tiles tiles;
-    alignas(64) uint16_t edge[32 * 32];
-    alignas(64) float sum[4 * TILE * TILE];
-#pragma omp for
-    for (int64_t row = 0; row < ceil_div(m, 32) * 32; row += 32)
-      for (int64_t group = 0; group < groups; ++group) {
-        clear();
-        const int64_t rows = std::min<int64_t>(32, m - row);
-        for (int64_t block = 0; block < blocks; ++block) {
-          const uint16_t* left = x + row * ldx + block * 32;
-          int64_t stride = ldx;
-          const int64_t columns = std::min<int64_t>(32, k - block * 32);
-          if (rows < 32 || columns < 32) {
-            std::memset(edge, 0, sizeof(edge));
-            for (int64_t i = 0; i < rows; ++i) std::memcpy(edge + i * 32, left + i * ldx, columns * 2);
-            left = edge;
-            stride = 32;
-          }
-          barrier();
-          const uint16_t* tile = right + (block * groups + group) * 3 * TILE_SIZE;
-          _tile_loadd(4, left, stride * 2);
-          _tile_loadd(5, left + 16 * stride, stride * 2);
-          _tile_loadd(6, tile, 64);
-          _tile_loadd(7, tile + TILE_SIZE, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 5, 6);
-          _tile_loadd(6, tile + 2 * TILE_SIZE, 64);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-          _tile_dpbf16ps(2, 4, 6);
-          _tile_dpbf16ps(3, 5, 6);
-        }
-        // Tiles 2 and 3 have the smaller parts' products, which need not wait for the others'.
-        stored(sum);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t c = 0; c < std::min(TILE, rank - group * TILE); ++c) {
-            const float* at = sum + i * TILE + c;
-            out[(row + i) * ld_out + group * TILE + c] = (at[0] + at[2 * TILE * TILE]) * scale;
-          }
-      }
+// x [rows, columns] in float32 as [height, width], with zeros beside it.
+static inline void widen(const uint16_t* x, int64_t ld, int64_t rows, int64_t columns,
+                         int64_t height, int64_t width, float* out) {
+  for (int64_t i = 0; i < height; ++i, x += ld, out += width) {
+    const int64_t inside = i < rows ? columns : 0;
+    int64_t j = 0;
+    for (; j + LANES <= inside; j += LANES) store_vector(out + j, load_vector(x + j));
+    for (; j < inside; ++j) out[j] = load(x + j);
+    for (; j < width; ++j) out[j] = 0.0f;
   }
 }
 
-// 16 columns, from `first`, of rows i … i + 31 of low [m, rank], transposed, as tiles of a left
-// operand: [part][16][32].
-static void pack_left(const float* low, int64_t first, int64_t rank, int64_t i, int64_t m,
-                      int64_t ld, uint16_t* out) {
-  float values[TILE][32] = {};
-  const int64_t rows = std::min<int64_t>(32, m - i), columns = std::min(TILE, rank - first);
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t c = 0; c < columns; ++c) values[c][j] = low[(i + j) * ld + first + c];
-  for (int64_t c = 0; c < TILE; ++c)
-#pragma omp simd
-    for (int64_t j = 0; j < 32; ++j) {
-      float value = values[c][j];
-      uint16_t* to = out + c * 32 + j;
-      to[0] = take(value) >> 16;
-      to[TILE_SIZE] = take(value) >> 16;
-      to[2 * TILE_SIZE] = take(value) >> 16;
+// t [rows, columns], of any two steps, as [columns / width][rows][width], with zeros past the last.
+static void pack(const float* t, int64_t rows, int64_t columns, int64_t step, int64_t step_column,
+                 int64_t width, float* out) {
+  for (int64_t first = 0; first < columns; first += width)
+    for (int64_t i = 0; i < rows; ++i, out += width) {
+      const float* from = t + i * step + first * step_column;
+      const int64_t inside = std::min(width, columns - first);
+      for (int64_t j = 0; j < inside; ++j) out[j] = from[j * step_column];
+      for (int64_t j = inside; j < width; ++j) out[j] = 0.0f;
     }
 }
 
-// 64 columns of rows i, i + 1 of x [m, k] side by side, as one row of four right tiles.
-static inline void interleave_rows(const uint16_t* in, int64_t ld, const __mmask32* masks,
-                                   uint16_t* to) {
-  for (int half = 0; half < 2; ++half) {
-    const __m512i even = _mm512_maskz_loadu_epi16(masks[half], in + half * 32);
-    const __m512i odd = _mm512_maskz_loadu_epi16(masks[2 + half], in + ld + half * 32);
-    uint16_t* tile = to + half * 2 * TILE_SIZE;
-    interleave(even, odd, tile, tile + TILE_SIZE);
+static float* resized(std::vector<float>& memory, int64_t size) {
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+static void product(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* t,
+                    int64_t rank, int64_t step, int64_t step_k, float* out, int64_t ld_out,
+                    float scale, int64_t threads) {
+  // As many sums as registers hold.
+  constexpr int64_t VECTORS = GROUP / LANES, ROWS = 12 / VECTORS, CHUNK = 256;
+  const int64_t groups = ceil_div(rank, GROUP);
+#pragma omp parallel num_threads(threads)
+  {
+    // Every thread for itself: another core's would have to be fetched from there.
+    static thread_local std::vector<float> packed, partial;
+    float* const factor = resized(packed, groups * k * GROUP);
+    float* const sums = resized(partial, groups * ROWS * GROUP);
+    pack(t, k, rank, step_k, step, GROUP, factor);
+    alignas(64) float wide[ROWS * CHUNK];
+#pragma omp for
+    for (int64_t row = 0; row < m; row += ROWS) {
+      const int64_t rows = std::min(ROWS, m - row);
+      std::fill(sums, sums + groups * ROWS * GROUP, 0.0f);
+      for (int64_t first = 0; first < k; first += CHUNK) {
+        const int64_t width = std::min(CHUNK, k - first);
+        widen(x + row * ldx + first, ldx, rows, width, ROWS, CHUNK, wide);
+        for (int64_t group = 0; group < groups; ++group) {
+          const float* right = factor + (group * k + first) * GROUP;
+          float* const to = sums + group * ROWS * GROUP;
+          Vector sum[ROWS][VECTORS];
+          for (int64_t i = 0; i < ROWS; ++i)
+            for (int64_t v = 0; v < VECTORS; ++v)
+              sum[i][v] = load_vector(to + i * GROUP + v * LANES);
+          for (int64_t j = 0; j < width; ++j, right += GROUP) {
+            Vector columns[VECTORS];
+            for (int64_t v = 0; v < VECTORS; ++v) columns[v] = load_vector(right + v * LANES);
+#pragma GCC unroll 12
+            for (int64_t i = 0; i < ROWS; ++i)
+              for (int64_t v = 0; v < VECTORS; ++v)
+                sum[i][v] = multiply_add(vector_of(wide[i * CHUNK + j]), columns[v], sum[i][v]);
+          }
+          for (int64_t i = 0; i < ROWS; ++i)
+            for (int64_t v = 0; v < VECTORS; ++v)
+              store_vector(to + i * GROUP + v * LANES, sum[i][v]);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < rank; ++c)
+          out[(row + i) * ld_out + c] = sums[(c / GROUP * ROWS + i) * GROUP + c % GROUP] * scale;
+    }
   }
 }
 
 static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* low,
                      int64_t ld, int64_t rank, float* out, int64_t step, int64_t step_k,
                      int64_t threads) {
-  const int64_t groups = ceil_div(rank, TILE), blocks = ceil_div(m, 32);
+  constexpr int64_t VECTORS = 2, RANKS = LANES / 2, CHUNK = 64;
+  constexpr int64_t PART = VECTORS * LANES, COLUMNS = 64;
+  const int64_t groups = ceil_div(rank, RANKS);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local std::vector<uint16_t> packed, columns;
-    packed.resize(blocks * groups * 3 * TILE_SIZE);
-    columns.resize(blocks * 4 * TILE_SIZE);
-    for (int64_t i = 0; i < blocks * groups; ++i)
-      pack_left(low, i % groups * TILE, rank, i / groups * 32, m, ld,
-                packed.data() + i * 3 * TILE_SIZE);
-    Tiles tiles;
-    alignas(64) float sum[4 * TILE * TILE];
+    static thread_local std::vector<float> packed, partial;
+    float* const factor = resized(packed, groups * m * RANKS);
+    float* const sums = resized(partial, groups * RANKS * COLUMNS);
+    pack(low, m, rank, ld, 1, RANKS, factor);
+    alignas(64) float wide[CHUNK * COLUMNS];
 #pragma omp for
-    for (int64_t column = 0; column < ceil_div(k, 64) * 64; column += 64) {
-      const int64_t width = std::min<int64_t>(64, k - column);
-      const uint64_t inside = width == 64 ? ~0ull : (1ull << width) - 1;
-      const auto lower = static_cast<__mmask32>(inside), upper = static_cast<__mmask32>(inside >> 32);
-      const auto pack = [&](int64_t block) {
-        for (int64_t i = block * 32; i < block * 32 + 32; i += 2) {
-          // Rows past the last one count as zeros and are not read.
-          const __mmask32 masks[] = {i < m ? lower : 0, i < m ? upper : 0, i + 1 < m ? lower : 0,
-                                     i + 1 < m ? upper : 0};
-          uint16_t* to = columns.data() + block * 4 * TILE_SIZE + i % 32 / 2 * 32;
-          interleave_rows(x + std::min(i, m - 1) * ldx + column, i + 1 < m ? ldx : 0, masks, to);
-        }
-      };
-      pack(0);
-      for (int64_t group = 0; group < groups; ++group) {
-        clear();
-        for (int64_t block = 0; block < blocks; ++block) {
-          // Ahead of its use: tiles are not loaded from stores under way.
-          if (group == 0 && block + 1 < blocks) pack(block + 1);
-          const uint16_t* right = columns.data() + block * 4 * TILE_SIZE;
-          const uint16_t* left = packed.data() + (block * groups + group) * 3 * TILE_SIZE;
-          barrier();
-          for (int part = 0; part < 3; ++part) {
-            _tile_loadd(4, left + part * TILE_SIZE, 64);
-            _tile_loadd(5, right, 64);
-            _tile_dpbf16ps(0, 4, 5);
-            _tile_loadd(6, right + TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 6);
-            _tile_loadd(7, right + 2 * TILE_SIZE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_loadd(5, right + 3 * TILE_SIZE, 64);
-            _tile_dpbf16ps(3, 4, 5);
+    for (int64_t column = 0; column < k; column += COLUMNS) {
+      const int64_t width = std::min(COLUMNS, k - column);
+      std::fill(sums, sums + groups * RANKS * COLUMNS, 0.0f);
+      for (int64_t first = 0; first < m; first += CHUNK) {
+        const int64_t rows = std::min(CHUNK, m - first);
+        widen(x + first * ldx + column, ldx, rows, width, rows, COLUMNS, wide);
+        for (int64_t group = 0; group < groups; ++group)
+          for (int64_t part = 0; part < width; part += PART) {
+            const float* left = factor + (group * m + first) * RANKS;
+            const float* right = wide + part;
+            float* const to = sums + group * RANKS * COLUMNS + part;
+            Vector sum[RANKS][VECTORS];
+            for (int64_t c = 0; c < RANKS; ++c)
+              for (int64_t v = 0; v < VECTORS; ++v)
+                sum[c][v] = load_vector(to + c * COLUMNS + v * LANES);
+            for (int64_t j = 0; j < rows; ++j, left += RANKS, right += COLUMNS) {
+              Vector row[VECTORS];
+              for (int64_t v = 0; v < VECTORS; ++v) row[v] = load_vector(right + v * LANES);
+#pragma GCC unroll 8
+              for (int64_t c = 0; c < RANKS; ++c)
+                for (int64_t v = 0; v < VECTORS; ++v)
+                  sum[c][v] = multiply_add(vector_of(left[c]), row[v], sum[c][v]);
+            }
+            for (int64_t c = 0; c < RANKS; ++c)
+              for (int64_t v = 0; v < VECTORS; ++v)
+                store_vector(to + c * COLUMNS + v * LANES, sum[c][v]);
           }
-        }
-        stored(sum);
-        for (int64_t c = 0; c < std::min(TILE, rank - group * TILE); ++c)
-          for (int64_t j = 0; j < width; ++j)
-            out[(group * TILE + c) * step + (column + j) * step_k] =
-                sum[j / TILE * TILE * TILE + c * TILE + j % TILE];
       }
+      for (int64_t c = 0; c < rank; ++c)
+        for (int64_t j = 0; j < width; ++j)
+          out[c * step + (column + j) * step_k] = sums[c * COLUMNS + j];
     }
   }
 }
 
-// Rows i … i + 15 of low [m, rank], columns from `first`, as a left tile: 16 high parts and 16 low
-// ones a row.
-static void pack_rows(const float* low, int64_t first, int64_t rank, int64_t i, int64_t m,
-                      int64_t ld, uint16_t* out) {
-  const int64_t rows = std::min(TILE, m - i), columns = std::min(TILE, rank - first);
-  std::memset(out, 0, TILE_SIZE * sizeof(*out));
-  for (int64_t j = 0; j < rows; ++j)
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      float value = low[(i + j) * ld + first + c];
-      out[j * 32 + c] = take(value) >> 16;
-      out[j * 32 + TILE + c] = take(value) >> 16;
-    }
-}
-
-// 16 rows, from `first`, of t [rank, n], columns j … j + 15, as two right tiles: the high parts
-// twice, then the low ones. Times the tile above they give all but 2^-17 of the product.
-static void pack_columns(const float* t, int64_t first, int64_t rank, int64_t j, int64_t n,
-                         int64_t step, int64_t step_n, uint16_t* out) {
-  float values[TILE][TILE] = {};
-  const int64_t rows = std::min(TILE, rank - first), columns = std::min(TILE, n - j);
-  for (int64_t c = 0; c < rows; ++c)
-    for (int64_t i = 0; i < columns; ++i) values[c][i] = t[(first + c) * step + (j + i) * step_n];
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t c = 0; c < TILE / 2; ++c)
-#pragma omp simd
-    for (int64_t i = 0; i < TILE; ++i) {
-      float even = values[2 * c][i], odd = values[2 * c + 1][i];
-      const uint32_t high = take(even) >> 16 | take(odd), low = take(even) >> 16 | take(odd);
-      uint32_t* to = pairs + c * TILE + i;
-      to[0] = to[TILE_SIZE / 4] = high;
-      to[TILE_SIZE / 2] = to[TILE_SIZE * 3 / 4] = low;
-    }
-}
-
-static inline void add_row(uint16_t* y, const float* sums, __mmask32 mask) {
-  const __m512i in = _mm512_maskz_loadu_epi16(mask, y);
-  const auto wide = [](__m256i half) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  };
-  const __m512 first = wide(_mm512_castsi512_si256(in)) + _mm512_load_ps(sums);
-  const __m512 second = wide(_mm512_extracti64x4_epi64(in, 1)) + _mm512_load_ps(sums + TILE * TILE);
-  _mm512_mask_storeu_epi16(y, mask, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-
 static void add(uint16_t* y, int64_t ldy, int64_t m, int64_t n, const float* low, int64_t ld,
                 int64_t rank, const float* t, int64_t step, int64_t step_n, int64_t threads) {
-  const int64_t groups = ceil_div(rank, TILE), columns = ceil_div(n, 32) * 2;
+  constexpr int64_t VECTORS = LANES / 4, ROWS = 6, COLUMNS = VECTORS * LANES;
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local std::vector<uint16_t> packed, lefts;
-    packed.resize(columns * groups * 2 * TILE_SIZE);
-    lefts.resize(groups * 2 * TILE_SIZE);
-    for (int64_t i = 0; i < columns * groups; ++i)
-      pack_columns(t, i % groups * TILE, rank, i / groups * TILE, n, step, step_n,
-                   packed.data() + i * 2 * TILE_SIZE);
-    Tiles tiles;
-    alignas(64) float sum[4 * TILE * TILE];
+    static thread_local std::vector<float> packed;
+    float* const factor = resized(packed, ceil_div(n, COLUMNS) * rank * COLUMNS);
+    pack(t, rank, n, step, step_n, COLUMNS, factor);
 #pragma omp for
-    for (int64_t row = 0; row < ceil_div(m, 32) * 32; row += 32) {
-      for (int64_t i = 0; i < groups * 2; ++i)
-        pack_rows(low, i / 2 * TILE, rank, row + i % 2 * TILE, m, ld, lefts.data() + i * TILE_SIZE);
-      for (int64_t column = 0; column < n; column += 32) {
-        clear();
-        for (int64_t group = 0; group < groups; ++group) {
-          const uint16_t* left = lefts.data() + group * 2 * TILE_SIZE;
-          const uint16_t* right = packed.data() + (column / TILE * groups + group) * 2 * TILE_SIZE;
-          barrier();
-          _tile_loadd(4, left, 64);
-          _tile_loadd(5, left + TILE_SIZE, 64);
-          for (int part = 0; part < 2; ++part) {
-            _tile_loadd(6, right + part * TILE_SIZE, 64);
-            _tile_loadd(7, right + (groups * 2 + part) * TILE_SIZE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+    for (int64_t row = 0; row < m; row += ROWS) {
+      const int64_t rows = std::min(ROWS, m - row);
+      // The last row stands for those past the end.
+      const float* left[ROWS];
+      for (int64_t i = 0; i < ROWS; ++i) left[i] = low + (row + std::min(i, rows - 1)) * ld;
+      for (int64_t column = 0; column < n; column += COLUMNS) {
+        const float* right = factor + column * rank;
+        Vector sum[ROWS][VECTORS] = {};
+        for (int64_t c = 0; c < rank; ++c, right += COLUMNS) {
+          Vector columns[VECTORS];
+          for (int64_t v = 0; v < VECTORS; ++v) columns[v] = load_vector(right + v * LANES);
+#pragma GCC unroll 6
+          for (int64_t i = 0; i < ROWS; ++i)
+            for (int64_t v = 0; v < VECTORS; ++v)
+              sum[i][v] = multiply_add(vector_of(left[i][c]), columns[v], sum[i][v]);
+        }
+        const int64_t inside = std::min(COLUMNS, n - column);
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < ROWS; ++i) {
+          if (i >= rows) break;
+          uint16_t* const to = y + (row + i) * ldy + column;
+          if (inside == COLUMNS) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < VECTORS; ++v)
+              store_vector(to + v * LANES, load_vector(to + v * LANES) + sum[i][v]);
+          } else {
+            float last[COLUMNS];
+            std::memcpy(last, sum[i], sizeof(last));
+            for (int64_t j = 0; j < inside; ++j) store(to + j, load(to + j) + last[j]);
           }
         }
-        stored(sum);
-        const int64_t width = n - column;
-        const __mmask32 mask = width >= 32 ? 0xFFFFFFFFu : (1u << width) - 1;
-        for (int64_t i = 0; i < std::min<int64_t>(32, m - row); ++i)
-          add_row(y + (row + i) * ldy + column, sum + i / TILE * 2 * TILE * TILE + i % TILE * TILE,
-                  mask);
       }
     }
   }

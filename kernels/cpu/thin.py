@@ -1,21 +1,24 @@
 """An adapter's thin products: bfloat16 rows with a float32 factor, without a float32 copy of the
-rows, on CPUs with AMX. Without it torch's float32 products are the faster ones."""
+rows. By AMX's tiles where the CPU has them, else by float32 vectors."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import amx
+from qlora_compile.kernels.cpu.native import NativeKernel
 
-_ARGUMENTS = (
-    *("int64_t", "uint16_t*", "int64_t", "int64_t", "int64_t"),
-    *("const float*", "int64_t", "int64_t", "int64_t"),
-    *("float*", "int64_t", "int64_t", "float", "int64_t"),
+_KERNEL = NativeKernel(
+    sources=(
+        ("amx", ("tiles", "tiles_amx", "thin_amx")),
+        ("avx512", ("vectors", "thin")),
+        ("avx2", ("vectors", "thin")),
+    ),
+    arguments=(
+        *("int64_t", "uint16_t*", "int64_t", "int64_t", "int64_t"),
+        *("const float*", "int64_t", "int64_t", "int64_t"),
+        *("float*", "int64_t", "int64_t", "float", "int64_t"),
+    ),
 )
 
 
@@ -26,13 +29,13 @@ def available(rows: Tensor, factor: torch.dtype) -> bool:
         and rows.device.type == "cpu"
         and rows.dtype == torch.bfloat16
         and factor == torch.float32
-        and has_amx()
+        and is_built()
     )
 
 
-def has_amx() -> bool:
-    """Whether there is AMX, and a compiler that knows it: without them there is nothing to call."""
-    return _kernel() is not None
+def is_built() -> bool:
+    """Whether this CPU and the compiler have what the functions below need."""
+    return _KERNEL.function() is not None
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
@@ -63,13 +66,8 @@ def _run(
     scaling: float = 1.0,
 ) -> None:
     """As thin.cpp tells of each `operation`."""
-    kernel = _kernel()
+    kernel = _KERNEL.function()
     assert kernel is not None
     threads = torch.get_num_threads()
     shape = (rows.stride(0), *rows.shape)
     kernel(operation, rows, *shape, factor, rank, *steps, out, *out.stride(), scaling, threads)
-
-
-@functools.cache
-def _kernel() -> Callable[..., Any] | None:
-    return amx.kernel(("thin",), _ARGUMENTS)

@@ -1,4 +1,4 @@
-// What AMX's kernels share: tiles of 16 rows of 64 bytes, and how operands become such.
+// Tiles of 16 rows of 64 bytes, and how operands become such.
 
 #include <immintrin.h>
 
@@ -9,39 +9,36 @@ static constexpr int64_t TILE_SIZE = 512;     // bfloat16 numbers of a tile
 static constexpr int64_t SUMS = TILE * TILE;  // float32 numbers of a tile
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Eight tiles of 16 rows of 64 bytes. Not made on the stack: GCC takes only its first bytes to be
-// read and leaves out what writes the others.
-alignas(64) extern const uint8_t CONFIG[64];
-const uint8_t CONFIG[64] = {
-    1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,  // palette
-    64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  // bytes in a row
-    0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,  //
-    16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0,  // rows
-};
-
-struct Tiles {
-  Tiles() { _tile_loadconfig(CONFIG); }
-  ~Tiles() { _tile_release(); }
-};
-
-// GCC's intrinsics do not tell that loading a tile reads memory.
-static inline void barrier() { asm volatile("" ::: "memory"); }
-
-// Tiles 0 to 3 are sums: 16 x 16 float32 each.
-static inline void clear() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+// sum + the products of pairs of bfloat16 numbers, one of each pair after the other.
+static inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+  const auto low = [](__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); };
+  const auto high = [&](__m512i pair) { return _mm512_castsi512_ps(pair & upper); };
+  return _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), sum));
+#endif
 }
-static inline void stored(float* first, float* second) {
-  _tile_stored(0, first, 64);
-  _tile_stored(1, first + SUMS, 64);
-  _tile_stored(2, second, 64);
-  _tile_stored(3, second + SUMS, 64);
-  barrier();
+
+// Numbers rounded to bfloat16.
+static inline __m256i narrow(__m512 value) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(value);
+#else
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_srli_epi32(bits, 16) & _mm512_set1_epi32(1);
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+#endif
 }
-static inline void stored(float* to) { stored(to, to + 2 * SUMS); }
+static inline __m512i narrow(__m512 first, __m512 second) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(first)), narrow(second), 1);
+#endif
+}
 
 // Two rows of 32 bfloat16 numbers side by side, as one row of two right tiles.
 static inline void interleave(__m512i even, __m512i odd, uint16_t* first, uint16_t* second) {

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from qlora_compile.kernels.cpu import instructions
+
 VECTORISED = r"""
 #if defined(__GNUC__) && !defined(__clang__)
 // Inductor's flags leave it off, for its code has vectors of its own.
@@ -39,13 +41,30 @@ static inline void store(float* out, float value) { *out = value; }
 """
 """C++: reading and writing one number, bfloat16 or float32."""
 
+_LIMITS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "avx2": (("-mno-avx512f",), {"cpp.simdlen": 256}),
+    "avx512": (("-mno-avx512bf16",), {}),
+}
+"""The compiler's flags, and Inductor's settings, that keep C++ from what is above a level: without
+them Inductor's flags give it all that the processor has."""
+
+
+def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+    """Compile a C++ source for the present `instructions.level` and return its function `kernel` as
+    a Python function. arguments: the C++ types of its parameters; a pointer takes a tensor."""
+    return _compiled(source, arguments, instructions.level())
+
 
 @functools.cache
-def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
-    """Compiles a C++ source and returns its function `kernel` as a Python function. arguments: the
-    C++ types of its parameters; a pointer takes a tensor."""
+def _compiled(
+    source: str, arguments: tuple[str, ...], level: str | None
+) -> Callable[..., Any]:
+    from torch._inductor import config
+
     choose_instructions()
-    return _built(source, arguments)
+    flags, settings = _LIMITS.get(level or "", ((), {}))
+    with config.patch(settings):
+        return _built(source, arguments, flags)
 
 
 @functools.cache
@@ -65,10 +84,12 @@ def choose_instructions() -> None:
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
 
 
-def _built(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+def _built(
+    source: str, arguments: tuple[str, ...], flags: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source)
+    return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source, extra_flags=flags)
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def _compile(packed: PackedWeight) -> None:
     dtypes = (torch.float32, torch.bfloat16)
     compiled = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(each) for each in (thin.has_amx, *compiled)]:
+        for done in [pool.submit(each) for each in (thin.is_built, *compiled)]:
             done.result()
 
 

@@ -1,15 +1,19 @@
-"""The gradients of attention by AMX: against float64, and no worse than torch's own."""
+"""The gradients of attention against float64, and no worse than torch's own, by every level of
+instructions that the processor has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_compile.kernels.attention import ATTENTION, attention_call, expected
+
+pytestmark = pytest.mark.usefixtures("level")
 
 CAUSAL = attention_call(True, None)
 

@@ -1,4 +1,5 @@
-"""Thin products of bfloat16 rows by AMX against float64, and as good as torch's in float32."""
+"""Thin products of bfloat16 rows against float64, and as good as torch's in float32, by every level
+of instructions that the processor has."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import amx, thin
+from qlora_compile.kernels.cpu import thin
 
-pytestmark = pytest.mark.skipif(not thin.has_amx(), reason="this CPU has no AMX, or no compiler")
+pytestmark = [
+    pytest.mark.skipif(not thin.is_built(), reason="this CPU has no AVX2, or no C++ compiler"),
+    pytest.mark.usefixtures("level"),
+]
 
 FACTOR = 2.0
 """As many times torch's error in float32 is allowed, beside a few roundings of the largest term."""
@@ -107,15 +111,3 @@ def test_scaling() -> None:
 )
 def test_other_operands_are_left_to_torch(rows: Tensor, factor: torch.dtype) -> None:
     assert not thin.available(rows, factor)
-
-
-def test_a_compiler_without_amx_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.exc import CppCompileError
-
-    def fail(source: str, arguments: tuple[str, ...]) -> None:
-        raise CppCompileError(["g++"], "unrecognized command-line option '-mamx-tile'")
-
-    monkeypatch.setattr(amx, "compiled", fail)
-    with pytest.warns(UserWarning, match="(?s)AMX is not used for thin.*unrecognized") as told:
-        assert amx._kernel.__wrapped__(("thin",), ()) is None
-    assert len(told) == 1

@@ -1,0 +1,52 @@
+"""Which vector instructions our C++ uses: the best of the processor's, or fewer if the user says so."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+
+import torch
+
+from qlora_compile.kernels.cpu.errors import UnknownCpuLevelError
+
+LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
+"""Sets of instructions, each with those before it."""
+
+VARIABLE = "QLORA_COMPILE_CPU"
+"""The environment variable that names the highest level to use."""
+
+@functools.cache
+def level() -> str | None:
+    """Return the best of `LEVELS` that the processor has, at most the one that the environment
+    variable QLORA_COMPILE_CPU names. Return None for a processor without AVX2.
+
+    Raises:
+        UnknownCpuLevelError: the variable names no level.
+    """
+    most = os.environ.get(VARIABLE, LEVELS[-1])
+    if most not in LEVELS:
+        raise UnknownCpuLevelError(variable=VARIABLE, value=most, levels=", ".join(LEVELS))
+    for name in reversed(LEVELS[: LEVELS.index(most) + 1]):
+        if _has(name):
+            return name
+    return None
+
+
+@functools.cache
+def levels() -> tuple[str, ...]:
+    """Return `level` and those below it, the best first."""
+    best = level()
+    return () if best is None else LEVELS[LEVELS.index(best) :: -1]
+
+
+def _has(name: str) -> bool:
+    if name == "amx":
+        linux = platform.system() == "Linux"
+        return linux and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    supported = {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
+        "avx512": torch.cpu._is_avx512_supported,
+        "avx2": torch.cpu._is_avx2_supported,
+    }
+    return supported[name]()

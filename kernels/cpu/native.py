@@ -1,0 +1,71 @@
+"""Kernels in C++ that exist for several sets of instructions: the best that can be built is taken."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
+
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class NativeKernel:
+    """A C++ function `kernel`.
+
+    sources: levels of instructions, the best first, and for each the names of the files that, one
+    behind the other, are its source. arguments: as `compiled` takes them.
+    """
+
+    sources: tuple[tuple[str, tuple[str, ...]], ...]
+    arguments: tuple[str, ...]
+
+    def start(self) -> None:
+        """Have the function built while this thread goes on."""
+        threading.Thread(target=self.function).start()
+
+    def expected(self) -> bool:
+        """Whether there is a `function`, unless the compiler builds none of the sources."""
+        known = {name for name, _ in self.sources}
+        return has_compiler() and not known.isdisjoint(instructions.levels())
+
+    def function(self) -> Callable[..., Any] | None:
+        """Return the function for the best level that the processor has and the compiler builds;
+        None without any."""
+        return _function(self, instructions.levels())
+
+
+@functools.cache
+def _function(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] | None:
+    """Build the function unless another thread has; a later call takes no lock."""
+    with _one_at_a_time:
+        return _built(kernel, levels)
+
+
+@functools.cache
+def _built(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] | None:
+    if not has_compiler():
+        return None
+    from torch._inductor.exc import CppCompileError
+
+    folder = Path(__file__).parent
+    for level, files in kernel.sources:
+        if level not in levels:
+            continue
+        texts = [(folder / f"{each}.cpp").read_text() for each in files]
+        try:
+            return compiled("".join([VECTORISED, BFLOAT16, *texts]), kernel.arguments)
+        except CppCompileError as error:
+            message = (
+                f"this CPU's {level} is not used for {files[-1]}.cpp, which the compiler does not "
+                f"build: {error}"
+            )
+            warnings.warn(message, stacklevel=2)
+    return None

@@ -1,0 +1,52 @@
+// Vectors of float32 as wide as the processor's, by the vector extensions of GCC and Clang.
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <vector>
+
+#if defined(__AVX512F__)
+static constexpr int64_t LANES = 16;
+#else
+static constexpr int64_t LANES = 8;
+#endif
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline Vector vector_of(float value) { return Vector{} + value; }
+static inline Vector load_vector(const float* in) {
+  Vector value;
+  std::memcpy(&value, in, sizeof(value));
+  return value;
+}
+static inline void store_vector(float* out, Vector value) { std::memcpy(out, &value, sizeof(value)); }
+
+// From and to bfloat16, as `load` and `store` do it.
+static inline Vector load_vector(const uint16_t* in) {
+  Halves halves;
+  std::memcpy(&halves, in, sizeof(halves));
+  return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+static inline void store_vector(uint16_t* out, Vector value) {
+  const Words bits = (Words)value;
+  const Words upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(upper, Halves);
+  std::memcpy(out, &halves, sizeof(halves));
+}
+
+// a * b + c, rounded once where the processor can.
+static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
