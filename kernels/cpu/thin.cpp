@@ -83,8 +83,8 @@ static void product(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const 
 static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* low,
                      int64_t ld, int64_t rank, float* out, int64_t step, int64_t step_k,
                      int64_t threads) {
-  constexpr int64_t VECTORS = 2, RANKS = LANES / 2, CHUNK = 64;
-  constexpr int64_t PART = VECTORS * LANES, COLUMNS = 64;
+  constexpr int64_t VECTORS = LANES == 16 ? 2 : 3, RANKS = LANES / 2, CHUNK = 64;
+  constexpr int64_t PART = VECTORS * LANES, COLUMNS = 2 * PART;
   const int64_t groups = ceil_div(rank, RANKS);
 #pragma omp parallel num_threads(threads)
   {

@@ -19,7 +19,15 @@ typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline Vector vector_of(float value) { return Vector{} + value; }
+static inline Vector vector_of(float value) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_set1_ps(value);
+#elif defined(__AVX__)
+  return (Vector)_mm256_set1_ps(value);
+#else
+  return Vector{} + value;
+#endif
+}
 static inline Vector load_vector(const float* in) {
   Vector value;
   std::memcpy(&value, in, sizeof(value));
