@@ -16,6 +16,7 @@ LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 VARIABLE = "QLORA_COMPILE_CPU"
 """The environment variable that names the highest level to use."""
 
+
 @functools.cache
 def level() -> str | None:
     """Return the best of `LEVELS` that the processor has, at most the one that the environment

@@ -56,9 +56,7 @@ def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _compiled(
-    source: str, arguments: tuple[str, ...], level: str | None
-) -> Callable[..., Any]:
+def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Callable[..., Any]:
     from torch._inductor import config
 
     choose_instructions()

@@ -173,7 +173,7 @@ def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
 
 
-@pytest.mark.usefixtures("smallest")
+@pytest.mark.usefixtures("smallest", "level")
 @settings(deadline=None, max_examples=60)
 @given(drawn=packed_weights(), data=st.data())
 def test_row_blocks_equal_the_specification(drawn, data: st.DataObject) -> None:
@@ -196,6 +196,7 @@ def test_row_blocks_equal_the_specification(drawn, data: st.DataObject) -> None:
     assert bool(storage[:offset].isnan().all())
 
 
+@pytest.mark.usefixtures("level")
 @each_format
 @pytest.mark.parametrize("block_size", [64, "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

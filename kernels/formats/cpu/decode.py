@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu.toolchain import BFLOAT16, compiled, has_compiler
+from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -80,6 +80,65 @@ static inline int64_t decode(
   }
   return i;
 }
+#elif defined(__AVX2__)
+#include <immintrin.h>
+
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, uint16_t* to) {
+  // The block's sixteen values are scaled and rounded once, and become one table of their lower
+  // bytes and one of their upper.
+  const auto eight = [&](const float* from) {
+    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(scale));
+    const __m256i word = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    return _mm256_srli_epi32(_mm256_add_epi32(word, half), 16);
+  };
+  const __m256i pairs = _mm256_packus_epi32(eight(codebook), eight(codebook + 8));
+  const __m256i sixteen = _mm256_permute4x64_epi64(pairs, 0xD8);
+  const auto bytes_of = [](__m256i words) {
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  };
+  const __m128i lowers = bytes_of(_mm256_and_si256(sixteen, _mm256_set1_epi16(0xFF)));
+  const __m128i uppers = bytes_of(_mm256_srli_epi16(sixteen, 8));
+  const __m128i four_bits = _mm_set1_epi8(0xF);
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    const __m128i first = _mm_and_si128(_mm_srli_epi16(stored, 4), four_bits);
+    const __m128i second = _mm_and_si128(stored, four_bits);
+    __m128i* out = reinterpret_cast<__m128i*>(to + 2 * i);
+    for (const __m128i index :
+         {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)}) {
+      const __m128i low = _mm_shuffle_epi8(lowers, index), high = _mm_shuffle_epi8(uppers, index);
+      _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
+      _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
+    }
+  }
+  return i;
+}
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
+  const __m256 scales = _mm256_set1_ps(scale);
+  const __m256 lower = _mm256_mul_ps(_mm256_loadu_ps(codebook), scales);
+  const __m256 upper = _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales);
+  // A permutation takes an index's three lowest bits; the fourth chooses the table.
+  const auto values = [&](__m256i index) {
+    const __m256 takes_upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index),
+                            _mm256_permutevar8x32_ps(upper, index), takes_upper);
+  };
+  int64_t i = 0;
+  for (; i + 8 <= bytes; i += 8) {
+    const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
+    const __m256i byte = _mm256_cvtepu8_epi32(stored);
+    const __m256 first = values(_mm256_srli_epi32(byte, 4)), second = values(byte);
+    const __m256 even = _mm256_unpacklo_ps(first, second), odd = _mm256_unpackhi_ps(first, second);
+    _mm256_storeu_ps(to + 2 * i, _mm256_permute2f128_ps(even, odd, 0x20));
+    _mm256_storeu_ps(to + 2 * i + 8, _mm256_permute2f128_ps(even, odd, 0x31));
+  }
+  return i;
+}
 #endif
 
 extern "C" void kernel(
@@ -103,7 +162,7 @@ extern "C" void kernel(
     const uint8_t* in = codes + b * bytes;
     TYPE* to = out + 2 * b * bytes;
     int64_t i = 0;
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(__AVX2__)
     i = decode(in, bytes, codebook, scale, streams, to);
 #endif
     for (; i < bytes; ++i) {
@@ -116,7 +175,8 @@ extern "C" void kernel(
 )
 
 _INTEGERS = (
-    _ROUNDING
+    VECTORISED
+    + _ROUNDING
     + r"""
 #if defined(__AVX512BW__)
 static inline void store(uint16_t* out, __m512 values) {
@@ -142,8 +202,9 @@ extern "C" void kernel(
       store(to + i, _mm512_mul_ps(values, _mm512_set1_ps(scale)));
     }
 #endif
-    for (; i < size; ++i) {
-      store(to + i, static_cast<float>(in[i]) * scale);
+#pragma omp simd
+    for (int64_t j = i; j < size; ++j) {
+      store(to + j, static_cast<float>(in[j]) * scale);
     }
   }
 }
@@ -183,10 +244,17 @@ def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)
 
 
-@functools.cache
 def _kernel(
     source: str, inputs: tuple[str, ...], sizes: int, dtype: torch.dtype
 ) -> Callable[..., Any]:
+    return compiled(*_typed(source, inputs, sizes, dtype))
+
+
+@functools.cache
+def _typed(
+    source: str, inputs: tuple[str, ...], sizes: int, dtype: torch.dtype
+) -> tuple[str, tuple[str, ...]]:
+    """Return the source for results of `dtype`, and the types of its arguments."""
     arguments = [f"const {each}*" for each in inputs] + ["int64_t"] * sizes
     code = source.replace("TYPE", _TYPES[dtype])
-    return compiled(code, (*arguments, f"{_TYPES[dtype]}*"))
+    return code, (*arguments, f"{_TYPES[dtype]}*")
