@@ -1,4 +1,4 @@
-"""Which vector instructions our C++ uses: the best of the processor's, or fewer if the user says so."""
+"""Which vector instructions our C++ uses: the best that the processor has, or fewer if told so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels in C++ that exist for several sets of instructions: the best that can be built is taken."""
+"""Kernels in C++ for several sets of instructions: the best that the compiler builds is taken."""
 
 from __future__ import annotations
 
