@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+
+from qlora_compile.kernels.cpu.instructions import level
 
 
 def measured_on() -> dict[str, dict[str, str | int]]:
@@ -18,11 +21,28 @@ def measured_on() -> dict[str, dict[str, str | int]]:
         "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
         "machine": {
             **device,
-            "processor": torch.backends.cpu.get_cpu_capability(),
+            "processor": _processor(),
+            "instructions": level() or torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def _processor() -> str:
+    """Return the processor's name, or its architecture where the system does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    told = {name.strip(): value for name, value in told.items()}
+    names = ("model name", "cpu family", "model")
+    return " ".join(
+        told[name] if name == "model name" else f"{name.removeprefix('cpu ')} {told[name]}"
+        for name in names
+        if name in told
+    )
 
 
 def in_words(found: Mapping[str, Any]) -> str:

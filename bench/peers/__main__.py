@@ -3,8 +3,8 @@
 The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
 steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
 dense weights. Everything runs on the CPU; `make device` is for GPUs. Prints the figures and writes
-bench/results/peers.{md,json,png}; settings that did not run keep what they had. Without an
-agreement of the losses no speed is told.
+bench/results/peers.{md,json,png}; settings that did not run keep what they had, and so do results
+of processors with other instructions. Without an agreement of the losses no speed is told.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,32 +65,41 @@ def main(
 
 
 def keep(results: list[tuple[Setting, list[Run]]]) -> None:
-    """Writes the results, each with what it was measured on, in place of earlier ones of its
-    setting."""
+    """Write the results, each with what it was measured on, in place of earlier ones of its setting
+    on processors with the same instructions."""
     file = RESULTS / "peers.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    entries = {Setting(**each["setting"]): each for each in known}
+    entries = {(_instructions(each), Setting(**each["setting"])): each for each in known}
     for setting, runs in results:
         told = {"setting": asdict(setting), **measured_on(), "runs": [asdict(run) for run in runs]}
-        entries[setting] = told
-    ordered = [(each, entries[each]) for each in SETTINGS if each in entries]
-    file.write_text(json.dumps([entry for _, entry in ordered], indent=1) + "\n")
+        entries[_instructions(told), setting] = told
+    kinds = sorted({kind for kind, _ in entries})
+    ordered = [(kind, each) for kind in kinds for each in SETTINGS if (kind, each) in entries]
+    file.write_text(json.dumps([entries[key] for key in ordered], indent=1) + "\n")
     lines = [
         *("# Beside the peers", ""),
         "By `make bench`: bfloat16, NF4 where not said otherwise, rank 16 on all linears, steps in",
         "turn. Peak and saved: bytes that a step holds at most, and from forward to backward,",
         "beyond weights, adapters and the optimiser's state. Launched: operators that call no",
-        "other.",
+        "other. Floor: products, attention and head alone, of attention and head the faster of",
+        "torch's and ours.",
         "",
     ]
     shown = []
-    for setting, entry in ordered:
-        shown.append((setting, [Run(**run) for run in entry["runs"]]))
-        title, *rest = section(*shown[-1])
-        steps = max(len(run.seconds) for run in shown[-1][1])
-        lines += [title, "", f"{steps} steps of each; {in_words(entry)}.", *rest]
+    for kind, setting in ordered:
+        entry = entries[kind, setting]
+        runs = [Run(**run) for run in entry["runs"]]
+        title, *rest = section(setting, runs)
+        shown.append((f"{setting}, {kind}", runs))
+        steps = max(len(run.seconds) for run in runs)
+        lines += [f"{title}, {kind}", "", f"{steps} steps of each; {in_words(entry)}.", *rest]
     file.with_suffix(".md").write_text("\n".join(lines))
     plot(shown, file.with_suffix(".png"))
+
+
+def _instructions(entry: dict[str, Any]) -> str:
+    """Return the level of instructions that an entry was measured with."""
+    return entry["machine"]["instructions"]
 
 
 if __name__ == "__main__":

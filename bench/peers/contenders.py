@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from bench.peers.with_unsloth import ENVIRONMENT, unsloth
 from bench.stock import with_bitsandbytes
 
 OURS, STOCK, STOCK_COMPILED = "qlora_compile", "PEFT + bnb", "PEFT + bnb, compiled"
-UNQUANTISED, FLOOR = "PEFT, unquantised", "floor"
+UNQUANTISED, FLOOR, TORCH_FLOOR = (
+    "PEFT, unquantised",
+    "floor",
+    "floor of torch's attention and head",
+)
 UNSLOTH, UNSLOTH_GRAPHS = "Unsloth", "Unsloth, CUDA graphs of blocks"
 
 PEERS = Path(__file__).parents[2] / ".venv" / "peers"
@@ -129,7 +134,8 @@ CONTENDERS = {
             "PEFT + torchao int8", _torchao, family="int8", needs="torchao", folders=(PEERS,)
         ),
         Contender("PEFT + HQQ", _hqq, family="hqq", needs="hqq", folders=(PEERS,)),
-        Contender(FLOOR, Floor, family="floor"),
+        Contender(FLOOR, partial(Floor, ours=True), family="floor"),
+        Contender(TORCH_FLOOR, Floor, family="floor"),
         Contender(UNSLOTH, unsloth, **_UNSLOTH),
         replace(
             Contender(UNSLOTH_GRAPHS, unsloth, **_UNSLOTH),

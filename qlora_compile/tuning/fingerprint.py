@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from qlora_compile.kernels import registry
+from qlora_compile.kernels.cpu import instructions
 from qlora_compile.tuning.errors import FingerprintError
 from qlora_compile.tuning.sources import UnestablishedError, sources_digest
 
@@ -196,8 +197,9 @@ def _cpu_name(cpuinfo: Path) -> str:
         name = platform.processor()
     if not name:
         raise UnestablishedError("the system does not name its CPU")
-    # With the vector instructions that torch's kernels use; ATEN_CPU_CAPABILITY can restrict them.
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    # With the vector instructions that torch's kernels use, and ours; ATEN_CPU_CAPABILITY and
+    # QLORA_COMPILE_CPU can restrict them.
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {instructions.level()}"
 
 
 def cpu_named(cpuinfo: str) -> str:
