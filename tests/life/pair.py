@@ -100,6 +100,7 @@ class Pair:
     def _made(start: Start, optimized: bool) -> Any:
         model = toy(attention_bias=True)
         if start.base.startswith("bnb"):
+            _round_biases(model)
             model = with_bitsandbytes(model, int(start.base[4]))
         config = lora(target_modules=list(start.targets))
         quantize: Any = start.base if start.base in OWN_FORMATS else None
@@ -306,6 +307,14 @@ def play(start: Start, *operations: Operation, backend: str = "aot_eager") -> Pa
     for operation in operations:
         pair.do(operation)
     return pair
+
+
+def _round_biases(model: nn.Module) -> None:
+    """Rounds biases to bfloat16: bitsandbytes casts a bias to its input's dtype in place, so that a
+    call under autocast would change stock's."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
 
 
 def _twin(packed: QuantizedLinear) -> QuantizedLinear:
