@@ -148,7 +148,7 @@ extern "C" void kernel(
     TYPE* out) {
   // What no core's cache holds goes to memory without being read from there first.
   const bool lines = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  const bool streams = lines && 4 * blocks * bytes > STREAMED;
+  [[maybe_unused]] const bool streams = lines && 4 * blocks * bytes > STREAMED;
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t block = first_block + b;
