@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from qlora_compile.kernels.experts.base import ExpertsProblem
+from qlora_compile.kernels.packed import PACKED_EXPERTS
 from qlora_compile.kernels.problem import Problem
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
@@ -106,8 +107,8 @@ def module_site(node: Node) -> str | None:
 def experts_site(name: str) -> str:
     """Return the site of a weight of experts from the `name` of its parameter or buffer."""
     parts = [part for part in name.split(".") if part != "base_layer"]
-    # A packed weight is a module in the parameter's place; its codes are that module's `weight`.
-    return ".".join(parts).removesuffix(".weight")
+    # The codes of a packed weight are the `weight` of the module that holds it.
+    return ".".join(parts).removesuffix(".weight").removesuffix(PACKED_EXPERTS)
 
 
 def tensor_names(module: nn.Module) -> dict[int, list[str]]:

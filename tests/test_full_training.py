@@ -76,7 +76,7 @@ def decode_into(stock: nn.Module, ours: nn.Module) -> None:
             target, weight = stock.get_submodule(name), module.dequantize()
             target.weight.data = weight.t().contiguous() if isinstance(target, Conv1D) else weight
         elif isinstance(module, PackedExperts):
-            stock.get_parameter(name).data = module.parameter().data
+            stock.get_parameter(name.removesuffix("_packed")).data = module.parameter().data
 
 
 def assert_trains_alike(ours: Any, stock: Any, inputs: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.hf.adapter_slots import SlottedLayer
-from qlora_compile.hf.experts import Factors, is_served, is_transposed
+from qlora_compile.hf.experts import Factors, displace, is_served, is_transposed, place
 from qlora_compile.modules.experts import PackedExperts
 
 
@@ -100,7 +100,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         if not isinstance(packed, PackedExperts):
             yield
             return
-        delattr(base, name)
+        displace(base, name)
         parameter = packed.parameter()
         setattr(base, name, parameter)
         try:
@@ -108,7 +108,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
             merged = parameter.data
         finally:
             delattr(base, name)
-            setattr(base, name, packed)
+            place(base, name, packed)
         packed.pack(merged)
 
 

@@ -26,6 +26,7 @@ from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.layout import Layout
+from qlora_compile.kernels.packed import PACKED_EXPERTS
 from qlora_compile.modules.experts import PackedExperts
 
 IMPLEMENTATION = "qlora_compile"
@@ -162,12 +163,29 @@ def pack(
             site=name,
         )
         delattr(site.module, site.parameter)
-        setattr(site.module, site.parameter, packed)
+        place(site.module, site.parameter, packed)
         # PEFT finds the parameters that it adapts by this method of the module that has them.
         named: Any = partial(_parameters, site.module)
         named.__func__ = _parameters  # Dynamo takes it for a bound method
         site.module.named_parameters = named
         site.module.requires_grad_(False)
+
+
+def place(module: nn.Module, name: str, packed: PackedExperts) -> None:
+    """Let the attribute `name` of an experts module be a packed weight.
+
+    The weight is registered by another name: `target_modules` of PEFT may name Linears of the same
+    name elsewhere, and PEFT raises if a module that matches is none that it can adapt.
+    """
+    module.add_module(name + PACKED_EXPERTS, packed)
+    # Past nn.Module's own way, which would register the weight by this name too.
+    module.__dict__[name] = packed
+
+
+def displace(module: nn.Module, name: str) -> None:
+    """Take a packed weight away that `place` has put there."""
+    del module.__dict__[name]
+    delattr(module, name + PACKED_EXPERTS)
 
 
 def _parameters(

@@ -147,3 +147,22 @@ def test_adapters_of_packed_experts_are_attached_late(name: str) -> None:
         model = ours.merge_and_unload()
         merged = experts.output(model, inputs)
         assert error(merged, adapted_logits) < 0.1
+
+
+@pytest.mark.parametrize(
+    "names", [["down_proj"], ["q_b_proj", "q_proj", "gate_up_proj", "down_proj"]]
+)
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral", "gpt_oss", "llama4_text"])
+def test_names_of_packed_experts_match_what_they_match_in_stock(
+    name: str, names: list[str]
+) -> None:
+    """PEFT takes some of these names for weights of experts, others for Linears beside these."""
+    config = lora(r=2, target_modules=names)
+    model: Any = qlora_compile.optimize(experts.toy(name), quantize="int8", tune="off")
+    found = []
+    for each in (experts.toy(name), model):
+        try:
+            found.append(set(adapted(get_peft_model(each, copy.deepcopy(config)))))
+        except ValueError as error:
+            found.append(str(error).partition(".")[0])
+    assert found[0] == found[1]

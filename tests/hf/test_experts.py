@@ -91,7 +91,7 @@ def decode_into(stock: nn.Module, ours: nn.Module) -> None:
         if isinstance(module, QuantizedLinear):
             stock.get_submodule(name).weight.data = module.dequantize()
         elif isinstance(module, PackedExperts):
-            stock.get_parameter(name).data = module.parameter().data
+            stock.get_parameter(name.removesuffix("_packed")).data = module.parameter().data
 
 
 def quantized(format: Any, name: str = "mixtral", **options: Any) -> tuple[Any, Any]:
