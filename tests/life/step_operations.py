@@ -21,9 +21,10 @@ class Batch:
 
     @staticmethod
     def drawn(pair: Pair) -> Strategy | None:
-        # Of two tokens padding leaves no label, and the loss is no number.
-        whole = st.builds(Batch, st.tuples(st.integers(1, 4), st.integers(2, 12)))
-        padded = st.tuples(st.integers(1, 4), st.integers(4, 12))
+        # Of two tokens one is predicted, by the one before, which attends to itself: gradients of
+        # queries and keys are 0, and rounding all that there is to compare. Padding takes half.
+        whole = st.builds(Batch, st.tuples(st.integers(1, 4), st.integers(3, 12)))
+        padded = st.tuples(st.integers(1, 4), st.integers(6, 12))
         return whole | st.builds(Batch, padded, st.just(True))
 
     def apply(self, pair: Pair) -> None:
