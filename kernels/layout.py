@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,13 @@ from qlora_compile.errors import LayoutTextError, LayoutVersionError
 UNQUANTIZED = "none"
 """Format name of a weight kept in its own floating-point dtype."""
 
-_TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parameters>( \w+=\d+)*)")
+_TEXT = re.compile(r"(?P<format>\w+)\[(?P<rows>\d+)x(?P<columns>\d+)\](?P<parameters>( \w+=\w+)*)")
 _VERSION = 1
+
+
+def _number(text: str) -> int | str:
+    """The whole number that `text` is, or else the word."""
+    return int(text) if text.isdecimal() else text
 
 
 def slices(size: int, step: int) -> list[slice]:
@@ -57,15 +63,15 @@ class Layout:
     format: the name of a QuantFormat, or "none" for a weight kept in its own floating-point dtype.
     shape: the logical [N, K]; weights of experts [E, N, K] are stored as [E * N, K].
     parameters: what that format lets one choose, such as a block size, as sorted pairs of a name
-    and a whole number. The format checks them and derives the planes from them.
+    and a whole number or a word. The format checks them and derives the planes from them.
     """
 
     format: str
     shape: tuple[int, int]
-    parameters: tuple[tuple[str, int], ...] = ()
+    parameters: tuple[tuple[str, int | str], ...] = ()
 
     @classmethod
-    def of(cls, format: str, shape: tuple[int, int], **parameters: int) -> Layout:
+    def of(cls, format: str, shape: tuple[int, int], **parameters: int | str) -> Layout:
         """The Layout with `parameters` by name."""
         return cls(format, shape, tuple(sorted(parameters.items())))
 
@@ -75,7 +81,7 @@ class Layout:
         return self.format != UNQUANTIZED
 
     @functools.cached_property
-    def named(self) -> Mapping[str, int]:
+    def named(self) -> Mapping[str, Any]:
         """The parameters by name."""
         return dict(self.parameters)
 
@@ -97,7 +103,7 @@ class Layout:
         if found is None:
             raise LayoutTextError(value=text)
         pairs = (pair.split("=") for pair in found["parameters"].split())
-        parameters = tuple((name, int(value)) for name, value in pairs)
+        parameters = tuple((name, _number(value)) for name, value in pairs)
         return Layout(found["format"], (int(found["rows"]), int(found["columns"])), parameters)
 
     def to_tensor(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from qlora_compile.adapter_errors import NothingToPackError
@@ -27,6 +27,7 @@ from qlora_compile.hf import (
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
 from qlora_compile.kernels.formats.base import BlockSize
+from qlora_compile.kernels.formats.errors import OptionWithoutFormatError
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.sites import Inventory, LinearEntry
@@ -37,15 +38,12 @@ def check(
     lora: object,
     *,
     quantize: str | None,
-    block_size: BlockSize,
-    double_quantize: bool,
+    options: Mapping[str, Any],
     strict: bool,
 ) -> list[LinearEntry]:
     """The Linears and Conv1Ds to pack. Raises the error of everything `adopt` would stumble over;
-    changes nothing."""
-    options: dict[str, Any] = {}
+    changes nothing. options: those of the format `quantize`."""
     if quantize is not None:
-        options = _options(quantize, block_size, double_quantize)
         # What is wrong whatever the weight.
         format_named(quantize).layout((1, 1), **options)
     model = type(inventory.model).__name__
@@ -101,18 +99,16 @@ def adopt(
     *,
     packed: Collection[LinearEntry],
     quantize: str | None,
-    block_size: BlockSize,
-    double_quantize: bool,
+    options: Mapping[str, Any],
 ) -> Inventory:
     """Quantises the Linears `packed` in place, one after another, lets PEFT attach `lora` and
-    quantises experts; returns the inventory of the PeftModel if one was made, else the same."""
+    quantises experts; returns the inventory of the PeftModel if one was made, else the same.
+    options: those of the format `quantize`."""
     keep_trained = lora is not None or inventory.is_partly_frozen
     bound = bound_forwards(inventory.modules.values())
-    options: dict[str, Any] = {}
     if quantize is not None:
         if lora is None and keep_trained:
             _warn_of_trained(inventory)
-        options = _options(quantize, block_size, double_quantize)
         for entry in packed:
             linear = as_linear(entry.module)
             replacement = QuantizedLinear.from_linear(linear, quantize, site=entry.name, **options)
@@ -135,10 +131,23 @@ def adopt(
     return inventory
 
 
-def _options(quantize: str, block_size: BlockSize, double_quantize: bool) -> dict[str, Any]:
-    """The options of a format; one without double quantisation does without."""
+def format_options(
+    quantize: str | None,
+    *,
+    block_size: BlockSize | None,
+    double_quantize: bool,
+    **others: Any,
+) -> dict[str, Any]:
+    """The options to give the format `quantize`, unchecked; a format without double quantisation
+    does without. Raises UnknownFormatError, and OptionWithoutFormatError if there are `others` but
+    no format."""
+    if quantize is None:
+        for option, value in others.items():
+            raise OptionWithoutFormatError(option=option, value=value)
+        return {}
     double = double_quantize and format_named(quantize).has_double_quantize
-    return {"block_size": block_size, "double_quantize": double}
+    sized = {} if block_size is None else {"block_size": block_size}
+    return {**sized, "double_quantize": double, **others}
 
 
 def raise_left(sites: Iterable[tuple[str, str | None]]) -> None:

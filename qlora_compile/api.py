@@ -23,7 +23,7 @@ from qlora_compile.errors import (
 from qlora_compile.hf import adapters, head_loss
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
-from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
+from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.report import Report, build_report, regions_of
 from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
@@ -39,13 +39,14 @@ def optimize(
     *,
     quantize: str | None = None,
     double_quantize: bool = True,
-    block_size: BlockSize = USUAL_BLOCK_SIZE,
+    block_size: BlockSize | None = None,
     strict: bool = False,
     verify: Verify = False,
     scope: Literal["block", "model"] = "block",
     tune: str | os.PathLike[str] = "auto",
     logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
+    **format_options: Any,
 ) -> Any:
     """Compile `model` in place: make every frozen Linear, with its LoRA branch, one fused op.
 
@@ -65,11 +66,11 @@ def optimize(
     frozen parameter, weights that require a gradient are not packed, and a warning names their
     number and size.
 
-    block_size: the number of elements that share a scale, or "row"; the shipped formats take powers
-    of two from 32 to 4096.
+    block_size: for formats in blocks, the number of elements that share a scale, a power of two
+    from 32 to 4096, or "row"; None for 64.
 
     double_quantize: quantise the scales too (QLoRA, Dettmers et al. 2023). A format without this,
-    such as 8-bit integers, keeps float32 scales.
+    such as 8-bit integers, keeps its scales as they are.
 
     strict: raise StrictError, with all reasons, if a quantised or adapted Linear or a weight of
     experts is not fused.
@@ -96,6 +97,8 @@ def optimize(
 
     example_inputs: keyword arguments of `model` for the calls that strict and logits_free_loss
     need; required if `model` is not a PreTrainedModel with dummy inputs.
+
+    format_options: the other options of the format, such as group_size=128 of 4-bit integers.
 
     Calls in training mode or with labels build no key-value cache, unless use_cache=True is given.
     That changes how transformers treats several sequences packed in one row, whose position_ids
@@ -125,11 +128,10 @@ def optimize(
         raise AlreadyOptimizedError(model=type(model).__name__)
     tune = check_mode(tune)
     verify = check_option(verify)
-    options: Any = {
-        "quantize": quantize,
-        "block_size": block_size,
-        "double_quantize": double_quantize,
-    }
+    chosen = adopt.format_options(
+        quantize, block_size=block_size, double_quantize=double_quantize, **format_options
+    )
+    options: Any = {"quantize": quantize, "options": chosen}
     blocks = repeated_blocks(inventory.modules) if scope == "block" else []
     packed = adopt.check(inventory, lora, **options, strict=strict)
     if strict:

@@ -10,17 +10,22 @@ from qlora_compile.errors import QuantizationBitsError
 if TYPE_CHECKING:
     from torch import nn
 
+    from qlora_compile.kernels.formats.base import BlockSize
+
 
 class QuantizedLoRA:
     """A model with quantised frozen weights and trainable LoRA adapters, compiled.
 
     model: a transformers model, which is changed in place, or the path of one, which is loaded
     together with its tokenizer. quantization_bits: 4 stores the weights as NF4, 8 as INT8.
-    double_quantize: concerns NF4 only. alpha: 2 * rank if None. Other keywords (`strict`, `verify`,
-    `scope`, …) go to `qlora_compile.optimize`.
+    quantize: the name of another format, in place of quantization_bits. double_quantize and
+    block_size: as `optimize` takes them. alpha: 2 * rank if None. Other keywords (`strict`,
+    `verify`, `scope`, and options of the format, such as `group_size`) go to
+    `qlora_compile.optimize`.
 
     Raises, always before the model is changed:
         QuantizationBitsError: neither 4 nor 8 bits.
+        UnknownFormatError: no format has that name.
         OutOfRangeError: rank, alpha or dropout cannot be used.
         ModelTypeError: the model is no transformers model.
         AdaptersPresentError: the model has adapters already.
@@ -39,16 +44,19 @@ class QuantizedLoRA:
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         tokenizer: Any = None,
-        block_size: int = 64,
+        quantize: str | None = None,
+        block_size: BlockSize | None = None,
         double_quantize: bool = True,
         **optimize_options: Any,
     ) -> None:
         # torch, transformers and PEFT take seconds to import, so only once they are needed.
-        from qlora_compile.kernels.formats.formats import FORMATS
+        from qlora_compile.kernels.formats.formats import FORMATS, format_named
 
         usual = next((each for each in FORMATS if each.bits == quantization_bits), None)
         if isinstance(quantization_bits, bool) or usual is None:
             raise QuantizationBitsError(value=quantization_bits)
+        if quantize is not None:
+            usual = format_named(quantize)
         from qlora_compile import api
         from qlora_compile.hf import loading, training
 

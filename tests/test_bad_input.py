@@ -12,6 +12,7 @@ from torch import nn
 
 import qlora_compile
 from qlora_compile import errors
+from qlora_compile.kernels.formats.errors import FormatOptionError, OptionWithoutFormatError
 from tests.toy_models import toy, with_bitsandbytes
 
 
@@ -64,6 +65,13 @@ CASES: dict[str, Case] = {
         errors.BlockSizeError,
         ("'column'", "'row'"),
     ),
+    "an option of another format": (
+        toy,
+        {"quantize": "nf4", "group_size": 64},
+        FormatOptionError,
+        ("group_size=64", "'nf4'", "block_size"),
+    ),
+    "a misspelt option": (toy, {"strcit": True}, OptionWithoutFormatError, ("strcit=True",)),
     "rank 0": (toy, {"lora": _rank_zero()}, errors.AdapterConfigError, ("r=0", "1 or more")),
     "dropout 1": (
         toy,

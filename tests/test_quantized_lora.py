@@ -110,7 +110,7 @@ def test_bits_become_formats(stock: list[dict[str, Any]]) -> None:
     QuantizedLoRA(toy_llama())
     common = {"double_quantize": True, "block_size": 128, "strict": True}
     assert stock[0] == {"quantize": "nf4", **common}
-    assert stock[1] == {"quantize": "int8", "double_quantize": False, "block_size": 64}
+    assert stock[1] == {"quantize": "int8", "double_quantize": False, "block_size": None}
 
 
 def test_alpha_is_twice_the_rank_unless_given(stock: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from bench.stock import with_bitsandbytes
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.format_options import fitting
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import toy as experts_toy
 from tests.toy_models import toy
@@ -43,7 +44,7 @@ def test_every_plane_owns_its_memory(
     format: Any, block_size: int | Literal["row"], n: int, k: int, e: int
 ) -> None:
     for double in {False, format.has_double_quantize}:
-        options = {"block_size": block_size, "double_quantize": double}
+        options = fitting(format, block_size, double)
         modules = [
             QuantizedLinear.from_linear(nn.Linear(k, n), format.name, **options),
             *(
@@ -79,8 +80,8 @@ def built(
     if format == "bitsandbytes":
         model = with_bitsandbytes(toy(), 4 if double else 8)
         return qlora_compile.optimize(model, config, tune="model")
-    options: Any = {"quantize": format, "block_size": block_size, "double_quantize": double}
-    return qlora_compile.optimize(MODELS[kind](), config, tune="model", **options)
+    options = fitting(format, block_size, double)
+    return qlora_compile.optimize(MODELS[kind](), config, quantize=format, tune="model", **options)
 
 
 @pytest.mark.parametrize("kind", [*MODELS, "bitsandbytes"])

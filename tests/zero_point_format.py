@@ -6,21 +6,17 @@ group of a row. Registered by conftest.py, it goes through everything that the s
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_compile.errors import DoubleQuantizeError, WeightValueError
-from qlora_compile.kernels.formats.base import (
-    USUAL_BLOCK_SIZE,
-    BlockSize,
-    QuantFormat,
-    checked_block_size,
-)
+from qlora_compile.errors import WeightValueError
+from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.gpu.decode import grouped, join8
+from qlora_compile.kernels.formats.options import Option
 from qlora_compile.kernels.gpu.decoders import Decoder, Side
 from qlora_compile.kernels.gpu.weight import edge
 from qlora_compile.kernels.layout import Layout, Plane
@@ -35,17 +31,10 @@ class ZeroPointFormat(QuantFormat):
 
     name: ClassVar[str] = "zero_point"
     bits: ClassVar[int] = 4
+    options: ClassVar[tuple[Option, ...]] = (Option("group_size", (32, 64, 256, "row"), 64),)
 
-    def layout(
-        self,
-        shape: tuple[int, int],
-        *,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
-    ) -> Layout:
-        if double_quantize:
-            raise DoubleQuantizeError(format=self.name)
-        size = shape[1] if block_size == "row" else checked_block_size(block_size)
+    def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        size = shape[1] if options["group_size"] == "row" else options["group_size"]
         return Layout.of(self.name, shape, group_size=size)
 
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
@@ -57,7 +46,7 @@ class ZeroPointFormat(QuantFormat):
             Plane("zeros", torch.uint8, (rows, groups)),
         )
 
-    def _encoded(self, weight: Tensor, layout: Layout, site: str) -> list[Tensor]:
+    def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         invalid = weight.numel() - int(weight.isfinite().sum())
         if invalid:
             raise WeightValueError(site=site, count=invalid)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from qlora_compile.errors import BlockSizeError, PackedWeightError, RowRangeError, WeightShapeError
+from qlora_compile.kernels.formats.options import DOUBLE, Option, checked
 from qlora_compile.kernels.layout import Layout, Plane, slices
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -34,26 +35,34 @@ class QuantFormat(ABC):
 
     name: ClassVar[str]
     bits: ClassVar[int]
-    has_double_quantize: ClassVar[bool] = False
-    """Whether `double_quantize` may be asked for."""
+    options: ClassVar[tuple[Option, ...]] = ()
+    """What may be chosen for a weight, beside its shape."""
+
+    @property
+    def has_double_quantize(self) -> bool:
+        """Whether `double_quantize` may be asked for."""
+        return any(option.name == DOUBLE for option in self.options)
+
+    def layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        """The Layout of a weight of `shape` with these `options`, the others at their defaults.
+
+        A false `double_quantize` may be given to every format. Raises FormatOptionError of what is
+        no option, and what an Option raises of its value.
+        """
+        return self._layout(shape, **self._chosen(options, stored=True))
+
+    def _chosen(self, options: Mapping[str, Any], *, stored: bool) -> dict[str, Any]:
+        """All options that are stored in a Layout, or all that are not."""
+        chosen = checked(self.name, self.options, options)
+        return {each.name: chosen[each.name] for each in self.options if each.stored == stored}
 
     @abstractmethod
-    def layout(
-        self,
-        shape: tuple[int, int],
-        *,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
-    ) -> Layout:
-        """The Layout of a weight of `shape` with these options.
+    def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        """`layout` of every option that a Layout stores, checked."""
 
-        block_size: how many weights share a scale. double_quantize: whether the scales are
-        quantised, too. Raises what a format raises of an option that it cannot take.
-        """
-
-    def usual_layout(self, shape: tuple[int, int]) -> Layout:
-        """The Layout that `optimize` uses where nothing else is asked for."""
-        return self.layout(shape, double_quantize=self.has_double_quantize)
+    def usual_layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        """The Layout that `optimize` uses where nothing but these `options` is asked for."""
+        return self.layout(shape, **({DOUBLE: self.has_double_quantize} | options))
 
     @abstractmethod
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
@@ -63,36 +72,33 @@ class QuantFormat(ABC):
         """The weight stored in `tensors`, in the order of `planes`. Raises PackedWeightError."""
         return PackedWeight.checked(layout, self.planes(layout), tensors)
 
-    def quantize(
-        self,
-        weight: Tensor,
-        *,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
-        site: str = "weight",
-    ) -> PackedWeight:
-        """`pack` with the Layout of these options."""
+    def quantize(self, weight: Tensor, *, site: str = "weight", **options: Any) -> PackedWeight:
+        """`pack` with these `options`, and with their Layout."""
         _check_weight(weight, site)
         rows, columns = weight.shape
-        layout = self.layout(
-            (rows, columns), block_size=block_size, double_quantize=double_quantize
-        )
-        return self.pack(weight, layout, site)
+        layout = self.layout((rows, columns), **options)
+        return self.pack(weight, layout, site, **self._chosen(options, stored=False))
 
-    def pack(self, weight: Tensor, layout: Layout, site: str = "weight") -> PackedWeight:
+    def pack(
+        self, weight: Tensor, layout: Layout, site: str = "weight", **options: Any
+    ) -> PackedWeight:
         """Quantises `weight`, [N, K] of any floating-point dtype and strides, N, K >= 1, on its own
-        device. site: the name that errors give.
+        device. site: the name that errors give. options: those that no Layout stores.
 
         Raises WeightShapeError, WeightValueError (NaN or infinity), and what a format raises of
         values that it cannot store.
         """
         _check_weight(weight, site)
         with torch.no_grad():
-            return self.packed(layout, self._encoded(weight.detach(), layout, site))
+            encoded = self._encoded(
+                weight.detach(), layout, site, **self._chosen(options, stored=False)
+            )
+            return self.packed(layout, encoded)
 
     @abstractmethod
-    def _encoded(self, weight: Tensor, layout: Layout, site: str) -> list[Tensor]:
-        """The planes of `weight`, each with storage of its own."""
+    def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
+        """The planes of `weight`, each with storage of its own. options: those that no Layout
+        stores."""
 
     @abstractmethod
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -6,21 +6,17 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qlora_compile.errors import DoubleQuantizeError, WeightValueError
-from qlora_compile.kernels.formats.base import (
-    USUAL_BLOCK_SIZE,
-    BlockSize,
-    QuantFormat,
-    checked_block_size,
-)
+from qlora_compile.errors import WeightValueError
+from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, QuantFormat, checked_block_size
 from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import AbsmaxOverflowError
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE, block_absmax, quantize_absmax
+from qlora_compile.kernels.formats.options import DOUBLE, Option
 from qlora_compile.kernels.layout import Layout, Plane
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -41,6 +37,18 @@ _DEVICE_CHUNK = 1 << 22
 """The same on an accelerator, where only the temporaries' memory (12 bytes each) matters."""
 
 
+class _BlockSizeOption(Option):
+    """A power of two from 32 to 4096, or "row" for one absmax a row; `values` are examples."""
+
+    def check(self, format: str, value: object) -> Any:
+        """Raises BlockSizeError."""
+        return value if value == "row" else checked_block_size(value)
+
+
+BLOCK_SIZE = _BlockSizeOption("block_size", (32, 64, 128, 256, 512, 4096, "row"), USUAL_BLOCK_SIZE)
+DOUBLE_QUANTIZE = Option(DOUBLE, (False, True), False)
+
+
 class BlockFormat(QuantFormat):
     """Quantises blocks of the row-major flattening of the weight, each by its absmax.
 
@@ -58,25 +66,14 @@ class BlockFormat(QuantFormat):
     geometry, checks and double quantisation live here.
     """
 
+    options: ClassVar[tuple[Option, ...]] = (BLOCK_SIZE,)
     code_dtype: ClassVar[torch.dtype] = torch.uint8
     absmax_divisor: ClassVar[float] = 1.0
     """A code's value is multiplied with absmax / absmax_divisor, itself rounded to float32."""
 
-    def layout(
-        self,
-        shape: tuple[int, int],
-        *,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
-    ) -> Layout:
-        """Blocks of a power of two from 32 to 4096 elements, or "row" for one absmax per row.
-
-        Raises BlockSizeError, and DoubleQuantizeError where the format has no such form.
-        """
-        if double_quantize and not self.has_double_quantize:
-            raise DoubleQuantizeError(format=self.name)
-        size = shape[1] if block_size == "row" else checked_block_size(block_size)
-        return block_layout(self.name, shape, size, double_quantize)
+    def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        size = shape[1] if options["block_size"] == "row" else options["block_size"]
+        return block_layout(self.name, shape, size, bool(options.get(DOUBLE)))
 
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
         return _planes(layout, self.bits, self.code_dtype)
@@ -89,7 +86,7 @@ class BlockFormat(QuantFormat):
         """Of codes and absmax, the latter taken for float32, as `prepared` gives it."""
         return self.bits / 8 + 4 / layout.named["block_size"]
 
-    def _encoded(self, weight: Tensor, layout: Layout, site: str) -> list[Tensor]:
+    def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         codes, absmax = self._quantize_flat(weight.reshape(-1), layout.named["block_size"])
         if not bool(absmax.isfinite().all()):
             raise WeightValueError(site=site, count=int((~weight.isfinite()).sum()))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.blocks import BlockFormat
+from qlora_compile.kernels.formats.blocks import BLOCK_SIZE, DOUBLE_QUANTIZE, BlockFormat
 from qlora_compile.kernels.formats.cpu.decode import write_codebook
 from qlora_compile.kernels.formats.cpu.encode import encode, encodes
+from qlora_compile.kernels.formats.options import Option
 from qlora_compile.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class CodebookFormat(BlockFormat):
     """
 
     bits: ClassVar[int] = 4
-    has_double_quantize: ClassVar[bool] = True
+    options: ClassVar[tuple[Option, ...]] = (BLOCK_SIZE, DOUBLE_QUANTIZE)
     codebook: ClassVar[tuple[float, ...]]
     """Value of each code 0 … 15; several codes may share one."""
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qlora_compile.errors import UnknownFormatError
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.errors import FormatTextError
 from qlora_compile.kernels.formats.fp4 import FP4
 from qlora_compile.kernels.formats.int8 import INT8
+from qlora_compile.kernels.formats.integers import INT4, UINT8
 from qlora_compile.kernels.formats.nf4 import NF4
 from qlora_compile.kernels.layout import UNQUANTIZED as UNQUANTIZED
 from qlora_compile.kernels.layout import Layout, Plane
 
-FORMATS: list[QuantFormat] = [NF4, FP4, INT8]
+FORMATS: list[QuantFormat] = [NF4, FP4, INT8, INT4, UINT8]
 """Every format there is; the first one with so many bits is the usual one of them."""
 
 
@@ -32,6 +36,23 @@ def format_named(name: str) -> QuantFormat:
             return quant_format
     known = ", ".join(repr(quant_format.name) for quant_format in FORMATS)
     raise UnknownFormatError(value=name, known=known)
+
+
+def format_written(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a format written as "int4:group_size=128,zeros=float", the name
+    unchecked if it is none of a format. Raises FormatTextError, or what the options raise."""
+    name, _, listed = text.partition(":")
+    found = next((each for each in FORMATS if each.name == name), None)
+    options: dict[str, Any] = {}
+    known = {} if found is None else {option.name: option for option in found.options}
+    for pair in listed.split(",") if listed else ():
+        option, equals, value = pair.partition("=")
+        if not (option and equals and value):
+            raise FormatTextError(value=text, pair=pair)
+        options[option] = known[option].read(value) if option in known else value
+    if found is not None:
+        found.layout((1, 1), **options)
+    return name, options
 
 
 def format_of(layout: Layout) -> QuantFormat | None:

@@ -22,7 +22,11 @@ ShapesOption = Annotated[
     typer.Option("--shapes", help="Instead of --model: MxNxKxR, …; N+N for siblings."),
 ]
 FormatOption = Annotated[
-    str, typer.Option("--format", help="A format to store the weights in, or: none.")
+    str,
+    typer.Option(
+        "--format",
+        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none.",
+    ),
 ]
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
 AlphaOption = Annotated[

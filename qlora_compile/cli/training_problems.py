@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from qlora_compile.cli.shapes import Shape
+from qlora_compile.kernels.formats.formats import format_written
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
@@ -55,4 +56,5 @@ def problems_of_shapes(
 def _layout(format: str, n: int, k: int) -> Layout:
     if format == UNQUANTIZED:
         return Layout(UNQUANTIZED, (n, k))
-    return format_named(format).usual_layout((n, k))
+    name, options = format_written(format)
+    return format_named(name).usual_layout((n, k), **options)

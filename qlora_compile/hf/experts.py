@@ -23,7 +23,6 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from qlora_compile.expert_errors import raise_frozen
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.kernels.experts.op import experts_linear
-from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PACKED_EXPERTS
@@ -144,23 +143,21 @@ def pack(
     sites: Mapping[str, ExpertSite],
     format: str,
     *,
-    block_size: BlockSize,
-    double_quantize: bool,
     keep_trained: bool,
+    **options: Any,
 ) -> None:
     """Pack the weights of all experts that our op can compute, one at a time.
 
     keep_trained: whether to leave experts alone that have a trained parameter; if not, these are
-    packed too, and frozen with their biases.
+    packed too, and frozen with their biases. options: those of the format.
     """
     for name, site in packable(sites, keep_trained=keep_trained).items():
         packed = PackedExperts.from_parameter(
             getattr(site.module, site.parameter),
             format,
             transposed=is_transposed(site.module),
-            block_size=block_size,
-            double_quantize=double_quantize,
             site=name,
+            **options,
         )
         delattr(site.module, site.parameter)
         place(site.module, site.parameter, packed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.packed import PackedModule
@@ -38,16 +39,14 @@ class PackedExperts(PackedModule):
         format: str,
         *,
         transposed: bool,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
         site: str = "weight",
+        **options: Any,
     ) -> PackedExperts:
-        """Pack `parameter`; raises what `QuantFormat.quantize` raises."""
+        """Pack `parameter`; options and errors are those of `QuantFormat.quantize`."""
         packed = format_named(format).quantize(
             _rows(parameter.detach(), transposed),
-            block_size=block_size,
-            double_quantize=double_quantize,
             site=site,
+            **options,
         )
         return cls(packed, parameter.shape[0], transposed, parameter.dtype)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, BlockSize
 from qlora_compile.kernels.op import quantized_linear
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
@@ -33,14 +33,12 @@ class QuantizedLinear(PackedModule, nn.Linear):
         linear: nn.Linear,
         format: str,
         *,
-        block_size: BlockSize = USUAL_BLOCK_SIZE,
-        double_quantize: bool = False,
         site: str = "weight",
+        **options: Any,
     ) -> QuantizedLinear:
-        """Pack the weight of `linear` and share its bias; raises as `QuantFormat.quantize`."""
-        packed = format_named(format).quantize(
-            linear.weight, block_size=block_size, double_quantize=double_quantize, site=site
-        )
+        """Pack the weight of `linear` and share its bias; options and errors are those of
+        `QuantFormat.quantize`."""
+        packed = format_named(format).quantize(linear.weight, site=site, **options)
         module = cls(packed, linear.bias, linear.weight.dtype)
         return module.train(linear.training)
 

@@ -17,23 +17,33 @@ DEMO = "demo"
 DEFAULT_FORMAT = "nf4"
 
 
-def check_format(name: str) -> None:
-    """Raise FormatChoiceError, which suggests the nearest names, if there is no such format."""
-    from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED
+def check_format(text: str) -> None:
+    """Check the name of a format, which options may follow as in int4:group_size=128.
 
+    Raises:
+        FormatChoiceError: there is no such format; the nearest names are suggested.
+        FormatTextError, FormatOptionError, FormatOptionValueError: an option cannot be used.
+    """
+    from qlora_compile.kernels.formats.errors import FormatOptionError
+    from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_written
+
+    name, options = format_written(text)
     known = [*(quant_format.name for quant_format in FORMATS), UNQUANTIZED]
     if name not in known:
         nearest = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.3)
         closest = " or ".join(nearest) or UNQUANTIZED
         raise FormatChoiceError(value=name, closest=closest, known=", ".join(known))
+    if name == UNQUANTIZED:
+        for option, value in options.items():
+            raise FormatOptionError(format=name, option=option, value=value, known="none")
 
 
 @dataclass(frozen=True)
 class ModelChoice:
     """A model, the format of its weights, and its adapters.
 
-    model: a folder, a .gguf file, a Hub name, or "demo". alpha: None for 2 * rank. tune: as
-    `optimize` takes it.
+    model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it.
+    alpha: None for 2 * rank. tune: as `optimize` takes it.
     """
 
     model: str
@@ -47,7 +57,7 @@ class ModelChoice:
         """Check the choice without reading weights, and return the model's configuration.
 
         Raises:
-            FormatChoiceError, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
+            What `check_format` raises, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
             CausalModelError, TuneModeError: a value cannot be used.
         """
         check_format(self.format)
@@ -74,8 +84,9 @@ class ModelChoice:
         """
         from qlora_compile import api
         from qlora_compile.hf import loading, training
-        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
 
+        name, options = format_written(self.format)
         model = loading.load_model(self.source, config=config)
         lora = training.lora_config(
             model,
@@ -87,9 +98,10 @@ class ModelChoice:
         return api.optimize(
             model,
             lora,
-            quantize=None if self.format == UNQUANTIZED else self.format,
+            quantize=None if name == UNQUANTIZED else name,
             tune=self.tune,
             verify=verify,
+            **options,
         )
 
 
@@ -104,7 +116,7 @@ def quiet_choice(
     """Return a choice for the command line, and silence what the libraries would print.
 
     Raises:
-        FormatChoiceError: there is no such format.
+        What `check_format` raises.
     """
     check_format(format)  # before transformers is imported, which takes seconds
     # Without this, tokenizers warns when the process forks.

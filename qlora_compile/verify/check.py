@@ -19,6 +19,7 @@ from qlora_compile.verify.graph_forms import (
     Masks,
     fused_masks,
     lost_dropout,
+    packed_inputs,
     specified,
     widened,
     with_masks,
@@ -125,7 +126,7 @@ def _check(
     inputs: Sequence[CapturedInput],
     args: Sequence[Any],
 ) -> Checked:
-    masks, lowest = fused_masks(rewritten), _lowest_precision(args)
+    masks, lowest = fused_masks(rewritten), _lowest_precision(_computed_with(rewritten, args))
     random = _randomized(inputs, args)
     names = [each.name for each in inputs]
     cases = [_Case("real", names, args, {}, lowest), _Case("random", names, random, {}, lowest)]
@@ -281,6 +282,14 @@ def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
         return arg.requires_grad
     hidden = ~arg.isfinite() | (arg < torch.finfo(arg.dtype).min / 2)
     return arg.numel() > 1 and not bool(hidden.any())
+
+
+def _computed_with(graph_module: GraphModule, args: Sequence[Any]) -> list[Any]:
+    """Return the inputs of the graph but for the planes of packed weights, in whose dtypes nothing
+    is computed."""
+    packed = packed_inputs(graph_module)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    return [arg for node, arg in zip(placeholders, args, strict=True) if node.name not in packed]
 
 
 def _lowest_precision(args: Sequence[Any]) -> torch.dtype:

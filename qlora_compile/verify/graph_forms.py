@@ -7,6 +7,7 @@ Each form is a copy of the graph. Parameters are inputs of the graph, so no copy
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.utils._pytree import tree_map
 
 from qlora_compile.kernels.attention import ATTENTION
 from qlora_compile.kernels.call import Call
+from qlora_compile.kernels.formats.formats import planes_of
+from qlora_compile.kernels.layout import Plane
+from qlora_compile.kernels.linear_call import tensor_indices
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.kernels.specification import SPECIFIED, dropped_out
 from qlora_compile.passes.calls import FusedCall, is_fused, read
@@ -161,7 +165,10 @@ def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
 
 
 def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
-    """Return a copy with `wide` for every floating-point dtype it names, and without autocast."""
+    """Return a copy with `wide` for every floating-point dtype it names, and without autocast.
+
+    The planes of packed weights, widened with all the other inputs, are cast back without loss.
+    """
     graph_module = copy.deepcopy(graph_module).to(wide)
     for part in _parts(graph_module):
         for node in part.graph.nodes:
@@ -171,13 +178,49 @@ def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
             elif node.op == "call_method" and node.target in _CASTS:
                 node.target, node.args = "to", (node.args[0], wide)
             elif node.target in SPECIFIED and node.target is not ATTENTION:
-                *tensors, text = node.args
-                node.args = (*tensors, str(widened_call(Call.parse(str(text)), wide)))
+                x, tensors, seed, text = node.args
+                call = Call.parse(str(text))
+                tensors = _with_stored_planes(part, node, tensors, call)
+                node.args = (x, tensors, seed, str(widened_call(call, wide)))
             else:
                 node.args = tree_map(lambda value: _widened(value, wide), tuple(node.args))
                 node.kwargs = tree_map(lambda value: _widened(value, wide), dict(node.kwargs))
         part.recompile()
     return graph_module
+
+
+def _with_stored_planes(
+    part: GraphModule, node: Node, tensors: Sequence[Any], call: Call
+) -> list[Any]:
+    """Return the `tensors` of `node`, a call of one of our ops, with packed planes cast to the
+    dtypes that their formats declare."""
+    cast = list(tensors)
+    for at, plane in packed_planes(call):
+        if plane.dtype.is_floating_point:
+            with part.graph.inserting_before(node):
+                cast[at] = part.graph.call_method("to", (cast[at], plane.dtype))
+    return cast
+
+
+def packed_planes(call: Call) -> list[tuple[int, Plane]]:
+    """Return the planes of the packed weights of `call`, each with its place in the tensors."""
+    return [
+        (at, plane)
+        for linear, indices in zip(call.linears, tensor_indices(call), strict=True)
+        if linear.layout.quantized
+        for at, plane in enumerate(planes_of(linear.layout), indices.planes.start)
+    ]
+
+
+def packed_inputs(graph_module: GraphModule) -> set[str]:
+    """Return the names of the placeholders that are planes of packed weights."""
+    return {
+        node.args[1][at].name
+        for node in graph_module.graph.nodes
+        if node.target in SPECIFIED and node.target is not ATTENTION
+        for at, _ in packed_planes(Call.parse(str(node.args[3])))
+        if node.args[1][at].op == "placeholder"
+    }
 
 
 def _parts(graph_module: GraphModule) -> list[GraphModule]:

@@ -4,6 +4,7 @@ import pytest
 
 from qlora_compile.cli.errors import ShapeError
 from qlora_compile.cli.shapes import parse_shapes
+from qlora_compile.cli.training_problems import problems_of_shapes
 
 
 def test_every_item_is_four_numbers() -> None:
@@ -29,3 +30,10 @@ def test_the_bad_item_is_named(text: str, item: str, problem: str) -> None:
     with pytest.raises(ShapeError) as raised:
         parse_shapes(text)
     assert f"--shapes: {item} {problem}; write MxNxKxR" in str(raised.value)
+
+
+def test_options_of_the_format_stand_in_the_problems() -> None:
+    text = "int4:group_size=128,zeros=float,refine=true"
+    problems = problems_of_shapes([(16, (24,), 256, 4)], text, dropout=False)
+    found = {str(problem.layout) for problem in problems}
+    assert found == {"int4[24x256] group_size=128 scales=bfloat16 zeros=float"}

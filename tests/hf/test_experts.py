@@ -127,8 +127,8 @@ def test_trains_as_stock_without_graph_break(name: str) -> None:
 @pytest.mark.parametrize(
     ("format", "name"),
     zip(
-        itertools.cycle(each.name for each in FORMATS),
-        ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3"),
+        (each.name for each in FORMATS),
+        itertools.cycle(("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")),
         strict=False,
     ),
 )

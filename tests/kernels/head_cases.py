@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import UNQUANTIZED, format_named
+from tests.format_options import fitting
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -74,7 +75,9 @@ class Case:
         }
         packed = None
         if self.format != UNQUANTIZED:
-            packed = format_named(self.format).quantize(tensors["weight"], block_size=32)
+            packed = format_named(self.format).quantize(
+                tensors["weight"], **fitting(self.format, 32)
+            )
             tensors["weight"] = format_named(self.format).dequantize(packed, d.base)
         if self.bias:
             tensors["bias"] = normal(self.vocabulary, dtype=d.base)

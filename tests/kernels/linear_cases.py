@@ -28,6 +28,7 @@ from qlora_compile.kernels.variants.base import (
     LinearTensors,
     Variant,
 )
+from tests.format_options import fitting
 
 STREAM = 9
 
@@ -106,7 +107,7 @@ class Case:
             planes = [planes[0].t().contiguous().t()]
         if self.format != UNQUANTIZED:
             packed = format_named(self.format).quantize(
-                weight, block_size=self.block_size, double_quantize=self.double_quantize
+                weight, **fitting(self.format, self.block_size, self.double_quantize)
             )
             planes = packed.tensors
         lora_a = lora_b = seed = keep = None

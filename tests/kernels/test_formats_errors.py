@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,9 +19,18 @@ from qlora_compile.errors import (
     WeightValueError,
 )
 from qlora_compile.kernels.formats.base import QuantFormat
-from qlora_compile.kernels.formats.errors import AbsmaxOverflowError
+from qlora_compile.kernels.formats.blocks import BlockFormat
+from qlora_compile.kernels.formats.errors import (
+    AbsmaxOverflowError,
+    FormatOptionError,
+    FormatOptionValueError,
+    FormatTextError,
+)
+from qlora_compile.kernels.formats.formats import format_written
 from qlora_compile.kernels.registry import FORMATS, format_named
+from tests.format_options import fitting
 
+BLOCK_FORMATS = [f for f in FORMATS if isinstance(f, BlockFormat)]
 each_format = pytest.mark.parametrize("quant_format", FORMATS, ids=lambda f: f.name)
 
 
@@ -54,7 +64,7 @@ def test_non_finite_weight(quant_format: QuantFormat, value: float, block_size) 
     weight = normal(3, 65)
     weight[0, 3] = weight[2, 64] = value
     with pytest.raises(WeightValueError, match=r"layers\.0\.q_proj: the weight holds 2 NaN"):
-        quant_format.quantize(weight, block_size=block_size, site="layers.0.q_proj")
+        quant_format.quantize(weight, site="layers.0.q_proj", **fitting(quant_format, block_size))
 
 
 @each_format
@@ -68,11 +78,46 @@ def test_bad_weight_shape(quant_format: QuantFormat, weight: Tensor) -> None:
         quant_format.quantize(weight, site="layers.1.up_proj")
 
 
-@each_format
+@pytest.mark.parametrize("quant_format", BLOCK_FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("block_size", [0, 16, 8192, 96, -64, 64.0, True, "column", None])
 def test_bad_block_size(quant_format: QuantFormat, block_size) -> None:
     with pytest.raises(BlockSizeError, match="from 32 to 4096, or 'row'"):
         quant_format.quantize(normal(2, 64), block_size=block_size)
+
+
+@each_format
+def test_options_that_a_format_does_not_have(quant_format: QuantFormat) -> None:
+    message = f"columns=3: .*{quant_format.name!r} has such"
+    with pytest.raises(FormatOptionError, match=message) as refused:
+        quant_format.quantize(normal(2, 64), columns=3)
+    for option in quant_format.options:
+        assert option.name in str(refused.value)
+        if option.name == "block_size":
+            continue
+        for value in ("no such value", 64.0, None, 1):
+            with pytest.raises(FormatOptionValueError) as raised:
+                quant_format.layout((2, 64), **{option.name: value})
+            for named in (f"{option.name}={value!r}", *map(repr, option.values)):
+                assert named in str(raised.value)
+
+
+@each_format
+def test_formats_are_written_with_their_options(quant_format: QuantFormat) -> None:
+    choices = [[(each.name, value) for value in each.values] for each in quant_format.options]
+    for chosen in itertools.zip_longest(*choices):
+        options = dict(pair for pair in chosen if pair is not None)
+        written = ",".join(f"{name}={value}".lower() for name, value in options.items())
+        text = f"{quant_format.name}:{written}" if written else quant_format.name
+        try:
+            quant_format.layout((1, 1), **options)
+        except FormatOptionValueError:
+            with pytest.raises(FormatOptionValueError):
+                format_written(text)
+        else:
+            assert format_written(text) == (quant_format.name, options)
+    for listed in ("x", "=1", "x=", "x=1,"):
+        with pytest.raises(FormatTextError, match=f"{quant_format.name}:{listed}"):
+            format_written(f"{quant_format.name}:{listed}")
 
 
 def test_formats_without_double_quantisation_refuse_it() -> None:

@@ -21,6 +21,7 @@ from qlora_compile.kernels.experts.registry import EXPERTS_VARIANTS, ExpertsChoi
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, format_named
 from tests.examples import examples
+from tests.format_options import fitting
 from tests.kernels.experts_reference import experts_reference
 from tests.kernels.linear_cases import double_quantizes
 
@@ -69,8 +70,7 @@ class Case:
         if self.format != UNQUANTIZED:
             packed = format_named(self.format).quantize(
                 weight.view(-1, self.k),
-                block_size=self.block_size,  # pyright: ignore[reportArgumentType]
-                double_quantize=self.double_quantize,
+                **fitting(self.format, self.block_size, self.double_quantize),
             )
             weight = format_named(self.format).dequantize(packed, F32).view_as(weight)
             planes, layout = packed.tensors, packed.layout

@@ -23,6 +23,7 @@ from qlora_compile.kernels.selector import select
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
+from tests.format_options import fitting
 
 TYPICAL = Problem(
     direction="forward",
@@ -144,8 +145,7 @@ def problems(draw: st.DrawFn) -> Problem:
     if quant_format := draw(st.sampled_from([None, *FORMATS])):
         layout = quant_format.layout(
             shape,
-            block_size=draw(st.sampled_from([32, 64, 4096])),
-            double_quantize=quant_format.has_double_quantize and draw(st.booleans()),
+            **fitting(quant_format, draw(st.sampled_from([32, 64, 4096])), draw(st.booleans())),
         )
     return Problem(
         direction=draw(st.sampled_from(["forward", "backward"])),

@@ -25,6 +25,7 @@ from qlora_compile.kernels.gpu.products import (
 from qlora_compile.kernels.gpu.weight import load_words
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.variants.base import LinearSpec
+from tests.format_options import drawn_options
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -51,12 +52,10 @@ DECODERS = [(f, d.name) for f in FORMATS for d in f.device_decoders()]
 def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -> None:
     n = data.draw(st.sampled_from([1, 5, 16, 33]))
     k = data.draw(st.sampled_from([8, 40, 256, 264, 520]))
-    block_size = data.draw(st.sampled_from([32, 64, 128, 512, 4096, "row"]))
-    double = format.has_double_quantize and data.draw(st.booleans())
     dtype = data.draw(st.sampled_from([BF16, F16] + [F32] * (decoder == "plain")))
     rank = data.draw(st.sampled_from([0, 3]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    packed = format.quantize(torch.randn(n, k), block_size=block_size, double_quantize=double)
+    packed = format.quantize(torch.randn(n, k), **data.draw(drawn_options(format)))
     up = torch.randn(n, rank) if rank else None
     out = dequantize(
         packed.tensors, spec_of(packed.layout), dtype, decoder, up, torch.tensor([1.5])

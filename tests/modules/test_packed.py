@@ -16,6 +16,7 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.modules.packed import PackedModule
+from tests.format_options import fitting
 
 each_format = pytest.mark.parametrize("quant_format", FORMATS, ids=lambda f: f.name)
 
@@ -58,7 +59,14 @@ def test_a_state_dict_without_a_layout_is_loaded(quant_format: QuantFormat) -> N
 def test_a_weight_that_is_stored_in_another_way_is_refused(quant_format: QuantFormat) -> None:
     """Also where the planes have the same shapes, and before anything is loaded."""
     others = [f for f in FORMATS if f is not quant_format]
-    for other in [linear(quant_format, block_size=32), *map(linear, others)]:
+    # At least one of the sizes has other options than those of `linear`.
+    options = next(
+        options
+        for size in (32, 128, "row")
+        if quant_format.layout((5, 96), **(options := fitting(quant_format, size)))
+        != quant_format.layout((5, 96))
+    )
+    for other in [linear(quant_format, **options), *map(linear, others)]:
         model: Any = nn.Sequential(linear(quant_format, seed=1))
         before = model[0].dequantize()
         state = {f"0.{name}": value for name, value in other.state_dict().items()}

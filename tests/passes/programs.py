@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.format_options import fitting
 
 WIDTHS = (8, 4)
 STYLES = (
@@ -48,7 +49,7 @@ class Site(nn.Module):
         self.spec, self.scaling = spec, spec.scaling
         linear = nn.Linear(spec.k, spec.n, spec.bias, dtype=dtype).requires_grad_(spec.trained)
         if spec.format != "none" and not spec.trained:
-            linear = QuantizedLinear.from_linear(linear, spec.format, block_size=32)
+            linear = QuantizedLinear.from_linear(linear, spec.format, **fitting(spec.format, 32))
         self.base_layer = linear
         if spec.rank:
             dtype = torch.float64 if spec.wide_adapter else dtype

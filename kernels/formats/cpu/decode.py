@@ -19,9 +19,9 @@ from qlora_compile.kernels.packed import PackedWeight
 SMALLEST = 1 << 12
 """Fewer weights do not repay the call."""
 
-_TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
+TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 
-_ROUNDING = (
+ROUNDING = (
     BFLOAT16
     + r"""
 #if defined(__AVX512BW__)
@@ -38,7 +38,7 @@ static inline __m512i rounded(__m512 value) {
 )
 
 _CODEBOOK = (
-    _ROUNDING
+    ROUNDING
     + r"""
 #if defined(__AVX512BW__)
 // Decode as many whole vectors as `bytes` of one block hold; return the bytes read. A permutation
@@ -176,7 +176,7 @@ extern "C" void kernel(
 
 _INTEGERS = (
     VECTORISED
-    + _ROUNDING
+    + ROUNDING
     + r"""
 #if defined(__AVX512BW__)
 static inline void store(uint16_t* out, __m512 values) {
@@ -217,7 +217,7 @@ def writes(out: Tensor, block_size: int) -> bool:
     return (
         out.device.type == "cpu"
         and out.numel() >= max(SMALLEST, block_size)
-        and out.dtype in _TYPES
+        and out.dtype in TYPES
         and has_compiler()
     )
 
@@ -256,5 +256,5 @@ def _typed(
 ) -> tuple[str, tuple[str, ...]]:
     """Return the source for results of `dtype`, and the types of its arguments."""
     arguments = [f"const {each}*" for each in inputs] + ["int64_t"] * sizes
-    code = source.replace("TYPE", _TYPES[dtype])
-    return code, (*arguments, f"{_TYPES[dtype]}*")
+    code = source.replace("TYPE", TYPES[dtype])
+    return code, (*arguments, f"{TYPES[dtype]}*")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from functools import partial
 
-from qlora_compile.kernels.formats.gpu import absmax, assembly, decode
+from qlora_compile.kernels.formats.gpu import absmax, assembly, decode, groups
 from qlora_compile.kernels.gpu.decoders import Decoder
 
 _decoder = partial(Decoder, load=absmax.load_absmax, scale=absmax.scales_of)
@@ -46,3 +46,13 @@ INT8_DECODERS = (
         programs=lambda dtype: (assembly.int8_lookup(dtype),),
     ),
 )
+
+_integers = partial(
+    Decoder, prepare=groups.prepare_nothing, load=groups.load_groups, scale=groups.integer_factors
+)
+
+INTEGER_DECODERS = {
+    4: (_integers("plain", 8, decode=groups.decode_nibbles),),
+    8: (_integers("plain", 4, decode=groups.decode_bytes),),
+}
+"""For unsigned codes of so many bits, in groups."""

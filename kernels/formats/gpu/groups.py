@@ -1,0 +1,172 @@
+"""Groups on the device: factors read for a tile, and codes decoded with them, exactly.
+
+They are `load`, `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`. Each factor is
+float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1. In a word,
+weight i is the i-th group of bits from the lowest on.
+"""
+
+# Inside kernels constexprs are plain values and tensors take operators: not as typed.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_compile.kernels.formats.gpu.decode import grouped, join4, join8
+from qlora_compile.kernels.gpu.decoders import Side
+from qlora_compile.kernels.gpu.weight import edge
+
+_MAGIC = tl.constexpr(8388608.0)
+"""2**23: the float32 with these bits and a code in the lowest ones is 2**23 + code."""
+_MAGIC_BITS = tl.constexpr(0x4B000000)
+
+
+class GroupSide(NamedTuple):
+    """The factors of groups; zeros None where all are one constant. groups: factors of a row.
+    whole: a scale of the whole tensor, for the formats that have one."""
+
+    scales: Tensor
+    zeros: Tensor | None
+    groups: int
+    whole: Tensor | None
+
+
+def group_side(
+    scales: Tensor,
+    zeros: Tensor | None,
+    k: int,
+    group_size: int,
+    tile_columns: int,
+    *,
+    constant: float = 0.0,
+    row_shift: int = 0,
+    whole: Tensor | None = None,
+) -> Side:
+    """The Side of a weight with k columns, which share factors by groups of `group_size`.
+
+    constant: the zero where there are no `zeros`. row_shift: 2**row_shift rows share factors; 31
+    where all do.
+    """
+    by_row = group_size >= k
+    run = tile_columns if by_row else math.gcd(group_size, tile_columns)
+    side = GroupSide(scales, zeros, -(-k // group_size), whole)
+    shift = -1 if by_row else group_size.bit_length() - 1
+    return Side(side, (shift, run, constant, row_shift))
+
+
+@triton.jit
+def prepare_nothing(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
+    return 0
+
+
+# fmt: off
+@triton.jit
+def load_groups(
+    side, n0, k0, N, K,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+):
+    # fmt: on
+    """The scale of each run of RUN columns, and its zero if there are any.
+
+    SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; and log2
+    of the rows that share factors. Each result is [ROWS] where a row of the tile is one run, else
+    [ROWS, COLUMNS / RUN].
+    """
+    SHIFT: tl.constexpr = SIDE[0]
+    RUN: tl.constexpr = SIDE[1]
+    rows = n0 + edge(n0, N, ROWS, EVEN_N)
+    if COLUMNS == RUN:
+        # One-dimensional until the factors meet the words, as in `load_absmax`.
+        columns = k0
+    else:
+        rows = rows[:, None]
+        columns = (k0 + tl.arange(0, COLUMNS // RUN) * RUN)[None, :]
+    if not EVEN_K:
+        columns = tl.minimum(columns, K - 1)
+    index = (rows >> SIDE[3]) * side.groups
+    index += (columns >> SHIFT) if SHIFT >= 0 else columns * 0
+    scales = tl.load(side.scales + index)
+    zeros = scales
+    if side.zeros is not None:
+        zeros = tl.load(side.zeros + index)
+    return scales, zeros
+
+
+@triton.jit
+def integer_factors(loaded, side, state, SIDE: tl.constexpr):
+    """float32 scales, and what to take off 2**23 + code in one step and in a second one.
+
+    2**23 + zero is exact for a whole zero, and then there is nothing left for the second step.
+    """
+    CONSTANT: tl.constexpr = SIDE[2]
+    scales = loaded[0].to(tl.float32)
+    if side.zeros is None:
+        return scales, tl.full(scales.shape, _MAGIC + CONSTANT, tl.float32), None
+    zeros = loaded[1].to(tl.float32)
+    if side.zeros.dtype.element_ty.is_floating():
+        return scales, tl.full(scales.shape, _MAGIC, tl.float32), zeros
+    return scales, zeros + _MAGIC, None
+
+
+@triton.jit
+def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE: tl.constexpr):
+    scales, first, second = factors
+    code = (((words >> SHIFT) & MASK) | _MAGIC_BITS).to(tl.float32, bitcast=True)
+    value = code - first
+    if second is not None:
+        value = value - second
+    return (value * scales).to(DTYPE)
+
+
+@triton.jit
+def by_group(words, factors):
+    """`words` with one row for each group, and the factors as columns."""
+    scales, first, second = factors
+    rows, scales = grouped(words, scales)
+    _, first = grouped(words, first)
+    if second is not None:
+        _, second = grouped(words, second)
+    return rows, (scales, first, second)
+
+
+# fmt: off
+@triton.jit
+def decode_nibbles(
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    """Plain Triton, for every target, without conversions from integers."""
+    words, factors = by_group(words, scales)
+    values = join8(
+        integer_value(words, 0, 15, factors, DTYPE),
+        integer_value(words, 4, 15, factors, DTYPE),
+        integer_value(words, 8, 15, factors, DTYPE),
+        integer_value(words, 12, 15, factors, DTYPE),
+        integer_value(words, 16, 15, factors, DTYPE),
+        integer_value(words, 20, 15, factors, DTYPE),
+        integer_value(words, 24, 15, factors, DTYPE),
+        integer_value(words, 28, 15, factors, DTYPE),
+    )
+    return tl.reshape(values, (ROWS, COLUMNS))
+
+
+# fmt: off
+@triton.jit
+def decode_bytes(
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    """As `decode_nibbles`."""
+    words, factors = by_group(words, scales)
+    values = join4(
+        integer_value(words, 0, 255, factors, DTYPE),
+        integer_value(words, 8, 255, factors, DTYPE),
+        integer_value(words, 16, 255, factors, DTYPE),
+        integer_value(words, 24, 255, factors, DTYPE),
+    )
+    return tl.reshape(values, (ROWS, COLUMNS))

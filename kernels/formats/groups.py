@@ -1,0 +1,164 @@
+"""GroupFormat: formats that store a scale, and perhaps a zero, for each group of a row."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.errors import WeightValueError
+from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.layout import Layout, Plane
+from qlora_compile.kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Side
+
+_LARGEST_GROUP_COUNT = 2**31
+"""Kernels number groups in 32 bits."""
+
+_CHUNK = 1 << 17
+"""Elements encoded, or decoded by torch's operators, at a time: the temporaries stay in caches."""
+
+
+class GroupFormat(QuantFormat):
+    """value = (v(code) - zero) * scale in float32, rounded once to the dtype asked for.
+
+    The first plane is `codes`, uint8 [N, ceil(K * bits / 8)]: a row begins with a byte, and of
+    4-bit codes the first of two is in the low half of one, as GPTQ, MXFP4 and NVFP4 pack them. The
+    spare half byte of an odd K is zero. A row begins with a group; its last one may be shorter.
+
+    A subclass gives the other planes, the size of a group, the factors of rows and v.
+    """
+
+    symmetric_zero: ClassVar[float] = 0.0
+    """The zero where no plane has any."""
+    cpu_kind: ClassVar[str]
+    """What codes are to the decoder for CPUs."""
+
+    def planes(self, layout: Layout) -> tuple[Plane, ...]:
+        rows, columns = layout.shape
+        codes = Plane("codes", torch.uint8, (rows, math.ceil(columns * self.bits / 8)))
+        return (codes, *self._side_planes(layout))
+
+    @abstractmethod
+    def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
+        """The planes after the codes."""
+
+    @abstractmethod
+    def group_size(self, layout: Layout) -> int:
+        """How many columns share a factor; at least K where those of a row do."""
+
+    @abstractmethod
+    def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
+        contiguous; no zeros where all are `symmetric_zero`."""
+
+    @abstractmethod
+    def code_values(self, codes: Tensor) -> Tensor:
+        """float32 v of every code, uint8 of any shape."""
+
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+        self.check_format(packed)
+        return self._rows(packed, 0, packed.shape[0], dtype)
+
+    def _rows(self, packed: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start` … `stop` by torch's operators."""
+        columns = packed.shape[1]
+        values = self.code_values(self._codes(packed, start, stop))
+        scales, zeros = self.factors(packed, start, stop)
+        size = min(self.group_size(packed.layout), columns)
+        shifts = self.symmetric_zero if zeros is None else _by_column(zeros, size, columns)
+        return ((values - shifts) * _by_column(scales, size, columns)).to(dtype)
+
+    def _codes(self, packed: PackedWeight, start: int, stop: int) -> Tensor:
+        """The codes of rows `start` … `stop`, uint8 [stop - start, K]."""
+        rows, columns = packed.shape
+        stored = packed.codes.reshape(rows, -1)[start:stop]
+        if self.bits == 8:
+            return stored
+        return torch.stack((stored & 15, stored >> 4), dim=2).flatten(1)[:, :columns]
+
+    def _write_rows(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
+        rows, columns = packed.shape
+        if group_decode.writes(out):
+            scales, zeros = self.factors(packed, start, stop)
+            codes = packed.codes.reshape(rows, -1)[start:stop]
+            group_decode.write_rows(
+                *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
+                *(self.group_size(packed.layout), self.cpu_kind, out),
+            )
+            return
+        step = max(1, _CHUNK // columns)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            out[first - start : last - start] = self._rows(packed, first, last, out.dtype)
+
+    def cpu_values(self) -> Tensor:
+        """v of all codes: float32 [2 ** bits] on a CPU, shared; not to be written to."""
+        return _code_values(self)
+
+    def row_alignment(self, layout: Layout) -> int:
+        return 1
+
+    def _check_finite(self, weight: Tensor, site: str) -> None:
+        """Raises WeightValueError if `weight` holds NaN or infinity."""
+        invalid = weight.numel() - int(weight.isfinite().sum())
+        if invalid:
+            raise WeightValueError(site=site, count=invalid)
+
+    def _by_rows(
+        self, weight: Tensor, encode: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What `encode` makes of some rows in float32 at a time, put together."""
+        step = max(1, _CHUNK // weight.shape[1])
+        made = [encode(part.float()) for part in weight.split(step)]
+        return [torch.cat(parts) for parts in zip(*made, strict=True)]
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """`codes`, uint8 [rows, K], as the plane has them."""
+        if self.bits == 8:
+            return codes.contiguous()
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, ::2] | codes[:, 1::2] << 4
+
+    def device_obstacle(self, layout: Layout) -> str | None:
+        rows, columns = layout.shape
+        groups = rows * math.ceil(columns / self.group_size(layout))
+        if groups < _LARGEST_GROUP_COUNT:
+            return None
+        return f"{groups} groups, more than {_LARGEST_GROUP_COUNT - 1}"
+
+    def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
+        from qlora_compile.kernels.formats.gpu.groups import group_side
+
+        scales, *zeros = tensors[1:]
+        return group_side(
+            *(scales, zeros[0] if zeros else None, layout.shape[1]),
+            *(self.group_size(layout), tile_columns),
+            constant=self.symmetric_zero,
+        )
+
+
+def _by_column(factors: Tensor, size: int, columns: int) -> Tensor:
+    return factors.repeat_interleave(size, dim=1)[:, :columns]
+
+
+@functools.cache
+def _code_values(quant_format: GroupFormat) -> Tensor:
+    with torch.inference_mode(False):
+        codes = torch.arange(2**quant_format.bits, dtype=torch.uint8, device="cpu")
+        return quant_format.code_values(codes)
+
+
+def padded_groups(weight: Tensor, size: int) -> Tensor:
+    """`weight` [rows, K] as [rows, groups, size], the last group filled up with zeros."""
+    rows, columns = weight.shape
+    size = min(size, columns)
+    return torch.nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)

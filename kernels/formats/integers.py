@@ -1,0 +1,162 @@
+"""INT4 and UINT8: unsigned integers in groups of a row, with or without zero points.
+
+What GPTQ (Frantar et al. 2023), AWQ (Lin et al. 2024) and HQQ (Badri and Shaji 2023) store; here
+codes are found by rounding to the nearest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
+from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
+from qlora_compile.kernels.formats.half_quadratic import refined_zeros
+from qlora_compile.kernels.formats.options import Option
+from qlora_compile.kernels.layout import Layout, Plane
+from qlora_compile.kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Decoder
+
+_DTYPES = {each: getattr(torch, each) for each in ("bfloat16", "float16", "float32")}
+
+
+class IntegerFormat(GroupFormat):
+    """Codes 0 … 2**bits - 1, value = (code - zero) * scale.
+
+    Options: `group_size`, columns that share a scale; `zeros`, "integer" for uint8 ones, "float"
+    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere; `scales`, their dtype;
+    `refine`, not stored: HQQ's search for the zeros, which needs those to be "float".
+
+    The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], and
+    `zeros` [N, groups] unless there are none.
+    """
+
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("group_size", (32, 64, 128, "row"), 64),
+        Option("zeros", ("integer", "float", "none"), "integer"),
+        Option("scales", tuple(_DTYPES), "bfloat16"),
+        Option("refine", (False, True), False, stored=False),
+    )
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        """Raises FormatOptionValueError, too, if `refine` is asked for without float zeros."""
+        layout = super().layout(shape, **options)
+        self._check_refine(layout, options.get("refine", False))
+        return layout
+
+    def _check_refine(self, layout: Layout, refine: bool) -> None:
+        if refine and layout.named["zeros"] != "float":
+            raise FormatOptionValueError(
+                format=self.name, option="refine", value=True, known="zeros='float' with it"
+            )
+
+    def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        size = shape[1] if options["group_size"] == "row" else options["group_size"]
+        return Layout.of(self.name, shape, **(options | {"group_size": size}))
+
+    def label(self, layout: Layout) -> str:
+        named = layout.named
+        return f"{self.name}/{named['group_size']} zeros {named['zeros']} {named['scales']}"
+
+    def group_size(self, layout: Layout) -> int:
+        return layout.named["group_size"]
+
+    def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
+        return _side_planes(layout)
+
+    def code_values(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+    def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        scales, zeros = (
+            packed.planes[name].reshape(packed.shape[0], -1)[start:stop].to(torch.float32)
+            if name in packed.planes
+            else None
+            for name in ("scales", "zeros")
+        )
+        assert scales is not None
+        return scales, zeros
+
+    def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
+        refine = options["refine"]
+        self._check_refine(layout, refine)
+        self._check_finite(weight, site)
+        return self._by_rows(weight, lambda rows: self._encoded_rows(rows, layout, site, refine))
+
+    def _encoded_rows(
+        self, weight: Tensor, layout: Layout, site: str, refine: bool
+    ) -> list[Tensor]:
+        columns, zeros = weight.shape[1], layout.named["zeros"]
+        groups = padded_groups(weight, layout.named["group_size"])
+        # Zero is among the values, so that it is stored exactly with integer zeros.
+        low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+        middle = self.symmetric_zero
+        if zeros == "none":
+            scales = torch.maximum(high / (self.largest - middle), low / -middle)
+        else:
+            scales = high / self.largest - low / self.largest
+        scales = scales.to(_DTYPES[layout.named["scales"]])
+        if not bool(scales.isfinite().all()):
+            largest = float((high - low).max()) / self.largest
+            raise ScaleOverflowError(site=site, largest=largest, dtype=scales.dtype)
+        divisors = torch.where(scales > 0, scales, torch.inf).to(torch.float32)
+        stored: list[Tensor] = []
+        offsets = torch.full_like(divisors, middle)
+        if zeros != "none":
+            offsets = -low / divisors
+            if refine:
+                counted = padded_groups(torch.ones_like(weight[:1]), groups.shape[2])[0]
+                in_steps = groups / divisors.unsqueeze(2)
+                offsets = refined_zeros(in_steps, counted, offsets, self.largest)
+            dtype = torch.uint8 if zeros == "integer" else scales.dtype
+            offsets = offsets.round_() if zeros == "integer" else offsets
+            stored = [offsets.clamp_(max=self.largest).to(dtype)]
+            offsets = stored[0].to(torch.float32)
+        codes = (groups / divisors.unsqueeze(2)).add_(offsets.unsqueeze(2)).round_()
+        codes = codes.clamp_(0, self.largest).flatten(1)[:, :columns].to(torch.uint8)
+        return [self.stored_codes(codes), scales, *stored]
+
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        from qlora_compile.kernels.formats.gpu.decoders import INTEGER_DECODERS
+
+        return INTEGER_DECODERS[self.bits]
+
+
+class Int4Format(IntegerFormat):
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+    cpu_kind: ClassVar[str] = group_decode.NIBBLES
+    symmetric_zero: ClassVar[float] = 8.0
+
+
+class Uint8Format(IntegerFormat):
+    name: ClassVar[str] = "uint8"
+    bits: ClassVar[int] = 8
+    cpu_kind: ClassVar[str] = group_decode.INTEGER
+    symmetric_zero: ClassVar[float] = 128.0
+
+
+@functools.lru_cache(maxsize=4096)
+def _side_planes(layout: Layout) -> tuple[Plane, ...]:
+    rows, columns = layout.shape
+    shape = (rows, math.ceil(columns / layout.named["group_size"]))
+    dtype, zeros = _DTYPES[layout.named["scales"]], layout.named["zeros"]
+    scales = Plane("scales", dtype, shape)
+    if zeros == "none":
+        return (scales,)
+    return scales, Plane("zeros", torch.uint8 if zeros == "integer" else dtype, shape)
+
+
+INT4, UINT8 = Int4Format(), Uint8Format()

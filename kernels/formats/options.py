@@ -1,0 +1,60 @@
+"""Options: what a format lets one choose when a weight is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_compile.errors import DoubleQuantizeError
+from qlora_compile.kernels.formats.errors import FormatOptionError, FormatOptionValueError
+
+DOUBLE = "double_quantize"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice: a keyword `name`, the `values` it may have, and the `default` among them.
+
+    stored: whether it decides how the weight is stored, and so stands in a Layout. One that is not
+    decides how codes are found.
+    """
+
+    name: str
+    values: tuple[Any, ...]
+    default: Any
+    stored: bool = True
+
+    def check(self, format: str, value: object) -> Any:
+        """`value`, if it is one of `values`. Raises FormatOptionValueError."""
+        # 64.0 and True equal whole numbers and are none.
+        if any(type(value) is type(each) and value == each for each in self.values):
+            return value
+        known = " or ".join(repr(each) for each in self.values)
+        raise FormatOptionValueError(format=format, option=self.name, value=value, known=known)
+
+    def read(self, text: str) -> Any:
+        """The value that `text` writes, unchecked; `text` itself if it is none."""
+        if text.isdecimal():
+            return int(text)
+        return {str(each).lower(): each for each in self.values}.get(text.lower(), text)
+
+
+def checked(format: str, options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every one of `options`, those `given` and else the defaults.
+
+    Raises FormatOptionError if something is given that is no option, DoubleQuantizeError if that is
+    a `double_quantize` which is not false, and FormatOptionValueError.
+    """
+    known = {option.name: option for option in options}
+    for name, value in given.items():
+        if name in known or (name == DOUBLE and not value):
+            continue
+        if name == DOUBLE:
+            raise DoubleQuantizeError(format=format)
+        listed = ", ".join(known) or "none"
+        raise FormatOptionError(format=format, option=name, value=value, known=listed)
+    return {
+        name: option.check(format, given.get(name, option.default))
+        for name, option in known.items()
+    }
