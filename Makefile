@@ -19,8 +19,9 @@ TEST_PROCESSES ?= 2
 
 LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
+NOISE_REPETITIONS ?= 10
 
-.PHONY: demo test test-long test-life lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+.PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-scaling device device-wheels device-dry wheel setup clean
 
 demo: setup
@@ -37,6 +38,11 @@ test-long: setup
 test-life: setup
 	QLORA_COMPILE_LIFE_SEQUENCES=$(LIFE_SEQUENCES) QLORA_COMPILE_LIFE_SEED=$(LIFE_SEED) \
 		$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal tests/life
+
+# Tunes beside three busy processes and runs quietly, so let nothing else run.
+test-noise: setup
+	QLORA_COMPILE_NOISE_REPETITIONS=$(NOISE_REPETITIONS) \
+		$(BIN)/python -m pytest -q -s tests/tuning/test_beside_other_work.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ A Call carries the name of its selector, so that models with different records r
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from qlora_compile.kernels.call_times import CallTimes, Contradiction
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import (
@@ -26,6 +28,7 @@ MODELLED = ""
 """The name in a Call whose variants the cost model chooses."""
 
 _Key = tuple[Problem, int]
+_UNTIMED: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class ModelledSelector:
@@ -43,6 +46,17 @@ class ModelledSelector:
 
     def recorded(self, problem: Problem) -> Choice | None:
         """The measured choice; None without one."""
+        return None
+
+    def timing(
+        self, problem: Problem, choice: Choice, rows: int | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """What to run `choice` in: now and then it times the run. rows: those of the call; None if
+        the run computes less than was measured."""
+        return _UNTIMED
+
+    def unmeasured(self, problem: Problem) -> str | None:
+        """Why no measurement of `problem` counts; None if none was tried, or one counts."""
         return None
 
     def saves_low_rank(self, forward: Problem) -> bool:
@@ -68,8 +82,9 @@ class Selector(ModelledSelector):
     """Chooses what was recorded for a problem, else by the cost model.
 
     It owns the records, the problems that have none (misses), the candidates that gave wrong
-    results (exclusions) and the decisions about S. Its tuner owns it, and Calls find it by `name`
-    as long as it lives. generation: a number that moves whenever a choice may have changed.
+    results (exclusions), the decisions about S and the times of real calls. Its tuner owns it, and
+    Calls find it by `name` as long as it lives. generation: a number that moves whenever a choice
+    may have changed.
     """
 
     def __init__(self, name: str) -> None:
@@ -79,6 +94,8 @@ class Selector(ModelledSelector):
         self._records: dict[_Key, Choice] = {}
         self._misses: dict[Problem, None] = {}
         self._exclusions: dict[_Key, frozenset[str]] = {}
+        self._unmeasured: dict[_Key, str] = {}
+        self._times = CallTimes()
         self._saves_low_rank: dict[Problem, bool] = {}
         with _naming:
             names = (name, *(f"{name}-{number}" for number in range(2, 2 + len(_selectors))))
@@ -112,11 +129,39 @@ class Selector(ModelledSelector):
             return saving
         return problems
 
+    def timing(
+        self, problem: Problem, choice: Choice, rows: int | None
+    ) -> contextlib.AbstractContextManager[None]:
+        # Timing a GPU's calls would mean to wait for it.
+        if rows is None or problem.device != "cpu" or not self._times.is_due():
+            return _UNTIMED
+        return self._times.timing(problem, choice, rows)
+
+    def take_contradictions(self) -> dict[Problem, Contradiction]:
+        """The problems whose records several real calls in a row contradicted, each once."""
+        found = self._times.contradictions
+        if found:
+            self._times.contradictions = {}
+        return found
+
+    def forget(self, problem: Problem) -> None:
+        """Drops the record of one problem."""
+        self._records.pop(_key(problem), None)
+        self.generation += 1
+
     def remember(self, problem: Problem, choice: Choice) -> None:
         """Makes `choice` the answer for `problem`."""
         self._records[_key(problem)] = choice
+        self._unmeasured.pop(_key(problem), None)
         self._misses.pop(problem, None)
         self.generation += 1
+
+    def note_unmeasured(self, problem: Problem, reason: str) -> None:
+        """Keeps the reason why no measurement of `problem` counts, for reports."""
+        self._unmeasured[_key(problem)] = reason
+
+    def unmeasured(self, problem: Problem) -> str | None:
+        return self._unmeasured.get(_key(problem))
 
     def exclude(self, problem: Problem, names: Collection[str]) -> None:
         """Keeps the cost model from choosing the candidates of these names for `problem`."""
@@ -136,7 +181,7 @@ class Selector(ModelledSelector):
 
     def forget_records(self) -> None:
         """Drops records and misses; what was decided about S stays."""
-        self._records, self._misses = {}, {}
+        self._records, self._misses, self._unmeasured = {}, {}, {}
         self.generation += 1
 
     def _modelled(self, problem: Problem) -> Choice:

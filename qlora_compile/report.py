@@ -30,6 +30,7 @@ class Chosen:
     whether it was timed on this device against others; if not, the cost model chose it, `seconds`
     is modelled, and the rest is None. seconds: the median. gain: how many times as fast as *dense*
     in its standard config. runner_up: the second best. margin: how many times as fast as that.
+    unmeasured: why no measurement of it counts, where one was tried.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Chosen:
     gain: float | None
     runner_up: str | None
     margin: float | None
+    unmeasured: str | None = None
 
     @classmethod
     def of(cls, problem: Problem, selector: ModelledSelector) -> Chosen:
@@ -58,6 +60,7 @@ class Chosen:
             gain=measured and measured.gain,
             runner_up=measured and measured.runner_up,
             margin=measured and measured.margin,
+            unmeasured=None if measured else selector.unmeasured(problem),
         )
 
     @classmethod
@@ -189,13 +192,20 @@ class Report:
                     c.config,
                     _kept(keeps, key[4]),
                 ),
-                *("measurement" if c.measured else "cost model", f"{c.seconds * 1e3:.3g}"),
+                *(_chooser(c), f"{c.seconds * 1e3:.3g}"),
                 c.gain and f"{c.gain:.2f}x",
                 c.runner_up and f"{c.runner_up}, {c.margin:.2f}x",
             )
             for (*key, keeps, c), sites in sorted(count.items(), key=lambda item: item[0][:6])
         ]
         return text_table(header, rows) if rows else []
+
+
+def _chooser(chosen: Chosen) -> str:
+    if chosen.measured:
+        return "measurement"
+    reason = chosen.unmeasured
+    return "cost model" if reason is None else f"cost model, not measured: {reason}"
 
 
 def _kept(keeps: bool, rank: str) -> str | None:

@@ -53,7 +53,7 @@ def test_a_model_is_packed_trained_and_reported() -> None:
 
 
 def test_the_tuner_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measured_cpu", lambda folder: None)
+    monkeypatch.setattr(module, "measured_cpu", lambda folder, caution: None)
     problem = real_problem(layout=format_named(NAME).layout((24, 64), group_size=32))
     made = tuner(tmp_path)
     made.ensure([problem])

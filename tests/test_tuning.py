@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import qlora_compile
 from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.cli.app import app
-from qlora_compile.kernels import selection, selector
+from qlora_compile.kernels import call_times, selection, selector
 from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners
 from qlora_compile.tuning.errors import TuneModeError
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a moment for each problem."""
     monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(modes, "AUTO_BUDGET", 60.0)
-    monkeypatch.setattr(tuners, "measured_cpu", lambda folder: None)
+    monkeypatch.setattr(tuners, "measured_cpu", lambda folder, caution: None)
     original = Tuner.__init__
 
     def brief(self: Tuner, *arguments: Any, **options: Any) -> None:
@@ -130,6 +130,34 @@ def _some_problem() -> Any:
     from tests.tuning.records import real_problem
 
     return real_problem()
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_records_that_calls_refute_are_measured_anew(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those that were made beside other work, whose seconds are many times too long."""
+    monkeypatch.setattr(tuners, "checked_cpu", lambda *_: cpu_figures.CheckedFigures(None, {}))
+    step(optimized(), tokens())
+    store = RecordStore(cache)
+    spoilt = {}
+    for record in store.read().values():
+        timings = [replace(each, seconds=1e3 * each.seconds) for each in record.timings]
+        store.append(replace(record, timings=tuple(timings)))
+        spoilt[record.key] = record.winner.seconds
+    new_process()
+    model = optimized()
+    monkeypatch.setattr(call_times, "_DISTANCES", range(1, 4))
+
+    def steps() -> None:
+        for _ in range(10):
+            step(model, tokens())
+
+    with pytest.warns(RecordWarning, match=r"is dropped: calls take 0\.0\d* times as long as it"):
+        steps()
+    assert measurements() > 0
+    after = {key: record.winner.seconds for key, record in store.read().items()}
+    assert measurements() == sum(after.get(key, 0) < 100 * spoilt[key] for key in spoilt)
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -1,4 +1,4 @@
-"""The command line's `records`: lists, shows, exports, merges and prunes measured choices."""
+"""The command line's `records`: lists, shows, checks, exports, merges and prunes choices."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.tune import parse_budget
 from qlora_compile.text_table import text_table
 
 if TYPE_CHECKING:
     from qlora_compile.tuning.fingerprint import Fingerprint
-    from qlora_compile.tuning.record import Record, Timing
+    from qlora_compile.tuning.record import Record
     from qlora_compile.tuning.store import RecordStore
+    from qlora_compile.tuning.timings import Timing
 
 records = typer.Typer(
     name="records",
@@ -86,6 +88,40 @@ def prune() -> None:
     typer.echo(f"{count} lines removed from {store.folder}")
 
 
+@records.command()
+def check(
+    budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
+) -> None:
+    """Measure again what has a record of this machine as it is now, and say what changed."""
+    with bad_input_in_one_line():
+        seconds = parse_budget(budget)
+        store = _store()
+        from qlora_compile.tuning.caution import CAREFUL
+        from qlora_compile.tuning.cpu_figures import checked_cpu
+        from qlora_compile.tuning.recheck import recheck
+        from qlora_compile.tuning.record import key_digest
+
+        figures = checked_cpu(store.folder, CAREFUL)
+        if figures.busy:
+            typer.echo("the CPU's figures: not measured, the machine was busy")
+        elif figures.model is not None:
+            changed = [f"{name} {factor:.2g} times" for name, factor in figures.changed.items()]
+            typer.echo(f"the CPU's figures: {', '.join(changed) or 'the same'}")
+        rechecked = recheck(
+            store,
+            seconds,
+            lambda each: typer.echo(
+                f"{key_digest(each.before.key)[:_KEY_DIGITS]}  {each.before.problem}: {each}"
+            ),
+        )
+    measured = sum(each.after is not None for each in rechecked)
+    changed = sum(each.changed for each in rechecked)
+    typer.echo(
+        f"{len(rechecked)} records of this machine in {store.folder}: {measured} measured again, "
+        f"{changed} changed"
+    )
+
+
 def as_text(record: Record) -> str:
     """Return everything that a record holds, one fact per line."""
     from dataclasses import fields
@@ -97,6 +133,9 @@ def as_text(record: Record) -> str:
         if part is record.fingerprint:
             facts["kernels"] = ", ".join(map(" ".join, record.fingerprint.kernels))
         lines += [f"  {name}: {value}" for name, value in facts.items()]
+    lines.append("load: what else had the machine")
+    load = {field.name: getattr(record.load, field.name) for field in fields(record.load)}
+    lines += [f"  {name}: {_number(value)}" for name, value in load.items()]
     lines.append("timings: median, interquartile range")
     lines += [f"  {_timed(timing)}" for timing in record.timings]
     if record.baseline is not None:
@@ -104,9 +143,17 @@ def as_text(record: Record) -> str:
     second = "none" if record.margin is None else f"{record.margin:.3f} times"
     gain = "none" if record.gain is None else f"{record.gain:.3f} times"
     lines.append(f"fastest against dense: {gain}, against the second: {second}")
+    if record.advantage is not None:
+        found = record.advantage
+        interval = f"{found.low:.3f} to {found.high:.3f} times, {found.rounds} rounds"
+        lines.append(f"fastest against the cost model's choice, {found.over}: {interval}")
     lines.append("rejected" if record.rejected else "rejected: none")
     lines += [f"  {candidate}: {reason}" for candidate, reason in record.rejected]
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"
 
 
 def _timed(timing: Timing) -> str:

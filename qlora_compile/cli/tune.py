@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +29,7 @@ from qlora_compile.training.model_choice import DEFAULT_FORMAT, check_format, qu
 if TYPE_CHECKING:
     from qlora_compile.kernels.problem import Problem
     from qlora_compile.kernels.selection import Choice
+    from qlora_compile.kernels.selector import ModelledSelector
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -103,7 +105,7 @@ def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
             progress.advance(task)
 
         tuner.ensure(problems, on_record)
-    typer.echo("\n".join(closing_table(choices)))
+    typer.echo("\n".join(closing_table(choices, tuner.selector)))
     known = sum(choice is not None for choice in choices.values()) - tuner.measurements
     missed = len(choices) - known - tuner.measurements
     counts = [f"{tuner.measurements} problems measured, {known} known before"]
@@ -111,13 +113,20 @@ def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
     typer.echo(f"\n{', '.join(counts)}; records in {store.folder}")
 
 
-def closing_table(choices: dict[Problem, Choice | None]) -> list[str]:
-    """Return the lines of a table of what computes each problem from now on."""
+def closing_table(
+    choices: Mapping[Problem, Choice | None], selector: ModelledSelector
+) -> list[str]:
+    """Return the lines of a table of what computes each problem from now on.
+
+    selector: knows why problems without a choice are not measured.
+    """
     rows = []
     for problem, choice in choices.items():
         measured = choice and choice.measured
         if choice is None or measured is None:
-            rows.append((None, None, None, "not measured", None, str(problem)))
+            reason = selector.unmeasured(problem)
+            why = "not measured" if reason is None else f"not measured: {reason}"
+            rows.append((None, None, None, why, None, str(problem)))
             continue
         rows.append(
             (

@@ -9,18 +9,23 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.tuning.caution import CAREFUL, Caution
 from qlora_compile.tuning.files import replace_file
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
+from qlora_compile.tuning.load import Counters
 from qlora_compile.tuning.plain_mode import plain_mode
 from qlora_compile.tuning.warning import warn_of_folder
 
@@ -30,14 +35,17 @@ _FEWEST_RUNS, _SECONDS = 3, 0.01
 """Least number and least total seconds of the runs for each figure: where other work has the
 machine too, only some of the short runs are undisturbed."""
 
+_ATTEMPTS = 2
+"""On a busy machine each takes many times the usual fraction of a second."""
+
 
 def measure_cpu() -> CpuModel:
     """Measure this CPU with torch's present number of threads; each figure is the best of a few
     runs."""
     gemm, thin, decode = [], [], []
-    weight = torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0), device="cpu")
+    packed = _packed()
+    weight = _weight()
     quant_format = FORMATS[0]
-    packed = quant_format.pack(weight, quant_format.usual_layout((_WIDTH, _WIDTH)))
     _compile(packed)
     for dtype in _DTYPES:
         x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu"), weight.to(dtype)
@@ -75,6 +83,14 @@ def measure_cpu() -> CpuModel:
     )
 
 
+def _weight() -> Tensor:
+    return torch.randn(_WIDTH, _WIDTH, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def _packed() -> PackedWeight:
+    return FORMATS[0].pack(_weight(), FORMATS[0].usual_layout((_WIDTH, _WIDTH)))
+
+
 def _compile(packed: PackedWeight) -> None:
     """Compile the C++ for decoding and for adapters, in parallel: each compiler uses one core."""
     decode = format_named(packed.format).dequantize_rows
@@ -100,30 +116,91 @@ def _best(run: Callable[[], object]) -> float:
     return best
 
 
-_known: dict[tuple[Path | None, int], CpuModel] = {}
-"""The figures that were read or measured, by folder and number of threads."""
+_known: dict[tuple[Path | None, int], CpuModel | None] = {}
+"""The figures that were read or measured, by folder and number of threads; None where the machine
+was busy."""
 
 
-def measured_cpu(folder: Path | None, *, measures: bool = True) -> CpuModel | None:
+def measured_cpu(
+    folder: Path | None, *, measures: bool = True, caution: Caution = CAREFUL
+) -> CpuModel | None:
     """Return this machine's figures.
 
     They are read from `folder` if stored there; else measured, if `measures` is true, and stored
-    there. Returns None if they are neither stored nor to be measured.
+    there. Returns None if they are neither stored nor to be measured, or if the machine was busy,
+    by the limits of `caution`: then this process does not measure them again.
     """
     key = (folder, torch.get_num_threads())
     if key in _known:
         return _known[key]
-    here = fingerprint("cpu")
-    path = None if folder is None or here is None else folder / f"cpu-{_digest(here)}.json"
+    path = _path(folder)
     model = None if path is None else _read(path)
     if model is None:
         if not measures:
             return None
-        with plain_mode("cpu"):
-            model = measure_cpu()
-        if path is not None:
+        model = quiet_figures(caution)
+        if path is not None and model is not None:
             _store(path, model)
     return _known.setdefault(key, model)
+
+
+def quiet_figures(caution: Caution) -> CpuModel | None:
+    """Measure this CPU; None if the machine was busy, and when it was tried once more as well."""
+    with plain_mode("cpu"):
+        _compile(_packed())
+        for _ in range(_ATTEMPTS):
+            before = Counters.now()
+            model = measure_cpu()
+            if Counters.now().load_since(before).disturbance(caution) is None:
+                return model
+    return None
+
+
+@dataclass(frozen=True)
+class CheckedFigures:
+    """The stored figures beside new ones. model: those to use from now on; None if there were none
+    to check, or if the machine was busy. changed: for each figure that was off by OFF or more, how
+    many times as large it is now. busy: whether the machine was busy."""
+
+    model: CpuModel | None
+    changed: dict[str, float]
+    busy: bool = False
+
+
+def checked_cpu(folder: Path, caution: Caution) -> CheckedFigures:
+    """Measure the figures stored in `folder` again; replace them if one was off by OFF or more.
+
+    Nothing changes if the machine is busy by the limits of `caution`.
+    """
+    path = _path(folder)
+    before = None if path is None else _read(path)
+    if path is None or before is None:
+        return CheckedFigures(None, {})
+    after = quiet_figures(caution)
+    if after is None:
+        return CheckedFigures(None, {}, busy=True)
+    old, new = _figures(before), _figures(after)
+    factors = {name: new[name] / old[name] for name in new}
+    changed = {name: f for name, f in factors.items() if not 1 / OFF < f < OFF}
+    if not changed:
+        return CheckedFigures(before, {})
+    _store(path, after)
+    _known[folder, torch.get_num_threads()] = after
+    return CheckedFigures(after, changed)
+
+
+def _figures(model: CpuModel) -> dict[str, float]:
+    """Return every measured figure by a name for people."""
+    names = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
+    found = {name: getattr(model, name) for name in ("bandwidth", "operator", "dropout")}
+    for kind in ("gemm", "thin", "decode"):
+        found |= {f"{kind} {n}": v for n, v in zip(names, getattr(model, kind), strict=True)}
+    return found
+
+
+def _path(folder: Path | None) -> Path | None:
+    here = fingerprint("cpu")
+    return None if folder is None or here is None else folder / f"cpu-{_digest(here)}.json"
 
 
 def _digest(here: Fingerprint) -> str:
@@ -136,11 +213,10 @@ def _read(path: Path) -> CpuModel | None:
         model = CpuModel.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    numbers = [model.bandwidth, model.operator, model.dropout]
     for each in (model.gemm, model.thin, model.decode):
         if not isinstance(each, tuple) or len(each) != len(_DTYPES):
             return None
-        numbers += each
+    numbers = _figures(model).values()
     whole = all(isinstance(n, float) and 0 < n < math.inf for n in numbers)
     return model if whole else None
 

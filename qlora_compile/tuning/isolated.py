@@ -14,7 +14,7 @@ import torch
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.tuning.errors import CandidateError, TuningProcessError
-from qlora_compile.tuning.measure import Measurement
+from qlora_compile.tuning.judgement import Measurement
 
 _WORKER = "qlora_compile.tuning.worker"
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,29 +14,19 @@ import torch
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.tuning.correctness import Correctness
+from qlora_compile.tuning.judgement import Measurement
+from qlora_compile.tuning.load import Counters, Load, spread_and_drift
 from qlora_compile.tuning.operands import Operands, operands
 from qlora_compile.tuning.plain_mode import plain_mode
+from qlora_compile.tuning.rounds import run_rounds
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _LARGEST_ROTATION = 8
 """Timed runs rotate among copies of the operands, so that caches are cold. There are as many copies
 as fill _ROTATED_BYTES, but at most this many: making more would take longer than the timing."""
 
-_FEWEST_TIMINGS, _MOST_TIMINGS = 3, 40
-_PATIENCE = 3
-"""Measuring may take this many times the given seconds, until every candidate has _FEWEST_TIMINGS
-that nothing disturbed."""
-
 _SPIN_CYCLES = 4_000_000
 """About two milliseconds, more than any call takes to launch."""
-
-_DISTURBED = 2.0
-"""A timing is disturbed if it exceeds this many times the least one."""
-
-_WORSE = {2: 2.0, 3: 1.25, 6: 1.0}
-"""By number of timings: a candidate is dropped if its best timing exceeds this many times the
-median of the fastest candidate. The best of six timings of an equally fast one does so once in 64
-times."""
 
 
 def rejected_errors() -> tuple[type[Exception], ...]:
@@ -53,39 +42,6 @@ def rejected_errors() -> tuple[type[Exception], ...]:
     return errors
 
 
-@dataclass
-class Measurement:
-    """The result of measuring. seconds: every timing of each correct candidate, by its index.
-    rejected: the reasons against the other candidates, by index."""
-
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    rejected: dict[int, str] = field(default_factory=dict)
-
-    def undisturbed(self, index: int) -> list[float]:
-        """Return a candidate's timings without those in which other work had the machine.
-
-        Other work only ever adds time, on a busy CPU many times the time that is measured.
-        """
-        limit = _DISTURBED * min(self.seconds[index])
-        return [taken for taken in self.seconds[index] if taken <= limit]
-
-    def median(self, index: int) -> float:
-        return statistics.median(self.undisturbed(index))
-
-    def spread(self, index: int) -> float:
-        """Return the interquartile range in seconds."""
-        taken = self.undisturbed(index)
-        if len(taken) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(taken, n=4)
-        return high - low
-
-    @property
-    def ranking(self) -> list[int]:
-        """The indices of the correct candidates, fastest first."""
-        return sorted(self.seconds, key=self.median)
-
-
 def measure(
     problem: Problem,
     candidates: Sequence[Choice],
@@ -95,9 +51,10 @@ def measure(
 ) -> Measurement:
     """Time the candidates that give right results, for about `seconds` in all.
 
-    The candidates take turns, so that whatever slows the machine slows all of them. Those that are
-    clearly slower are dropped on the way. on_run: called with a candidate's index before each of
-    its runs. skipped: the indices of candidates that must not run.
+    The candidates, which are in the cost model's order, take turns, so that whatever slows the
+    machine slows all of them. Those that are clearly slower are dropped on the way. on_run: called
+    with a candidate's index before each of its runs. skipped: the indices of candidates that must
+    not run.
     """
     with plain_mode(problem.device):
         return _measured(problem, candidates, seconds, on_run, skipped)
@@ -134,24 +91,18 @@ def _measured(
             # it ends the process while it is known which candidate ran.
             torch.cuda.synchronize(problem.device)
         result.rejected[index] = wrong
-    alive = list(result.seconds)
-    start = time.monotonic()
-    # A single candidate, with nothing to compare it with, keeps its one timing.
-    for timings in range(1, _MOST_TIMINGS if len(alive) > 1 else 1):
-        spent = time.monotonic() - start
-        quiet = all(len(result.undisturbed(i)) >= _FEWEST_TIMINGS for i in alive)
-        enough = spent > seconds or len(alive) < 2
-        if timings >= _FEWEST_TIMINGS and enough and (quiet or spent > _PATIENCE * seconds):
-            break
-        # The order rotates, so that no candidate always runs after the same one.
-        first = timings % max(len(alive), 1)
-        for index in alive[first:] + alive[:first]:
-            on_run(index)
-            taken = _timed(rotation[timings % len(rotation)], candidates[index])
-            result.seconds[index].append(taken)
-        worse = min(factor for least, factor in _WORSE.items() if least <= timings + 1)
-        fastest = min(map(result.median, alive), default=0.0)
-        alive = [index for index in alive if min(result.seconds[index]) <= worse * fastest]
+    before = Counters.now()
+
+    def time_one(index: int, turn: int) -> float:
+        on_run(index)
+        return _timed(rotation[turn % len(rotation)], candidates[index])
+
+    run_rounds(result.seconds, time_one, seconds)
+    counted = Load()
+    if torch.device(problem.device).type == "cpu":
+        counted = Counters.now().load_since(before)
+    spread, drift = spread_and_drift(result.rounds)
+    result.load = replace(counted, spread=spread, drift=drift)
     return result
 
 

@@ -24,8 +24,9 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import BASELINE
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
+from qlora_compile.tuning.timings import Timings
 
-VERSION = 2
+VERSION = 3
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -60,59 +61,6 @@ def utc_now() -> str:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One candidate's median and interquartile range in seconds; `config` is the label."""
-
-    variant: str
-    config: str
-    seconds: float
-    spread: float
-
-    def __post_init__(self) -> None:
-        # An int or a NumPy float would be written in a form that is not read back as a float.
-        object.__setattr__(self, "seconds", float(self.seconds))
-        object.__setattr__(self, "spread", float(self.spread))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """What was measured for a problem.
-
-    timings: those of the candidates with right results, fastest first, at least one. baseline: that
-    of the variant *dense* in its standard config, in the same run; None if that was not timed.
-    rejected: (candidate, reason) of the others.
-    """
-
-    timings: tuple[Timing, ...]
-    baseline: Timing | None
-    rejected: tuple[tuple[str, str], ...]
-
-    @property
-    def variants(self) -> set[str]:
-        """The names of all variants that were tried."""
-        rejected = {candidate.split(" ")[0] for candidate, _ in self.rejected}
-        return rejected | {timing.variant for timing in self.timings}
-
-    @property
-    def winner(self) -> Timing:
-        return self.timings[0]
-
-    @property
-    def runner_up(self) -> Timing | None:
-        return self.timings[1] if len(self.timings) > 1 else None
-
-    @property
-    def gain(self) -> float | None:
-        """How many times as fast the winner is as the baseline; None without a baseline."""
-        return None if self.baseline is None else self.baseline.seconds / self.winner.seconds
-
-    @property
-    def margin(self) -> float | None:
-        """How many times as fast the winner is as the second best; None without one."""
-        return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds
-
-
-@dataclass(frozen=True)
 class Record(Timings):
     """Timings of a portable `problem` under a fingerprint; `measured_at` is ISO 8601 in UTC.
 
@@ -137,9 +85,16 @@ class Record(Timings):
                 raise _invalid("seconds", timing.seconds, "a finite number > 0")
             if not (math.isfinite(timing.spread) and timing.spread >= 0):
                 raise _invalid("spread", timing.spread, "a finite number >= 0")
-        seconds = [timing.seconds for timing in self.timings]
+        seconds = [timing.seconds for timing in self.timings[1:]]
         if seconds != sorted(seconds):
-            raise _invalid("timings", seconds, "timings in order, fastest first")
+            raise _invalid("timings", seconds, "the choice and then the others, fastest first")
+        if self.advantage is not None:
+            low, high = self.advantage.low, self.advantage.high
+            if not 1 < low <= high < math.inf:
+                raise _invalid("advantage", (low, high), "an interval of finite numbers above 1")
+        load = [value for value in dataclasses.astuple(self.load) if value is not None]
+        if not all(0 <= value < math.inf for value in load):
+            raise _invalid("load", load, "finite numbers >= 0")
         if self.baseline is not None and self.baseline.variant != BASELINE:
             raise _invalid("baseline", self.baseline.variant, f"the variant {BASELINE}")
         _ = self.measured  # raises for a bad time: records are compared by it

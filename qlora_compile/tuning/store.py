@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -99,6 +99,24 @@ class RecordStore:
                 warn_of_folder(self.folder, error)
             else:
                 self._unwritten.clear()
+
+    def discard(self, record: Record) -> None:
+        """Remove `record` from every file of the folder; a newer one with its key stays.
+
+        If the folder cannot be written, this warns, once per process, and the record stays.
+        """
+
+        def is_other(line: Line) -> bool:
+            return line.record != record
+
+        with self._writers:
+            if self._unwritten.get(record.key) == record:
+                del self._unwritten[record.key]
+            try:
+                with self._exclusive_writer():
+                    self._keep(is_other)
+            except UNUSABLE as error:
+                warn_of_folder(self.folder, error)
 
     @contextlib.contextmanager
     def exclusive(
@@ -200,14 +218,8 @@ class RecordStore:
                 here.has_sources_of(record.fingerprint) for here in current
             )
 
-        removed = 0
         with self._writers, self._must_write():
-            for path in self._contents.paths():
-                lines = read_lines(path)
-                kept = [line.raw for line in lines if fits(line.record)]
-                if len(kept) < len(lines):
-                    replace_file(path, kept, _WRITING)
-                    removed += len(lines) - len(kept)
+            removed = self._keep(lambda line: fits(line.record))
             for key in [key for key, record in self._unwritten.items() if not fits(record)]:
                 del self._unwritten[key]
         return removed
@@ -229,6 +241,18 @@ class RecordStore:
         except UNUSABLE as error:
             remedy = "make it a folder that can be written, or set QLORA_COMPILE_CACHE to another"
             raise _file_error(self.folder, error_text(error), remedy) from error
+
+    def _keep(self, stays: Callable[[Line], bool]) -> int:
+        """Remove the other lines from every file of the folder; return how many. The caller holds
+        the lock."""
+        removed = 0
+        for path in self._contents.paths():
+            lines = read_lines(path)
+            kept = [line.raw for line in lines if stays(line)]
+            if len(kept) < len(lines):
+                replace_file(path, kept, _WRITING)
+                removed += len(lines) - len(kept)
+        return removed
 
     def _write(self, records: dict[Key, Record]) -> None:
         lines = read_lines(self._own) if self._own.exists() else []

@@ -7,24 +7,26 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 
-from qlora_compile.kernels import registry, selection
+from qlora_compile.kernels.call_times import Contradiction
 from qlora_compile.kernels.problem import Problem
-from qlora_compile.kernels.selection import Choice, Measured, model_for
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.selector import Selector
-from qlora_compile.tuning.correctness import WRONG
-from qlora_compile.tuning.cpu_figures import measured_cpu
-from qlora_compile.tuning.errors import NoCorrectVariantError, TuningProcessError
+from qlora_compile.tuning.caution import CAREFUL, Caution
+from qlora_compile.tuning.cpu_figures import checked_cpu, measured_cpu
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
-from qlora_compile.tuning.isolated import IsolatedMeasurement
-from qlora_compile.tuning.measure import Measurement, measure
-from qlora_compile.tuning.record import Record, Timing, Timings, portable, utc_now
+from qlora_compile.tuning.judgement import Doubt, choice_of, judge
+from qlora_compile.tuning.record import Key, Record, portable, utc_now
+from qlora_compile.tuning.refuted import RefutedRecords
 from qlora_compile.tuning.store import RecordStore
+from qlora_compile.tuning.timings import Timings
+from qlora_compile.tuning.trials import Trials
+from qlora_compile.tuning.warning import RecordWarning, warn_of_unmeasured
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,24 @@ _SHORTEST_LIMIT, _LONGEST_RUN = 30.0, 120.0
 budget, which for this are clamped to these bounds."""
 
 
-class WrongResultWarning(UserWarning):
-    """A variant computed wrong numbers and will not be chosen; this is a bug in the package."""
+_APART = 0.25
+"""The fewest seconds between two measurements of one problem: a burst of other work may pass, and
+what has misled the first does not mislead the second as well."""
+
+_GIVE_UP = 8
+"""After so many disturbed measurements in a row the machine counts as busy for as long as `ensure`
+runs, unless a budget was asked for explicitly."""
 
 
-class NotMeasuredWarning(UserWarning):
-    """None of a problem's candidates could be timed, so the cost model chooses for the problem."""
+@dataclass(frozen=True)
+class _Doubted:
+    """Why the last of so many `runs` of a problem's measurement does not count. claimed: as in
+    Doubt. ended: the time of the monotonic clock."""
+
+    reason: str
+    claimed: str | None
+    runs: int
+    ended: float
 
 
 class Records(Protocol):
@@ -60,8 +74,11 @@ class Tuner:
     written. budget: the seconds to spend on measuring in all; 0 measures nothing. each: the seconds
     of timing one problem, and problems with a single candidate are not timed; None times every
     problem for its share of the budget. again: whether to measure problems that have a record too.
-    `measurements` counts the problems measured.
+    `measurements` counts the problems whose measurement counts by the limits of `caution`; the cost
+    model chooses for the others, and `selector.unmeasured` holds the reasons.
     """
+
+    caution: Caution = CAREFUL
 
     def __init__(
         self,
@@ -79,7 +96,12 @@ class Tuner:
         self.again = again
         self.measurements = 0
         self._modelled: set[Problem] = set()
-        self._isolated = IsolatedMeasurement()
+        self._busy: list[str] = []
+        # A tuner that never measures leaves its store alone.
+        self._writes = budget > 0
+        self._dropped: set[tuple[Key, str]] = set()
+        self._refuted_records = RefutedRecords()
+        self._trials = Trials(self.selector)
         self._lock = threading.Lock()
 
     def ensure(
@@ -89,29 +111,42 @@ class Tuner:
     ) -> None:
         """Find or measure a choice for each problem, in order, while the budget lasts.
 
-        The cost model chooses for the problems that are not reached. on_record: called with each
-        problem and its recorded choice, or None.
+        A problem whose measurement was disturbed, or seems too good, is measured again after the
+        others. The cost model chooses for the problems that are not reached. on_record: called with
+        each problem and its recorded choice, or None.
 
         Raises NoCorrectVariantError if no candidate gives right results for a problem.
         """
         waiting = list(dict.fromkeys(problems))
+        doubted: dict[Problem, _Doubted] = {}
+        unmeasured: dict[Problem, str] = {}
         with self._lock:
+            self._busy = []
             try:
                 while waiting:
                     problem = waiting.pop(0)
                     known = self.selector.recorded(problem) or problem in self._modelled
                     if self.again or not known:
-                        self._ensure(problem, 1 + len(waiting))
+                        share = 1 + len(waiting)
+                        doubt = self._ensure(problem, share, doubted.get(problem))
+                        if doubt is not None and self._repeats(doubt):
+                            doubted[problem] = doubt
+                            waiting.append(problem)
+                            continue
+                        self._settle(problem, doubt, unmeasured)
                     on_record(problem, self.selector.recorded(problem))
             finally:
-                self._isolated.close()
+                self._trials.close()
+        warn_of_unmeasured(unmeasured)
 
     def ensure_calls(self, calls: Iterable[tuple[Problem, bool]]) -> None:
         """Do as `ensure` for the problems of calls, each given as (forward problem, whether it
         trains)."""
         calls = dict.fromkeys(calls)
         if self.budget > 0 and any(forward.device == "cpu" for forward, _ in calls):
+            start = time.monotonic()
             self._use_measured_cpu()
+            self.budget -= time.monotonic() - start
         self.ensure(
             problem
             for forward, trains in calls
@@ -133,32 +168,88 @@ class Tuner:
     def ensure_missed(self) -> None:
         """Do as `ensure` for the problems that calls asked for and that had no record.
 
-        Does nothing while a backward is under way.
+        Also drop the records that real calls refute; their problems are measured anew once they are
+        asked for. Does nothing while a backward is under way.
         """
         if not _in_backward():
+            contradictions = self.selector.take_contradictions()
+            if contradictions:
+                self._drop_refuted(contradictions)
             self.ensure(self.selector.take_misses())
 
-    def _ensure(self, problem: Problem, remaining: int) -> None:
+    def _drop_refuted(self, contradictions: Mapping[Problem, Contradiction]) -> None:
+        refuted = list(self._refuted_records.among(contradictions, self.caution))
+        for problem, contradiction in refuted:
+            here = fingerprint(problem.device)
+            record = None if here is None else self.store.find(problem, here)
+            self.selector.forget(problem)
+            # Another process may have replaced the record that this one goes by.
+            if record is not None and record.winner.seconds == contradiction.choice.seconds:
+                self._dropped.add((record.key, record.measured_at))
+                if self._writes and isinstance(self.store, RecordStore):
+                    self.store.discard(record)
+            message = (
+                f"the record of {contradiction.choice.name} for {problem} is dropped: calls take "
+                f"{contradiction.factor:.2g} times as long as it says"
+            )
+            warnings.warn(message, RecordWarning, stacklevel=3)
+        if refuted and self._writes and isinstance(self.store, RecordStore):
+            # What has spoilt a record may have spoilt the figures of the CPU as well.
+            model = checked_cpu(self.store.folder, self.caution).model
+            if model is not None:
+                self.selector.use_cpu(model)
+
+    def _ensure(self, problem: Problem, share: int, earlier: _Doubted | None) -> _Doubted | None:
+        """Find or measure the choice for `problem`, for a part of the budget: one divided by
+        `share`. Return why its last measurement does not count; `earlier` if there was no more."""
         here = fingerprint(problem.device)
         choice = self._found(problem, here)
+        doubt = earlier
         # Do not measure during a recomputation: it must match the first forward.
-        if self.budget > 0 and (choice is None or self.again) and not _in_backward():
-            seconds = self.budget / remaining
+        if self._measures and (choice is None or self.again) and not _in_backward():
             start = time.monotonic()
+            if earlier is not None:
+                time.sleep(max(0.0, earlier.ended + _APART - start))
+            # Where the problems share the whole budget, one more share is left for repetitions.
+            seconds = self.budget / (share if self.each is not None else share + 1)
             with self._turn(problem, here) as mine:
                 if not self.again:
                     choice = self._found(problem, here)
                 if mine and (choice is None or self.again):
-                    choice = self._measure(problem, here, seconds) or choice
+                    measured = self._measure(problem, here, seconds, earlier)
+                    doubt = measured if isinstance(measured, _Doubted) else None
+                    choice = measured if isinstance(measured, Choice) else choice
             self.budget -= time.monotonic() - start
-        if choice is None:
-            self._modelled.add(problem)
-        else:
+        if choice is not None:
             self.selector.remember(problem, choice)
+        return doubt
+
+    @property
+    def _measures(self) -> bool:
+        given_up = self.each is not None and len(self._busy) >= _GIVE_UP
+        return self.budget > 0 and not given_up
+
+    def _repeats(self, doubt: _Doubted) -> bool:
+        return self._measures and doubt.runs < self.caution.runs
+
+    def _settle(
+        self, problem: Problem, doubt: _Doubted | None, unmeasured: dict[Problem, str]
+    ) -> None:
+        """Leave a problem that no measurement decided to the cost model."""
+        reason = None if doubt is None else doubt.reason
+        if self.selector.recorded(problem) is None:
+            self._modelled.add(problem)
+            if reason is None and self.budget > 0 and not self._measures:
+                reason = self._busy[-1]
+        if reason is not None:
+            unmeasured[problem] = reason
+            self.selector.note_unmeasured(problem, reason)
 
     def _found(self, problem: Problem, here: Fingerprint | None) -> Choice | None:
         record = None if here is None else self.store.find(problem, here)
-        return None if record is None else choice_of(problem, record)
+        if record is None or (record.key, record.measured_at) in self._dropped:
+            return None
+        return choice_of(problem, record)
 
     @contextlib.contextmanager
     def _turn(self, problem: Problem, here: Fingerprint | None) -> Iterator[bool]:
@@ -172,12 +263,32 @@ class Tuner:
             with self.store.exclusive(problem, here, timeout=self.budget) as mine:
                 yield mine
 
-    def _measure(self, problem: Problem, here: Fingerprint | None, seconds: float) -> Choice | None:
+    def _measure(
+        self,
+        problem: Problem,
+        here: Fingerprint | None,
+        seconds: float,
+        earlier: _Doubted | None,
+    ) -> Choice | _Doubted | None:
         if problem.device == "cpu":
             self._use_measured_cpu()
-        timings = self._timings(problem, seconds if self.each is None else min(self.each, seconds))
-        if timings is None:
+        trial = self._trials.run(
+            problem,
+            seconds if self.each is None else min(self.each, seconds),
+            min(_LONGEST_RUN, max(_SHORTEST_LIMIT, self.budget)),
+            lone=self.each is None,
+        )
+        if self._trials.broken:
+            self.budget = 0.0
+        if trial is None:
             return None
+        timings = judge(trial, self.caution, earlier and earlier.claimed)
+        if isinstance(timings, Doubt):
+            self._busy = [*self._busy, timings.reason] if timings.busy else []
+            logger.info("not measured: %s: %s", problem, timings.reason)
+            runs = 1 + (0 if earlier is None else earlier.runs)
+            return _Doubted(timings.reason, timings.claimed, runs, time.monotonic())
+        self._busy = []
         self.measurements += 1
         # A missing baseline may be due to a lack of memory that does not last: do not record it.
         if here and timings.baseline and isinstance(self.store, RecordStore):
@@ -192,85 +303,11 @@ class Tuner:
         return choice
 
     def _use_measured_cpu(self) -> None:
-        model = measured_cpu(self.store.folder if isinstance(self.store, RecordStore) else None)
+        folder = self.store.folder if isinstance(self.store, RecordStore) else None
+        model = measured_cpu(folder, caution=self.caution)
         if model is not None:
             self.selector.use_cpu(model)
-
-    def _timings(self, problem: Problem, seconds: float) -> Timings | None:
-        """Time a handful of candidates, and further ones only while none gives right results.
-
-        Returns None if there is only one candidate, or if none could run. Raises
-        NoCorrectVariantError if all ran and all gave wrong results.
-        """
-        ranked = selection.candidates(problem, model_for(problem.device, self.selector.cpu))
-        rejected: dict[str, str] = {}
-        while ranked:
-            tried = selection.shortlist(ranked, problem)
-            if self.each is not None and len(tried) == 1 and not rejected:
-                return None  # A single candidate: there is no choice to make.
-            ranked = [choice for choice in ranked if choice not in tried]
-            try:
-                result = self._run(problem, tried, seconds)
-            except TuningProcessError as error:
-                self.budget = 0.0
-                rejected |= dict.fromkeys((choice.name for choice in tried), str(error))
-                break
-            for index, reason in result.rejected.items():
-                rejected[tried[index].name] = reason
-                if reason.startswith(WRONG):
-                    message = f"{tried[index].name} is not used, {reason}, for {problem}"
-                    warnings.warn(message, WrongResultWarning, stacklevel=2)
-            if result.seconds:
-                timed = {tried[i]: _timing(tried[i], result, i) for i in result.ranking}
-                baselines = (t for c, t in timed.items() if selection.is_standard(c, problem))
-                return Timings(
-                    tuple(timed.values()), next(baselines, None), tuple(rejected.items())
-                )
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in rejected.items())
-        wrong = [name for name, reason in rejected.items() if reason.startswith(WRONG)]
-        if len(wrong) == len(rejected):
-            raise NoCorrectVariantError(problem=problem, reasons=reasons)
-        # Exclude only candidates with wrong results. Those that ran out of memory here, beside the
-        # operands of the measurement, may have enough memory in the call itself.
-        self.selector.exclude(problem, wrong)
-        message = f"{problem} is chosen by the cost model, no candidate could be timed:\n{reasons}"
-        warnings.warn(message, NotMeasuredWarning, stacklevel=2)
-        return None
-
-    def _run(self, problem: Problem, tried: list[Choice], seconds: float) -> Measurement:
-        if not any(choice.variant.isolated for choice in tried):
-            return measure(problem, tried, seconds)
-        if torch.cuda.is_initialized():
-            # The other process needs the memory that this one has cached and does not use.
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        limit = min(_LONGEST_RUN, max(_SHORTEST_LIMIT, self.budget))
-        return self._isolated.measure(problem, tried, seconds, limit)
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _timing(choice: Choice, result: Measurement, index: int) -> Timing:
-    median, spread = result.median(index), result.spread(index)
-    return Timing(choice.variant.name, choice.config.label, median, spread)
-
-
-def choice_of(problem: Problem, timings: Timings) -> Choice | None:
-    """Return the fastest candidate as a choice; None if this version does not offer it for
-    `problem`."""
-    winner = timings.winner
-    for variant in registry.VARIANTS:
-        if variant.name != winner.variant or variant.rejects(problem):
-            continue
-        for config in variant.configs(problem):
-            if config.label == winner.config:
-                second = timings.runner_up
-                measured = Measured(
-                    gain=timings.gain,
-                    runner_up=second and f"{second.variant} {second.config}",
-                    margin=timings.margin,
-                )
-                return Choice(variant, config, winner.seconds, measured)
-    return None

@@ -1,15 +1,26 @@
-"""RecordWarning: what stores warn of when they go on without a line, a file or a folder."""
+"""What tuning warns of: records that cannot be read or kept, and problems without a measurement."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+
+from qlora_compile.kernels.problem import Problem
 
 _SAID: set[tuple[object, ...]] = set()
 
 
 class RecordWarning(UserWarning):
     """A record could not be read or kept; tuning goes on without it."""
+
+
+class WrongResultWarning(UserWarning):
+    """A variant computed wrong numbers and will not be chosen; this is a bug in the package."""
+
+
+class NotMeasuredWarning(UserWarning):
+    """No measurement of a problem counts, so the cost model chooses for the problem."""
 
 
 def warn_of_line(path: Path, number: int, digest: bytes, error: Exception) -> None:
@@ -30,6 +41,18 @@ def warn_of_folder(folder: Path, error: Exception) -> None:
         f"{folder}: {error_text(error)}; results are kept in this process only, set "
         "QLORA_COMPILE_CACHE to a folder that can be written",
     )
+
+
+def warn_of_unmeasured(reasons: Mapping[Problem, str]) -> None:
+    """Warn of problems for which no measurement counts, by the reason of each; once for all."""
+    for problem, reason in reasons.items():
+        others = f", nor are {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        message = (
+            f"{problem} is not measured{others}: {reason}; the cost model chooses, "
+            "`qlora-compile tune` on a quiet machine measures"
+        )
+        warnings.warn(message, NotMeasuredWarning, stacklevel=4)
+        return
 
 
 def error_text(error: Exception) -> str:

@@ -10,11 +10,19 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_compile.cli.app import app
+from qlora_compile.kernels.device_model import CPU
+from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import fingerprint as fingerprints
+from qlora_compile.tuning.caution import CAREFUL
+from qlora_compile.tuning.cpu_figures import CheckedFigures
 from qlora_compile.tuning.fingerprint import established
+from qlora_compile.tuning.load import Counters, Load
 from qlora_compile.tuning.record import Record, key_digest, to_line
 from qlora_compile.tuning.store import RecordStore
-from tests.tuning.records import sample_fingerprint, sample_problem, sample_record
+from qlora_compile.tuning.timings import Timing
+from qlora_compile.tuning.tuner import Tuner
+from qlora_compile.tuning.warning import NotMeasuredWarning
+from tests.tuning.records import real_problem, sample_fingerprint, sample_problem, sample_record
 
 
 @pytest.fixture
@@ -78,6 +86,9 @@ def test_show_tells_everything(stored: tuple[Record, Record]):
                 "2.000 times, against the second: 1.250 times",
                 "skinny -: takes up to 16 rows",
                 record.measured_at,
+                "choice, dense -: 1.500 to 2.250 times, 12 rounds",
+                "  drift: 1.010",
+                "  stolen: not known",
             ):
                 assert told in text
 
@@ -106,6 +117,69 @@ def test_records_go_from_one_machine_to_another(
 def test_prune_leaves_what_fits(stored: tuple[Record, Record], folder: Path):
     assert run("prune").stdout == f"1 lines removed from {folder}\n"
     assert list(RecordStore(folder).read().values()) == [stored[0]]
+
+
+class TestCheck:
+    """`records check`, with a measurement that takes a moment."""
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("qlora_compile.tuning.tuner.measured_cpu", lambda folder, caution: None)
+
+    def test_what_changed_is_said_and_kept(self, stored: tuple[Record, Record], folder: Path):
+        problem = real_problem()
+        timing = Timing("dense", "whole float32", 9.0, 0.0)
+        slow = sample_record(problem, established("cpu"), timings=(timing,), baseline=timing)
+        RecordStore(folder).append(slow)
+        text = run("check", "--budget", "2s").stdout
+        [line] = [line for line in text.splitlines() if key_digest(slow.key)[:8] in line]
+        after = RecordStore(folder).find(problem, established("cpu"))
+        assert after is not None
+        assert after.winner.seconds < 1
+        if (after.winner.variant, after.winner.config) == ("dense", "whole float32"):
+            assert line.endswith(": the same, 0.00 times the time")
+        else:
+            assert f": changed: {after.winner.variant} {after.winner.config} (" in line
+            assert line.endswith(" times as fast as dense) in place of dense whole float32")
+        # No version offers the choice of the sample record for its problem.
+        assert "changed: " in text
+        assert f"2 records of this machine in {folder}: 2 measured again, " in text
+        stale = stored[1]
+        assert RecordStore(folder).read()[stale.key] == stale
+
+    def test_a_busy_machine_changes_nothing(
+        self, stored: tuple[Record, Record], folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(Tuner, "caution", CAREFUL)
+        monkeypatch.setattr(Counters, "load_since", lambda self, before: Load(others=1.5))
+        monkeypatch.setattr("qlora_compile.tuning.tuner._APART", 0.0)
+        before = RecordStore(folder).read()
+        with pytest.warns(NotMeasuredWarning, match="machine was busy"):
+            text = run("check", "--budget", "2s").stdout
+        assert "not measured: the machine was busy, other processes had 1.5 CPUs" in text
+        assert text.splitlines()[-1].endswith(": 0 measured again, 0 changed")
+        assert RecordStore(folder).read() == before
+
+    def test_the_figures_of_the_cpu_are_checked_too(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        found = [
+            CheckedFigures(CPU, {"gemm bfloat16": 3.0}),
+            CheckedFigures(CPU, {}),
+            CheckedFigures(None, {}, busy=True),
+            CheckedFigures(None, {}),
+        ]
+        told = ("gemm bfloat16 3 times", "the same", "not measured, the machine was busy", None)
+        for figures, expected in zip(found, told, strict=True):
+            monkeypatch.setattr(cpu_figures, "checked_cpu", lambda *_, each=figures: each)
+            text = run("check").stdout
+            if expected is None:
+                assert "CPU's figures" not in text
+            else:
+                assert f"the CPU's figures: {expected}\n" in text
+
+    def test_a_bad_budget_is_one_line(self, folder: Path):
+        assert "--budget 'soon' is no time" in refused("check", "--budget", "soon")
 
 
 def test_without_a_fingerprint_nothing_is_pruned_or_exported(

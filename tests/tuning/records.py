@@ -12,7 +12,9 @@ from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.fingerprint import Fingerprint
-from qlora_compile.tuning.record import Record, Timing
+from qlora_compile.tuning.load import Load
+from qlora_compile.tuning.record import Record
+from qlora_compile.tuning.timings import Advantage, Timing
 
 _BY_TYPE: dict[Any, Any] = {
     int: 64,
@@ -85,6 +87,8 @@ def sample_record(
             Timing("fused", "32×128, 4 warps", seconds * 1.25, seconds / 40),
         ),
         "baseline": Timing("dense", "-", seconds * 2, seconds / 30),
+        "advantage": Advantage("dense -", 1.5, 2.25, 12),
+        "load": Load(0.05, 1.01, 0.1, None, 2.0),
         "rejected": (("skinny -", 'takes up to 16 rows,\n"not 64"'),),
         "measured_at": f"2026-01-{day:02}T12:00:00+00:00",
     }

@@ -15,16 +15,17 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem, Sibling
 from qlora_compile.tuning.errors import InvalidRecordError, RecordLineError
 from qlora_compile.tuning.fingerprint import Fingerprint
+from qlora_compile.tuning.load import Load
 from qlora_compile.tuning.record import (
     DTYPES,
     Record,
-    Timing,
     from_line,
     key_digest,
     portable,
     to_line,
     utc_now,
 )
+from qlora_compile.tuning.timings import Advantage, Timing
 from tests.tuning.records import (
     changed_fingerprints,
     problem_fields,
@@ -58,13 +59,21 @@ PROBLEMS = st.builds(
 SECONDS = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 SPREADS = st.floats(min_value=0, allow_infinity=False)
 TIMINGS = st.builds(Timing, st.text(), st.text(), SECONDS, SPREADS)
+GAINS = st.floats(min_value=1, exclude_min=True, allow_infinity=False)
+ADVANTAGES = st.builds(
+    lambda over, gains, rounds: Advantage(over, min(gains), max(gains), rounds),
+    *(st.text(), st.tuples(GAINS, GAINS), st.integers(0, 400)),
+)
+LOADS = st.builds(Load, SPREADS, SPREADS, *[st.none() | SPREADS] * 3)
 KERNELS = st.lists(st.tuples(st.text(), st.text())).map(tuple)
 FINGERPRINTS = st.builds(Fingerprint, KERNELS, *[st.text()] * 4, st.integers(0, 1024))
 RECORDS = st.builds(
     Record,
     timings=st.lists(TIMINGS, min_size=1).map(
-        lambda timings: tuple(sorted(timings, key=lambda timing: timing.seconds))
+        lambda timings: (timings[0], *sorted(timings[1:], key=lambda timing: timing.seconds))
     ),
+    advantage=st.none() | ADVANTAGES,
+    load=LOADS,
     baseline=st.none() | st.builds(Timing, st.just("dense"), st.text(), SECONDS, SPREADS),
     rejected=st.lists(st.tuples(st.text(), st.text())).map(tuple),
     problem=PROBLEMS,
@@ -79,7 +88,7 @@ def test_a_line_is_read_back_as_it_was_written(record):
     assert line.isascii()
     assert line.isprintable()
     assert from_line(line) == from_line(f"{line}\r\n") == record
-    assert json.loads(line)["qlora_compile_record"] == 2
+    assert json.loads(line)["qlora_compile_record"] == 3
 
 
 @given(RECORDS, st.data())
@@ -120,7 +129,7 @@ BODY = json.loads(LINE)
         ("[" * 100_000, "not JSON"),
         ("[1, 2]", "JSON of something else"),
         ('{"text": "a document"}', "JSON of something else"),
-        (resealed(LINE, qlora_compile_record=1), "it is of version 1, this is 2"),
+        (resealed(LINE, qlora_compile_record=2), "it is of version 2, this is 3"),
         (resealed(LINE, qlora_compile_record=True), "it is of version True"),
         (LINE.replace('"seconds":0.001', '"seconds":0.002'), "does not match its digest"),
         (LINE.replace('"seconds":0.001,', '"seconds":NaN,'), "not JSON compliant"),
@@ -140,6 +149,8 @@ BODY = json.loads(LINE)
         (resealed(LINE, rejected={}), "rejected cannot be"),
         (resealed(LINE, timings=[]), "timings="),
         (resealed(LINE, baseline=BODY["timings"][0]), "baseline='tail'; use the variant dense"),
+        (resealed(LINE, load=...), "the record holds timings, .*, and should hold .*, load"),
+        (resealed(LINE, load={**BODY["load"], "drift": "fast"}), "drift cannot be 'fast'"),
         (resealed(LINE, measured_at="today"), "measured_at='today'"),
     ],
 )
@@ -160,11 +171,15 @@ def test_resealing_alone_changes_nothing():
         {"problem": sample_problem(device="cuda:0")},
         {"problem": sample_problem(x_dtype=torch.int8)},
         {"timings": ()},
-        {"timings": (Timing("a", "-", 2.0, 0.0), Timing("b", "-", 1.0, 0.0))},
+        {"timings": tuple(Timing("a", "-", float(s), 0.0) for s in (2, 2, 1))},
         {"timings": (Timing("a", "-", float("nan"), 0.0),)},
         {"timings": (Timing("a", "-", 0.0, 0.0),)},
         {"timings": (Timing("a", "-", 1.0, -1.0),)},
         {"baseline": Timing("fused", "-", 1.0, 0.0)},
+        {"advantage": Advantage("dense -", 1.0, 2.0, 9)},
+        {"advantage": Advantage("dense -", 2.0, 1.5, 9)},
+        {"load": Load(spread=float("nan"))},
+        {"load": Load(others=-1.0)},
         {"measured_at": "2026-01-31T12:00:00"},
         {"measured_at": "2026-01-31T12:00:00+01:00"},
     ],

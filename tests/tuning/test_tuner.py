@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,15 @@ from qlora_compile.kernels.selector import select
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
+from qlora_compile.tuning.caution import TRUSTING
 from qlora_compile.tuning.errors import CandidateError, NoCorrectVariantError, TuningProcessError
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.operands import operands
-from qlora_compile.tuning.record import Timing
 from qlora_compile.tuning.store import RecordFile, RecordStore
-from qlora_compile.tuning.tuner import NotMeasuredWarning, Tuner, WrongResultWarning
-from qlora_compile.tuning.warning import RecordWarning
+from qlora_compile.tuning.timings import Timing
+from qlora_compile.tuning.tuner import Tuner
+from qlora_compile.tuning.warning import NotMeasuredWarning, RecordWarning, WrongResultWarning
 from tests.tuning import odd_variants
 from tests.tuning.records import real_problem, sample_record
 
@@ -35,7 +37,7 @@ PROBLEM = real_problem()
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is not measured for every test."""
-    monkeypatch.setattr(module, "measured_cpu", lambda folder: None)
+    monkeypatch.setattr(module, "measured_cpu", lambda folder, caution: None)
 
 
 def tuner(folder: Path, budget: float = 60.0, **options: bool) -> Tuner:
@@ -133,7 +135,7 @@ def test_a_tail_is_checked(
         tuner(tmp_path).ensure([problem])
 
 
-@pytest.mark.filterwarnings("ignore::qlora_compile.tuning.tuner.WrongResultWarning")
+@pytest.mark.filterwarnings("ignore::qlora_compile.tuning.warning.WrongResultWarning")
 def test_nothing_right_is_an_error_with_every_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -202,7 +204,7 @@ def test_what_is_on_around_it_does_not_matter(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            cpu_figures.measured_cpu(tmp_path)
+            cpu_figures.measured_cpu(tmp_path, caution=TRUSTING)
             tuner(tmp_path).ensure(problems)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -408,7 +410,7 @@ def test_the_cpu_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         return measured[-1]
 
     monkeypatch.setattr(cpu_figures, "measure_cpu", measure)
-    use = cpu_figures.measured_cpu
+    use = partial(cpu_figures.measured_cpu, caution=TRUSTING)
     assert use(tmp_path, measures=False) is None
     assert not measured
     assert [use(tmp_path) for _ in range(3)] == measured * 3

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -200,7 +197,8 @@ def write_rows(
         zeros = _constant(symmetric_zero)
     rows, columns = out.shape
     sizes = (_KINDS.get(kind, 0), step, rows, columns, min(size, columns), torch.get_num_threads())
-    _kernel(kind == NIBBLES, out.dtype)(codes, values, scales, zeros, *sizes, out)
+    kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
+    kernel(codes, values, scales, zeros, *sizes, out)
 
 
 @functools.cache
@@ -210,10 +208,11 @@ def _constant(value: float) -> Tensor:
 
 
 @functools.cache
-def _kernel(nibbles: bool, dtype: torch.dtype) -> Callable[..., Any]:
+def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
+    """Return the source for results of `dtype`, and the types of its arguments."""
     code = (_NIBBLES if nibbles else _BYTES) + _ROWS
     names = _KINDS | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
     for name, meant in names.items():
         code = re.sub(rf"\b{name}\b", str(meant), code)
     arguments = ("const uint8_t*", *["const float*"] * 3, *["int64_t"] * 6, f"{TYPES[dtype]}*")
-    return compiled(code, arguments)
+    return code, arguments

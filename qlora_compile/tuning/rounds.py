@@ -1,0 +1,111 @@
+"""Rounds: candidates timed in turn, until the time is up and it is known which is the faster."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+FEWEST_TIMINGS, ENOUGH_TIMINGS, MOST_TIMINGS = 3, 40, 400
+_WATCHED = 0.1
+"""Short candidates are timed ENOUGH_TIMINGS times, and on for so many seconds in all if these are
+given: in less time the system's counters do not tell whether other work had the machine."""
+
+_PATIENCE = 3
+"""Rounds may take this many times the given seconds, until every candidate has FEWEST_TIMINGS that
+nothing disturbed."""
+
+_DISTURBED = 2.0
+"""A timing is disturbed if it exceeds this many times the least one."""
+
+_WORSE = {2: 2.0, 3: 1.25, 6: 1.0}
+"""By number of timings: a candidate is dropped if its best timing exceeds this many times the
+median of the fastest candidate. The best of six timings of an equally fast one does so once in 64
+times."""
+
+CONFIDENCE = 0.99
+FEWEST_PAIRS = 8
+"""The fewest ratios of which an interval can hold the median with CONFIDENCE: 1 - 2 / 2⁸ > 0.99."""
+
+
+def undisturbed(seconds: Sequence[float]) -> list[float]:
+    """Return a candidate's timings without those in which other work had the machine.
+
+    Other work only ever adds time, on a busy CPU many times the time that is measured.
+    """
+    limit = _DISTURBED * min(seconds)
+    return [taken for taken in seconds if taken <= limit]
+
+
+def usual(seconds: Sequence[float]) -> float:
+    """Return the median of a candidate's undisturbed timings."""
+    return statistics.median(undisturbed(seconds))
+
+
+def ratios(seconds: Mapping[int, Sequence[float]], index: int, over: int) -> list[float]:
+    """Return how many times as fast candidate `index` was as `over`, in each round of both.
+
+    A candidate's first timing is left out: it is that of the check, before the rounds.
+    """
+    pairs = zip(seconds[over][1:], seconds[index][1:], strict=False)
+    return [theirs / mine for theirs, mine in pairs]
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return what holds the median of such values with CONFIDENCE; None for too few values.
+
+    Order statistics bound it (a sign test inverted), so no shape of the noise is assumed.
+    """
+    ordered, count = sorted(values), len(values)
+    # The largest rank that leaves at most half of the rest of a fair coin's throws on either side.
+    rank, chance = 0, 0.5**count
+    while chance <= (1 - CONFIDENCE) / 2:
+        rank += 1
+        chance += 0.5**count * math.comb(count, rank)
+    return (ordered[rank - 1], ordered[-rank]) if rank else None
+
+
+def run_rounds(
+    seconds: dict[int, list[float]],
+    time_one: Callable[[int, int], float],
+    limit: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Time the candidates in turn, for about `limit` seconds, and append to their `seconds`.
+
+    The candidates' indices are in the cost model's order; on entry each has its timing of the
+    check. time_one: returns the seconds of one run, given a candidate and a round. Those that are
+    clearly slower are dropped on the way. The model's choice stays, because the others have to
+    show that they are faster; once the time is up, only those go on that may still show it.
+    """
+    alive = list(seconds)
+    reference = min(alive, default=-1)
+    start = clock()
+    # A single candidate, with nothing to compare it with, keeps its one timing.
+    for turn in range(1, MOST_TIMINGS if len(alive) > 1 else 1):
+        spent = clock() - start
+        if turn >= FEWEST_TIMINGS and len(alive) < 2:
+            break
+        if turn >= ENOUGH_TIMINGS and spent > min(limit, _WATCHED):
+            break
+        if turn >= FEWEST_TIMINGS and spent > limit:
+            alive = [i for i in alive if i == reference or _undefeated(seconds, i, reference)]
+            quiet = all(len(undisturbed(seconds[i])) >= FEWEST_TIMINGS for i in alive)
+            known = turn > FEWEST_PAIRS or len(alive) < 2
+            if known and (quiet or spent > _PATIENCE * limit):
+                break
+        # The order rotates, so that no candidate always runs after the same one.
+        first = turn % len(alive)
+        for index in alive[first:] + alive[:first]:
+            seconds[index].append(time_one(index, turn))
+        worse = min(factor for least, factor in _WORSE.items() if least <= turn + 1)
+        fastest = min(usual(seconds[i]) for i in alive)
+        alive = [i for i in alive if i == reference or min(seconds[i]) <= worse * fastest]
+
+
+def _undefeated(seconds: Mapping[int, Sequence[float]], index: int, reference: int) -> bool:
+    """Whether `index` may still show that it is faster: it has won each of the few rounds, or there
+    were enough to tell."""
+    won = ratios(seconds, index, reference)
+    return len(won) > FEWEST_PAIRS or all(ratio > 1 for ratio in won)
