@@ -11,10 +11,6 @@ from torch import Tensor
 from qlora_compile.errors import PackedWeightError
 from qlora_compile.kernels.layout import Layout, Plane
 
-PACKED_EXPERTS = "_packed"
-"""What follows a weight's name in the name of the module that holds it packed, where the weight is
-one of experts, a Parameter of no module of its own."""
-
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.fx import Node
 
-from qlora_compile.kernels.experts.base import ExpertsProblem
-from qlora_compile.kernels.packed import PACKED_EXPERTS
+from qlora_compile.kernels.experts.base import PACKED_EXPERTS, ExpertsProblem
 from qlora_compile.kernels.problem import Problem
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")

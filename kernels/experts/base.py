@@ -14,6 +14,10 @@ from qlora_compile.kernels.layout import OfLayout
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import LinearGradients, LinearSpec, LinearTensors
 
+PACKED_EXPERTS = "_packed"
+"""What follows a weight's name in the name of the module that holds it packed, where the weight is
+one of experts, a Parameter of no module of its own."""
+
 
 class _OfExperts(OfLayout):
     """What has the `layout` of the weights of `experts`, all as one [E * N, K]."""

@@ -22,10 +22,10 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import raise_frozen
 from qlora_compile.hf.blocks import is_inside
+from qlora_compile.kernels.experts.base import PACKED_EXPERTS
 from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.packed import PACKED_EXPERTS
 from qlora_compile.modules.experts import PackedExperts
 
 IMPLEMENTATION = "qlora_compile"
