@@ -104,7 +104,7 @@ def test_a_line_with_another_byte_is_skipped(tmp_path: Path):
 def test_a_warning_names_file_line_and_reason_once(tmp_path: Path):
     path = tmp_path / "shipped.jsonl"
     foreign = b'{"text": "a document"}'
-    newer = LINE.replace(b'"qlora_compile_record":2', b'"qlora_compile_record":3')
+    newer = LINE.replace(b'"qlora_compile_record":3', b'"qlora_compile_record":4')
     path.write_bytes(b"\n".join((b"", LINE, foreign, newer, LINE[:60], b"\xff\xfe", b"")))
     messages = told(RecordStore(tmp_path).read)
     assert [message.removeprefix(f"{path}:").split(":")[0] for message in messages] == list("3456")
@@ -120,7 +120,7 @@ def test_a_warning_names_file_line_and_reason_once(tmp_path: Path):
 @pytest.mark.filterwarnings("ignore::qlora_compile.tuning.warning.RecordWarning")
 def test_lines_that_cannot_be_read_are_kept(tmp_path: Path):
     path = tmp_path / "records.jsonl"
-    newer = LINE.replace(b'"qlora_compile_record":2', b'"qlora_compile_record":3')
+    newer = LINE.replace(b'"qlora_compile_record":3', b'"qlora_compile_record":4')
     strange = [newer, b"\xff\xfe\r", LINE[:-9]]
     path.write_bytes(b"\n".join(strange))
     store = RecordStore(tmp_path)

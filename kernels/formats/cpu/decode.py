@@ -33,6 +33,67 @@ static inline __m512i rounded(__m512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
 }
+#elif defined(__AVX2__)
+#include <immintrin.h>
+
+// Sixteen values rounded to bfloat16: one table of their lower bytes, and one of their upper.
+struct Sixteen {
+  __m128i lower, upper;
+
+  Sixteen(__m256 first, __m256 second) {
+    const __m256i pairs = _mm256_packus_epi32(rounded(first), rounded(second));
+    const __m256i all = _mm256_permute4x64_epi64(pairs, 0xD8);
+    lower = bytes(_mm256_and_si256(all, _mm256_set1_epi16(0xFF)));
+    upper = bytes(_mm256_srli_epi16(all, 8));
+  }
+
+  // The values of 32 codes: the lower four bits of each byte of `first` and of `second`, in turn.
+  void look_up(__m128i first, __m128i second, uint16_t* to) const {
+    const __m128i four_bits = _mm_set1_epi8(0xF);
+    first = _mm_and_si128(first, four_bits);
+    second = _mm_and_si128(second, four_bits);
+    __m128i* out = reinterpret_cast<__m128i*>(to);
+    const __m128i codes_of[] = {
+        _mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
+    for (const __m128i codes : codes_of) {
+      const __m128i low = _mm_shuffle_epi8(lower, codes), high = _mm_shuffle_epi8(upper, codes);
+      _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
+      _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
+    }
+  }
+
+  static __m256i rounded(__m256 value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  }
+  static __m128i bytes(__m256i words) {
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+};
+
+// The same in float32.
+struct SixteenFloats {
+  __m256 lower, upper;
+
+  SixteenFloats(__m256 first, __m256 second) : lower(first), upper(second) {}
+
+  // The values of 16 codes: the lower four bits of each word of `first` and of `second`, in turn.
+  void look_up(__m256i first, __m256i second, float* to) const {
+    const __m256 a = values(first), b = values(second);
+    const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+    _mm256_storeu_ps(to, _mm256_permute2f128_ps(even, odd, 0x20));
+    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(even, odd, 0x31));
+  }
+
+  // A permutation takes a code's three lowest bits; the fourth chooses the half.
+  __m256 values(__m256i code) const {
+    const __m256 takes_upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, code),
+                            _mm256_permutevar8x32_ps(upper, code), takes_upper);
+  }
+};
 #endif
 """
 )
@@ -81,61 +142,29 @@ static inline int64_t decode(
   return i;
 }
 #elif defined(__AVX2__)
-#include <immintrin.h>
-
 static inline int64_t decode(
     const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, uint16_t* to) {
-  // The block's sixteen values are scaled and rounded once, and become one table of their lower
-  // bytes and one of their upper.
-  const auto eight = [&](const float* from) {
-    const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(scale));
-    const __m256i word = _mm256_castps_si256(value);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
-    const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-    return _mm256_srli_epi32(_mm256_add_epi32(word, half), 16);
-  };
-  const __m256i pairs = _mm256_packus_epi32(eight(codebook), eight(codebook + 8));
-  const __m256i sixteen = _mm256_permute4x64_epi64(pairs, 0xD8);
-  const auto bytes_of = [](__m256i words) {
-    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  };
-  const __m128i lowers = bytes_of(_mm256_and_si256(sixteen, _mm256_set1_epi16(0xFF)));
-  const __m128i uppers = bytes_of(_mm256_srli_epi16(sixteen, 8));
-  const __m128i four_bits = _mm_set1_epi8(0xF);
+  // The block's sixteen values are scaled and rounded once, not each weight.
+  const __m256 scales = _mm256_set1_ps(scale);
+  const Sixteen values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
+                       _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales));
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    const __m128i first = _mm_and_si128(_mm_srli_epi16(stored, 4), four_bits);
-    const __m128i second = _mm_and_si128(stored, four_bits);
-    __m128i* out = reinterpret_cast<__m128i*>(to + 2 * i);
-    for (const __m128i index :
-         {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)}) {
-      const __m128i low = _mm_shuffle_epi8(lowers, index), high = _mm_shuffle_epi8(uppers, index);
-      _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
-      _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
-    }
+    values.look_up(_mm_srli_epi16(stored, 4), stored, to + 2 * i);
   }
   return i;
 }
 static inline int64_t decode(
     const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
   const __m256 scales = _mm256_set1_ps(scale);
-  const __m256 lower = _mm256_mul_ps(_mm256_loadu_ps(codebook), scales);
-  const __m256 upper = _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales);
-  // A permutation takes an index's three lowest bits; the fourth chooses the table.
-  const auto values = [&](__m256i index) {
-    const __m256 takes_upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index),
-                            _mm256_permutevar8x32_ps(upper, index), takes_upper);
-  };
+  const SixteenFloats values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
+                             _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales));
   int64_t i = 0;
   for (; i + 8 <= bytes; i += 8) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
     const __m256i byte = _mm256_cvtepu8_epi32(stored);
-    const __m256 first = values(_mm256_srli_epi32(byte, 4)), second = values(byte);
-    const __m256 even = _mm256_unpacklo_ps(first, second), odd = _mm256_unpackhi_ps(first, second);
-    _mm256_storeu_ps(to + 2 * i, _mm256_permute2f128_ps(even, odd, 0x20));
-    _mm256_storeu_ps(to + 2 * i + 8, _mm256_permute2f128_ps(even, odd, 0x31));
+    values.look_up(_mm256_srli_epi32(byte, 4), byte, to + 2 * i);
   }
   return i;
 }

@@ -71,6 +71,29 @@ static inline int64_t decode(const uint8_t* in, int64_t bytes, __m512 table, boo
   }
   return i;
 }
+#elif defined(__AVX2__)
+// Decode as many whole vectors as `bytes` hold; return the bytes read.
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, uint16_t* to) {
+  const Sixteen values(lower, upper);
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    values.look_up(stored, _mm_srli_epi16(stored, 4), to + 2 * i);
+  }
+  return i;
+}
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, float* to) {
+  const SixteenFloats values(lower, upper);
+  int64_t i = 0;
+  for (; i + 8 <= bytes; i += 8) {
+    const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
+    const __m256i byte = _mm256_cvtepu8_epi32(stored);
+    values.look_up(byte, _mm256_srli_epi32(byte, 4), to + 2 * i);
+  }
+  return i;
+}
 #endif
 
 // The first weight of a group is the low half of a byte.
@@ -82,6 +105,13 @@ static inline void decode_group(
   const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(values), _mm512_set1_ps(zero));
   const __m512 table = _mm512_mul_ps(shifted, _mm512_set1_ps(scale));
   i = 2 * decode(in, count / 2, table, streams, to);
+  if (i == count) return;
+#elif defined(__AVX2__)
+  const auto eight = [&](const float* from) {
+    const __m256 shifted = _mm256_sub_ps(_mm256_loadu_ps(from), _mm256_set1_ps(zero));
+    return _mm256_mul_ps(shifted, _mm256_set1_ps(scale));
+  };
+  i = 2 * decode(in, count / 2, eight(values), eight(values + 8), to);
   if (i == count) return;
 #endif
   TYPE sixteen[16];

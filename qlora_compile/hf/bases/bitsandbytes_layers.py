@@ -6,12 +6,14 @@ captured, and bitsandbytes' own otherwise. No weight is copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_compile.hf.dora import DoraLayer
 from qlora_compile.kernels.formats.blocks import block_layout
@@ -27,7 +29,8 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            return super().forward(x)
+            with _bias_kept(self):
+                return super().forward(x)
         return self.product(x, self.bias)
 
     @property
@@ -62,7 +65,8 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            return super().forward(x)
+            with _bias_kept(self):
+                return super().forward(x)
         return self.product(x, self.bias)
 
     @property
@@ -87,6 +91,22 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
         return quantized_linear(
             *(x, self.tensors, bias, self.layout), compute_dtype=compute_dtype, out_dtype=x.dtype
         )
+
+
+@contextmanager
+def _bias_kept(layer: nn.Module) -> Iterator[None]:
+    """Give `layer` the bias back that bitsandbytes' forward casts in place.
+
+    The cast loses bits where a call under autocast comes between others, and what it makes in
+    inference mode could not be trained with.
+    """
+    bias: Any = layer.bias
+    kept = None if bias is None else bias.data
+    try:
+        yield
+    finally:
+        if bias is not None:
+            bias.data = kept
 
 
 class DoraLinear4bit(DoraLayer, Linear4bit):  # type: ignore[misc]
