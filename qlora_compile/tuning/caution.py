@@ -10,10 +10,11 @@ from dataclasses import dataclass
 class Caution:
     """The limits beyond which a measurement does not count.
 
-    others, stolen, preemptions, spread, drift: of the fields of `Load`. surprise: a gain over the
-    standard *dense* for which the cost model would have to be wrong by more than this factor is
-    measured twice. reversal: the same for the gain over the cost model's own choice. runs: how
-    often one problem is measured at most until a measurement counts.
+    others, stolen, preemptions, spread, drift: of the fields of `Load`; preemptions say little and
+    count only where the system does not tell of others. surprise: a gain over the standard *dense*
+    for which the cost model would have to be wrong by more than this factor is measured twice.
+    reversal: the same for the gain over the cost model's own choice. runs: how often one problem is
+    measured at most until a measurement counts.
     """
 
     others: float = 0.25

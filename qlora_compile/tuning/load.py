@@ -51,7 +51,9 @@ class Load:
             return f"other processes had {self.others:.1f} CPUs"
         if self.stolen is not None and self.stolen > caution.stolen:
             return f"the hypervisor took {self.stolen:.0%} of the CPUs"
-        if self.preemptions is not None and self.preemptions > caution.preemptions:
+        # Where the system tells of others, preemptions beside them are by this process's threads.
+        unknown = self.others is None
+        if unknown and self.preemptions is not None and self.preemptions > caution.preemptions:
             return f"this process was preempted {self.preemptions:.0f} times a second"
         if self.drift > caution.drift:
             return f"its speed changed {self.drift:.1f} times"

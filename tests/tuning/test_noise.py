@@ -160,6 +160,7 @@ def test_spread_and_drift_are_of_what_all_candidates_share() -> None:
         (Load(drift=2.5), "its speed changed 2.5 times"),
         (Load(spread=0.9), "its speed varied by 90%"),
         (Load(0.1, 1.1, 0.1, 0.01, 20.0), None),
+        (Load(others=0.1, preemptions=250.0), None),
         (Load(), None),
     ],
 )

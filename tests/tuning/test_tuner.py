@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from qlora_compile.tuning.errors import CandidateError, NoCorrectVariantError, T
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.isolated import IsolatedMeasurement
 from qlora_compile.tuning.operands import operands
+from qlora_compile.tuning.record import to_line
 from qlora_compile.tuning.store import RecordFile, RecordStore
 from qlora_compile.tuning.timings import Timing
 from qlora_compile.tuning.tuner import Tuner
@@ -358,6 +360,19 @@ def test_a_record_of_what_is_not_offered_is_measured_anew(
     used = tuner(tmp_path)
     used.ensure([PROBLEM])
     assert used.measurements == 1
+
+
+def test_a_record_of_an_earlier_version_is_measured_anew(tmp_path: Path) -> None:
+    """Nothing says what else had the machine when it was made."""
+    body = json.loads(to_line(sample_record(PROBLEM, established("cpu"))))
+    del body["load"], body["advantage"]
+    body["qlora_compile_record"] = 2
+    (tmp_path / "records.jsonl").write_text(json.dumps(body, separators=(",", ":")) + "\n")
+    used = tuner(tmp_path)
+    with pytest.warns(RecordWarning, match="it is of version 2, this is 3.*records prune"):
+        used.ensure([PROBLEM])
+    assert used.measurements == 1
+    assert len(RecordStore(tmp_path).read()) == 1
 
 
 def test_what_has_no_fingerprint_is_measured_and_not_kept(
