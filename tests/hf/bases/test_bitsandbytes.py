@@ -172,20 +172,21 @@ def test_evaluation_does_not_repack_an_adopted_weight() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.usefixtures("without_inductor")
-def test_stock_calls_leave_biases_as_they_are(bits: int) -> None:
+def test_stock_calls_leave_biases_as_they_are(
+    bits: int, dtype: torch.dtype, autocast: bool
+) -> None:
     """bitsandbytes' own forward casts a bias in place, to what inference mode lets nobody train."""
     model = with_bitsandbytes(toy(attention_bias=True), bits)
-    model = qlora_compile.optimize(model, lora(), tune="off").bfloat16()
+    model = qlora_compile.optimize(model, lora(), tune="off").to(dtype)
     ids = tokens()
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     biases = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
     before = {name: bias.clone() for name, bias in biases.items()}
     expected = model.train()(**batch).loss
     model.eval()
-    with torch.inference_mode():
-        model(**batch)
-    with torch.autocast("cpu", torch.float16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(**batch)
     for name, bias in biases.items():
         assert not bias.is_inference(), name
