@@ -109,7 +109,7 @@ def test_a_warning_names_file_line_and_reason_once(tmp_path: Path):
     messages = told(RecordStore(tmp_path).read)
     assert [message.removeprefix(f"{path}:").split(":")[0] for message in messages] == list("3456")
     for message, reason in zip(
-        messages, ("something else", "of version 3", "truncated", "not JSON"), strict=True
+        messages, ("something else", "of version 4", "truncated", "not JSON"), strict=True
     ):
         assert reason in message
         assert "records prune" in message
