@@ -14,7 +14,7 @@ from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
-from qlora_compile.kernels.selector import selector_named
+from qlora_compile.kernels.selector import select, selector_named
 
 
 def hinted_rows(x: Tensor, k: int) -> int:
@@ -34,11 +34,10 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
     if call.save_low_rank:
         low_rank = x.new_empty(rows.shape[0], call.rank, dtype=call.lora_dtype)
     group = bound(call, rows, tensors, seed, low_rank)
-    selector = selector_named(call.records)
     problem = problem_of(call, "forward", rows.shape[0], x)
     with torch.autocast(x.device.type, enabled=False):
-        choice = selector.select(problem)
-        with selector.timing(problem, choice, rows.shape[0]):
+        choice = select(problem, call.records)
+        with selector_named(call.records).timing(problem, choice, rows.shape[0]):
             results = choice.variant.forward_group(group, choice.config)
     outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
     return outputs if low_rank is None else [*outputs, low_rank]
@@ -54,13 +53,12 @@ def _backward(
     low_rank = tensors[-1] if call.save_low_rank else None
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
-    selector = selector_named(call.records)
     problem = problem_of(call, "backward", rows.shape[0], x)
     # Fewer gradients than are measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
     with torch.autocast(x.device.type, enabled=False):
-        choice = selector.select(problem)
-        with selector.timing(problem, choice, rows.shape[0] if whole else None):
+        choice = select(problem, call.records)
+        with selector_named(call.records).timing(problem, choice, rows.shape[0] if whole else None):
             grad_x, others = choice.variant.backward_group(
                 grad_rows, group, call.needs, choice.config
             )
