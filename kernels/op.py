@@ -14,7 +14,7 @@ from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
-from qlora_compile.kernels.selector import select, timing
+from qlora_compile.kernels.selector import select, selector_named
 
 
 def hinted_rows(x: Tensor, k: int) -> int:
@@ -37,7 +37,7 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
     problem = problem_of(call, "forward", rows.shape[0], x)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(problem, call.records)
-        with timing(call.records, problem, choice, rows.shape[0]):
+        with selector_named(call.records).timing(problem, choice, rows.shape[0]):
             results = choice.variant.forward_group(group, choice.config)
     outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
     return outputs if low_rank is None else [*outputs, low_rank]
@@ -58,7 +58,7 @@ def _backward(
     whole = call.needs.x and (call.needs.adapter or not call.rank)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(problem, call.records)
-        with timing(call.records, problem, choice, rows.shape[0] if whole else None):
+        with selector_named(call.records).timing(problem, choice, rows.shape[0] if whole else None):
             grad_x, others = choice.variant.backward_group(
                 grad_rows, group, call.needs, choice.config
             )

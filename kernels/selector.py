@@ -214,13 +214,6 @@ def selector_named(name: str) -> ModelledSelector:
     return _selectors.get(name, _MODELLED)
 
 
-def timing(
-    records_name: str, problem: Problem, choice: Choice, rows: int | None
-) -> contextlib.AbstractContextManager[None]:
-    """What the selector of that name wants `choice` to run in, as its `timing` says."""
-    return selector_named(records_name).timing(problem, choice, rows)
-
-
 def select(problem: Problem, records_name: str = MODELLED) -> Choice:
     """The choice for `problem` of the selector named `records_name`."""
     return selector_named(records_name).select(problem)

@@ -98,7 +98,7 @@ class Tuner:
         self._modelled: set[Problem] = set()
         self._busy: list[str] = []
         # A tuner that never measures leaves its store alone.
-        self._writes = budget > 0
+        self._writes = self._checks_cpu = budget > 0
         self._dropped: set[tuple[Key, str]] = set()
         self._refuted_records = RefutedRecords()
         self._trials = Trials(self.selector)
@@ -193,8 +193,9 @@ class Tuner:
                 f"{contradiction.factor:.2g} times as long as it says"
             )
             warnings.warn(message, RecordWarning, stacklevel=3)
-        if refuted and self._writes and isinstance(self.store, RecordStore):
+        if refuted and self._checks_cpu and isinstance(self.store, RecordStore):
             # What has spoilt a record may have spoilt the figures of the CPU as well.
+            self._checks_cpu = False
             model = checked_cpu(self.store.folder, self.caution).model
             if model is not None:
                 self.selector.use_cpu(model)

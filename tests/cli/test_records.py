@@ -131,7 +131,7 @@ class TestCheck:
         timing = Timing("dense", "whole float32", 9.0, 0.0)
         slow = sample_record(problem, established("cpu"), timings=(timing,), baseline=timing)
         RecordStore(folder).append(slow)
-        text = run("check", "--budget", "2s").stdout
+        text = run("check").stdout
         [line] = [line for line in text.splitlines() if key_digest(slow.key)[:8] in line]
         after = RecordStore(folder).find(problem, established("cpu"))
         assert after is not None
@@ -155,7 +155,7 @@ class TestCheck:
         monkeypatch.setattr("qlora_compile.tuning.tuner._APART", 0.0)
         before = RecordStore(folder).read()
         with pytest.warns(NotMeasuredWarning, match="machine was busy"):
-            text = run("check", "--budget", "2s").stdout
+            text = run("check").stdout
         assert "not measured: the machine was busy, other processes had 1.5 CPUs" in text
         assert text.splitlines()[-1].endswith(": 0 measured again, 0 changed")
         assert RecordStore(folder).read() == before

@@ -13,11 +13,12 @@ from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.selector import select
 from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning import tuner as module
-from qlora_compile.tuning.caution import CAREFUL, TRUSTING
+from qlora_compile.tuning.caution import CAREFUL, TRUSTING, Caution
 from qlora_compile.tuning.cpu_figures import CheckedFigures, checked_cpu
 from qlora_compile.tuning.fingerprint import established
 from qlora_compile.tuning.load import Counters, Load
 from qlora_compile.tuning.record import Record
+from qlora_compile.tuning.refuted import RefutedRecords
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.timings import Timing
 from qlora_compile.tuning.tuner import Tuner
@@ -209,10 +210,22 @@ class TestFigures:
     def test_a_refuted_record_has_them_checked(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
+        """Once in a process: each check takes a fraction of a second of training."""
         fast = replace(CPU, bandwidth=1e12)
-        found = CheckedFigures(fast, {"bandwidth": 9.0})
-        monkeypatch.setattr(module, "checked_cpu", lambda folder, caution: found)
+        asked = []
+
+        def check(folder: Path, caution: Caution) -> CheckedFigures:
+            asked.append(folder)
+            return CheckedFigures(fast, {"bandwidth": 9.0})
+
+        monkeypatch.setattr(module, "checked_cpu", check)
         tuner = tuner_over(tmp_path, spoilt(1.0))
         with pytest.warns(RecordWarning, match="is dropped"):
             call(tuner, 0.1)
         assert tuner.selector.cpu == fast
+        tuner._refuted_records = RefutedRecords()
+        tuner.selector.select(PROBLEM)
+        tuner.ensure_missed()
+        with pytest.warns(RecordWarning, match="is dropped"):
+            call(tuner, 1e-9)
+        assert asked == [tmp_path]
