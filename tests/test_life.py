@@ -132,7 +132,7 @@ def test_copies_train_compiled_and_apart(how: str) -> None:
     assert_close(step(model, ids)["loss"], expected["loss"])
 
 
-@pytest.mark.parametrize("base", [*BASES, "bnb-8bit", *(each.name for each in FORMATS[1:])])
+@pytest.mark.parametrize("base", [*BASES, "bnb-8bit", *(each.name for each in FORMATS[1::3])])
 def test_generate_agrees_with_stock(base: str) -> None:
     stock, ours = build(base, torch.float32, 0.0, False)
     ids = tokens(2, 5)

@@ -11,13 +11,15 @@ from qlora_compile.errors import UnknownFormatError
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.errors import FormatTextError
 from qlora_compile.kernels.formats.fp4 import FP4
+from qlora_compile.kernels.formats.fp8 import FP8_E4M3, FP8_E5M2
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.integers import INT4, UINT8
+from qlora_compile.kernels.formats.microscaling import MXFP4, NVFP4
 from qlora_compile.kernels.formats.nf4 import NF4
 from qlora_compile.kernels.layout import UNQUANTIZED as UNQUANTIZED
 from qlora_compile.kernels.layout import Layout, Plane
 
-FORMATS: list[QuantFormat] = [NF4, FP4, INT8, INT4, UINT8]
+FORMATS: list[QuantFormat] = [NF4, FP4, INT8, INT4, UINT8, FP8_E4M3, FP8_E5M2, MXFP4, NVFP4]
 """Every format there is; the first one with so many bits is the usual one of them."""
 
 

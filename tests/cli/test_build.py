@@ -74,7 +74,7 @@ def test_a_gpu_finds_every_kernel_in_the_moved_folder(tmp_path: Path) -> None:
         (("--arch", "sm_91"), "--arch 'sm_91' is unknown; choose one of sm_80, sm_86, sm_89"),
         (("--shapes", "1x2x3"), "--shapes: '1x2x3' is not four whole numbers; write MxNxKxR"),
         (("--format", "int4:zeros=no"), "zeros='no' cannot be had with format 'int4'; use"),
-        (("--format", "nf5"), "--format 'nf5' is unknown; the nearest is nf4 or fp4"),
+        (("--format", "nf5"), "--format 'nf5' is unknown; the nearest is nf4 or nvfp4"),
         (("--model", "demo"), "both given; pass one of --model and --shapes"),
         (("--shapes", "16x128x12x0"), "needs no Triton kernel on sm_90"),
         (("--output", __file__), "this is a file"),

@@ -222,7 +222,10 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "output is a file": ({"output": "{inputs}/text.txt"}, "this is a file"),
     "output below a file": ({"output": "{inputs}/text.txt/run"}, "is a file"),
     "output on a kernel file system": ({"output": "/proc/run"}, "cannot write to '/proc/run'"),
-    "format misspelt": ({"format": "nf-4"}, "nearest is nf4 or fp4; choose one of nf4, fp4, int8"),
+    "format misspelt": (
+        {"format": "nf-4"},
+        "nearest is nf4 or nvfp4; choose one of nf4, fp4",
+    ),
     "format unlike any": ({"format": "q"}, "the nearest is none;"),
     "another format's option": ({"format": "nf4:group_size=64"}, "group_size='64': neither"),
     "a format's option without a value": ({"format": "int4:zeros"}, "'zeros' is no option=value"),

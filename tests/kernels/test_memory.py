@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("dropout", [None, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d.x}-{d.lora}")
-@pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS)])
+@pytest.mark.parametrize("format", [UNQUANTIZED, *(each.name for each in FORMATS[::4])])
 def test_only_inputs_are_saved(
     format: str, dtypes: Any, dropout: float | None, keeps: bool
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from functools import partial
 
-from qlora_compile.kernels.formats.gpu import absmax, assembly, decode, groups
+from qlora_compile.kernels.formats.gpu import absmax, assembly, decode, floats, groups
 from qlora_compile.kernels.gpu.decoders import Decoder
 
 _decoder = partial(Decoder, load=absmax.load_absmax, scale=absmax.scales_of)
@@ -56,3 +56,18 @@ INTEGER_DECODERS = {
     8: (_integers("plain", 4, decode=groups.decode_bytes),),
 }
 """For unsigned codes of so many bits, in groups."""
+
+_floats = partial(Decoder, "plain", load=groups.load_groups)
+
+E4M3_DECODERS = (
+    _floats(4, groups.prepare_nothing, scale=floats.plain_scales, decode=floats.decode_e4m3),
+)
+E5M2_DECODERS = (
+    _floats(4, groups.prepare_nothing, scale=floats.plain_scales, decode=floats.decode_e5m2),
+)
+MXFP4_DECODERS = (
+    _floats(8, groups.prepare_nothing, scale=floats.powers_of_two, decode=floats.decode_e2m1),
+)
+NVFP4_DECODERS = (
+    _floats(8, floats.prepare_whole, scale=floats.scales_of_scales, decode=floats.decode_e2m1),
+)

@@ -53,7 +53,8 @@ def group_side(
     run = tile_columns if by_row else math.gcd(group_size, tile_columns)
     side = GroupSide(scales, zeros, -(-k // group_size), whole)
     shift = -1 if by_row else group_size.bit_length() - 1
-    return Side(side, (shift, run, constant, row_shift))
+    fractional = int(zeros is not None and zeros.is_floating_point())
+    return Side(side, (shift, run, constant, row_shift, fractional))
 
 
 @triton.jit
@@ -71,9 +72,9 @@ def load_groups(
     # fmt: on
     """The scale of each run of RUN columns, and its zero if there are any.
 
-    SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; and log2
-    of the rows that share factors. Each result is [ROWS] where a row of the tile is one run, else
-    [ROWS, COLUMNS / RUN].
+    SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; log2 of the
+    rows that share factors; and whether zeros may be no whole numbers. Each result is [ROWS] where
+    a row of the tile is one run, else [ROWS, COLUMNS / RUN].
     """
     SHIFT: tl.constexpr = SIDE[0]
     RUN: tl.constexpr = SIDE[1]
@@ -99,26 +100,27 @@ def load_groups(
 def integer_factors(loaded, side, state, SIDE: tl.constexpr):
     """float32 scales, and what to take off 2**23 + code in one step and in a second one.
 
-    2**23 + zero is exact for a whole zero, and then there is nothing left for the second step.
+    2**23 + zero is exact for a whole zero, and then nothing is left for the second step.
     """
     CONSTANT: tl.constexpr = SIDE[2]
+    FRACTIONAL: tl.constexpr = SIDE[4]
     scales = loaded[0].to(tl.float32)
-    if side.zeros is None:
-        return scales, tl.full(scales.shape, _MAGIC + CONSTANT, tl.float32), None
-    zeros = loaded[1].to(tl.float32)
-    if side.zeros.dtype.element_ty.is_floating():
-        return scales, tl.full(scales.shape, _MAGIC, tl.float32), zeros
-    return scales, zeros + _MAGIC, None
+    first = tl.full(scales.shape, _MAGIC + CONSTANT, tl.float32)
+    second = tl.full(scales.shape, 0.0, tl.float32)
+    if side.zeros is not None:
+        if FRACTIONAL:
+            first = tl.full(scales.shape, _MAGIC, tl.float32)
+            second = loaded[1].to(tl.float32)
+        else:
+            first = loaded[1].to(tl.float32) + _MAGIC
+    return scales, first, second
 
 
 @triton.jit
 def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE: tl.constexpr):
     scales, first, second = factors
     code = (((words >> SHIFT) & MASK) | _MAGIC_BITS).to(tl.float32, bitcast=True)
-    value = code - first
-    if second is not None:
-        value = value - second
-    return (value * scales).to(DTYPE)
+    return (((code - first) - second) * scales).to(DTYPE)
 
 
 @triton.jit
@@ -127,8 +129,7 @@ def by_group(words, factors):
     scales, first, second = factors
     rows, scales = grouped(words, scales)
     _, first = grouped(words, first)
-    if second is not None:
-        _, second = grouped(words, second)
+    _, second = grouped(words, second)
     return rows, (scales, first, second)
 
 

@@ -1,0 +1,138 @@
+"""FP8: the 8-bit floats of "FP8 Formats for Deep Learning" (Micikevicius et al. 2022).
+
+E4M3 is what the ONNX and OCP specifications call e4m3fn: no infinity, one NaN, 448 at most. E5M2 is
+a float16 without its last eight bits. One scale serves a row, the tensor, or a block of 128 × 128
+as in "DeepSeek-V3 Technical Report" (2024), section 3.3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.formats.groups import GroupFormat
+from qlora_compile.kernels.formats.options import Option
+from qlora_compile.kernels.layout import Layout, Plane
+from qlora_compile.kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.gpu.decoders import Decoder, Side
+
+_BLOCK = 128
+_BLOCK_SHIFT = 7
+
+
+class Fp8Format(GroupFormat):
+    """value = float8 code * scale. Option `scale_per`: "row", "tensor" or "block" of 128 × 128.
+
+    The plane after the codes is `scales`, float32 [N], [], or [ceil(N / 128), ceil(K / 128)].
+    """
+
+    bits: ClassVar[int] = 8
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("scale_per", ("row", "tensor", "block"), "row"),
+    )
+    code_dtype: ClassVar[torch.dtype]
+
+    def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
+        return Layout.of(self.name, shape, **options)
+
+    def label(self, layout: Layout) -> str:
+        return f"{self.name} per {layout.named['scale_per']}"
+
+    def group_size(self, layout: Layout) -> int:
+        return _BLOCK if layout.named["scale_per"] == "block" else layout.shape[1]
+
+    def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
+        return _side_planes(layout)
+
+    def code_values(self, codes: Tensor) -> Tensor:
+        return codes.view(self.code_dtype).to(torch.float32)
+
+    def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        shape = _side_planes(packed.layout)[0].shape
+        scales = packed.planes["scales"].reshape(shape)
+        if len(shape) == 0:
+            return scales.repeat(stop - start, 1), None
+        if len(shape) == 1:
+            return scales[start:stop].unsqueeze(1), None
+        rows = torch.arange(start, stop, device=scales.device) >> _BLOCK_SHIFT
+        return scales[rows], None
+
+    def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
+        from qlora_compile.kernels.formats.gpu.groups import group_side
+
+        shift = {"row": 0, "tensor": 31, "block": _BLOCK_SHIFT}[layout.named["scale_per"]]
+        return group_side(
+            *(tensors[1], None, layout.shape[1], self.group_size(layout), tile_columns),
+            row_shift=shift,
+        )
+
+    def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
+        self._check_finite(weight, site)
+        rows, columns = weight.shape
+        per = layout.named["scale_per"]
+        parts = weight.split(_BLOCK)
+        if per == "tensor":
+            absmax = torch.stack([part.float().abs().max() for part in parts]).max()
+        elif per == "row":
+            absmax = torch.cat([part.float().abs().amax(1) for part in parts])
+        else:
+            absmax = torch.stack(
+                [
+                    torch.stack([block.float().abs().max() for block in part.split(_BLOCK, dim=1)])
+                    for part in parts
+                ]
+            )
+        largest = torch.finfo(self.code_dtype).max
+        scales = absmax / largest
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+        divisors = torch.where(scales > 0, scales, torch.inf)
+        for i, part in enumerate(parts):
+            n = slice(i * _BLOCK, i * _BLOCK + part.shape[0])
+            own = divisors
+            if per == "row":
+                own = divisors[n].unsqueeze(1)
+            elif per == "block":
+                own = divisors[i].repeat_interleave(_BLOCK)[:columns]
+            values = (part.float() / own).clamp_(-largest, largest)
+            codes[n] = values.to(self.code_dtype).view(torch.uint8)
+        return [codes, scales]
+
+
+class E4m3Format(Fp8Format):
+    name: ClassVar[str] = "fp8_e4m3"
+    code_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    cpu_kind: ClassVar[str] = group_decode.E4M3
+
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        from qlora_compile.kernels.formats.gpu.decoders import E4M3_DECODERS
+
+        return E4M3_DECODERS
+
+
+class E5m2Format(Fp8Format):
+    name: ClassVar[str] = "fp8_e5m2"
+    code_dtype: ClassVar[torch.dtype] = torch.float8_e5m2
+    cpu_kind: ClassVar[str] = group_decode.E5M2
+
+    def device_decoders(self) -> tuple[Decoder, ...]:
+        from qlora_compile.kernels.formats.gpu.decoders import E5M2_DECODERS
+
+        return E5M2_DECODERS
+
+
+@functools.lru_cache(maxsize=4096)
+def _side_planes(layout: Layout) -> tuple[Plane, ...]:
+    rows, columns = layout.shape
+    blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
+    shape = {"row": (rows,), "tensor": (), "block": blocks}[layout.named["scale_per"]]
+    return (Plane("scales", torch.float32, shape),)
+
+
+FP8_E4M3, FP8_E5M2 = E4m3Format(), E5m2Format()

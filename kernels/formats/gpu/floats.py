@@ -1,0 +1,126 @@
+"""Floats of 8 and 4 bits on the device, decoded by integer operations: exact on every target.
+
+Nothing is asked of the hardware's own 8-bit floats, which sm_80 and sm_86 lack and of which gfx942
+has other ones. Each code becomes the bits of a float16, whose conversion to float32 is exact,
+subnormal ones included. The functions are `scale` and `decode` of
+`qlora_compile.kernels.gpu.decoders`; factors and words are those of `groups`.
+"""
+
+# Inside kernels constexprs are plain values and tensors take operators: not as typed.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+from qlora_compile.kernels.formats.gpu.decode import grouped, join4, join8
+
+
+@triton.jit
+def e5m2_halves(codes):
+    return codes << 8
+
+
+@triton.jit
+def e4m3_halves(codes):
+    """2**8 times too small, as exponents are biased by 7 and not by 15. All bits set are NaN."""
+    size = codes & 0x7F
+    return ((codes & 0x80) << 8) | tl.where(size == 0x7F, 0x7E00, size << 7)
+
+
+@triton.jit
+def e2m1_halves(codes):
+    """2**14 times too small, as exponents are biased by 1 and not by 15."""
+    return ((codes & 8) << 12) | ((codes & 7) << 9)
+
+
+@triton.jit
+def float_of_halves(halves, WEIGHT: tl.constexpr):
+    """float32 of the bits of float16, times WEIGHT, a power of two: exact."""
+    return halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * WEIGHT
+
+
+@triton.jit
+def plain_scales(loaded, side, state, SIDE: tl.constexpr):
+    return loaded[0]
+
+
+@triton.jit
+def powers_of_two(loaded, side, state, SIDE: tl.constexpr):
+    """float32 of e8m0 bytes, which are the bits of an exponent but for 2**-127 and NaN."""
+    codes = loaded[0].to(tl.int32)
+    bits = tl.where(codes == 0, 0x00400000, codes << 23)
+    return tl.where(codes == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def prepare_whole(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
+    """The scale of the whole tensor."""
+    return tl.load(side.whole)
+
+
+@triton.jit
+def scales_of_scales(loaded, side, state, SIDE: tl.constexpr):
+    """e4m3 scales times that of the tensor."""
+    return float_of_halves(e4m3_halves(loaded[0].to(tl.int32)), 256.0) * state
+
+
+# fmt: off
+@triton.jit
+def decode_bytes(
+    words, scales, HALVES: tl.constexpr, WEIGHT: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    words, scales = grouped(words, scales)
+    values = join4(
+        (float_of_halves(HALVES(words & 255), WEIGHT) * scales).to(DTYPE),
+        (float_of_halves(HALVES((words >> 8) & 255), WEIGHT) * scales).to(DTYPE),
+        (float_of_halves(HALVES((words >> 16) & 255), WEIGHT) * scales).to(DTYPE),
+        (float_of_halves(HALVES((words >> 24) & 255), WEIGHT) * scales).to(DTYPE),
+    )
+    return tl.reshape(values, (ROWS, COLUMNS))
+
+
+# fmt: off
+@triton.jit
+def decode_e4m3(
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    return decode_bytes(words, scales, e4m3_halves, 256.0, DTYPE, ROWS, COLUMNS)
+
+
+# fmt: off
+@triton.jit
+def decode_e5m2(
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    return decode_bytes(words, scales, e5m2_halves, 1.0, DTYPE, ROWS, COLUMNS)
+
+
+@triton.jit
+def e2m1_value(words, SHIFT: tl.constexpr, scales, DTYPE: tl.constexpr):
+    return (float_of_halves(e2m1_halves(words >> SHIFT), 16384.0) * scales).to(DTYPE)
+
+
+# fmt: off
+@triton.jit
+def decode_e2m1(
+    words, scales, state, PROGRAM: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    # fmt: on
+    words, scales = grouped(words, scales)
+    values = join8(
+        e2m1_value(words, 0, scales, DTYPE),
+        e2m1_value(words, 4, scales, DTYPE),
+        e2m1_value(words, 8, scales, DTYPE),
+        e2m1_value(words, 12, scales, DTYPE),
+        e2m1_value(words, 16, scales, DTYPE),
+        e2m1_value(words, 20, scales, DTYPE),
+        e2m1_value(words, 24, scales, DTYPE),
+        e2m1_value(words, 28, scales, DTYPE),
+    )
+    return tl.reshape(values, (ROWS, COLUMNS))
