@@ -60,6 +60,12 @@ class GroupFormat(QuantFormat):
         """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
         contiguous; no zeros where all are `symmetric_zero`."""
 
+    def stored_factors(
+        self, packed: PackedWeight, start: int, stop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """`factors` as they are stored, where the decoder for CPUs reads them so."""
+        return self.factors(packed, start, stop)
+
     @abstractmethod
     def code_values(self, codes: Tensor) -> Tensor:
         """float32 v of every code, uint8 of any shape."""
@@ -88,7 +94,7 @@ class GroupFormat(QuantFormat):
     def _write_rows(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
         rows, columns = packed.shape
         if group_decode.writes(out):
-            scales, zeros = self.factors(packed, start, stop)
+            scales, zeros = self.stored_factors(packed, start, stop)
             codes = packed.codes.reshape(rows, -1)[start:stop]
             group_decode.write_rows(
                 *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),

@@ -80,14 +80,23 @@ class IntegerFormat(GroupFormat):
         return codes.to(torch.float32)
 
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        scales, zeros = (
-            packed.planes[name].reshape(packed.shape[0], -1)[start:stop].to(torch.float32)
-            if name in packed.planes
-            else None
-            for name in ("scales", "zeros")
-        )
-        assert scales is not None
-        return scales, zeros
+        scales, zeros = self._factor_planes(packed, start, stop)
+        return scales.to(torch.float32), None if zeros is None else zeros.to(torch.float32)
+
+    def _factor_planes(
+        self, packed: PackedWeight, start: int, stop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = packed.shape[0]
+        scales, zeros = packed.planes["scales"], packed.planes.get("zeros")
+        own = scales.reshape(rows, -1)[start:stop]
+        return own, None if zeros is None else zeros.reshape(rows, -1)[start:stop]
+
+    def stored_factors(
+        self, packed: PackedWeight, start: int, stop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        if packed.planes["scales"].dtype == torch.float16:
+            return self.factors(packed, start, stop)
+        return self._factor_planes(packed, start, stop)
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         refine = options["refine"]

@@ -76,6 +76,11 @@ class Mxfp4Format(E2m1Format):
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         return _powers(packed.planes["scales"].reshape(packed.shape[0], -1)[start:stop]), None
 
+    def stored_factors(
+        self, packed: PackedWeight, start: int, stop: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return packed.planes["scales"].reshape(packed.shape[0], -1)[start:stop], None
+
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         self._check_finite(weight, site)
         return self._by_rows(weight, self._encoded_rows)

@@ -173,11 +173,26 @@ static inline void decode_group(
 
 _KINDS = {INTEGER: 0, E4M3: 1, E5M2: 2}
 
+_FACTORS = {"F32": 0, "BF16": 1, "U8": 2, "POWER": 3}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
 _ROWS = r"""
+static inline float factor(const uint8_t* factors, int64_t type, int64_t at) {
+  if (type == F32) return reinterpret_cast<const float*>(factors)[at];
+  if (type == BF16) return load(reinterpret_cast<const uint16_t*>(factors) + at);
+  if (type == U8) return factors[at];
+  // A power of two, whose byte is the bits of an exponent but for 2**-127 and NaN.
+  const uint32_t byte = factors[at];
+  const uint32_t bits = byte == 0 ? 0x00400000 : byte == 255 ? 0x7FC00000 : byte << 23;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 extern "C" void kernel(
-    const uint8_t* codes, const float* values, const float* scales, const float* zeros,
-    int64_t kind, int64_t zero_step, int64_t rows, int64_t columns, int64_t size, int64_t threads,
-    TYPE* out) {
+    const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
+    int64_t scale_type, int64_t zero_type, int64_t kind, int64_t zero_step, int64_t rows,
+    int64_t columns, int64_t size, int64_t threads, TYPE* out) {
   const int64_t groups = (columns + size - 1) / size;
   const int64_t row_bytes = (columns * BITS + 7) / 8;
   // What no core's cache holds goes to memory without being read from there first.
@@ -189,8 +204,9 @@ extern "C" void kernel(
       const int64_t first = g * size, at = r * groups + g;
       const int64_t count = columns - first < size ? columns - first : size;
       decode_group(
-          codes + r * row_bytes + first * BITS / 8, count, kind, values, zeros[zero_step * at],
-          scales[at], streams, out + r * columns + first);
+          codes + r * row_bytes + first * BITS / 8, count, kind, values,
+          factor(zeros, zero_type, zero_step * at), factor(scales, scale_type, at), streams,
+          out + r * columns + first);
     }
 }
 """.replace("STREAMED", str(4 << 20))
@@ -220,14 +236,25 @@ def write_rows(
 
     kind: what codes are, NIBBLES of 4 bits, others of 8. codes: uint8 [rows, K] or, of 4 bits,
     [rows, ceil(K / 2)], contiguous as all of these tensors are. values: float32 [256] or [16].
-    scales, zeros: float32 [rows, groups], of groups of `size` columns, which begin with a byte;
-    without `zeros` every one is `symmetric_zero`. out: of a dtype in TYPES.
+    scales, zeros: [rows, groups], of groups of `size` columns, which begin with a byte; float32,
+    bfloat16 or, of zeros, uint8 numbers, while scales of uint8 are e8m0, as in MXFP4. Without
+    `zeros` every one is `symmetric_zero`. out: of a dtype in TYPES.
     """
     step = int(zeros is not None)
     if zeros is None:
         zeros = _constant(symmetric_zero)
     rows, columns = out.shape
-    sizes = (_KINDS.get(kind, 0), step, rows, columns, min(size, columns), torch.get_num_threads())
+    scale_type = _FACTORS["POWER" if scales.dtype == torch.uint8 else _NAMES[scales.dtype]]
+    types = (scale_type, _FACTORS[_NAMES[zeros.dtype]])
+    sizes = (
+        *types,
+        _KINDS.get(kind, 0),
+        step,
+        rows,
+        columns,
+        min(size, columns),
+        torch.get_num_threads(),
+    )
     kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
     kernel(codes, values, scales, zeros, *sizes, out)
 
@@ -242,8 +269,9 @@ def _constant(value: float) -> Tensor:
 def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
     """Return the source for results of `dtype`, and the types of its arguments."""
     code = (_NIBBLES if nibbles else _BYTES) + _ROWS
-    names = _KINDS | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
+    names = _KINDS | _FACTORS | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
     for name, meant in names.items():
         code = re.sub(rf"\b{name}\b", str(meant), code)
-    arguments = ("const uint8_t*", *["const float*"] * 3, *["int64_t"] * 6, f"{TYPES[dtype]}*")
+    pointers = ("const uint8_t*", "const float*", "const uint8_t*", "const uint8_t*")
+    arguments = (*pointers, *["int64_t"] * 8, f"{TYPES[dtype]}*")
     return code, arguments
