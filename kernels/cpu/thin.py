@@ -10,9 +10,9 @@ from qlora_compile.kernels.cpu.native import NativeKernel
 
 _KERNEL = NativeKernel(
     sources=(
-        ("amx", ("tiles", "tiles_amx", "thin_amx")),
-        ("avx512", ("vectors", "thin")),
-        ("avx2", ("vectors", "thin")),
+        ("amx", ("tiles", "tiles_amx", "thin_amx", "thin_kernel")),
+        ("avx512", ("vectors", "thin", "thin_kernel")),
+        ("avx2", ("vectors", "thin", "thin_kernel")),
     ),
     arguments=(
         *("int64_t", "uint16_t*", "int64_t", "int64_t", "int64_t"),
@@ -65,7 +65,7 @@ def _run(
     out: Tensor,
     scaling: float = 1.0,
 ) -> None:
-    """As thin.cpp tells of each `operation`."""
+    """Run an `operation` of thin_kernel.cpp."""
     kernel = _KERNEL.function()
     assert kernel is not None
     threads = torch.get_num_threads()

@@ -52,15 +52,17 @@ def ratios(seconds: Mapping[int, Sequence[float]], index: int, over: int) -> lis
     return [theirs / mine for theirs, mine in pairs]
 
 
-def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return what holds the median of such values with CONFIDENCE; None for too few values.
+def interval_of_median(
+    values: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Return what holds the median of such values with `confidence`; None for too few values.
 
     Order statistics bound it (a sign test inverted), so no shape of the noise is assumed.
     """
     ordered, count = sorted(values), len(values)
     # The largest rank that leaves at most half of the rest of a fair coin's throws on either side.
     rank, chance = 0, 0.5**count
-    while chance <= (1 - CONFIDENCE) / 2:
+    while chance <= (1 - confidence) / 2:
         rank += 1
         chance += 0.5**count * math.comb(count, rank)
     return (ordered[rank - 1], ordered[-rank]) if rank else None

@@ -23,7 +23,7 @@ SOURCES = {
     "softmax": softmax._SOURCE,
     "thin": VECTORISED
     + BFLOAT16
-    + "".join((FOLDER / f"{each}.cpp").read_text() for each in ("vectors", "thin")),
+    + "".join((FOLDER / f"{each}.cpp").read_text() for each in ("vectors", "thin", "thin_kernel")),
 }
 
 

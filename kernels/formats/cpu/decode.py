@@ -33,6 +33,11 @@ static inline __m512i rounded(__m512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
 }
+static inline void store(uint16_t* out, __m512 values) {
+  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
+}
+static inline void store(float* out, __m512 values) { _mm512_storeu_ps(out, values); }
 #elif defined(__AVX2__)
 #include <immintrin.h>
 
@@ -207,14 +212,6 @@ _INTEGERS = (
     VECTORISED
     + ROUNDING
     + r"""
-#if defined(__AVX512BW__)
-static inline void store(uint16_t* out, __m512 values) {
-  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
-}
-static inline void store(float* out, __m512 values) { _mm512_storeu_ps(out, values); }
-#endif
-
 extern "C" void kernel(
     const int8_t* codes, const float* scales, int64_t blocks, int64_t size, int64_t threads,
     TYPE* out) {

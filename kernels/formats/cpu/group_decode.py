@@ -126,12 +126,6 @@ _BYTES = (
     + ROUNDING
     + r"""
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-static inline void store(uint16_t* out, __m512 values) {
-  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
-}
-static inline void store(float* out, __m512 values) { _mm512_storeu_ps(out, values); }
-
 // The values of sixteen codes. An 8-bit float is a float16 with fewer bits: that of e5m2 as it is,
 // that of e4m3, whose exponents are biased by 7 and not by 15, 2**8 times too small; its only NaN
 // has all bits set.
