@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
-from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight, stems
+from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight, named, stems
 from qlora_compile.hf.packings import bitsandbytes
+from qlora_compile.hf.packings.bitsandbytes import FORMATS_OF_4_BITS
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
-from qlora_compile.kernels.packed import PackedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
 _NESTED = ("nested_absmax", "nested_quant_map")
@@ -25,9 +24,10 @@ class BitsAndBytesCheckpoint(Source):
     8-bit one "NAME.SCB"."""
 
     method: ClassVar[str] = "bitsandbytes"
+    beside: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in FORMATS_OF_4_BITS)
 
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
-        for kind in bitsandbytes.FORMATS_OF_4_BITS:
+        for kind in FORMATS_OF_4_BITS:
             for name in stems(folder, _STATE + kind):
                 yield _weight_of_4_bits(folder, name, name + _STATE + kind)
         for stem in stems(folder, ".SCB"):
@@ -38,25 +38,15 @@ class BitsAndBytesCheckpoint(Source):
             if (order := f"{stem}.weight_format") in folder.tensors:
                 folder.check(order, dtypes=(torch.uint8,), shape=())
                 tensors["weight_format"] = order
-            yield StoredWeight(name, tensors, (rows, columns))
-
-    def packed(
-        self, weight: StoredWeight, tensors: Mapping[str, Tensor], settings: Settings
-    ) -> PackedWeight:
-        if "SCB" in tensors:
-            return bitsandbytes.packed_8bit(tensors)
-        return bitsandbytes.packed_4bit(bitsandbytes.State4bit.read(tensors["state"]), tensors)
+            yield StoredWeight(name, tensors, (rows, columns), bitsandbytes.packed_8bit)
 
 
 def _weight_of_4_bits(folder: CheckpointFolder, name: str, state_name: str) -> StoredWeight:
     folder.check(state_name, dtypes=(torch.uint8,), shape=(None,))
-    try:
+    with named(folder, {"state": state_name}):
         state = bitsandbytes.State4bit.read(folder.read(state_name))
-    except StoredWeightError as error:
-        problem, remedy = str(error.fields["problem"]), str(error.fields["remedy"])
-        raise folder.error(state_name, problem, remedy) from error
     roles = ("absmax", "quant_map", *(_NESTED if state.offset is not None else ()))
-    tensors = {"weight": name, "state": state_name} | {role: f"{name}.{role}" for role in roles}
+    tensors = {"weight": name} | {role: f"{name}.{role}" for role in roles}
     count = math.prod(state.shape)
     blocks = -(-count // state.block_size)
     nested = state.offset is not None
@@ -71,4 +61,4 @@ def _weight_of_4_bits(folder: CheckpointFolder, name: str, state_name: str) -> S
         folder.check(tensors["nested_quant_map"], dtypes=float32, shape=(256,))
         outer = -(-blocks // NESTED_BLOCK_SIZE)
         folder.check(tensors["nested_absmax"], dtypes=float32, shape=(outer,))
-    return StoredWeight(name, tensors, state.shape)
+    return StoredWeight(name, tensors, state.shape, partial(bitsandbytes.packed_4bit, state))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ def quantization_settings(config: Any) -> Settings | None:
     found: Any = getattr(config, "quantization_config", None)
     if found is None and hasattr(config, "get_text_config"):
         found = getattr(config.get_text_config(), "quantization_config", None)
-    return found.to_dict() if hasattr(found, "to_dict") else found
+    return found if found is None or isinstance(found, Mapping) else found.to_dict()
 
 
 def read_model(
@@ -68,7 +68,7 @@ def read_model(
             problem=problem,
             remedy=remedy,
         ) from error
-    direct = Direct(folder, source, settings, stored, dtype, torch.device(device))
+    direct = Direct(folder, source, stored, dtype, torch.device(device))
     model, info = model_class.from_pretrained(
         None,
         config=_plain(config),
@@ -103,12 +103,11 @@ class Direct:
         self,
         folder: CheckpointFolder,
         source: Source,
-        settings: Settings,
         weights: Sequence[StoredWeight],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.folder, self.source, self.settings = folder, source, settings
+        self.folder, self.source = folder, source
         self.weights, self.dtype, self.device = weights, dtype, device
         packed = {name for weight in weights for name in weight.tensors.values()}
         self.rest: dict[str, Lazy] = {
@@ -125,11 +124,8 @@ class Direct:
     def __deepcopy__(self, memo: dict[int, Any]) -> Direct:
         return self  # transformers copies the configuration that this travels in
 
-    def read(self, weight: StoredWeight) -> PackedWeight:
-        return self.source.read(self.folder, weight, self.settings)
-
     def _decoded(self, weight: StoredWeight) -> Tensor:
-        packed = self.read(weight)
+        packed = weight.read(self.folder)
         return format_named(packed.format).dequantize(packed, self.dtype).view(weight.shape)
 
 
@@ -147,7 +143,7 @@ class DirectReader(HfQuantizer):
     quantization_config: Any
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
     def is_serializable(self) -> Any:
@@ -213,7 +209,7 @@ def _take_out(model: Any, target: Target) -> None:
 
 def _put_in(model: Any, target: Target, direct: Direct) -> None:
     """Raises CheckpointError."""
-    weights = [direct.read(piece) for piece in target.pieces]
+    weights = [piece.read(direct.folder) for piece in target.pieces]
     packed = weights[0]
     if len(weights) > 1:
         packed = format_named(packed.format).stacked(weights)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,20 +26,38 @@ class StoredWeight:
     name: the name that the weight would have in a checkpoint that is not quantised, such as
     "model.layers.0.mlp.up_proj.weight". tensors: the names of the tensors that store it, by role,
     such as {"scales": "model.layers.0.mlp.up_proj.scales"}. shape: [N, K], or [E, N, K] for the
-    weights of all experts of a layer in one.
+    weights of all experts of a layer in one. pack: makes a PackedWeight [N, K], or [E * N, K], of
+    the tensors by role, and raises StoredWeightError if their values cannot be read.
     """
 
     name: str
     tensors: Mapping[str, str]
     shape: tuple[int, ...]
+    pack: Callable[[Mapping[str, Tensor]], PackedWeight]
+
+    def read(self, folder: CheckpointFolder) -> PackedWeight:
+        """Read and pack the weight. Raises CheckpointError."""
+        tensors = {role: folder.read(name) for role, name in self.tensors.items()}
+        with named(folder, self.tensors, self.name):
+            return self.pack(tensors)
+
+
+@contextmanager
+def named(folder: CheckpointFolder, tensors: Mapping[str, str], name: str = "") -> Iterator[None]:
+    """Make a StoredWeightError of the body a CheckpointError, which names the file and the tensor.
+
+    tensors: names by role. name: of the weight, for an error about another role.
+    """
+    try:
+        yield
+    except StoredWeightError as error:
+        tensor = tensors.get(str(error.fields["tensor"]), name)
+        problem, remedy = str(error.fields["problem"]), str(error.fields["remedy"])
+        raise folder.error(tensor, problem, remedy) from error
 
 
 class Source(ABC):
-    """Reader of the checkpoints of one `quant_method`; without state.
-
-    `weights` looks at headers alone, and reads what little it needs to know shapes. `packed` gets
-    the tensors.
-    """
+    """Reader of the checkpoints of one `quant_method`; without state."""
 
     method: ClassVar[str]
     """The `quant_method` of the checkpoints it reads."""
@@ -49,33 +68,10 @@ class Source(ABC):
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
         """Yield every weight that is stored packed; modules that the settings exclude have none.
 
-        Raises CheckpointError if a tensor is missing or has the wrong shape or dtype, and
-        StoredWeightError if the settings say something that cannot be read.
+        This looks at headers alone, and reads what little tells a shape. Raises CheckpointError if
+        a tensor is missing or has the wrong shape or dtype, and StoredWeightError if the settings
+        say something that cannot be read.
         """
-
-    @abstractmethod
-    def packed(
-        self, weight: StoredWeight, tensors: Mapping[str, Tensor], settings: Settings
-    ) -> PackedWeight:
-        """Make a PackedWeight [N, K], or [E * N, K], of the tensors of `weight`, by role.
-
-        Raises StoredWeightError if their values cannot be read.
-        """
-
-    def read(
-        self, folder: CheckpointFolder, weight: StoredWeight, settings: Settings
-    ) -> PackedWeight:
-        """Read one weight. Raises CheckpointError."""
-        tensors = {role: folder.read(name) for role, name in weight.tensors.items()}
-        try:
-            return self.packed(weight, tensors, settings)
-        except StoredWeightError as error:
-            role = str(error.fields["tensor"])
-            raise folder.error(
-                weight.tensors.get(role, weight.name),
-                str(error.fields["problem"]),
-                str(error.fields["remedy"]),
-            ) from error
 
 
 def stems(folder: CheckpointFolder, marker: str) -> Iterator[str]:

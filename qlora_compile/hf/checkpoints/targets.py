@@ -66,8 +66,12 @@ def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
     elsewhere have no target.
     """
     modules = dict(model.named_modules())
+    ties = model.all_tied_weights_keys
+    tied = {*ties, *ties.values()}
     sites = experts.sites(modules)
     for name, parts in _parts(model, weights).items():
+        if name in tied:
+            continue
         path, _, parameter = name.rpartition(".")
         module = modules.get(path)
         site = sites.get(name)
