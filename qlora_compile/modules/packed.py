@@ -32,11 +32,12 @@ class PackedModule(nn.Module):
     All planes are frozen Parameters of integers: `weight` the codes, the others under their own
     names, floating-point ones by their bytes (`as_bytes`), and the Layout in a last one. So
     whatever shards, gathers, moves or saves Parameters does so with all of them, and nothing casts
-    them.
-    `weight_dtype` is the dtype of the weight that was packed.
+    them. `weight_dtype` is the dtype of the weight that was packed. `origin` says where the packed
+    weight comes from, for reports.
     """
 
     weight_dtype: torch.dtype
+    origin: str = "quantised here"
 
     @property
     @abstractmethod
