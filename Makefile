@@ -22,7 +22,7 @@ LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 
 .PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-scaling device device-wheels device-dry wheel setup clean
+	bench-host bench-scaling device device-wheels device-dry wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -64,6 +64,9 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-host: setup
+	$(BIN)/python -m bench.host
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
