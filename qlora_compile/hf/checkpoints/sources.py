@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from qlora_compile.hf.checkpoints.bitsandbytes import BitsAndBytesCheckpoint
+from qlora_compile.hf.checkpoints.compressed_tensors import CompressedTensorsCheckpoint
+from qlora_compile.hf.checkpoints.fp8 import Fp8Checkpoint
+from qlora_compile.hf.checkpoints.modelopt import ModelOptCheckpoint
+from qlora_compile.hf.checkpoints.mxfp4 import Mxfp4Checkpoint
 from qlora_compile.hf.checkpoints.source import Settings, Source
 
-SOURCES: tuple[Source, ...] = (BitsAndBytesCheckpoint(),)
+SOURCES: tuple[Source, ...] = (
+    BitsAndBytesCheckpoint(),
+    Fp8Checkpoint(),
+    Mxfp4Checkpoint(),
+    CompressedTensorsCheckpoint(),
+    ModelOptCheckpoint(),
+)
 
 
 def source_of(settings: Settings) -> Source | None:
