@@ -14,12 +14,16 @@ LONGEST_FILE = 320
 
 ORDER = (
     ("errors",),
-    ("kernels", "adapter_errors", "expert_errors", "row_errors", "outputs", "text_table"),
+    (
+        *("kernels", "adapter_errors", "expert_errors", "row_errors", "saving_errors"),
+        *("outputs", "text_table", "registration"),
+    ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
     ("weight_reads",),
     ("sites",),
+    ("quantizer",),
     ("verify",),
     ("capture",),
     ("adopt",),

@@ -159,13 +159,19 @@ def pack(
             site=name,
             **options,
         )
-        delattr(site.module, site.parameter)
-        place(site.module, site.parameter, packed)
-        # PEFT finds the parameters that it adapts by this method of the module that has them.
-        named: Any = partial(_parameters, site.module)
-        named.__func__ = _parameters  # Dynamo takes it for a bound method
-        site.module.named_parameters = named
-        site.module.requires_grad_(False)
+        replace(site.module, site.parameter, packed)
+
+
+def replace(module: nn.Module, name: str, packed: PackedExperts) -> None:
+    """Let a packed weight take the place of the Parameter `name` of an experts module; freeze the
+    module."""
+    delattr(module, name)
+    place(module, name, packed)
+    # PEFT finds the parameters that it adapts by this method of the module that has them.
+    named: Any = partial(_parameters, module)
+    named.__func__ = _parameters  # Dynamo takes it for a bound method
+    setattr(module, "named_parameters", named)  # noqa: B010
+    module.requires_grad_(False)
 
 
 def place(module: nn.Module, name: str, packed: PackedExperts) -> None:

@@ -15,7 +15,7 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 
-_LAYOUT = "packed_layout"
+LAYOUT = "packed_layout"
 """The name of the buffer that stores the Layout in a state dict, as `Layout.to_tensor` makes it."""
 
 
@@ -41,7 +41,7 @@ class PackedModule(nn.Module):
         self.weight = nn.Parameter(packed.planes[codes], requires_grad=False)
         for name in self.side_names:
             self.register_buffer(name, packed.planes[name])
-        self.register_buffer(_LAYOUT, packed.layout.to_tensor().to(self.weight.device))
+        self.register_buffer(LAYOUT, packed.layout.to_tensor().to(self.weight.device))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -99,7 +99,7 @@ class PackedModule(nn.Module):
         Raises StoredLayoutError, before any of them changes, if the state dict's weight has another
         Layout. State dicts of older versions have no Layout, and none is missed.
         """
-        key = prefix + _LAYOUT
+        key = prefix + LAYOUT
         if key in state_dict and (stored := Layout.from_tensor(state_dict[key])) != Layout.parse(
             self.layout
         ):
