@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_compile.registration import register
 
 if TYPE_CHECKING:
-    from qlora_compile.api import explain, optimize
+    from qlora_compile.api import explain, load, optimize
     from qlora_compile.hf.saving.save import save
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.quantizer import QloraCompileConfig
@@ -20,11 +20,13 @@ __all__ = [
     "Report",
     "__version__",
     "explain",
+    "load",
     "optimize",
     "save",
 ]
 
 _HOMES = {
+    "load": "api",
     "optimize": "api",
     "explain": "api",
     "Report": "report",

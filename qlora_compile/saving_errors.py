@@ -39,10 +39,6 @@ class SaveOptionError(QloraCompileError, TypeError):
     template = "save_pretrained({option}=…) has no meaning for a packed model; leave {option} out"
 
 
-class PackedFolderError(QloraCompileError, ValueError):
-    template = "{file}: {problem}; save the model again"
-
-
 class PackedFolderVersionError(QloraCompileError, ValueError):
     template = (
         "the folder is of version {value!r} of the packed format, not {known}; use the release "

@@ -15,8 +15,15 @@ LONGEST_FILE = 320
 ORDER = (
     ("errors",),
     (
-        *("kernels", "adapter_errors", "expert_errors", "row_errors", "saving_errors"),
-        *("outputs", "text_table", "registration"),
+        "kernels",
+        "adapter_errors",
+        "checkpoint_errors",
+        "expert_errors",
+        "row_errors",
+        "outputs",
+        "text_table",
+        "saving_errors",
+        "registration",
     ),
     ("passes", "tuning"),
     ("modules",),

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora_compile.hf import experts, parameter_counts
+from qlora_compile.hf.checkpoints.packed import place_linear
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear, features
-from qlora_compile.hf.saving import packed_folder
 from qlora_compile.hf.saving.packed_folder import PackedFolder
 from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.formats.options import DOUBLE
@@ -38,7 +38,7 @@ class Packing:
         self._linears = {f"{name}.weight": type(linear) for name, linear in linears.items()}
         for name, linear in linears.items():
             layout = self._format.layout(features(linear), **self._options)
-            packed_folder.place_linear(model, name, as_linear(linear), layout)
+            place_linear(model, name, as_linear(linear), layout)
 
     def __contains__(self, name: str) -> bool:
         return name in self._linears or name in self._experts
@@ -63,7 +63,8 @@ class Packing:
                 site=name,
                 **self._options,
             )
-            experts.replace(site.module, site.parameter, packed)
+            delattr(site.module, site.parameter)
+            experts.settle(site.module, site.parameter, packed)
             for module in (*packed.modules(), site.module):
                 module._is_hf_initialized = True  # pyright: ignore
             return {}
@@ -76,7 +77,6 @@ class Packing:
 
 def finish(model: nn.Module) -> None:
     """Complete a model whose packed weights transformers has loaded."""
-    packed_folder.check(model)
     sites = experts.sites(dict(model.named_modules())).values()
     packed = [site for site in sites if isinstance(site.weight, PackedExperts)]
     for site in packed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,9 +87,7 @@ class PackingQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         # The only one of transformers' hooks that sees the config before files are looked for.
         if self.pre_quantized:
-            from qlora_compile.hf.saving.packed_folder import INDEX
-
-            config.transformers_weights = INDEX
+            config.transformers_weights = f"{METHOD}.safetensors.index.json"
         return config
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
@@ -100,9 +99,10 @@ class PackingQuantizer(HfQuantizer):
     ) -> Any:
         # Imported here: this module is imported by transformers' own import, before PEFT can be.
         if self.pre_quantized:
-            from qlora_compile.hf.saving import packed_folder
+            from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+            from qlora_compile.hf.checkpoints.packed import prepare
 
-            packed_folder.prepare(model, checkpoint_files)
+            prepare(model, CheckpointFolder(Path(checkpoint_files[0]).parent, METHOD))
         else:
             from qlora_compile.hf.packing import Packing
 

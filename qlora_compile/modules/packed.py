@@ -24,10 +24,12 @@ class PackedModule(nn.Module):
 
     `weight` is a frozen Parameter of integers, the codes. The other planes are buffers under their
     own names, and the Layout is a buffer too. `weight_dtype` is the dtype of the weight that was
-    packed. Planes keep their dtypes when the module is cast.
+    packed. Planes keep their dtypes when the module is cast. `origin` says where the packed weight
+    comes from, for reports.
     """
 
     weight_dtype: torch.dtype
+    origin: str = "quantised here"
 
     @property
     @abstractmethod
