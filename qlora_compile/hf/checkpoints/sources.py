@@ -7,6 +7,7 @@ from qlora_compile.hf.checkpoints.compressed_tensors import CompressedTensorsChe
 from qlora_compile.hf.checkpoints.fp8 import Fp8Checkpoint
 from qlora_compile.hf.checkpoints.modelopt import ModelOptCheckpoint
 from qlora_compile.hf.checkpoints.mxfp4 import Mxfp4Checkpoint
+from qlora_compile.hf.checkpoints.packed import PackedCheckpoint
 from qlora_compile.hf.checkpoints.source import Settings, Source
 
 SOURCES: tuple[Source, ...] = (
@@ -15,6 +16,7 @@ SOURCES: tuple[Source, ...] = (
     Mxfp4Checkpoint(),
     CompressedTensorsCheckpoint(),
     ModelOptCheckpoint(),
+    PackedCheckpoint(),
 )
 
 
