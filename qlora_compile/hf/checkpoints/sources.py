@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from qlora_compile.hf.checkpoints.awq import AwqCheckpoint
 from qlora_compile.hf.checkpoints.bitsandbytes import BitsAndBytesCheckpoint
+from qlora_compile.hf.checkpoints.gptq import GptqCheckpoint
+from qlora_compile.hf.checkpoints.hqq import HqqCheckpoint
 from qlora_compile.hf.checkpoints.source import Settings, Source
 
-SOURCES: tuple[Source, ...] = (BitsAndBytesCheckpoint(),)
+SOURCES: tuple[Source, ...] = (
+    BitsAndBytesCheckpoint(),
+    GptqCheckpoint(),
+    AwqCheckpoint(),
+    HqqCheckpoint(),
+)
 
 
 def source_of(settings: Settings) -> Source | None:
