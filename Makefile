@@ -22,7 +22,7 @@ LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 
 .PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-scaling device device-wheels device-dry wheel setup clean
+	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -64,6 +64,9 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-host: setup
+	$(BIN)/python -m bench.host
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
@@ -108,6 +111,10 @@ $(PEERS): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
 
+# Warnings are errors. The pages are in docs/_build/html.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 wheel: setup
 	rm -rf build dist
 	$(BIN)/python -m build
@@ -130,5 +137,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Everything the other targets make, except .venv, .venv-device and .device.
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
