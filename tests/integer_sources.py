@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -103,6 +106,28 @@ def hqq(bits: int, group_size: int) -> IntegerSource:
     return IntegerSource({"quant_method": "hqq", "quant_config": config}, store)
 
 
+def compressed(bits: int, strategy: str, symmetric: bool) -> IntegerSource:
+    size = GROUP if strategy == "group" else None
+    options: Any = {"num_bits": bits, "type": "int", "strategy": strategy, "group_size": size}
+    args = QuantizationArgs(**options, symmetric=symmetric)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = PackedQuantizationCompressor if bits < 8 else IntQuantizationCompressor
+    name = "pack-quantized" if bits < 8 else "int-quantized"
+
+    def store(weight: Tensor) -> Stored:
+        rows, groups = weight.shape[0], 1 if size is None else weight.shape[1] // size
+        plain = {"weight": weight, "weight_scale": torch.rand(rows, groups) * 0.02 + 0.001}
+        if not symmetric:
+            zeros = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, groups))
+            plain["weight_zero_point"] = zeros.to(torch.int8)
+        tensors = compressor.compress(plain, scheme)
+        return Stored(tensors, compressor.decompress(tensors, scheme)["weight"])
+
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json")}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    return IntegerSource(settings | {"format": name, "ignore": ["lm_head"]}, store)
+
+
 SOURCES = {
     "gptq v1": gptq(4, 1, act_order=False),
     "gptq v2 act-order": gptq(4, 2, act_order=True),
@@ -111,6 +136,9 @@ SOURCES = {
     "awq": awq(),
     "hqq": hqq(4, 64),
     "hqq 2 bits": hqq(2, 32),
+    "compressed-tensors": compressed(4, "group", symmetric=False),
+    "compressed-tensors 3 bits": compressed(3, "channel", symmetric=True),
+    "compressed-tensors 8 bits": compressed(8, "channel", symmetric=False),
 }
 
 

@@ -10,7 +10,7 @@ from qlora_compile.hf.bases.bitsandbytes import BitsAndBytes
 from qlora_compile.hf.bases.compressed_integers import CompressedIntegers
 from qlora_compile.hf.bases.gptq import Gptq
 from qlora_compile.hf.bases.hqq import Hqq
-from qlora_compile.hf.bases.torchao import TorchaoIntegers
+from qlora_compile.hf.bases.torchao_integers import TorchaoIntegers
 
 BASES: tuple[Base, ...] = (
     BitsAndBytes(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,10 @@ class IntegerScheme:
     bits: int
     group_size: int | None
     symmetric: bool
+
+    def groups(self, columns: int) -> int:
+        """Return how many groups so many columns have."""
+        return 1 if self.group_size is None else -(-columns // self.group_size)
 
     @classmethod
     def read(cls, weights: Mapping[str, Any]) -> IntegerScheme:
@@ -60,7 +63,7 @@ def packed(
     (rows, columns), bits = shape, scheme.bits
     middle = 2 ** (bits - 1)
     group_size = scheme.group_size or columns
-    groups = math.ceil(columns / group_size)
+    groups = scheme.groups(columns)
     scales = tensors["scales"]
     scales = scales.reshape(1, 1).expand(rows, 1) if scales.numel() == 1 else scales
     zeros: Tensor | int = middle

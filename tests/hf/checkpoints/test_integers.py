@@ -18,7 +18,7 @@ from tests.toy_models import tokens, toy
 
 __all__ = ["without_inductor"]
 
-TRAINED = [*SOURCES] if LONG else ["gptq v2 act-order", "awq", "hqq"]
+TRAINED = [*SOURCES] if LONG else ["gptq v2 act-order", "awq", "hqq", "compressed-tensors"]
 
 
 def written(folder: Path, name: str) -> Any:

@@ -21,7 +21,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor
 from torchao.quantization.quant_primitives import MappingType
 
 from qlora_compile.checkpoint_errors import StoredWeightError
-from qlora_compile.hf.packings import awq, hqq, pack_quantized, torchao
+from qlora_compile.hf.packings import awq, hqq, pack_quantized, torchao_integers
 from qlora_compile.hf.packings import gguf as blocks
 from qlora_compile.hf.packings.bits import unpacked
 from qlora_compile.hf.packings.integers import packed_integers
@@ -133,8 +133,8 @@ def test_torchao(config: Any, dtype: torch.dtype) -> None:
     linear = nn.Linear(128, 24).to(dtype)
     quantize_(linear, config)
     tensor: Any = linear.weight
-    weight = torchao.packed(tensor)
-    assert weight.format == torchao.format_name(tensor)
+    weight = torchao_integers.packed(tensor)
+    assert weight.format == torchao_integers.format_name(tensor)
     assert torch.equal(decoded(weight, dtype), tensor.dequantize())
 
 

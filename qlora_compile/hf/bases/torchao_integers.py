@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora_compile.hf.bases.base import RepackedBase
-from qlora_compile.hf.packings import torchao
+from qlora_compile.hf.packings import torchao_integers
 from qlora_compile.kernels.packed import PackedWeight
 
 _TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
@@ -24,7 +24,7 @@ class TorchaoIntegers(RepackedBase):
         return known and isinstance(module, nn.Linear)
 
     def format(self, module: Any) -> str | None:
-        return torchao.format_name(module.weight)
+        return torchao_integers.format_name(module.weight)
 
     def obstacle(self, module: Any) -> str | None:
         if getattr(module.weight, "act_pre_scale", None) is not None:
@@ -32,7 +32,7 @@ class TorchaoIntegers(RepackedBase):
         return None
 
     def packed(self, module: Any) -> PackedWeight:
-        return torchao.packed(module.weight)
+        return torchao_integers.packed(module.weight)
 
     def dtype(self, module: Any) -> torch.dtype:
         return module.weight.dtype
