@@ -128,11 +128,13 @@ class GroupFormat(QuantFormat):
             raise WeightValueError(site=site, count=invalid)
 
     def _by_rows(
-        self, weight: Tensor, encode: Callable[[Tensor], Sequence[Tensor]]
+        self, weight: Tensor, encode: Callable[..., Sequence[Tensor]], *others: Tensor
     ) -> list[Tensor]:
-        """What `encode` makes of some rows in float32 at a time, put together."""
+        """What `encode` makes of some rows in float32 at a time, and of those rows of the `others`,
+        put together."""
         step = max(1, _CHUNK // weight.shape[1])
-        made = [encode(part.float()) for part in weight.split(step)]
+        parts = zip(*(tensor.split(step) for tensor in (weight, *others)), strict=True)
+        made = [encode(part.float(), *rest) for part, *rest in parts]
         return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
     def stored_codes(self, codes: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ _MAGIC_BITS = tl.constexpr(0x4B000000)
 
 class GroupSide(NamedTuple):
     """The factors of groups; zeros None where all are one constant. groups: factors of a row.
-    whole: a scale of the whole tensor, for the formats that have one. index: int32 [K], the group
-    of each column; None where groups are of neighbours."""
+    whole: a scale of the whole tensor or of each row, for the formats that have one. index: int32
+    [K], the group of each column; None where groups are of neighbours."""
 
     scales: Tensor
     zeros: Tensor | None
@@ -46,12 +46,14 @@ def group_side(
     constant: float = 0.0,
     row_shift: int = 0,
     whole: Tensor | None = None,
+    whole_shift: int = 31,
     index: Tensor | None = None,
 ) -> Side:
     """The Side of a weight with k columns, which share factors by groups of `group_size`.
 
     constant: the zero where there are no `zeros`. row_shift: 2**row_shift rows share factors; 31
-    where all do. index: int32 [k], the group of each column, if groups are not of neighbours.
+    where all do. whole_shift: the same of `whole`. index: int32 [k], the group of each column, if
+    groups are not of neighbours.
     """
     by_row = group_size >= k
     run = tile_columns if by_row else math.gcd(group_size, tile_columns)
@@ -60,7 +62,7 @@ def group_side(
     side = GroupSide(scales, zeros, -(-k // group_size), whole, index)
     shift = -1 if by_row else group_size.bit_length() - 1
     fractional = int(zeros is not None and zeros.is_floating_point())
-    return Side(side, (shift, run, constant, row_shift, fractional))
+    return Side(side, (shift, run, constant, row_shift, fractional, whole_shift))
 
 
 @triton.jit
@@ -79,7 +81,8 @@ def load_groups(
     """The scale of each run of RUN columns, and its zero if there are any.
 
     SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; log2 of the
-    rows that share factors; and whether zeros may be no whole numbers. Each result is [ROWS] where
+    rows that share factors; whether zeros may be no whole numbers; and log2 of the rows that share
+    the scale of more than a group. Each result is [ROWS] where
     a row of the tile is one run, else [ROWS, COLUMNS / RUN].
     """
     SHIFT: tl.constexpr = SIDE[0]
