@@ -19,7 +19,7 @@ from tests.distributed.cases import Case
 ROOT = Path(__file__).parents[2]
 LONG = bool(os.environ.get("QLORA_COMPILE_DISTRIBUTED_TESTS"))
 PROCESSES = (1, 2, 4)
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "accelerate", "zero2", "zero3")
 BASES = ("nf4", "int8", "int4", "16bit", "bitsandbytes")
 MODELS = ("dense", "experts")
 CHECKPOINTING = ("plain", "checkpointed")

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,6 +101,26 @@ def _fsdp2(model: Any) -> Any:
     return _plain(model)
 
 
+def _accelerate(model: Any) -> Any:
+    """FSDP2 as accelerate prepares it, which on a CPU it does only when it is called by name."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(model.get_base_model().model.layers[0]).__name__],
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+    )
+    return _plain(fsdp2_prepare_model(accelerator, model))  # type: ignore[arg-type]
+
+
 def _zero(stage: int) -> Any:
     def engine(model: Any) -> Any:
         import deepspeed
@@ -125,7 +146,14 @@ def _zero(stage: int) -> Any:
     return engine
 
 
-ENGINES = {"none": _plain, "ddp": _ddp, "fsdp2": _fsdp2, "zero2": _zero(2), "zero3": _zero(3)}
+ENGINES = {
+    "none": _plain,
+    "ddp": _ddp,
+    "fsdp2": _fsdp2,
+    "accelerate": _accelerate,
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
