@@ -203,7 +203,8 @@ def _parameters(
     The weights come in the order that they had as parameters: PEFT wraps the module once for each.
     """
     yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
-    if not recurse:
+    # FSDP2 asks for duplicates, and would move the weight to the name that it finds here.
+    if not recurse and remove_duplicate:
         for name in _weight_names(module):
             if isinstance(packed := getattr(module, name), PackedExperts):
                 yield f"{prefix}{'.' if prefix else ''}{name}", packed.weight
