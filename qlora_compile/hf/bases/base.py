@@ -85,6 +85,10 @@ class RepackedBase(Base):
     def bias(self, module: Any) -> nn.Parameter | None:
         return module.bias
 
+    def finish(self, model: nn.Module) -> None:
+        """Undo what the library needs of a `model` only for layers that have all been replaced."""
+        return
+
     def replacement(self, module: Any) -> QuantizedLinear:
         """Return the QuantizedLinear for a `module` without an obstacle.
 

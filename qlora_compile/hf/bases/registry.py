@@ -6,8 +6,11 @@ from torch import nn
 
 from qlora_compile.hf.bases.base import Base
 from qlora_compile.hf.bases.bitsandbytes import BitsAndBytes
+from qlora_compile.hf.bases.compressed_floats import CompressedFloats
+from qlora_compile.hf.bases.fp8 import Fp8Linear
+from qlora_compile.hf.bases.torchao_floats import TorchaoFloats
 
-BASES: tuple[Base, ...] = (BitsAndBytes(),)
+BASES: tuple[Base, ...] = (BitsAndBytes(), Fp8Linear(), TorchaoFloats(), CompressedFloats())
 
 
 def base_of(module: nn.Module) -> Base | None:

@@ -8,6 +8,7 @@ from qlora_compile.hf.checkpoints.fp8 import Fp8Checkpoint
 from qlora_compile.hf.checkpoints.modelopt import ModelOptCheckpoint
 from qlora_compile.hf.checkpoints.mxfp4 import Mxfp4Checkpoint
 from qlora_compile.hf.checkpoints.source import Settings, Source
+from qlora_compile.hf.checkpoints.torchao import TorchaoCheckpoint
 
 SOURCES: tuple[Source, ...] = (
     BitsAndBytesCheckpoint(),
@@ -15,6 +16,7 @@ SOURCES: tuple[Source, ...] = (
     Mxfp4Checkpoint(),
     CompressedTensorsCheckpoint(),
     ModelOptCheckpoint(),
+    TorchaoCheckpoint(),
 )
 
 

@@ -290,3 +290,13 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         places |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def saved_by_transformers(folder: Path, model: Any, config: Any, **options: Any) -> Any:
+    """`model` quantised by stock transformers while loading, and saved in `folder`."""
+    model.save_pretrained(folder / "dense")
+    stock = type(model).from_pretrained(
+        folder / "dense", quantization_config=config, dtype=torch.float32
+    )
+    stock.save_pretrained(folder, **options)
+    return stock
