@@ -16,7 +16,7 @@ import torch
 from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.hf.checkpoints.folder import CheckpointFolder
 from qlora_compile.hf.checkpoints.source import FLOATS, Settings, Source, StoredWeight, stems
-from qlora_compile.hf.packings import compressed_floats
+from qlora_compile.hf.packings import compressed_floats, pack_quantized
 from qlora_compile.hf.packings.fp8 import FORMATS
 from qlora_compile.kernels.formats.microscaling import NVFP4
 
@@ -102,7 +102,57 @@ def _float_packed(folder: CheckpointFolder, settings: Settings) -> Iterator[Stor
         yield StoredWeight(f"{stem}.weight", tensors, (n, 2 * half), pack)
 
 
+def _pack_quantized(folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
+    """An int32 "weight_packed" [N, K * bits / 32] beside "weight_shape", [N, K], "weight_scale"
+    and, where zero points differ, "weight_zero_point", int32 [N * bits / 32, groups]."""
+    for stem in stems(folder, ".weight_packed"):
+        codes, shape = f"{stem}.weight_packed", f"{stem}.weight_shape"
+        if folder.tensors[codes].dtype != torch.int32:
+            continue
+        folder.check(shape, dtypes=(torch.int32, torch.int64), shape=(2,))
+        n, k = folder.read(shape).tolist()
+        scheme = pack_quantized.IntegerScheme.read(weight_arguments(settings, stem))
+        folder.check(codes, shape=(n, -(-k * scheme.bits // 32)))
+        yield _integers(folder, stem, {"codes": codes, "shape": shape}, (n, k), scheme)
+
+
+def _int_quantized(folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
+    """An int8 "weight" [N, K] beside "weight_scale"."""
+    for stem in stems(folder, ".weight_scale"):
+        name = f"{stem}.weight"
+        if name in folder.tensors and folder.tensors[name].dtype == torch.int8:
+            n, k = folder.check(name, shape=(None, None))
+            scheme = pack_quantized.IntegerScheme.read(weight_arguments(settings, stem))
+            yield _integers(folder, stem, {"codes": name}, (n, k), scheme)
+
+
+def _integers(
+    folder: CheckpointFolder,
+    stem: str,
+    tensors: dict[str, str],
+    shape: tuple[int, int],
+    scheme: pack_quantized.IntegerScheme,
+) -> StoredWeight:
+    """Return the weight `stem` of integers, with its scales, zero points and groups checked."""
+    (n, k), groups = shape, scheme.groups(shape[1])
+    tensors = tensors | {"scales": f"{stem}.weight_scale"}
+    if folder.check(tensors["scales"], dtypes=FLOATS) not in ((), (1,)):
+        folder.check(tensors["scales"], shape=(n, groups))
+    if not scheme.symmetric:
+        tensors["zeros"] = f"{stem}.weight_zero_point"
+        stored = folder.check(tensors["zeros"], dtypes=(torch.int32, torch.int8))
+        if folder.tensors[tensors["zeros"]].dtype == torch.int32:
+            folder.check(tensors["zeros"], shape=(-(-n * scheme.bits // 32), groups))
+        elif stored not in ((), (1,)):
+            folder.check(tensors["zeros"], shape=(n, groups))
+    if (index := f"{stem}.weight_g_idx") in folder.tensors:
+        folder.check(index, dtypes=(torch.int32, torch.int64), shape=(k,))
+        tensors["index"] = index
+    pack = partial(pack_quantized.packed, shape=shape, scheme=scheme)
+    return StoredWeight(f"{stem}.weight", tensors, shape, pack)
+
+
 Layouts = tuple[Callable[[CheckpointFolder, Settings], Iterator[StoredWeight]], ...]
 
-LAYOUTS: Layouts = (_float_quantized, _float_packed)
+LAYOUTS: Layouts = (_float_quantized, _float_packed, _pack_quantized, _int_quantized)
 """The layouts of weights that are read; each yields those of its own kind."""

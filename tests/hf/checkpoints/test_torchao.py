@@ -28,7 +28,6 @@ def test_decodes_as_torchao(tmp_path: Path) -> None:
     for name, module in packed.items():
         weight = stock.get_submodule(name).weight.dequantize()
         assert torch.equal(module.dequantize(), weight), name
-        assert torch.equal(module.bias, stock.get_submodule(name).bias) or "mlp" in name
         assert module.origin == "torchao checkpoint"
     plain = ours.model.layers[0].self_attn.o_proj
     assert type(plain) is nn.Linear

@@ -172,7 +172,8 @@ SCHEMES = {
 def compressed(name: str, exact: bool = True, format: str = "fp8_e4m3") -> Kind:
     """compressed-tensors' own compressor writes the tensors, and reads them."""
     kind = name.partition(" ")[0]
-    made, compressor = SCHEMES[name], BaseCompressor.get_value_from_registry(kind)
+    made: Any = SCHEMES[name]
+    compressor: Any = BaseCompressor.get_value_from_registry(kind)
 
     def encode(weight: Tensor) -> dict[str, Tensor]:
         state = {"weight": weight, "weight_scale": scale_for(made, weight)}
