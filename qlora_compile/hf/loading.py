@@ -23,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from qlora_compile.checkpoint_errors import CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
-from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
@@ -52,8 +52,12 @@ def load_config(source: str | Path) -> Any:
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
+        CheckpointError: it is a GGUF file that cannot be read.
     """
     folder, options = _location(source)
+    if "gguf_file" in options:
+        with readable_gguf(source):
+            return AutoConfig.from_pretrained(folder, **options)
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
@@ -66,12 +70,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     config: Any = None,
     device: torch.device | str = "cpu",
+    keeps_blocks: bool = False,
 ) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
 
     The weights of a quantised checkpoint stay packed; the package that wrote it is not needed.
 
-    device: where the weights of a quantised checkpoint go.
+    device: where the weights of a quantised checkpoint go. keeps_blocks: whether weights of a GGUF
+    file stay packed where a format holds their blocks; else all are decoded.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
@@ -85,6 +91,10 @@ def load_model(
         return _load_quantised(source, config, settings, dtype or compute_dtype(), device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if "gguf_file" in options:
+        if keeps_blocks:
+            model = _load_blocks(Path(source), config, dtype or compute_dtype(), device)
+            if model is not None:
+                return model
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
@@ -93,6 +103,21 @@ def load_model(
         )
     except OSError as error:
         raise _not_found(source, error) from error
+
+
+def _load_blocks(
+    path: Path, config: Any, dtype: torch.dtype, device: torch.device | str
+) -> Any | None:
+    """Load a GGUF file; None if only transformers reads its architecture."""
+    from qlora_compile.hf.checkpoints.gguf import GgufFile, GgufSource
+
+    named = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    file = GgufFile(path, named, config)
+    if not file.is_known:
+        return None
+    model = read_model(named, config, file, GgufSource(), dtype=dtype, device=device)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 def _load_quantised(

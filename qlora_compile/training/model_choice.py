@@ -87,7 +87,9 @@ class ModelChoice:
         from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
 
         name, options = format_written(self.format)
-        model = loading.load_model(self.source, config=config)
+        # Without a format the weights stay as they are stored.
+        keeps = name == UNQUANTIZED
+        model = loading.load_model(self.source, config=config, keeps_blocks=keeps)
         lora = training.lora_config(
             model,
             rank=self.rank,
