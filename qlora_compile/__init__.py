@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from qlora_compile.api import explain, optimize
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.report import Report
+    from qlora_compile.trainers import optimize_trainer
 
 __version__ = "0.1.0"
-__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize"]
+__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize", "optimize_trainer"]
 
 _HOMES = {
     "optimize": "api",
     "explain": "api",
     "Report": "report",
     "QuantizedLoRA": "quantized_lora",
+    "optimize_trainer": "trainers",
 }
 
 

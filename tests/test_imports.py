@@ -14,7 +14,10 @@ LONGEST_FILE = 320
 
 ORDER = (
     ("errors",),
-    ("kernels", "adapter_errors", "expert_errors", "row_errors", "outputs", "text_table"),
+    (
+        *("adapter_errors", "data_errors", "expert_errors", "row_errors"),
+        *("kernels", "outputs", "text_table"),
+    ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
@@ -25,7 +28,7 @@ ORDER = (
     ("adopt",),
     ("report",),
     ("api",),
-    ("training", "build"),
+    ("trainers", "training", "build"),
     ("quantized_lora",),
     ("cli",),
 )
@@ -50,7 +53,7 @@ def _layers() -> dict[str, tuple[str, ...]]:
 
 
 LAYERS = _layers()
-HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}
+HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"}
 
 
 def _sources() -> dict[str, Path]:

@@ -1,12 +1,20 @@
 """Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
@@ -44,8 +52,18 @@ def load_config(source: str | Path) -> Any:
         raise _not_found(source, error) from error
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: Any = None) -> Any:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    config: Any = None,
+    head: str = "causal",
+    labels: Sequence[str] = (),
+) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
+
+    head: "causal" for that class, "score" for one number for each text, "classes" for logits of
+    `labels`; both with a new head unless the checkpoint has one.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
@@ -53,6 +71,13 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: 
     folder, options = _location(source)
     config = load_config(source) if config is None else config
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
+    if head != "causal":
+        named = AutoModelForSequenceClassification
+        names = list(labels) or ["score"]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        if getattr(config, "pad_token_id", None) is None:  # it ends the text that is classified
+            config.pad_token_id = _first(getattr(config, "eos_token_id", None))
     if "gguf_file" in options:
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -62,6 +87,15 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: 
         )
     except OSError as error:
         raise _not_found(source, error) from error
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`."""
+    return PeftModel.from_pretrained(model, str(folder))
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -121,7 +155,9 @@ def _location(source: str | Path) -> tuple[str, dict[str, Any]]:
                 value=str(source), problem="the file does not exist", remedy="check the path"
             )
         if find_spec("gguf") is None:
-            raise MissingPackageError(purpose=f"reading {str(source)!r}", package="gguf")
+            raise MissingPackageError(
+                purpose=f"reading {str(source)!r}", package="gguf", extra="demo"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
