@@ -25,7 +25,8 @@ DISTRIBUTED := .venv/distributed
 	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
 
 demo: setup
-	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
+	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
+		--output demo-output --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal

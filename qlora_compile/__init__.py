@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.quantizer import QloraCompileConfig
     from qlora_compile.report import Report
+    from qlora_compile.trainers import optimize_trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "explain",
     "load",
     "optimize",
+    "optimize_trainer",
     "save",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "QuantizedLoRA": "quantized_lora",
     "QloraCompileConfig": "quantizer",
     "save": "hf.saving.save",
+    "optimize_trainer": "trainers",
 }
 
 
