@@ -31,7 +31,8 @@ def test_operators_that_start_a_kernel_are_counted() -> None:
         y = linear(x.view(2, 2, 8)).transpose(0, 1)
         torch.cat([y, y]).sum().item()
         x.to(x.dtype).contiguous().reshape(-1)
-        nn.functional.scaled_dot_product_attention(*[x.view(1, 1, 4, 8)] * 3)
+        heads = x.view(1, 1, 4, 8)
+        nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
     outside, inside = torch_launches(work)
     assert not inside
