@@ -1,4 +1,4 @@
-"""The public functions: `optimize` compiles a model, `explain` reports what that did."""
+"""The public functions: `load` reads a model, `optimize` compiles it, `explain` reports on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_compile.errors import (
     NotOptimizedError,
     OptionError,
 )
-from qlora_compile.hf import adapters, head_loss
+from qlora_compile.hf import adapters, head_loss, loading
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
@@ -32,6 +32,28 @@ from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load a model of transformers from a folder, a .gguf file or a Hub name.
+
+    The weights of a quantised checkpoint stay packed, and the package that wrote it is not needed:
+    `optimize` takes the model as it is. docs/checkpoints.md lists the kinds that are read.
+
+    dtype: that of the weights that are not packed, and of computation; None for bfloat16 where the
+    machine multiplies it natively, else float32. device: where a quantised checkpoint goes.
+
+    Raises ModelNotFoundError if nothing is there, CheckpointMethodError if nothing here reads that
+    kind of checkpoint, and CheckpointError, which names file and tensor, if a file is damaged. No
+    model is left half loaded, and nothing is unpickled.
+    """
+    source = os.fspath(source)
+    return loading.load_model(source, dtype=dtype, device=device, keeps_blocks=True)
 
 
 def optimize(

@@ -77,10 +77,11 @@ class Site:
     """One Linear, Conv1D or weight of experts, with a weight [n, k].
 
     format: how the weight is stored: its dtype if it is not quantised, another library's class if
-    only that reads it. rank: of the adapter, 0 for
-    none. reason: why the site is not `fused`. forward, backward: what computes a fused site, and in
-    training its gradients. keeps_low_rank: whether the forward keeps S = x Aᵀ for the backward.
-    experts: how many [n, k] a weight of experts holds, 0 for a Linear.
+    only that reads it. rank: of the adapter, 0 for none. reason: why the site is not `fused`.
+    forward, backward: what computes a fused site, and in training its gradients. keeps_low_rank:
+    whether the forward keeps S = x Aᵀ for the backward.
+    experts: how many [n, k] a weight of experts holds, 0 for a Linear. origin: where a quantised
+    weight comes from: "quantised here", another library's layer, or a checkpoint.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Site:
     backward: Chosen | None = None
     keeps_low_rank: bool = False
     experts: int = 0
+    origin: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -145,12 +147,16 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        header = ("site", "fused", "forward", "backward", "format", "N", "K", "rank", "reason")
+        header = (
+            *("site", "fused", "forward", "backward", "format", "origin", "N", "K", "rank"),
+            "reason",
+        )
         rows = [
             (
                 *(s.name, "yes" if s.fused else "no"),
                 *(c and c.variant for c in (s.forward, s.backward)),
-                *(s.format, f"{s.experts} x {s.n}" if s.experts else s.n, s.k, s.rank, s.reason),
+                *(s.format, s.origin, f"{s.experts} x {s.n}" if s.experts else s.n),
+                *(s.k, s.rank, s.reason),
             )
             for s in self.sites
         ]
@@ -248,7 +254,8 @@ def build_report(inventory: Inventory) -> Report:
             reason = TRAINED_IN_FULL
         if entry.other_method is not None:
             fused, chosen, reason = None, {}, entry.other_method
-        sites.append(Site(name, fused is not None, entry.format, n, k, rank, reason, **chosen))
+        shape = (entry.format, n, k, rank, reason)
+        sites.append(Site(name, fused is not None, *shape, **chosen, origin=entry.origin))
     for name, layer in inventory.foreign.items():
         shape = (type(layer).__name__, *foreign.sizes(layer))
         rank = adapters.active_rank(inventory.model, name)
@@ -286,7 +293,8 @@ def _expert_sites(inventory: Inventory, regions: dict[str, Region]) -> Iterator[
             chosen["forward"] = Chosen.of_experts(fused.forward)
             chosen["backward"] = backward and Chosen.of_experts(backward)
         shape = (site.format, site.n, site.k, rank, reason)
-        yield Site(name, fused is not None, *shape, **chosen, experts=site.experts)
+        counted = {"experts": site.experts, "origin": site.origin}
+        yield Site(name, fused is not None, *shape, **chosen, **counted)
 
 
 def _chosen(site: FusedSite, selector: ModelledSelector) -> dict[str, Any]:
