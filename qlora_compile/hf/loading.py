@@ -126,6 +126,11 @@ def _load_quantised(
     return model
 
 
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    return quantization_settings(config) is not None
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer that is stored with a model.
 
