@@ -48,8 +48,9 @@ class ModelChoice:
     """A model, the format of its weights, and its adapters.
 
     model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it; None
-    for "nf4", or for "none" if the model is a quantised checkpoint. alpha: None for 2 * rank. tune, block_size, logits_free_loss: as `optimize` takes them. targets:
-    names of Linears, or "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
+    for "nf4", or for "none" if the model is a quantised checkpoint. alpha: None for 2 * rank. tune,
+    block_size, logits_free_loss: as `optimize` takes them. targets: names of Linears, or
+    "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
     dtype: torch's name of the one to compute in, None for the machine's best. head: what the model
     computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
     """
