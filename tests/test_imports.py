@@ -37,7 +37,7 @@ ORDER = (
     ("report",),
     ("api",),
     ("training", "build"),
-    ("quantized_lora",),
+    ("quantized_lora", "merging"),
     ("cli",),
 )
 """Every module and folder of ours, from the ground up: each imports what stands before it, and

@@ -6,12 +6,13 @@ import typer
 
 from qlora_compile.cli.build import build
 from qlora_compile.cli.explain import explain
+from qlora_compile.cli.merge import merge
 from qlora_compile.cli.records import records
 from qlora_compile.cli.train import train
 from qlora_compile.cli.tune import tune
 from qlora_compile.cli.verify import verify
 
-COMMANDS = (train, explain, verify, tune, records, build)
+COMMANDS = (train, merge, explain, verify, tune, records, build)
 """In the order of the help text; a function is one command, a Typer is a group of commands."""
 
 app = typer.Typer(

@@ -77,6 +77,16 @@ class ModelChoice:
     def source(self) -> str | Path:
         return demo_model_file() if self.model == DEMO else self.model
 
+    def packed(self) -> Any:
+        """Load the model and pack it; add no adapters and compile nothing."""
+        from qlora_compile import adopt
+        from qlora_compile.hf import loading
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
+
+        name, options = format_written(self.format)
+        model = loading.load_model(self.source)
+        return model if name == UNQUANTIZED else adopt.pack(model, name, options)
+
     def optimized(self, config: Any, *, verify: bool = False) -> Any:
         """Load the model, quantise it, add adapters and compile it; return the optimised model.
 

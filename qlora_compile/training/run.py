@@ -24,12 +24,12 @@ from qlora_compile.training.figures import held_out_figures, peak_memory, traini
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format
 from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
+from qlora_compile.training.trained_run import SETTINGS_FILE
 
 if TYPE_CHECKING:
     from qlora_compile.hf.training import StepObserver
 
 _HELD_OUT_SEQUENCES = 64  # enough for a small standard error, few enough to evaluate in a moment
-_SETTINGS_FILE = "settings.json"
 # Settings that may differ when a run is resumed: where it writes, how far it goes, how often it
 # saves.
 _MAY_CHANGE = frozenset({"output", "resume", "overwrite", "steps", "checkpoint_every"})
@@ -118,7 +118,7 @@ class TrainingRun:
                 problem=f"step {done} of {self.steps} is done already",
                 remedy=f"pass --steps above {done}",
             )
-        file = self.output / _SETTINGS_FILE
+        file = self.output / SETTINGS_FILE
         earlier = json.loads(file.read_text()) if file.is_file() else {}
         for name, value in self.settings().items():
             if name not in _MAY_CHANGE and name in earlier and earlier[name] != value:
@@ -222,7 +222,7 @@ class TrainingRun:
         if not self.resume:
             for checkpoint in self.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-        _write_json(self.output / _SETTINGS_FILE, self.settings())
+        _write_json(self.output / SETTINGS_FILE, self.settings())
 
     def _write(self, model: Any, tokenizer: Any, metrics: dict[str, Any], report: Any) -> None:
         model.save_pretrained(str(self.output))
