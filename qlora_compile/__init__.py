@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.quantizer import QloraCompileConfig
     from qlora_compile.report import Report
+    from qlora_compile.trainers import optimize_trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "merge",
     "optimize",
+    "optimize_trainer",
     "save",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "save": "hf.saving.save",
     "merge": "merging",
     "MergeReport": "merging",
+    "optimize_trainer": "trainers",
 }
 
 

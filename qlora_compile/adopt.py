@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from qlora_compile.adapter_errors import NothingToPackError
 from qlora_compile.checkpoint_errors import RepackError, StoredWeightError
 from qlora_compile.errors import (
@@ -141,23 +139,17 @@ def adopt(
 def _repack(inventory: Inventory) -> None:
     """Put a QuantizedLinear in the place of every layer that another library has quantised, and
     that cannot be adopted where it stands. Raises RepackError."""
+    replaced: set[RepackedBase] = set()
     for name, entry in inventory.linears.items():
-        if isinstance(entry.base, RepackedBase) and entry.obstacle is None:
+        base = entry.base
+        if isinstance(base, RepackedBase) and entry.obstacle is None:
             try:
-                inventory.replace(entry, entry.base.replacement(entry.module))
+                inventory.replace(entry, base.replacement(entry.module))
             except StoredWeightError as error:
                 raise RepackError(site=name, **error.fields) from error
-
-
-def pack(model: nn.Module, quantize: str, options: Mapping[str, Any]) -> nn.Module:
-    """Quantises what `optimize` would, and compiles nothing; returns `model`. options: those of the
-    format `quantize`. Raises what `check` raises."""
-    inventory = Inventory(model)
-    chosen: Any = {"block_size": None, "double_quantize": True} | dict(options)
-    found = format_options(quantize, **chosen)
-    packed = check(inventory, None, quantize=quantize, options=found, strict=False)
-    adopt(inventory, None, packed=packed, quantize=quantize, options=found)
-    return model
+            replaced.add(base)
+    for base in replaced:
+        base.finish(inventory.model)
 
 
 def format_options(

@@ -24,6 +24,7 @@ from qlora_compile.hf import adapters, head_loss, loading
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.report import Report, build_report, regions_of
 from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
@@ -51,7 +52,8 @@ def load(
     kind of checkpoint, and CheckpointError, which names file and tensor, if a file is damaged. No
     model is left half loaded, and nothing is unpickled.
     """
-    return loading.load_model(os.fspath(source), dtype=dtype, device=device)
+    source = os.fspath(source)
+    return loading.load_model(source, dtype=dtype, device=device, keeps_blocks=True)
 
 
 def optimize(
@@ -164,6 +166,7 @@ def optimize(
     inventory = adopt.adopt(inventory, lora, packed=packed, **options)
     model = inventory.model
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
+    plans.start()
     regions = _install_regions(inventory, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model, inventory.modules)
     if strict:

@@ -14,6 +14,7 @@ from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
@@ -114,7 +115,8 @@ class Report:
     other modules that PEFT adapts or trains, by name, each with the reason. certificates,
     mismatches: each graph that `optimize(verify=...)` has checked has one of the two.
     unknown_records: names of records that compiled calls ask for and that this process does not
-    have; the cost model chooses for these calls.
+    have; the cost model chooses for these calls. python_launches: on a GPU, why Python starts the
+    kernels of some calls of this process, instead of a plan.
     """
 
     sites: tuple[Site, ...]
@@ -122,6 +124,7 @@ class Report:
     certificates: tuple[Certificate, ...] = ()
     mismatches: tuple[str, ...] = ()
     unknown_records: tuple[str, ...] = ()
+    python_launches: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -137,6 +140,7 @@ class Report:
             "certificates": [certificate.to_dict() for certificate in self.certificates],
             "mismatches": list(self.mismatches),
             "unknown_records": list(self.unknown_records),
+            "python_launches": list(self.python_launches),
         }
 
     def to_json(self) -> str:
@@ -171,6 +175,7 @@ class Report:
             f"the records {name!r} are not of this process: the cost model chooses for their calls"
             for name in self.unknown_records
         ]
+        summary += self.python_launches
         summary += map(str, self.certificates)
         choices = self._choices()
         return "\n".join(
@@ -268,6 +273,7 @@ def build_report(inventory: Inventory) -> Report:
         tuple(each for verifier in verifiers for each in verifier.certificates.values()),
         tuple(each for verifier in verifiers for each in verifier.mismatches),
         tuple(sorted(name for name in names if not is_known(name))),
+        tuple(plans.report()),
     )
 
 

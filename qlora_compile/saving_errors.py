@@ -80,7 +80,3 @@ class DtypeError(QloraCompileError, ValueError):
 
 class BaseFolderError(QloraCompileError, ValueError):
     template = "{value!r} is the folder that the base model came from; choose another output"
-
-
-class AdapterFolderError(QloraCompileError, ValueError):
-    template = "{value!r} holds no adapter that can be read: {problem}; {remedy}"

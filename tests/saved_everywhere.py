@@ -18,6 +18,7 @@ if MODE == "with":
     assert "transformers" not in sys.modules
 
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 model = AutoModelForCausalLM.from_pretrained(Path(FOLDER))
@@ -28,4 +29,4 @@ if ADAPTER:
 with torch.no_grad():
     logits = model.eval()(torch.arange(3, 35).view(2, 16)).logits
 assert MODE == "with" or not any(name.startswith("qlora_compile") for name in sys.modules)
-torch.save(logits, OUTPUT)
+save_file({"logits": logits}, OUTPUT)

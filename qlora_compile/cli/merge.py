@@ -3,67 +3,69 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.options import AdapterModelOption, AdapterOption
 from qlora_compile.errors import OptionError
-from qlora_compile.training.documents import read_documents
-from qlora_compile.training.trained_run import trained_run
+from qlora_compile.training.model_choice import DEMO, be_quiet, check_format
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_MEASURED_TOKENS = 4096
 
 
 def merge(
-    adapter: Annotated[
-        Path, typer.Option("--adapter", help="The adapter's folder, such as train's --output.")
-    ],
+    adapter: AdapterOption,
     output: Annotated[Path, typer.Option("--output", help="Where to write the merged model.")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="The base model. [the one that train has noted]"),
-    ] = None,
+    model: AdapterModelOption = None,
     base_format: Annotated[
         str | None,
-        typer.Option(
-            "--base-format",
-            help="The format that the base was trained in. [the one that train has noted]",
-        ),
+        typer.Option("--base-format", help="In place of the format it was trained in."),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help=", ".join(_DTYPES) + ".")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")
+    ] = _DTYPES[0],
     format: Annotated[
         str | None,
         typer.Option("--format", help="Measure what packing the merged model in it costs."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Text to measure on. [docstrings of Python's]")
-    ] = None,
+        str, typer.Option("--data", help="A file or folder of text to measure on, or: demo.")
+    ] = DEMO,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Of each file.")] = "5GB",
 ) -> None:
-    """Merge an adapter into the dequantised base that it was trained on, and write plain
-    safetensors."""
+    """Merge an adapter into the dequantised base that it was trained on; write plain safetensors
+    and measure how far they are from the trained model."""
     with bad_input_in_one_line():
         if dtype not in _DTYPES:
             known = ", ".join(map(repr, _DTYPES))
             raise OptionError(option="--dtype", value=dtype, known=known)
-        run = trained_run(adapter, model, base_format)
-        texts = None if data is None else [each.text for each in read_documents(data)]
-        run.check()
+        if format is not None:
+            check_format(format)
+        from qlora_compile.training.adapted import adapted_model, adapter_settings
+
+        settings = adapter_settings(adapter, model, base_format)
+        be_quiet()
         import torch
 
+        from qlora_compile.hf.trainer.preparation import texts
         from qlora_compile.kernels.formats.formats import format_written
         from qlora_compile.merging import merge as merge_model
 
-        name, options = (None, {}) if format is None else format_written(format)
+        trained, tokenizer = adapted_model(adapter, settings)
+        packing: dict[str, Any] = {}
+        if format is not None:
+            name, options = format_written(format)
+            packing = {"format": name, **options}
         report = merge_model(
-            run.model(),
+            trained,
             output,
             getattr(torch, dtype),
-            tokenizer=run.tokenizer(),
-            texts=texts,
-            format=name,
+            tokenizer=tokenizer,
+            texts=None if data == DEMO else texts(Path(data), tokenizer, _MEASURED_TOKENS),
             max_shard_size=max_shard_size,
-            **options,
+            **packing,
         )
     typer.echo(str(report))

@@ -241,11 +241,6 @@ def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def with_adapter(model: Any, folder: Any) -> PeftModel:
-    """The PeftModel of a model and the adapter in a folder, for evaluation."""
-    return PeftModel.from_pretrained(model, str(folder)).eval()
-
-
 def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
     """Gives an adapter layer its class when PEFT, which knows no packed Linear unless a config
     names it, makes the layer over one: before the adapter is made, and whoever attaches it."""

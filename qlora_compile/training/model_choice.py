@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_compile.errors import CausalModelError, FormatChoiceError
+from qlora_compile.errors import CausalModelError, FormatChoiceError, ModelNotFoundError
 from qlora_compile.training.demo import demo_model_file
 
 DEMO = "demo"
@@ -43,7 +44,10 @@ class ModelChoice:
     """A model, the format of its weights, and its adapters.
 
     model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it.
-    alpha: None for 2 * rank. tune: as `optimize` takes it.
+    alpha: None for 2 * rank. tune, block_size, logits_free_loss: as `optimize` takes them. targets:
+    names of Linears, or "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
+    dtype: torch's name of the one to compute in, None for the machine's best. head: what the model
+    computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
     """
 
     model: str
@@ -52,6 +56,13 @@ class ModelChoice:
     alpha: float | None = None
     dropout: float = 0.0
     tune: str = "auto"
+    block_size: int | None = None
+    targets: tuple[str, ...] = ("all-linear",)
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    logits_free_loss: bool = False
+    head: str = "causal"
+    labels: tuple[str, ...] = ()
 
     def check(self) -> Any:
         """Check the choice without reading weights, and return the model's configuration.
@@ -61,15 +72,16 @@ class ModelChoice:
             CausalModelError, TuneModeError: a value cannot be used.
         """
         check_format(self.format)
-        from qlora_compile.hf import loading, training
+        check_model_path(self.model)
+        from qlora_compile.hf import loading, lora_settings
         from qlora_compile.tuning.modes import check_mode
 
         check_mode(self.tune)
         alpha = 1 if self.alpha is None else self.alpha
-        training.require_adapter_settings(self.rank, alpha, self.dropout)
+        lora_settings.require_adapter_settings(self.rank, alpha, self.dropout)
         config = loading.load_config(self.source)
         name = loading.architecture(config)
-        if not loading.is_causal(name):
+        if self.head == "causal" and not loading.is_causal(name):
             raise CausalModelError(value=self.model, model=name)
         return config
 
@@ -77,33 +89,34 @@ class ModelChoice:
     def source(self) -> str | Path:
         return demo_model_file() if self.model == DEMO else self.model
 
-    def packed(self) -> Any:
-        """Load the model and pack it; add no adapters and compile nothing."""
-        from qlora_compile import adopt
-        from qlora_compile.hf import loading
-        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
-
-        name, options = format_written(self.format)
-        model = loading.load_model(self.source)
-        return model if name == UNQUANTIZED else adopt.pack(model, name, options)
-
     def optimized(self, config: Any, *, verify: bool = False) -> Any:
         """Load the model, quantise it, add adapters and compile it; return the optimised model.
 
         config: as `check` returns it. verify: as `optimize` takes it.
         """
         from qlora_compile import api
-        from qlora_compile.hf import loading, training
+        from qlora_compile.hf import loading, lora_settings
         from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
 
         name, options = format_written(self.format)
-        model = loading.load_model(self.source, config=config)
-        lora = training.lora_config(
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
+        model = loading.load_model(
+            self.source,
+            config=config,
+            dtype=self.dtype,
+            head=self.head,
+            labels=self.labels,
+            # Without a format the weights stay as they are stored.
+            keeps_blocks=name == UNQUANTIZED,
+        )
+        lora = lora_settings.lora_config(
             model,
             rank=self.rank,
             alpha=2 * self.rank if self.alpha is None else self.alpha,
             dropout=self.dropout,
-            target_modules="all-linear",
+            target_modules=self.targets[0] if len(self.targets) == 1 else list(self.targets),
+            **self.lora_options,
         )
         return api.optimize(
             model,
@@ -111,6 +124,7 @@ class ModelChoice:
             quantize=None if name == UNQUANTIZED else name,
             tune=self.tune,
             verify=verify,
+            logits_free_loss=self.logits_free_loss,
             **options,
         )
 
@@ -128,7 +142,26 @@ def quiet_choice(
     Raises:
         What `check_format` raises.
     """
+    if model != DEMO:
+        check_model_path(model)
     check_format(format)  # before transformers is imported, which takes seconds
+    be_quiet()
+    return ModelChoice(model, format, rank, alpha, dropout, tune)
+
+
+def check_model_path(model: str) -> None:
+    """Raise ModelNotFoundError, without an import, if `model` can only be a path and is missing."""
+    path = Path(model)
+    looks = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if (looks or path.suffix == ".gguf" or "\\" in model) and not path.exists():
+        what = "file" if path.suffix == ".gguf" else "folder"
+        raise ModelNotFoundError(
+            value=model, problem=f"the {what} does not exist", remedy="check the path"
+        )
+
+
+def be_quiet() -> None:
+    """Silence what the libraries would print."""
     # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # When imported, bitsandbytes recommends another package, which nothing here would use.
@@ -136,4 +169,3 @@ def quiet_choice(
     from qlora_compile.hf.training import quiet
 
     quiet()
-    return ModelChoice(model, format, rank, alpha, dropout, tune)

@@ -11,22 +11,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from qlora_compile import adopt
 from qlora_compile.cli.app import app
-from qlora_compile.hf import loading
 from tests.toy_language_model import toy_llama, toy_tokenizer
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of an adapter of a packed model, with the settings that train notes."""
+    """The folder of an adapter of a packed model, with the settings of its run."""
     toy_llama().save_pretrained(tmp_path / "base")
     toy_tokenizer().save_pretrained(tmp_path / "base")
-    model = adopt.pack(loading.load_model(tmp_path / "base"), "int4", {"group_size": 32})
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(str(tmp_path / "run"))
-    settings = {"model": str(tmp_path / "base"), "format": "int4:group_size=32"}
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    get_peft_model(toy_llama(), config).save_pretrained(str(tmp_path / "run"))
+    settings = {"model": str(tmp_path / "base"), "format": "int4:group_size=32", "data": "demo"}
+    (tmp_path / "run" / "run.yaml").write_text(json.dumps(settings))
     (tmp_path / "text.txt").write_text("brown foxes jump over lazy dogs. " * 20)
     return tmp_path / "run"
 
@@ -47,14 +44,11 @@ def test_bad_input_in_one_line(run: Path) -> None:
     output = run.parent / "merged"
     given = ["merge", "--output", str(output), "--adapter"]
     for arguments, problem in (
-        ([str(run.parent)], "there is no adapter_config.json"),
+        ([str(run.parent)], "it has no adapter_config.json"),
         ([str(run), "--dtype", "int8"], "--dtype='int8' is not an option"),
-        ([str(run), "--format", "int3"], "unknown quantisation format 'int3'"),
+        ([str(run), "--format", "int3"], "--format 'int3' is unknown"),
     ):
         result = CliRunner().invoke(app, [*given, *arguments])
         assert result.exit_code == 2, result.output
         assert problem in result.stderr
-    (run / "settings.json").unlink()
-    result = CliRunner().invoke(app, [*given, str(run)])
-    assert "pass --model" in result.stderr
     assert not output.exists()

@@ -27,6 +27,8 @@ def test_no_value_changes(quant_format: QuantFormat, data: st.DataObject) -> Non
     alike = {weight.layout.with_rows(1) for weight in weights}
     alignment = quant_format.row_alignment(weights[0].layout)
     whole = all(n % alignment == 0 for n in rows[:-1])
+    ordered = [w.planes["group_index"] for w in weights if "group_index" in w.planes]
+    whole &= all(torch.equal(each, ordered[0]) for each in ordered)
     if len(alike) > 1 or not whole:
         with pytest.raises(PackedWeightError):
             quant_format.stacked(weights)

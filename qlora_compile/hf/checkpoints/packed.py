@@ -1,6 +1,7 @@
 """Folders of our own, as `qlora_compile.save` writes them: every format, read bit for bit.
 
-A weight `x.weight` is stored as its codes under that name, its other planes as `x.PLANE`, and its
+A weight `x.weight` is stored as its codes under that name, its other planes as `x.PLANE`, as its
+module holds them (floating-point ones by their bytes), and its
 Layout, as `Layout.to_tensor` makes it, as `x.packed_layout`; a weight of experts, `x.down_proj`, in
 the same way below `x.down_proj_packed`.
 """
@@ -22,7 +23,7 @@ from qlora_compile.hf.experts import is_transposed, settle
 from qlora_compile.kernels.experts.base import PACKED_EXPERTS
 from qlora_compile.kernels.formats.formats import format_named, meta_tensors, planes_of
 from qlora_compile.kernels.layout import Layout, Plane
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight, as_bytes
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.modules.packed import LAYOUT
@@ -77,8 +78,9 @@ def stored_layouts(folder: CheckpointFolder) -> Iterator[tuple[str, Layout]]:
             planes = planes_of(layout)
         except (QloraCompileError, KeyError) as error:
             raise folder.error(key, f"it is no Layout ({error})", AGAIN) from error
-        for plane, role in zip(planes, roles(planes), strict=True):
-            folder.check(f"{name}.{role}", dtypes=(plane.dtype,), shape=plane.shape)
+        stored = map(as_bytes, meta_tensors(layout, torch.float32))
+        for plane, role in zip(stored, roles(planes), strict=True):
+            folder.check(f"{name}.{role}", dtypes=(plane.dtype,), shape=tuple(plane.shape))
         yield name, layout
 
 

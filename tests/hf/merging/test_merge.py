@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import qlora_compile
-from qlora_compile import adopt
+from qlora_compile import optimize
 from qlora_compile.hf.merging.write import write_merged
 from qlora_compile.saving_errors import (
     BaseFolderError,
@@ -21,6 +21,7 @@ from qlora_compile.saving_errors import (
     UnknownAdapterError,
     UnmergeableError,
 )
+from tests.hf.saving.test_save import plain
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import TOLERANCE, TYPES
 from tests.hf.test_experts import lora as experts_lora
@@ -37,7 +38,7 @@ def lora(**options: Any) -> LoraConfig:
 
 def untrained(model: Any, config: Any, format: str | None = "nf4", **options: Any) -> Any:
     """The model packed, with adapters whose every trained parameter is moved a little."""
-    model = model if format is None else adopt.pack(model, format, options)
+    model = model if format is None else plain(optimize(model, quantize=format, **options))
     model = get_peft_model(model, config).eval()
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -50,9 +51,7 @@ CASES: dict[str, Any] = {
     "bias": lambda: untrained(toy(attention_bias=True), lora(use_rslora=True), "int4"),
     "lora_bias": lambda: untrained(toy("Bert"), lora(lora_bias=True, target_modules=["query"])),
     "DoRA": lambda: untrained(toy(), lora(use_dora=True)),
-    "bitsandbytes": lambda: untrained(
-        qlora_compile.optimize(with_bitsandbytes(toy(), 4)), lora(), None
-    ),
+    "bitsandbytes": lambda: untrained(plain(optimize(with_bitsandbytes(toy(), 4))), lora(), None),
     "unpacked": lambda: untrained(toy(), lora(), None),
     "Conv1D": lambda: untrained(gpt2(), lora(target_modules=["c_attn", "c_proj", "wte"]), "int8"),
     "heads trained": lambda: untrained(toy(), lora(modules_to_save=["lm_head", "embed_tokens"])),

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora_compile.hf.checkpoints.packed import STEM, VERSION, roles
 from qlora_compile.hf.saving.folders.folder_format import FolderFormat
 from qlora_compile.kernels.formats.formats import planes_of
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight, as_bytes
 from qlora_compile.modules.packed import LAYOUT
 
 
@@ -32,7 +32,7 @@ class PackedFolder(FolderFormat):
     ) -> Iterator[tuple[str, Tensor]]:
         planes = planes_of(packed.layout)
         for role, plane, tensor in zip(roles(planes), planes, packed.tensors, strict=True):
-            yield f"{prefix}{role}", tensor.data.reshape(plane.shape)
+            yield f"{prefix}{role}", as_bytes(tensor.data.reshape(plane.shape))
         yield f"{prefix}{LAYOUT}", packed.layout.to_tensor()
 
     def quantization_config(
