@@ -30,7 +30,7 @@ ORDER = (
     ("report",),
     ("api",),
     ("trainers", "training", "build"),
-    ("quantized_lora",),
+    ("quantized_lora", "merging"),
     ("cli",),
 )
 """Every module and folder of ours, from the ground up: each imports what stands before it, and
