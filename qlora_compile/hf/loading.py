@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -49,6 +50,11 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+# What transformers raises for a damaged config.json, by what is damaged.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_UNREADABLE += (StrictDataclassError,)
+
+
 def load_config(source: str | Path) -> Any:
     """Read a model's configuration, without its weights.
 
@@ -62,7 +68,7 @@ def load_config(source: str | Path) -> Any:
             return AutoConfig.from_pretrained(folder, **options)
     try:
         return AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _not_found(source, error) from error
 
 

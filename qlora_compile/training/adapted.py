@@ -28,12 +28,25 @@ def adapter_settings(folder: Path, model: str | None, format: str | None) -> Run
     if (folder / FILE).is_file():
         found = settings_from({}, folder / FILE)
     else:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = _base_model(config)
         if model is None and not base:
             problem, remedy = "its configuration names no model", "pass --model"
             raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
         found = RunSettings(model=model or base, data=())
     return replace(found, model=model or found.model, format=format or found.format)
+
+
+def _base_model(config: Path) -> str | None:
+    """Return the name of the model that an adapter's configuration names, None if it names none."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problem, remedy = f"{config.name} cannot be read ({error})", "write it again"
+        raise AdapterFolderError(
+            value=str(config.parent), problem=problem, remedy=remedy
+        ) from error
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:

@@ -196,35 +196,41 @@ def _step(model: Any) -> None:
 
 def memory() -> None:
     """A rank holds its part of the planes, and those of one block while the block runs."""
-    whole = model_of(DENSE)
-    blocks = [sum(plane.nbytes for plane in _planes(layer).values()) for layer in _blocks(whole)]
-    del whole
-    torch.compiler.reset()
+    gc.collect()
+    before = _bytes_of_integers()
     model = sharded(DENSE)
     gc.collect()
+    # A DTensor counts the elements of all ranks.
+    blocks = [
+        sum(p.numel() for p in layer.parameters() if _is_plane(p)) for layer in _blocks(model)
+    ]
     part = sum(blocks) / dist.get_world_size()
     seen: list[int] = []
 
     def look(*_: Any) -> None:
-        seen.append(_bytes_of_integers())
+        seen.append(_bytes_of_integers() - before)
 
     for layer in _blocks(model):
         layer.self_attn.register_forward_pre_hook(look)
-    resting = _bytes_of_integers()
+    resting = _bytes_of_integers() - before
     model(input_ids=batch(0), labels=batch(0)).loss.backward()
     gc.collect()
     assert part <= resting <= 1.1 * part, (resting, part)
     # Between blocks, nothing is gathered; the gathered block lies beside the part of it.
-    assert _bytes_of_integers() <= 1.1 * part
+    assert _bytes_of_integers() - before <= 1.1 * part
     formula = part + max(blocks)
     assert part < max(seen) <= 1.1 * formula, (seen, formula)
+
+
+def _is_plane(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8
 
 
 def _bytes_of_integers() -> int:
     """The bytes of all live tensors of bytes, each storage once."""
     storages = {}
     for each in gc.get_objects():
-        if isinstance(each, Tensor) and each.dtype == torch.uint8:
+        if isinstance(each, Tensor) and _is_plane(each):
             local = each.to_local() if hasattr(each, "to_local") else each
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
