@@ -60,11 +60,9 @@ class GroupFormat(QuantFormat):
         """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
         contiguous; no zeros where all are `symmetric_zero`."""
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """`factors` as they are stored, where the decoder for CPUs reads them so."""
-        return self.factors(packed, start, stop)
+    @abstractmethod
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        """Scales and zeros of all groups as the decoder for CPUs reads them."""
 
     @abstractmethod
     def code_values(self, codes: Tensor) -> Tensor:
@@ -92,13 +90,11 @@ class GroupFormat(QuantFormat):
         return torch.stack((stored & 15, stored >> 4), dim=2).flatten(1)[:, :columns]
 
     def _write_rows(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-        rows, columns = packed.shape
+        columns = packed.shape[1]
         if group_decode.writes(out):
-            scales, zeros = self.stored_factors(packed, start, stop)
-            codes = packed.codes.reshape(rows, -1)[start:stop]
             group_decode.write_rows(
-                *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
-                *(self.group_size(packed.layout), self.cpu_kind, out),
+                *(packed.codes, self.cpu_values(), self.stored_factors(packed)),
+                *(self.group_size(packed.layout), self.cpu_kind, start, out),
             )
             return
         step = max(1, _CHUNK // columns)

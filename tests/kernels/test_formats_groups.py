@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.errors import PackedWeightError
+from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import padded_groups
 from qlora_compile.kernels.formats.integers import IntegerFormat
@@ -106,3 +107,17 @@ def test_scales_beyond_float16(quant_format: IntegerFormat, zeros: str) -> None:
     packed = quant_format.quantize(weight, zeros=zeros, scales="bfloat16")
     restored = quant_format.dequantize(packed, torch.float32)
     torch.testing.assert_close(restored, weight, rtol=0.01, atol=0)
+
+
+@each_integer_format
+def test_all_float16_scales(quant_format: IntegerFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By compiled code as by torch's operators: subnormal numbers, infinity and NaN, too."""
+    monkeypatch.setattr(decode, "SMALLEST", 1)
+    scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(32, 2048)
+    layout = quant_format.layout((32, 2048 * 32), group_size=32, zeros="float", scales="float16")
+    planes = [torch.full((32, 2048 * 4 * quant_format.bits), 0x53, dtype=torch.uint8), scales]
+    packed = quant_format.packed(layout, [*planes, torch.ones_like(scales)])
+    made = quant_format.dequantize_rows(packed, 0, 32, torch.float32)
+    torch.testing.assert_close(
+        made, quant_format.dequantize(packed, torch.float32), rtol=0, atol=0, equal_nan=True
+    )
