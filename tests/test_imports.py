@@ -14,7 +14,15 @@ LONGEST_FILE = 320
 
 ORDER = (
     ("errors",),
-    ("kernels", "adapter_errors", "expert_errors", "row_errors", "outputs", "text_table"),
+    (
+        "kernels",
+        "adapter_errors",
+        "checkpoint_errors",
+        "expert_errors",
+        "row_errors",
+        "outputs",
+        "text_table",
+    ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from qlora_compile.errors import PackedWeightError
 from qlora_compile.kernels.formats.cpu import group_codes, group_decode
 from qlora_compile.kernels.formats.groups import GroupFormat
 from qlora_compile.kernels.formats.options import Option
@@ -69,6 +70,20 @@ class Fp8Format(GroupFormat):
     def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
         shift = _ROW_SHIFTS[packed.layout.named["scale_per"]]
         return group_decode.Factors(packed.planes["scales"], row_shift=shift)
+
+    def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """The scales of whole tensors become one of every row."""
+        if layout.named["scale_per"] == "tensor":
+            layout = self.layout(layout.shape, scale_per="row")
+            codes = torch.cat([each.codes.reshape(each.shape) for each in weights])
+            scales = [each.planes["scales"].reshape(1).expand(each.shape[0]) for each in weights]
+            return self.packed(layout, [codes, torch.cat(scales)])
+        if layout.named["scale_per"] == "block":
+            for weight in weights[:-1]:
+                if weight.shape[0] % _BLOCK:
+                    problem = f"its last block of {_BLOCK} rows would reach into the weight below"
+                    raise PackedWeightError(format=self.name, shape=weight.shape, problem=problem)
+        return super()._stacked(layout, weights)
 
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         from qlora_compile.kernels.formats.gpu.groups import group_side

@@ -36,6 +36,7 @@ from qlora_compile.hf.replaced_forward import (
     reached,
     replaced_forward,
 )
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -145,6 +146,7 @@ class Region(CompiledForward):
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
+        plans.heed()
         settings = _DYNAMO_SETTINGS | (hooked.settings if hooked else {})
         with (
             running(self) as executed,

@@ -1,15 +1,31 @@
 """Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from qlora_compile.checkpoint_errors import CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
+from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,14 +60,29 @@ def load_config(source: str | Path) -> Any:
         raise _not_found(source, error) from error
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: Any = None) -> Any:
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
+
+    The weights of a quantised checkpoint stay packed; the package that wrote it is not needed.
+
+    device: where the weights of a quantised checkpoint go.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
+        CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
+        CheckpointError: a file of a quantised checkpoint cannot be read.
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
+    settings = quantization_settings(config)
+    if settings is not None and not options:
+        return _load_quantised(source, config, settings, dtype or compute_dtype(), device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if "gguf_file" in options:
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
@@ -62,6 +93,37 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, config: 
         )
     except OSError as error:
         raise _not_found(source, error) from error
+
+
+def _load_quantised(
+    source: str | Path,
+    config: Any,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Any:
+    reader = source_of(settings)
+    if reader is None:
+        raise CheckpointMethodError(
+            file=source,
+            value=settings.get("quant_method"),
+            known=", ".join(each.method for each in SOURCES),
+        )
+    path = Path(source)
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise _not_found(source, error) from error
+    named = getattr(transformers, architecture(config) or "", None)
+    named = named or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    folder = CheckpointFolder(path)
+    model = read_model(named, config, folder, reader, dtype=dtype, device=device)
+    # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
+    model.name_or_path = model.config.name_or_path = str(source)
+    if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def load_tokenizer(source: str | Path) -> Any:

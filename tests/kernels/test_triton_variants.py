@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.kernels.formats.blocks import BlockFormat
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.variants.decoding import decoder_names
 from qlora_compile.kernels.variants.dense import Dense, DenseConfig
 from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 from qlora_compile.kernels.variants.tail import Tail
@@ -41,7 +42,7 @@ def test_error_of_output_and_gradients(
     variant: TritonVariant, format: str, data: st.DataObject
 ) -> None:
     call = data.draw(calls(variant, format))
-    config = data.draw(st.sampled_from(configs(variant, format)))
+    config = data.draw(st.sampled_from(configs(variant, format, call.spec.layout)))
     keeps = data.draw(st.booleans())
     assert_no_worse_than_plain(call, call.fused(variant, config=config, keeps=keeps))
 
@@ -67,6 +68,7 @@ def test_dense_over_tritons_decoder(decoder: str, data: st.DataObject) -> None:
     """Each decoder by itself is held to the bit in test_triton_kernels."""
     names = [f.name for f in FORMATS if decoder in [d.name for d in f.device_decoders()]]
     call = data.draw(calls(TAIL, data.draw(st.sampled_from(names))))
+    assume(decoder in decoder_names(call.spec.layout, "sm_90", torch.bfloat16))
     dtype = call.case.dtypes.compute
     if decoder == "plain" and data.draw(st.booleans()):
         dtype = torch.float32
@@ -80,8 +82,8 @@ ONE_HOT = [
     (variant, format, config, size, dtype)
     for variant, format in PAIRS
     if isinstance(variant, GemmVariant)
-    for config in configs(variant, format)
     for size in (64, 256, 4096, "row")
+    for config in configs(variant, format, Case(k=72, format=format, block_size=size).layout)
     for dtype in (torch.bfloat16, torch.float16)
 ]
 
@@ -125,6 +127,17 @@ def test_one_hot_rows_give_the_decoded_weight(
     grad = torch.eye(80, dtype=dtype)[:rows]
     results = replace(call, x=x * 0, grad=grad).fused(variant, config=config)
     assert torch.equal(results["grad x"], call.weight(dtype)[:rows])
+
+
+@pytest.mark.parametrize("format", ["int4", "uint8"])
+def test_one_hot_rows_of_columns_in_groups_by_an_index(format: str) -> None:
+    dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == torch.float16)
+    call = Case((72,), 80, 72, 0, format, 256, False, dtypes, contiguous=True).build()
+    assert call.spec.layout.named["grouping"] == "indexed"
+    results = replace(call, x=torch.eye(72, dtype=torch.float16)).fused(
+        TAIL, config=configs(TAIL, format)[0]
+    )
+    assert torch.equal(results["y"], call.weight(torch.float16).t())
 
 
 @pytest.mark.parametrize("variant", TRITON_VARIANTS, ids=lambda v: v.name)

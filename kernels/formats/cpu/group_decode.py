@@ -14,15 +14,15 @@ from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.cpu.decode import TYPES
 from qlora_compile.kernels.formats.cpu.group_codes import EIGHT_BITS, FOUR_BITS, KINDS, NIBBLES
 
-_FACTORS = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3, "LOOKED_UP": 4}
-_NAMES = {
+FACTOR_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "U8": 3, "LOOKED_UP": 4}
+FACTOR_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",
 }
 
-_ROWS = r"""
+WIDEN = r"""
 #include <vector>
 
 static inline float half(uint16_t bits) {
@@ -57,7 +57,10 @@ static inline void widen(
     for (int64_t i = 0; i < count; ++i) to[i] = table[bytes[i]] * whole;
   }
 }
+"""
+"""C++: reading factors of a type in `FACTOR_TYPES`."""
 
+_ROWS = r"""
 extern "C" void kernel(
     const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
     const float* table, const float* whole, int64_t scale_type, int64_t zero_type, int64_t kind,
@@ -127,15 +130,15 @@ def write_rows(
     kind: of `group_codes`. codes: uint8 [N, K] or, of 4 bits, [N, ceil(K / 2)]. values: float32
     [256] or [16]. size: columns of a group, which begins with a byte. out: of a dtype in TYPES.
     """
-    one = _constant(1.0)
+    one = constant(1.0)
     scales, zeros, table = factors.scales, factors.zeros, factors.table
     has_zeros = zeros is not None
     if zeros is None:
-        zeros = _constant(factors.constant)
+        zeros = constant(factors.constant)
     rows, columns = out.shape
     sizes = (
-        _FACTORS[_NAMES[scales.dtype] if table is None else "LOOKED_UP"],
-        _FACTORS[_NAMES[zeros.dtype]],
+        FACTOR_TYPES[FACTOR_NAMES[scales.dtype] if table is None else "LOOKED_UP"],
+        FACTOR_TYPES[FACTOR_NAMES[zeros.dtype]],
         KINDS.get(kind, 0),
         *(int(has_zeros), start, factors.row_shift, rows, columns),
         *(min(size, columns), torch.get_num_threads()),
@@ -149,7 +152,7 @@ def write_rows(
 
 
 @functools.cache
-def _constant(value: float) -> Tensor:
+def constant(value: float) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([value], dtype=torch.float32, device="cpu")
 
@@ -157,8 +160,8 @@ def _constant(value: float) -> Tensor:
 @functools.cache
 def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
     """Return the source for results of `dtype`, and the types of its arguments."""
-    code = (FOUR_BITS if nibbles else EIGHT_BITS) + _ROWS
-    names = KINDS | _FACTORS | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
+    code = (FOUR_BITS if nibbles else EIGHT_BITS) + WIDEN + _ROWS
+    names = KINDS | FACTOR_TYPES | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
     for name, meant in names.items():
         code = re.sub(rf"\b{name}\b", str(meant), code)
     pointers = ("uint8_t", "float", "uint8_t", "uint8_t", "float", "float")

@@ -16,6 +16,7 @@ from qlora_compile.kernels.formats.gpu import (
     groups,
 )
 from qlora_compile.kernels.gpu.decoders import Decoder
+from qlora_compile.kernels.layout import Layout
 
 _decoder = partial(Decoder, load=absmax.load_absmax, scale=absmax.scales_of)
 
@@ -61,7 +62,16 @@ _integers = partial(
 )
 
 _in_ptx = partial(Decoder, "prmt", load=groups.load_groups)
-_ptx_integers = partial(_in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors)
+
+
+def _indexed(layout: Layout) -> str | None:
+    indexed = layout.named.get("grouping") == "indexed"
+    return "columns in groups by an index, each with factors of its own" if indexed else None
+
+
+_ptx_integers = partial(
+    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_indexed
+)
 
 INTEGER_DECODERS = {
     4: (
