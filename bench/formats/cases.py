@@ -26,6 +26,7 @@ _MORE: dict[str, tuple[dict[str, Any], ...]] = {
     "nf4": ({"double_quantize": True},),
     "int4": (
         {"group_size": 32},
+        {"group_size": 32, "zeros": "float", "scales": "float16"},
         {"group_size": 128},
         {"zeros": "none"},
         {"zeros": "float"},

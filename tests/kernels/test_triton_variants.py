@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from qlora_compile.kernels.formats.blocks import BlockFormat
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.gpu.configs import GemmConfig
+from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.variants.decoding import decoder_names
 from qlora_compile.kernels.variants.dense import Dense, DenseConfig
 from qlora_compile.kernels.variants.gemm_variant import GemmVariant
@@ -138,6 +139,17 @@ def test_one_hot_rows_of_columns_in_groups_by_an_index(format: str) -> None:
         TAIL, config=configs(TAIL, format)[0]
     )
     assert torch.equal(results["y"], call.weight(torch.float16).t())
+
+
+@pytest.mark.parametrize("variant", [v for v in GEMMS if v.name != "tail"], ids=lambda v: v.name)
+def test_no_loop_decodes_columns_in_groups_by_an_index(variant: GemmVariant) -> None:
+    """Their factors would take as many registers as the weights."""
+    case = Case((16,), 80, 72, format="int4", dtypes=DTYPES[4])
+    with assuming("sm_90", "cpu"):
+        assert not variant.rejects(case.build().problem("forward"))
+        (none, *why) = variant.rejects(replace(case, block_size=256).build().problem("forward"))
+    assert none == "no config for sm_90"
+    assert any("prmt does not take columns in groups by an index" in reason for reason in why)
 
 
 @pytest.mark.parametrize("variant", TRITON_VARIANTS, ids=lambda v: v.name)
