@@ -17,6 +17,9 @@ def test_every_two_values_meet() -> None:
 def test_values_of_different_functions_need_not_meet() -> None:
     rows = list(product(range(5), range(5), range(5), range(5)))
     apart = pairwise(
-        rows, lambda row: dict(enumerate(row[:2])), lambda row: dict(enumerate(row[2:]))
+        rows,
+        lambda row: {"a": row[0], "b": row[1]},
+        lambda row: {"c": row[2], "d": row[3]},
     )
+    assert len({row[:2] for row in apart}) == len({row[2:] for row in apart}) == 25
     assert len(apart) == 25
