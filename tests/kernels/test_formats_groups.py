@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.errors import PackedWeightError
+from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import padded_groups
-from qlora_compile.kernels.formats.integers import IntegerFormat
+from qlora_compile.kernels.formats.integers import INT4, IntegerFormat
 from qlora_compile.kernels.registry import FORMATS
 from tests.format_options import drawn_options
 
@@ -106,6 +107,27 @@ def test_refined_zeros_are_better(data: st.DataObject) -> None:
     assert refined.sum() < plain.sum()
 
 
+def test_refined_zeros_beside_hqqs_own() -> None:
+    """From the same scales, by the measure that both minimise."""
+    from hqq.core.quantize import Quantizer
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * 0.02
+    shared = {"nbits": 4, "group_size": 64, "axis": 1, "device": "cpu"}
+    errors = []
+    for refine in (False, True):
+        codes, meta = Quantizer.quantize(weight, optimize=refine, **shared)
+        theirs = Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
+        options = {"zeros": "float", "scales": "float32", "refine": refine}
+        packed = INT4.quantize(weight, group_size=64, **options)
+        torch.testing.assert_close(packed.planes["scales"].flatten(), meta["scale"].flatten())
+        ours = INT4.dequantize(packed, torch.float32)
+        errors.append([float((each - weight).abs().pow(0.7).sum()) for each in (ours, theirs)])
+    (plain, plain_of_hqq), (refined, refined_of_hqq) = errors
+    assert plain == pytest.approx(plain_of_hqq, rel=1e-3)
+    assert refined <= refined_of_hqq < plain
+
+
 @each_integer_format
 def test_only_float_zeros_are_refined(quant_format: IntegerFormat) -> None:
     for zeros in ("integer", "none"):
@@ -122,3 +144,17 @@ def test_scales_beyond_float16(quant_format: IntegerFormat, zeros: str) -> None:
     packed = quant_format.quantize(weight, zeros=zeros, scales="bfloat16")
     restored = quant_format.dequantize(packed, torch.float32)
     torch.testing.assert_close(restored, weight, rtol=0.01, atol=0)
+
+
+@each_integer_format
+def test_all_float16_scales(quant_format: IntegerFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By compiled code as by torch's operators: subnormal numbers, infinity and NaN, too."""
+    monkeypatch.setattr(decode, "SMALLEST", 1)
+    scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(32, 2048)
+    layout = quant_format.layout((32, 2048 * 32), group_size=32, zeros="float", scales="float16")
+    planes = [torch.full((32, 2048 * 4 * quant_format.bits), 0x53, dtype=torch.uint8), scales]
+    packed = quant_format.packed(layout, [*planes, torch.ones_like(scales)])
+    made = quant_format.dequantize_rows(packed, 0, 32, torch.float32)
+    torch.testing.assert_close(
+        made, quant_format.dequantize(packed, torch.float32), rtol=0, atol=0, equal_nan=True
+    )
