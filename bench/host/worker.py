@@ -29,7 +29,7 @@ from bench.host.tail import SPLITS, choose_tail
 from bench.peers.answers import answers
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.stock import with_bitsandbytes, without_repacking
-from qlora_compile.kernels.gpu import products
+from qlora_compile.kernels.gpu import thin_products
 from qlora_compile.tuning.modes import OFF, tuner_of
 from tests.fake_device.device import LAUNCH_SECONDS, FakeDevice, fake_device
 
@@ -101,7 +101,7 @@ def main(order: dict[str, Any]) -> None:
         device = None
         if order["contender"] == OURS:
             device = stack.enter_context(fake_device())
-            stack.enter_context(mock.patch.object(products, "_splits", return_value=SPLITS))
+            stack.enter_context(mock.patch.object(thin_products, "splits_of", return_value=SPLITS))
         trainee = Trainee(order["contender"], MODELS[order["model"]], order["layers"])
         for _ in range(WARM_UP):
             trainee.step()
