@@ -8,10 +8,12 @@ adapters from the rounded weight and rounding again would not.
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_compile.kernels.layout import Layout
@@ -32,7 +34,7 @@ class KeptBase:
         self._planes = {name: plane.data.cpu() for name, plane in packed.planes.items()}
         self._layout = module.layout
         self._bias = None if bias is None else bias.data.clone()
-        self._merged: tuple[int, int] | None = None
+        self._merged: int | None = None
 
     def note_merged(self, module: PackedModule) -> None:
         """Remember the merged weight, to notice if something else replaces it."""
@@ -51,9 +53,13 @@ class KeptBase:
             bias.data.copy_(self._bias)
 
 
-def _state(module: PackedModule) -> tuple[int, int]:
-    """Identify a packed weight: another Parameter, or one written to, is another weight."""
-    return id(module.weight), module.weight._version
+def _state(module: PackedModule) -> int:
+    """Return a checksum of a packed weight, which copies of it share."""
+    checksum = 0
+    for plane in module.tensors:
+        stored = plane.data.cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(stored.numpy(), checksum)
+    return checksum
 
 
 class MergesInPlace:
