@@ -176,6 +176,11 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder))
 
 
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    return quantization_settings(config) is not None
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer that is stored with a model.
 
