@@ -20,7 +20,7 @@ LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 
-.PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+.PHONY: demo test test-long test-damage test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
 
 demo: setup
@@ -32,6 +32,10 @@ test: setup
 # `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# Damages checkpoints of every source in 300 drawn ways.
+test-damage: setup
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup

@@ -21,9 +21,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qlora_compile.checkpoint_errors import CheckpointMethodError
+from qlora_compile.checkpoint_errors import CheckpointError, CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
-from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
@@ -122,8 +122,20 @@ def _load_quantised(
     # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
     model.name_or_path = model.config.name_or_path = str(source)
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = _generation_config(path)
     return model
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            file=folder / GENERATION_CONFIG_NAME,
+            tensor="all values",
+            problem=f"the file cannot be read ({error})",
+            remedy=AGAIN,
+        ) from error
 
 
 def is_quantised(config: Any) -> bool:
