@@ -1,5 +1,6 @@
 """Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from qlora_compile.checkpoint_errors import CheckpointError, CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
@@ -27,6 +28,7 @@ from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
+_MODELOPT_FILE = "hf_quant_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,9 +57,38 @@ def load_config(source: str | Path) -> Any:
     """
     folder, options = _location(source)
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise _not_found(source, error) from error
+    if not options and quantization_settings(config) is None:
+        _add_settings_beside(folder, config)
+    return config
+
+
+def _add_settings_beside(folder: str, config: Any) -> None:
+    """Give `config` the `quantization_config` that modelopt's older exports have in another file.
+
+    Raises:
+        CheckpointError: that file cannot be read.
+    """
+    file = cached_file(
+        folder,
+        _MODELOPT_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))["quantization"]
+        config.quantization_config = {**settings, "quant_method": "modelopt"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            file=file,
+            tensor="quantization",
+            problem=f"the file cannot be read ({error!r})",
+            remedy=AGAIN,
+        ) from error
 
 
 def load_model(
