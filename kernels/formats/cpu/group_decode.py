@@ -15,9 +15,29 @@ from qlora_compile.kernels.formats.cpu.decode import ROUNDING, TYPES
 NIBBLES, INTEGER, E4M3, E5M2 = "NIBBLES", "INTEGER", "E4M3", "E5M2"
 """Kinds of codes: any of 4 bits, unsigned integers and floats of 8."""
 
+AFFINE = r"""
+// A value, as (v - zero) * scale, or as v * scale + minimum.
+static inline float affine(float value, float zero, float scale, bool adds) {
+  return adds ? value * scale + zero : (value - zero) * scale;
+}
+"""
+
+_AFFINE = (
+    AFFINE
+    + r"""
+#if defined(__AVX512BW__)
+static inline __m512 affine(__m512 value, __m512 zero, __m512 scale, bool adds) {
+  if (adds) return _mm512_add_ps(_mm512_mul_ps(value, scale), zero);
+  return _mm512_mul_ps(_mm512_sub_ps(value, zero), scale);
+}
+#endif
+"""
+)
+
 _NIBBLES = (
     VECTORISED
     + ROUNDING
+    + _AFFINE
     + r"""
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // Decode as many whole vectors and halves of vectors as `bytes` hold, all of one group, whose
@@ -99,23 +119,25 @@ static inline int64_t decode(
 // The first weight of a group is the low half of a byte.
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t, const float* values, float zero, float scale,
-    bool streams, TYPE* to) {
+    bool adds, bool streams, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(values), _mm512_set1_ps(zero));
-  const __m512 table = _mm512_mul_ps(shifted, _mm512_set1_ps(scale));
+  const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
+  const __m512 table = affine(_mm512_loadu_ps(values), zeros, scales, adds);
   i = 2 * decode(in, count / 2, table, streams, to);
   if (i == count) return;
 #elif defined(__AVX2__)
   const auto eight = [&](const float* from) {
-    const __m256 shifted = _mm256_sub_ps(_mm256_loadu_ps(from), _mm256_set1_ps(zero));
-    return _mm256_mul_ps(shifted, _mm256_set1_ps(scale));
+    const __m256 scales = _mm256_set1_ps(scale), zeros = _mm256_set1_ps(zero);
+    const __m256 value = _mm256_loadu_ps(from);
+    if (adds) return _mm256_add_ps(_mm256_mul_ps(value, scales), zeros);
+    return _mm256_mul_ps(_mm256_sub_ps(value, zeros), scales);
   };
   i = 2 * decode(in, count / 2, eight(values), eight(values + 8), to);
   if (i == count) return;
 #endif
   TYPE sixteen[16];
-  for (int64_t j = 0; j < 16; ++j) store(sixteen + j, (values[j] - zero) * scale);
+  for (int64_t j = 0; j < 16; ++j) store(sixteen + j, affine(values[j], zero, scale, adds));
   for (; i < count; ++i) to[i] = sixteen[(in[i / 2] >> (i % 2 * 4)) & 15];
 }
 """
@@ -124,6 +146,7 @@ static inline void decode_group(
 _BYTES = (
     VECTORISED
     + ROUNDING
+    + _AFFINE
     + r"""
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // The values of sixteen codes. An 8-bit float is a float16 with fewer bits: that of e5m2 as it is,
@@ -146,21 +169,22 @@ static inline __m512 widened(__m128i codes, int64_t kind) {
 
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t kind, const float* values, float zero, float scale,
-    bool, TYPE* to) {
+    bool adds, bool, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   for (; i + 16 <= count; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    const __m512 shifted = _mm512_sub_ps(widened(stored, kind), _mm512_set1_ps(zero));
-    store(to + i, _mm512_mul_ps(shifted, _mm512_set1_ps(scale)));
+    const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
+    store(to + i, affine(widened(stored, kind), zeros, scales, adds));
   }
 #endif
   if (kind == INTEGER) {
 #pragma omp simd
-    for (int64_t j = i; j < count; ++j) store(to + j, (static_cast<float>(in[j]) - zero) * scale);
+    for (int64_t j = i; j < count; ++j)
+      store(to + j, affine(static_cast<float>(in[j]), zero, scale, adds));
     return;
   }
-  for (; i < count; ++i) store(to + i, (values[in[i]] - zero) * scale);
+  for (; i < count; ++i) store(to + i, affine(values[in[i]], zero, scale, adds));
 }
 """
 )
@@ -190,8 +214,8 @@ _ROWS = (
     + r"""
 extern "C" void kernel(
     const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
-    int64_t scale_type, int64_t zero_type, int64_t kind, int64_t zero_step, int64_t rows,
-    int64_t columns, int64_t size, int64_t threads, TYPE* out) {
+    int64_t scale_type, int64_t zero_type, int64_t kind, int64_t zero_step, int64_t adds,
+    int64_t rows, int64_t columns, int64_t size, int64_t threads, TYPE* out) {
   const int64_t groups = (columns + size - 1) / size;
   const int64_t row_bytes = (columns * BITS + 7) / 8;
   // What no core's cache holds goes to memory without being read from there first.
@@ -204,8 +228,8 @@ extern "C" void kernel(
       const int64_t count = columns - first < size ? columns - first : size;
       decode_group(
           codes + r * row_bytes + first * BITS / 8, count, kind, values,
-          factor(zeros, zero_type, zero_step * at), factor(scales, scale_type, at), streams,
-          out + r * columns + first);
+          factor(zeros, zero_type, zero_step * at), factor(scales, scale_type, at), adds,
+          streams, out + r * columns + first);
     }
 }
 """.replace("STREAMED", str(4 << 20))
@@ -231,8 +255,11 @@ def write_rows(
     size: int,
     kind: str,
     out: Tensor,
+    *,
+    adds: bool = False,
 ) -> None:
-    """out [rows, K] = (values[code] - zero) * scale, rounded once.
+    """out [rows, K] = (values[code] - zero) * scale, rounded once; if it `adds`, values[code] *
+    scale + zero.
 
     kind: what codes are, NIBBLES of 4 bits, others of 8. codes: uint8 [rows, K] or, of 4 bits,
     [rows, ceil(K / 2)], contiguous as all of these tensors are. values: float32 [256] or [16].
@@ -251,6 +278,7 @@ def write_rows(
         *types,
         _KINDS.get(kind, 0),
         step,
+        int(adds),
         rows,
         columns,
         min(size, columns),
@@ -274,5 +302,5 @@ def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
     for name, meant in names.items():
         code = re.sub(rf"\b{name}\b", str(meant), code)
     pointers = ("const uint8_t*", "const float*", "const uint8_t*", "const uint8_t*")
-    arguments = (*pointers, *["int64_t"] * 8, f"{TYPES[dtype]}*")
+    arguments = (*pointers, *["int64_t"] * 9, f"{TYPES[dtype]}*")
     return code, arguments
