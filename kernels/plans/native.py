@@ -63,6 +63,8 @@ def heed() -> None:
 def install(key: str, *, compares: bool = True) -> None:
     """Installs plans for the devices of a dispatch key, having the C++ built if need be. compares:
     whether what a plan's first replay returns is compared with what Python computed."""
+    import qlora_compile.kernels.experts.op
+    import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
     from qlora_compile.kernels.plans.first_use import recorded
 
     _load()

@@ -17,6 +17,10 @@
 
 #include "cuda.h"
 
+// TORCH_CHECK would begin the message with a function and a file.
+#define REQUIRE(condition, ...) \
+  if (!(condition)) C10_THROW_ERROR(Error, c10::str(__VA_ARGS__))
+
 namespace {
 
 using torch::jit::Stack;
@@ -39,7 +43,7 @@ struct Driver {
 
   Driver() {
     void* cuda = dlopen("libcuda.so.1", RTLD_LAZY);
-    TORCH_CHECK(cuda, "libcuda.so.1 cannot be loaded: ", dlerror());
+    REQUIRE(cuda, "libcuda.so.1 cannot be loaded: ", dlerror());
     find(cuda, launch, "cuLaunchKernelEx");
     find(cuda, encode, "cuTensorMapEncodeTiled");
     find(cuda, is_capturing, "cuStreamIsCapturing");
@@ -50,7 +54,7 @@ struct Driver {
     reinterpret_cast<void*&>(parameter) = dlsym(cuda, "cuFuncGetParamInfo");
     decltype(&cuDriverGetVersion) ask;
     find(cuda, ask, "cuDriverGetVersion");
-    TORCH_CHECK(ask(&version) == CUDA_SUCCESS, "cuDriverGetVersion failed");
+    REQUIRE(ask(&version) == CUDA_SUCCESS, "cuDriverGetVersion failed");
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     stream = nullptr;
     if (torch_cuda) find(torch_cuda, stream, "aoti_torch_get_current_cuda_stream");
@@ -59,7 +63,7 @@ struct Driver {
   template <typename Function>
   static void find(void* library, Function& function, const char* name) {
     reinterpret_cast<void*&>(function) = dlsym(library, name);
-    TORCH_CHECK(function, "there is no ", name);
+    REQUIRE(function, "there is no ", name);
   }
 
   static const Driver& get() {
@@ -69,7 +73,7 @@ struct Driver {
 
   CUstream current_stream(c10::Device device) const {
     void* found = nullptr;
-    if (device.is_cuda()) TORCH_CHECK(stream(device.index(), &found) == 0, "no current stream");
+    if (device.is_cuda()) REQUIRE(stream(device.index(), &found) == 0, "no current stream");
     return static_cast<CUstream>(found);
   }
 
@@ -145,8 +149,8 @@ struct Plan {
   Driver::get().error(error, &text);
   auto message = c10::str("CUDA error ", static_cast<int>(error), " (", text ? text : "unknown",
       ") when starting the kernel ", kernel, " of ", call);
-  TORCH_CHECK_WITH(OutOfMemoryError, error != CUDA_ERROR_OUT_OF_MEMORY, message);
-  TORCH_CHECK(false, message);
+  if (error == CUDA_ERROR_OUT_OF_MEMORY) C10_THROW_ERROR(OutOfMemoryError, message);
+  C10_THROW_ERROR(Error, message);
 }
 
 at::Tensor viewed(const View& view, const uint64_t* starts, c10::Device device) {
@@ -192,7 +196,7 @@ void start(const Kernel& kernel, const Plan& plan, const uint64_t* starts, CUstr
 }
 
 std::vector<at::Tensor> replay(const Plan& plan, const Inputs& inputs) {
-  TORCH_CHECK(static_cast<int64_t>(inputs.size()) == plan.inputs, "a plan for ", plan.inputs,
+  REQUIRE(static_cast<int64_t>(inputs.size()) == plan.inputs, "a plan for ", plan.inputs,
       " tensors was given ", inputs.size());
   const c10::Device device = inputs[0]->device();
   const c10::DeviceGuard guard(device);
@@ -265,13 +269,13 @@ struct Reader {
   c10::Device device;
 
   int64_t next() {
-    TORCH_CHECK(!numbers.empty(), "a plan that was cut off");
+    REQUIRE(!numbers.empty(), "a plan that was cut off");
     const int64_t found = numbers.front();
     numbers = numbers.slice(1);
     return found;
   }
   std::string name() {
-    TORCH_CHECK(!names.empty(), "a plan that was cut off");
+    REQUIRE(!names.empty(), "a plan that was cut off");
     const std::string found = names.front();
     names = names.slice(1);
     return found;
@@ -320,7 +324,7 @@ struct Reader {
         return c10::IValue(number);
       }
     }
-    TORCH_CHECK(false, "an unknown kind of argument");
+    C10_THROW_ERROR(Error, "an unknown kind of argument");
   }
 
   Kernel kernel() {
@@ -332,7 +336,7 @@ struct Reader {
     found.threads = next();
     found.shared = next();
     const size_t count = next();
-    TORCH_CHECK(count <= 512, found.name, " has ", count, " parameters");
+    REQUIRE(count <= 512, found.name, " has ", count, " parameters");
     for (size_t i = 0; i < count; i++) {
       const int64_t kind = next(), size = next();
       check_size(found, i, size);
@@ -341,7 +345,7 @@ struct Reader {
       if (kind == MAP) found.maps.push_back(map(i));
     }
     check_size(found, count, -1);
-    TORCH_CHECK(found.maps.size() <= 32, found.name, " has ", found.maps.size(), " tensor maps");
+    REQUIRE(found.maps.size() <= 32, found.name, " has ", found.maps.size(), " tensor maps");
     return found;
   }
   // Compares with what the binary declares. size: -1 behind the last parameter.
@@ -350,7 +354,7 @@ struct Reader {
     if (!ask) return;
     size_t offset = 0, declared = 0;
     const bool there = ask(kernel.function, index, &offset, &declared) == CUDA_SUCCESS;
-    TORCH_CHECK(there ? static_cast<int64_t>(declared) == size : size < 0, "parameter ", index,
+    REQUIRE(there ? static_cast<int64_t>(declared) == size : size < 0, "parameter ", index,
         " of ", kernel.name, " has other bytes than Triton's launchers are known to pass");
   }
   Map map(size_t parameter) {
@@ -362,7 +366,7 @@ struct Reader {
     found.fill = static_cast<CUtensorMapFloatOOBfill>(next());
     const int64_t element = next();
     found.rank = next();
-    TORCH_CHECK(0 < found.rank && found.rank <= 5, "a tensor map of rank ", found.rank);
+    REQUIRE(0 < found.rank && found.rank <= 5, "a tensor map of rank ", found.rank);
     int64_t last = 0;
     // The driver's order begins with the innermost dimension.
     for (int i = found.rank - 1; i >= 0; i--) {

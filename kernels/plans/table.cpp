@@ -271,17 +271,17 @@ void make(at::IntArrayRef numbers, std::vector<std::string> names,
   candidate = std::make_shared<const Plan>(reader.plan(std::move(constants)));
 }
 std::vector<at::Tensor> replay_made(at::TensorList tensors) {
-  TORCH_CHECK(candidate, "no plan was made in this thread");
+  REQUIRE(candidate, "no plan was made in this thread");
   Inputs inputs;
   for (const at::Tensor& each : tensors) inputs.push_back(&each);
   return replay(*candidate, inputs);
 }
 void keep() {
-  TORCH_CHECK(recorded_key && candidate, "no plan was made in this thread");
+  REQUIRE(recorded_key && candidate, "no plan was made in this thread");
   table().keep(*recorded_key, candidate);
 }
 void refuse(std::string reason) {
-  TORCH_CHECK(recorded_key, "nothing is recorded in this thread");
+  REQUIRE(recorded_key, "nothing is recorded in this thread");
   table().refuse(*recorded_key, std::move(reason));
 }
 // The same memory as another tensor, with storage of its own.

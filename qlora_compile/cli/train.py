@@ -22,7 +22,7 @@ from qlora_compile.cli.options import (
     TuneOption,
 )
 from qlora_compile.outputs import last_checkpoint
-from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
+from qlora_compile.training.model_choice import quiet_choice
 
 _INTERRUPTED = 130  # a shell's exit status for what SIGINT ended
 
@@ -33,7 +33,7 @@ def train(
         str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
     ],
     output: Annotated[Path, typer.Option("--output", help="Directory for everything written.")],
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

@@ -142,13 +142,18 @@ def _load_quantised(
             raise _not_found(source, error) from error
     named = getattr(transformers, architecture(config) or "", None)
     named = named or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    folder = CheckpointFolder(path)
+    folder = CheckpointFolder(path, reader.stem)
     model = read_model(named, config, folder, reader, dtype=dtype, device=device)
     # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
     model.name_or_path = model.config.name_or_path = str(source)
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    return quantization_settings(config) is not None
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_compile.checkpoint_errors import QuantisedModelError
 from qlora_compile.errors import CausalModelError, FormatChoiceError
 from qlora_compile.training.demo import demo_model_file
 
@@ -58,10 +59,11 @@ class ModelChoice:
 
         Raises:
             What `check_format` raises, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError, TuneModeError: a value cannot be used.
+            CausalModelError, TuneModeError, QuantisedModelError: a value cannot be used.
         """
         check_format(self.format)
         from qlora_compile.hf import loading, training
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
         from qlora_compile.tuning.modes import check_mode
 
         check_mode(self.tune)
@@ -71,6 +73,8 @@ class ModelChoice:
         name = loading.architecture(config)
         if not loading.is_causal(name):
             raise CausalModelError(value=self.model, model=name)
+        if loading.is_quantised(config) and self.format != UNQUANTIZED:
+            raise QuantisedModelError(model=self.model, value=self.format)
         return config
 
     @property
@@ -109,7 +113,7 @@ class ModelChoice:
 
 def quiet_choice(
     model: str,
-    format: str,
+    format: str | None,
     rank: int,
     alpha: float | None,
     dropout: float,
@@ -117,10 +121,13 @@ def quiet_choice(
 ) -> ModelChoice:
     """Return a choice for the command line, and silence what the libraries would print.
 
+    format: None for the default, and for "none" if the model is a quantised checkpoint.
+
     Raises:
-        What `check_format` raises.
+        What `check_format` raises; ModelNotFoundError, if the format depends on the model.
     """
-    check_format(format)  # before transformers is imported, which takes seconds
+    if format is not None:
+        check_format(format)  # before transformers is imported, which takes seconds
     # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # When imported, bitsandbytes recommends another package, which nothing here would use.
@@ -128,4 +135,10 @@ def quiet_choice(
     from qlora_compile.hf.training import quiet
 
     quiet()
+    if format is None:
+        from qlora_compile.hf import loading
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+
+        packed = model != DEMO and loading.is_quantised(loading.load_config(model))
+        format = UNQUANTIZED if packed else DEFAULT_FORMAT
     return ModelChoice(model, format, rank, alpha, dropout, tune)

@@ -51,17 +51,17 @@ class TensorHeader:
 class CheckpointFolder:
     """The tensors of a folder, by name. Files stay open as long as the object lives.
 
-    tensors: the headers of all tensors. Raises CheckpointError if the folder has no safetensors, a
-    shard is missing or cut short, a header cannot be read, or the index names another file for a
-    tensor than the one that holds it.
+    stem: the beginning of the files' names. tensors: the headers of all tensors. Raises
+    CheckpointError if the folder has no safetensors, a shard is missing or cut short, a header
+    cannot be read, or the index names another file for a tensor than the one that holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stem: str = "model") -> None:
         self.path = path
         self._files: dict[Path, Any] = {}
         self.tensors: dict[str, TensorHeader] = {}
-        index = path / SAFE_WEIGHTS_INDEX_NAME
-        whole = path / SAFE_WEIGHTS_NAME
+        index = path / SAFE_WEIGHTS_INDEX_NAME.replace("model", stem)
+        whole = path / SAFE_WEIGHTS_NAME.replace("model", stem)
         if index.is_file():
             self._read_sharded(index)
         elif whole.is_file():

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from qlora_compile.hf import experts
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import StoredWeight
+from qlora_compile.hf.conv1d import Conv1D, features
 from qlora_compile.hf.experts import ExpertSite
 
 
@@ -62,8 +63,8 @@ class Target:
 def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
     """Yield every parameter of `model` that can hold the packed `weights` which belong there.
 
-    That is the weight of an nn.Linear, or of experts that our op computes. Weights that belong
-    elsewhere have no target.
+    That is the weight of an nn.Linear or Conv1D, or of experts that our op computes. Weights that
+    belong elsewhere have no target.
     """
     modules = dict(model.named_modules())
     ties = model.all_tied_weights_keys
@@ -80,10 +81,11 @@ def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
             shape = (site.experts * site.n, site.k)
             if pieces:
                 yield Target(name, site.module, pieces, shape, site.weight.dtype, site)
-        elif type(module) is nn.Linear and parameter == "weight" and list(parts) == [None]:
+        elif (
+            type(module) in (nn.Linear, Conv1D) and parameter == "weight" and list(parts) == [None]
+        ):
             pieces = tuple(parts[None])
-            shape = (module.out_features, module.in_features)
-            yield Target(name, module, pieces, shape, module.weight.dtype, None)
+            yield Target(name, module, pieces, features(module), module.weight.dtype, None)
 
 
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
