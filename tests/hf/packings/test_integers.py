@@ -133,7 +133,7 @@ def test_torchao(config: Any, dtype: torch.dtype) -> None:
     linear = nn.Linear(128, 24).to(dtype)
     quantize_(linear, config)
     tensor: Any = linear.weight
-    weight = torchao_integers.packed(tensor)
+    weight = torchao_integers.packed_tensor(tensor)
     assert weight.format == torchao_integers.format_name(tensor)
     assert torch.equal(decoded(weight, dtype), tensor.dequantize())
 
