@@ -44,6 +44,13 @@ def fp8_tensors(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
+def e5m2_tensors(weight: Tensor) -> dict[str, Tensor]:
+    grid, each = blocks(weight, 128, 128)
+    largest = torch.finfo(torch.float8_e5m2).max
+    codes = (weight / (each / largest)).to(torch.float8_e5m2)
+    return {".weight": codes, ".weight_scale_inv": grid / largest}
+
+
 def fp8_power_tensors(weight: Tensor) -> dict[str, Tensor]:
     """Powers of two as scales, as DeepSeek-V3.1 has them, in e8m0."""
     grid, _ = blocks(weight, 128, 128)
@@ -202,6 +209,7 @@ KINDS: dict[str, Kind] = {
     "fp8, powers of two": Kind(
         FP8 | {"scale_fmt": "ue8m0"}, fp8_power_tensors, fp8_decoded, "fp8_e4m3"
     ),
+    "fp8, e5m2": Kind(FP8, e5m2_tensors, fp8_decoded, "fp8_e5m2"),
     "fp8, tensors": Kind(
         FP8 | {"weight_block_size": None}, fp8_whole_tensors, fp8_decoded, "fp8_e4m3"
     ),
