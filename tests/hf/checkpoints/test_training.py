@@ -66,7 +66,7 @@ MIXTURES = {
     "nvfp4-pack-quantized": "mixtral",
     "mxfp4": "gpt_oss",
     "gptq v2, act-order": "mixtral",
-    "awq": "qwen3_moe",
+    **({"awq": "qwen3_moe"} if LONG else {}),
 }
 
 
