@@ -64,13 +64,14 @@ _integers = partial(
 _in_ptx = partial(Decoder, "prmt", load=groups.load_groups)
 
 
-def _indexed(layout: Layout) -> str | None:
-    indexed = layout.named.get("grouping") == "indexed"
-    return "columns in groups by an index, each with factors of its own" if indexed else None
+def _not_in_ptx(layout: Layout) -> str | None:
+    if layout.named.get("grouping") == "indexed":
+        return "columns in groups by an index, each with factors of its own"
+    return "minima, which are added" if layout.named.get("zeros") == "minimum" else None
 
 
 _ptx_integers = partial(
-    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_indexed
+    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_not_in_ptx
 )
 
 INTEGER_DECODERS = {
