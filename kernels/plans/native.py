@@ -1,5 +1,9 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
-the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels."""
+the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
+
+Nothing prebuilt is shipped: torch's stable ABI knows no redispatching below autograd, and makes a
+handle on the heap of every tensor of a call.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from qlora_compile.kernels.gpu.launch import Launch
 from qlora_compile.kernels.gpu.launch_step import launch_step
-from qlora_compile.kernels.plans import native
+from qlora_compile.kernels.plans import first_use, native
+from qlora_compile.kernels.plans.recording import Recorder
 from qlora_compile.kernels.plans.slab import ALIGNMENT, Piece, packed
 from qlora_compile.kernels.plans.steps import Source, UnplannableError
 from tests.bench.compiled import run
@@ -151,6 +152,34 @@ def test_without_a_compiler_the_report_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert "no C++ compiler" in line
     native.heed()
     assert not native._state.installed
+
+
+def test_there_are_no_plans_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_state", native._State())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native.start()
+    assert native._state.building is None
+
+
+def test_nothing_is_compared_under_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    fraction = iter([0.5, 1.0, 1.0])
+    known = {"memory_reserved": 30, "memory_allocated": 20, "mem_get_info": (90, 200)}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: next(fraction)
+    )
+    assert [first_use._fits(device, size) for size in (1, 100, 101)] == [False, True, False]
+
+
+def test_what_uses_a_second_stream_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder([torch.zeros(1)])
+    monkeypatch.setattr(recorder, "_current_stream", lambda: 1)
+    recorder.launched(_LAUNCH, _Compiled())
+    assert recorder.obstacle == "it uses a second stream"
+    assert not recorder.steps
 
 
 class _Compiled:
