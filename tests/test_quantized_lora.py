@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, BertModel
 
-from qlora_compile import api, errors
+from qlora_compile import api, data_errors, errors
 from qlora_compile.hf.dataset import Batching
 from qlora_compile.quantized_lora import QuantizedLoRA
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
@@ -110,7 +110,9 @@ def test_bits_become_formats(stock: list[dict[str, Any]]) -> None:
     QuantizedLoRA(toy_llama())
     common = {"double_quantize": True, "block_size": 128, "strict": True}
     assert stock[0] == {"quantize": "nf4", **common}
-    assert stock[1] == {"quantize": "int8", "double_quantize": False, "block_size": None}
+    assert stock[1] == {"quantize": "nf4", "double_quantize": True, "block_size": None}
+    QuantizedLoRA(toy_llama(), rank=4, quantization_bits=8)
+    assert stock[2] == {"quantize": "int8", "double_quantize": False, "block_size": None}
 
 
 def test_alpha_is_twice_the_rank_unless_given(stock: list[dict[str, Any]]) -> None:
@@ -214,19 +216,19 @@ BAD_DATASETS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "empty torch dataset": (lambda: TokenDicts([]), errors.EmptyDatasetError, "no examples"),
     "empty table": (lambda: text_table().select([]), errors.EmptyDatasetError, "no examples"),
     "blank strings": (lambda: [" ", "\n"], errors.EmptyDatasetError, "no examples"),
-    "one string": (lambda: "text", errors.DatasetTypeError, "a str"),
+    "one string": (lambda: "text", data_errors.DataSourceError, "the file does not exist"),
     "a number": (lambda: 3, errors.DatasetTypeError, "an? int"),
-    "table without text": (
+    "prompts alone": (
         lambda: datasets.Dataset.from_dict({"prompt": ["a"]}),
-        errors.DatasetTypeError,
-        "prompt",
+        data_errors.ObjectiveRowsError,
+        "kind 'prompt'.*'sft' trains on",
     ),
-    "mixed": (lambda: ["a", 3], errors.DatasetTypeError, "example 1 is a int"),
-    "no input_ids": (lambda: [{"ids": [1]}], errors.DatasetTypeError, "with keys ids"),
-    "splits": (
-        lambda: datasets.DatasetDict({"train": text_table()}),
-        errors.DatasetTypeError,
-        "with keys train",
+    "mixed": (lambda: ["a", 3], errors.DatasetTypeError, "row 1 is a int beside a str"),
+    "no input_ids": (lambda: [{"ids": [1]}], data_errors.DataColumnsError, "the columns ids"),
+    "splits without one to train on": (
+        lambda: datasets.DatasetDict({"test": text_table()}),
+        data_errors.SplitNameError,
+        "splits test",
     ),
 }
 

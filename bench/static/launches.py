@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,11 @@ _FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of the kernels. note: what is unusual about the launch."""
+    """One specialisation of the kernels. options: of the format, by name. note: what is unusual
+    about the launch."""
 
     format: str = "nf4"
+    options: tuple[tuple[str, Any], ...] = ()
     dtype: torch.dtype = torch.bfloat16
     rank: int = 16
     double_quantized: bool = False
@@ -69,11 +72,14 @@ class Case:
         shape = (WIDTH, WIDTH)
         if self.format == UNQUANTIZED:
             return Layout(UNQUANTIZED, shape)
-        return format_named(self.format).layout(shape, double_quantize=self.double_quantized)
+        options = {"double_quantize": self.double_quantized} | dict(self.options)
+        return format_named(self.format).layout(shape, **options)
 
     @property
     def format_name(self) -> str:
-        return "dense" if self.format == UNQUANTIZED else self.format
+        if self.format == UNQUANTIZED:
+            return "dense"
+        return " ".join([self.format, *(f"{name}={value}" for name, value in self.options)])
 
     @property
     def spec(self) -> LinearSpec:
@@ -108,20 +114,32 @@ class ShippedLaunch:
         return " ".join(filter(None, parts))
 
 
+_FORMATS = (
+    Case(format="fp4"),
+    Case(format="int8"),
+    Case(format="int4"),
+    Case(format="int4", options=(("group_size", 32), ("zeros", "float"), ("scales", "float16"))),
+    Case(format="uint8"),
+    Case(format="uint8", options=(("group_size", 32), ("zeros", "float"))),
+    Case(format="fp8_e4m3"),
+    Case(format="fp8_e4m3", options=(("scale_per", "block"),)),
+    Case(format="fp8_e5m2"),
+    Case(format="mxfp4"),
+    Case(format="nvfp4"),
+)
 _CASES = (
     Case(),
     Case(rank=0),
     Case(rank=64),
     Case(double_quantized=True),
     Case(dtype=torch.float16),
-    Case(format="fp4"),
-    Case(format="int8"),
+    *_FORMATS,
     Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
     Case(bias=True, note="bias"),
     Case(rank=100, double_quantized=True, dropout=True, note="dropout"),
     Case(dropout=True, note="dropout"),
 )
-_SKINNY_CASES = (_CASES[0], _CASES[1], _CASES[3], _CASES[6])
+_SKINNY_CASES = (Case(), Case(rank=0), Case(double_quantized=True), *_FORMATS[1:])
 _THIN_CASES = (
     (torch.bfloat16, torch.float32, 16, False),
     (torch.bfloat16, torch.float32, 64, True),
@@ -185,7 +203,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
         for dtype in (torch.bfloat16, torch.float16):
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
-                    case = Case(quant_format.name, dtype, rank, double)
+                    case = Case(quant_format.name, dtype=dtype, rank=rank, double_quantized=double)
                     decoder = dequantize_decoder(case.layout, target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     scaling = _meta(1, dtype=torch.float32) if rank else None
@@ -223,7 +241,7 @@ def _thin_products_of(
     notes = [f"adapter {lora_dtype}".replace("torch.", "")]
     notes += ["dropout"] * dropout + ["siblings"] * (parts > 1)
     note = ", ".join(notes)
-    case = Case(UNQUANTIZED, dtype, rank, False, lora_dtype, dropout=dropout, note=note)
+    case = Case(*(UNQUANTIZED, (), dtype, rank, False, lora_dtype), dropout=dropout, note=note)
     x = _meta(ROWS, WIDTH, dtype=dtype)
     bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
     total = _meta(ROWS, parts * rank, dtype=lora_dtype)

@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_llama().save_pretrained(folder / "model")
     toy_tokenizer().save_pretrained(folder / "model")
     toy_bert().save_pretrained(folder / "classifier")
-    paragraphs = [f"{n} brown foxes jump over {n + 1} lazy dogs. " * 4 for n in range(40)]
+    paragraphs = [f"{n} brown foxes jump over {n + 1} lazy dogs." for n in range(10, 50)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
     return folder
 
@@ -64,7 +64,7 @@ def arguments(inputs: Path, output: Path | str, **changed: Any) -> list[str]:
         "output": output,
         "rank": 4,
         "steps": 6,
-        "sequence-length": 32,
+        "max-length": 64,
         "batch-size": 2,
         "learning-rate": 1e-2,
         **{name.replace("_", "-"): value for name, value in changed.items()},
@@ -90,7 +90,7 @@ def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_p
     output = tmp_path / "new" / "run"
     result = CliRunner().invoke(app, arguments(inputs, output, steps=12))
     assert result.exit_code == 0, result.output
-    for row in ("held-out loss", "→", "tokens per second, first step left out", "14 of 15"):
+    for row in ("held-out loss", "→", "tokens per second", "14 of 15"):
         assert row in result.stdout
     assert "Traceback" not in result.stderr
 
@@ -98,6 +98,9 @@ def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_p
     held_out = metrics["held_out"]
     assert held_out["difference"] < -5 * held_out["difference_standard_error"]
     assert len(losses(output)) == 12
+    assert metrics["training"]["tokens_per_second_after_first_step"] > 0
+    trainer = json.loads((output / "trainer.json").read_text())
+    assert (trainer["max_steps"], trainer["per_device_train_batch_size"]) == (12, 2)
     assert metrics["peak_memory"]["bytes"] > 2**27
     report = json.loads((output / "report.json").read_text())
     assert sum(site["fused"] for site in report["sites"]) == metrics["sites"]["fused"] == 14
@@ -132,9 +135,15 @@ def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("stock", "interruptible")
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_is_one_line_and_resume_goes_on(
-    presses: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "presses"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
+)
+def test_a_signal_is_one_line_and_resume_goes_on(
+    number: signal.Signals,
+    presses: int,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changed: Any = {"steps": 6, "dropout": 0.1, "checkpoint_every": 2, "format": "none"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -143,12 +152,12 @@ def test_ctrl_c_is_one_line_and_resume_goes_on(
     def press(observer: StepObserver, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
             for _press in range(presses):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     with monkeypatch.context() as pressed:
         pressed.setattr(StepObserver, "on_step_begin", press)
         result = CliRunner().invoke(app, arguments(inputs, stopped, **changed))
-    assert result.exit_code == 130
+    assert result.exit_code == 128 + (signal.SIGINT if presses == 2 else number)
     saved = stopped / f"checkpoint-{4 - presses}"
     *_, line = result.stderr.splitlines()
     assert line == f"stopped: {saved} holds adapter and training state; --resume goes on from there"
@@ -165,7 +174,7 @@ def test_ctrl_c_before_training_saves_nothing(
     def press(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training_run, "split", press)
+    monkeypatch.setattr(training_run, "with_held_out", press)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "stopped: nothing was saved"
@@ -209,10 +218,22 @@ def test_the_same_seed_gives_the_same_losses(inputs: Path, tmp_path: Path) -> No
 
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing text": ({"data": "absent.txt"}, "'absent.txt': the file does not exist"),
-    "text is a directory": ({"data": "{inputs}"}, "this is a directory"),
-    "empty text": ({"data": "{tmp}/empty.txt"}, "it holds no text"),
-    "too little text": ({"data": "{tmp}/short.txt"}, "smaller --sequence-length"),
+    "a folder without data": ({"data": "{tmp}/nothing"}, "no saved dataset and no file"),
+    "blank text": ({"data": "{tmp}/empty.txt"}, "holds no examples; pass at least one"),
     "one document": ({"data": "{tmp}/one.txt"}, "--held-out (0 for none)"),
+    "an unknown ending": ({"data": "{tmp}/text.pdf"}, "'.pdf' is unknown; rename the file to one"),
+    "an unknown objective": ({"objective": "sftt"}, "choose one of sft, dpo"),
+    "rows of another objective": ({"objective": "dpo"}, "of the kind 'text', and the objective"),
+    "an unknown option": ({"set": "adam_betta1=1"}, "SFTConfig has adam_beta1"),
+    "an option without a value": ({"set": "adam_beta1"}, "--set: 'adam_beta1' is no NAME=VALUE"),
+    "no reward": ({"objective": "grpo", "data": "{tmp}/prompts.jsonl"}, "is needed for grpo"),
+    "a reward that is missing": (
+        {"objective": "grpo", "data": "{tmp}/prompts.jsonl", "reward": "nothing.py:f"},
+        "'nothing.py:f': not found",
+    ),
+    "chat without a template": ({"data": "{tmp}/chat.jsonl"}, "has no chat template; take"),
+    "a column that is missing": ({"columns": "text=body"}, "has no column 'body'; use one of"),
+    "no column of ours": ({"columns": "txet=text"}, "no kind of row has it; use one of"),
     "missing model": ({"model": "./absent"}, "'./absent': the folder does not exist"),
     "missing gguf": ({"model": "absent.gguf"}, "the file does not exist"),
     "model is a file": ({"model": "{inputs}/text.txt"}, "this is a file"),
@@ -239,8 +260,8 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "learning rate": ({"learning_rate": "nan"}, "--learning-rate=nan"),
     "held-out": ({"held_out": 1}, "--held-out=1.0"),
     "seed": ({"seed": -1}, "--seed=-1"),
-    "sequence too long": ({"sequence_length": LONGEST + 1}, f"use at most {LONGEST}"),
-    "sequence too short": ({"sequence_length": 1}, "--sequence-length=1"),
+    "rows too long": ({"max_length": LONGEST + 1}, f"use at most {LONGEST}"),
+    "rows too short": ({"max_length": 1}, "--max-length=1"),
     "nothing to resume": ({"resume": True}, "it holds no checkpoint"),
 }
 
@@ -255,7 +276,11 @@ def test_a_bad_input_is_one_line_and_changes_nothing(
     monkeypatch.setattr("qlora_compile.hf.loading.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "short.txt").write_text("a\n\nb\n\nc")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "text.pdf").write_text("a")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 4)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
     (tmp_path / "one.txt").write_text("word " * 200)
     shutil.copytree(inputs / "model", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("tokenizer*"):
@@ -280,7 +305,7 @@ def test_a_real_bug_keeps_its_traceback(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(training_run, "split", broken)
+    monkeypatch.setattr(training_run, "with_held_out", broken)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -291,7 +316,7 @@ def test_without_matplotlib_nothing_starts(
     monkeypatch.setattr(loss_curve, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert result.exit_code == 2
-    assert "pip install 'qlora-compile[demo]'" in result.stderr
+    assert "pip install 'qlora-compile[train]'" in result.stderr
 
 
 def test_explain_prints_the_report_without_training(inputs: Path) -> None:

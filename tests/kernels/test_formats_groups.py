@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.errors import PackedWeightError
+from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import padded_groups
-from qlora_compile.kernels.formats.integers import IntegerFormat
+from qlora_compile.kernels.formats.integers import INT4, IntegerFormat
 from qlora_compile.kernels.registry import FORMATS
 from tests.format_options import drawn_options
 
@@ -42,6 +43,23 @@ def test_codes_zeros_and_scales_by_hand(quant_format: IntegerFormat) -> None:
         quant_format.packed(without, [stored, torch.ones(2, 2), zeros])
 
 
+@each_integer_format
+def test_an_index_tells_the_group_of_each_column(quant_format: IntegerFormat) -> None:
+    layout = quant_format.layout((2, 33), group_size=32, scales="float32", grouping="indexed")
+    codes = torch.arange(66, dtype=torch.uint8).view(2, 33) % 16
+    scales = torch.tensor([[0.5, 1.0], [2.0, -1.0]])
+    zeros = torch.tensor([[0, 3], [16, 15]], dtype=torch.uint8)
+    index = (torch.arange(33, dtype=torch.int32) * 7 // 3) % 2
+    packed = quant_format.packed(layout, [quant_format.stored_codes(codes), scales, zeros, index])
+    expected = torch.empty(2, 33)
+    for n in range(2):
+        for k in range(33):
+            group = int(index[k])
+            expected[n, k] = (float(codes[n, k]) - zeros[n, group]) * scales[n, group]
+    assert torch.equal(quant_format.dequantize(packed, torch.float32), expected)
+    assert "indexed" in quant_format.label(layout)
+
+
 @settings(max_examples=30)
 @given(data=st.data())
 def test_every_code_is_the_nearest(data: st.DataObject) -> None:
@@ -54,17 +72,16 @@ def test_every_code_is_the_nearest(data: st.DataObject) -> None:
     scales, zeros = quant_format.factors(packed, 0, 1)
     if zeros is None:
         zeros = torch.full_like(scales, quant_format.symmetric_zero)
-    size = quant_format.group_size(packed.layout)
+    scales, zeros = (quant_format.by_column(packed, each).double() for each in (scales, zeros))
     codes = torch.arange(quant_format.largest + 1).double()
-    candidates = (codes - zeros.double().unsqueeze(2)) * scales.double().unsqueeze(2)
-    candidates = candidates.repeat_interleave(size, dim=1)[0, : len(row)]
+    candidates = ((codes - zeros.unsqueeze(2)) * scales.unsqueeze(2))[0]
     weight = torch.tensor(row, dtype=torch.float64)
     least = (candidates - weight.unsqueeze(1)).abs().min(1).values
     slack = 1e-6 * candidates.abs().amax(1) + 1e-38
     assert torch.all((restored[0] - weight).abs() <= least + slack)
     # Nothing but what a scale loses in its own dtype lies outside of the range.
     coarsest = torch.finfo(packed.planes["scales"].dtype)
-    steps = scales.double().repeat_interleave(size, dim=1)[0, : len(row)]
+    steps = scales[0]
     clipped = 1.01 * quant_format.largest * (coarsest.eps * steps + coarsest.tiny)
     if not options["refine"]:
         assert torch.all((restored[0] - weight).abs() <= steps + clipped)
@@ -90,6 +107,27 @@ def test_refined_zeros_are_better(data: st.DataObject) -> None:
     assert refined.sum() < plain.sum()
 
 
+def test_refined_zeros_beside_hqqs_own() -> None:
+    """From the same scales, by the measure that both minimise."""
+    from hqq.core.quantize import Quantizer
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256) * 0.02
+    shared = {"nbits": 4, "group_size": 64, "axis": 1, "device": "cpu"}
+    errors = []
+    for refine in (False, True):
+        codes, meta = Quantizer.quantize(weight, optimize=refine, **shared)
+        theirs = Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
+        options = {"zeros": "float", "scales": "float32", "refine": refine}
+        packed = INT4.quantize(weight, group_size=64, **options)
+        torch.testing.assert_close(packed.planes["scales"].flatten(), meta["scale"].flatten())
+        ours = INT4.dequantize(packed, torch.float32)
+        errors.append([float((each - weight).abs().pow(0.7).sum()) for each in (ours, theirs)])
+    (plain, plain_of_hqq), (refined, refined_of_hqq) = errors
+    assert plain == pytest.approx(plain_of_hqq, rel=1e-3)
+    assert refined <= refined_of_hqq < plain
+
+
 @each_integer_format
 def test_only_float_zeros_are_refined(quant_format: IntegerFormat) -> None:
     for zeros in ("integer", "none"):
@@ -106,3 +144,17 @@ def test_scales_beyond_float16(quant_format: IntegerFormat, zeros: str) -> None:
     packed = quant_format.quantize(weight, zeros=zeros, scales="bfloat16")
     restored = quant_format.dequantize(packed, torch.float32)
     torch.testing.assert_close(restored, weight, rtol=0.01, atol=0)
+
+
+@each_integer_format
+def test_all_float16_scales(quant_format: IntegerFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By compiled code as by torch's operators: subnormal numbers, infinity and NaN, too."""
+    monkeypatch.setattr(decode, "SMALLEST", 1)
+    scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(32, 2048)
+    layout = quant_format.layout((32, 2048 * 32), group_size=32, zeros="float", scales="float16")
+    planes = [torch.full((32, 2048 * 4 * quant_format.bits), 0x53, dtype=torch.uint8), scales]
+    packed = quant_format.packed(layout, [*planes, torch.ones_like(scales)])
+    made = quant_format.dequantize_rows(packed, 0, 32, torch.float32)
+    torch.testing.assert_close(
+        made, quant_format.dequantize(packed, torch.float32), rtol=0, atol=0, equal_nan=True
+    )

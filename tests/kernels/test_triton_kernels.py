@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora_compile.kernels.dropout import keep_mask
@@ -21,6 +21,8 @@ from qlora_compile.kernels.gpu.thin_products import AdapterGradient, adapter_gra
 from qlora_compile.kernels.gpu.weight import load_words
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.variants.base import LinearSpec
+from qlora_compile.kernels.variants.decoding import decoder_names
+from tests.examples import examples
 from tests.format_options import drawn_options
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,7 +45,7 @@ DECODERS = [(f, d.name) for f in FORMATS for d in f.device_decoders()]
 @pytest.mark.parametrize(
     ("format", "decoder"), DECODERS, ids=[f"{f.name}-{name}" for f, name in DECODERS]
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -> None:
     n = data.draw(st.sampled_from([1, 5, 16, 33]))
@@ -52,6 +54,7 @@ def test_dequantize_equals_the_host(format, decoder: str, data: st.DataObject) -
     rank = data.draw(st.sampled_from([0, 3]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     packed = format.quantize(torch.randn(n, k), **data.draw(drawn_options(format)))
+    assume(decoder in decoder_names(packed.layout, "sm_90", BF16))
     up = torch.randn(n, rank) if rank else None
     out = dequantize(
         packed.tensors, spec_of(packed.layout), dtype, decoder, up, torch.tensor([1.5])
