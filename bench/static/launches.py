@@ -256,7 +256,7 @@ def _thin_products_of(
         adapter_operands(factors, lora_dtype, dtype)
         gradients = [AdapterGradient(x, low, factor.t(), bits) for low in lows]
         adapter_gradients(gradients, lora_dtype)
-    names = ("low_rank", "adapter_operand", "adapter_gradient", "add_up")
-    # A gradient in one part is not added up.
-    for name, launch in zip(names, launches, strict=False):
+    # A gradient in one part is not added up, and some take a launch each.
+    named = {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in launches}
+    for name, launch in named.items():
         yield ShippedLaunch(name, case, launch)

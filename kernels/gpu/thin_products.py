@@ -116,8 +116,10 @@ def adapter_gradients(gradients: Sequence[AdapterGradient], dtype: torch.dtype) 
 
 
 def _gradient_key(gradient: AdapterGradient) -> Hashable:
-    z, low = gradient.z, gradient.low
-    return z.dtype, low.dtype, low.shape[1], gradient.transposed, gradient.bits is None
+    z, low, masked = gradient.z, gradient.low, gradient.bits is not None
+    # In a launch of several, a masked float16 z would spill registers on sm_80.
+    alone = id(gradient) if masked and z.dtype == torch.float16 else None
+    return z.dtype, low.dtype, low.shape[1], gradient.transposed, masked, alone
 
 
 def _gradients(gradients: Sequence[AdapterGradient], dtype: torch.dtype) -> list[Tensor | None]:
