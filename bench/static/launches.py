@@ -134,6 +134,7 @@ _CASES = (
     Case(double_quantized=True),
     Case(dtype=torch.float16),
     *_FORMATS,
+    replace(_FORMATS[3], rank=64),
     Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
     Case(bias=True, note="bias"),
     Case(rank=100, double_quantized=True, dropout=True, note="dropout"),

@@ -12,7 +12,9 @@ from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import padded_groups
 from qlora_compile.kernels.formats.integers import INT4, IntegerFormat
+from qlora_compile.kernels.gpu.products import dequantize
 from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.kernels.variants.base import LinearSpec
 from tests.format_options import drawn_options
 
 INTEGERS = [f for f in FORMATS if isinstance(f, IntegerFormat)]
@@ -146,6 +148,27 @@ def test_scales_beyond_float16(quant_format: IntegerFormat, zeros: str) -> None:
     packed = quant_format.quantize(weight, zeros=zeros, scales="bfloat16")
     restored = quant_format.dequantize(packed, torch.float32)
     torch.testing.assert_close(restored, weight, rtol=0.01, atol=0)
+
+
+@each_integer_format
+@pytest.mark.parametrize("scales", ["bfloat16", "float16"])
+@pytest.mark.usefixtures("interpreting")
+def test_all_whole_zeros_by_triton(quant_format: IntegerFormat, scales: str) -> None:
+    """Beside scales of either sign, subnormal ones among them, signs of zero included."""
+    dtype = getattr(torch, scales)
+    layout = quant_format.layout((16, 512), group_size=32, zeros="integer", scales=scales)
+    codes = torch.arange(512).repeat(16, 1) % (quant_format.largest + 1)
+    torch.manual_seed(0)
+    factors = torch.randn(16, 16).to(dtype)
+    factors[:, 0] = torch.finfo(dtype).smallest_normal / 8
+    zeros = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    planes = [quant_format.stored_codes(codes.to(torch.uint8)), factors, zeros]
+    packed = quant_format.packed(layout, planes)
+    expected = quant_format.dequantize(packed, dtype)
+    spec = LinearSpec(layout, 0.0, 0, *(torch.bfloat16,) * 3)
+    for decoder in quant_format.device_decoders():
+        made = dequantize(packed.tensors, spec, dtype, decoder.name)
+        assert torch.equal(made.view(torch.int16), expected.view(torch.int16)), decoder.name
 
 
 @each_integer_format
