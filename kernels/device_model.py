@@ -105,7 +105,8 @@ CPU = CpuModel(
 @functools.cache
 def device_model(device: str, target: str) -> DeviceModel:
     """The card's model, or that of another card of its target, or of the nearest generation."""
-    name = torch.cuda.get_device_name(device)
+    # A device that is only assumed has no name.
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     for model in DEVICE_MODELS:
         if model.name in name:
             return model

@@ -9,12 +9,26 @@ itself: in a list it would be overlooked.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What an op was registered with. operands: as in its schema."""
+
+    operands: str
+    compute: Callable[..., list[Tensor]]
+    with_autograd: Callable[..., list[Tensor]] | None = None
+
+
+REGISTERED: dict[str, Registered] = {}
+"""By name."""
 
 
 def register(
@@ -31,6 +45,7 @@ def register(
     LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.qlora_compile, name).default
+    REGISTERED[name] = Registered(operands, compute)
     if gradients is None:
         return op
 
@@ -42,6 +57,7 @@ def register(
         return _below_autograd(op, keys, x, tensors, seed, text)
 
     LIBRARY.impl(name, with_autograd, "Autograd", with_keyset=True)
+    REGISTERED[name] = Registered(operands, compute, with_autograd)
     return op
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.call import Call
-from qlora_compile.kernels.formats.formats import plane_count
+from qlora_compile.kernels.formats.formats import plane_count, plane_dtypes
+from qlora_compile.kernels.packed import of_bytes
 from qlora_compile.kernels.problem import Direction, Problem, bucket_rows
 from qlora_compile.kernels.variants.base import Group, Linear, LinearSpec, LinearTensors
 
@@ -78,6 +79,9 @@ def bound(
             column += linear.rank
         own_seed = seed if linear.rank and call.dropout else None
         named = indices.named(tensors)
+        if dtypes := plane_dtypes(linear.layout):
+            planes = zip(named["planes"], dtypes, strict=True)
+            named["planes"] = [of_bytes(*each) for each in planes]
         group.append((LinearTensors(x=x, **named, seed=own_seed, low_rank=own), spec))
     return group
 

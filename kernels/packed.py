@@ -6,10 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qlora_compile.errors import PackedWeightError
 from qlora_compile.kernels.layout import Layout, Plane
+
+
+def as_bytes(plane: Tensor) -> Tensor:
+    """`plane`, or if it holds floating-point numbers its memory as uint8 [bytes], which no cast of
+    a module and no policy of mixed precision changes."""
+    return plane.reshape(-1).view(torch.uint8) if plane.is_floating_point() else plane
+
+
+def of_bytes(plane: Tensor, dtype: torch.dtype) -> Tensor:
+    """`plane`, or if it holds what `as_bytes` made of numbers of another `dtype`, those numbers."""
+    return plane.view(dtype) if plane.dtype == torch.uint8 and dtype != torch.uint8 else plane
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +37,13 @@ class PackedWeight:
         cls, layout: Layout, declared: Sequence[Plane], tensors: Sequence[Tensor]
     ) -> PackedWeight:
         """The PackedWeight of `tensors`, which come in the order of the `declared` planes, in any
-        shape of the right number of elements. Raises PackedWeightError."""
+        shape of the right number of elements or as `as_bytes` makes them. Raises
+        PackedWeightError."""
         problem = None
         if len(tensors) != len(declared):
             names = ", ".join(plane.name for plane in declared)
             problem = f"needs {len(declared)} planes ({names}), got {len(tensors)}"
+        tensors = [of_bytes(t, p.dtype) for t, p in zip(tensors, declared, strict=False)]
         for plane, tensor in zip(declared, tensors, strict=False):
             count = math.prod(plane.shape)
             if tensor.dtype != plane.dtype:

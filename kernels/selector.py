@@ -15,6 +15,7 @@ import torch
 
 from qlora_compile.kernels.call_times import CallTimes, Contradiction
 from qlora_compile.kernels.device_model import CPU, CpuModel
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import (
     Choice,
@@ -101,6 +102,8 @@ class Selector(ModelledSelector):
             names = (name, *(f"{name}-{number}" for number in range(2, 2 + len(_selectors))))
             self.name = next(each for each in names if each not in _selectors)
             _selectors[self.name] = self
+        # The cost model chose for the calls that name this selector, if any did.
+        plans.forget()
 
     def select(self, problem: Problem) -> Choice:
         if self.recorded(problem) is None:
@@ -147,14 +150,14 @@ class Selector(ModelledSelector):
     def forget(self, problem: Problem) -> None:
         """Drops the record of one problem."""
         self._records.pop(_key(problem), None)
-        self.generation += 1
+        self._moved()
 
     def remember(self, problem: Problem, choice: Choice) -> None:
         """Makes `choice` the answer for `problem`."""
         self._records[_key(problem)] = choice
         self._unmeasured.pop(_key(problem), None)
         self._misses.pop(problem, None)
-        self.generation += 1
+        self._moved()
 
     def note_unmeasured(self, problem: Problem, reason: str) -> None:
         """Keeps the reason why no measurement of `problem` counts, for reports."""
@@ -166,13 +169,13 @@ class Selector(ModelledSelector):
     def exclude(self, problem: Problem, names: Collection[str]) -> None:
         """Keeps the cost model from choosing the candidates of these names for `problem`."""
         self._exclusions[_key(problem)] = frozenset(names)
-        self.generation += 1
+        self._moved()
 
     def use_cpu(self, model: CpuModel) -> None:
         """Has the cost model use these figures of the CPU from now on."""
         if model != self.cpu:
             self.cpu = model
-            self.generation += 1
+            self._moved()
 
     def take_misses(self) -> list[Problem]:
         """The problems that `select` was asked for and has no record of, each once."""
@@ -182,7 +185,11 @@ class Selector(ModelledSelector):
     def forget_records(self) -> None:
         """Drops records and misses; what was decided about S stays."""
         self._records, self._misses, self._unmeasured = {}, {}, {}
+        self._moved()
+
+    def _moved(self) -> None:
         self.generation += 1
+        plans.forget()
 
     def _modelled(self, problem: Problem) -> Choice:
         excluded = self._exclusions.get(_key(problem), frozenset())

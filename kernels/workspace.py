@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ _MOST_VIEWS = 256
 class _Buffers(threading.local):
     """The buffers of one thread: two threads that launch on one stream would overwrite each other's
     weight. views: the tensors handed out so far, since making one takes as long as a small
-    product."""
+    product. fresh: whether nothing is shared."""
+
+    fresh = False
 
     def __init__(self) -> None:
         self.by_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -33,7 +37,7 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     Every call returns the same memory, which grows to the largest request and stays.
     """
-    if device.type not in ("cpu", "cuda"):
+    if _buffers.fresh or device.type not in ("cpu", "cuda"):
         return torch.empty(shape, dtype=dtype, device=device)
     stream = 0
     if device.type == "cuda":
@@ -64,6 +68,16 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # What torch.empty would hold in this mode.
         view.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
     return view
+
+
+@contextmanager
+def fresh_workspaces() -> Iterator[None]:
+    """Inside, every call of this thread gets memory of its own, as a plan needs it."""
+    before, _buffers.fresh = _buffers.fresh, True
+    try:
+        yield
+    finally:
+        _buffers.fresh = before
 
 
 def poison() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qlora_compile.kernels.call import Call
-from qlora_compile.kernels.experts.op import QLORA_EXPERTS, bound_experts, experts_problem
+from qlora_compile.kernels.experts.op import QLORA_EXPERTS, experts_problem
+from qlora_compile.kernels.linear_call import tensor_indices
 from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.passes.context import FusedExperts, PassContext
 from qlora_compile.passes.nodes import example, is_call, stored_weight
@@ -20,9 +21,9 @@ def is_experts(node: Node) -> bool:
 
 def experts_weight(node: Node) -> Any:
     """Return the placeholder of the weight that `node`, a call of the experts' op, reads."""
-    x, tensors, _, text = node.args
-    own, _ = bound_experts(Call.parse(str(text)), x, tensors)  # type: ignore[arg-type]
-    return stored_weight(own.planes[0])
+    _, tensors, _, text = node.args
+    (indices,) = tensor_indices(Call.parse(str(text)))
+    return stored_weight(indices.named(tensors)["planes"][0])  # type: ignore[arg-type]
 
 
 def record_experts(graph_module: GraphModule, context: PassContext) -> None:

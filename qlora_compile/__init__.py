@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qlora_compile.registration import register
+
 if TYPE_CHECKING:
-    from qlora_compile.api import explain, optimize
+    from qlora_compile.api import explain, load, optimize
+    from qlora_compile.hf.saving.save import save
     from qlora_compile.quantized_lora import QuantizedLoRA
+    from qlora_compile.quantizer import QloraCompileConfig
     from qlora_compile.report import Report
     from qlora_compile.trainers import optimize_trainer
 
 __version__ = "0.1.0"
-__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "optimize", "optimize_trainer"]
+__all__ = [
+    "QloraCompileConfig",
+    "QuantizedLoRA",
+    "Report",
+    "__version__",
+    "explain",
+    "load",
+    "optimize",
+    "optimize_trainer",
+    "save",
+]
 
 _HOMES = {
+    "load": "api",
     "optimize": "api",
     "explain": "api",
     "Report": "report",
     "QuantizedLoRA": "quantized_lora",
     "optimize_trainer": "trainers",
+    "QloraCompileConfig": "quantizer",
+    "save": "hf.saving.save",
 }
 
 
@@ -29,3 +46,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register()

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from qlora_compile.adapter_errors import NothingToPackError
+from qlora_compile.checkpoint_errors import RepackError, StoredWeightError
 from qlora_compile.errors import (
     AlreadyAdaptedError,
     AlreadyQuantizedError,
@@ -24,8 +25,10 @@ from qlora_compile.hf import (
     methods,
     parameter_counts,
 )
+from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
+from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.errors import OptionWithoutFormatError
 from qlora_compile.kernels.registry import format_named
@@ -106,6 +109,7 @@ def adopt(
     options: those of the format `quantize`."""
     keep_trained = lora is not None or inventory.is_partly_frozen
     bound = bound_forwards(inventory.modules.values())
+    _repack(inventory)
     if quantize is not None:
         if lora is None and keep_trained:
             _warn_of_trained(inventory)
@@ -119,9 +123,10 @@ def adopt(
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
         parameter_counts.count_elements(inventory.model, inventory.modules.values())
+        save_packed(inventory.model)
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
-        if entry.base is not None and entry.obstacle is None:
+        if isinstance(entry.base, InPlaceBase) and entry.obstacle is None:
             entry.base.adopt(entry.module)
     for module in inventory.modules.values():
         adapters.adopt_adapter_layer(module)
@@ -129,6 +134,17 @@ def adopt(
     for module in bound:
         bind_forward(module)
     return inventory
+
+
+def _repack(inventory: Inventory) -> None:
+    """Put a QuantizedLinear in the place of every layer that another library has quantised, and
+    that cannot be adopted where it stands. Raises RepackError."""
+    for name, entry in inventory.linears.items():
+        if isinstance(entry.base, RepackedBase) and entry.obstacle is None:
+            try:
+                inventory.replace(entry, entry.base.replacement(entry.module))
+            except StoredWeightError as error:
+                raise RepackError(site=name, **error.fields) from error
 
 
 def format_options(

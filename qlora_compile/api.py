@@ -1,4 +1,4 @@
-"""The public functions: `optimize` compiles a model, `explain` reports what that did."""
+"""The public functions: `load` reads a model, `optimize` compiles it, `explain` reports on it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from qlora_compile.errors import (
     NotOptimizedError,
     OptionError,
 )
-from qlora_compile.hf import adapters, head_loss
+from qlora_compile.hf import adapters, head_loss, loading
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.report import Report, build_report, regions_of
 from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
@@ -31,6 +32,27 @@ from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load a model of transformers from a folder, a .gguf file or a Hub name.
+
+    The weights of a quantised checkpoint stay packed, and the package that wrote it is not needed:
+    `optimize` takes the model as it is. docs/checkpoints.md lists the kinds that are read.
+
+    dtype: that of the weights that are not packed, and of computation; None for bfloat16 where the
+    machine multiplies it natively, else float32. device: where a quantised checkpoint goes.
+
+    Raises ModelNotFoundError if nothing is there, CheckpointMethodError if nothing here reads that
+    kind of checkpoint, and CheckpointError, which names file and tensor, if a file is damaged. No
+    model is left half loaded, and nothing is unpickled.
+    """
+    return loading.load_model(os.fspath(source), dtype=dtype, device=device)
 
 
 def optimize(
@@ -143,6 +165,7 @@ def optimize(
     inventory = adopt.adopt(inventory, lora, packed=packed, **options)
     model = inventory.model
     hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
+    plans.start()
     regions = _install_regions(inventory, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model, inventory.modules)
     if strict:

@@ -14,6 +14,7 @@ from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
 from qlora_compile.kernels.experts.base import ExpertsProblem
 from qlora_compile.kernels.experts.registry import choose
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
@@ -76,10 +77,11 @@ class Site:
     """One Linear, Conv1D or weight of experts, with a weight [n, k].
 
     format: how the weight is stored: its dtype if it is not quantised, another library's class if
-    only that reads it. rank: of the adapter, 0 for
-    none. reason: why the site is not `fused`. forward, backward: what computes a fused site, and in
-    training its gradients. keeps_low_rank: whether the forward keeps S = x Aᵀ for the backward.
-    experts: how many [n, k] a weight of experts holds, 0 for a Linear.
+    only that reads it. rank: of the adapter, 0 for none. reason: why the site is not `fused`.
+    forward, backward: what computes a fused site, and in training its gradients. keeps_low_rank:
+    whether the forward keeps S = x Aᵀ for the backward.
+    experts: how many [n, k] a weight of experts holds, 0 for a Linear. origin: where a quantised
+    weight comes from: "quantised here", another library's layer, or a checkpoint.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Site:
     backward: Chosen | None = None
     keeps_low_rank: bool = False
     experts: int = 0
+    origin: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -112,7 +115,8 @@ class Report:
     other modules that PEFT adapts or trains, by name, each with the reason. certificates,
     mismatches: each graph that `optimize(verify=...)` has checked has one of the two.
     unknown_records: names of records that compiled calls ask for and that this process does not
-    have; the cost model chooses for these calls.
+    have; the cost model chooses for these calls. python_launches: on a GPU, why Python starts the
+    kernels of some calls of this process, instead of a plan.
     """
 
     sites: tuple[Site, ...]
@@ -120,6 +124,7 @@ class Report:
     certificates: tuple[Certificate, ...] = ()
     mismatches: tuple[str, ...] = ()
     unknown_records: tuple[str, ...] = ()
+    python_launches: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -135,18 +140,23 @@ class Report:
             "certificates": [certificate.to_dict() for certificate in self.certificates],
             "mismatches": list(self.mismatches),
             "unknown_records": list(self.unknown_records),
+            "python_launches": list(self.python_launches),
         }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        header = ("site", "fused", "forward", "backward", "format", "N", "K", "rank", "reason")
+        header = (
+            *("site", "fused", "forward", "backward", "format", "origin", "N", "K", "rank"),
+            "reason",
+        )
         rows = [
             (
                 *(s.name, "yes" if s.fused else "no"),
                 *(c and c.variant for c in (s.forward, s.backward)),
-                *(s.format, f"{s.experts} x {s.n}" if s.experts else s.n, s.k, s.rank, s.reason),
+                *(s.format, s.origin, f"{s.experts} x {s.n}" if s.experts else s.n),
+                *(s.k, s.rank, s.reason),
             )
             for s in self.sites
         ]
@@ -165,6 +175,7 @@ class Report:
             f"the records {name!r} are not of this process: the cost model chooses for their calls"
             for name in self.unknown_records
         ]
+        summary += self.python_launches
         summary += map(str, self.certificates)
         choices = self._choices()
         return "\n".join(
@@ -243,7 +254,8 @@ def build_report(inventory: Inventory) -> Report:
             reason = TRAINED_IN_FULL
         if entry.other_method is not None:
             fused, chosen, reason = None, {}, entry.other_method
-        sites.append(Site(name, fused is not None, entry.format, n, k, rank, reason, **chosen))
+        shape = (entry.format, n, k, rank, reason)
+        sites.append(Site(name, fused is not None, *shape, **chosen, origin=entry.origin))
     for name, layer in inventory.foreign.items():
         shape = (type(layer).__name__, *foreign.sizes(layer))
         rank = adapters.active_rank(inventory.model, name)
@@ -261,6 +273,7 @@ def build_report(inventory: Inventory) -> Report:
         tuple(each for verifier in verifiers for each in verifier.certificates.values()),
         tuple(each for verifier in verifiers for each in verifier.mismatches),
         tuple(sorted(name for name in names if not is_known(name))),
+        tuple(plans.report()),
     )
 
 
@@ -280,7 +293,8 @@ def _expert_sites(inventory: Inventory, regions: dict[str, Region]) -> Iterator[
             chosen["forward"] = Chosen.of_experts(fused.forward)
             chosen["backward"] = backward and Chosen.of_experts(backward)
         shape = (site.format, site.n, site.k, rank, reason)
-        yield Site(name, fused is not None, *shape, **chosen, experts=site.experts)
+        counted = {"experts": site.experts, "origin": site.origin}
+        yield Site(name, fused is not None, *shape, **chosen, **counted)
 
 
 def _chosen(site: FusedSite, selector: ModelledSelector) -> dict[str, Any]:

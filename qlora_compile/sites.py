@@ -35,7 +35,7 @@ class LinearEntry:
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight
+        return self.module.weight if self.base is None else self.base.weight(self.module)
 
     @property
     def base(self) -> Base | None:
@@ -50,6 +50,13 @@ class LinearEntry:
         return (
             foreign.obstacle(self.module) if self.base is None else self.base.obstacle(self.module)
         )
+
+    @property
+    def origin(self) -> str | None:
+        """Where the packed weight comes from; None if the weight is not quantised."""
+        if isinstance(self.module, QuantizedLinear):
+            return self.module.origin
+        return None if self.base is None else self.base.origin
 
     @property
     def adapted(self) -> bool:
@@ -88,6 +95,14 @@ class LinearEntry:
         return found or foreign.stored_as(self.weight)
 
 
+def _is_site(module: nn.Module) -> bool:
+    return foreign.is_linear(module) or base_of(module) is not None
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return foreign.acts_as_linear(module) and base_of(module) is None
+
+
 class Inventory:
     """The modules and sites of `model` at the time of creation, by name, in the model's order.
 
@@ -109,7 +124,7 @@ class Inventory:
             for name, module in every.items()
             if first.setdefault(id(module), name) == name
         }
-        linears = adapters.linear_sites(self.modules)
+        linears = adapters.linear_sites(self.modules, _is_site)
         kept = kept_linears(every) | adapters.trained_copies(self.modules, linears)
         full_precision = full_precision_linears(self.modules)
         read = {name.removesuffix(".base_layer") for name in read_by_parent(self.modules)}
@@ -124,7 +139,7 @@ class Inventory:
             )
             for name, linear in linears.items()
         }
-        self.foreign = adapters.linear_sites(self.modules, foreign.acts_as_linear)
+        self.foreign = adapters.linear_sites(self.modules, _is_foreign)
         self.experts = experts.sites(self.modules)
         self.is_partly_frozen = full_training.is_partly_frozen(self.modules)
         weights = (self.linears | self.experts).items() if self.is_partly_frozen else ()

@@ -71,16 +71,26 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.fixture
+def as_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs rewritten graphs as they are: AOTAutograd, which other tests show, takes a third of the
+    time of a compilation. For tests of what is captured, when, and how often."""
+    monkeypatch.setattr(backend, "compile_inner", lambda graph, *_: graph.forward)
+
+
 def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
     return LoraConfig(lora_dropout=dropout, **(defaults | options))
 
 
-def build(base: str, dtype: torch.dtype, dropout: float, bias: bool, **options: Any) -> list[Any]:
+def build(
+    base: str, dtype: torch.dtype, dropout: float, bias: bool, layers: int = 2, **options: Any
+) -> list[Any]:
     """A stock PeftModel, and the optimised one with the same weights."""
     models: list[Any] = []
+    sizes = {"num_hidden_layers": layers, "attention_bias": bias, "mlp_bias": bias}
     for optimized in (False, True):
-        model = toy("Llama", dtype, attention_bias=bias, mlp_bias=bias)
+        model = toy("Llama", dtype, **sizes)
         if base.startswith("bnb"):
             model = with_bitsandbytes(model, int(base[4]))
         own = base in {each.name for each in FORMATS}

@@ -12,7 +12,11 @@ from qlora_compile.kernels.formats.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 NAMES = {quant_format.name for quant_format in FORMATS}
-KNOWS_FORMATS = ("kernels/formats/", "qlora_compile/hf/bases/")
+KNOWS_FORMATS = (
+    "kernels/formats/",
+    *(f"qlora_compile/hf/{folder}/" for folder in ("bases", "checkpoints", "packings")),
+)
+"""The last three make formats of what other libraries store."""
 DEFAULT = "qlora_compile/training/model_choice.py"
 """Where the command line's one default stands."""
 

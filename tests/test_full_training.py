@@ -26,12 +26,12 @@ from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.sites import Inventory
 from tests.hf.test_conv1d import gpt2
-from tests.test_equality import without_inductor
+from tests.test_equality import as_rewritten
 from tests.toy_models import tokens, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 TOLERANCE = 2e-5
 FORMAT_NAMES = [each.name for each in FORMATS]

@@ -18,12 +18,12 @@ import qlora_compile
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.linear import QuantizedLinear
-from tests.test_equality import build, lora, step, without_inductor
+from tests.test_equality import as_rewritten, build, lora, step
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 BASES = ("plain", "bnb-4bit", "nf4")
 

@@ -13,12 +13,12 @@ import qlora_compile
 from bench.agreement import distance, training_step
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import AlreadyOptimizedError
-from tests.test_equality import lora, without_inductor
+from tests.test_equality import as_rewritten, lora
 from tests.toy_models import tokens, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 def unloaded(model: Any) -> Any:

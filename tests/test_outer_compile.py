@@ -17,12 +17,12 @@ from transformers import Trainer, TrainingArguments
 import qlora_compile
 from bench.agreement import distance, training_step
 from tests.capture.test_regions import calls
-from tests.test_equality import FLOAT32_TOLERANCE, build, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, build
 from tests.toy_models import tokens
 
-__all__ = ["calls", "without_inductor"]
+__all__ = ["as_rewritten", "calls"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 def compiled(model: Any) -> Any:

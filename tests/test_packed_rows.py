@@ -14,12 +14,12 @@ from transformers import DataCollatorWithFlattening
 import qlora_compile
 from bench.agreement import distance
 from tests.examples import examples
-from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, lora
 from tests.toy_models import VOCABULARY, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 KINDS = (
     *(("Llama", "sdpa", "training"), ("Gemma3", "eager", "evaluation")),

@@ -14,10 +14,10 @@ from torch import nn
 import qlora_compile
 from bench.agreement import distance, training_step
 from qlora_compile.modules.linear import QuantizedLinear
-from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, lora
 from tests.toy_models import toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
 
 def test_every_linear_appears_once_with_what_was_done() -> None:
@@ -65,7 +65,7 @@ def test_what_is_trained_in_full_is_listed_and_not_quantised() -> None:
         ({"target_modules": ["q_proj", "embed_tokens"]}, False, "output head", "Embedding: it is"),
     ],
 )
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_what_peft_trains_beside_linears_is_equal_and_named(
     options: dict[str, Any], tied: bool, head: str, embedding: str | None
 ) -> None:
@@ -111,7 +111,7 @@ def test_explaining_leaves_the_model_and_the_random_state_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_a_module_without_inputs_of_its_own_says_what_has_not_run() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     model = qlora_compile.optimize(model, quantize="int8", block_size="row")

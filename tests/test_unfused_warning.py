@@ -14,12 +14,12 @@ from peft import get_peft_model
 
 import qlora_compile
 from qlora_compile.capture.unfused_warning import UnfusedWarning
-from tests.test_equality import lora, without_inductor
+from tests.test_equality import as_rewritten, lora
 from tests.toy_models import tokens, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 def warned(model: Any, steps: int = 3, **inputs: Any) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# What only some contenders need is not installed beside the others.
-# pyright: reportMissingImports=false
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,9 +28,6 @@ UNQUANTISED, FLOOR, TORCH_FLOOR = (
 )
 UNSLOTH, UNSLOTH_GRAPHS = "Unsloth", "Unsloth, CUDA graphs of blocks"
 
-PEERS = Path(__file__).parents[2] / ".venv" / "peers"
-"""Where `make bench` installs what only some contenders need."""
-
 NEEDS_GPU = (UNSLOTH, UNSLOTH_GRAPHS)
 
 
@@ -41,7 +36,8 @@ class Contender:
     """build: of the plain model. family: losses of one family, which share the base weights'
     rounding, have to agree. needs: a package that has to be installed, or to lie in one of
     `folders`, which only this contender has on its path. module, environment: what its process
-    runs, and with which variables."""
+    runs, and with which variables. without_target: no target names it, so that where memory is
+    short, its process ends first."""
 
     name: str
     build: Callable[[Any, Setting], Any]
@@ -50,6 +46,7 @@ class Contender:
     folders: tuple[Path, ...] = ()
     module: str = "bench.peers.worker"
     environment: Mapping[str, str] = field(default_factory=dict)
+    without_target: bool = False
 
     @property
     def missing(self) -> bool:
@@ -131,9 +128,9 @@ CONTENDERS = {
         Contender(STOCK_COMPILED, _compiled, **_BITSANDBYTES),
         Contender(UNQUANTISED, _unquantised, family="none"),
         Contender(
-            "PEFT + torchao int8", _torchao, family="int8", needs="torchao", folders=(PEERS,)
+            "PEFT + torchao int8", _torchao, family="int8", needs="torchao", without_target=True
         ),
-        Contender("PEFT + HQQ", _hqq, family="hqq", needs="hqq", folders=(PEERS,)),
+        Contender("PEFT + HQQ", _hqq, family="hqq", needs="hqq", without_target=True),
         Contender(FLOOR, partial(Floor, ours=True), family="floor"),
         Contender(TORCH_FLOOR, Floor, family="floor"),
         Contender(UNSLOTH, unsloth, **_UNSLOTH),

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bench.allocations import allocations
 from bench.gpu_memory import on_gpu
 from bench.peers.answers import answers
-from bench.peers.contenders import CONTENDERS, PEERS
+from bench.peers.contenders import CONTENDERS
 from bench.peers.floor import Floor
 from bench.peers.settings import LEARNING_RATE, Setting, base_model, data
 from qlora_compile.kernels import workspace
@@ -110,8 +110,7 @@ def main(results: IO[str]) -> None:
     order = json.loads(sys.stdin.readline())
     setting = Setting(**order["setting"])
     contender = CONTENDERS[order["contender"]]
-    if PEERS in contender.folders and sys.platform == "linux":
-        # Where memory is short, it is one without a target that goes.
+    if contender.without_target and sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("900")
     batches = data(setting, order["batches"])
     model = base_model(setting)

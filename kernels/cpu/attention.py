@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu.native import NativeKernel
+from qlora_compile.kernels.gpu.target import target_of
 
 _FILES = ("attention_operands", "attention")
 _KERNEL = NativeKernel(
@@ -35,7 +36,8 @@ def available(*operands: Tensor) -> bool:
 def expected(*operands: Tensor) -> bool:
     """Whether they are `available`, unless the kernel turns out not to build."""
     kind = {(each.device.type, each.dtype) for each in operands}
-    return kind == {("cpu", torch.bfloat16)} and _KERNEL.expected()
+    # Where CPUs count as a GPU, they stand for one here too.
+    return kind == {("cpu", torch.bfloat16)} and target_of("cpu") is None and _KERNEL.expected()
 
 
 def gradients(

@@ -18,7 +18,7 @@ from qlora_compile.kernels.problem import Direction
 
 
 def bound_experts(
-    call: Call, x: Tensor, tensors: Sequence[Any]
+    call: Call, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[ExpertsTensors, ExpertsSpec]:
     """The tensors of an experts' Call by their names, and its constants. tensors: the offsets come
     first, then the others in the order of `tensor_indices`."""

@@ -100,6 +100,39 @@ class QuantFormat(ABC):
         """The planes of `weight`, each with storage of its own. options: those that no Layout
         stores."""
 
+    def stacked(self, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """The weight [N1 + N2 + …, K] of `weights`, [N1, K], [N2, K], …, one below another.
+
+        No value changes. Raises PackedWeightError if the weights differ in anything but their rows,
+        or cannot be put together as they are stored.
+        """
+        first = weights[0].layout
+        rows = sum(weight.shape[0] for weight in weights)
+        for weight in weights:
+            if weight.layout != first.with_rows(weight.shape[0]):
+                problem = f"cannot stand above one of {weight.layout}"
+                raise PackedWeightError(format=self.name, shape=first.shape, problem=problem)
+        return self._stacked(first.with_rows(rows), weights)
+
+    def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """`stacked` of weights that are stored alike.
+
+        Here each row has a part of a plane, or the plane is one for all rows, as an order of
+        columns is; it must then be the same for all weights.
+        """
+        planes = []
+        for plane, own in zip(self.planes(layout), self.planes(weights[0].layout), strict=True):
+            parts = [weight.planes[plane.name] for weight in weights]
+            if own.shape != plane.shape:
+                whole = torch.cat([part.reshape(-1, *plane.shape[1:]) for part in parts])
+            elif all(torch.equal(part, parts[0]) for part in parts):
+                whole = parts[0]
+            else:
+                problem = f"its {plane.name} is not that of the weight below"
+                raise PackedWeightError(format=self.name, shape=own.shape, problem=problem)
+            planes.append(whole)
+        return self.packed(layout, planes)
+
     @abstractmethod
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         """The weight as [N, K] of `dtype`: the specification that everything else is held to.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.errors import WeightValueError
+from qlora_compile.errors import PackedWeightError, WeightValueError
 from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, QuantFormat, checked_block_size
 from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import AbsmaxOverflowError
@@ -106,6 +106,18 @@ class BlockFormat(QuantFormat):
         scales = self.scales(absmax).repeat_interleave(packed.layout.named["block_size"])
         values = self._code_values(packed.codes.reshape(-1))[: rows * columns]
         return (values * scales[: rows * columns]).to(dtype).view(rows, columns)
+
+    def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """A doubly quantised absmax is decoded: each weight has an offset of its own."""
+        size = layout.named["block_size"]
+        for weight in weights[:-1]:
+            if weight.shape[0] % self.row_alignment(weight.layout):
+                problem = f"its last block of {size} would reach into the weight below"
+                raise PackedWeightError(format=self.name, shape=weight.shape, problem=problem)
+        absmax = [block_absmax(each, 0, each.planes["absmax"].numel()) for each in weights]
+        codes = torch.cat([each.codes.reshape(-1) for each in weights])
+        layout = block_layout(self.name, layout.shape, size, False)
+        return self.packed(layout, [codes, torch.cat(absmax)])
 
     def row_alignment(self, layout: Layout) -> int:
         """The least r >= 1 such that every r-th row begins at a byte and at an absmax block."""

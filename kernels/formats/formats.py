@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ def planes_of(layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Plane
 def plane_count(layout: Layout) -> int:
     """How many tensors a weight of `layout` is stored in."""
     return len(planes_of(layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def plane_dtypes(layout: Layout) -> tuple[torch.dtype, ...]:
+    """The dtypes of these tensors; empty for a weight kept in its own dtype."""
+    if layout.format == UNQUANTIZED:
+        return ()
+    return tuple(plane.dtype for plane in planes_of(layout))
 
 
 def meta_tensors(layout: Layout, dtype: torch.dtype) -> list[Tensor]:

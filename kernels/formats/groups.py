@@ -76,12 +76,16 @@ class GroupFormat(QuantFormat):
 
     def _rows(self, packed: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start` … `stop` by torch's operators."""
-        columns = packed.shape[1]
         values = self.code_values(self._codes(packed, start, stop))
         scales, zeros = self.factors(packed, start, stop)
+        shifts = self.symmetric_zero if zeros is None else self.by_column(packed, zeros)
+        return ((values - shifts) * self.by_column(packed, scales)).to(dtype)
+
+    def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
+        """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
+        columns = packed.shape[1]
         size = min(self.group_size(packed.layout), columns)
-        shifts = self.symmetric_zero if zeros is None else _by_column(zeros, size, columns)
-        return ((values - shifts) * _by_column(scales, size, columns)).to(dtype)
+        return factors.repeat_interleave(size, dim=1)[:, :columns]
 
     def _codes(self, packed: PackedWeight, start: int, stop: int) -> Tensor:
         """The codes of rows `start` … `stop`, uint8 [stop - start, K]."""
@@ -92,19 +96,23 @@ class GroupFormat(QuantFormat):
         return torch.stack((stored & 15, stored >> 4), dim=2).flatten(1)[:, :columns]
 
     def _write_rows(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-        rows, columns = packed.shape
+        columns = packed.shape[1]
         if group_decode.writes(out):
-            scales, zeros = self.stored_factors(packed, start, stop)
-            codes = packed.codes.reshape(rows, -1)[start:stop]
-            group_decode.write_rows(
-                *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
-                *(self.group_size(packed.layout), self.cpu_kind, out),
-            )
+            self._write_compiled(packed, start, stop, out)
             return
         step = max(1, _CHUNK // columns)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             out[first - start : last - start] = self._rows(packed, first, last, out.dtype)
+
+    def _write_compiled(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
+        """`_write_rows` to an `out` that compiled code writes."""
+        scales, zeros = self.stored_factors(packed, start, stop)
+        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
+        group_decode.write_rows(
+            *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
+            *(self.group_size(packed.layout), self.cpu_kind, out),
+        )
 
     def cpu_values(self) -> Tensor:
         """v of all codes: float32 [2 ** bits] on a CPU, shared; not to be written to."""
@@ -120,11 +128,13 @@ class GroupFormat(QuantFormat):
             raise WeightValueError(site=site, count=invalid)
 
     def _by_rows(
-        self, weight: Tensor, encode: Callable[[Tensor], Sequence[Tensor]]
+        self, weight: Tensor, encode: Callable[..., Sequence[Tensor]], *others: Tensor
     ) -> list[Tensor]:
-        """What `encode` makes of some rows in float32 at a time, put together."""
+        """What `encode` makes of some rows in float32 at a time, and of those rows of the `others`,
+        put together."""
         step = max(1, _CHUNK // weight.shape[1])
-        made = [encode(part.float()) for part in weight.split(step)]
+        parts = zip(*(tensor.split(step) for tensor in (weight, *others)), strict=True)
+        made = [encode(part.float(), *rest) for part, *rest in parts]
         return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
     def stored_codes(self, codes: Tensor) -> Tensor:
@@ -144,16 +154,14 @@ class GroupFormat(QuantFormat):
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         from qlora_compile.kernels.formats.gpu.groups import group_side
 
-        scales, *zeros = tensors[1:]
+        names = (plane.name for plane in self.planes(layout))
+        named = dict(zip(names, tensors, strict=True))
         return group_side(
-            *(scales, zeros[0] if zeros else None, layout.shape[1]),
+            *(named["scales"], named.get("zeros"), layout.shape[1]),
             *(self.group_size(layout), tile_columns),
             constant=self.symmetric_zero,
+            index=named.get("group_index"),
         )
-
-
-def _by_column(factors: Tensor, size: int, columns: int) -> Tensor:
-    return factors.repeat_interleave(size, dim=1)[:, :columns]
 
 
 @functools.cache

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.formats.cpu import group_decode, indexed_decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
 from qlora_compile.kernels.formats.half_quadratic import refined_zeros
@@ -32,16 +33,20 @@ class IntegerFormat(GroupFormat):
 
     Options: `group_size`, columns that share a scale; `zeros`, "integer" for uint8 ones, "float"
     for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere; `scales`, their dtype;
-    `refine`, not stored: HQQ's search for the zeros, which needs those to be "float".
+    `grouping`, "consecutive" for groups of neighbouring columns, or "indexed", where a plane tells
+    the group of each, as GPTQ's act-order needs (its g_idx); packing then groups columns by their
+    largest weights; `refine`, not stored: HQQ's search for the zeros, which needs those to be
+    "float".
 
-    The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], and
-    `zeros` [N, groups] unless there are none.
+    The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], `zeros`
+    [N, groups] unless there are none, and `group_index` int32 [K] where columns are indexed.
     """
 
     options: ClassVar[tuple[Option, ...]] = (
         Option("group_size", (32, 64, 128, "row"), 64),
         Option("zeros", ("integer", "float", "none"), "integer"),
         Option("scales", tuple(_DTYPES), "bfloat16"),
+        Option("grouping", ("consecutive", "indexed"), "consecutive"),
         Option("refine", (False, True), False, stored=False),
     )
 
@@ -64,11 +69,16 @@ class IntegerFormat(GroupFormat):
 
     def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
         size = shape[1] if options["group_size"] == "row" else options["group_size"]
-        return Layout.of(self.name, shape, **(options | {"group_size": size}))
+        options = options | {"group_size": size}
+        # Neighbouring columns need no word in a Layout.
+        if options["grouping"] == "consecutive":
+            del options["grouping"]
+        return Layout.of(self.name, shape, **options)
 
     def label(self, layout: Layout) -> str:
-        named = layout.named
-        return f"{self.name}/{named['group_size']} zeros {named['zeros']} {named['scales']}"
+        named, indexed = layout.named, " indexed" * _is_indexed(layout)
+        size, zeros = named["group_size"], named["zeros"]
+        return f"{self.name}/{size}{indexed} zeros {zeros} {named['scales']}"
 
     def group_size(self, layout: Layout) -> int:
         return layout.named["group_size"]
@@ -98,16 +108,48 @@ class IntegerFormat(GroupFormat):
             return self.factors(packed, start, stop)
         return self._factor_planes(packed, start, stop)
 
+    def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
+        index = packed.planes.get("group_index")
+        return super().by_column(packed, factors) if index is None else factors[:, index]
+
+    def _write_compiled(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
+        index = packed.planes.get("group_index")
+        if index is None:
+            super()._write_compiled(packed, start, stop, out)
+            return
+        scales, zeros = self.stored_factors(packed, start, stop)
+        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
+        indexed_decode.write_rows(
+            *(codes, scales, zeros, self.symmetric_zero, index, self.bits, out)
+        )
+
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         refine = options["refine"]
         self._check_refine(layout, refine)
         self._check_finite(weight, site)
-        return self._by_rows(weight, lambda rows: self._encoded_rows(rows, layout, site, refine))
+        if not _is_indexed(layout):
+            encode = partial(self._encoded_rows, layout=layout, site=site, refine=refine)
+            return self._by_rows(weight, encode)
+        columns, device = weight.shape[1], weight.device
+        order = weight.abs().amax(0).argsort(stable=True)
+        encode = partial(self._encoded_rows, layout=layout, site=site, refine=refine, order=order)
+        index = torch.empty(columns, dtype=torch.int32, device=device)
+        index[order] = torch.arange(columns, dtype=torch.int32, device=device) // (
+            self.group_size(layout)
+        )
+        return [*self._by_rows(weight, encode), index]
 
     def _encoded_rows(
-        self, weight: Tensor, layout: Layout, site: str, refine: bool
+        self,
+        weight: Tensor,
+        layout: Layout,
+        site: str,
+        refine: bool,
+        order: Tensor | None = None,
     ) -> list[Tensor]:
+        """Codes, scales and zeros of some rows. order: the columns, group by group."""
         columns, zeros = weight.shape[1], layout.named["zeros"]
+        weight = weight if order is None else weight[:, order]
         groups = padded_groups(weight, layout.named["group_size"])
         # Zero is among the values, so that it is stored exactly with integer zeros.
         low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
@@ -135,6 +177,7 @@ class IntegerFormat(GroupFormat):
             offsets = stored[0].to(torch.float32)
         codes = (groups / divisors.unsqueeze(2)).add_(offsets.unsqueeze(2)).round_()
         codes = codes.clamp_(0, self.largest).flatten(1)[:, :columns].to(torch.uint8)
+        codes = codes if order is None else codes[:, order.argsort()]
         return [self.stored_codes(codes), scales, *stored]
 
     def device_decoders(self) -> tuple[Decoder, ...]:
@@ -163,9 +206,16 @@ def _side_planes(layout: Layout) -> tuple[Plane, ...]:
     shape = (rows, math.ceil(columns / layout.named["group_size"]))
     dtype, zeros = _DTYPES[layout.named["scales"]], layout.named["zeros"]
     scales = Plane("scales", dtype, shape)
-    if zeros == "none":
-        return (scales,)
-    return scales, Plane("zeros", torch.uint8 if zeros == "integer" else dtype, shape)
+    planes = [scales]
+    if zeros != "none":
+        planes.append(Plane("zeros", torch.uint8 if zeros == "integer" else dtype, shape))
+    if _is_indexed(layout):
+        planes.append(Plane("group_index", torch.int32, (columns,)))
+    return tuple(planes)
+
+
+def _is_indexed(layout: Layout) -> bool:
+    return layout.named.get("grouping") == "indexed"
 
 
 INT4, UINT8 = Int4Format(), Uint8Format()

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from triton import language as tl
 
 from qlora_compile.kernels.gpu.built_cache import use_built_cache
+
+if TYPE_CHECKING:
+    from qlora_compile.kernels.plans.recording import Recorder
 
 use_built_cache()
 
@@ -55,8 +58,14 @@ class Launch:
                     self._run(device)
 
     def _run(self, device: torch.device) -> None:
-        """On the current device. Triton's JIT looks for what it compiled by the text of all options
-        and by every parameter, which takes longer than many of these kernels run."""
+        compiled = self._started(device)
+        if _recorder.plan is not None:
+            _recorder.plan.launched(self, compiled)
+
+    def _started(self, device: torch.device) -> Any:
+        """Launches on the current device; what Triton compiled is returned. Triton's JIT looks for
+        that by the text of all options and by every parameter, which takes longer than many of
+        these kernels run."""
         key = (
             *(id(self.kernel), device, self.num_warps, self.num_stages, *self.options.items()),
             *map(_specialisation, self.arguments.values()),
@@ -69,13 +78,14 @@ class Launch:
             compiled, names = known
             given = self.arguments | self.constexprs
             compiled[(*self.grid, 1, 1)[:3]](*[given[name] for name in names])
-            return
+            return compiled
         compiled = self.kernel[self.grid](
             **self.arguments, **self.constexprs, **self.compile_options
         )
         # Nothing from the interpreter. On AMD a tensor's size, too, decides what is compiled.
         if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled, tuple(self.kernel.arg_names)
+        return compiled
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
@@ -96,9 +106,10 @@ def _specialisation(argument: Any) -> Any:
 
 
 class _Recorder(threading.local):
-    """Collects the launches of one thread; None where they run."""
+    """Who notes the launches of one thread: instead of running them, or for a plan beside that."""
 
     launches: list[Launch] | None = None
+    plan: Recorder | None = None
 
 
 _recorder = _Recorder()
@@ -113,6 +124,16 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorder.launches = before
+
+
+@contextmanager
+def recording_plan(recorder: Recorder) -> Iterator[None]:
+    """Tells `recorder` of each launch that this thread makes inside."""
+    before, _recorder.plan = _recorder.plan, recorder
+    try:
+        yield
+    finally:
+        _recorder.plan = before
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:

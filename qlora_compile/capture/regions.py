@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as _dynamo_config
+from torch.utils.hooks import RemovableHandle
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, running
@@ -24,6 +25,7 @@ from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untr
 from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.unfused_warning import FirstStep
+from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters
 from qlora_compile.hf.adapters_by_row import is_given_by_row
@@ -36,6 +38,7 @@ from qlora_compile.hf.replaced_forward import (
     reached,
     replaced_forward,
 )
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
     FusedExperts,
@@ -85,6 +88,7 @@ class Region(CompiledForward):
         self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
         self.first_step: FirstStep | None = None
+        self.gathered: RemovableHandle | None = None
         self.adapters = SlottedAdapters(module, sites)
         self.replaced = replaced_forward(module)
         self.__signature__ = inspect.signature(self.stock)
@@ -145,6 +149,7 @@ class Region(CompiledForward):
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
+        plans.heed()
         settings = _DYNAMO_SETTINGS | (hooked.settings if hooked else {})
         with (
             running(self) as executed,
@@ -270,6 +275,8 @@ def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
+    if kind.repeated:
+        region.gathered = gather_whole(module)
     setattr(module, forward_place(module), region)
     setattr(module, _REGION, region)
     return region
@@ -278,6 +285,8 @@ def install(
 def uninstall(module: nn.Module) -> None:
     """Give `module` the forward back that it had before, unless another one has come since."""
     region, place = module.__dict__.pop(_REGION), forward_place(module)
+    if region.gathered is not None:
+        gather_apart(module, region.gathered)
     if module.__dict__.get(place) is region:
         if place == "forward" and region.replaced is None:
             del module.forward

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf import foreign, methods
 from qlora_compile.hf.adapter_slots import SlottedLayer
+from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.conv1d import LinearSite
@@ -210,10 +211,16 @@ def check_lora_config(
 
 
 def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
-    """The memo of a deep copy on the meta device that shares what bitsandbytes has packed: its
+    """The memo of a deep copy on the meta device, with plain Linears for layers that are to be
+    packed anew, that shares what bitsandbytes has packed: its
     Parameters carry their own state, and moving them would move the model's."""
     memo: dict[int, object] = {}
     for module in modules:
+        if isinstance(base_of(module), RepackedBase):
+            # PEFT will find a QuantizedLinear there.
+            n, k = foreign.sizes(module)
+            memo[id(module)] = nn.Linear(k, n, bias=False, device="meta")
+            continue
         shared = [getattr(module, name, None) for name in ("state", "quant_state")]
         memo |= {id(value): value for value in shared if value is not None}
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -295,4 +302,6 @@ def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
     if isinstance(linear, QuantizedLinear):
         return methods.REPACKED.get(type(layer))
     base = base_of(linear)
-    return base.adapter_layer(layer) if base is not None and hasattr(linear, "packed") else None
+    if isinstance(base, InPlaceBase) and hasattr(linear, "packed"):
+        return base.adapter_layer(layer)
+    return None

@@ -31,7 +31,7 @@ from qlora_compile.modules.experts import PackedExperts
 IMPLEMENTATION = "qlora_compile"
 """The name of our implementation in `config._experts_implementation`."""
 
-_TRAINED = "the base weight is trained"
+TRAINED = "the base weight is trained"
 _TRAINED_BESIDE = "another parameter of its experts is trained"
 
 Factors = tuple[Tensor, Tensor, Tensor | float]
@@ -59,9 +59,14 @@ class ExpertSite:
     @property
     def format(self) -> str:
         """The name of the format that stores the weight, or the weight's dtype."""
-        weight = self.weight
-        packed = isinstance(weight, PackedExperts)
-        return weight.format if packed else str(weight.dtype).removeprefix("torch.")
+        if isinstance(self.weight, PackedExperts):
+            return self.weight.format
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    @property
+    def origin(self) -> str | None:
+        """Where a packed weight comes from; None for one that is not quantised."""
+        return self.weight.origin if isinstance(self.weight, PackedExperts) else None
 
     @property
     def obstacle(self) -> str | None:
@@ -69,7 +74,7 @@ class ExpertSite:
         if self.copied:
             return "it is trained in full (modules_to_save)"
         reason = _obstacle(self.module)
-        return _TRAINED_BESIDE if reason == _TRAINED and not self.weight.requires_grad else reason
+        return _TRAINED_BESIDE if reason == TRAINED and not self.weight.requires_grad else reason
 
 
 def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
@@ -126,7 +131,7 @@ def _obstacle(module: nn.Module) -> str | None:
         if weight.dim() != 3 or weight.dtype.itemsize < 2 or not weight.is_floating_point():
             return f"its weights are {weight.dim()}-dimensional of {weight.dtype}"
     if any(parameter.requires_grad for parameter in module.parameters()):
-        return _TRAINED
+        return TRAINED
     return None
 
 
@@ -160,12 +165,17 @@ def pack(
             **options,
         )
         delattr(site.module, site.parameter)
-        place(site.module, site.parameter, packed)
-        # PEFT finds the parameters that it adapts by this method of the module that has them.
-        named: Any = partial(_parameters, site.module)
-        named.__func__ = _parameters  # Dynamo takes it for a bound method
-        site.module.named_parameters = named
-        site.module.requires_grad_(False)
+        settle(site.module, site.parameter, packed)
+
+
+def settle(module: nn.Module, name: str, packed: PackedExperts) -> None:
+    """`place` a packed weight for good: PEFT finds it under its name, and nothing is trained."""
+    place(module, name, packed)
+    # PEFT finds the parameters that it adapts by this method of the module that has them.
+    named: Any = partial(_parameters, module)
+    named.__func__ = _parameters  # Dynamo takes it for a bound method
+    module.named_parameters = named
+    module.requires_grad_(False)
 
 
 def place(module: nn.Module, name: str, packed: PackedExperts) -> None:
@@ -193,16 +203,16 @@ def _parameters(
     The weights come in the order that they had as parameters: PEFT wraps the module once for each.
     """
     yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
-    if not recurse:
+    # FSDP2 asks for duplicates, and would move the weight to the name that it finds here.
+    if not recurse and remove_duplicate:
         for name in _weight_names(module):
-            packed = getattr(module, name)
-            if isinstance(packed, PackedExperts):
+            if isinstance(packed := getattr(module, name), PackedExperts):
                 yield f"{prefix}{'.' if prefix else ''}{name}", packed.weight
 
 
 def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str, ExpertSite]:
     """Return those `sites` that `pack` packs."""
-    allowed = (None,) if keep_trained else (None, _TRAINED, _TRAINED_BESIDE)
+    allowed = (None,) if keep_trained else (None, TRAINED, _TRAINED_BESIDE)
     return {name: site for name, site in sites.items() if site.obstacle in allowed}
 
 

@@ -1,23 +1,33 @@
 """Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from qlora_compile.checkpoint_errors import CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
+from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,19 +67,28 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     config: Any = None,
+    device: torch.device | str = "cpu",
     head: str = "causal",
     labels: Sequence[str] = (),
 ) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
 
-    head: "causal" for that class, "score" for one number for each text, "classes" for logits of
-    `labels`; both with a new head unless the checkpoint has one.
+    The weights of a quantised checkpoint stay packed; the package that wrote it is not needed.
+
+    device: where the weights of a quantised checkpoint go. head: "causal" for that class, "score"
+    for one number for each text, "classes" for logits of `labels`; both with a new head unless the
+    checkpoint has one.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
+        CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
+        CheckpointError: a file of a quantised checkpoint cannot be read.
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
+    settings = quantization_settings(config)
+    if settings is not None and not options:
+        return _load_quantised(source, config, settings, dtype or compute_dtype(), device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if head != "causal":
         named = AutoModelForSequenceClassification
@@ -98,6 +117,37 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder))
 
 
+def _load_quantised(
+    source: str | Path,
+    config: Any,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Any:
+    reader = source_of(settings)
+    if reader is None:
+        raise CheckpointMethodError(
+            file=source,
+            value=settings.get("quant_method"),
+            known=", ".join(each.method for each in SOURCES),
+        )
+    path = Path(source)
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise _not_found(source, error) from error
+    named = getattr(transformers, architecture(config) or "", None)
+    named = named or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    folder = CheckpointFolder(path, reader.stem)
+    model = read_model(named, config, folder, reader, dtype=dtype, device=device)
+    # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
+    model.name_or_path = model.config.name_or_path = str(source)
+    if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer that is stored with a model.
 
@@ -106,7 +156,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     if not has_tokenizer(source):
         raise TokenizerMissingError(site=f"the data for {str(source)!r}")
-    folder, options = _location(source)
+    folder, options = (str(source), {}) if Path(source).is_dir() else _location(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:

@@ -1,8 +1,9 @@
 """Counts of parameters by PEFT and transformers, in which a packed weight counts its elements.
 
-Both add up `numel()` of each Parameter, which for a packed weight is the number of stored codes:
-half of the weights of a 4-bit format. A Parameter that said otherwise would mislead whoever asks
-for its size to move, shard or store it, so the models' own methods are put right instead.
+Both add up `numel()` of each Parameter, which for a packed weight counts stored codes, half of the
+weights of a 4-bit format, and the bytes of its scales. A Parameter that said otherwise would
+mislead whoever asks for its size to move, shard or store it, so the models' own methods are put
+right instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.hf.adapters import base_model
-from qlora_compile.kernels.formats.formats import planes_of
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.modules.packed import PackedModule
 
@@ -40,7 +40,7 @@ class TrainableParameters(_Count):
 
     def __call__(self) -> tuple[int, int]:
         trainable, total = self.stock(self.model)
-        return trainable, total + _elements_beyond_codes(self.model)
+        return trainable, total + _elements_beyond_stored(self.model)
 
 
 class Parameters(_Count):
@@ -50,7 +50,7 @@ class Parameters(_Count):
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         counted = self.stock(self.model, only_trainable, exclude_embeddings)
-        return counted if only_trainable else counted + _elements_beyond_codes(self.model)
+        return counted if only_trainable else counted + _elements_beyond_stored(self.model)
 
 
 _MARK = "_counts_packed_elements"
@@ -77,8 +77,8 @@ def _count_attached(outer: nn.Module, name: str, model: nn.Module | None) -> Non
 register_module_module_registration_hook(_count_attached)
 
 
-def _elements_beyond_codes(model: nn.Module) -> int:
-    """Return how many more elements the model's packed weights have than stored codes."""
+def _elements_beyond_stored(model: nn.Module) -> int:
+    """Return how many more elements the model's packed weights have than their Parameters."""
     packed = (module for module in model.modules() if isinstance(module, PackedModule))
     # Not those whose weight is the decoded one, inside of `unpacked`; shared weights once.
     layouts = {
@@ -88,6 +88,6 @@ def _elements_beyond_codes(model: nn.Module) -> int:
     }
     # By the layouts, since a sharded weight may be empty here.
     return sum(
-        math.prod(layout.shape) - math.prod(planes_of(layout)[0].shape)
+        math.prod(layout.shape) - PackedModule.stored_elements(layout)
         for layout in layouts.values()
     )

@@ -8,26 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_compile.errors import StoredLayoutError
 from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.formats import meta_tensors
 from qlora_compile.kernels.layout import Layout
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.kernels.packed import PackedWeight, as_bytes
 from qlora_compile.kernels.registry import format_named
 
-_LAYOUT = "packed_layout"
-"""The name of the buffer that stores the Layout in a state dict, as `Layout.to_tensor` makes it."""
+LAYOUT = "packed_layout"
+"""The name of the Parameter that stores the Layout, as `Layout.to_tensor` makes it."""
+
+
+def _stored_layout(stored: Tensor) -> Layout:
+    """The Layout in `stored`, of which each rank may hold a part."""
+    return Layout.from_tensor(stored.full_tensor() if isinstance(stored, DTensor) else stored)
 
 
 class PackedModule(nn.Module):
     """Holds one PackedWeight of shape `packed_shape`.
 
-    `weight` is a frozen Parameter of integers, the codes. The other planes are buffers under their
-    own names, and the Layout is a buffer too. `weight_dtype` is the dtype of the weight that was
-    packed. Planes keep their dtypes when the module is cast.
+    All planes are frozen Parameters of integers: `weight` the codes, the others under their own
+    names, floating-point ones by their bytes (`as_bytes`), and the Layout in a last one. So
+    whatever shards, gathers, moves or saves Parameters does so with all of them, and nothing casts
+    them. `weight_dtype` is the dtype of the weight that was packed. `origin` says where the packed
+    weight comes from, for reports.
     """
 
     weight_dtype: torch.dtype
+    origin: str = "quantised here"
 
     @property
     @abstractmethod
@@ -37,16 +47,22 @@ class PackedModule(nn.Module):
     def _store(self, packed: PackedWeight) -> None:
         # Kept as text, which Dynamo reads as a constant.
         self.layout = str(packed.layout)
-        codes, *self.side_names = packed.planes
-        self.weight = nn.Parameter(packed.planes[codes], requires_grad=False)
-        for name in self.side_names:
-            self.register_buffer(name, packed.planes[name])
-        self.register_buffer(_LAYOUT, packed.layout.to_tensor().to(self.weight.device))
+        _, *self.side_names = packed.planes
+        planes = {"weight": packed.codes} | {n: packed.planes[n] for n in self.side_names}
+        planes[LAYOUT] = packed.layout.to_tensor().to(packed.codes.device)
+        for name, plane in planes.items():
+            self.register_parameter(name, nn.Parameter(as_bytes(plane), requires_grad=False))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The planes, in the order of `PackedWeight.tensors`."""
+        """The planes as they are stored, in the order of `PackedWeight.tensors`."""
         return [self.weight, *[getattr(self, name) for name in self.side_names]]
+
+    @staticmethod
+    def stored_elements(layout: Layout) -> int:
+        """How many elements the Parameters of a weight of `layout` have together."""
+        planes = meta_tensors(layout, torch.float32)
+        return sum(as_bytes(plane).numel() for plane in planes) + layout.to_tensor().numel()
 
     @property
     def quant_format(self) -> QuantFormat:
@@ -75,15 +91,6 @@ class PackedModule(nn.Module):
             return
         self._store(self.quant_format.pack(weight, Layout.parse(self.layout)))
 
-    def _apply(self, fn, recurse: bool = True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, plane in before.items():
-            moved = self._buffers[name]
-            if plane is not None and moved is not None and moved.dtype != plane.dtype:
-                self._buffers[name] = plane.to(moved.device)
-        return self
-
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -97,15 +104,18 @@ class PackedModule(nn.Module):
         """Load this module's tensors.
 
         Raises StoredLayoutError, before any of them changes, if the state dict's weight has another
-        Layout. State dicts of older versions have no Layout, and none is missed.
+        Layout. State dicts of older versions have no Layout, and none is missed, or floating-point
+        planes in their own dtypes.
         """
-        key = prefix + _LAYOUT
-        if key in state_dict and (stored := Layout.from_tensor(state_dict[key])) != Layout.parse(
+        key = prefix + LAYOUT
+        if key in state_dict and (stored := _stored_layout(state_dict[key])) != Layout.parse(
             self.layout
         ):
             raise StoredLayoutError(site=prefix.rstrip("."), value=stored, expected=self.layout)
+        names = (prefix + name for name in self.side_names)
+        older = {name: as_bytes(state_dict[name]) for name in names if name in state_dict}
         super()._load_from_state_dict(
-            *(state_dict, prefix, local_metadata, strict),
+            *({**state_dict, **older}, prefix, local_metadata, strict),
             *(missing_keys, unexpected_keys, error_msgs),
         )
         if key in missing_keys:

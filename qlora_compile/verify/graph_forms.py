@@ -21,6 +21,7 @@ from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.formats.formats import planes_of
 from qlora_compile.kernels.layout import Plane
 from qlora_compile.kernels.linear_call import tensor_indices
+from qlora_compile.kernels.packed import of_bytes
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.kernels.specification import SPECIFIED, dropped_out
 from qlora_compile.passes.calls import FusedCall, is_fused, read
@@ -198,8 +199,12 @@ def _with_stored_planes(
     for at, plane in packed_planes(call):
         if plane.dtype.is_floating_point:
             with part.graph.inserting_before(node):
-                cast[at] = part.graph.call_method("to", (cast[at], plane.dtype))
+                cast[at] = part.graph.call_function(_stored, (cast[at], plane.dtype))
     return cast
+
+
+def _stored(plane: Tensor, dtype: torch.dtype) -> Tensor:
+    return of_bytes(plane, dtype).to(dtype)
 
 
 def packed_planes(call: Call) -> list[tuple[int, Plane]]:

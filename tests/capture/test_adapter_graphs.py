@@ -16,12 +16,12 @@ from torch._dynamo.utils import counters
 import qlora_compile
 from bench.agreement import distance
 from tests.hf import test_experts as experts
-from tests.test_equality import build, lora, step, without_inductor
+from tests.test_equality import as_rewritten, build, lora, step
 from tests.toy_models import tokens
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 BASES = ("plain", "nf4", "bnb-4bit")
 by_base = pytest.mark.parametrize("base", BASES)

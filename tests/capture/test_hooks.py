@@ -30,7 +30,7 @@ from qlora_compile.capture.hooks import has_hooks, hooks_inside
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.blocks import checkpoints
-from tests.test_equality import FLOAT32_TOLERANCE, build, lora, step, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, build, lora, step
 from tests.toy_models import tokens, toy
 
 MODULES = (
@@ -174,7 +174,7 @@ def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(not torch.allclose(one[name], other[name], rtol=1e-3) for name in other)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_hooks_that_dynamo_traces_are_compiled() -> None:
     """Late ones, on one layer, which a graph without hooks serves until then; and removed again."""
     both, ids = pair(), tokens()
@@ -197,7 +197,7 @@ def test_hooks_that_dynamo_traces_are_compiled() -> None:
         assert not counters["stats"]["unique_graphs"], "a graph without hooks was there"
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_with_other_hooks_the_block_runs_as_stock_and_the_report_names_them() -> None:
     both, ids = pair(), tokens()
     both.assert_agree(ids)
@@ -215,7 +215,7 @@ def test_with_other_hooks_the_block_runs_as_stock_and_the_report_names_them() ->
     assert not both.reasons(0) | both.reasons(1)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_hooks_of_a_block_itself_stand_around_what_is_compiled() -> None:
     both, ids = pair(), tokens()
     both.assert_agree(ids)
@@ -227,7 +227,7 @@ def test_hooks_of_a_block_itself_stand_around_what_is_compiled() -> None:
     assert not counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("effect", [keeps, sees_gradients])
 def test_hooks_on_one_layer_before_the_first_call(effect: Effect) -> None:
     both, ids = pair(), tokens()
@@ -237,7 +237,7 @@ def test_hooks_on_one_layer_before_the_first_call(effect: Effect) -> None:
     assert not both.reasons(0) | both.reasons(1)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_a_hook_that_keeps_everything_makes_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its list is longer at every call, which Dynamo would compile anew each time."""
     monkeypatch.setattr(hooked_run, "RECOMPILE_LIMIT", 2)
@@ -255,7 +255,7 @@ def test_a_hook_that_keeps_everything_makes_few_graphs(monkeypatch: pytest.Monke
     assert counters["stats"]["unique_graphs"] <= 3
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("how", ["reentrant", "nonreentrant", "around"])
 def test_hooks_run_as_often_as_in_stock_under_checkpointing(how: str) -> None:
     both, ids = pair(), tokens()
@@ -288,7 +288,7 @@ def checkpointed(model: Any, how: str) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 def test_global_hooks(kind: str) -> None:
     both, ids = pair(), tokens()
@@ -313,7 +313,7 @@ def test_global_hooks(kind: str) -> None:
     both.assert_agree(ids)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_hooks_on_adapters_that_came_later() -> None:
     both, ids = pair(), tokens()
     both.assert_agree(ids)
@@ -325,7 +325,7 @@ def test_hooks_on_adapters_that_came_later() -> None:
         both.assert_agree(ids, seen)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_hooks_added_and_cleared_past_their_handles() -> None:
     """The dict of a module's hooks may be another one than before."""
     both, ids = pair(), tokens()
@@ -366,7 +366,7 @@ def test_the_quick_look_at_a_block_misses_no_forward_on_an_instance() -> None:
         assert not hooks_inside(inside)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_copies_take_their_hooks_along() -> None:
     model, ids = pair().ours, tokens()
     block(model, 1).get_submodule("mlp").register_forward_hook(zeroes)
@@ -385,7 +385,7 @@ def nothing(module: nn.Module, *gradients: Any) -> None:
     pass
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_strict_refuses_hooks_that_leave_a_block_uncompiled() -> None:
     model = qlora_compile.optimize(toy(), lora(), quantize="nf4", strict=True)
     sees_gradients(block(model, 0).get_submodule("mlp"), [])
@@ -393,7 +393,7 @@ def test_strict_refuses_hooks_that_leave_a_block_uncompiled() -> None:
         step(model.train(), tokens())
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_whole_model_scope_sees_hooks() -> None:
     stock, _ = pair()
     ours: Any = get_peft_model(toy(), lora())
@@ -410,7 +410,7 @@ class Halves(ModelHook):
         return (args[0] * 0.5, *args[1:]), kwargs
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("path", ["", "mlp", "self_attn.q_proj"])
 def test_hooks_of_accelerate(path: str) -> None:
     """They are forwards of their own, put before the module's."""
@@ -456,7 +456,7 @@ def captured_step(model: Any, ids: Tensor, name: str) -> dict[str, Tensor]:
     return results | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     [
@@ -496,9 +496,15 @@ def test_what_transformers_captures_agrees_and_is_compiled(
 
 
 def test_hooks_through_inductor() -> None:
-    both, ids = pair(), tokens()
-    with both.hooked(keeps, "self_attn.q_proj", 0) as seen:
+    """What a block returns to its hooks, and what they write to, AOTAutograd has to keep."""
+    both, ids = Pair(*build("nf4", torch.float32, 0.0, False, layers=1)), tokens()
+    with (
+        both.hooked(writes, "mlp", 0),
+        both.hooked(replaces_input, "self_attn.o_proj", 0),
+        both.hooked(keeps, "self_attn.q_proj", 0) as seen,
+    ):
         both.assert_agree(ids, seen)
+        assert not both.reasons(0)
 
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import qlora_compile
-from tests.test_equality import without_inductor
+from tests.test_equality import as_rewritten
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 class OwnProduct(nn.Linear):

@@ -11,13 +11,13 @@ import qlora_compile
 from qlora_compile.capture.regions import region_of
 from qlora_compile.report import build_report
 from qlora_compile.sites import Inventory
-from tests.test_equality import lora, without_inductor
+from tests.test_equality import as_rewritten, lora
 from tests.toy_models import tokens, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_blocks_without_linears_leave_the_model_around_them_uncompiled() -> None:
     class Block(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_model_whose_only_linear_is_kept_is_not_compiled() -> None:
     assert site.reason == "its weight is tied to embedding"
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_a_block_that_only_ran_with_a_cache_says_so() -> None:
     model = qlora_compile.optimize(toy(), lora())
     model.eval()(tokens(), use_cache=True)

@@ -23,12 +23,12 @@ from qlora_compile.errors import LogitsFreeLossError, OffloadedWeightError
 from qlora_compile.hf.blocks import checkpoints
 from tests.capture.test_hooks import Pair, block, checkpointed, first, instead
 from tests.examples import LONG
-from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
+from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, lora
 from tests.toy_models import tokens, toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 def as_method(module: nn.Module) -> None:

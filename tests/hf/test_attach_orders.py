@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 import qlora_compile
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.hf import test_experts as experts
-from tests.test_equality import lora, without_inductor
+from tests.test_equality import as_rewritten, lora
 from tests.toy_models import toy
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten"]
 
 Way = Callable[[Any, LoraConfig, Path], Any]
 
@@ -115,7 +115,7 @@ def test_an_adapter_attached_late_is_stock_pefts(way: str, dora: bool, tmp_path:
             layer.remeasure_base()
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_a_model_optimised_once_is_adapted_and_merged_again_and_again() -> None:
     model: Any = qlora_compile.optimize(toy(), quantize="int8", tune="off")
     ids = torch.arange(3, 11)[None]
@@ -131,7 +131,7 @@ def test_a_model_optimised_once_is_adapted_and_merged_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_adapters_of_packed_experts_are_attached_late(name: str) -> None:
     model: Any = qlora_compile.optimize(experts.toy(name), quantize="int8", tune="off")
     model = pickle.loads(pickle.dumps(copy.deepcopy(model)))

@@ -42,6 +42,23 @@ def test_codes_zeros_and_scales_by_hand(quant_format: IntegerFormat) -> None:
         quant_format.packed(without, [stored, torch.ones(2, 2), zeros])
 
 
+@each_integer_format
+def test_an_index_tells_the_group_of_each_column(quant_format: IntegerFormat) -> None:
+    layout = quant_format.layout((2, 33), group_size=32, scales="float32", grouping="indexed")
+    codes = torch.arange(66, dtype=torch.uint8).view(2, 33) % 16
+    scales = torch.tensor([[0.5, 1.0], [2.0, -1.0]])
+    zeros = torch.tensor([[0, 3], [16, 15]], dtype=torch.uint8)
+    index = (torch.arange(33, dtype=torch.int32) * 7 // 3) % 2
+    packed = quant_format.packed(layout, [quant_format.stored_codes(codes), scales, zeros, index])
+    expected = torch.empty(2, 33)
+    for n in range(2):
+        for k in range(33):
+            group = int(index[k])
+            expected[n, k] = (float(codes[n, k]) - zeros[n, group]) * scales[n, group]
+    assert torch.equal(quant_format.dequantize(packed, torch.float32), expected)
+    assert "indexed" in quant_format.label(layout)
+
+
 @settings(max_examples=30)
 @given(data=st.data())
 def test_every_code_is_the_nearest(data: st.DataObject) -> None:
@@ -54,17 +71,16 @@ def test_every_code_is_the_nearest(data: st.DataObject) -> None:
     scales, zeros = quant_format.factors(packed, 0, 1)
     if zeros is None:
         zeros = torch.full_like(scales, quant_format.symmetric_zero)
-    size = quant_format.group_size(packed.layout)
+    scales, zeros = (quant_format.by_column(packed, each).double() for each in (scales, zeros))
     codes = torch.arange(quant_format.largest + 1).double()
-    candidates = (codes - zeros.double().unsqueeze(2)) * scales.double().unsqueeze(2)
-    candidates = candidates.repeat_interleave(size, dim=1)[0, : len(row)]
+    candidates = ((codes - zeros.unsqueeze(2)) * scales.unsqueeze(2))[0]
     weight = torch.tensor(row, dtype=torch.float64)
     least = (candidates - weight.unsqueeze(1)).abs().min(1).values
     slack = 1e-6 * candidates.abs().amax(1) + 1e-38
     assert torch.all((restored[0] - weight).abs() <= least + slack)
     # Nothing but what a scale loses in its own dtype lies outside of the range.
     coarsest = torch.finfo(packed.planes["scales"].dtype)
-    steps = scales.double().repeat_interleave(size, dim=1)[0, : len(row)]
+    steps = scales[0]
     clipped = 1.01 * quant_format.largest * (coarsest.eps * steps + coarsest.tiny)
     if not options["refine"]:
         assert torch.all((restored[0] - weight).abs() <= steps + clipped)

@@ -103,6 +103,17 @@ def test_one_hot_rows_give_the_decoded_weight(
     assert torch.equal(results["grad x"], call.weight(dtype)[:size])
 
 
+@pytest.mark.parametrize("format", ["int4", "uint8"])
+def test_one_hot_rows_of_columns_in_groups_by_an_index(format: str) -> None:
+    dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == torch.float16)
+    call = Case((72,), 80, 72, 0, format, 256, False, dtypes, contiguous=True).build()
+    assert call.spec.layout.named["grouping"] == "indexed"
+    results = replace(call, x=torch.eye(72, dtype=torch.float16)).fused(
+        TAIL, config=configs(TAIL, format)[0]
+    )
+    assert torch.equal(results["y"], call.weight(torch.float16).t())
+
+
 @pytest.mark.parametrize("variant", TRITON_VARIANTS, ids=lambda v: v.name)
 def test_repeated_calls_give_the_same_bits(variant: TritonVariant) -> None:
     """Partial sums of splits are added in a fixed order."""

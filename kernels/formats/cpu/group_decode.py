@@ -167,10 +167,10 @@ static inline void decode_group(
 
 _KINDS = {INTEGER: 0, E4M3: 1, E5M2: 2}
 
-_FACTORS = {"F32": 0, "BF16": 1, "U8": 2, "POWER": 3}
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+FACTOR_TYPES = {"F32": 0, "BF16": 1, "U8": 2, "POWER": 3}
+FACTOR_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
-_ROWS = r"""
+FACTOR = r"""
 static inline float factor(const uint8_t* factors, int64_t type, int64_t at) {
   if (type == F32) return reinterpret_cast<const float*>(factors)[at];
   if (type == BF16) return load(reinterpret_cast<const uint16_t*>(factors) + at);
@@ -182,7 +182,12 @@ static inline float factor(const uint8_t* factors, int64_t type, int64_t at) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+"""
+"""C++: reading one factor of a type in `FACTOR_TYPES`, at an index."""
 
+_ROWS = (
+    FACTOR
+    + r"""
 extern "C" void kernel(
     const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
     int64_t scale_type, int64_t zero_type, int64_t kind, int64_t zero_step, int64_t rows,
@@ -204,6 +209,7 @@ extern "C" void kernel(
     }
 }
 """.replace("STREAMED", str(4 << 20))
+)
 
 
 def writes(out: Tensor) -> bool:
@@ -236,10 +242,11 @@ def write_rows(
     """
     step = int(zeros is not None)
     if zeros is None:
-        zeros = _constant(symmetric_zero)
+        zeros = constant(symmetric_zero)
     rows, columns = out.shape
-    scale_type = _FACTORS["POWER" if scales.dtype == torch.uint8 else _NAMES[scales.dtype]]
-    types = (scale_type, _FACTORS[_NAMES[zeros.dtype]])
+    power = scales.dtype == torch.uint8
+    scale_type = FACTOR_TYPES["POWER" if power else FACTOR_NAMES[scales.dtype]]
+    types = (scale_type, FACTOR_TYPES[FACTOR_NAMES[zeros.dtype]])
     sizes = (
         *types,
         _KINDS.get(kind, 0),
@@ -254,7 +261,7 @@ def write_rows(
 
 
 @functools.cache
-def _constant(value: float) -> Tensor:
+def constant(value: float) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([value], dtype=torch.float32, device="cpu")
 
@@ -263,7 +270,7 @@ def _constant(value: float) -> Tensor:
 def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
     """Return the source for results of `dtype`, and the types of its arguments."""
     code = (_NIBBLES if nibbles else _BYTES) + _ROWS
-    names = _KINDS | _FACTORS | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
+    names = _KINDS | FACTOR_TYPES | {"TYPE": TYPES[dtype], "BITS": 4 if nibbles else 8}
     for name, meant in names.items():
         code = re.sub(rf"\b{name}\b", str(meant), code)
     pointers = ("const uint8_t*", "const float*", "const uint8_t*", "const uint8_t*")

@@ -69,5 +69,11 @@ MXFP4_DECODERS = (
     _floats(8, groups.prepare_nothing, scale=floats.powers_of_two, decode=floats.decode_e2m1),
 )
 NVFP4_DECODERS = (
-    _floats(8, floats.prepare_whole, scale=floats.scales_of_scales, decode=floats.decode_e2m1),
+    _floats(
+        8,
+        groups.prepare_nothing,
+        load=floats.load_scales_of_scales,
+        scale=floats.scales_of_scales,
+        decode=floats.decode_e2m1,
+    ),
 )

@@ -1,8 +1,9 @@
 """Groups on the device: factors read for a tile, and codes decoded with them, exactly.
 
 They are `load`, `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`. Each factor is
-float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1. In a word,
-weight i is the i-th group of bits from the lowest on.
+float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1. Where an index
+tells the group of each column, G = COLUMNS. In a word, weight i is the i-th group of bits from the
+lowest on.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
@@ -25,12 +26,14 @@ _MAGIC_BITS = tl.constexpr(0x4B000000)
 
 class GroupSide(NamedTuple):
     """The factors of groups; zeros None where all are one constant. groups: factors of a row.
-    whole: a scale of the whole tensor, for the formats that have one."""
+    whole: a scale of the whole tensor or of each row, for the formats that have one. index: int32
+    [K], the group of each column; None where groups are of neighbours."""
 
     scales: Tensor
     zeros: Tensor | None
     groups: int
     whole: Tensor | None
+    index: Tensor | None
 
 
 def group_side(
@@ -43,18 +46,23 @@ def group_side(
     constant: float = 0.0,
     row_shift: int = 0,
     whole: Tensor | None = None,
+    whole_shift: int = 31,
+    index: Tensor | None = None,
 ) -> Side:
     """The Side of a weight with k columns, which share factors by groups of `group_size`.
 
     constant: the zero where there are no `zeros`. row_shift: 2**row_shift rows share factors; 31
-    where all do.
+    where all do. whole_shift: the same of `whole`. index: int32 [k], the group of each column, if
+    groups are not of neighbours.
     """
     by_row = group_size >= k
     run = tile_columns if by_row else math.gcd(group_size, tile_columns)
-    side = GroupSide(scales, zeros, -(-k // group_size), whole)
+    if index is not None:
+        run = 1
+    side = GroupSide(scales, zeros, -(-k // group_size), whole, index)
     shift = -1 if by_row else group_size.bit_length() - 1
     fractional = int(zeros is not None and zeros.is_floating_point())
-    return Side(side, (shift, run, constant, row_shift, fractional))
+    return Side(side, (shift, run, constant, row_shift, fractional, whole_shift))
 
 
 @triton.jit
@@ -73,7 +81,8 @@ def load_groups(
     """The scale of each run of RUN columns, and its zero if there are any.
 
     SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; log2 of the
-    rows that share factors; and whether zeros may be no whole numbers. Each result is [ROWS] where
+    rows that share factors; whether zeros may be no whole numbers; and log2 of the rows that share
+    the scale of more than a group. Each result is [ROWS] where
     a row of the tile is one run, else [ROWS, COLUMNS / RUN].
     """
     SHIFT: tl.constexpr = SIDE[0]
@@ -88,7 +97,10 @@ def load_groups(
     if not EVEN_K:
         columns = tl.minimum(columns, K - 1)
     index = (rows >> SIDE[3]) * side.groups
-    index += (columns >> SHIFT) if SHIFT >= 0 else columns * 0
+    if side.index is not None:
+        index += tl.load(side.index + columns)
+    else:
+        index += (columns >> SHIFT) if SHIFT >= 0 else columns * 0
     scales = tl.load(side.scales + index)
     zeros = scales
     if side.zeros is not None:
@@ -117,10 +129,20 @@ def integer_factors(loaded, side, state, SIDE: tl.constexpr):
 
 
 @triton.jit
-def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE: tl.constexpr):
+def raised(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """2**23 + code as float32."""
+    return (((words >> SHIFT) & MASK) | _MAGIC_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def with_factors(code, factors, DTYPE: tl.constexpr):
     scales, first, second = factors
-    code = (((words >> SHIFT) & MASK) | _MAGIC_BITS).to(tl.float32, bitcast=True)
     return (((code - first) - second) * scales).to(DTYPE)
+
+
+@triton.jit
+def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE: tl.constexpr):
+    return with_factors(raised(words, SHIFT, MASK), factors, DTYPE)
 
 
 @triton.jit
@@ -133,6 +155,12 @@ def by_group(words, factors):
     return rows, (scales, first, second)
 
 
+@triton.constexpr_function
+def is_of_columns(shape, COLUMNS):
+    """Whether factors of this shape are those of each column, and not of runs."""
+    return len(shape) == 2 and shape[1] == COLUMNS
+
+
 # fmt: off
 @triton.jit
 def decode_nibbles(
@@ -141,6 +169,18 @@ def decode_nibbles(
 ):
     # fmt: on
     """Plain Triton, for every target, without conversions from integers."""
+    if is_of_columns(scales[0].shape, COLUMNS):
+        codes = join8(
+            raised(words, 0, 15),
+            raised(words, 4, 15),
+            raised(words, 8, 15),
+            raised(words, 12, 15),
+            raised(words, 16, 15),
+            raised(words, 20, 15),
+            raised(words, 24, 15),
+            raised(words, 28, 15),
+        )
+        return with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
     words, factors = by_group(words, scales)
     values = join8(
         integer_value(words, 0, 15, factors, DTYPE),
@@ -163,6 +203,14 @@ def decode_bytes(
 ):
     # fmt: on
     """As `decode_nibbles`."""
+    if is_of_columns(scales[0].shape, COLUMNS):
+        codes = join4(
+            raised(words, 0, 255),
+            raised(words, 8, 255),
+            raised(words, 16, 255),
+            raised(words, 24, 255),
+        )
+        return with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
     words, factors = by_group(words, scales)
     values = join4(
         integer_value(words, 0, 255, factors, DTYPE),

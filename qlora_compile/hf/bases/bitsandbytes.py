@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from qlora_compile.hf.bases.base import Base
+from qlora_compile.hf.bases.base import InPlaceBase
 
 
-class BitsAndBytes(Base):
+class BitsAndBytes(InPlaceBase):
+    library: ClassVar[str] = "bitsandbytes"
+
     def recognises(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and any(
             cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+from qlora_compile.hf.bases.awq import Awq
 from qlora_compile.hf.bases.base import Base
 from qlora_compile.hf.bases.bitsandbytes import BitsAndBytes
+from qlora_compile.hf.bases.compressed_integers import CompressedIntegers
+from qlora_compile.hf.bases.gptq import Gptq
+from qlora_compile.hf.bases.hqq import Hqq
+from qlora_compile.hf.bases.torchao_integers import TorchaoIntegers
 
-BASES: tuple[Base, ...] = (BitsAndBytes(),)
+BASES: tuple[Base, ...] = (
+    BitsAndBytes(),
+    Gptq(),
+    Awq(),
+    Hqq(),
+    TorchaoIntegers(),
+    CompressedIntegers(),
+)
 
 
 def base_of(module: nn.Module) -> Base | None:

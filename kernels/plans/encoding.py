@@ -1,0 +1,75 @@
+"""A recording as the numbers and names that plan.cpp reads a plan from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qlora_compile.kernels.plans.recording import Recorder
+from qlora_compile.kernels.plans.slab import Piece, packed
+from qlora_compile.kernels.plans.steps import Numbers, Source, UnplannableError, dtype_code
+
+SLAB = Source("memory", -1)
+
+
+def encoded(
+    call: str, recorder: Recorder, inputs: int, results: Sequence[Tensor]
+) -> tuple[list[int], list[str]]:
+    """The numbers and the names of the plan that `recorder` recorded. call: what errors name;
+    inputs: how many tensors the call has.
+
+    Raises UnplannableError where a result has no storage of its own.
+    """
+    returned = [recorder.result(each) for each in results]
+    if len(set(returned)) < len(returned):
+        raise UnplannableError("two of its results share their storage")
+    touched: dict[Source, list[int]] = {}
+    for number, step in enumerate(recorder.steps):
+        for source in (*step.sources, *(Source("value", each) for each in step.results)):
+            touched.setdefault(source, []).append(number)
+    scratch = [
+        source for source in touched if source.kind == "memory" and source not in set(returned)
+    ]
+    pieces = [
+        Piece(recorder.memory[each.index], touched[each][0], touched[each][-1]) for each in scratch
+    ]
+    offsets, slab = packed(pieces)
+    inside = {source: offset for source, offset in zip(scratch, offsets, strict=True)}
+    order = [
+        *(Source("input", index) for index in range(inputs)),
+        *(Source("constant", index) for index in range(len(recorder.constants))),
+        SLAB,
+        *(source for source in returned if source.kind == "memory"),
+        *(Source("value", index) for index in range(recorder.values)),
+    ]
+    number_of = {source: number for number, source in enumerate(order)}
+
+    def resolved(numbers: Numbers) -> list[int]:
+        found: list[int] = []
+        moved = 0
+        for each in numbers:
+            if isinstance(each, Source):
+                moved = inside.get(each, 0)
+                found.append(number_of[SLAB if each in inside else each])
+            else:
+                # What follows a source in memory is an offset.
+                found.append(int(each) + moved)
+                moved = 0
+        return found
+
+    numbers = [inputs, slab, len(order), len(results)]
+    for source, tensor in zip(returned, results, strict=True):
+        kept = number_of[source] if source.kind == "value" else -1
+        numbers += [kept, dtype_code(tensor.dtype), tensor.dim(), *tensor.shape]
+    numbers.append(len(recorder.steps))
+    names = [call]
+    for index, step in enumerate(recorder.steps):
+        released = [
+            number_of[source]
+            for source, steps in touched.items()
+            if source.kind == "value" and steps[-1] == index and source not in returned
+        ]
+        names += step.names
+        numbers += [int(step.is_operator), *resolved(step.numbers), len(released), *released]
+    return numbers, names

@@ -1,0 +1,125 @@
+"""Recording a plan at the second use of its key, and comparing what its replay returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.call import Call
+from qlora_compile.kernels.gpu.launch import recording_plan
+from qlora_compile.kernels.gpu.launch_step import is_hooked
+from qlora_compile.kernels.plans.encoding import encoded
+from qlora_compile.kernels.plans.recording import Recorder
+from qlora_compile.kernels.plans.steps import UnplannableError
+from qlora_compile.kernels.workspace import fresh_workspaces
+
+_ops = torch.ops.qlora_plans
+
+_kept: dict[int, Any] = {}
+"""The compiled kernels of all plans by their function: a kernel that Python forgets is unloaded.
+There are as many as Triton's own caches hold."""
+
+
+def recorded(
+    name: str, compute: Callable[..., list[Tensor]], compares: bool
+) -> Callable[..., list[Tensor]]:
+    """What computes the op `name` as `compute` does, and makes a plan of that for the key that C++
+    looked up in this thread."""
+
+    def run(*arguments: Any) -> list[Tensor]:
+        inputs = _tensors(arguments)
+        if is_hooked() or _ops.is_capturing(inputs[0].device):
+            return compute(*arguments)
+        told = _told(name, arguments)
+        # With storages of their own, so that each pointer belongs to one of them.
+        aliases = iter([_ops.alias(each) for each in inputs])
+        recorder = Recorder(apart := list(aliases))
+        with recording_plan(recorder), fresh_workspaces(), recorder:
+            results = compute(*_replaced(arguments, iter(apart)))
+        try:
+            if recorder.obstacle is not None:
+                raise UnplannableError(recorder.obstacle)
+            numbers, names = encoded(told, recorder, len(inputs), results)
+            _ops.make(numbers, names, recorder.constants, inputs[0].device)
+            if compares:
+                _compare(told, inputs, results, numbers[1])
+        except (UnplannableError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _ops.refuse(f"{told}: {str(error).splitlines()[0]}")
+            return results
+        _kept.update((each.function, each) for each in recorder.kernels)
+        _ops.keep()
+        return results
+
+    return run
+
+
+def _compare(told: str, inputs: list[Tensor], results: list[Tensor], slab: int) -> None:
+    """Replay the plan that was made just now, and compare all bits but those of NaNs.
+
+    Takes the memory of the results and of the slab once more; nothing is compared where there is
+    less than that, or where the process has a memory limit. Raises UnplannableError, and warns.
+    """
+    if not _fits(inputs[0].device, slab + sum(each.nbytes for each in results)):
+        return
+    replayed = _ops.replay(inputs)
+    if all(map(_same, replayed, results)):
+        return
+    message = f"{told}: a replay of its launches gave other bits than Python's"
+    warnings.warn(f"{message}, which goes on computing it; please report this", stacklevel=2)
+    raise UnplannableError("its replay gave other bits")
+
+
+def _fits(device: torch.device, size: int) -> bool:
+    if device.type != "cuda":
+        return True
+    if torch.cuda.get_per_process_memory_fraction(device) < 1:
+        return False
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size <= torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    same = one.view(torch.uint8) == other.view(torch.uint8)
+    if one.is_floating_point():
+        nan = one.isnan() & other.isnan()
+        same |= nan[..., None].expand(*one.shape, one.itemsize).reshape(same.shape)
+    return bool(same.all())
+
+
+def _told(name: str, arguments: Sequence[Any]) -> str:
+    """The call as people read it."""
+    call, x = Call.parse(arguments[-1]), arguments[-4]
+    layout, columns = call.linears[0].layout, "+".join(map(str, call.columns))
+    stored = layout.format if layout.quantized else "plain"
+    return f"{name} of {list(x.shape)} and {stored} weights [{columns}, {call.k}] on {x.device}"
+
+
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found += each
+    return found
+
+
+def _replaced(arguments: Sequence[Any], tensors: Any) -> list[Any]:
+    """The arguments with other tensors in the places of theirs, in the order of `_tensors`."""
+    replaced: list[Any] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            replaced.append(next(tensors))
+        elif isinstance(each, list | tuple):
+            replaced.append([next(tensors) for _ in each])
+        else:
+            replaced.append(each)
+    return replaced

@@ -1,0 +1,140 @@
+"""The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
+the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qlora_compile.kernels.cpu.toolchain import choose_instructions, has_compiler
+from qlora_compile.kernels.library import REGISTERED
+
+PLANNED = (
+    *("qlora_linear", "qlora_linear_backward"),
+    *("qlora_experts", "qlora_experts_backward"),
+)
+"""The ops that plans are made of."""
+
+_SOURCES = ("plan.cpp", "table.cpp")
+
+
+class _State:
+    """What became of the C++ in this process. obstacle: why it is not used where it could be."""
+
+    building: threading.Thread | None = None
+    built = False
+    installed = False
+    hooked = False
+    obstacle: str | None = None
+
+
+_state = _State()
+
+
+def start() -> None:
+    """Have the C++ built while this thread goes on, where there is a GPU that plans are for."""
+    if _state.building is None and torch.version.cuda and torch.cuda.is_available():
+        _state.building = threading.Thread(target=_build, name="plans", daemon=True)
+        _state.building.start()
+
+
+def heed() -> None:
+    """Installs what has been built meanwhile, and leaves launches to Triton's own launcher as long
+    as somebody hooks into that. To be called before a block runs: the kernels of an op must not be
+    replaced while it is called, so nothing is installed during a backward."""
+    if not _state.installed:
+        if not _state.built or torch._C._current_graph_task_id() != -1:
+            return
+        install("CUDA")
+    from qlora_compile.kernels.gpu.launch_step import is_hooked
+
+    if is_hooked() != _state.hooked:
+        _state.hooked = not _state.hooked
+        torch.ops.qlora_plans.enable(not _state.hooked)
+
+
+def install(key: str, *, compares: bool = True) -> None:
+    """Installs plans for the devices of a dispatch key, having the C++ built if need be. compares:
+    whether what a plan's first replay returns is compared with what Python computed."""
+    import qlora_compile.kernels.experts.op
+    import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
+    from qlora_compile.kernels.plans.first_use import recorded
+
+    _load()
+    twins = _twins()
+    for name in PLANNED:
+        op = REGISTERED[name]
+        computes = {"python": op.compute, "recorded": recorded(name, op.compute, compares)}
+        for suffix, compute in computes.items():
+            twins.define(f"{name}_{suffix}({op.operands}) -> Tensor[]")
+            twins.impl(f"{name}_{suffix}", compute, "CompositeExplicitAutograd")
+        if op.with_autograd is not None:
+            twins.impl(f"{name}_python", op.with_autograd, "Autograd", with_keyset=True)
+        torch.ops.qlora_plans.install(name, key, op.with_autograd is not None)
+    _state.installed = True
+
+
+def forget() -> None:
+    """Drops all plans: what a variant was chosen by may have changed."""
+    if _state.installed:
+        torch.ops.qlora_plans.clear()
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Inside, Python starts all kernels."""
+    before = _state.installed and torch.ops.qlora_plans.enable(False)
+    try:
+        yield
+    finally:
+        if _state.installed:
+            torch.ops.qlora_plans.enable(before)
+
+
+def report() -> list[str]:
+    """Why Python starts kernels, for people; empty where it starts none, or none are started."""
+    found = [] if _state.obstacle is None else [_state.obstacle]
+    if _state.installed:
+        counted = Counter(torch.ops.qlora_plans.refusals())
+        found += [f"Python starts the kernels of {reason}" for reason in counted]
+    return found
+
+
+def _build() -> None:
+    if not has_compiler():
+        _state.obstacle = "Python starts all kernels, which small batches wait for: no C++ compiler"
+        return
+    from torch._inductor.exc import CppCompileError
+
+    try:
+        _load()
+    except (CppCompileError, OSError) as error:
+        _state.obstacle = f"Python starts all kernels, which small batches wait for: {error}"
+    else:
+        _state.built = True
+
+
+@functools.cache
+def _twins() -> torch.library.Library:
+    """The library of the ops that C++ calls in Python."""
+    return torch.library.Library("qlora_plans", "FRAGMENT")
+
+
+@functools.cache
+def _load() -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    choose_instructions()
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None
+    assert triton.submodule_search_locations is not None
+    include = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+    source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
+    CppCodeCache.load(source, "cpu", extra_flags=(f"-isystem{include}",))

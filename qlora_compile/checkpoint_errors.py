@@ -1,0 +1,28 @@
+"""Errors about stored weights: checkpoints that are read directly, and other libraries' tensors."""
+
+from qlora_compile.errors import QloraCompileError
+
+
+class CheckpointError(QloraCompileError, ValueError):
+    template = "{file}: {tensor}: {problem}; {remedy}"
+
+
+class CheckpointMethodError(QloraCompileError, ValueError):
+    template = (
+        "{file}: quantization_config has quant_method {value!r}, which cannot be read; known are "
+        "{known}; load the model with the package that wrote it, or pass the unquantised model"
+    )
+
+
+class StoredWeightError(QloraCompileError, ValueError):
+    """Tensors of one weight do not fit together, or are stored in a way that no format holds.
+
+    tensor: the role of the tensor at fault, such as "scales". Whoever knows the file or the module
+    catches this error and names it.
+    """
+
+    template = "{tensor}: {problem}; {remedy}"
+
+
+class RepackError(QloraCompileError, ValueError):
+    template = "{site}: {tensor}: {problem}; {remedy}"

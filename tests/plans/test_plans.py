@@ -1,0 +1,219 @@
+"""What plans must keep to, on a device that is not there: plans_found.py and parity_found.py run
+them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_compile.kernels.gpu.launch import Launch
+from qlora_compile.kernels.gpu.launch_step import launch_step
+from qlora_compile.kernels.plans import native
+from qlora_compile.kernels.plans.slab import ALIGNMENT, Piece, packed
+from qlora_compile.kernels.plans.steps import Source, UnplannableError
+from tests.bench.compiled import run
+from tests.examples import LONG
+
+Found = dict[str, Any]
+
+
+def _found(module: str, *arguments: str) -> Found:
+    done = run(module, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return _found("tests.plans.plans_found")
+
+
+@pytest.fixture(scope="module")
+def parity() -> Found:
+    return _found("tests.plans.parity_found", "sm_90", *(["all"] if LONG else []))
+
+
+def test_launches_are_those_of_tritons_own_launcher(parity: Found) -> None:
+    assert not {call: differences for call, differences in parity.items() if differences}
+    kinds = ("forward tail", "backward tail", "forward fused", "experts", "experts' backward")
+    for kind in kinds:
+        assert any(call.startswith(kind) for call in parity)
+
+
+def test_torchs_operators_replay_to_the_same_bits(found: Found) -> None:
+    assert found["operators"] == {"equal": [True] * 4, "plans": 1}
+
+
+def test_results_have_contiguous_storage_of_their_own(found: Found) -> None:
+    results = found["results"]
+    assert results["bytes"] == [6 * 24 * 4] * 3
+    assert results["apart"] == 3
+    assert results["shape"] == [2, 3, 24]
+    assert results["contiguous"]
+
+
+def test_the_profiler_shows_the_op(found: Found) -> None:
+    assert found["results"]["profiled"] == ["qlora_compile::qlora_linear"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("read", "aten.item.default returns no tensor"),
+        ("drawn", "aten.rand.default gives other values"),
+        ("viewed", "without a contiguous storage of its own"),
+        ("listed", "aten._foreach_add_"),
+        ("hidden", "its replay gave other bits"),
+    ],
+)
+def test_what_cannot_be_replayed_stays_right_and_is_reported(
+    found: Found, body: str, reason: str
+) -> None:
+    right, plans, report, warned = found["refused"][body]
+    assert right == [True] * 4
+    assert plans == 0
+    (line,) = report
+    assert line.startswith("Python starts the kernels of qlora_linear of [6, 16] and plain")
+    assert reason in line
+    assert len(warned) == (body == "hidden")
+
+
+def test_a_launch_that_fails_names_kernel_and_call(found: Found) -> None:
+    failing = found["failing"]
+    for error, number in (("RuntimeError", 719), ("OutOfMemoryError", 2)):
+        assert failing[error].startswith(f"CUDA error {number}")
+        assert "kernel copying_kernel of qlora_linear of [6, 16]" in failing[error]
+    assert failing["after"] == [6, 24]
+
+
+def test_nothing_is_recorded_while_a_stream_is_captured(found: Found) -> None:
+    assert found["captured"] == {"during": 0, "after": 1, "launched": 2}
+
+
+def test_ragged_batches_record_what_comes_back_and_hold_bounded_memory(found: Found) -> None:
+    ragged = found["ragged"]
+    assert ragged["once"] == [0, 200]
+    # More keys in turn than there is room for: none comes back in time, none is recorded.
+    assert ragged["cycled"] == [0, 16, 3 * 32 * 2]
+    assert ragged["kept"] == [8, 16]
+
+
+def test_a_plan_is_for_a_key(found: Found) -> None:
+    keyed = found["keyed"]
+    ways = ("plain", "again", "strides", "alignment", "settings", "batch")
+    assert [keyed[way] for way in ways] == [1, 1, 2, 3, 4, 5]
+    assert keyed["a new selector"] == 0
+    assert keyed["other choices"] == [1, 0]
+
+
+def test_threads_look_up_record_and_evict_at_once(found: Found) -> None:
+    assert found["threaded"]["wrong"] == []
+    assert found["threaded"]["stuck"] == [False, False]
+
+
+def test_python_runs_while_a_plan_launches(found: Found) -> None:
+    # Two launches of 100 ms, in ticks of a few ms.
+    assert found["threaded"]["ticks"] >= 10
+
+
+def test_fakes_traces_and_subclasses_see_the_op(found: Found) -> None:
+    elsewhere = found["elsewhere"]
+    assert elsewhere["fake"] == "FakeTensor"
+    assert elsewhere["targets"][0] == "qlora_compile.qlora_linear.default"
+    assert elsewhere["subclass"] == "TwoTensor"
+    assert elsewhere["differentiable"]
+
+
+def test_plans_can_be_off_and_give_way_to_launch_hooks(found: Found) -> None:
+    assert found["elsewhere"]["by python"] == [0, 2]
+    # Two launches are told of while the hook is there, none afterwards.
+    assert found["elsewhere"]["hooked"] == [2, 2]
+
+
+def test_plans_keep_their_kernels_loaded(found: Found) -> None:
+    assert found["living"]["alive"]
+    assert all(found["living"]["alive"])
+    assert found["living"]["launched"] == 2
+
+
+def test_without_a_compiler_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_state", native._State())
+    monkeypatch.setattr(native, "has_compiler", lambda: False)
+    assert native.report() == []
+    native._build()
+    (line,) = native.report()
+    assert "no C++ compiler" in line
+    native.heed()
+    assert not native._state.installed
+
+
+class _Compiled:
+    function = 1
+    src = SimpleNamespace(signature={"x": "*fp32", "n": "i32"})
+
+    def __init__(self, **metadata: Any) -> None:
+        plain = {"name": "toy", "shared": 0, "warp_size": 32, "num_warps": 4}
+        self.metadata = SimpleNamespace(**plain | metadata)
+
+
+_LAUNCH = Launch(None, (1,), {"x": torch.zeros(1), "n": -1}, {})
+
+
+def _step(compiled: _Compiled) -> Any:
+    return launch_step(_LAUNCH, compiled, lambda tensor: (Source("input", 0), 0))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"num_ctas": 2}, "clusters"),
+        ({"global_scratch_size": 16}, "scratch"),
+        ({"profile_scratch_size": 16}, "profiling"),
+        ({"launch_cooperative_grid": True}, "cooperative"),
+        ({"launch_pdl": True}, "programmatic"),
+        ({"shared": 229 * 1024}, "bytes of shared memory"),
+    ],
+)
+def test_kernels_that_need_more_than_a_launch_are_left_to_triton(
+    metadata: Found, reason: str
+) -> None:
+    with pytest.raises(UnplannableError, match=f"toy needs .*{reason}"):
+        _step(_Compiled(**metadata))
+
+
+def test_parameters_in_the_kernels_order() -> None:
+    step = _step(_Compiled())
+    assert step.names == ("toy",)
+    pointer, number, nothing = [1, 8, Source("input", 0), 0], [0, 4, -1], [0, 8, 0]
+    assert step.numbers == [1, 1, 1, 1, 128, 0, 4, *pointer, *number, *nothing, *nothing]
+
+
+_pieces = st.lists(
+    st.builds(
+        lambda size, first, length: Piece(size, first, first + length),
+        st.integers(0, 2000), st.integers(0, 8), st.integers(0, 4),
+    ),
+    max_size=12,
+)  # fmt: skip
+
+
+@given(_pieces)
+def test_pieces_that_are_needed_at_once_lie_apart(pieces: list[Piece]) -> None:
+    offsets, size = packed(pieces)
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+    for i, (one, start) in enumerate(zip(pieces, offsets, strict=True)):
+        assert 0 <= start <= start + one.size <= size
+        for other, begin in zip(pieces[:i], offsets[:i], strict=True):
+            if one.size and other.size and one.first <= other.last and other.first <= one.last:
+                assert start + one.size <= begin or begin + other.size <= start
+    assert size <= sum(-(-piece.size // ALIGNMENT) * ALIGNMENT for piece in pieces)
+
+
+def test_a_piece_takes_the_place_of_one_that_is_not_needed_any_more() -> None:
+    assert packed([Piece(1000, 0, 1), Piece(1000, 2, 3), Piece(8, 1, 2)]) == ([0, 0, 1024], 1032)

@@ -1,0 +1,72 @@
+"""Calls of `qlora_linear` that a toy variant computes, on the fake device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from qlora_compile.kernels import op
+from qlora_compile.kernels.call import Call, LinearCall
+from qlora_compile.kernels.gpu.launch import Launch
+from qlora_compile.kernels.layout import UNQUANTIZED, Layout
+from qlora_compile.kernels.selection import Choice
+from qlora_compile.kernels.variants.base import NO_CONFIG, LinearTensors
+
+N, K = 24, 16
+TEXT = str(Call((LinearCall(Layout(UNQUANTIZED, (N, K))),), *[torch.float32] * 3))
+
+Body = Callable[[LinearTensors], Tensor]
+"""What computes y of one Linear."""
+
+
+@triton.jit
+def copying_kernel(x, out, count, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(x + at, mask=at < count), mask=at < count)
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    arguments = {"x": x, "out": out, "count": min(x.numel(), out.numel())}
+    Launch(copying_kernel, (2,), arguments, {"SIZE": 64}).run()
+
+
+def launching(tensors: LinearTensors) -> Tensor:
+    """Two launches, by way of scratch memory. On the fake device y stays as it was allocated."""
+    y = tensors.x.new_empty(tensors.x.shape[0], N)
+    scratch = torch.empty_like(y)
+    copy(tensors.x, scratch)
+    copy(scratch, y)
+    return y
+
+
+@contextmanager
+def computed_by(body: Body) -> Iterator[None]:
+    """Inside, `body` is the only variant."""
+    variant: Any = mock.Mock(forward_group=lambda group, config: [body(group[0][0])])
+
+    def choose(problem: Any, records: str) -> Choice:
+        return Choice(variant, NO_CONFIG, 0.0)
+
+    with mock.patch.object(op, "select", side_effect=choose):
+        yield
+
+
+def call(rows: int = 6, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    x = torch.randn(rows, K) if x is None else x
+    weight = torch.randn(N, K) if weight is None else weight
+    return op.QLORA_LINEAR(x, [weight], None, TEXT)[0]
+
+
+def plans() -> int:
+    return torch.ops.qlora_plans.counts()[0]
+
+
+def keys() -> int:
+    return torch.ops.qlora_plans.counts()[1]
