@@ -25,7 +25,7 @@ from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
 if TYPE_CHECKING:
     from qlora_compile.report import Report
 
-_NAME_WIDTH = 34  # columns that names have at least, where reasons are long
+_NAME_WIDTH = 26  # columns that names have at least, where reasons are long
 
 
 def explain(
@@ -72,8 +72,10 @@ def grouped_table(report: Report) -> Table:
         how = forward if forward == backward or not backward else f"{forward}, {backward} back"
         table.add_row(
             str(len(names)),
-            Text(name if len(names) > 1 else names[0]),
+            Text(name if len(names) > 1 else names[0], overflow="fold"),
             *map(str, shape),
-            Text(how, "green") if fused else Text(f"not fused: {reason}", "yellow"),
+            Text(how, "green", overflow="fold")
+            if fused
+            else Text(f"not fused: {reason}", "yellow", overflow="fold"),
         )
     return table
