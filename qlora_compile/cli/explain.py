@@ -25,8 +25,6 @@ from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
 if TYPE_CHECKING:
     from qlora_compile.report import Report
 
-_NAME_WIDTH = 26  # columns that names have at least, where reasons are long
-
 
 def explain(
     model: ModelOption,
@@ -62,20 +60,20 @@ def grouped_table(report: Report) -> Table:
         key = (site.fused, variants, site.format, f"{shape} x {site.k}", site.rank, site.reason)
         name = site.name.removeprefix("base_model.model.")  # PEFT's
         groups.setdefault((re.sub(r"\d+", "*", name), *key), []).append(name)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    longest = max((len(name) for name, *_ in groups), default=0)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("sites", "name", "stored", "N x K", "rank", "computed by"):
-        least = min(longest, _NAME_WIDTH) if title == "name" else None
-        table.add_column(title, overflow="fold", min_width=least)
+        table.add_column(title, overflow="fold")
+    reasons: list[str] = []
     for (name, fused, variants, *shape, reason), names in groups.items():
         forward, backward = variants
         how = forward if forward == backward or not backward else f"{forward}, {backward} back"
+        if not fused:
+            reasons += [reason] * (reason not in reasons)
+            how = f"not fused ({reasons.index(reason) + 1})"
+        shown = Text(how, "green" if fused else "yellow", overflow="fold")
         table.add_row(
-            str(len(names)),
-            Text(name if len(names) > 1 else names[0], overflow="fold"),
-            *map(str, shape),
-            Text(how, "green", overflow="fold")
-            if fused
-            else Text(f"not fused: {reason}", "yellow", overflow="fold"),
+            str(len(names)), name if len(names) > 1 else names[0], *map(str, shape), shown
         )
+    table.caption = "\n".join(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))
+    table.caption_justify = "left"
     return table

@@ -431,7 +431,7 @@ def test_without_matplotlib_nothing_starts(
 
 def test_explain_prints_the_report_without_training(inputs: Path) -> None:
     given = ["explain", "--model", str(inputs / "model"), "--format", "int8", "--rank", "2"]
-    table = CliRunner().invoke(app, given)
+    table = CliRunner().invoke(app, given, env={"COLUMNS": "120"})
     assert table.exit_code == 0, table.output
     assert "model.layers.*.mlp.down_proj" in table.stdout
     assert re.search(r"^\s*2\s.*int8\s+64 x 128\s+2\s", table.stdout, re.M)
