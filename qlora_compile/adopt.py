@@ -139,12 +139,17 @@ def adopt(
 def _repack(inventory: Inventory) -> None:
     """Put a QuantizedLinear in the place of every layer that another library has quantised, and
     that cannot be adopted where it stands. Raises RepackError."""
+    replaced: set[RepackedBase] = set()
     for name, entry in inventory.linears.items():
-        if isinstance(entry.base, RepackedBase) and entry.obstacle is None:
+        base = entry.base
+        if isinstance(base, RepackedBase) and entry.obstacle is None:
             try:
-                inventory.replace(entry, entry.base.replacement(entry.module))
+                inventory.replace(entry, base.replacement(entry.module))
             except StoredWeightError as error:
                 raise RepackError(site=name, **error.fields) from error
+            replaced.add(base)
+    for base in replaced:
+        base.finish(inventory.model)
 
 
 def format_options(

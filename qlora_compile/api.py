@@ -52,7 +52,8 @@ def load(
     kind of checkpoint, and CheckpointError, which names file and tensor, if a file is damaged. No
     model is left half loaded, and nothing is unpickled.
     """
-    return loading.load_model(os.fspath(source), dtype=dtype, device=device)
+    source = os.fspath(source)
+    return loading.load_model(source, dtype=dtype, device=device, keeps_blocks=True)
 
 
 def optimize(

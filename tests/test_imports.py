@@ -15,16 +15,8 @@ LONGEST_FILE = 320
 ORDER = (
     ("errors",),
     (
-        "kernels",
-        "adapter_errors",
-        "checkpoint_errors",
-        "data_errors",
-        "expert_errors",
-        "row_errors",
-        "outputs",
-        "text_table",
-        "saving_errors",
-        "registration",
+        *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
+        *("saving_errors", "kernels", "outputs", "text_table", "registration"),
     ),
     ("passes", "tuning"),
     ("modules",),
@@ -38,6 +30,7 @@ ORDER = (
     ("report",),
     ("api",),
     ("trainers", "training", "build"),
+    ("merging",),
     ("quantized_lora",),
     ("cli",),
 )

@@ -12,12 +12,13 @@ import peft
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, BertModel, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, TrainerCallback
 
 from qlora_compile import api, data_errors, errors
 from qlora_compile.hf.dataset import Batching
 from qlora_compile.hf.training import FineTuning
 from qlora_compile.quantized_lora import QuantizedLoRA
+from qlora_compile.training.model_choice import DEFAULT_FORMAT
 from qlora_compile.training.run import TrainingRun
 from qlora_compile.training.settings import RunSettings
 from tests.hf.trainer.chats import turns
@@ -350,6 +351,20 @@ def test_evaluation_follows_each_epoch(stock: list[dict[str, Any]]) -> None:
     assert len(Seen.losses) == 2
 
 
+def test_merging_writes_a_plain_model(stock: list[dict[str, Any]], tmp_path: Path) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    q.train(TEXTS, learning_rate=1e-2, **OPTIONS)
+    report = q.merge(tmp_path / "merged", dtype=torch.float32, texts=["some text " * 20])
+    assert report.merged is not None
+    assert report.base is not None
+    assert report.merged.logits < 1e-3 * report.base.logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(9)[None]
+    expected = q.model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == q.tokenizer.eos_token
+
+
 def test_adapters_and_tokenizer_are_pushed(
     stock: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,14 +389,13 @@ def test_the_command_line_has_the_same_defaults(
     q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
     config = q.model.peft_config["default"]
     choice = settings.choice
-    assert choice.format == stock[0]["quantize"]
+    assert (choice.format, DEFAULT_FORMAT) == (None, stock[0]["quantize"])
     assert (config.r, config.lora_alpha, config.lora_dropout) == (choice.rank, 32, choice.dropout)
+    options = {"output_dir": str(tmp_path), "disable_tqdm": True}
     arguments = [
-        FineTuning(
-            q.model, TEXTS, tokenizer=q.tokenizer, options={"output_dir": str(tmp_path)}
-        ).trainer.args.to_dict(),
+        FineTuning(q.model, TEXTS, tokenizer=q.tokenizer, options=options).trainer.args.to_dict(),
         TrainingRun(settings).tuning(q.model, q.tokenizer, TEXTS, None).trainer.args.to_dict(),
     ]
     differing = {name for name in arguments[0] if arguments[0][name] != arguments[1][name]}
-    # The command line shows its own progress, and draws the loss of each step.
-    assert differing == {"disable_tqdm", "logging_steps", "logging_nan_inf_filter"}
+    # The command line draws the loss of each step.
+    assert differing == {"logging_steps", "logging_nan_inf_filter"}

@@ -53,7 +53,8 @@ def test_equal_to_packing_afterwards(case: str, tmp_path: Path) -> None:
 def test_bad_options_are_errors() -> None:
     for error, options in (
         (UnknownFormatError, {"format": "nf3"}),
-        (BlockSizeError, {"block_size": 65}),
+        (UnknownFormatError, {}),
+        (BlockSizeError, {"format": "nf4", "block_size": 65}),
         (FormatOptionError, {"format": "mxfp4", "group_size": 16}),
     ):
         with pytest.raises(error):

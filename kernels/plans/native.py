@@ -61,12 +61,14 @@ def heed() -> None:
 
 
 def install(key: str, *, compares: bool = True) -> None:
-    """Installs plans for the devices of a dispatch key, having the C++ built if need be. compares:
-    whether what a plan's first replay returns is compared with what Python computed."""
+    """Installs plans for the devices of a dispatch key, once, having the C++ built if need be.
+    compares: whether what a plan's first replay returns is compared with what Python computed."""
     import qlora_compile.kernels.experts.op
     import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
     from qlora_compile.kernels.plans.first_use import recorded
 
+    if _state.installed:
+        return
     _load()
     twins = _twins()
     for name in PLANNED:

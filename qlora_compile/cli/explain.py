@@ -20,7 +20,7 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
-from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
+from qlora_compile.training.model_choice import quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def explain(
     model: ModelOption,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

@@ -21,7 +21,7 @@ from qlora_compile.hf.trainer.sources import check_paths
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document
-from qlora_compile.training.model_choice import DEFAULT_FORMAT, DEMO, ModelChoice, quiet_choice
+from qlora_compile.training.model_choice import DEMO, ModelChoice, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
@@ -32,7 +32,7 @@ def verify(
     data: Annotated[
         str, typer.Option("--data", help="A file or folder of text or chats, or: demo.")
     ] = DEMO,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,

@@ -60,7 +60,7 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
             delta = delta + self.get_delta_weight(name)
         return parameter + delta
 
-    def _with_factors(self, factors: Factors, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _with_factors(self, factors: Factors, x: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         others = kwargs.pop("factors", None) or {}
         factors_by_weight = {**others, self.parameter_name: factors}
         return self.base_layer(x, *args, **kwargs, factors=factors_by_weight)

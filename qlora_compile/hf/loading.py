@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qlora_compile.checkpoint_errors import CheckpointMethodError
+from qlora_compile.checkpoint_errors import CheckpointHeadError, CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
-from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
@@ -54,8 +54,12 @@ def load_config(source: str | Path) -> Any:
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
+        CheckpointError: it is a GGUF file that cannot be read.
     """
     folder, options = _location(source)
+    if "gguf_file" in options:
+        with readable_gguf(source):
+            return AutoConfig.from_pretrained(folder, **options)
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
@@ -67,28 +71,35 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     config: Any = None,
-    device: torch.device | str = "cpu",
     head: str = "causal",
     labels: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    keeps_blocks: bool = False,
 ) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
 
     The weights of a quantised checkpoint stay packed; the package that wrote it is not needed.
 
-    device: where the weights of a quantised checkpoint go. head: "causal" for that class, "score"
-    for one number for each text, "classes" for logits of `labels`; both with a new head unless the
-    checkpoint has one.
+    head: "causal" for that class, "score" for one number for each text, "classes" for logits of
+    `labels`; both with a new head unless the checkpoint has one. device: where the weights of a
+    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed where a format
+    holds their blocks; else all are decoded.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
         CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
+        CheckpointHeadError: a quantised checkpoint has no head of that kind.
         CheckpointError: a file of a quantised checkpoint cannot be read.
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
+    if dtype is None or isinstance(dtype, str):
+        dtype = compute_dtype() if dtype is None else getattr(torch, dtype)
     settings = quantization_settings(config)
     if settings is not None and not options:
-        return _load_quantised(source, config, settings, dtype or compute_dtype(), device)
+        if head != "causal":
+            raise CheckpointHeadError(file=source, value=settings.get("quant_method"))
+        return _load_quantised(source, config, settings, dtype, device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if head != "causal":
         named = AutoModelForSequenceClassification
@@ -98,23 +109,31 @@ def load_model(
         if getattr(config, "pad_token_id", None) is None:  # it ends the text that is classified
             config.pad_token_id = _first(getattr(config, "eos_token_id", None))
     if "gguf_file" in options:
+        if keeps_blocks and head == "causal":
+            model = _load_blocks(Path(source), config, dtype, device)
+            if model is not None:
+                return model
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        return named.from_pretrained(
-            folder, config=config, dtype=dtype or compute_dtype(), **options
-        )
+        return named.from_pretrained(folder, config=config, dtype=dtype, **options)
     except OSError as error:
         raise _not_found(source, error) from error
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
+def _load_blocks(
+    path: Path, config: Any, dtype: torch.dtype, device: torch.device | str
+) -> Any | None:
+    """Load a GGUF file; None if only transformers reads its architecture."""
+    from qlora_compile.hf.checkpoints.gguf import GgufFile, GgufSource
 
-
-def with_adapter(model: Any, folder: str | Path) -> Any:
-    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`."""
-    return PeftModel.from_pretrained(model, str(folder))
+    named = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    file = GgufFile(path, named, config)
+    if not file.is_known:
+        return None
+    model = read_model(named, config, file, GgufSource(), dtype=dtype, device=device)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 def _load_quantised(
@@ -146,6 +165,20 @@ def _load_quantised(
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`."""
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    return quantization_settings(config) is not None
 
 
 def load_tokenizer(source: str | Path) -> Any:

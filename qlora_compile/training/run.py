@@ -145,6 +145,7 @@ class TrainingRun:
 
         choice = replace(self.settings.choice, head=self.objective.head)
         config = choice.check()
+        choice = choice.with_format(config)
         _ = self.reward  # which is named on the command line
         options = self.settings.trainer_options()
         require_known_options(options, config_class_of(self.objective))

@@ -53,7 +53,7 @@ class RunSettings:
     objective: str = "sft"
     columns: dict[str, str] = field(default_factory=dict)
     reward: str | None = None
-    format: str = "nf4"
+    format: str | None = None
     block_size: int | None = None
     rank: int = 16
     alpha: float | None = None

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from tests.toy_language_model import chat_tokenizer, toy_llama
 
-LONGEST = 256  # tokens, enough for a chat of one token for each letter
 WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def fill(folder: Path) -> None:
     """Write my-model, text.jsonl and chat.jsonl into `folder`."""
-    toy_llama(longest=LONGEST).save_pretrained(folder / "my-model")
+    toy_llama(longest=512).save_pretrained(folder / "my-model")
     chat_tokenizer().save_pretrained(folder / "my-model")
     texts = [{"text": f"{number} {WORDS}"} for number in range(40)]
     chats = [

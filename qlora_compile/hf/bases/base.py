@@ -89,6 +89,10 @@ class RepackedBase(Base):
             return bias
         return nn.Parameter(bias, requires_grad=False)
 
+    def finish(self, model: nn.Module) -> None:
+        """Undo what the library needs of a `model` only for layers that have all been replaced."""
+        return
+
     def replacement(self, module: Any) -> QuantizedLinear:
         """Return the QuantizedLinear for a `module` without an obstacle.
 

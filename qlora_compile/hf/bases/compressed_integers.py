@@ -1,27 +1,21 @@
-"""compressed-tensors' Linears of integers, "pack-quantized" and "int-quantized", version 0.20.
-
-Such a Linear has a `quantization_scheme`, and its codes in `weight_packed` or in an int8 `weight`,
-until the model's first call decompresses it.
-"""
+"""compressed-tensors' Linears of integers: "pack-quantized" and "int-quantized"."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_compile.checkpoint_errors import StoredWeightError
-from qlora_compile.hf.bases.base import RepackedBase
+from qlora_compile.hf.bases.compressed import CompressedBase
 from qlora_compile.hf.packings import pack_quantized
 from qlora_compile.kernels.packed import PackedWeight
 
 _NAMES = {"scales": "weight_scale", "zeros": "weight_zero_point", "index": "weight_g_idx"}
 
 
-class CompressedIntegers(RepackedBase):
-    library: ClassVar[str] = "compressed-tensors"
-
+class CompressedIntegers(CompressedBase):
     def recognises(self, module: nn.Module) -> bool:
         scheme: Any = getattr(module, "quantization_scheme", None)
         weights = getattr(scheme, "weights", None)
@@ -45,9 +39,6 @@ class CompressedIntegers(RepackedBase):
 
     def _scheme(self, module: Any) -> pack_quantized.IntegerScheme:
         return pack_quantized.IntegerScheme.read(module.quantization_scheme.weights.model_dump())
-
-    def weight(self, module: Any) -> Tensor:
-        return module.weight_packed if hasattr(module, "weight_packed") else module.weight
 
     def packed(self, module: Any) -> PackedWeight:
         found = {role: getattr(module, name, None) for role, name in _NAMES.items()}

@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from qlora_compile.checkpoint_errors import StoredWeightError
-from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder
 from qlora_compile.hf.checkpoints.source import FLOATS, Settings, Source, StoredWeight, stems
-from qlora_compile.hf.packings import fp8, pack_quantized
-from qlora_compile.hf.packings.fp4 import MX_GROUP, NV_GROUP, packed_mxfp4, packed_nvfp4
-from qlora_compile.kernels.packed import PackedWeight
+from qlora_compile.hf.packings import compressed_floats, pack_quantized
+from qlora_compile.hf.packings.fp8 import FORMATS
+from qlora_compile.kernels.formats.microscaling import NVFP4
 
 _REMEDY = "load the model with compressed-tensors and save it dequantised"
 
@@ -64,41 +63,22 @@ def weight_arguments(settings: Settings, module: str) -> Mapping[str, Any]:
 
 
 def _float_quantized(folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
-    """A float8 "weight" [N, K] beside "weight_scale": [1] for the tensor, [N, 1] for each row, a
-    grid for blocks, or [N, groups] for groups."""
+    """A float8 "weight" [N, K] beside "weight_scale": [1] for the tensor, [N, 1] for each row, or a
+    grid for blocks and groups."""
     for stem in stems(folder, ".weight_scale"):
         name, scales = f"{stem}.weight", f"{stem}.weight_scale"
-        if name not in folder.tensors or folder.tensors[name].dtype not in fp8.FORMATS:
+        if name not in folder.tensors or folder.tensors[name].dtype not in FORMATS:
             continue
         n, k = folder.check(name, shape=(None, None))
         arguments = weight_arguments(settings, stem)
-        block = _block(arguments)
-        grid = () if block is None else (-(-n // block[0]), -(-k // block[1]))
+        block = compressed_floats.block_of(arguments)
         stored = folder.check(scales, dtypes=FLOATS)
-        if stored not in ((), (1,)) or block is not None:
-            folder.check(scales, shape=grid or (n, 1))
-        pack = partial(_packed_fp8, block)
-        yield StoredWeight(name, {"weight": name, "scales": scales}, (n, k), pack)
-
-
-def _block(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns that share a scale; None for the tensor or each row."""
-    strategy = arguments.get("strategy")
-    try:
-        if strategy == "block":
-            high, wide = map(int, arguments["block_structure"])
-            return high, wide
-        return (1, int(arguments["group_size"])) if strategy == "group" else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoredWeightError(
-            tensor="quantization_config",
-            problem=f"the strategy is {strategy}, and its sizes cannot be read ({error})",
-            remedy="download config.json again",
-        ) from error
-
-
-def _packed_fp8(block: tuple[int, int] | None, tensors: Mapping[str, Tensor]) -> PackedWeight:
-    return fp8.packed_fp8(tensors["weight"], tensors["scales"], block)
+        if block is not None:
+            folder.check(scales, shape=(-(-n // block[0]), -(-k // block[1])))
+        elif stored not in ((), (1,)):
+            folder.check(scales, shape=(n, 1))
+        pack = partial(compressed_floats.packed, arguments=arguments)
+        yield StoredWeight(name, {"codes": name, "scales": scales}, (n, k), pack)
 
 
 def _float_packed(folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
@@ -110,29 +90,16 @@ def _float_packed(folder: CheckpointFolder, settings: Settings) -> Iterator[Stor
             continue
         n, half = folder.check(codes, shape=(None, None))
         tensors = {"codes": codes, "scales": scales}
-        whole = f"{stem}.weight_global_scale"
         arguments = weight_arguments(settings, stem)
-        is_nvidia = arguments.get("group_size", NV_GROUP) == NV_GROUP
-        size, dtype = (NV_GROUP, torch.float8_e4m3fn) if is_nvidia else (MX_GROUP, torch.uint8)
-        folder.check(scales, dtypes=(dtype,), shape=(n, -(-2 * half // size)))
-        pack: Callable[[Mapping[str, Tensor]], PackedWeight] = _packed_mx
-        if is_nvidia:
-            folder.check(whole, dtypes=(torch.float32,), shape=(1,))
-            tensors["global_scale"], pack = whole, _packed_nv
+        quant_format = compressed_floats.format_of_4_bits(arguments)
+        dtype = torch.uint8
+        if quant_format is NVFP4:
+            dtype = torch.float8_e4m3fn
+            tensors["global_scale"] = f"{stem}.weight_global_scale"
+            folder.check(tensors["global_scale"], dtypes=(torch.float32,), shape=(1,))
+        folder.check(scales, dtypes=(dtype,), shape=(n, -(-2 * half // quant_format.size)))
+        pack = partial(compressed_floats.packed, arguments=arguments)
         yield StoredWeight(f"{stem}.weight", tensors, (n, 2 * half), pack)
-
-
-def _packed_nv(tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """Here scales are divided by the global one: the format multiplies with its reciprocal."""
-    whole = tensors["global_scale"]
-    if not bool((whole.isfinite() & (whole > 0)).all()):
-        problem = f"the global scale is {whole.tolist()}"
-        raise StoredWeightError(tensor="global_scale", problem=problem, remedy=AGAIN)
-    return packed_nvfp4(tensors["codes"], tensors["scales"], whole.reciprocal())
-
-
-def _packed_mx(tensors: Mapping[str, Tensor]) -> PackedWeight:
-    return packed_mxfp4(tensors["codes"], tensors["scales"])
 
 
 def _pack_quantized(folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:

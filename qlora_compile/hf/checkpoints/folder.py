@@ -7,7 +7,9 @@ files are never opened. The format is that of https://github.com/huggingface/saf
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,19 @@ def _opened(file: Path) -> Any:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, f"the header cannot be read ({error})") from error
+
+
+_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, struct.error, OSError)
+"""What the package gguf raises of a file that is damaged, or is none of its kind."""
+
+
+@contextmanager
+def readable_gguf(file: str | Path) -> Iterator[None]:
+    """Make what the package gguf raises of a damaged file a CheckpointError."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise _unreadable(Path(file), f"the file cannot be read ({error})") from error
 
 
 def _unreadable(file: Path, problem: str) -> CheckpointError:

@@ -12,6 +12,7 @@ from qlora_compile.hf.checkpoints.modelopt import ModelOptCheckpoint
 from qlora_compile.hf.checkpoints.mxfp4 import Mxfp4Checkpoint
 from qlora_compile.hf.checkpoints.packed import PackedCheckpoint
 from qlora_compile.hf.checkpoints.source import Settings, Source
+from qlora_compile.hf.checkpoints.torchao import TorchaoCheckpoint
 
 SOURCES: tuple[Source, ...] = (
     BitsAndBytesCheckpoint(),
@@ -22,6 +23,7 @@ SOURCES: tuple[Source, ...] = (
     Mxfp4Checkpoint(),
     CompressedTensorsCheckpoint(),
     ModelOptCheckpoint(),
+    TorchaoCheckpoint(),
     PackedCheckpoint(),
 )
 

@@ -35,15 +35,15 @@ def packed_fp8(
     quant_format = FORMATS[weight.dtype]
     codes = weight.view(torch.uint8).reshape(rows, k)
     scales = scales.float()
-    if block is None or (block[0] >= n and block[1] >= k):
+    high, wide = block or (n if scales.numel() == experts else 1, k)
+    if wide >= k:
         if scales.numel() == 1:
-            per, scales = "tensor", scales.reshape(())
-        else:
-            per = "row"
-            scales = scales.reshape(experts, -1, 1).expand(experts, n, 1).reshape(rows)
-        return quant_format.packed(quant_format.layout((rows, k), scale_per=per), [codes, scales])
-    high, wide = block
-    if wide % COLUMNS and wide < k:
+            layout = quant_format.layout((rows, k), scale_per="tensor")
+            return quant_format.packed(layout, [codes, scales.reshape(())])
+        by_row = scales.reshape(experts, -1).repeat_interleave(high, dim=1)[:, :n]
+        layout = quant_format.layout((rows, k), scale_per="row")
+        return quant_format.packed(layout, [codes, by_row.reshape(rows).contiguous()])
+    if wide % COLUMNS:
         raise StoredWeightError(
             tensor="scales",
             problem=f"blocks of {high} x {wide} share a scale, and no format here has less than "
@@ -56,8 +56,6 @@ def packed_fp8(
         return quant_format.packed(layout, [codes, grid.flatten(0, 1)])
     groups = -(-k // COLUMNS)
     by_row = grid.repeat_interleave(high, dim=1)[:, :n]
-    by_group = by_row.repeat_interleave(max(wide // COLUMNS, 1), dim=2)[..., :groups]
-    if by_group.shape[2] < groups:  # one block is wider than the row
-        by_group = by_group.expand(experts, n, groups)
+    by_group = by_row.repeat_interleave(wide // COLUMNS, dim=2)[..., :groups]
     layout = quant_format.layout((rows, k), scale_per="group")
     return quant_format.packed(layout, [codes, by_group.reshape(rows, groups).contiguous()])

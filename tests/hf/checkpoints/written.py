@@ -172,7 +172,8 @@ SCHEMES = {
 def compressed(name: str, exact: bool = True, format: str = "fp8_e4m3") -> Kind:
     """compressed-tensors' own compressor writes the tensors, and reads them."""
     kind = name.partition(" ")[0]
-    made, compressor = SCHEMES[name], BaseCompressor.get_value_from_registry(kind)
+    made: Any = SCHEMES[name]
+    compressor: Any = BaseCompressor.get_value_from_registry(kind)
 
     def encode(weight: Tensor) -> dict[str, Tensor]:
         state = {"weight": weight, "weight_scale": scale_for(made, weight)}
@@ -290,3 +291,13 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         places |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def saved_by_transformers(folder: Path, model: Any, config: Any, **options: Any) -> Any:
+    """`model` quantised by stock transformers while loading, and saved in `folder`."""
+    model.save_pretrained(folder / "dense")
+    stock = type(model).from_pretrained(
+        folder / "dense", quantization_config=config, dtype=torch.float32
+    )
+    stock.save_pretrained(folder, **options)
+    return stock

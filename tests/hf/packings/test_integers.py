@@ -22,8 +22,8 @@ from torchao.quantization.quant_primitives import MappingType
 
 from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.hf.packings import awq, hqq, pack_quantized, torchao_integers
-from qlora_compile.hf.packings import gguf as blocks
 from qlora_compile.hf.packings.bits import unpacked
+from qlora_compile.hf.packings.gguf import PACKINGS
 from qlora_compile.hf.packings.integers import packed_integers
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
@@ -172,19 +172,13 @@ def test_pack_quantized(bits, strategy, symmetric, dtype, seed) -> None:
     assert torch.equal(decoded(weight, dtype), expected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "pack"),
-    [
-        (gguf.GGMLQuantizationType.Q4_0, blocks.packed_q4_0),
-        (gguf.GGMLQuantizationType.Q8_0, blocks.packed_q8_0),
-    ],
-    ids=["Q4_0", "Q8_0"],
-)
-def test_gguf(kind: Any, pack: Any) -> None:
+@pytest.mark.parametrize("name", PACKINGS)
+def test_gguf(name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
     values = numpy.random.default_rng(0).standard_normal((6, 96), dtype=numpy.float32)
     stored = gguf.quantize(values, kind)
     expected = torch.from_numpy(gguf.dequantize(stored, kind))
-    assert torch.equal(decoded(pack(torch.from_numpy(stored))), expected)
+    assert torch.equal(decoded(PACKINGS[name]({"codes": torch.from_numpy(stored)})), expected)
 
 
 @pytest.mark.parametrize(
