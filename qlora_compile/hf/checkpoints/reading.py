@@ -157,7 +157,7 @@ class DirectReader(HfQuantizer):
             _check_shape(direct.folder, target)
             for piece in target.pieces:
                 del direct.rest[piece.name]
-        check_rest(model, direct.folder, direct.rest)
+        check_rest(model, direct.folder, direct.rest, {target.name for target in self.targets})
         for target in self.targets:
             _take_out(model, target)
         return model

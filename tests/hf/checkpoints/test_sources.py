@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import qlora_compile
 from bench.coverage import kinds
+from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.hf.checkpoints.written import KINDS, Kind, written
@@ -51,6 +53,21 @@ def test_llama(tmp_path: Path, name: str) -> None:
     ours = qlora_compile.load(tmp_path, dtype=torch.float32)
     assert assert_decodes_alike(ours, dense, KINDS[name]) == 6
     assert type(ours.model.layers[0].self_attn.o_proj) is nn.Linear
+
+
+def test_settings_of_modelopt_in_a_file_of_their_own(tmp_path: Path) -> None:
+    dense = written(tmp_path, toy(num_hidden_layers=1), KINDS["modelopt, nvfp4"])
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    quantization = {"quant_algo": config.pop("quantization_config")["quant_algo"]}
+    file.write_text(json.dumps(config))
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": quantization}))
+    ours = qlora_compile.load(tmp_path, dtype=torch.float32)
+    assert assert_decodes_alike(ours, dense, KINDS["modelopt, nvfp4"]) == 7
+    beside.write_text("{}")
+    with pytest.raises(CheckpointError, match="quantization: the file cannot be read"):
+        qlora_compile.load(tmp_path)
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
