@@ -20,12 +20,14 @@ TEST_PROCESSES ?= 2
 LIFE_SEQUENCES ?= 500
 LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
+DISTRIBUTED := .venv/distributed
 
-.PHONY: demo test test-long test-life test-noise lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+.PHONY: demo test test-long test-damage test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean
 
 demo: setup
-	$(BIN)/qlora-compile train --model demo --data demo --format nf4 --rank 16 --output demo-output --overwrite
+	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
+		--output demo-output --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
@@ -33,6 +35,10 @@ test: setup
 # `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# Damages checkpoints of every source in 300 drawn ways.
+test-damage: setup
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup
@@ -43,6 +49,11 @@ test-life: setup
 test-noise: setup
 	QLORA_COMPILE_NOISE_REPETITIONS=$(NOISE_REPETITIONS) \
 		$(BIN)/python -m pytest -q -s tests/tuning/test_beside_other_work.py
+
+# All cases of several processes, with DeepSpeed, which nothing else needs.
+test-distributed: setup $(DISTRIBUTED)
+	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
+		$(BIN)/python -m pytest -q tests/distributed
 
 lint: setup
 	$(BIN)/ruff check .
@@ -113,6 +124,11 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 # Warnings are errors. The pages are in docs/_build/html.
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Its setup reads the torch that is installed.
+$(DISTRIBUTED): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack ninja py-cpuinfo
 
 # Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
 $(MODELS): $(INSTALLED) constraints.txt

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qlora_compile.registration import register
+
 if TYPE_CHECKING:
     from qlora_compile.api import explain, load, optimize
+    from qlora_compile.hf.saving.save import save
+    from qlora_compile.merging import MergeReport, merge
     from qlora_compile.quantized_lora import QuantizedLoRA
+    from qlora_compile.quantizer import QloraCompileConfig
     from qlora_compile.report import Report
+    from qlora_compile.trainers import optimize_trainer
 
 __version__ = "0.1.0"
-__all__ = ["QuantizedLoRA", "Report", "__version__", "explain", "load", "optimize"]
+__all__ = [
+    "MergeReport",
+    "QloraCompileConfig",
+    "QuantizedLoRA",
+    "Report",
+    "__version__",
+    "explain",
+    "load",
+    "merge",
+    "optimize",
+    "optimize_trainer",
+    "save",
+]
 
 _HOMES = {
     "load": "api",
@@ -18,6 +36,11 @@ _HOMES = {
     "explain": "api",
     "Report": "report",
     "QuantizedLoRA": "quantized_lora",
+    "QloraCompileConfig": "quantizer",
+    "save": "hf.saving.save",
+    "merge": "merging",
+    "MergeReport": "merging",
+    "optimize_trainer": "trainers",
 }
 
 
@@ -28,3 +51,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register()

@@ -28,6 +28,7 @@ from qlora_compile.hf import (
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
+from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.formats.errors import OptionWithoutFormatError
 from qlora_compile.kernels.registry import format_named
@@ -122,6 +123,7 @@ def adopt(
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
         parameter_counts.count_elements(inventory.model, inventory.modules.values())
+        save_packed(inventory.model)
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
         if isinstance(entry.base, InPlaceBase) and entry.obstacle is None:
@@ -137,12 +139,17 @@ def adopt(
 def _repack(inventory: Inventory) -> None:
     """Put a QuantizedLinear in the place of every layer that another library has quantised, and
     that cannot be adopted where it stands. Raises RepackError."""
+    replaced: set[RepackedBase] = set()
     for name, entry in inventory.linears.items():
-        if isinstance(entry.base, RepackedBase) and entry.obstacle is None:
+        base = entry.base
+        if isinstance(base, RepackedBase) and entry.obstacle is None:
             try:
-                inventory.replace(entry, entry.base.replacement(entry.module))
+                inventory.replace(entry, base.replacement(entry.module))
             except StoredWeightError as error:
                 raise RepackError(site=name, **error.fields) from error
+            replaced.add(base)
+    for base in replaced:
+        base.finish(inventory.model)
 
 
 def format_options(

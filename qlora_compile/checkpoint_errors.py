@@ -14,6 +14,13 @@ class CheckpointMethodError(QloraCompileError, ValueError):
     )
 
 
+class CheckpointHeadError(QloraCompileError, ValueError):
+    template = (
+        "{file}: a checkpoint quantised by {value!r} is read as a causal language model, and the "
+        "objective needs a classification head; pass the unquantised model, and a format"
+    )
+
+
 class StoredWeightError(QloraCompileError, ValueError):
     """Tensors of one weight do not fit together, or are stored in a way that no format holds.
 
@@ -26,3 +33,10 @@ class StoredWeightError(QloraCompileError, ValueError):
 
 class RepackError(QloraCompileError, ValueError):
     template = "{site}: {tensor}: {problem}; {remedy}"
+
+
+class QuantisedModelError(QloraCompileError, ValueError):
+    template = (
+        "{model!r} is quantised already; leave out --format {value}, and its weights stay as they "
+        "are, or pass the unquantised model"
+    )

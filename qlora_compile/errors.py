@@ -130,8 +130,8 @@ class TokenizerVocabularyError(QloraCompileError, ValueError):
 
 class DatasetTypeError(QloraCompileError, TypeError):
     template = (
-        "{site} is {value}; pass a datasets.Dataset with a column input_ids or text, a torch "
-        "Dataset of token dicts, or an iterable of strings"
+        "{site} is {value}; pass the path of a file, a datasets.Dataset, a pandas DataFrame, a "
+        "torch Dataset of token dicts, or an iterable of strings or of rows"
     )
 
 
@@ -154,11 +154,7 @@ class NoLossError(QloraCompileError, ValueError):
 
 
 class TrainingOptionError(QloraCompileError, TypeError):
-    template = "unknown training option {value!r}; transformers.TrainingArguments has {closest}"
-
-
-class TextFileError(QloraCompileError, ValueError):
-    template = "cannot read text from {value!r}: {problem}; {remedy}"
+    template = "unknown training option {value!r}; {config} has {closest}"
 
 
 class TooLittleTextError(QloraCompileError, ValueError):
@@ -188,7 +184,13 @@ class CausalModelError(QloraCompileError, ValueError):
 
 
 class MissingPackageError(QloraCompileError, ImportError):
-    template = "{purpose} needs the package {package}; pip install 'qlora-compile[demo]'"
+    template = (
+        "{purpose} needs the package {package}, which is not installed; "
+        "pip install 'qlora-compile[{extra}]'"
+    )
+
+    def __init__(self, *, extra: str = "train", **fields: object) -> None:
+        super().__init__(extra=extra, **fields)
 
 
 class ResumeError(QloraCompileError, ValueError):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_compile.kernels.formats.base import BlockSize
+    from qlora_compile.merging import MergeReport
 
 
 class QuantizedLoRA:
@@ -37,8 +38,8 @@ class QuantizedLoRA:
     def __init__(
         self,
         model: nn.Module | str | Path,
-        rank: int = 4,
-        quantization_bits: int = 8,
+        rank: int = 16,
+        quantization_bits: int = 4,
         *,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -58,16 +59,16 @@ class QuantizedLoRA:
         if quantize is not None:
             usual = format_named(quantize)
         from qlora_compile import api
-        from qlora_compile.hf import loading, training
+        from qlora_compile.hf import loading, lora_settings
 
-        training.require_adapter_settings(rank, 1 if alpha is None else alpha, dropout)
+        lora_settings.require_adapter_settings(rank, 1 if alpha is None else alpha, dropout)
         plain: Any = model
         if isinstance(model, str | Path):
             plain = loading.load_model(model)
             if tokenizer is None and loading.has_tokenizer(model):
                 tokenizer = loading.load_tokenizer(model)
-        training.require_plain_model(plain)
-        lora = training.lora_config(
+        lora_settings.require_plain_model(plain)
+        lora = lora_settings.lora_config(
             plain,
             rank=rank,
             alpha=2 * rank if alpha is None else alpha,
@@ -84,22 +85,41 @@ class QuantizedLoRA:
             **optimize_options,
         )
 
-    def train(self, dataset: Any, *, max_length: int | None = None, **options: Any) -> Any:
+    def train(
+        self,
+        dataset: Any,
+        *,
+        objective: str | None = None,
+        eval_dataset: Any = None,
+        max_length: int | None = None,
+        columns: dict[str, str] | None = None,
+        reward: Any = None,
+        **options: Any,
+    ) -> Any:
         """Train the adapters and return the Trainer's TrainOutput; a second call trains further.
 
-        dataset: a `datasets.Dataset` or pandas DataFrame with a column input_ids or text, a torch
-        Dataset or an iterable of token dicts, or one of strings. Text needs a tokenizer; blank
-        texts are left out. Without labels, a causal language model learns to predict its inputs,
-        and where a text is not cut, to end it with the end-of-sequence token. max_length: where to
-        cut texts, in tokens; None for the model's own limit. options: for
-        `transformers.TrainingArguments`; without an output_dir nothing is saved.
+        dataset, eval_dataset: the path of a file or folder, a Hub name, a `datasets.Dataset` or
+        `DatasetDict`, streaming or not, a pandas DataFrame, a torch Dataset, or an iterable of
+        strings or rows. docs/data.md lists the columns that rows may have; chats are rendered by
+        the tokenizer's template, and only what the assistant wrote is learnt. Rows of input_ids
+        are trained on as they stand: without labels, a causal language model learns to predict its
+        inputs. Models other than causal ones take input_ids or text, with the labels of their task.
+
+        objective: the name of one in `hf/trainer/objectives`: "sft", the default, "dpo", "kto",
+        "orpo", "grpo", "reward" or "classification". eval_dataset: evaluated after each epoch,
+        unless options say otherwise. max_length: where to cut rows, in tokens; None for 1,024, or
+        fewer if the model has fewer positions. columns: our names of columns to the dataset's.
+        reward: the reward function, or a list of them, of "grpo". options: for the objective's
+        configuration, such as `trl.SFTConfig`, and thus for `transformers.TrainingArguments`;
+        without an output_dir nothing is saved. `hf.training.DEFAULTS` has the values of those that
+        are not given.
 
         Ctrl-C ends the training after the present step, saves a checkpoint there if there is an
         output_dir, and raises a KeyboardInterrupt that says how to go on. A second one stops at
         once.
 
         Raises, always before anything is trained (rows of a stream are checked when they come):
-            TrainingOptionError: TrainingArguments has no such option.
+            TrainingOptionError: the configuration has no such option.
             OutOfRangeError: max_length is below 1.
             DatasetTypeError: the dataset is of no kind that can be trained on.
             EmptyDatasetError: the dataset holds no examples.
@@ -107,14 +127,56 @@ class QuantizedLoRA:
             NoLossError: the model takes no labels.
             MissingLabelsError: the model needs labels that the dataset does not have.
             SequenceLengthError: max_length is more than the model can take.
-            An error of `qlora_compile.row_errors`: a row cannot be trained on.
+            An error of `qlora_compile.row_errors` or `qlora_compile.data_errors`: a file cannot be
+            read, or a row cannot be trained on.
         """
-        from qlora_compile.hf.training import fine_tune
+        from qlora_compile.hf.training import FineTuning
 
-        output, _ = fine_tune(
-            self.model, dataset, tokenizer=self.tokenizer, max_length=max_length, options=options
-        )
-        return output
+        return FineTuning(
+            self.model,
+            dataset,
+            objective=objective,
+            tokenizer=self.tokenizer,
+            max_length=max_length,
+            columns=columns,
+            eval_dataset=eval_dataset,
+            reward=reward,
+            options=options,
+        ).train()
+
+    def generate(self, prompt: str | list[dict[str, str]], **options: Any) -> str:
+        """Return what the model writes after `prompt`.
+
+        prompt: text, or the turns of a chat, [{"role": "user", "content": …}, …], which the
+        tokenizer's chat template renders. options: for transformers' `generate`, by default at
+        most 128 tokens, the most probable ones.
+
+        Raises:
+            TokenizerMissingError: there is no tokenizer.
+            ChatTemplateError: the tokenizer has no chat template.
+        """
+        from qlora_compile.hf.generation import written
+
+        return written(self.model, self.tokenizer, prompt, **options)
+
+    def merge(self, path: str | Path, **options: Any) -> MergeReport:
+        """Write the model with its adapters merged as plain safetensors, and the tokenizer if there
+        is one; return how far the written model is from the trained one.
+
+        options: of `qlora_compile.merge`, such as dtype and texts, and its errors.
+        """
+        from qlora_compile.merging import merge
+
+        return merge(self.model, path, **{"tokenizer": self.tokenizer, **options})
+
+    def push_to_hub(self, name: str, **options: Any) -> None:
+        """Upload the adapters to the Hugging Face Hub, and the tokenizer if there is one.
+
+        name: "OWNER/NAME". options: for PEFT's `push_to_hub`, such as private=True.
+        """
+        self.model.push_to_hub(name, **options)
+        if self.tokenizer is not None:
+            self.tokenizer.push_to_hub(name, **options)
 
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.

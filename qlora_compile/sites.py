@@ -83,8 +83,8 @@ class LinearEntry:
         """Whether this is a plain Linear or Conv1D whose weight nothing needs unquantised."""
         needed = self.kept is not None or self.full_precision or self.read_by_parent
         needed |= replaced_forward(self.module) is not None
-        plain = type(self.module) in (nn.Linear, Conv1D) and foreign.obstacle(self.module) is None
-        return plain and not needed
+        plain = type(self.module) in (nn.Linear, Conv1D) and self.base is None
+        return plain and foreign.obstacle(self.module) is None and not needed
 
     @property
     def format(self) -> str:

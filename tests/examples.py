@@ -7,6 +7,6 @@ LONG = "QLORA_COMPILE_LONG_TESTS" in os.environ
 PART = 3
 
 
-def examples(count: int) -> int:
-    """`count`, or a third of it."""
-    return count if LONG else max(1, count // PART)
+def examples(count: int, part: int = PART) -> int:
+    """`count`, or a third of it; a smaller part where many tests draw from one range."""
+    return count if LONG else max(1, count // part)

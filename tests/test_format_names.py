@@ -12,7 +12,12 @@ from qlora_compile.kernels.formats.formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 NAMES = {quant_format.name for quant_format in FORMATS}
-KNOWS_FORMATS = ("kernels/formats/", "qlora_compile/hf/bases/")
+KNOWS_FORMATS = (
+    "kernels/formats/",
+    *(f"qlora_compile/hf/{folder}/" for folder in ("bases", "checkpoints", "packings")),
+    "qlora_compile/hf/saving/folders/",
+)
+"""All but the first make formats of what other libraries store, or the other way round."""
 DEFAULT = "qlora_compile/training/model_choice.py"
 """Where the command line's one default stands."""
 

@@ -15,25 +15,22 @@ LONGEST_FILE = 320
 ORDER = (
     ("errors",),
     (
-        "kernels",
-        "adapter_errors",
-        "checkpoint_errors",
-        "expert_errors",
-        "row_errors",
-        "outputs",
-        "text_table",
+        *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
+        *("saving_errors", "kernels", "outputs", "text_table", "registration"),
     ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
     ("weight_reads",),
     ("sites",),
+    ("quantizer",),
     ("verify",),
     ("capture",),
     ("adopt",),
     ("report",),
     ("api",),
-    ("training", "build"),
+    ("trainers", "training", "build"),
+    ("merging",),
     ("quantized_lora",),
     ("cli",),
 )
@@ -58,7 +55,7 @@ def _layers() -> dict[str, tuple[str, ...]]:
 
 
 LAYERS = _layers()
-HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"}
+HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"}
 
 
 def _sources() -> dict[str, Path]:

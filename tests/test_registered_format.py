@@ -73,20 +73,21 @@ from qlora_compile.cli.training_problems import problems_of_shapes
 from tests.zero_point_format import ZeroPointFormat
 
 register(ZeroPointFormat())
-problems = problems_of_shapes(parse_shapes("64x128x128x8"), {NAME!r}, dropout=False)
-kernels = build(problems, sys.argv[1], Path(sys.argv[2]), limit=2)
-print(json.dumps([[kernel.name, kernel.variants] for kernel in kernels]))
+problems = problems_of_shapes(parse_shapes("64x128x128x0"), {NAME!r}, dropout=False)
+for arch in sys.argv[2:]:
+    kernels = build(problems, arch, Path(sys.argv[1], arch), limit=2)
+    print(json.dumps([kernel.name for kernel in kernels]))
 """
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_kernels_are_built_for_it(arch: str, tmp_path: Path) -> None:
+def test_kernels_are_built_for_it(tmp_path: Path) -> None:
     """In a process whose Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", _BUILD, arch, str(tmp_path / "built")]
+    command = [sys.executable, "-c", _BUILD, str(tmp_path), "sm_90", "gfx942"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
     )
-    built = json.loads(done.stdout.splitlines()[-1])
-    assert "dequantize_kernel" in {name for name, _ in built}
+    for line in done.stdout.splitlines()[-2:]:
+        # The kernels of adapters, which decode nothing, are those of every format.
+        assert set(json.loads(line)) == {"dequantize_kernel", "gemm_kernel"}

@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qlora_compile.hf.trainer.chat_templates import SMOLLM2
+
 END = "<|end|>"
 VOCABULARY = 128
 LONGEST = 64
@@ -29,7 +31,17 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def toy_llama(seed: int = 0) -> LlamaForCausalLM:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy tokenizer with SmolLM2's chat template and that template's two tokens."""
+    tokenizer = toy_tokenizer()
+    tokenizer.add_special_tokens(
+        {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}  # pyright: ignore[reportArgumentType]
+    )
+    tokenizer.chat_template = SMOLLM2
+    return tokenizer
+
+
+def toy_llama(seed: int = 0, longest: int = LONGEST) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -39,7 +51,7 @@ def toy_llama(seed: int = 0) -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=LONGEST,
+            max_position_embeddings=longest,
             tie_word_embeddings=True,
         )
     )

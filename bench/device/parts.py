@@ -104,6 +104,37 @@ class Op(Part):
         return {"kind": "op", "results": results, "failed": failed}
 
 
+@dataclass(frozen=True)
+class Plans(Part):
+    """formats: of the weights, one after another."""
+
+    formats: tuple[str, ...] = ("nf4", "int8")
+    device: str = "cuda"
+    least = 45.0
+    share = 0.1
+
+    @property
+    def title(self) -> str:
+        return "Plans beside launches from Python"
+
+    def run(self, until: float, folder: Path) -> dict[str, Any]:
+        results: list[dict[str, Any]] = []
+        failed = ""
+        process = Process("bench.device.plans", folder / "plans")
+        try:
+            for each in self.formats:
+                answer = process.ask({"format": each, "device": self.device}, until)
+                results.append({"format": each} | answer)
+        except OutOfTimeError as error:
+            failed = "" if results else str(error)
+        except RuntimeError as error:
+            failed = str(error)
+        finally:
+            process.close()
+        found = {"kind": "plans", "device": self.device, "results": results}
+        return {**found, "failed": failed}
+
+
 _1B = Setting(LLAMA_1B, 4, 512, layers=16, device="cuda", autocast=True)
 _8B = replace(_1B, model=LLAMA_8B, layers=8, length=2048, checkpointing=True)
 _EXPERTS = replace(_1B, model=EXPERTS, layers=4)
@@ -111,6 +142,7 @@ _ALL = (OURS, STOCK, STOCK_COMPILED, UNSLOTH, UNSLOTH_GRAPHS, FLOOR)
 
 PARTS: tuple[Part, ...] = (
     Correctness(),
+    Plans(),
     Race(_1B, _ALL, 21),
     Race(_8B, (OURS, STOCK, UNSLOTH, FLOOR), 11),
     Race(replace(_1B, batch_size=2), _ALL, 21),
@@ -127,6 +159,8 @@ def toy(part: Part) -> Part:
         size = {"layers": 2, "hidden": hidden, "vocabulary": 512, "batch_size": 2, "length": 16}
         setting = replace(part.setting, device="cpu", **size)
         return replace(part, setting=setting, steps=3, timed=False)
+    if isinstance(part, Plans):
+        return replace(part, device="cpu")
     if isinstance(part, Op):
         return replace(part, device="cpu", problems=((16, 256, 128),))
     return part

@@ -39,10 +39,26 @@ def _op(found: Entry) -> list[str]:
     return lines
 
 
+def _plans(found: Entry) -> list[str]:
+    lines = [f"failed: {found['failed']}", ""] if found["failed"] else []
+    for result in found["results"]:
+        calls, different = result["calls"], result["different"]
+        lines.append(
+            f"- {result['format']}: {calls - len(different)} of {calls} calls give the same bits, "
+            f"{result['plans']} plans"
+        )
+        lines += [f"  - other bits: {each}" for each in different]
+        lines += [f"  - {each}" for each in result["by Python"]]
+        for name, value in result["microseconds"].items():
+            lines.append(f"  - one call with {name}, forward and backward: {value:.0f} µs")
+    return lines
+
+
 _KINDS: dict[str, Callable[[Entry], list[str]]] = {
     "correctness": _correctness,
     "race": _race,
     "op": _op,
+    "plans": _plans,
     "left out": lambda found: [found["why"]],
 }
 
@@ -64,6 +80,11 @@ def failures(found: Entry) -> list[str]:
             runs = [Run(**run) for run in found["runs"]]
             lost = [f"{run.name}: {run.failed}" for run in runs if run.failed]
             return [*lost, *disagreement(runs)]
+        case "plans":
+            wrong = [
+                f"{each['format']}: other bits" for each in found["results"] if each["different"]
+            ]
+            return [*wrong, *filter(None, [found["failed"]])]
         case "op":
             return [found["failed"]] if found["failed"] else []
         case _:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.host.settings import LLAMA, MODELS
-from bench.host.table import calls_section, section
+from bench.host.table import calls_section, replays_section, section
 from bench.measured_on import in_words, measured_on
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Process
@@ -39,11 +39,12 @@ def main(
     for name in models or MODELS:
         runs = measured(name, layers, rounds, steps)
         if name == LLAMA.name:
-            found["calls"] = runs[OURS].pop("calls")
+            for part in ("calls", "replays"):
+                found[part] = runs[OURS].pop(part)
         found["models"][name] = runs
         typer.echo("\n".join(section(name, layers, runs)))
     if "calls" in found:
-        typer.echo("\n".join(calls_section(found["calls"])))
+        typer.echo("\n".join([*calls_section(found["calls"]), *replays_section(found["replays"])]))
     if not models and (layers, rounds, steps) == (LAYERS, ROUNDS, STEPS):
         _write(found)
 
@@ -88,7 +89,7 @@ def _write(found: dict[str, Any]) -> None:
     ]
     for name, runs in found["models"].items():
         lines += section(name, LAYERS, runs)
-    lines += calls_section(found["calls"])
+    lines += [*calls_section(found["calls"]), *replays_section(found["replays"])]
     (RESULTS / "host.md").write_text("\n".join(lines))
 
 

@@ -26,6 +26,7 @@ from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
 from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.kernels.gpu.launch import recording
 from qlora_compile.kernels.linear_call import bound, problem_of
+from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.problem import Direction
 from qlora_compile.kernels.selector import Selector, select, selector_named
 from tests.fake_device.device import LAUNCH_SECONDS
@@ -76,18 +77,21 @@ class FusedCall:
 
 
 def measured_calls(repeats: int, names: Iterable[str] = CALLS) -> list[dict[str, Any]]:
-    """Each call in both directions: its launches, ours and torch's, and the microseconds of the
-    whole and of each of `LAYERS`. The least of `repeats` timings. Launches of torch's are charged
-    here, Triton's by the device."""
+    """Each call in both directions, without plans: its launches, ours and torch's, and the
+    microseconds of the whole and of each of `LAYERS`. The least of `repeats` timings. Launches of
+    torch's are charged here, Triton's by the device."""
     selector = Selector("host")
     found = []
     for name in names:
         k, columns = CALLS[name]
         forward = FusedCall.of(k, columns, selector.name)
-        for direction, call in (("forward", forward), ("backward", forward.backward())):
-            _run(call, direction)()
-            choose_tail(selector)
-            found.append({"name": name, "direction": direction} | _split(call, direction, repeats))
+        both: dict[Direction, FusedCall] = {"forward": forward, "backward": forward.backward()}
+        for direction, call in both.items():
+            with plans.off():
+                _run(call, direction)()
+                choose_tail(selector)
+                split = _split(call, direction, repeats)
+            found.append({"name": name, "direction": direction} | split)
     return found
 
 
@@ -134,7 +138,7 @@ def _split(fused: FusedCall, direction: Direction, repeats: int) -> dict[str, An
         solve()
     parts = [run, torch.no_grad()(compute), chosen, solve_recorded]
     parts.append(lambda: [each.run() for each in launches])
-    whole, inner, front, body, started = _least(parts, repeats)
+    whole, inner, front, body, started = least(parts, repeats)
     charged = 1e6 * LAUNCH_SECONDS * torchs
     split = (whole - inner, front, body + charged, started, inner - front - body - started)
     return {
@@ -146,7 +150,7 @@ def _split(fused: FusedCall, direction: Direction, repeats: int) -> dict[str, An
     }
 
 
-def _least(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+def least(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """The least CPU time of each, in microseconds; in turn, for other work disturbs in bursts."""
     batch = 20
     taken: list[list[float]] = [[] for _ in runs]

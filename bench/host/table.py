@@ -13,6 +13,9 @@ from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 TARGETS = {"Llama": 0.45, "mixture of experts": 0.6}
 """Of stock compiled's time."""
 
+REPLAY_TARGET = 6
+"""Of an empty op's time, with as many tensors."""
+
 LAUNCHES_TARGET = 60
 """Ours and torch's inside our ops, in a Llama layer's forward and backward."""
 
@@ -83,6 +86,21 @@ def calls_section(calls: Sequence[Mapping[str, Any]]) -> list[str]:
         whole = f"{each['whole']:.0f}"
         lines.append(_line([f"{each['name']}, {each['direction']}", *counts, whole, *parts]))
     return [*lines, ""]
+
+
+def replays_section(replays: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same calls with plans, launches charged nothing."""
+    lines = [
+        *("## Fused calls replayed, beside an op in C++ that does nothing", ""),
+        *(_line(["", "replayed µs", "empty µs", "ratio"]), _line(["---", *["---:"] * 3])),
+    ]
+    for each in replays:
+        times = each["replayed"], each["empty"]
+        cells = (*(f"{time:.1f}" for time in times), f"{times[0] / times[1]:.1f}")
+        lines.append(_line([f"{each['name']}, {each['direction']}", *cells]))
+    most = max(each["replayed"] / each["empty"] for each in replays)
+    met = "met" if most <= REPLAY_TARGET else "not met"
+    return [*lines, "", f"- at most {most:.1f}, target {REPLAY_TARGET}: {met}", ""]
 
 
 def _line(cells: Sequence[str]) -> str:

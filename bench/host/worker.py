@@ -23,13 +23,15 @@ from torch import Tensor
 import qlora_compile
 from bench.host.calls import measured_calls
 from bench.host.launches import torch_launches
+from bench.host.replays import measured_replays
 from bench.host.settings import MODELS, TinyModel
 from bench.host.sizes import BATCH, LENGTH, VOCABULARY
 from bench.host.tail import SPLITS, choose_tail
 from bench.peers.answers import answers
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.stock import with_bitsandbytes, without_repacking
-from qlora_compile.kernels.gpu import products
+from qlora_compile.kernels.gpu import thin_products
+from qlora_compile.kernels.plans import native
 from qlora_compile.tuning.modes import OFF, tuner_of
 from tests.fake_device.device import LAUNCH_SECONDS, FakeDevice, fake_device
 
@@ -101,7 +103,9 @@ def main(order: dict[str, Any]) -> None:
         device = None
         if order["contender"] == OURS:
             device = stack.enter_context(fake_device())
-            stack.enter_context(mock.patch.object(products, "_splits", return_value=SPLITS))
+            # What is not computed cannot be compared.
+            native.install("CPU", compares=False)
+            stack.enter_context(mock.patch.object(thin_products, "splits_of", return_value=SPLITS))
         trainee = Trainee(order["contender"], MODELS[order["model"]], order["layers"])
         for _ in range(WARM_UP):
             trainee.step()
@@ -122,6 +126,10 @@ def main(order: dict[str, Any]) -> None:
                 answer = {"seconds": [forward + backward + charged for forward, backward in steps]}
             else:
                 answer = {"calls": measured_calls(asked["calls"])}
+                assert device is not None
+                device.charge(0)
+                answer["replays"] = measured_replays(asked["calls"])
+                device.charge()
             print(json.dumps(answer), file=results, flush=True)
 
 

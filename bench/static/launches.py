@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named, meta_tensors
+from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
-from qlora_compile.kernels.gpu.products import (
-    adapter_gradient,
-    adapter_operands,
-    dequantize,
-    keep_bits,
-    low_rank,
+from qlora_compile.kernels.gpu.products import dequantize, keep_bits
+from qlora_compile.kernels.gpu.thin_products import (
+    AdapterGradient,
+    ThinProduct,
+    adapter_gradients,
+    low_ranks,
 )
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Direction, Problem
@@ -186,11 +187,8 @@ def _products(
         masked = backward and case.dropout
         bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
         with recording():
-            adapter, _ = adapter_operands(
-                *(low, up, case.lora_dtype, dtype),
-                scaling=_meta(1, dtype=torch.float32),
-                bits=bits,
-            )
+            factors = AdapterFactors(low, up, _meta(1, dtype=torch.float32), bits=bits)
+            (adapter,) = adapter_operands([factors], case.lora_dtype, dtype)
     x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
     bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
     for config in variant.configs_on(target, case.problem(direction, rows)):
@@ -228,23 +226,38 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
 
 
 def _thin_products() -> Iterator[ShippedLaunch]:
+    """Of one Linear, and of three that share them."""
     for dtype, lora_dtype, rank, dropout in _THIN_CASES:
-        note = f"adapter {lora_dtype}".replace("torch.", "") + (", dropout" if dropout else "")
-        case = Case(*(UNQUANTIZED, (), dtype, rank, False, lora_dtype), dropout=dropout, note=note)
-        x = _meta(ROWS, WIDTH, dtype=dtype)
-        bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
-        factor = _meta(rank, WIDTH, dtype=torch.float32)
-        low = _meta(ROWS, rank, dtype=torch.float32)
-        scaling = _meta(1, dtype=torch.float32)
-        gradient = _meta(WIDTH, rank, dtype=torch.float32)
-        with recording() as launches:
-            planes = low_rank(x, factor, lora_dtype, bits)
-            adapter_operands(planes, gradient, lora_dtype, dtype, scaling=scaling, total=True)
-            adapter_gradient(x, low, lora_dtype, gradient, bits)
-        names = ("low_rank", "adapter_operand", "adapter_gradient")
-        for name, launch in zip(names, launches, strict=True):
-            yield ShippedLaunch(name, case, launch)
+        for parts in (1, 3):
+            yield from _thin_products_of(dtype, lora_dtype, rank, dropout, parts)
     case = Case(UNQUANTIZED, rank=0, dropout=True)
     with recording() as launches:
         keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)
     yield ShippedLaunch("keep_bits", case, launches[0])
+
+
+def _thin_products_of(
+    dtype: torch.dtype, lora_dtype: torch.dtype, rank: int, dropout: bool, parts: int
+) -> Iterator[ShippedLaunch]:
+    notes = [f"adapter {lora_dtype}".replace("torch.", "")]
+    notes += ["dropout"] * dropout + ["siblings"] * (parts > 1)
+    note = ", ".join(notes)
+    case = Case(*(UNQUANTIZED, (), dtype, rank, False, lora_dtype), dropout=dropout, note=note)
+    x = _meta(ROWS, WIDTH, dtype=dtype)
+    bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
+    total = _meta(ROWS, parts * rank, dtype=lora_dtype)
+    factor, up = _meta(rank, WIDTH, dtype=torch.float32), _meta(WIDTH, rank, dtype=torch.float32)
+    scaling = _meta(1, dtype=torch.float32)
+    with recording() as launches:
+        planes = low_ranks([ThinProduct(x, factor, bits)] * parts, lora_dtype)
+        lows = total.split(rank, dim=1)
+        factors = [
+            AdapterFactors(each, up, scaling, low) for each, low in zip(planes, lows, strict=True)
+        ]
+        adapter_operands(factors, lora_dtype, dtype)
+        gradients = [AdapterGradient(x, low, factor.t(), bits) for low in lows]
+        adapter_gradients(gradients, lora_dtype)
+    # A gradient in one part is not added up, and some take a launch each.
+    named = {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in launches}
+    for name, launch in named.items():
+        yield ShippedLaunch(name, case, launch)

@@ -115,15 +115,23 @@ class QuantFormat(ABC):
         return self._stacked(first.with_rows(rows), weights)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """`stacked` of weights that are stored alike. Here each row has a part of each plane."""
-        planes = [
-            [
-                tensor.reshape(plane.shape)
-                for plane, tensor in zip(self.planes(w.layout), w.tensors, strict=True)
-            ]
-            for w in weights
-        ]
-        return self.packed(layout, [torch.cat(parts) for parts in zip(*planes, strict=True)])
+        """`stacked` of weights that are stored alike.
+
+        Here each row has a part of a plane, or the plane is one for all rows, as an order of
+        columns is; it must then be the same for all weights.
+        """
+        planes = []
+        for plane, own in zip(self.planes(layout), self.planes(weights[0].layout), strict=True):
+            parts = [weight.planes[plane.name] for weight in weights]
+            if own.shape != plane.shape:
+                whole = torch.cat([part.reshape(-1, *plane.shape[1:]) for part in parts])
+            elif all(torch.equal(part, parts[0]) for part in parts):
+                whole = parts[0]
+            else:
+                problem = f"its {plane.name} is not that of the weight below"
+                raise PackedWeightError(format=self.name, shape=own.shape, problem=problem)
+            planes.append(whole)
+        return self.packed(layout, planes)
 
     @abstractmethod
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -200,6 +208,11 @@ class QuantFormat(ABC):
     @abstractmethod
     def device_decoders(self) -> tuple[Decoder, ...]:
         """How a Triton kernel may decode it, the one that runs everywhere first. Imports Triton."""
+
+    def device_tables(self, device: torch.device) -> Tensor | None:
+        """What a GPU's decoders read besides the packed weight: float32, shared, on `device`; made
+        when it is first asked for."""
+        return None
 
     @abstractmethod
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:

@@ -1,8 +1,8 @@
 """FP8: the 8-bit floats of "FP8 Formats for Deep Learning" (Micikevicius et al. 2022).
 
 E4M3 is what the ONNX and OCP specifications call e4m3fn: no infinity, one NaN, 448 at most. E5M2 is
-a float16 without its last eight bits. One scale serves a row, the tensor, or a block of 128 × 128
-as in "DeepSeek-V3 Technical Report" (2024), section 3.3.
+a float16 without its last eight bits. One scale serves a row, the tensor, a block of 128 × 128 as
+in "DeepSeek-V3 Technical Report" (2024), section 3.3, or 128 columns of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.errors import PackedWeightError
 from qlora_compile.kernels.formats.cpu import group_codes, group_decode
 from qlora_compile.kernels.formats.groups import GroupFormat
 from qlora_compile.kernels.formats.options import Option
@@ -26,19 +25,21 @@ if TYPE_CHECKING:
 
 _BLOCK = 128
 _BLOCK_SHIFT = 7
-_ROW_SHIFTS = {"row": 0, "tensor": 31, "block": _BLOCK_SHIFT}
+_ROW_SHIFTS = {"row": 0, "group": 0, "tensor": 31, "block": _BLOCK_SHIFT}
 """2 to this power rows share scales."""
 
 
 class Fp8Format(GroupFormat):
-    """value = float8 code * scale. Option `scale_per`: "row", "tensor" or "block" of 128 × 128.
+    """value = float8 code * scale. Option `scale_per`: "row", "tensor", "block" of 128 × 128, or
+    "group" of 1 × 128.
 
-    The plane after the codes is `scales`, float32 [N], [], or [ceil(N / 128), ceil(K / 128)].
+    The plane after the codes is `scales`, float32 [N], [], [ceil(N / 128), ceil(K / 128)] or
+    [N, ceil(K / 128)].
     """
 
     bits: ClassVar[int] = 8
     options: ClassVar[tuple[Option, ...]] = (
-        Option("scale_per", ("row", "tensor", "block"), "row"),
+        Option("scale_per", ("row", "tensor", "block", "group"), "row"),
     )
     code_dtype: ClassVar[torch.dtype]
 
@@ -49,7 +50,7 @@ class Fp8Format(GroupFormat):
         return f"{self.name} per {layout.named['scale_per']}"
 
     def group_size(self, layout: Layout) -> int:
-        return _BLOCK if layout.named["scale_per"] == "block" else layout.shape[1]
+        return _BLOCK if layout.named["scale_per"] in ("block", "group") else layout.shape[1]
 
     def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
         return _side_planes(layout)
@@ -64,6 +65,8 @@ class Fp8Format(GroupFormat):
             return scales.repeat(stop - start, 1), None
         if len(shape) == 1:
             return scales[start:stop].unsqueeze(1), None
+        if packed.layout.named["scale_per"] == "group":
+            return scales[start:stop], None
         rows = torch.arange(start, stop, device=scales.device) >> _BLOCK_SHIFT
         return scales[rows], None
 
@@ -72,18 +75,16 @@ class Fp8Format(GroupFormat):
         return group_decode.Factors(packed.planes["scales"], row_shift=shift)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """The scales of whole tensors become one of every row."""
-        if layout.named["scale_per"] == "tensor":
-            layout = self.layout(layout.shape, scale_per="row")
-            codes = torch.cat([each.codes.reshape(each.shape) for each in weights])
-            scales = [each.planes["scales"].reshape(1).expand(each.shape[0]) for each in weights]
-            return self.packed(layout, [codes, torch.cat(scales)])
-        if layout.named["scale_per"] == "block":
-            for weight in weights[:-1]:
-                if weight.shape[0] % _BLOCK:
-                    problem = f"its last block of {_BLOCK} rows would reach into the weight below"
-                    raise PackedWeightError(format=self.name, shape=weight.shape, problem=problem)
-        return super()._stacked(layout, weights)
+        """Scales of tensors become those of rows; and those of blocks, where one would reach into
+        the weight below, become those of groups."""
+        per = layout.named["scale_per"]
+        cut = any(weight.shape[0] % _BLOCK for weight in weights[:-1])
+        if per in ("row", "group") or (per == "block" and not cut):
+            return super()._stacked(layout, weights)
+        layout = self.layout(layout.shape, scale_per="row" if per == "tensor" else "group")
+        codes = torch.cat([each.codes.reshape(each.shape) for each in weights])
+        scales = torch.cat([self.factors(each, 0, each.shape[0])[0] for each in weights])
+        return self.packed(layout, [codes, scales])
 
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         from qlora_compile.kernels.formats.gpu.groups import group_side
@@ -103,12 +104,11 @@ class Fp8Format(GroupFormat):
         elif per == "row":
             absmax = torch.cat([part.float().abs().amax(1) for part in parts])
         else:
-            absmax = torch.stack(
-                [
-                    torch.stack([block.float().abs().max() for block in part.split(_BLOCK, dim=1)])
-                    for part in parts
-                ]
-            )
+            runs = [[run.float().abs().amax(1) for run in p.split(_BLOCK, dim=1)] for p in parts]
+            by_group = [torch.stack(part, dim=1) for part in runs]
+            if per == "block":
+                by_group = [part.amax(0, keepdim=True) for part in by_group]
+            absmax = torch.cat(by_group)
         largest = torch.finfo(self.code_dtype).max
         scales = absmax / largest
         codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
@@ -120,6 +120,8 @@ class Fp8Format(GroupFormat):
                 own = divisors[n].unsqueeze(1)
             elif per == "block":
                 own = divisors[i].repeat_interleave(_BLOCK)[:columns]
+            elif per == "group":
+                own = divisors[n].repeat_interleave(_BLOCK, dim=1)[:, :columns]
             values = (part.float() / own).clamp_(-largest, largest)
             codes[n] = values.to(self.code_dtype).view(torch.uint8)
         return [codes, scales]
@@ -150,8 +152,10 @@ class E5m2Format(Fp8Format):
 @functools.lru_cache(maxsize=4096)
 def _side_planes(layout: Layout) -> tuple[Plane, ...]:
     rows, columns = layout.shape
-    blocks = (-(-rows // _BLOCK), -(-columns // _BLOCK))
-    shape = {"row": (rows,), "tensor": (), "block": blocks}[layout.named["scale_per"]]
+    groups = -(-columns // _BLOCK)
+    blocks = (-(-rows // _BLOCK), groups)
+    shapes = {"row": (rows,), "tensor": (), "block": blocks, "group": (rows, groups)}
+    shape = shapes[layout.named["scale_per"]]
     return (Plane("scales", torch.float32, shape),)
 
 

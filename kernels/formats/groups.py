@@ -77,7 +77,13 @@ class GroupFormat(QuantFormat):
         values = self.code_values(self._codes(packed, start, stop))
         scales, zeros = self.factors(packed, start, stop)
         shifts = self.symmetric_zero if zeros is None else self.by_column(packed, zeros)
-        return ((values - shifts) * self.by_column(packed, scales)).to(dtype)
+        scales = self.by_column(packed, scales)
+        adds = self.adds_minima(packed.layout)
+        return (values * scales + shifts if adds else (values - shifts) * scales).to(dtype)
+
+    def adds_minima(self, layout: Layout) -> bool:
+        """Whether value = v(code) * scale + minimum, and minima take the place of zeros."""
+        return False
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
@@ -124,11 +130,13 @@ class GroupFormat(QuantFormat):
             raise WeightValueError(site=site, count=invalid)
 
     def _by_rows(
-        self, weight: Tensor, encode: Callable[[Tensor], Sequence[Tensor]]
+        self, weight: Tensor, encode: Callable[..., Sequence[Tensor]], *others: Tensor
     ) -> list[Tensor]:
-        """What `encode` makes of some rows in float32 at a time, put together."""
+        """What `encode` makes of some rows in float32 at a time, and of those rows of the `others`,
+        put together."""
         step = max(1, _CHUNK // weight.shape[1])
-        made = [encode(part.float()) for part in weight.split(step)]
+        parts = zip(*(tensor.split(step) for tensor in (weight, *others)), strict=True)
+        made = [encode(part.float(), *rest) for part, *rest in parts]
         return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
     def stored_codes(self, codes: Tensor) -> Tensor:
@@ -151,10 +159,11 @@ class GroupFormat(QuantFormat):
         names = (plane.name for plane in self.planes(layout))
         named = dict(zip(names, tensors, strict=True))
         return group_side(
-            *(named["scales"], named.get("zeros"), layout.shape[1]),
+            *(named["scales"], named.get("zeros", named.get("minima")), layout.shape[1]),
             *(self.group_size(layout), tile_columns),
             constant=self.symmetric_zero,
             index=named.get("group_index"),
+            adds="minima" in named,
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_compile.kernels.formats.cpu import group_codes, group_decode
 from qlora_compile.kernels.formats.fp8 import FP8_E4M3
 from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
+from qlora_compile.kernels.formats.options import Option
 from qlora_compile.kernels.layout import Layout, Plane
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -43,7 +44,7 @@ class E2m1Format(GroupFormat):
     size: ClassVar[int]
 
     def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        return Layout.of(self.name, shape)
+        return Layout.of(self.name, shape, **options)
 
     def group_size(self, layout: Layout) -> int:
         return self.size
@@ -99,17 +100,39 @@ class Mxfp4Format(E2m1Format):
 
 class Nvfp4Format(E2m1Format):
     """The planes after the codes: `scales`, uint8 [N, ceil(K / 16)], bits of e4m3; `global_scale`,
-    float32 []. A group's scale is the product of the two, rounded to float32."""
+    float32 []. A group's scale is the product of the two, rounded to float32.
+
+    Option `global_scale_per`: "tensor", or "row" for `global_scale` [N], which experts need that
+    have one each.
+    """
 
     name: ClassVar[str] = "nvfp4"
     size: ClassVar[int] = 16
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("global_scale_per", ("tensor", "row"), "tensor"),
+    )
 
     def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
-        return _scale_plane(layout, self.size), Plane("global_scale", torch.float32, ())
+        shape = (layout.shape[0],) if layout.named["global_scale_per"] == "row" else ()
+        return _scale_plane(layout, self.size), Plane("global_scale", torch.float32, shape)
 
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         stored = packed.planes["scales"].reshape(packed.shape[0], -1)[start:stop]
-        return stored.view(_E4M3).float() * packed.planes["global_scale"].reshape(()), None
+        whole = packed.planes["global_scale"].reshape(-1, 1)
+        whole = whole if len(whole) == 1 else whole[start:stop]
+        return stored.view(_E4M3).float() * whole, None
+
+    def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
+        """Global scales of tensors become those of rows."""
+        if layout.named["global_scale_per"] == "row":
+            return super()._stacked(layout, weights)
+        by_row = []
+        for each in weights:
+            codes, scales, whole = each.tensors
+            rows = self.layout(each.shape, global_scale_per="row")
+            planes = [codes, scales, whole.reshape(1).expand(each.shape[0])]
+            by_row.append(self.packed(rows, planes))
+        return super()._stacked(self.layout(layout.shape, global_scale_per="row"), by_row)
 
     def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
         planes = packed.planes
@@ -118,10 +141,13 @@ class Nvfp4Format(E2m1Format):
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         self._check_finite(weight, site)
-        absmax = torch.stack([part.abs().max().float() for part in weight.split(64)]).max()
+        absmax = torch.cat([part.abs().amax(1).float() for part in weight.split(64)])
+        if layout.named["global_scale_per"] == "tensor":
+            absmax = absmax.max()
         # So that the largest scale of a group is the largest e4m3.
         whole = absmax / (_LARGEST * torch.finfo(_E4M3).max)
-        return [*self._by_rows(weight, lambda rows: self._encoded_rows(rows, whole)), whole]
+        by_row = whole.expand(weight.shape[0]).unsqueeze(1)
+        return [*self._by_rows(weight, self._encoded_rows, by_row), whole]
 
     def _encoded_rows(self, weight: Tensor, whole: Tensor) -> list[Tensor]:
         groups = padded_groups(weight, self.size)
@@ -135,7 +161,11 @@ class Nvfp4Format(E2m1Format):
         from qlora_compile.kernels.formats.gpu.groups import group_side
 
         _, scales, whole = tensors
-        return group_side(scales, None, layout.shape[1], self.size, tile_columns, whole=whole)
+        return group_side(
+            *(scales, None, layout.shape[1], self.size, tile_columns),
+            whole=whole,
+            whole_shift=0 if layout.named["global_scale_per"] == "row" else 31,
+        )
 
     def device_decoders(self) -> tuple[Decoder, ...]:
         from qlora_compile.kernels.formats.gpu.decoders import NVFP4_DECODERS

@@ -92,6 +92,12 @@ def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
         _running.regions.pop()
 
 
+def running_region() -> RunningRegion:
+    """The region whose call this thread is in, the innermost one."""
+    region, _ = _running.regions[-1]
+    return region
+
+
 def make_backend(
     *, inductor: bool, verifier: Verifier | None, tuner: Tuner | None
 ) -> Callable[..., RegionGraph]:
@@ -107,7 +113,7 @@ def make_backend(
     def qlora_compile_backend(
         graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> RegionGraph:
-        region, _ = _running.regions[-1]
+        region = running_region()
         names = tensor_names(region.module)
         inputs = [] if verifier is None else captured_inputs(graph_module, names)
         captured = graph_module if verifier is None else copy.deepcopy(graph_module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_compile.capture.backend import make_backend
+from qlora_compile.capture.backend import make_backend, running_region
+from qlora_compile.capture.guards import kept_guards
 from qlora_compile.capture.hooked_run import HookedRun
 from qlora_compile.hf.blocks import own_forward
 from qlora_compile.tuning.modes import tuner_of
@@ -62,9 +63,17 @@ class RegionKind:
             )
             forward = self.forward if hooked is None else hooked.prepared(self.forward)
             self._compiled[key] = torch.compile(
-                _entry(forward), backend=backend, fullgraph=hooked is not None and hooked.whole
+                _entry(forward),
+                backend=backend,
+                fullgraph=hooked is not None and hooked.whole,
+                options={"guard_filter_fn": _kept},
             )
         return self._compiled[key]
+
+
+def _kept(entries: Sequence[Any]) -> list[bool]:
+    """`kept_guards` of the region whose call is compiled."""
+    return kept_guards(running_region().module, entries)
 
 
 def _entry(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as _dynamo_config
+from torch.utils.hooks import RemovableHandle
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, running
+from qlora_compile.capture.dynamo_settings import dynamo_settings
 from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.unfused_warning import FirstStep
+from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters import SlottedAdapters
 from qlora_compile.hf.adapters_by_row import is_given_by_row
@@ -45,15 +47,6 @@ from qlora_compile.passes.context import (
     linear_site,
     tensor_names,
 )
-
-_DYNAMO_SETTINGS = {
-    # A number such as a dropout probability becomes a constant of each layer's graph, not an input.
-    "specialize_float": True,
-    # Else torch 2.11 does not notice that a parameter begins to train.
-    "skip_tensor_guards_with_matching_dict_tags": False,
-    # Past the limit Dynamo silently stops compiling; one class may serve many kinds of layer.
-    "recompile_limit": 64,
-}
 
 _OUTER_COMPILE = (
     "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
@@ -86,6 +79,7 @@ class Region(CompiledForward):
         self.captured: tuple[str, ...] | None = None
         self.uncompiled = _GIVEN_UP
         self.first_step: FirstStep | None = None
+        self.gathered: RemovableHandle | None = None
         self.adapters = SlottedAdapters(module, sites)
         self.replaced = replaced_forward(module)
         self.__signature__ = inspect.signature(self.stock)
@@ -147,11 +141,7 @@ class Region(CompiledForward):
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         plans.heed()
-        settings = _DYNAMO_SETTINGS | (hooked.settings if hooked else {})
-        with (
-            running(self) as executed,
-            _dynamo_config.patch(settings),
-        ):
+        with running(self) as executed, dynamo_settings(hooked.settings if hooked else {}):
             try:
                 result = self.kind.compiled(hooked)(self.replaced or self.module, *args, **kwargs)
             except REFUSALS:
@@ -272,6 +262,8 @@ def install(
     module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
 ) -> Region:
     region = Region(module, kind, sites, kept)
+    if kind.repeated:
+        region.gathered = gather_whole(module)
     setattr(module, forward_place(module), region)
     setattr(module, _REGION, region)
     return region
@@ -280,6 +272,8 @@ def install(
 def uninstall(module: nn.Module) -> None:
     """Give `module` the forward back that it had before, unless another one has come since."""
     region, place = module.__dict__.pop(_REGION), forward_place(module)
+    if region.gathered is not None:
+        gather_apart(module, region.gathered)
     if module.__dict__.get(place) is region:
         if place == "forward" and region.replaced is None:
             del module.forward

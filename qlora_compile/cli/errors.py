@@ -19,3 +19,7 @@ class ModelOrShapesError(QloraCompileError, ValueError):
 
 class ShapeError(QloraCompileError, ValueError):
     template = "--shapes: {value!r} {problem}; write MxNxKxR, such as 4096x4096x4096x16"
+
+
+class NamedValueError(QloraCompileError, ValueError):
+    template = "{option}: {value!r} is no NAME=VALUE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,10 +23,11 @@ ShapesOption = Annotated[
     typer.Option("--shapes", help="Instead of --model: MxNxKxR, …; N+N for siblings."),
 ]
 FormatOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--format",
-        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none.",
+        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none. "
+        "[nf4; a quantised checkpoint stays as it is]",
     ),
 ]
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]
@@ -33,6 +35,15 @@ AlphaOption = Annotated[
     float | None, typer.Option("--alpha", help="Scale of the adapters, times 1/rank. [2 * rank]")
 ]
 DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
+AdapterOption = Annotated[
+    Path, typer.Option("--adapter", help="Folder of the adapter, the --output of a run.")
+]
+AdapterModelOption = Annotated[
+    str | None, typer.Option("--model", help="In place of the model it was trained for.")
+]
+AdapterFormatOption = Annotated[
+    str | None, typer.Option("--format", help="In place of the format it was trained in.")
+]
 RowsOption = Annotated[
     list[int] | None,
     typer.Option("--rows", min=1, help="Tokens of a model's step; may be repeated. [512]"),

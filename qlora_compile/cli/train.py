@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,81 +14,185 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
-from qlora_compile.cli.options import (
-    AlphaOption,
-    DropoutOption,
-    FormatOption,
-    ModelOption,
-    RankOption,
-    TuneOption,
-)
+from qlora_compile.cli.named_values import named_values
 from qlora_compile.outputs import last_checkpoint
-from qlora_compile.training.model_choice import DEFAULT_FORMAT, quiet_choice
+from qlora_compile.training.model_choice import be_quiet
+from qlora_compile.training.settings import settings_from
 
-_INTERRUPTED = 130  # a shell's exit status for what SIGINT ended
+DATA, ADAPTERS, STEPS, CHECKS = "Data", "Model and adapters", "Training", "Evaluation and output"
+
+
+def _option(name: str, help: str, panel: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=panel)
 
 
 def train(
-    model: ModelOption,
+    model: Annotated[
+        str | None, _option("--model", "A folder, .gguf file or Hub name, or: demo.", ADAPTERS)
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
-    ],
-    output: Annotated[Path, typer.Option("--output", help="Directory for everything written.")],
-    format: FormatOption = DEFAULT_FORMAT,
-    rank: RankOption = 16,
-    alpha: AlphaOption = None,
-    dropout: DropoutOption = 0.0,
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps in all.")] = 60,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence-length", help="Tokens per sequence.")
-    ] = 128,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per step.")] = 4,
+        list[str] | None,
+        _option("--data", "A file, a folder, a Hub name, or: demo. May be repeated.", DATA),
+    ] = None,
+    columns: Annotated[
+        str | None, _option("--columns", "The data's own names: prompt=question,…", DATA)
+    ] = None,
+    objective: Annotated[
+        str | None,
+        _option("--objective", "sft, dpo, kto, orpo, grpo, reward, classification.", DATA),
+    ] = None,
+    reward: Annotated[
+        str | None, _option("--reward", "For grpo: FILE.py:FUNCTION or MODULE:FUNCTION.", DATA)
+    ] = None,
+    max_length: Annotated[
+        int | None, _option("--max-length", "Tokens of a row or of packed rows. [1024]", DATA)
+    ] = None,
+    packing: Annotated[
+        bool | None, _option("--packing/--no-packing", "Put several rows into one.", DATA)
+    ] = None,
+    preview: Annotated[int, _option("--preview", "Show so many rows, and do not train.", DATA)] = 0,
+    format: Annotated[
+        str | None,
+        _option("--format", "To store weights in: nf4, int4:group_size=128, …", ADAPTERS),
+    ] = None,
+    block_size: Annotated[
+        int | None, _option("--block-size", "Weights that share a scale. [64]", ADAPTERS)
+    ] = None,
+    dtype: Annotated[
+        str | None, _option("--dtype", "auto, bfloat16, float16 or float32.", ADAPTERS)
+    ] = None,
+    rank: Annotated[int | None, _option("--rank", "Rank of the adapters. [16]", ADAPTERS)] = None,
+    alpha: Annotated[
+        float | None, _option("--alpha", "Their scale, times 1/rank. [2 * rank]", ADAPTERS)
+    ] = None,
+    dropout: Annotated[
+        float | None, _option("--dropout", "Dropout before the adapters. [0]", ADAPTERS)
+    ] = None,
+    targets: Annotated[
+        str | None, _option("--targets", "Linears to adapt: q_proj,v_proj. [all-linear]", ADAPTERS)
+    ] = None,
+    dora: Annotated[bool | None, _option("--dora", "Weight-decomposed adapters.", ADAPTERS)] = None,
+    rslora: Annotated[
+        bool | None, _option("--rslora", "Scale by 1/sqrt(rank) in place of 1/rank.", ADAPTERS)
+    ] = None,
+    rank_pattern: Annotated[
+        str | None, _option("--rank-pattern", "Other ranks, by name: q_proj=32,…", ADAPTERS)
+    ] = None,
+    tune: Annotated[
+        str | None, _option("--tune", "What chooses kernels: auto, off, model, a path.", ADAPTERS)
+    ] = None,
+    logits_free_loss: Annotated[
+        bool | None,
+        _option("--logits-free-loss", "For trainers without a chunked loss.", ADAPTERS),
+    ] = None,
+    epochs: Annotated[
+        float | None, _option("--epochs", "Times through the data. [1]", STEPS)
+    ] = None,
+    steps: Annotated[
+        int | None, _option("--steps", "Optimiser steps, in place of epochs.", STEPS)
+    ] = None,
+    batch_size: Annotated[int | None, _option("--batch-size", "Rows at once. [4]", STEPS)] = None,
+    accumulation: Annotated[
+        int | None, _option("--accumulation", "Batches per optimiser step. [1]", STEPS)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, _option("--gradient-checkpointing", "Less memory, more time.", STEPS)
+    ] = None,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", help="Peak, after a tenth of the steps.")
-    ] = 2e-4,
-    seed: Annotated[int, typer.Option("--seed", help="For adapters, order and split.")] = 0,
+        float | None, _option("--learning-rate", "Peak. [2e-4; the trainer's for dpo, …]", STEPS)
+    ] = None,
+    scheduler: Annotated[
+        str | None, _option("--scheduler", "linear, cosine, constant, … [linear]", STEPS)
+    ] = None,
+    warmup: Annotated[
+        float | None, _option("--warmup", "Steps, or a part of all if below 1. [0.1]", STEPS)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _option("--weight-decay", "Of the optimiser. [0]", STEPS)
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option("--optimizer", "adamw_torch, adamw_8bit, paged_adamw_8bit, lion_32bit, …", STEPS),
+    ] = None,
+    seed: Annotated[
+        int | None, _option("--seed", "For adapters, order and split. [0]", STEPS)
+    ] = None,
+    on_nan: Annotated[
+        str | None,
+        _option("--on-nan", "stop at a NaN loss or gradient, or skip the batch. [stop]", STEPS),
+    ] = None,
     held_out: Annotated[
-        float, typer.Option("--held-out", help="Fraction of the documents held out.")
-    ] = 0.1,
+        float | None, _option("--held-out", "Part of the rows held out, at most 64. [0.1]", CHECKS)
+    ] = None,
+    eval_every: Annotated[
+        int | None, _option("--eval-every", "Steps between evaluations.", CHECKS)
+    ] = None,
+    best_checkpoint: Annotated[
+        bool | None, _option("--best-checkpoint", "End with the lowest evaluation loss.", CHECKS)
+    ] = None,
+    early_stopping: Annotated[
+        int | None, _option("--early-stopping", "End after so many without a better one.", CHECKS)
+    ] = None,
     checkpoint_every: Annotated[
-        int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")
-    ] = 20,
+        int | None, _option("--checkpoint-every", "Steps between checkpoints. [100]", CHECKS)
+    ] = None,
+    report_to: Annotated[
+        str | None, _option("--report-to", "wandb, tensorboard, … [none]", CHECKS)
+    ] = None,
+    output: Annotated[
+        str | None, _option("--output", "Directory for everything. [qlora-output]", CHECKS)
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")
+        bool, _option("--resume", "Go on from the last checkpoint in --output.", CHECKS)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run in --output.")
+        bool, _option("--overwrite", "Replace an earlier run in --output.", CHECKS)
     ] = False,
-    tune: TuneOption = "auto",
+    config: Annotated[
+        Path | None, _option("--config", "A file of settings, such as a run's run.yaml.", CHECKS)
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        _option("--set", "NAME=VALUE of the trainer's configuration. Repeatable.", STEPS),
+    ] = None,
 ) -> None:
-    """Fine-tune a causal language model; write adapter, loss curve, report and figures."""
-    with bad_input_in_one_line(), _interruption_in_one_line(output):
+    """Fine-tune a model on a file of chats, completions or text; write adapter, loss curve, report
+    and figures."""
+    given = dict(locals())
+    for name in ("preview", "resume", "overwrite", "config", "set"):
+        del given[name]
+    with bad_input_in_one_line():
+        given["columns"] = named_values("--columns", columns)
+        given["rank_pattern"] = named_values("--rank-pattern", rank_pattern)
+        given["options"] = named_values("--set", set) or {}
+        given["data"] = data and tuple(data)
+        given["targets"] = targets and tuple(targets.split(","))
+        settings = settings_from(given, config)
         from qlora_compile.training.run import TrainingRun
 
-        run = TrainingRun(
-            choice=quiet_choice(model, format, rank, alpha, dropout, tune),
-            data=data,
-            output=output,
-            steps=steps,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            held_out=held_out,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        metrics = _execute(run)
-    Console().print(closing_table(metrics, output))
+        run = TrainingRun(settings, resume=resume, overwrite=overwrite)
+        run.check_quickly()
+        be_quiet()
+        if preview:
+            from qlora_compile.cli.preview import show
+
+            show(run, preview)
+            return
+        with _interruption_in_one_line(run.output):
+            metrics = _execute(run)
+    console = Console()
+    console.print(closing_table(metrics, run.output))
+    for name, text in metrics.get("answers", {}).items():
+        console.print(f"[bold]{name}[/bold]")
+        console.print(text, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def _interruption_in_one_line(output: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says what is saved, and an exit.
+    """Turn Ctrl-C and SIGTERM into one line that says what is saved, and an exit.
 
     Raises:
-        typer.Exit: in place of a KeyboardInterrupt.
+        typer.Exit: in place of a KeyboardInterrupt, with a shell's status for the signal.
     """
     try:
         yield
@@ -99,7 +204,7 @@ def _interruption_in_one_line(output: Path) -> Iterator[None]:
             else "nothing was saved"
         )
         typer.echo(f"stopped: {text}", err=True)
-        raise typer.Exit(_INTERRUPTED) from error
+        raise typer.Exit(128 + getattr(error, "signal", signal.SIGINT)) from error
 
 
 def closing_table(metrics: dict[str, Any], output: Path) -> Table:
@@ -108,19 +213,18 @@ def closing_table(metrics: dict[str, Any], output: Path) -> Table:
     held_out = metrics["held_out"]
     if held_out:
         table.add_row(
-            f"held-out loss, {held_out['sequences']} sequences (± standard error)",
+            f"held-out loss ± standard error, rows: {held_out['sequences']}",
             f"{_with_error(held_out, 'before')} → {_with_error(held_out, 'after')}",
         )
         table.add_row(
-            "change on the same sequences (± standard error)",
+            "change on the same rows ± standard error",
             _with_error(held_out, "difference", "+.4f"),
         )
     training = metrics["training"]
     speed = training["tokens_per_second_after_first_step"]
-    table.add_row(
-        "tokens per second, first step left out", "unknown" if speed is None else f"{speed:.0f}"
-    )
-    table.add_row("first step, compiling included", f"{training['first_step_seconds']:.1f} s")
+    table.add_row("tokens per second after the first step", _or_unknown(speed, ".0f"))
+    first = _or_unknown(training["first_step_seconds"], ".1f")
+    table.add_row("seconds of the first step, compiling included", first)
     memory = metrics["peak_memory"]
     size = memory["bytes"]
     table.add_row(
@@ -132,24 +236,28 @@ def closing_table(metrics: dict[str, Any], output: Path) -> Table:
     return table
 
 
+def _or_unknown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else f"{value:{form}}"
+
+
 def _with_error(figures: dict[str, Any], name: str, form: str = ".4f") -> str:
-    error = figures[f"{name}_standard_error"]
-    return f"{figures[name]:{form}} ± {'unknown' if error is None else f'{error:.4f}'}"
+    error = _or_unknown(figures[f"{name}_standard_error"], ".4f")
+    return f"{figures[name]:{form}} ± {error}"
 
 
 def _execute(run: Any) -> dict[str, Any]:
-    from qlora_compile.hf.training import StepObserver
+    from qlora_compile.hf.training import StepObserver, quiet
 
-    console = Console(stderr=True)
+    quiet()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True),
         transient=True,
     ) as progress:
-        task = progress.add_task("training", total=run.steps, visible=False)
+        task = progress.add_task("training", total=None, visible=False)
 
         def on_step(step: int, total: int, loss: float | None) -> None:
             described = None if loss is None else f"training, loss {loss:.3f}"

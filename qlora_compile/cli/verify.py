@@ -17,10 +17,11 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
+from qlora_compile.hf.trainer.sources import check_paths
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
-from qlora_compile.training.documents import read_documents
-from qlora_compile.training.model_choice import DEFAULT_FORMAT, DEMO, ModelChoice, quiet_choice
+from qlora_compile.training.documents import Document
+from qlora_compile.training.model_choice import DEMO, ModelChoice, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 def verify(
     model: ModelOption,
     data: Annotated[
-        str, typer.Option("--data", help='A text file, a .jsonl with "text", or: demo.')
+        str, typer.Option("--data", help="A file or folder of text or chats, or: demo.")
     ] = DEMO,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     rank: RankOption = 16,
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,
@@ -45,6 +46,8 @@ def verify(
     """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
     wrong."""
     with bad_input_in_one_line():
+        if data != DEMO:
+            check_paths(Path(data))
         choice = quiet_choice(model, format, rank, alpha, dropout, tune)
         report = _checked(choice, data, sequence_length, batch_size)
     verified = bool(report.certificates) and not report.mismatches
@@ -57,16 +60,21 @@ def verify(
 
 
 def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Report:
-    documents = docstring_documents() if data == DEMO else read_documents(Path(data))
     config = choice.check()
     import torch
 
     from qlora_compile import api
     from qlora_compile.hf import loading
+    from qlora_compile.hf.trainer.preparation import texts
     from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
 
     check_sequence_length(length, config, choice.model)
     tokenizer = loading.load_tokenizer(choice.source)
+    if data == DEMO:
+        documents = docstring_documents()
+    else:
+        rows = texts(Path(data), tokenizer, batch_size * length)
+        documents = [Document(data, text) for text in rows]
     named = {"data": data, "purpose": "verifying"}
     sequences = token_sequences(documents, tokenizer, config, length, **named)
     torch.manual_seed(0)  # for the adapters' initial weights

@@ -4,7 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from qlora_compile.errors import (
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.loading import is_causal
 from qlora_compile.hf.rows import IGNORED, LABELS, RowRules, longest_row
+from qlora_compile.hf.trainer.preparation import TrainingRows
+from qlora_compile.hf.trainer.row_kinds import renamed
+from qlora_compile.hf.trainer.sources import Rows, is_path, read
 from qlora_compile.row_errors import RowColumnsError, RowTypeError
 
 
@@ -68,15 +71,10 @@ class Batching:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """Turns rows of text into token dicts.
-
-    limit: where to cut texts, in tokens; None for nowhere. ends: whether a text that is not cut and
-    has no labels of its own ends with the end-of-sequence token.
-    """
+    """Turns rows of text into token dicts. limit: where to cut texts, in tokens; None: nowhere."""
 
     tokenizer: Any
     limit: int | None
-    ends: bool
 
     def rows(self, rows: Iterable[Any]) -> dict[int, dict[str, Any]]:
         """Return each row by its number, with token ids in place of its text, blank ones left out.
@@ -92,6 +90,7 @@ class Tokenizing:
         if self.tokenizer is None:
             raise TokenizerMissingError(site="the dataset")
         tokenized: dict[int, dict[str, Any]] = {}
+        cut = self.limit is not None
         for number, row in enumerate(rows):
             if not isinstance(row, str | Mapping):
                 site, value = f"example {number}", f"{_described(row)} and no string"
@@ -103,27 +102,11 @@ class Tokenizing:
             if not isinstance(text, str | None):
                 raise RowTypeError(row=number, column="text", value=repr(text), wanted="a string")
             if text and text.strip():
-                ends = self.ends and columns.keys().isdisjoint(LABELS)
-                tokenized[number] = columns | self._tokens(text, ends)
+                tokens = self.tokenizer(text, truncation=cut, max_length=self.limit)
+                tokenized[number] = columns | dict(tokens)
         if not tokenized:
             raise EmptyDatasetError(site="the dataset")
         return tokenized
-
-    def _tokens(self, text: str, ends: bool) -> dict[str, list[int]]:
-        if not ends:
-            cut = self.limit is not None
-            return dict(self.tokenizer(text, truncation=cut, max_length=self.limit))
-        tokens = dict(self.tokenizer(text, verbose=False))
-        end = self.tokenizer.eos_token_id
-        if end is not None and tokens["input_ids"][-1:] != [end]:
-            last = {"input_ids": end, "attention_mask": 1}
-            tokens = {n: [*ids, last.get(n, (ids or [0])[-1])] for n, ids in tokens.items()}
-        # Cut here: a tokenizer that ends texts itself would end those that it cuts, too.
-        count = len(tokens["input_ids"])
-        kept = min(count, self.limit or count)
-        left = self.tokenizer.truncation_side == "left"
-        cut = slice(count - kept, None) if left else slice(kept)
-        return {name: values[cut] for name, values in tokens.items()}
 
 
 class _CheckedStream(IterableDataset):
@@ -150,8 +133,7 @@ def prepare(
     """Return the dataset with token ids, and the Batching with which the model returns a loss.
 
     Texts are cut at `max_length` tokens (None: the model's own limit); blank ones are left out.
-    Those that a causal language model learns to predict end with the end-of-sequence token, unless
-    they are cut. Rows are checked: all of them here, or those of a stream when they come.
+    Rows are checked: all of them here, or those of a stream when they come.
 
     Raises:
         OutOfRangeError: max_length is below 1.
@@ -163,16 +145,10 @@ def prepare(
         MissingLabelsError: the model needs labels that the dataset does not have.
         An error of `RowRules.check_rows`: a row cannot be trained on.
     """
-    if max_length is not None and max_length < 1:
-        raise OutOfRangeError(name="max_length", value=max_length, allowed="1 or more")
     base = base_model(model)
-    name = type(base).__name__
-    limit = longest_row(base)
-    if max_length is not None and limit is not None and max_length > limit:
-        raise SequenceLengthError(value=max_length, model=name, limit=limit)
-    tokenizing = Tokenizing(tokenizer, max_length or limit, is_causal(name))
+    length = checked_length(max_length, base) or longest_row(base)
     rows: Any
-    rows, numbers = _rows(dataset, tokenizing)
+    rows, numbers = _rows(dataset, Tokenizing(tokenizer, length))
     # An IterableDataset has a __getitem__ too, which only raises.
     is_stream = isinstance(rows, IterableDataset)
     example = next(iter(rows), None) if is_stream else rows[0]
@@ -196,6 +172,58 @@ def prepare(
     if pad_token is None:
         pad_token = getattr(tokenizer, "pad_token_id", None)
     return rows, Batching(pad_token or 0, add_labels, float_labels=rules.has_float_labels)
+
+
+def checked_length(max_length: int | None, base: Any) -> int | None:
+    """Return `max_length`, in tokens.
+
+    Raises:
+        OutOfRangeError: it is below 1.
+        SequenceLengthError: it is more than the model can take.
+    """
+    limit = longest_row(base)
+    if max_length is not None and max_length < 1:
+        raise OutOfRangeError(name="max_length", value=max_length, allowed="1 or more")
+    if max_length is not None and limit is not None and max_length > limit:
+        raise SequenceLengthError(value=max_length, model=type(base).__name__, limit=limit)
+    return max_length
+
+
+def rows_of(dataset: Any, columns: Mapping[str, str] | None = None) -> Any:
+    """Return what can be iterated more than once: Rows of a path, or what was given.
+
+    columns: our names of columns to those that the data has.
+
+    Raises:
+        What `sources.read` and `row_kinds.renamed` raise.
+    """
+    if isinstance(dataset, Rows | TrainingRows) or dataset is None:
+        return dataset
+    if columns or is_path(dataset):
+        rows = read(dataset)
+        return replace(rows, table=renamed(rows.table, columns, rows.origin.name))
+    return list(dataset) if isinstance(dataset, Iterator) else dataset
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether the rows hold token ids, and no text or chat."""
+    if isinstance(dataset, TrainingRows):
+        return dataset.kind.name == "tokens"
+    if isinstance(dataset, Rows):
+        dataset = dataset.table
+    names = getattr(dataset, "columns", None) if hasattr(dataset, "iloc") else None
+    names = names if names is not None else getattr(dataset, "column_names", None)
+    if names is not None and not isinstance(names, Mapping):
+        return "input_ids" in list(names)
+    if isinstance(dataset, TorchDataset) and not isinstance(dataset, IterableDataset):
+        return len(dataset) > 0 and _has_tokens(dataset[0])  # pyright: ignore[reportArgumentType]
+    if isinstance(dataset, str | bytes | Mapping) or not isinstance(dataset, Iterable):
+        return False
+    return _has_tokens(next(iter(dataset), None))
+
+
+def _has_tokens(row: object) -> bool:
+    return isinstance(row, Mapping) and "input_ids" in row
 
 
 def label_names(model: Any) -> list[str]:

@@ -198,12 +198,11 @@ def displace(module: nn.Module, name: str) -> None:
 def _parameters(
     module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of `module` as its class does, and packed weights by their own names.
-
-    The weights come in the order that they had as parameters: PEFT wraps the module once for each.
-    """
+    """Yield the parameters of `module` as its class does, and packed weights by their own names, in
+    the order that they had as parameters: PEFT wraps the module once for each."""
     yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
-    if not recurse:
+    # FSDP2 asks for duplicates, and would move the weight to this name.
+    if not recurse and remove_duplicate:
         for name in _weight_names(module):
             if isinstance(packed := getattr(module, name), PackedExperts):
                 yield f"{prefix}{'.' if prefix else ''}{name}", packed.weight

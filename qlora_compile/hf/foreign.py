@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from qlora_compile.hf.conv1d import LinearSite, features
 
@@ -29,7 +30,18 @@ def stored_as(weight: Tensor) -> str:
 def _is_plain(weight: Tensor) -> bool:
     """Whether torch computes with the memory of `weight`, and no subclass of Tensor intervenes."""
     own, plain = (getattr(each, "__torch_dispatch__") for each in (type(weight), Tensor))  # noqa: B009
-    return own is plain and not has_torch_function((weight,))
+    return own is plain and not _intervenes(type(weight))
+
+
+def _intervenes(cls: type[Tensor]) -> bool:
+    """Whether a class handles torch's functions itself. Modes, which the class does not know of,
+    do not count: transformers makes models inside one."""
+    own: Any = cls.__torch_function__
+    plain: Any = Tensor.__torch_function__
+    return (
+        own is not torch._C._disabled_torch_function_impl
+        and getattr(own, "__func__", own) is not plain.__func__
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

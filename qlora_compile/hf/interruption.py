@@ -1,4 +1,4 @@
-"""Ctrl-C while training: ends it after a whole step, from where a checkpoint goes on exactly."""
+"""Ctrl-C and SIGTERM while training: end it after a whole step, from where a checkpoint goes on."""
 
 from __future__ import annotations
 
@@ -15,48 +15,61 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from qlora_compile.outputs import last_checkpoint
 
-_ANSWER = b"\nCtrl-C: training stops after this step; press Ctrl-C again to stop at once\n"
+_ANSWERS = {
+    signal.SIGINT: b"\nCtrl-C: training stops after this step; press Ctrl-C again to end at once\n",
+    signal.SIGTERM: b"\nSIGTERM: training stops after this step; a second one stops it at once\n",
+}
 
 
 class TrainingInterrupt(KeyboardInterrupt):
-    """Ctrl-C stopped a training; the message says what is saved and how to go on."""
+    """Ctrl-C or SIGTERM stopped a training; the message says what is saved and how to go on.
+
+    signal: the number of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 class Interruption(TrainerCallback):
-    """Ends training after the step in which Ctrl-C is pressed, and saves a checkpoint there.
+    """Ends training after the step in which Ctrl-C is pressed or SIGTERM comes, and saves a
+    checkpoint there.
 
-    Pressed again, Ctrl-C raises KeyboardInterrupt at once. output_dir: None to save nothing.
+    The second time, KeyboardInterrupt is raised at once. output_dir: None to save nothing.
     """
 
     def __init__(self, output_dir: str | None) -> None:
         self.output_dir = output_dir
         self.pressed = False
+        self.number: int = signal.SIGINT
         self._process = os.getpid()
 
     @contextlib.contextmanager
     def watching(self, trainer: Trainer) -> Iterator[None]:
-        """Answer Ctrl-C while `trainer` trains inside of this context.
+        """Answer both signals while `trainer` trains inside of this context.
 
         Raises:
-            TrainingInterrupt: Ctrl-C was pressed.
+            TrainingInterrupt: one of them came.
         """
-        # Elsewhere than in the main thread, or with a handler of the user's, Ctrl-C is not ours.
-        ours = threading.current_thread() is threading.main_thread()
-        ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if ours:
-            signal.signal(signal.SIGINT, self._press)
+        # Elsewhere than in the main thread, or with a handler of the user's, a signal is not ours.
+        alone = threading.current_thread() is threading.main_thread()
+        before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        ours = [each for each, usual in before.items() if alone and signal.getsignal(each) is usual]
+        for each in ours:
+            signal.signal(each, self._press)
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
             # A terminal also interrupts the compilers that training waits for, which then fail.
             if isinstance(error, KeyboardInterrupt) or self.pressed:
-                raise TrainingInterrupt(self._message(trainer.state)) from error
+                raise TrainingInterrupt(self._message(trainer.state), self.number) from error
             raise
         finally:
-            if ours:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            for each in ours:
+                signal.signal(each, before[each])
         if self.pressed:
-            raise TrainingInterrupt(self._message(trainer.state))
+            raise TrainingInterrupt(self._message(trainer.state), self.number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.pressed:
@@ -64,12 +77,14 @@ class Interruption(TrainerCallback):
             control.should_training_stop = True
 
     def _press(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process and number == signal.SIGTERM:
+            raise SystemExit(128 + number)  # a worker that loads data, which is to end
         if self.pressed:
             signal.default_int_handler(number, frame)
-        self.pressed = True
-        if os.getpid() == self._process:  # and not in a worker that loads data
+        self.pressed, self.number = True, number
+        if os.getpid() == self._process:
             # A handler may run inside of a write to sys.stderr, which cannot be entered twice.
-            os.write(2, _ANSWER)
+            os.write(2, _ANSWERS[signal.Signals(number)])
 
     def _message(self, state: TrainerState) -> str:
         done = f"training was stopped after step {state.global_step} of {state.max_steps}"

@@ -1,6 +1,6 @@
 """Loads models and tokenizers from a folder, a GGUF file or a Hub name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     GgufConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -21,10 +22,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qlora_compile.checkpoint_errors import CheckpointMethodError
+from qlora_compile.checkpoint_errors import CheckpointHeadError, CheckpointMethodError
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
-from qlora_compile.hf.checkpoints.folder import CheckpointFolder
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
+from qlora_compile.hf.checkpoints.side_files import add_settings_beside, generation_config
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
 _TOKENIZER_FILES = (
@@ -52,47 +54,89 @@ def load_config(source: str | Path) -> Any:
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
+        CheckpointError: it is a GGUF file that cannot be read, or modelopt's settings cannot.
     """
     folder, options = _location(source)
+    if "gguf_file" in options:
+        with readable_gguf(source):
+            return AutoConfig.from_pretrained(folder, **options)
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         raise _not_found(source, error) from error
+    if not options and quantization_settings(config) is None:
+        add_settings_beside(folder, config)
+    return config
 
 
 def load_model(
     source: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     config: Any = None,
+    head: str = "causal",
+    labels: Sequence[str] = (),
     device: torch.device | str = "cpu",
+    keeps_blocks: bool = False,
 ) -> Any:
     """Load a model in the class its configuration names; `dtype` None means `compute_dtype()`.
 
     The weights of a quantised checkpoint stay packed; the package that wrote it is not needed.
 
-    device: where the weights of a quantised checkpoint go.
+    head: "causal" for that class, "score" for one number for each text, "classes" for logits of
+    `labels`; both with a new head unless the checkpoint has one. device: where the weights of a
+    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed where a format
+    holds their blocks; else all are decoded.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
         CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
+        CheckpointHeadError: a quantised checkpoint has no head of that kind.
         CheckpointError: a file of a quantised checkpoint cannot be read.
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
+    if dtype is None or isinstance(dtype, str):
+        dtype = compute_dtype() if dtype is None else getattr(torch, dtype)
     settings = quantization_settings(config)
     if settings is not None and not options:
-        return _load_quantised(source, config, settings, dtype or compute_dtype(), device)
+        if head != "causal":
+            raise CheckpointHeadError(file=source, value=settings.get("quant_method"))
+        return _load_quantised(source, config, settings, dtype, device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
+    if head != "causal":
+        named = AutoModelForSequenceClassification
+        names = list(labels) or ["score"]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        if getattr(config, "pad_token_id", None) is None:  # it ends the text that is classified
+            config.pad_token_id = _first(getattr(config, "eos_token_id", None))
     if "gguf_file" in options:
+        if keeps_blocks and head == "causal":
+            model = _load_blocks(Path(source), config, dtype, device)
+            if model is not None:
+                return model
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        return named.from_pretrained(
-            folder, config=config, dtype=dtype or compute_dtype(), **options
-        )
+        return named.from_pretrained(folder, config=config, dtype=dtype, **options)
     except OSError as error:
         raise _not_found(source, error) from error
+
+
+def _load_blocks(
+    path: Path, config: Any, dtype: torch.dtype, device: torch.device | str
+) -> Any | None:
+    """Load a GGUF file; None if only transformers reads its architecture."""
+    from qlora_compile.hf.checkpoints.gguf import GgufFile, GgufSource
+
+    named = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    file = GgufFile(path, named, config)
+    if not file.is_known:
+        return None
+    model = read_model(named, config, file, GgufSource(), dtype=dtype, device=device)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
 
 
 def _load_quantised(
@@ -117,13 +161,27 @@ def _load_quantised(
             raise _not_found(source, error) from error
     named = getattr(transformers, architecture(config) or "", None)
     named = named or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    folder = CheckpointFolder(path)
+    folder = CheckpointFolder(path, reader.stem)
     model = read_model(named, config, folder, reader, dtype=dtype, device=device)
     # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
     model.name_or_path = model.config.name_or_path = str(source)
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = generation_config(path)
     return model
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`."""
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    return quantization_settings(config) is not None
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -134,7 +192,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     if not has_tokenizer(source):
         raise TokenizerMissingError(site=f"the data for {str(source)!r}")
-    folder, options = _location(source)
+    folder, options = (str(source), {}) if Path(source).is_dir() else _location(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:
@@ -183,7 +241,9 @@ def _location(source: str | Path) -> tuple[str, dict[str, Any]]:
                 value=str(source), problem="the file does not exist", remedy="check the path"
             )
         if find_spec("gguf") is None:
-            raise MissingPackageError(purpose=f"reading {str(source)!r}", package="gguf")
+            raise MissingPackageError(
+                purpose=f"reading {str(source)!r}", package="gguf", extra="demo"
+            )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,170 +1,261 @@
-"""Fine-tunes with the Hugging Face Trainer, and computes losses of held-out sequences."""
+"""FineTuning: trains a model by TRL's trainer of an objective, or by transformers' Trainer."""
 
-import contextlib
+from __future__ import annotations
+
+import dataclasses
 import difflib
-import inspect
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sized
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
+from qlora_compile.data_errors import NothingLearntError
 from qlora_compile.errors import (
-    AdaptersPresentError,
-    ModelTypeError,
+    MissingPackageError,
     OutOfRangeError,
     TrainingOptionError,
 )
-from qlora_compile.hf.dataset import label_names, prepare
+from qlora_compile.hf.adapters import base_model
+from qlora_compile.hf.dataset import (
+    checked_length,
+    is_tokenized,
+    label_names,
+    prepare,
+    rows_of,
+)
 from qlora_compile.hf.interruption import Interruption
 from qlora_compile.hf.loading import is_causal
+from qlora_compile.hf.rows import longest_row
+from qlora_compile.hf.trainer import preparation
+from qlora_compile.hf.trainer.class_labels import labelled
+from qlora_compile.hf.trainer.failures import failures_named
+from qlora_compile.hf.trainer.finished import is_finished, load_finished
+from qlora_compile.hf.trainer.finite_steps import STOP, check_on_nan, finite_steps
+from qlora_compile.hf.trainer.objectives.base import Objective
+from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
+from qlora_compile.hf.trainer.objectives.registry import objective_named
+from qlora_compile.hf.trainer.objectives.sft import SFT
 
-_TASKS = {
-    "ForSequenceClassification": TaskType.SEQ_CLS,
-    "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
+MAX_LENGTH = 1024  # tokens; TRL's
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,  # of all steps
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "seed": 0,
+    "report_to": "none",
 }
-_LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
+"""Options of every training, from Python and from the command line, that are not the trainer's."""
+
+TRL_DEFAULTS: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "bf16": False,  # the model's own dtype counts
+}
+"""Options of TRL's trainers for which transformers has these defaults."""
 
 
-def require_plain_model(model: object) -> None:
-    """Check that a model is a transformers model that has no adapters yet.
+class FineTuning:
+    """One training of a model. trainer: the Trainer, ready to train.
 
-    Raises:
-        ModelTypeError: it is no transformers model.
-        AdaptersPresentError: it is a PeftModel.
+    The arguments are those of `QuantizedLoRA.train`. objective: None for supervised fine-tuning of
+    a causal language model, and for what the labels say of any other model. observer: watches the
+    steps; with one nothing is printed. patience: the number of evaluations without a better one
+    after which training ends; None for any. on_nan: as `finite_steps` takes it.
+
+    Raises what `QuantizedLoRA.train` raises, before anything is trained.
     """
-    if isinstance(model, PeftModel):
-        raise AdaptersPresentError(value=type(model).__name__)
-    if not isinstance(model, PreTrainedModel):
-        raise ModelTypeError(value=type(model).__name__)
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: Any,
+        *,
+        objective: str | None = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        columns: Mapping[str, str] | None = None,
+        eval_dataset: Any = None,
+        reward: Any = None,
+        observer: StepObserver | None = None,
+        patience: int | None = None,
+        on_nan: str = STOP,
+        options: Mapping[str, Any],
+    ) -> None:
+        check_on_nan(on_nan)
+        chosen = objective_named(objective or "sft")
+        dataset, eval_dataset = rows_of(dataset, columns), rows_of(eval_dataset, columns)
+        as_it_stands = is_tokenized(dataset) or (objective is None and not _is_causal(model))
+        if chosen is SFT and as_it_stands:
+            chosen = CLASSIFICATION
+        trainer_class, config_class = _loaded(chosen)
+        require_known_options(options, config_class)
+        self.interruption = Interruption(options.get("output_dir"))
+        self._temporary = None
+        if options.get("output_dir") is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="qlora_compile-")
+        defaults = {**_machine_defaults(), **_defaults(chosen, options), **chosen.defaults}
+        if eval_dataset is not None:
+            defaults["eval_strategy"] = "epoch"
+        watchers: list[TrainerCallback] = [self.interruption, *([observer] if observer else [])]
+        if patience is not None:
+            watchers.append(EarlyStoppingCallback(patience))
+        make = _plain_trainer if chosen is CLASSIFICATION else _trl_trainer
+        self.trainer: Any = make(
+            model,
+            dataset,
+            eval_dataset,
+            tokenizer=tokenizer,
+            max_length=checked_length(max_length, base_model(model)),
+            reward=reward,
+            objective=chosen,
+            trainer_class=finite_steps(trainer_class, on_nan),
+            arguments=lambda **own: config_class(
+                **{
+                    **defaults,
+                    **own,
+                    **options,
+                    "output_dir": options.get("output_dir") or self._temporary.name,  # pyright: ignore[reportOptionalMemberAccess]
+                }
+            ),
+            callbacks=watchers,
+        )
+        self._resume = options.get("resume_from_checkpoint")
+        if observer:
+            self.trainer.remove_callback(PrinterCallback)
+
+    def train(self) -> Any:
+        """Train, and return the TrainOutput.
+
+        Raises:
+            TrainingInterrupt: Ctrl-C or SIGTERM stopped the training.
+            NotFiniteError: a loss or a gradient is NaN or infinite, and on_nan is "stop".
+            TrainingMemoryError, CheckpointWriteError: memory or disk space ran out.
+        """
+        if is_finished(self.trainer, self._resume):
+            return load_finished(self.trainer, self._resume)
+        # Of several processes each would stop after another step.
+        alone = self.trainer.args.world_size == 1
+        watching = self.interruption.watching(self.trainer) if alone else nullcontext()
+        with watching, failures_named(self.trainer):
+            return self.trainer.train(resume_from_checkpoint=self._resume)
 
 
-def require_adapter_settings(rank: object, alpha: object, dropout: object) -> None:
-    """Check LoRA's rank, alpha and dropout.
-
-    Raises:
-        OutOfRangeError: one of them cannot be used.
-    """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise OutOfRangeError(name="rank", value=rank, allowed="an integer of 1 or more")
-    if not isinstance(alpha, int | float) or not alpha > 0:
-        raise OutOfRangeError(name="alpha", value=alpha, allowed="a number above 0")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise OutOfRangeError(name="dropout", value=dropout, allowed="a number from 0 to below 1")
+def _is_causal(model: Any) -> bool:
+    return is_causal(type(base_model(model)).__name__)
 
 
-def lora_config(
-    model: Any, *, rank: int, alpha: float, dropout: float, target_modules: Any
-) -> LoraConfig:
-    """Return PEFT's configuration for a model; it also trains the new head of a classifier.
-
-    Raises:
-        OutOfRangeError: rank, alpha or dropout cannot be used.
-    """
-    require_adapter_settings(rank, alpha, dropout)
-    name = type(model).__name__
-    task = TaskType.CAUSAL_LM if is_causal(name) else None
-    for ending, known in _TASKS.items():
-        if name.endswith(ending):
-            task = known
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  PEFT divides it, any number will do
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type=task,
+def _plain_trainer(
+    model: Any,
+    dataset: Any,
+    eval_dataset: Any,
+    *,
+    tokenizer: Any,
+    max_length: int | None,
+    trainer_class: Any,
+    arguments: Any,
+    callbacks: list[TrainerCallback],
+    **_: Any,
+) -> Trainer:
+    rows, held_out = labelled(dataset, eval_dataset, base_model(model).config)
+    rows, batching = prepare(rows, model, tokenizer, max_length)
+    if held_out is not None:
+        held_out, _ = prepare(held_out, model, tokenizer, max_length)
+    return trainer_class(
+        model=model,
+        # Trainer would look for the names in PeftModel's forward, which has none.
+        args=arguments(label_names=label_names(model)),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=batching,
+        processing_class=tokenizer,
+        callbacks=callbacks,
     )
 
 
-def fine_tune(
+def _trl_trainer(
     model: Any,
     dataset: Any,
+    eval_dataset: Any,
     *,
-    tokenizer: Any = None,
-    max_length: int | None = None,
-    observer: "StepObserver | None" = None,
-    options: dict[str, Any],
-) -> tuple[Any, list[dict[str, float]]]:
-    """Train the parameters that require gradients; return the TrainOutput and the log history.
+    tokenizer: Any,
+    max_length: int | None,
+    reward: Any,
+    objective: Objective,
+    trainer_class: Any,
+    arguments: Any,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    rows = dataset
+    if not isinstance(dataset, preparation.TrainingRows):
+        rows = preparation.training_rows(dataset, objective, held_out=eval_dataset)
+    own = dict(TRL_DEFAULTS)
+    if "max_length" in {each.name for each in dataclasses.fields(objective.load()[1])}:
+        limit = longest_row(base_model(model)) or MAX_LENGTH
+        own["max_length"] = max_length or min(MAX_LENGTH, limit)
+    if objective is SFT:
+        own["assistant_only_loss"] = rows.learns_turns
+    args = arguments(**own)
+    if preparation.is_stream(rows.table) and args.max_steps <= 0:
+        allowed = "1 or more: the data is a stream, whose end is not known"
+        raise OutOfRangeError(name="max_steps", value=args.max_steps, allowed=allowed)
+    path = getattr(args, "chat_template_path", None)
+    marked = preparation.templates_checked(rows, tokenizer, vars(args), objective)
+    args.chat_template_path = None  # which the tokenizer has now
+    rows = preparation.trl_rows(preparation.enough_rows(rows, args), marked)
+    if marked.pad_token is None:
+        marked.pad_token = marked.eos_token
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=rows.table,
+        eval_dataset=rows.held_out,
+        processing_class=marked,
+        callbacks=callbacks,
+        **({"reward_funcs": reward} if objective.needs_reward else {}),
+    )
+    if isinstance(trainer.train_dataset, Sized) and len(trainer.train_dataset) == 0:
+        raise NothingLearntError(site=rows.origin.name, value=args.max_length)
+    # What is saved has the template that it came with.
+    trainer.processing_class = preparation.with_template(tokenizer, path)
+    return trainer
 
-    dataset, max_length: as `QuantizedLoRA.train` takes them. options: for TrainingArguments; the
-    defaults here are to report to no service, to save nothing without an output_dir, a learning
-    rate of 2e-4, and the CPU if there is no accelerator. observer: watches the steps; with one
-    nothing is printed.
+
+def config_class_of(objective: Objective) -> Any:
+    """Return the class of the configuration of an objective's trainer.
 
     Raises:
-        TrainingOptionError: TrainingArguments has no such option.
-        DatasetTypeError, EmptyDatasetError, TokenizerMissingError, NoLossError,
-        MissingLabelsError, or an error of a row: the dataset cannot be trained on.
-        TrainingInterrupt: Ctrl-C stopped the training.
+        MissingPackageError: TRL is needed and not installed.
     """
-    require_known_options(options)
-    rows, batching = prepare(dataset, model, tokenizer, max_length)
-    interruption = Interruption(options.get("output_dir"))
-    with _output_directory(options) as directory:
-        arguments = TrainingArguments(**{**_defaults(options, model), "output_dir": directory})
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=batching,
-            processing_class=tokenizer,
-            callbacks=[interruption, *([observer] if observer else [])],
-        )
-        if observer:
-            trainer.remove_callback(PrinterCallback)
-        # Of several processes each would stop after another step.
-        alone = arguments.world_size == 1
-        with interruption.watching(trainer) if alone else contextlib.nullcontext():
-            output = trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
-    return output, trainer.state.log_history
+    return _loaded(objective)[1]
 
 
-def require_known_options(options: dict[str, Any]) -> None:
-    """Raise TrainingOptionError, which names the nearest, for an option that TrainingArguments does
+def _loaded(objective: Objective) -> tuple[Any, Any]:
+    if objective is not CLASSIFICATION and find_spec("trl") is None:
+        raise MissingPackageError(purpose=f"the objective {objective.name}", package="trl")
+    return objective.load()
+
+
+def require_known_options(options: Mapping[str, Any], config_class: Any) -> None:
+    """Raise TrainingOptionError, which names the nearest, for an option that `config_class` does
     not have."""
-    known = list(inspect.signature(TrainingArguments).parameters)
+    known = [each.name for each in dataclasses.fields(config_class) if each.init]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             closest = ", ".join(near) or "none that is similar; see its documentation"
-            raise TrainingOptionError(value=name, closest=closest)
-
-
-@torch.no_grad()
-def sequence_losses(model: Any, sequences: Sequence[list[int]], batch_size: int) -> list[float]:
-    """Return the mean next-token loss of each token sequence, in evaluation mode.
-
-    The model's training mode is restored. Losses are in nats per token.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    losses: list[float] = []
-    try:
-        for start in range(0, len(sequences), batch_size):
-            ids = torch.tensor(sequences[start : start + batch_size], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), ids[:, 1:], reduction="none"
-            )
-            losses.extend(loss.mean(dim=1).tolist())
-    finally:
-        model.train(was_training)
-    return losses
+            raise TrainingOptionError(value=name, config=config_class.__name__, closest=closest)
 
 
 def seed_everything(seed: int) -> None:
@@ -173,9 +264,14 @@ def seed_everything(seed: int) -> None:
 
 
 def quiet() -> None:
-    """Silence transformers, except for errors, so that the terminal shows only our progress."""
+    """Silence the libraries, except for errors, so that the terminal shows only our progress."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     # PEFT reads an attribute that transformers is renaming; a user can do nothing about that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT looks for a config.json to see if embeddings were resized. A GGUF file has none beside
@@ -210,24 +306,13 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _defaults(options: dict[str, Any], model: Any) -> dict[str, Any]:
+def _machine_defaults() -> dict[str, Any]:
     accelerated = torch.accelerator.is_available()
-    defaults = {
-        "report_to": "none",
-        "save_strategy": "no" if options.get("output_dir") is None else "steps",
-        "learning_rate": _LEARNING_RATE,
-        "use_cpu": not accelerated,
-        "dataloader_pin_memory": accelerated,
-        # Trainer would look for the names in PeftModel's forward, which has none.
-        "label_names": label_names(model),
-    }
-    return {**defaults, **options}
+    return {"use_cpu": not accelerated, "dataloader_pin_memory": accelerated}
 
 
-@contextlib.contextmanager
-def _output_directory(options: dict[str, Any]) -> Iterator[str]:
-    if options.get("output_dir") is not None:
-        yield str(options["output_dir"])
-        return
-    with tempfile.TemporaryDirectory(prefix="qlora_compile-") as directory:
-        yield directory
+def _defaults(objective: Objective, options: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {**DEFAULTS, "save_strategy": "steps" if options.get("output_dir") else "no"}
+    if not objective.keeps_learning_rate:
+        defaults["learning_rate"] = LEARNING_RATE
+    return defaults

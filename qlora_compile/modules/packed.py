@@ -17,7 +17,7 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.packed import PackedWeight, as_bytes
 from qlora_compile.kernels.registry import format_named
 
-_LAYOUT = "packed_layout"
+LAYOUT = "packed_layout"
 """The name of the Parameter that stores the Layout, as `Layout.to_tensor` makes it."""
 
 
@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
         self.layout = str(packed.layout)
         _, *self.side_names = packed.planes
         planes = {"weight": packed.codes} | {n: packed.planes[n] for n in self.side_names}
-        planes[_LAYOUT] = packed.layout.to_tensor().to(packed.codes.device)
+        planes[LAYOUT] = packed.layout.to_tensor().to(packed.codes.device)
         for name, plane in planes.items():
             self.register_parameter(name, nn.Parameter(as_bytes(plane), requires_grad=False))
 
@@ -107,7 +107,7 @@ class PackedModule(nn.Module):
         Layout. State dicts of older versions have no Layout, and none is missed, or floating-point
         planes in their own dtypes.
         """
-        key = prefix + _LAYOUT
+        key = prefix + LAYOUT
         if key in state_dict and (stored := _stored_layout(state_dict[key])) != Layout.parse(
             self.layout
         ):

@@ -1,12 +1,11 @@
-"""Documents of plain text: reads them, holds some out, and packs them into token sequences."""
+"""Documents of plain text: holds some out, and packs them into token sequences."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
-from qlora_compile.errors import TextFileError, TooLittleTextError
+from qlora_compile.errors import TooLittleTextError
 
 
 @dataclass(frozen=True)
@@ -17,39 +16,10 @@ class Document:
     text: str
 
 
-def read_documents(path: Path) -> list[Document]:
-    """Read the documents of a UTF-8 file: the `text` of each record of a .jsonl, else paragraphs.
-
-    Raises:
-        TextFileError: the path is missing or a directory, or the file is unreadable, not UTF-8,
-            malformed or blank.
-    """
-    if path.is_dir():
-        raise _unreadable(path, "this is a directory", "pass a text file or a .jsonl file")
-    if not path.exists():
-        raise _unreadable(path, "the file does not exist", "check the path")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _unreadable(
-            path, f"byte {error.start} is not UTF-8", "convert the file to UTF-8"
-        ) from error
-    except OSError as error:
-        raise _unreadable(path, str(error.strerror), "check the file's permissions") from error
-    texts = _records(path, text) if path.suffix == ".jsonl" else _paragraphs(text)
-    documents = [
-        Document(f"{path.name}:{number}", part)
-        for number, part in enumerate(texts, start=1)
-        if part.strip()
-    ]
-    if not documents:
-        raise _unreadable(path, "it holds no text", "pass a file that does")
-    return documents
+Item = TypeVar("Item")
 
 
-def split(
-    documents: Sequence[Document], held_out: float, seed: int
-) -> tuple[list[Document], list[Document]]:
+def split(documents: Sequence[Item], held_out: float, seed: int) -> tuple[list[Item], list[Item]]:
     """Return training and held-out documents, each in the given order.
 
     held_out: the fraction of the documents to hold out, at least one document if it is not 0. The
@@ -63,7 +33,7 @@ def split(
     count = max(1, round(len(documents) * held_out))
     if count >= len(documents):
         raise TooLittleTextError(
-            value=documents[0].name,
+            value=getattr(documents[0], "name", "the text"),
             count=len(documents),
             unit="documents",
             purpose="training and held-out text together",
@@ -88,39 +58,3 @@ def pack(
         if separator is not None:
             stream.append(separator)
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
-
-
-def _paragraphs(text: str) -> list[str]:
-    parts: list[str] = []
-    lines: list[str] = []
-    for line in [*text.splitlines(), ""]:
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            parts.append("\n".join(lines))
-            lines = []
-    return parts
-
-
-def _records(path: Path, text: str) -> list[str]:
-    texts = []
-    # Not splitlines(), which also cuts at U+2028 and other characters that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _unreadable(
-                path, f"line {number} is no JSON ({error.msg})", "write one JSON object per line"
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise _unreadable(
-                path, f'line {number} has no string "text"', 'give every line a "text"'
-            )
-        texts.append(record["text"])
-    return texts
-
-
-def _unreadable(path: Path, problem: str, remedy: str) -> TextFileError:
-    return TextFileError(value=str(path), problem=problem, remedy=remedy)

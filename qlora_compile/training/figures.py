@@ -35,10 +35,17 @@ def held_out_figures(before: Sequence[float], after: Sequence[float]) -> dict[st
 
 
 def training_figures(
-    history: Sequence[dict[str, float]], step_seconds: Sequence[float], tokens_per_step: int
+    history: Sequence[dict[str, float]], step_seconds: Sequence[float]
 ) -> dict[str, Any]:
-    """Return the loss of each step, and the speed without the first step, which compiles."""
+    """Return the loss of each step, and the speed without the first step, which compiles.
+
+    history: the Trainer's log of each step; TRL's counts the tokens so far, without padding, as
+    num_tokens. The speed is None where there is no such count.
+    """
     later = step_seconds[1:]
+    counts = [entry["num_tokens"] for entry in history if "num_tokens" in entry and "loss" in entry]
+    counts = counts[-len(step_seconds) :]
+    tokens = counts[-1] - counts[0] if len(counts) > 1 else None
     return {
         "losses": [
             {"step": int(entry["step"]), "loss": entry["loss"]}
@@ -49,7 +56,7 @@ def training_figures(
         "first_step_seconds": step_seconds[0] if step_seconds else None,
         "later_step_seconds_median": statistics.median(later) if later else None,
         "tokens_per_second_after_first_step": (
-            tokens_per_step * len(later) / sum(later) if later else None
+            tokens / sum(later) if later and tokens is not None else None
         ),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_compile.errors import MissingPackageError
 
-_SMOOTHING = 0.9  # weight of the past in the running mean: about the last ten steps
+_REACH = 5  # steps on either side of one that its mean is taken over
 
 
 def require_matplotlib() -> None:
@@ -20,13 +20,13 @@ def require_matplotlib() -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return exponential running means, corrected for the bias at the start."""
-    means: list[float] = []
-    total = weight = 0.0
-    for value in values:
-        total = _SMOOTHING * total + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        means.append(total / weight)
+    """Return centred running means, over fewer values towards either end: those of a straight line
+    are the line, and do not lag behind it."""
+    means = []
+    for place in range(len(values)):
+        reach = min(_REACH, place, len(values) - 1 - place)
+        window = values[place - reach : place + reach + 1]
+        means.append(sum(window) / len(window))
     return means
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_compile.errors import CausalModelError, FormatChoiceError
+from qlora_compile.checkpoint_errors import QuantisedModelError
+from qlora_compile.errors import CausalModelError, FormatChoiceError, ModelNotFoundError
 from qlora_compile.training.demo import demo_model_file
 
 DEMO = "demo"
@@ -17,13 +19,16 @@ DEMO = "demo"
 DEFAULT_FORMAT = "nf4"
 
 
-def check_format(text: str) -> None:
-    """Check the name of a format, which options may follow as in int4:group_size=128.
+def check_format(text: str | None) -> None:
+    """Check the name of a format, which options may follow as in int4:group_size=128; None is not
+    yet chosen.
 
     Raises:
         FormatChoiceError: there is no such format; the nearest names are suggested.
         FormatTextError, FormatOptionError, FormatOptionValueError: an option cannot be used.
     """
+    if text is None:
+        return
     from qlora_compile.kernels.formats.errors import FormatOptionError
     from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_written
 
@@ -42,36 +47,69 @@ def check_format(text: str) -> None:
 class ModelChoice:
     """A model, the format of its weights, and its adapters.
 
-    model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it.
-    alpha: None for 2 * rank. tune: as `optimize` takes it.
+    model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it; None
+    for "nf4", or for "none" if the model is a quantised checkpoint. alpha: None for 2 * rank. tune,
+    block_size, logits_free_loss: as `optimize` takes them. targets: names of Linears, or
+    "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
+    dtype: torch's name of the one to compute in, None for the machine's best. head: what the model
+    computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
     """
 
     model: str
-    format: str = DEFAULT_FORMAT
+    format: str | None = None
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
     tune: str = "auto"
+    block_size: int | None = None
+    targets: tuple[str, ...] = ("all-linear",)
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    logits_free_loss: bool = False
+    head: str = "causal"
+    labels: tuple[str, ...] = ()
 
     def check(self) -> Any:
         """Check the choice without reading weights, and return the model's configuration.
 
         Raises:
             What `check_format` raises, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError, TuneModeError: a value cannot be used.
+            CausalModelError, TuneModeError, QuantisedModelError: a value cannot be used.
         """
         check_format(self.format)
-        from qlora_compile.hf import loading, training
+        check_model_path(self.model)
+        from qlora_compile.hf import loading, lora_settings
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
         from qlora_compile.tuning.modes import check_mode
 
         check_mode(self.tune)
         alpha = 1 if self.alpha is None else self.alpha
-        training.require_adapter_settings(self.rank, alpha, self.dropout)
+        lora_settings.require_adapter_settings(self.rank, alpha, self.dropout)
         config = loading.load_config(self.source)
         name = loading.architecture(config)
-        if not loading.is_causal(name):
+        if self.head == "causal" and not loading.is_causal(name):
             raise CausalModelError(value=self.model, model=name)
+        if loading.is_quantised(config) and self.format not in (None, UNQUANTIZED):
+            raise QuantisedModelError(model=self.model, value=self.format)
         return config
+
+    def with_format(self, config: Any) -> ModelChoice:
+        """This choice with a format. config: as `check` returns it."""
+        if self.format is not None:
+            return self
+        from qlora_compile.hf import loading
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+
+        return replace(self, format=UNQUANTIZED if loading.is_quantised(config) else DEFAULT_FORMAT)
+
+    def stored(self, config: Any) -> tuple[str, dict[str, Any]]:
+        """The name and the options of the format that weights are stored in."""
+        from qlora_compile.kernels.formats.formats import format_written
+
+        name, options = format_written(str(self.with_format(config).format))
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
+        return name, options
 
     @property
     def source(self) -> str | Path:
@@ -83,17 +121,26 @@ class ModelChoice:
         config: as `check` returns it. verify: as `optimize` takes it.
         """
         from qlora_compile import api
-        from qlora_compile.hf import loading, training
-        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
+        from qlora_compile.hf import loading, lora_settings
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
-        name, options = format_written(self.format)
-        model = loading.load_model(self.source, config=config)
-        lora = training.lora_config(
+        name, options = self.stored(config)
+        model = loading.load_model(
+            self.source,
+            config=config,
+            dtype=self.dtype,
+            head=self.head,
+            labels=self.labels,
+            # Without a format the weights stay as they are stored.
+            keeps_blocks=name == UNQUANTIZED,
+        )
+        lora = lora_settings.lora_config(
             model,
             rank=self.rank,
             alpha=2 * self.rank if self.alpha is None else self.alpha,
             dropout=self.dropout,
-            target_modules="all-linear",
+            target_modules=self.targets[0] if len(self.targets) == 1 else list(self.targets),
+            **self.lora_options,
         )
         return api.optimize(
             model,
@@ -101,13 +148,14 @@ class ModelChoice:
             quantize=None if name == UNQUANTIZED else name,
             tune=self.tune,
             verify=verify,
+            logits_free_loss=self.logits_free_loss,
             **options,
         )
 
 
 def quiet_choice(
     model: str,
-    format: str,
+    format: str | None,
     rank: int,
     alpha: float | None,
     dropout: float,
@@ -118,7 +166,26 @@ def quiet_choice(
     Raises:
         What `check_format` raises.
     """
+    if model != DEMO:
+        check_model_path(model)
     check_format(format)  # before transformers is imported, which takes seconds
+    be_quiet()
+    return ModelChoice(model, format, rank, alpha, dropout, tune)
+
+
+def check_model_path(model: str) -> None:
+    """Raise ModelNotFoundError, without an import, if `model` can only be a path and is missing."""
+    path = Path(model)
+    looks = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if (looks or path.suffix == ".gguf" or "\\" in model) and not path.exists():
+        what = "file" if path.suffix == ".gguf" else "folder"
+        raise ModelNotFoundError(
+            value=model, problem=f"the {what} does not exist", remedy="check the path"
+        )
+
+
+def be_quiet() -> None:
+    """Silence what the libraries would print."""
     # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # When imported, bitsandbytes recommends another package, which nothing here would use.
@@ -126,4 +193,3 @@ def quiet_choice(
     from qlora_compile.hf.training import quiet
 
     quiet()
-    return ModelChoice(model, format, rank, alpha, dropout, tune)

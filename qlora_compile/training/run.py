@@ -2,94 +2,85 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_compile.errors import (
-    OutOfRangeError,
-    OutputDirectoryError,
-    ResumeError,
+import yaml
+
+from qlora_compile.errors import OutputDirectoryError, ResumeError
+from qlora_compile.hf.trainer.sources import check_paths
+from qlora_compile.outputs import (
+    check_writable,
+    damage,
+    held,
+    last_checkpoint,
+    writable_directory,
+    write_whole,
 )
-from qlora_compile.outputs import check_writable, last_checkpoint, writable_directory
-from qlora_compile.training.demo import docstring_documents
-from qlora_compile.training.documents import Document, read_documents, split
+from qlora_compile.training.demo import demo_chats
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures
+from qlora_compile.training.held_out import with_held_out
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
-from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format
-from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
+from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format, check_model_path
+from qlora_compile.training.reward_functions import reward_functions
+from qlora_compile.training.settings import FILE, RunSettings, settings_from
+from qlora_compile.training.token_sequences import check_sequence_length
 
 if TYPE_CHECKING:
     from qlora_compile.hf.training import StepObserver
 
-_HELD_OUT_SEQUENCES = 64  # enough for a small standard error, few enough to evaluate in a moment
-_SETTINGS_FILE = "settings.json"
 # Settings that may differ when a run is resumed: where it writes, how far it goes, how often it
 # saves.
-_MAY_CHANGE = frozenset({"output", "resume", "overwrite", "steps", "checkpoint_every"})
+_MAY_CHANGE = frozenset({"output", "steps", "epochs", "checkpoint_every", "on_nan"})
+_FIGURES = "metrics.json"  # written last: a run without it has not ended
+_ANSWER_TOKENS = 64
 
 
-@dataclass(frozen=True)
 class TrainingRun:
-    """The settings of one run, named as the options of `qlora-compile train`.
+    """One run. resume: go on from the last checkpoint. overwrite: replace an earlier run."""
 
-    held_out: the fraction of the documents that are held out. checkpoint_every: steps.
-    """
+    def __init__(
+        self, settings: RunSettings, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.settings, self.resume, self.overwrite = settings, resume, overwrite
+        self.output = Path(settings.output)
+        self.is_demo = settings.data == (DEMO,)
 
-    choice: ModelChoice
-    data: str
-    output: Path
-    steps: int
-    sequence_length: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-    held_out: float
-    checkpoint_every: int
-    resume: bool = False
-    overwrite: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return {**values.pop("choice"), **values, "output": str(self.output)}
-
-    def check(self) -> Any:
-        """Check all settings and the text file, without reading weights; return the configuration.
+    def check_quickly(self) -> None:
+        """Check what needs none of the libraries that take seconds to import, and the format last.
 
         Raises:
-            QloraCompileError: a value cannot be used; the class says which.
+            QloraCompileError: a setting, a path or an earlier run is in the way.
         """
-        check_format(self.choice.format)
-        for name, value, fine, allowed in (
-            ("--steps", self.steps, self.steps >= 1, "1 or more"),
-            ("--sequence-length", self.sequence_length, self.sequence_length >= 2, "2 or more"),
-            ("--batch-size", self.batch_size, self.batch_size >= 1, "1 or more"),
-            ("--seed", self.seed, 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
-            ("--held-out", self.held_out, 0 <= self.held_out < 1, "a fraction from 0 to below 1"),
-            ("--checkpoint-every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
-            (
-                "--learning-rate",
-                self.learning_rate,
-                self.learning_rate > 0 and math.isfinite(self.learning_rate),
-                "a number above 0",
-            ),
-        ):
-            if not fine:
-                raise OutOfRangeError(name=name, value=value, allowed=allowed)
+        settings = self.settings
+        settings.check_ranges()
+        if settings.model != DEMO:
+            check_model_path(settings.model)
+        if not self.is_demo:
+            check_paths(self._paths)
         require_matplotlib()
         check_writable(self.output)
         self._check_earlier_run()
-        if self.data != DEMO:
-            read_documents(Path(self.data))
-        config = self.choice.check()
-        check_sequence_length(self.sequence_length, config, self.choice.model)
-        return config
+        check_format(settings.format)
+
+    @cached_property
+    def objective(self) -> Any:
+        from qlora_compile.hf.trainer.objectives.registry import objective_named
+
+        return objective_named(self.settings.objective)
+
+    @cached_property
+    def reward(self) -> Any:
+        return reward_functions(self.settings.reward, self.objective)
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [Path(each) for each in self.settings.data]
 
     def _check_earlier_run(self) -> None:
         checkpoint = last_checkpoint(self.output)
@@ -109,50 +100,112 @@ class TrainingRun:
                 remedy="pass one of the two",
             )
         if checkpoint is None:
-            raise ResumeError(
-                value=where, problem="it holds no checkpoint", remedy="train without --resume first"
-            )
-        if (done := int(checkpoint.name.rpartition("-")[2])) >= self.steps:
+            damaged = [f"{c.name}: {damage(c)}" for c in self.output.glob("checkpoint-*")]
             raise ResumeError(
                 value=where,
-                problem=f"step {done} of {self.steps} is done already",
+                problem="; ".join(["it holds no checkpoint", *damaged]),
+                remedy="train without --resume first",
+            )
+        done = int(checkpoint.name.rpartition("-")[2])
+        ended = (self.output / _FIGURES).exists()
+        steps = self.settings.steps
+        if steps is not None and (done > steps or (done == steps and ended)):
+            raise ResumeError(
+                value=where,
+                problem=f"step {done} of {steps} is done already",
                 remedy=f"pass --steps above {done}",
             )
-        file = self.output / _SETTINGS_FILE
-        earlier = json.loads(file.read_text()) if file.is_file() else {}
-        for name, value in self.settings().items():
-            if name not in _MAY_CHANGE and name in earlier and earlier[name] != value:
+        file = self.output / FILE
+        # Read as a --config is, so that a damaged one is refused in the same words.
+        earlier = settings_from({}, file).written() if file.is_file() else {}
+        now = self.settings.written()
+        for name in sorted({*now, *earlier} - _MAY_CHANGE if earlier else ()):
+            if earlier.get(name) != now.get(name):
                 raise ResumeError(
                     value=where,
-                    problem=f"the run had {name}={earlier[name]!r}, not {value!r}",
+                    problem=f"the run had {name}={earlier.get(name)!r}, not {now.get(name)!r}",
                     remedy="pass what the run had, or choose another directory",
                 )
 
-    def documents(self) -> list[Document]:
-        """Return the text to train on and to hold out."""
-        return docstring_documents() if self.data == DEMO else read_documents(Path(self.data))
-
-    def sequences(self, tokenizer: Any, config: Any) -> tuple[list[list[int]], list[list[int]]]:
-        """Return token sequences to train on and held-out ones, from different documents.
+    def rows(self) -> Any:
+        """Read and check the rows to train on, with some held out.
 
         Raises:
-            TooLittleTextError: the text does not fill one sequence.
-            TokenizerVocabularyError: the tokenizer belongs to another model.
+            QloraCompileError: a file cannot be read, or a row cannot be trained on.
         """
-        documents = self.documents()
-        training_documents, held_out_documents = split(documents, self.held_out, self.seed)
-        training, held_out = (
-            token_sequences(
-                part, tokenizer, config, self.sequence_length, data=self.data, purpose=purpose
-            )
-            for purpose, part in (
-                ("training", training_documents),
-                ("held-out", held_out_documents),
-            )
+        from qlora_compile.hf.dataset import rows_of
+        from qlora_compile.hf.trainer.preparation import training_rows
+        from qlora_compile.hf.training import DEFAULTS
+
+        seed = DEFAULTS["seed"] if self.settings.seed is None else self.settings.seed
+        if self.is_demo:
+            data, apart = demo_chats(self.settings.held_out, seed)
+        else:
+            data, apart = rows_of(self._paths, self.settings.columns), None
+        rows = training_rows(data, self.objective, held_out=apart or None)
+        return with_held_out(rows, self.settings.held_out, seed)
+
+    def checked(self) -> tuple[ModelChoice, Any, Any, Any]:
+        """Check what `check_quickly` does not, without reading weights; return model choice,
+        configuration, tokenizer and rows.
+
+        Raises:
+            QloraCompileError: something cannot be used; the class says what.
+        """
+        from qlora_compile.hf import loading
+        from qlora_compile.hf.trainer.class_labels import class_names
+        from qlora_compile.hf.trainer.preparation import templates_checked
+        from qlora_compile.hf.training import config_class_of, require_known_options
+
+        choice = replace(self.settings.choice, head=self.objective.head)
+        config = choice.check()
+        choice = choice.with_format(config)
+        _ = self.reward  # which is named on the command line
+        options = self.settings.trainer_options()
+        require_known_options(options, config_class_of(self.objective))
+        check_sequence_length(self.settings.max_length, config, self.settings.model)
+        rows = self.rows()
+        if self.objective.head == "classes":
+            choice = replace(choice, labels=tuple(class_names(rows.table)))
+        tokenizer = loading.load_tokenizer(choice.source)
+        templates_checked(rows, tokenizer, options, self.objective)
+        return choice, config, tokenizer, rows
+
+    def tuning(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Any,
+        observer: StepObserver | None,
+        output: str | None = None,
+    ) -> Any:
+        """Return the FineTuning of a model on rows, with the settings of this run.
+
+        output: a folder in place of the run's.
+        """
+        from qlora_compile.hf.training import FineTuning
+
+        settings = self.settings
+        checkpoint = last_checkpoint(self.output) if self.resume else None
+        return FineTuning(
+            model,
+            rows,
+            objective=settings.objective,
+            tokenizer=tokenizer,
+            max_length=settings.max_length,
+            reward=self.reward,
+            observer=observer,
+            patience=settings.early_stopping,
+            on_nan=settings.on_nan,
+            options={
+                "output_dir": output or str(self.output),
+                "resume_from_checkpoint": checkpoint and str(checkpoint),
+                "logging_steps": 1,
+                "logging_nan_inf_filter": False,
+                "disable_tqdm": True,
+                **settings.trainer_options(),
+            },
         )
-        if len(held_out) > _HELD_OUT_SEQUENCES:
-            held_out = random.Random(self.seed).sample(held_out, _HELD_OUT_SEQUENCES)
-        return training, held_out
 
     def execute(
         self, announce: Callable[[str], None], observer: StepObserver
@@ -160,94 +213,102 @@ class TrainingRun:
         """Train and write every file; return the figures of metrics.json and the report.
 
         Raises:
-            QloraCompileError: as `check` and `sequences`, before anything is trained.
+            QloraCompileError: as `checked`, before anything is trained; or as `FineTuning.train`.
+            OutputDirectoryError: another run writes there now.
         """
-        from qlora_compile import api
-        from qlora_compile.hf import loading, training
+        announce("checking the settings and reading the data")
+        checked = self.checked()
+        with held(writable_directory(self.output)):
+            self._check_earlier_run()  # which may have ended since
+            return self._execute(announce, observer, *checked)
 
-        announce("checking")
-        config = self.check()
-        announce("reading text")
-        tokenizer = loading.load_tokenizer(self.choice.source)
-        train_sequences, held_out = self.sequences(tokenizer, config)
-        writable_directory(self.output)
-        announce(f"loading {self.choice.model}")
-        training.seed_everything(self.seed)
-        model = self.choice.optimized(config)
-        self._prepare_output()
-        announce(f"held-out loss before training ({len(held_out)} sequences)")
-        before = training.sequence_losses(model, held_out, self.batch_size)
+    def _execute(
+        self,
+        announce: Callable[[str], None],
+        observer: StepObserver,
+        choice: ModelChoice,
+        config: Any,
+        tokenizer: Any,
+        rows: Any,
+    ) -> tuple[dict[str, Any], Any]:
+        from qlora_compile import api
+        from qlora_compile.hf import training
+        from qlora_compile.hf.trainer.held_out_loss import held_out_losses
+
+        announce(f"loading {choice.model}")
+        seed = self.settings.seed
+        training.seed_everything(training.DEFAULTS["seed"] if seed is None else seed)
+        model = choice.optimized(config)
+        tuning = self.tuning(model, tokenizer, rows, observer)
+        model = tuning.trainer.model
+        self._prepare_output(tuning.trainer)
+        if tuning.trainer.eval_dataset is not None:
+            announce("held-out loss before training")
+        before = held_out_losses(tuning.trainer)
         announce("training; the first step compiles")
-        checkpoint = last_checkpoint(self.output) if self.resume else None
-        _, history = training.fine_tune(
-            model,
-            [{"input_ids": sequence} for sequence in train_sequences],
-            tokenizer=tokenizer,
-            observer=observer,
-            options={
-                "output_dir": str(self.output),
-                "resume_from_checkpoint": checkpoint and str(checkpoint),
-                "max_steps": self.steps,
-                "per_device_train_batch_size": self.batch_size,
-                "learning_rate": self.learning_rate,
-                "lr_scheduler_type": "linear",
-                "warmup_steps": 0.1,
-                "logging_steps": 1,
-                "logging_nan_inf_filter": False,
-                "save_steps": self.checkpoint_every,
-                "save_total_limit": 2,
-                "seed": self.seed,
-                "disable_tqdm": True,
-            },
-        )
+        tuning.train()
         report = api.explain(model)  # now, so that it describes the last training step
-        announce(f"held-out loss after training ({len(held_out)} sequences)")
-        after = training.sequence_losses(model, held_out, self.batch_size)
+        after = held_out_losses(tuning.trainer)
         metrics = {
-            "settings": self.settings(),
+            "settings": self.settings.written(),
             "held_out": held_out_figures(before, after),
-            "training": training_figures(
-                history, observer.seconds, self.batch_size * self.sequence_length
-            ),
+            "training": training_figures(tuning.trainer.state.log_history, observer.seconds),
+            "skipped_steps": tuning.trainer.skipped_steps,
             "peak_memory": peak_memory(),
             "sites": {
                 "fused": sum(bool(site.fused) for site in report.sites),
                 "total": len(report.sites),
             },
         }
-        self._write(model, tokenizer, metrics, report)
+        if self.is_demo and rows.held_out is not None:
+            announce("answering a held-out question")
+            metrics["answers"] = _answers(model, tokenizer, rows.held_out[0]["messages"])
+        self._write(choice, model, tokenizer, metrics, report)
         return metrics, report
 
-    def _prepare_output(self) -> None:
+    def _prepare_output(self, trainer: Any) -> None:
         if not self.resume:
             for checkpoint in self.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-        _write_json(self.output / _SETTINGS_FILE, self.settings())
+        (self.output / _FIGURES).unlink(missing_ok=True)
+        text = yaml.safe_dump(self.settings.written(), sort_keys=False, allow_unicode=True)
+        write_whole(self.output / FILE, text)
+        write_whole(self.output / "trainer.json", trainer.args.to_json_string())
 
-    def _write(self, model: Any, tokenizer: Any, metrics: dict[str, Any], report: Any) -> None:
+    def _write(
+        self, choice: ModelChoice, model: Any, tokenizer: Any, metrics: dict[str, Any], report: Any
+    ) -> None:
         model.save_pretrained(str(self.output))
         tokenizer.save_pretrained(str(self.output))
-        _write_json(self.output / "metrics.json", metrics)
-        (self.output / "report.json").write_text(report.to_json(), encoding="utf-8")
+        write_whole(self.output / "report.json", report.to_json())
         held_out = metrics["held_out"]
         losses = metrics["training"]["losses"]
         points = held_out and [
             (0, held_out["before"], held_out["before_standard_error"]),
-            (self.steps, held_out["after"], held_out["after_standard_error"]),
+            (losses[-1]["step"], held_out["after"], held_out["after_standard_error"]),
         ]
+        name = Path(choice.source).stem if choice.model == DEMO else Path(choice.model).name
+        data = "docstrings as chats" if self.is_demo else ", ".join(p.name for p in self._paths)
         draw_loss_curve(
             self.output / "loss.png",
             [entry["step"] for entry in losses],
             [entry["loss"] for entry in losses],
-            title=self._title(),
+            title=f"{name} on {data}, {choice.format}, rank {choice.rank}",
             held_out=points or (),
         )
-
-    def _title(self) -> str:
-        data = "standard-library docstrings" if self.data == DEMO else Path(self.data).name
-        model = Path(self.choice.source).stem if self.choice.model == DEMO else self.choice.model
-        return f"{Path(model).name} on {data}, {self.choice.format}, rank {self.choice.rank}"
+        write_whole(self.output / _FIGURES, json.dumps(metrics, indent=2, default=str) + "\n")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _answers(model: Any, tokenizer: Any, chat: list[dict[str, str]]) -> dict[str, str]:
+    from qlora_compile.hf.generation import written
+
+    *asked, answer = chat
+    options = {"max_new_tokens": _ANSWER_TOKENS}
+    with model.disable_adapter():
+        without = written(model, tokenizer, asked, **options)
+    return {
+        "question": asked[-1]["content"],
+        "docstring": answer["content"],
+        "without the adapter": without,
+        "with the adapter": written(model, tokenizer, asked, **options),
+    }

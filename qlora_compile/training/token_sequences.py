@@ -9,12 +9,12 @@ from qlora_compile.errors import SequenceLengthError, TokenizerVocabularyError, 
 from qlora_compile.training.documents import Document, pack
 
 
-def check_sequence_length(length: int, config: Any, model: str) -> None:
+def check_sequence_length(length: int | None, config: Any, model: str) -> None:
     """Raise SequenceLengthError if `length` is more than the model of `config` can take."""
     from qlora_compile.hf.loading import longest_sequence
 
     limit = longest_sequence(config)
-    if limit is not None and length > limit:
+    if limit is not None and length is not None and length > limit:
         raise SequenceLengthError(value=length, model=model, limit=limit)
 
 

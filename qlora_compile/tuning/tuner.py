@@ -169,9 +169,9 @@ class Tuner:
         """Do as `ensure` for the problems that calls asked for and that had no record.
 
         Also drop the records that real calls refute; their problems are measured anew once they are
-        asked for. Does nothing while a backward is under way.
+        asked for. Does nothing while a backward is under way or a stream is captured.
         """
-        if not _in_backward():
+        if not _must_not_measure():
             contradictions = self.selector.take_contradictions()
             if contradictions:
                 self._drop_refuted(contradictions)
@@ -207,7 +207,7 @@ class Tuner:
         choice = self._found(problem, here)
         doubt = earlier
         # Do not measure during a recomputation: it must match the first forward.
-        if self._measures and (choice is None or self.again) and not _in_backward():
+        if self._measures and (choice is None or self.again) and not _must_not_measure():
             start = time.monotonic()
             if earlier is not None:
                 time.sleep(max(0.0, earlier.ended + _APART - start))
@@ -310,5 +310,8 @@ class Tuner:
             self.selector.use_cpu(model)
 
 
-def _in_backward() -> bool:
+def _must_not_measure() -> bool:
+    """Whether a backward is under way, or a stream is being captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return True
     return torch._C._current_graph_task_id() != -1

@@ -25,7 +25,7 @@ from qlora_compile.kernels.layout import Layout
 
 KERNELS = (
     *("fused_forward", "fused_backward", "tail_forward", "tail_backward", "dequantize"),
-    *("low_rank", "adapter_gradient", "skinny"),
+    *("low_rank", "adapter_operand", "adapter_gradient", "add_up", "skinny"),
 )
 EXPERTS = ("low", "forward", "low gradient", "low", "dA", "dB", "backward")
 """The experts' launches of a forward and a backward, in their order; the second "low" is the first
@@ -56,7 +56,8 @@ def usual(arch: str) -> list[ShippedLaunch]:
 def _usual(shipped: ShippedLaunch) -> int:
     """How many of the properties it has that a QLoRA layer usually has."""
     case = shipped.case
-    return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK))
+    siblings = "siblings" in case.note
+    return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK, siblings))
 
 
 def experts(arch: str) -> Iterator[tuple[str, Launch]]:

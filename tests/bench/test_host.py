@@ -12,7 +12,7 @@ from torch import nn
 from bench.host.calls import LAYERS
 from bench.host.launches import torch_launches
 from bench.host.settings import LLAMA, MIXTURE
-from bench.host.table import calls_section, section
+from bench.host.table import calls_section, replays_section, section
 from bench.host.worker import Trainee, launches
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from tests.bench.compiled import run
@@ -31,7 +31,8 @@ def test_operators_that_start_a_kernel_are_counted() -> None:
         y = linear(x.view(2, 2, 8)).transpose(0, 1)
         torch.cat([y, y]).sum().item()
         x.to(x.dtype).contiguous().reshape(-1)
-        nn.functional.scaled_dot_product_attention(*[x.view(1, 1, 4, 8)] * 3)
+        heads = x.view(1, 1, 4, 8)
+        nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
     outside, inside = torch_launches(work)
     assert not inside
@@ -88,3 +89,10 @@ def test_targets_are_judged() -> None:
     text = "\n".join(section(MIXTURE.name, 1, runs(0.007)))
     assert "target 0.6: not met" in text
     assert "a layer: 80 + 4" in text
+
+
+def test_replays_are_judged_by_the_worst() -> None:
+    each = {"name": "o", "direction": "forward", "replayed": 8.0, "empty": 2.0}
+    text = "\n".join(replays_section([each, each | {"direction": "backward", "replayed": 13.0}]))
+    assert "| o, forward | 8.0 | 2.0 | 4.0 |" in text
+    assert "at most 6.5, target 6: not met" in text

@@ -26,9 +26,9 @@ SHAPE = (32, 128, 256, 16)
 SHAPES = "x".join(map(str, SHAPE))
 
 
-def asked(folder: Path, first: int) -> dict[str, Any]:
-    """What row counts up to 32 ask of `folder`: see built_kernels_found.py."""
-    arguments = (ARCH, SHAPES, str(first), "32", "0.1")
+def asked(folder: Path) -> dict[str, Any]:
+    """What row counts from 17 to 32 ask of `folder`: see built_kernels_found.py."""
+    arguments = (ARCH, SHAPES, "17", "32", "0.1")
     found = run("tests.cli.built_kernels_found", *arguments, TRITON_CACHE_DIR=str(folder))
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
@@ -56,16 +56,16 @@ def test_a_gpu_finds_every_kernel_in_the_moved_folder(tmp_path: Path) -> None:
     assert len(set(keys)) == len(keys) == len([path for path in built.iterdir() if path.is_dir()])
 
     built.rename(moved)
-    found = asked(moved, first=17)
+    # One of several of its name, which alone is missed then.
+    binary, *others = moved.glob("*/low_rank_kernel.cubin")
+    assert others
+    binary.unlink()
+    found = asked(moved)
     print(f"{found['launches']} launches of {found['kernels']} kernels, misses {found['misses']}")
-    assert found["misses"] == []
+    assert found["misses"] == ["low_rank_kernel"]
     # As many as were built: nothing was built that no number of rows needs.
     assert found["kernels"] == len(kernels)
     assert found["launches"] > 10 * found["kernels"]
-
-    binary = next(moved.glob("*/keep_bits_kernel.cubin"))
-    binary.unlink()
-    assert asked(moved, first=32)["misses"] == ["keep_bits_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """The command line: what a run leaves behind, resuming, and every bad input in one line."""
 
 import json
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import qlora_compile
 from qlora_compile import api
 from qlora_compile.cli.app import app
+from qlora_compile.hf.trainer.objectives.registry import OBJECTIVES
 from qlora_compile.hf.training import StepObserver
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
+from tests.hf.trainer.chats import ROWS
 from tests.interrupts import interruptible
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
 
 __all__ = ["interruptible"]
 
+ROOT = Path(__file__).parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -52,7 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_llama().save_pretrained(folder / "model")
     toy_tokenizer().save_pretrained(folder / "model")
     toy_bert().save_pretrained(folder / "classifier")
-    paragraphs = [f"{n} brown foxes jump over {n + 1} lazy dogs. " * 4 for n in range(40)]
+    paragraphs = [f"{n} brown foxes jump over {n + 1} lazy dogs." for n in range(10, 50)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
     return folder
 
@@ -64,7 +71,7 @@ def arguments(inputs: Path, output: Path | str, **changed: Any) -> list[str]:
         "output": output,
         "rank": 4,
         "steps": 6,
-        "sequence-length": 32,
+        "max-length": 64,
         "batch-size": 2,
         "learning-rate": 1e-2,
         **{name.replace("_", "-"): value for name, value in changed.items()},
@@ -90,7 +97,7 @@ def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_p
     output = tmp_path / "new" / "run"
     result = CliRunner().invoke(app, arguments(inputs, output, steps=12))
     assert result.exit_code == 0, result.output
-    for row in ("held-out loss", "→", "tokens per second, first step left out", "14 of 15"):
+    for row in ("held-out loss", "→", "tokens per second", "14 of 15"):
         assert row in result.stdout
     assert "Traceback" not in result.stderr
 
@@ -98,6 +105,9 @@ def test_a_run_through_the_compiler_leaves_everything_behind(inputs: Path, tmp_p
     held_out = metrics["held_out"]
     assert held_out["difference"] < -5 * held_out["difference_standard_error"]
     assert len(losses(output)) == 12
+    assert metrics["training"]["tokens_per_second_after_first_step"] > 0
+    trainer = json.loads((output / "trainer.json").read_text())
+    assert (trainer["max_steps"], trainer["per_device_train_batch_size"]) == (12, 2)
     assert metrics["peak_memory"]["bytes"] > 2**27
     report = json.loads((output / "report.json").read_text())
     assert sum(site["fused"] for site in report["sites"]) == metrics["sites"]["fused"] == 14
@@ -132,9 +142,15 @@ def test_an_interrupted_run_resumes_to_the_same_losses(inputs: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("stock", "interruptible")
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_is_one_line_and_resume_goes_on(
-    presses: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "presses"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)]
+)
+def test_a_signal_is_one_line_and_resume_goes_on(
+    number: signal.Signals,
+    presses: int,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changed: Any = {"steps": 6, "dropout": 0.1, "checkpoint_every": 2, "format": "none"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -143,12 +159,12 @@ def test_ctrl_c_is_one_line_and_resume_goes_on(
     def press(observer: StepObserver, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
             for _press in range(presses):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     with monkeypatch.context() as pressed:
         pressed.setattr(StepObserver, "on_step_begin", press)
         result = CliRunner().invoke(app, arguments(inputs, stopped, **changed))
-    assert result.exit_code == 130
+    assert result.exit_code == 128 + (signal.SIGINT if presses == 2 else number)
     saved = stopped / f"checkpoint-{4 - presses}"
     *_, line = result.stderr.splitlines()
     assert line == f"stopped: {saved} holds adapter and training state; --resume goes on from there"
@@ -165,7 +181,7 @@ def test_ctrl_c_before_training_saves_nothing(
     def press(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training_run, "split", press)
+    monkeypatch.setattr(training_run, "with_held_out", press)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "stopped: nothing was saved"
@@ -207,12 +223,127 @@ def test_the_same_seed_gives_the_same_losses(inputs: Path, tmp_path: Path) -> No
     assert runs["a"] == runs["b"] != runs["c"]
 
 
+@pytest.mark.usefixtures("stock")
+def test_the_written_settings_repeat_the_run(inputs: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    changed = {
+        "steps": 4,
+        "dropout": 0.1,
+        "seed": 3,
+        "eval_every": 2,
+        "best_checkpoint": True,
+        "early_stopping": 9,
+        "accumulation": 2,
+        "scheduler": "cosine",
+        "weight_decay": 0.1,
+        "targets": "q_proj,v_proj",
+        "rank_pattern": "v_proj=2",
+        "rslora": True,
+        "packing": True,
+        "set": "adam_beta2=0.99",
+        "format": "none",
+    }
+    result = CliRunner().invoke(app, arguments(inputs, first, **changed))
+    assert result.exit_code == 0, result.output
+    trainer = json.loads((first / "trainer.json").read_text())
+    for name, value in {
+        "adam_beta2": 0.99,
+        "lr_scheduler_type": "cosine",
+        "gradient_accumulation_steps": 2,
+        "load_best_model_at_end": True,
+        "eval_steps": 2,
+        "weight_decay": 0.1,
+        "packing": True,
+        "seed": 3,
+    }.items():
+        assert trainer[name] == value, name
+    adapter = json.loads((first / "adapter_config.json").read_text())
+    assert (adapter["rank_pattern"], adapter["use_rslora"]) == ({"v_proj": 2}, True)
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+    given = ["train", "--config", str(first / "run.yaml"), "--output", str(again)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (first, again)]
+    assert figures[0]["held_out"] == figures[1]["held_out"]
+    assert losses(first) == losses(again)
+    settings = [run["settings"] for run in figures]
+    assert settings[0].pop("output") != settings[1].pop("output")
+    assert settings[0] == settings[1]
+
+
+BAD_SETTINGS = {
+    "rang: 4": "'rang' is no setting; the nearest is rank",
+    "rank: four": "rank is 'four' and no int",
+    "packing: 3": "packing is 3 and no bool | None",
+    "- a": "it holds no settings",
+    "a: [": "while parsing",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
+def test_a_bad_file_of_settings_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2
+    assert BAD_SETTINGS[text] in result.stderr
+    missing = CliRunner().invoke(app, ["train", "--data", "x.jsonl"])
+    assert "--model is missing; pass it" in missing.stderr
+
+
+def test_a_wrong_path_is_told_within_a_second() -> None:
+    given = [sys.executable, "-X", "importtime", "-m", "qlora_compile.cli.app", "train"]
+    for wrong in (["--model", "demo", "--data", "absent.jsonl"], ["--config", "absent.yaml"]):
+        done = subprocess.run([*given, *wrong], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert "absent" in done.stderr.splitlines()[-1]
+        # Without these libraries it takes a third of a second on an idle machine.
+        for library in ("torch", "transformers", "datasets", "trl", "peft"):
+            assert f" {library}\n" not in done.stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == qlora_compile.__version__
+
+
+@pytest.mark.parametrize("objective", [o.name for o in OBJECTIVES if o.name != "sft"])
+def test_every_objective_runs(objective: str, inputs: Path, tmp_path: Path, stock: None) -> None:
+    kinds = {"kto": "judged", "grpo": "prompt", "classification": "classes"}
+    rows = ROWS[kinds.get(objective, "preference")]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, answer, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    changed = {"objective": objective, "steps": 1, "format": "none", "max_length": None}
+    changed |= {"data": tmp_path / "rows.jsonl", "held_out": 0.34}
+    if objective == "grpo":
+        changed |= {"reward": f"{tmp_path}/rewards.py:length", "set": "max_completion_length=4"}
+        changed |= {"held_out": 0, "batch_size": 8}
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", **changed))
+    assert result.exit_code == 0, (result.output, result.exception)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["training"]["losses"]) == 1
+    assert metrics["held_out"].get("sequences") == (None if objective == "grpo" else 1)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing text": ({"data": "absent.txt"}, "'absent.txt': the file does not exist"),
-    "text is a directory": ({"data": "{inputs}"}, "this is a directory"),
-    "empty text": ({"data": "{tmp}/empty.txt"}, "it holds no text"),
-    "too little text": ({"data": "{tmp}/short.txt"}, "smaller --sequence-length"),
+    "a folder without data": ({"data": "{tmp}/nothing"}, "no saved dataset and no file"),
+    "blank text": ({"data": "{tmp}/empty.txt"}, "holds no examples; pass at least one"),
     "one document": ({"data": "{tmp}/one.txt"}, "--held-out (0 for none)"),
+    "an unknown ending": ({"data": "{tmp}/text.pdf"}, "'.pdf' is unknown; rename the file to one"),
+    "an unknown objective": ({"objective": "sftt"}, "choose one of sft, dpo"),
+    "rows of another objective": ({"objective": "dpo"}, "of the kind 'text', and the objective"),
+    "an unknown option": ({"set": "adam_betta1=1"}, "SFTConfig has adam_beta1"),
+    "an option without a value": ({"set": "adam_beta1"}, "--set: 'adam_beta1' is no NAME=VALUE"),
+    "no reward": ({"objective": "grpo", "data": "{tmp}/prompts.jsonl"}, "is needed for grpo"),
+    "a reward that is missing": (
+        {"objective": "grpo", "data": "{tmp}/prompts.jsonl", "reward": "nothing.py:f"},
+        "'nothing.py:f': not found",
+    ),
+    "chat without a template": ({"data": "{tmp}/chat.jsonl"}, "has no chat template; take"),
+    "a column that is missing": ({"columns": "text=body"}, "has no column 'body'; use one of"),
+    "no column of ours": ({"columns": "txet=text"}, "no kind of row has it; use one of"),
     "missing model": ({"model": "./absent"}, "'./absent': the folder does not exist"),
     "missing gguf": ({"model": "absent.gguf"}, "the file does not exist"),
     "model is a file": ({"model": "{inputs}/text.txt"}, "this is a file"),
@@ -239,8 +370,8 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "learning rate": ({"learning_rate": "nan"}, "--learning-rate=nan"),
     "held-out": ({"held_out": 1}, "--held-out=1.0"),
     "seed": ({"seed": -1}, "--seed=-1"),
-    "sequence too long": ({"sequence_length": LONGEST + 1}, f"use at most {LONGEST}"),
-    "sequence too short": ({"sequence_length": 1}, "--sequence-length=1"),
+    "rows too long": ({"max_length": LONGEST + 1}, f"use at most {LONGEST}"),
+    "rows too short": ({"max_length": 1}, "--max-length=1"),
     "nothing to resume": ({"resume": True}, "it holds no checkpoint"),
 }
 
@@ -255,7 +386,11 @@ def test_a_bad_input_is_one_line_and_changes_nothing(
     monkeypatch.setattr("qlora_compile.hf.loading.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "short.txt").write_text("a\n\nb\n\nc")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "text.pdf").write_text("a")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 4)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
     (tmp_path / "one.txt").write_text("word " * 200)
     shutil.copytree(inputs / "model", tmp_path / "bare")
     for file in (tmp_path / "bare").glob("tokenizer*"):
@@ -280,7 +415,7 @@ def test_a_real_bug_keeps_its_traceback(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(training_run, "split", broken)
+    monkeypatch.setattr(training_run, "with_held_out", broken)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -291,14 +426,17 @@ def test_without_matplotlib_nothing_starts(
     monkeypatch.setattr(loss_curve, "find_spec", lambda name: None)
     result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run"))
     assert result.exit_code == 2
-    assert "pip install 'qlora-compile[demo]'" in result.stderr
+    assert "pip install 'qlora-compile[train]'" in result.stderr
 
 
 def test_explain_prints_the_report_without_training(inputs: Path) -> None:
     given = ["explain", "--model", str(inputs / "model"), "--format", "int8", "--rank", "2"]
-    table = CliRunner().invoke(app, given)
+    table = CliRunner().invoke(app, given, env={"COLUMNS": "120"})
     assert table.exit_code == 0, table.output
-    assert "layers.1.mlp.down_proj" in table.stdout
+    assert "model.layers.*.mlp.down_proj" in table.stdout
+    assert re.search(r"^\s*2\s.*int8\s+64 x 128\s+2\s", table.stdout, re.M)
+    whole = CliRunner().invoke(app, [*given, "--all"])
+    assert "layers.1.mlp.down_proj" in whole.stdout
     report = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
     assert {site["format"] for site in report["sites"] if site["fused"]} == {"int8"}
     bad = CliRunner().invoke(app, [*given[:3], "--format", "int9"])

@@ -17,7 +17,17 @@ from qlora_compile.cli.app import app
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.docs.workplace import fill
 
-REASONS = {"CUDA", "network", "minutes", "vLLM", "llama.cpp", "Ollama", "Slurm", "Ray"}
+REASONS = {
+    "CUDA",
+    "network",
+    "minutes",
+    "several processes",
+    "vLLM",
+    "llama.cpp",
+    "Ollama",
+    "Slurm",
+    "Ray",
+}
 NOT_CODE = {"", "text", "{eval-rst}", "{toctree}", "json", "yaml"}
 
 RUN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]

@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
-from tests.toy_language_model import toy_llama, toy_tokenizer
+from tests.hf.checkpoints.written import KINDS, written
+from tests.toy_language_model import chat_tokenizer, toy_llama
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def fill(folder: Path) -> None:
-    """Write my-model, text.jsonl and chat.jsonl into `folder`."""
-    toy_llama().save_pretrained(folder / "my-model")
-    toy_tokenizer().save_pretrained(folder / "my-model")
+    """Write my-model, my-fp8-model, text.jsonl and chat.jsonl into `folder`."""
+    (folder / "my-fp8-model").mkdir()
+    written(folder / "my-fp8-model", toy_llama(), KINDS["fp8"])
+    toy_llama(longest=512).save_pretrained(folder / "my-model")
+    chat_tokenizer().save_pretrained(folder / "my-model")
     texts = [{"text": f"{number} {WORDS}"} for number in range(40)]
     chats = [
         {

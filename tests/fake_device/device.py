@@ -158,7 +158,7 @@ class FakeDriver(CudaDriver):
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.target.arch, 10)
+        return divmod(int(self.target.arch), 10)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def fake_device(target: str = "sm_90") -> Iterator[FakeDevice]:
     """
     library = _library()
     gpu = TARGETS[target]
-    library.stub_set_device(*divmod(gpu.arch, 10), MULTIPROCESSORS[target].shared_bytes)
+    library.stub_set_device(*divmod(int(gpu.arch), 10), MULTIPROCESSORS[target].shared_bytes)
     with knobs.nvidia.scope(), assuming(target, kind="cpu"):
         knobs.nvidia.libcuda_path = str(_folder())
         before, active = driver._active, FakeDriver(gpu)

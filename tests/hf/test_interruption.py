@@ -10,7 +10,7 @@ import peft
 import pytest
 
 from qlora_compile.hf.interruption import TrainingInterrupt
-from qlora_compile.hf.training import StepObserver, fine_tune, seed_everything
+from qlora_compile.hf.training import FineTuning, StepObserver, seed_everything
 from tests.interrupts import interruptible
 from tests.toy_language_model import toy_llama
 
@@ -47,8 +47,9 @@ def train(output_dir: Path | None, observer: StepObserver, **options: Any) -> li
     options = {"disable_tqdm": True, "save_strategy": "no", "learning_rate": 0.1} | fixed | options
     if output_dir is not None:
         options["output_dir"] = str(output_dir)
-    _, history = fine_tune(model, ROWS, observer=observer, options=options)
-    return [entry["loss"] for entry in history if "loss" in entry]
+    tuning = FineTuning(model, ROWS, observer=observer, options=options)
+    tuning.train()
+    return [entry["loss"] for entry in tuning.trainer.state.log_history if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +57,37 @@ def whole() -> list[float]:
     return train(None, Presses(0, ctrl_c))
 
 
-@pytest.mark.parametrize("step", [1, STEPS - 1])
-def test_a_run_goes_on_where_ctrl_c_stopped_it(
-    step: int, whole: list[float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def sigterm() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "number", "answer"),
+    [
+        (1, ctrl_c, signal.SIGINT, "press Ctrl-C again"),
+        (STEPS - 1, ctrl_c, signal.SIGINT, "press Ctrl-C again"),
+        (2, sigterm, signal.SIGTERM, "SIGTERM: training stops"),
+    ],
+)
+def test_a_run_goes_on_where_a_signal_stopped_it(
+    step: int,
+    stop: Callable[[], None],
+    number: signal.Signals,
+    answer: str,
+    whole: list[float],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupt) as raised:
-        train(tmp_path, Presses(step, ctrl_c))
-    assert signal.getsignal(signal.SIGINT) is before
+        train(tmp_path, Presses(step, stop))
+    assert raised.value.signal == number
+    assert signal.getsignal(number) is before
     saved = tmp_path / f"checkpoint-{step}"
     assert (saved / "adapter_model.safetensors").is_file()
     assert f"after step {step} of {STEPS}; {saved} holds" in str(raised.value)
     assert f"resume_from_checkpoint={str(saved)!r}" in str(raised.value)
-    assert "press Ctrl-C again" in capfd.readouterr().err
+    assert answer in capfd.readouterr().err
     assert train(tmp_path, Presses(0, ctrl_c), resume_from_checkpoint=str(saved)) == whole
 
 

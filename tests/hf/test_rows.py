@@ -307,9 +307,8 @@ def test_a_checked_stream_stays_the_stream_it_was() -> None:
         len(prepare(Stream([{"input_ids": [1, 2]}]), TASKS["causal"].model(), None, None)[0])
 
 
-def tokenizer_that(ends: bool, side: str) -> Any:
+def tokenizer_that_ends(ends: bool) -> Any:
     tokenizer = toy_tokenizer()
-    tokenizer.truncation_side = side
     if ends:
         end = tokenizer.eos_token_id
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -318,32 +317,11 @@ def tokenizer_that(ends: bool, side: str) -> Any:
     return tokenizer
 
 
-@given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
-    limit=st.none() | st.integers(1, 20),
-    ends=st.booleans(),
-    side=st.sampled_from(("left", "right")),
-)
-def test_a_text_that_is_not_cut_ends_once(
-    lengths: list[int], limit: int | None, ends: bool, side: str
-) -> None:
-    tokenizer = tokenizer_that(ends, side)
-    end = tokenizer.eos_token_id
-    texts = ["x" * length for length in lengths]
-    rows, _ = prepare(texts, TASKS["causal"].model(), tokenizer, limit)
-    for length, row in zip(lengths, rows, strict=True):
-        whole = tokenizer("x" * length, add_special_tokens=False)["input_ids"] + [end]
-        kept = min(len(whole), limit or len(whole))
-        expected = whole[:kept] if side == "right" else whole[len(whole) - kept :]
-        assert row["input_ids"] == expected
-        assert row["attention_mask"] == [1] * kept
-
-
 @pytest.mark.parametrize("task", ["classes", "tokens", "masked"])
 def test_a_text_for_other_models_is_what_the_tokenizer_makes_of_it(task: str) -> None:
     labels = {"classes": 1, "tokens": [1, 2], "masked": [-100, 2]}[task]
     for ends in (False, True):
-        tokenizer = tokenizer_that(ends, "right")
+        tokenizer = tokenizer_that_ends(ends)
         labelled = [{"text": "xyz"[: 3 - ends], "labels": labels}]
         limit = 2 + ends if task == "classes" else 2
         rows, _ = prepare(labelled, TASKS[task].model(), tokenizer, limit)
@@ -354,15 +332,17 @@ def test_a_text_for_other_models_is_what_the_tokenizer_makes_of_it(task: str) ->
 
 
 def test_rows_of_text_are_counted_with_the_blank_ones() -> None:
-    task = TASKS["causal"].model()
+    task = TASKS["classes"].model()
+    rows: list[Row] = [{"text": text, "labels": 0} for text in ("a", " ")]
     with pytest.raises(row_errors.RowTypeError, match="row 2: text is 7"):
-        prepare([{"text": "a"}, {"text": " "}, {"text": 7}], task, toy_tokenizer(), None)
+        prepare([*rows, {"text": 7}], task, toy_tokenizer(), None)
     with pytest.raises(row_errors.RowColumnsError, match="row 1 has no text"):
-        prepare([{"text": "a"}, {"input_ids": [1]}], task, toy_tokenizer(), None)
+        prepare([rows[0], {"input_ids": [1]}], task, toy_tokenizer(), None)
     tokenizer = toy_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(VOCABULARY)])
+    rows.append({"text": f"<{VOCABULARY - 1}>", "labels": 0})
     with pytest.raises(row_errors.RowTokenError, match=r"row 2: .* ids 0 to 127; use the tok"):
-        prepare(["a", " ", f"<{VOCABULARY - 1}>"], task, tokenizer, None)
+        prepare(rows, task, tokenizer, None)
 
 
 def test_more_tokens_than_positions_cannot_be_asked_for() -> None:

@@ -57,7 +57,7 @@ def assert_decoded(quant_format: QuantFormat, packed: PackedWeight, expected: Te
 
 
 @each_fp8
-@pytest.mark.parametrize("scale_per", ["row", "tensor", "block"])
+@pytest.mark.parametrize("scale_per", ["row", "tensor", "block", "group"])
 @pytest.mark.usefixtures("interpreting")
 def test_all_codes_of_fp8(
     quant_format: Fp8Format, scale_per: str, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +73,9 @@ def test_all_codes_of_fp8(
     elif scale_per == "block":
         scales = torch.tensor([[0.3, 1.0], [1.7, 2.0]])
         expanded = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows]
+    elif scale_per == "group":
+        scales = torch.linspace(0.3, 1.7, 2 * rows).view(rows, 2)
+        expanded = scales.repeat_interleave(128, 1)
     codes = torch.arange(256, dtype=torch.uint8).repeat(rows, 1)
     packed = quant_format.packed(layout, [codes, scales])
     values = torch.tensor([value_of_fp8(quant_format, code) for code in range(256)])
@@ -99,14 +102,16 @@ def test_all_codes_and_scales_of_mxfp4(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_decoded(MXFP4, packed, expected)
 
 
+@pytest.mark.parametrize("whole", [torch.tensor(0.37), torch.tensor([0.37, 1.7])])
 @pytest.mark.usefixtures("interpreting")
-def test_all_codes_and_scales_of_nvfp4(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_codes_and_scales_of_nvfp4(whole: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SMALLEST", 1)
     codes = torch.arange(16).repeat(2, 128)
     scales = torch.arange(256).view(2, 128).to(torch.uint8)
-    whole = torch.tensor(0.37)
-    packed = NVFP4.packed(NVFP4.layout((2, 2048)), [nibbles(codes), scales, whole])
-    each = torch.tensor([value_of_fp8(FP8_E4M3, code) for code in range(256)]).view(2, 128) * whole
+    layout = NVFP4.layout((2, 2048), global_scale_per="row" if whole.dim() else "tensor")
+    packed = NVFP4.packed(layout, [nibbles(codes), scales, whole])
+    each = torch.tensor([value_of_fp8(FP8_E4M3, code) for code in range(256)]).view(2, 128)
+    each = each * whole.view(-1, 1)
     assert_decoded(NVFP4, packed, E2M1[codes] * each.repeat_interleave(16, dim=1))
 
 
@@ -119,7 +124,8 @@ def test_every_code_is_the_nearest_to_even(data: st.DataObject) -> None:
     row = data.draw(st.lists(values, min_size=1, max_size=70))
     options = {}
     if isinstance(quant_format, Fp8Format):
-        options["scale_per"] = data.draw(st.sampled_from(["row", "tensor", "block"]))
+        per = st.sampled_from(["row", "tensor", "block", "group"])
+        options["scale_per"] = data.draw(per)
         table = torch.tensor([value_of_fp8(quant_format, code) for code in range(256)])
         table = torch.where(table.isfinite(), table, 1e30)
     else:

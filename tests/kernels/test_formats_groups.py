@@ -76,14 +76,16 @@ def test_every_code_is_the_nearest(data: st.DataObject) -> None:
         zeros = torch.full_like(scales, quant_format.symmetric_zero)
     scales, zeros = (quant_format.by_column(packed, each).double() for each in (scales, zeros))
     codes = torch.arange(quant_format.largest + 1).double()
-    candidates = ((codes - zeros.unsqueeze(2)) * scales.unsqueeze(2))[0]
+    zeros, scales = zeros.unsqueeze(2), scales.unsqueeze(2)
+    adds = options["zeros"] == "minimum"
+    candidates = (codes * scales + zeros if adds else (codes - zeros) * scales)[0]
     weight = torch.tensor(row, dtype=torch.float64)
     least = (candidates - weight.unsqueeze(1)).abs().min(1).values
     slack = 1e-6 * candidates.abs().amax(1) + 1e-38
     assert torch.all((restored[0] - weight).abs() <= least + slack)
     # Nothing but what a scale loses in its own dtype lies outside of the range.
     coarsest = torch.finfo(packed.planes["scales"].dtype)
-    steps = scales[0]
+    steps = scales[0, :, 0]
     clipped = 1.01 * quant_format.largest * (coarsest.eps * steps + coarsest.tiny)
     if not options["refine"]:
         assert torch.all((restored[0] - weight).abs() <= steps + clipped)
@@ -132,13 +134,13 @@ def test_refined_zeros_beside_hqqs_own() -> None:
 
 @each_integer_format
 def test_only_float_zeros_are_refined(quant_format: IntegerFormat) -> None:
-    for zeros in ("integer", "none"):
+    for zeros in ("integer", "none", "minimum"):
         with pytest.raises(FormatOptionValueError, match=r"refine=True .*zeros='float'"):
             quant_format.quantize(torch.ones(2, 64), zeros=zeros, refine=True)
 
 
 @each_integer_format
-@pytest.mark.parametrize("zeros", ["integer", "float", "none"])
+@pytest.mark.parametrize("zeros", ["integer", "float", "none", "minimum"])
 def test_scales_beyond_float16(quant_format: IntegerFormat, zeros: str) -> None:
     weight = torch.full((2, 64), 1e8)
     with pytest.raises(ScaleOverflowError, match=r"layers\.2: .*float16.*'bfloat16'"):

@@ -95,7 +95,7 @@ def test_nothing_grows_with_the_rows_but_the_output(
     call = Case((rows,), width, width, rank=4, dtypes=dtypes, dropout=dropout, bias=True).build()
     output = rows * width * (dtypes.out if direction == "forward" else dtypes.x).itemsize
     copy = rows * width * dtypes.lowest.itemsize
-    with mock.patch.object(native_adapter, "ROW_BLOCK", 64):
+    with mock.patch.object(native_adapter, "ROW_BLOCK", 256):
         for config, run in runs(call, direction):
             sizes, most, *_ = allocations(run)
             assert output in sizes

@@ -39,12 +39,13 @@ def linears() -> Iterator[tuple[Any, ...]]:
 
 
 def linears_backward() -> Iterator[tuple[Any, ...]]:
+    """Every choice of gradients, each once: there is none of a bias or an adapter that is not."""
     for case in EXAMPLES.values():
         call = case.build()
-        for x, adapter, bias in itertools.product([True, False], repeat=3):
-            needs = NeedsGradient(x, adapter and case.rank > 0, bias and case.bias)
+        adapter, bias = ([True, False] if there else [False] for there in (case.rank, case.bias))
+        for needs in itertools.product([True, False], adapter, bias):
             for keeps in {False, case.rank > 0}:
-                yield backward_arguments(call, needs, keeps)
+                yield backward_arguments(call, NeedsGradient(*needs), keeps)
 
 
 def experts(requires_grad: bool = True) -> Iterator[tuple[Any, ...]]:

@@ -148,7 +148,7 @@ def drawn_configs(data: st.DataObject, variant: Variant, call: Call) -> dict[str
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(150, part=6))
 @given(data=st.data())
 def test_error_of_output_and_gradients(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(cases(format)).build()
@@ -198,7 +198,7 @@ def test_one_hot_rows_give_the_decoded_weight(
 
 @by_variant
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(100, part=6))
 @given(data=st.data())
 def test_error_of_siblings(variant: Variant, format: str, data: st.DataObject) -> None:
     call = data.draw(groups(data.draw(cases(format))))

@@ -15,13 +15,9 @@ from hypothesis import strategies as st
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.formats.gpu.absmax import block_side, load_absmax
-from qlora_compile.kernels.gpu.products import (
-    adapter_gradient,
-    adapter_operands,
-    dequantize,
-    keep_bits,
-    low_rank,
-)
+from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
+from qlora_compile.kernels.gpu.products import dequantize, keep_bits
+from qlora_compile.kernels.gpu.thin_products import AdapterGradient, adapter_gradients, low_rank
 from qlora_compile.kernels.gpu.weight import load_words
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.variants.base import LinearSpec
@@ -122,7 +118,7 @@ def test_thin_products_are_as_exact_as_their_dtype(data: st.DataObject) -> None:
     scale = masked.abs() @ factor.double().abs().t()
     assert ((actual.double() - exact).abs() <= (eps + 4e-7) * scale + 1e-30).all()
     gradient = torch.full((rank, k), torch.nan)
-    adapter_gradient(x, low, lora_dtype, gradient.t(), bits)
+    adapter_gradients([AdapterGradient(x, low, gradient.t(), bits)], lora_dtype)
     exact = low.double().t() @ masked
     scale = low.double().abs().t() @ masked.abs()
     assert ((gradient.double() - exact).abs() <= (eps + 4e-7) * scale + 1e-30).all()
@@ -142,9 +138,9 @@ def test_adapter_operands_lose_less_than_the_result(data: st.DataObject) -> None
     up = torch.randn(rank, data.draw(st.sampled_from([1, 40]))).t()
     scaling, kept = torch.tensor([data.draw(st.sampled_from([0.5, 1.0, 3.0]))]), 1.25
     total = low.sum(0) * scaling * kept
-    start, summed = adapter_operands(low, up, F32, result, scaling=scaling, factor=kept, total=True)
+    summed = torch.full((rows, rank), torch.nan)
+    (start,) = adapter_operands([AdapterFactors(low, up, scaling, summed)], F32, result, kept)
     left, right = start.low, start.up
-    assert summed is not None
     torch.testing.assert_close(summed, total, rtol=1e-6, atol=0)
     assert left.scale is not None
     assert right.scale is not None
@@ -159,8 +155,7 @@ def test_adapter_operands_lose_less_than_the_result(data: st.DataObject) -> None
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_16_bit_adapters_are_operands_as_they_are(dtype: torch.dtype) -> None:
     low, up = torch.randn(1, 9, 5).to(dtype), torch.randn(20, 5).to(dtype)
-    start, total = adapter_operands(low, up, dtype, dtype)
-    assert total is None
+    (start,) = adapter_operands([AdapterFactors(low, up)], dtype, dtype)
     for operand, source in ((start.low, low[0]), (start.up, up)):
         assert operand.scale is None
         assert torch.equal(operand.values[:, :5], source)

@@ -17,7 +17,7 @@ from tests.life.operations import OPERATIONS
 from tests.life.pair import BLOCK, OWN_FORMATS, TARGETS, Pair, Start, Strategy
 
 AT_LENGTH = "QLORA_COMPILE_LIFE_SEQUENCES" in os.environ
-SEQUENCES = int(os.environ.get("QLORA_COMPILE_LIFE_SEQUENCES", "15"))
+SEQUENCES = int(os.environ.get("QLORA_COMPILE_LIFE_SEQUENCES", "10"))
 SEED = int(os.environ.get("QLORA_COMPILE_LIFE_SEED", "0" if "CI" in os.environ else "-1"))
 """Negative: a fresh one for each run, told by what fails."""
 

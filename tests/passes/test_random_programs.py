@@ -88,7 +88,7 @@ def _dtypes(graph_module: GraphModule) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=examples(670), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(670, part=6), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), rows=st.sampled_from((4, 4, 2, 0)), trains_x=st.booleans())
 def test_a_program_is_computed_as_before(
     dtype: torch.dtype, data: st.DataObject, rows: int, trains_x: bool

@@ -1,6 +1,5 @@
 """The demo's model and text, and how text is read, split and packed."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import pytest
 from qlora_compile.errors import (
     DemoModelMissingError,
     DemoTextMissingError,
-    TextFileError,
     TooLittleTextError,
 )
 from qlora_compile.training import demo
-from qlora_compile.training.documents import Document, pack, read_documents, split
+from qlora_compile.training.documents import Document, pack, split
 from qlora_compile.training.figures import held_out_figures, training_figures
 from qlora_compile.training.loss_curve import smoothed
 
@@ -111,42 +109,6 @@ def test_pack_fills_sequences_across_documents(length: int) -> None:
     assert all(len(sequence) == length for sequence in sequences)
 
 
-def test_paragraphs_and_records_are_documents(tmp_path: Path) -> None:
-    text = tmp_path / "a.md"
-    text.write_text("# One\nline\n\n \nTwo ünï\n", encoding="utf-8")
-    assert [d.text for d in read_documents(text)] == ["# One\nline", "Two ünï"]
-    records = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": value, "more": 1}) for value in ("a\n\nb", " ", "c\u2028d")]
-    records.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    assert [d.text for d in read_documents(records)] == ["a\n\nb", "c\u2028d"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("absent.txt", None, "does not exist"),
-        ("empty.txt", b" \n\n", "holds no text"),
-        ("latin.txt", b"caf\xe9", "byte 3 is not UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is no JSON"),
-        ("list.jsonl", b'["text"]', 'line 1 has no string "text"'),
-        ("number.jsonl", b'{"text": 1}', 'line 1 has no string "text"'),
-    ],
-)
-def test_unreadable_text_is_named(
-    tmp_path: Path, name: str, content: bytes | None, problem: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextFileError, match=problem) as caught:
-        read_documents(tmp_path / name)
-    assert name in str(caught.value)
-
-
-def test_a_directory_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(TextFileError, match="this is a directory"):
-        read_documents(tmp_path)
-
-
 def test_held_out_figures_pair_the_sequences() -> None:
     figures = held_out_figures([1.0, 5.0, 9.0], [0.9, 4.8, 8.7])
     assert figures["difference"] == pytest.approx(-0.2)
@@ -158,14 +120,39 @@ def test_held_out_figures_pair_the_sequences() -> None:
 
 def test_speed_leaves_the_first_step_out() -> None:
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "train_loss": 1.5}]
-    figures = training_figures(history, [100.0, 1.0, 3.0], tokens_per_step=512)
+    history = [{**entry, "num_tokens": 512.0 * n} for n, entry in enumerate(history, start=1)]
+    figures = training_figures(history, [100.0, 2.0])
     assert figures["tokens_per_second_after_first_step"] == 256
     assert figures["first_step_seconds"] == 100
     assert figures["losses"] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    assert training_figures([], [1.0], 512)["tokens_per_second_after_first_step"] is None
+    without_count = training_figures([{"step": 1, "loss": 2.0}] * 2, [1.0, 1.0])
+    assert without_count["tokens_per_second_after_first_step"] is None
 
 
-def test_the_running_mean_starts_at_the_first_value() -> None:
+def test_the_running_mean_does_not_lag() -> None:
     assert smoothed([]) == []
-    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert smoothed([4.0, 2.0])[1] == pytest.approx((0.9 * 0.1 * 4 + 0.1 * 2) / 0.19)
+    line = [10.0 - step for step in range(20)]
+    assert smoothed(line) == pytest.approx(line)
+    assert smoothed([4.0, 1.0, 1.0])[1] == pytest.approx(2.0)
+    noisy = [2.0 + (-1) ** step for step in range(40)]
+    assert max(abs(mean - 2.0) for mean in smoothed(noisy)[5:-5]) < 0.1
+
+
+def test_chats_ask_for_what_docstrings_say(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        f'"""{LONG}"""\nclass C:\n    def f(self):\n        """{LONG}f"""'
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "__init__.py").write_text(f'def g():\n    """{LONG}!\n\n    {LONG}g"""')
+    trained, apart = demo.demo_chats(0, 0, tmp_path)
+    assert not apart
+    turns = [[turn["content"] for turn in chat["messages"]] for chat in trained]
+    assert [question for question, _ in turns] == [
+        "What is `a` for?",
+        "What does `a.C.f` do?",
+        "What does `b.g` do?",
+    ]
+    assert turns[2][1] == f"{LONG}!"  # the first paragraph: with the second it would be long
+    assert {turn["role"] for turn in trained[0]["messages"]} == {"user", "assistant"}
+    trained, apart = demo.demo_chats(0.5, 0, tmp_path)
+    assert (len(trained), len(apart)) in ((1, 2), (2, 1))  # by file

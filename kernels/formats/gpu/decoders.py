@@ -64,13 +64,14 @@ _integers = partial(
 _in_ptx = partial(Decoder, "prmt", load=groups.load_groups)
 
 
-def _indexed(layout: Layout) -> str | None:
-    indexed = layout.named.get("grouping") == "indexed"
-    return "columns in groups by an index, each with factors of its own" if indexed else None
+def _not_in_ptx(layout: Layout) -> str | None:
+    if layout.named.get("grouping") == "indexed":
+        return "columns in groups by an index, each with factors of its own"
+    return "minima, which are added" if layout.named.get("zeros") == "minimum" else None
 
 
 _ptx_integers = partial(
-    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_indexed
+    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_not_in_ptx
 )
 
 INTEGER_DECODERS = {
@@ -116,8 +117,8 @@ def _fp8_decoders(exponent_bits: int, decode: Any) -> tuple[Decoder, ...]:
     )
 
 
-def _e2m1_decoders(prepare: Any, scale: Any) -> tuple[Decoder, ...]:
-    shared = {"prepare": prepare, "scale": scale}
+def _e2m1_decoders(load: Any, scale: Any) -> tuple[Decoder, ...]:
+    shared = {"prepare": groups.prepare_nothing, "load": load, "scale": scale}
     return (
         _floats(8, **shared, decode=floats.decode_e2m1),
         _in_ptx(
@@ -134,5 +135,5 @@ def _e2m1_decoders(prepare: Any, scale: Any) -> tuple[Decoder, ...]:
 
 E4M3_DECODERS = _fp8_decoders(4, floats.decode_e4m3)
 E5M2_DECODERS = _fp8_decoders(5, floats.decode_e5m2)
-MXFP4_DECODERS = _e2m1_decoders(groups.prepare_nothing, floats.powers_of_two)
-NVFP4_DECODERS = _e2m1_decoders(floats.prepare_whole, floats.scales_of_scales)
+MXFP4_DECODERS = _e2m1_decoders(groups.load_groups, floats.powers_of_two)
+NVFP4_DECODERS = _e2m1_decoders(floats.load_scales_of_scales, floats.scales_of_scales)

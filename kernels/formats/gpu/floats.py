@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 from qlora_compile.kernels.formats.gpu.decode import grouped, join4, join8
+from qlora_compile.kernels.formats.gpu.groups import load_groups
+from qlora_compile.kernels.gpu.weight import edge
 
 
 @triton.jit
@@ -51,16 +53,28 @@ def powers_of_two(loaded, side, state, SIDE: tl.constexpr):
     return tl.where(codes == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
+# fmt: off
 @triton.jit
-def prepare_whole(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
-    """The scale of the whole tensor."""
-    return tl.load(side.whole)
+def load_scales_of_scales(
+    side, n0, k0, N, K,
+    SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+):
+    # fmt: on
+    """As `load_groups`, with the scale of the whole tensor or of each row in place of zeros."""
+    scales, _ = load_groups(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
+    rows = n0 + edge(n0, N, ROWS, EVEN_N)
+    whole = tl.load(side.whole + (rows >> SIDE[5]))
+    RUN: tl.constexpr = SIDE[1]
+    if COLUMNS != RUN:
+        whole = whole[:, None]
+    return scales, whole
 
 
 @triton.jit
 def scales_of_scales(loaded, side, state, SIDE: tl.constexpr):
-    """e4m3 scales times that of the tensor."""
-    return float_of_halves(e4m3_halves(loaded[0].to(tl.int32)), 256.0) * state
+    """e4m3 scales of groups times the scale of the tensor or of the row."""
+    return float_of_halves(e4m3_halves(loaded[0].to(tl.int32)), 256.0) * loaded[1]
 
 
 # fmt: off

@@ -83,7 +83,15 @@ class RepackedBase(Base):
         """Return the dtype that a recognised `module` computes in."""
 
     def bias(self, module: Any) -> nn.Parameter | None:
-        return module.bias
+        """Return the bias, which some libraries keep as a buffer."""
+        bias = module.bias
+        if bias is None or isinstance(bias, nn.Parameter):
+            return bias
+        return nn.Parameter(bias, requires_grad=False)
+
+    def finish(self, model: nn.Module) -> None:
+        """Undo what the library needs of a `model` only for layers that have all been replaced."""
+        return
 
     def replacement(self, module: Any) -> QuantizedLinear:
         """Return the QuantizedLinear for a `module` without an obstacle.
@@ -93,3 +101,11 @@ class RepackedBase(Base):
         linear = QuantizedLinear(self.packed(module), self.bias(module), self.dtype(module))
         linear.origin = self.origin
         return linear.train(module.training)
+
+
+def comes_from(module: nn.Module, package: str, name: str | None = None) -> bool:
+    """Whether a class of `module` is of a `package`, and has that `name` if one is given."""
+    return any(
+        cls.__module__.partition(".")[0] == package and name in (None, cls.__name__)
+        for cls in type(module).__mro__
+    )

@@ -7,7 +7,9 @@ files are never opened. The format is that of https://github.com/huggingface/saf
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,17 +51,17 @@ class TensorHeader:
 class CheckpointFolder:
     """The tensors of a folder, by name. Files stay open as long as the object lives.
 
-    tensors: the headers of all tensors. Raises CheckpointError if the folder has no safetensors, a
-    shard is missing or cut short, a header cannot be read, or the index names another file for a
-    tensor than the one that holds it.
+    stem: the beginning of the files' names. tensors: the headers of all tensors. Raises
+    CheckpointError if the folder has no safetensors, a shard is missing or cut short, a header
+    cannot be read, or the index names another file for a tensor than the one that holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stem: str = "model") -> None:
         self.path = path
         self._files: dict[Path, Any] = {}
         self.tensors: dict[str, TensorHeader] = {}
-        index = path / SAFE_WEIGHTS_INDEX_NAME
-        whole = path / SAFE_WEIGHTS_NAME
+        index = path / SAFE_WEIGHTS_INDEX_NAME.replace("model", stem)
+        whole = path / SAFE_WEIGHTS_NAME.replace("model", stem)
         if index.is_file():
             self._read_sharded(index)
         elif whole.is_file():
@@ -172,6 +174,19 @@ def _opened(file: Path) -> Any:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise _unreadable(file, f"the header cannot be read ({error})") from error
+
+
+_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, struct.error, OSError)
+"""What the package gguf raises of a file that is damaged, or is none of its kind."""
+
+
+@contextmanager
+def readable_gguf(file: str | Path) -> Iterator[None]:
+    """Make what the package gguf raises of a damaged file a CheckpointError."""
+    try:
+        yield
+    except _DAMAGED as error:
+        raise _unreadable(Path(file), f"the file cannot be read ({error})") from error
 
 
 def _unreadable(file: Path, problem: str) -> CheckpointError:

@@ -25,6 +25,7 @@ from qlora_compile.hf import experts, parameter_counts
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight
 from qlora_compile.hf.checkpoints.targets import Lazy, Target, check_rest, targets
+from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.experts import PackedExperts
@@ -156,7 +157,7 @@ class DirectReader(HfQuantizer):
             _check_shape(direct.folder, target)
             for piece in target.pieces:
                 del direct.rest[piece.name]
-        check_rest(model, direct.folder, direct.rest)
+        check_rest(model, direct.folder, direct.rest, {target.name for target in self.targets})
         for target in self.targets:
             _take_out(model, target)
         return model
@@ -166,6 +167,7 @@ class DirectReader(HfQuantizer):
             _put_in(model, target, self.quantization_config.direct)
         experts.adopt(target.site for target in self.targets if target.site is not None)
         parameter_counts.count_elements(model, model.modules())
+        save_packed(model)
         self.remove_quantization_config(model)
         return model
 
@@ -195,6 +197,9 @@ class _TakenOut(nn.Module):
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
+        # Some blocks, as GPT-2's, initialise the weights of the Linears inside them.
+        self.weight = torch.empty(0)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _take_out(model: Any, target: Target) -> None:

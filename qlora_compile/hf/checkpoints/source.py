@@ -61,6 +61,8 @@ class Source(ABC):
 
     method: ClassVar[str]
     """The `quant_method` of the checkpoints it reads."""
+    stem: ClassVar[str] = "model"
+    """The beginning of the names of its files."""
     beside: ClassVar[tuple[str, ...]] = ()
     """How the names of tensors end that lie beside packed weights and are not read."""
 

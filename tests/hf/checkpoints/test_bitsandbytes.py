@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig
 
 import qlora_compile
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.hf.checkpoints.written import saved_by_transformers
 from tests.toy_models import toy
 
 SETTINGS = {
@@ -24,20 +24,11 @@ SETTINGS = {
 }
 
 
-def written(folder: Path, settings: dict[str, Any]) -> Any:
-    """A toy Llama quantised by bitsandbytes while loading, and saved in `folder`."""
-    toy(tie_word_embeddings=True).save_pretrained(folder / "plain")
-    config = BitsAndBytesConfig(**settings)
-    stock = LlamaForCausalLM.from_pretrained(
-        folder / "plain", quantization_config=config, dtype=torch.float32
-    )
-    stock.save_pretrained(folder, max_shard_size="30KB")
-    return stock
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_planes_equal_those_that_are_adopted_from_bitsandbytes(tmp_path: Path, name: str) -> None:
-    stock = written(tmp_path, SETTINGS[name])
+    config = BitsAndBytesConfig(**SETTINGS[name])
+    model = toy(tie_word_embeddings=True)
+    stock = saved_by_transformers(tmp_path, model, config, max_shard_size="30KB")
     direct = qlora_compile.load(tmp_path, dtype=torch.float32)
     adopted = dict(qlora_compile.optimize(stock, tune="model").named_modules())
     packed = {n: m for n, m in direct.named_modules() if isinstance(m, QuantizedLinear)}

@@ -1,0 +1,146 @@
+"""GGUF files, read with the package gguf; blocks that a format of ours holds stay packed.
+
+transformers knows how llama.cpp's names and orders of rows become a model's, and applies that to
+decoded weights. Here its code is given the numbers of rows and of columns; what it does with these
+is done to the blocks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from gguf import GGUFReader, dequantize
+from torch import Tensor
+from transformers.integrations.gguf import is_gguf_arch_supported
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+    read_field,
+)
+
+from qlora_compile.hf.checkpoints.folder import CheckpointFolder, TensorHeader, readable_gguf
+from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight
+from qlora_compile.hf.packings.gguf import PACKINGS
+
+_VALUES = ("F32", "F16", "BF16", "F64")
+"""Types of tensors that are stored as they are, and not in blocks."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of a file. shape: in the model. rows: the order of its rows in the model, None
+    where transformers changes more than that."""
+
+    tensor: Any
+    shape: tuple[int, ...]
+    rows: Tensor | None
+
+    @property
+    def kind(self) -> str:
+        return self.tensor.tensor_type.name
+
+    @property
+    def stays_packed(self) -> bool:
+        return self.rows is not None and self.kind in PACKINGS
+
+
+class GgufFile(CheckpointFolder):
+    """The tensors of a GGUF file by their names in a model: a CheckpointFolder for `read_model`.
+
+    is_known: whether they are read here; transformers reads architectures that merge tensors.
+    Raises CheckpointError if the file is damaged.
+    """
+
+    def __init__(self, path: Path, model_class: Any, config: Any) -> None:
+        self.path = path
+        with torch.device("meta"):
+            skeleton = model_class(config)
+        with readable_gguf(path):
+            reader = GGUFReader(path)
+            architecture: Any = read_field(reader, "general.architecture")[0]
+            parsed = load_gguf_checkpoint(str(path))["config"]
+            self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed)
+            self._names = get_gguf_hf_weights_map(skeleton, self._processor)
+            found = [(self._processed(each), each) for each in reader.tensors]
+        self.is_known = not is_gguf_arch_supported(architecture)
+        self.is_known &= all(name is not None for (name, _), _ in found)
+        self.parts = {
+            self._names[name]: _Part(tensor, shape, self._rows(tensor))
+            for (name, shape), tensor in found
+            if name in self._names
+        }
+        self.tensors = {
+            name: TensorHeader(path, torch.float32, part.shape) for name, part in self.parts.items()
+        }
+
+    def _process(self, tensor: Any, weights: Any) -> Any:
+        return self._processor.process(
+            weights=weights,
+            name=tensor.name,
+            tensor_key_mapping=self._names,
+            parsed_parameters={"tensors": {}},
+        )
+
+    def _processed(self, tensor: Any) -> tuple[str | None, tuple[int, ...]]:
+        """Return the name and the shape that transformers gives a tensor before it looks for the
+        name in the model; no name where it merges the tensor with others."""
+        result = self._process(tensor, numpy.zeros(_shape(tensor), dtype=numpy.bool_))
+        return result.name, result.weights.shape
+
+    def _rows(self, tensor: Any) -> Tensor | None:
+        """Return the order in which transformers puts the rows of a weight; None if it does more,
+        or if this is no weight of two dimensions."""
+        shape = _shape(tensor)
+        if len(shape) != 2:
+            return None
+        rows, columns = (numpy.arange(size, dtype=numpy.float64) for size in shape)
+        order = self._process(tensor, numpy.stack((rows, rows), axis=1)).weights
+        kept = self._process(tensor, numpy.stack((columns,) * shape[0])).weights
+        if order.shape != (shape[0], 2) or not numpy.array_equal(kept, [columns] * shape[0]):
+            return None
+        if not numpy.array_equal(numpy.sort(order, axis=0), numpy.stack((rows, rows), axis=1)):
+            return None
+        return torch.from_numpy(order[:, 0].astype(numpy.int64))
+
+    def read(self, name: str) -> Tensor:
+        """Return the blocks of a weight that stays packed, uint8 [N, bytes], else the values."""
+        part = self.parts[name]
+        if part.stays_packed:
+            return torch.from_numpy(numpy.copy(part.tensor.data))[part.rows]
+        values = dequantize(part.tensor.data, part.tensor.tensor_type)
+        return torch.from_numpy(numpy.copy(self._process(part.tensor, values).weights))
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+class GgufSource(Source):
+    """Reader of GGUF files, which have no `quantization_config`."""
+
+    method: ClassVar[str] = "gguf"
+
+    def weights(self, folder: Any, settings: Settings) -> Iterator[StoredWeight]:
+        """Warns of the types of blocks that no format of ours holds: those are decoded."""
+        decoded: Counter[str] = Counter()
+        for name, part in folder.parts.items():
+            if part.stays_packed:
+                yield StoredWeight(name, {"codes": name}, part.shape, PACKINGS[part.kind])
+            elif part.kind not in _VALUES:
+                decoded[part.kind] += 1
+        if decoded:
+            listed = ", ".join(f"{count} of {kind}" for kind, count in decoded.items())
+            warnings.warn(
+                f"{folder.path}: {listed}: no format holds these weights as they are stored; they "
+                "are decoded, and optimize(quantize=...) packs them again",
+                stacklevel=2,
+            )

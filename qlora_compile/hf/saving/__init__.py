@@ -1,0 +1,1 @@
+"""Folders of models: packed ones in several libraries' formats, and merged ones."""

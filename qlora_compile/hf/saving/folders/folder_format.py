@@ -1,0 +1,64 @@
+"""FolderFormat: how a folder stores a packed model, and for whom."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.experts.base import PACKED_EXPERTS
+from qlora_compile.kernels.packed import PackedWeight
+
+
+class FolderFormat(ABC):
+    """One way to store packed weights in safetensors; without state.
+
+    name: for users, and the `quant_method` of the library that reads it. stem: the beginning of the
+    names of its files. single: whether one file alone has no number and no index. reader, code:
+    what loads the folder, and how, for the model card; {model} is the model's class.
+    """
+
+    name: ClassVar[str]
+    stem: ClassVar[str] = "model"
+    single: ClassVar[bool] = True
+    reader: ClassVar[str]
+    code: ClassVar[str] = (
+        "from transformers import {model}\n\nmodel = {model}.from_pretrained(folder)"
+    )
+
+    @abstractmethod
+    def obstacle(self, weights: Mapping[str, PackedWeight]) -> str | None:
+        """Return why the folder cannot hold these weights, by their modules' names; None if it
+        can. There is at least one."""
+
+    @abstractmethod
+    def tensors(
+        self, prefix: str, packed: PackedWeight, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is stored of one weight.
+
+        prefix: the module's name and a point. dtype: that of the weight before it was packed.
+        """
+
+    @abstractmethod
+    def quantization_config(
+        self, weights: Mapping[str, PackedWeight], unpacked: list[str], dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Return `quantization_config` of the folder's config.json.
+
+        unpacked: the names of the model's Linears that are not packed. dtype: the model's.
+        """
+
+
+def of_experts(weights: Mapping[str, PackedWeight]) -> str | None:
+    """Return a reason if one of the `weights` is one of experts."""
+    found = (n.removesuffix(PACKED_EXPERTS) for n in weights if n.endswith(PACKED_EXPERTS))
+    return next((f"{name} is a 3-D weight of experts" for name in found), None)
+
+
+def named(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,204 @@
+"""save: writes a packed model into a folder, which is replaced as a whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from qlora_compile.errors import OptionError
+from qlora_compile.hf.saving.base_tensors import BaseTensors
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat, named
+from qlora_compile.hf.saving.folders.registry import FOLDERS
+from qlora_compile.hf.saving.model_card import CARD, model_card
+from qlora_compile.hf.saving.replacement import replaced
+from qlora_compile.hf.saving.shards import USUAL_SIZE, Shards, size_in_bytes
+from qlora_compile.saving_errors import (
+    FolderFormatError,
+    NothingPackedError,
+    RivalWeightsError,
+    SaveOptionError,
+)
+
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
+
+ADAPTERS = "adapter"
+"""The folder inside a saved model's that the adapters of a PeftModel are written to."""
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    stored_as: str | None = None,
+    max_shard_size: int | str = USUAL_SIZE,
+) -> str:
+    """Write a packed model into `folder`, and return the kind of folder that was written.
+
+    model: a transformers model with packed weights, or a PeftModel over one. Of a PeftModel the
+    base is written, and the adapters beside it into `folder`/adapter, as PEFT writes them.
+
+    stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
+    zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
+    model. transformers loads each by `from_pretrained` with the library of that name, ours after
+    `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
+    in our folder and raises an OSError.
+
+    max_shard_size: of each file, in bytes or as text such as "5GB".
+
+    The folder is replaced as a whole, and other files in it stay: whatever interrupts saving leaves
+    the old folder or the new one.
+
+    Raises, always before anything is written, but for UnfinishedSaveError:
+        SavedModelTypeError: the model is no transformers model.
+        NothingPackedError: none of its weights is packed.
+        FolderFormatError: `stored_as` cannot hold it.
+        OptionError: there is no such kind of folder.
+        MergedWeightsError: an adapter is merged into a packed weight.
+        ShardSizeError: max_shard_size is no size.
+        OutputDirectoryError: the folder cannot be written.
+        RivalWeightsError: the folder holds weights of another kind.
+        UnfinishedSaveError: writing has failed; what was there before is unchanged.
+    """
+    limit = size_in_bytes(max_shard_size)
+    tensors = BaseTensors(model)
+    kind = _chosen(tensors, stored_as)
+    target = Path(folder)
+    stays = other_files(target, kind.stem)
+    with replaced(target, stays) as fresh:
+        shards = Shards(fresh, kind.stem, limit, single=kind.single)
+        for name, tensor in tensors.plain.items():
+            shards.add(name, tensor)
+        for name, packed in tensors.packed.items():
+            for key, plane in kind.tensors(f"{name}.", packed, tensors.dtypes[name]):
+                shards.add(key, plane)
+        shards.finish()
+        base = tensors.model
+        settings = kind.quantization_config(tensors.packed, tensors.unpacked, base.dtype)
+        write_configs(base, fresh, quantization_config=settings)
+        if not (target / CARD).exists():
+            (fresh / CARD).write_text(model_card(tensors, kind), encoding="utf-8")
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(fresh / ADAPTERS))
+    return kind.name
+
+
+def _chosen(tensors: BaseTensors, stored_as: str | None) -> FolderFormat:
+    if not tensors.packed:
+        raise NothingPackedError(model=type(tensors.model).__name__)
+    known = list(dict.fromkeys(kind.name for kind in FOLDERS))
+    if stored_as not in (None, *known):
+        listed = ", ".join(map(repr, known))
+        raise OptionError(option="stored_as", value=stored_as, known=listed)
+    reasons = []
+    for kind in FOLDERS:
+        if stored_as in (None, kind.name):
+            reason = kind.obstacle(tensors.packed)
+            if reason is None:
+                return kind
+            reasons.append(reason)
+    raise FolderFormatError(value=stored_as, reason=reasons[0])
+
+
+def other_files(folder: Path, stem: str) -> Callable[[Path], bool]:
+    """Return whether a file of `folder` stays when weights named after `stem` are written there.
+
+    Raises:
+        RivalWeightsError: it holds weights under another name.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        is_weights = path.name.endswith(
+            (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+        )
+        if is_weights and not path.name.startswith((stem, "adapter", "training_args")):
+            raise RivalWeightsError(value=str(folder), file=path.name)
+
+    def stays(path: Path) -> bool:
+        own = path.name.startswith(stem) and ".safetensors" in path.name
+        return not own and path.name != ADAPTERS
+
+    return stays
+
+
+def write_configs(
+    model: PreTrainedModel, folder: Path, *, config: Any = None, **changes: Any
+) -> None:
+    """Write config.json with `changes`, generation_config.json and a custom model's code.
+
+    config: None for the model's own.
+    """
+    config = copy.deepcopy(model.config if config is None else config)
+    config.dtype = named(model.dtype)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    for name in ("quantization_config", "_is_quantized"):
+        if hasattr(config, name):
+            delattr(config, name)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if model._auto_class is not None:
+        custom_object_save(model, str(folder), config=config)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(str(folder))
+
+
+class SavePacked:
+    """Takes the place of `save_pretrained` of a model with packed weights.
+
+    transformers' own would write codes under the names of weights. Adapters that transformers has
+    attached are saved by transformers. An object, which is copied and pickled with the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = USUAL_SIZE,
+        **options: Any,
+    ) -> None:
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            kept = {"is_main_process": is_main_process, "state_dict": state_dict}
+            kept |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, **options}
+            type(self.model).save_pretrained(self.model, save_directory, **kept)
+            return
+        for name in ("variant", "distributed_checkpoint"):
+            if options.get(name):
+                raise SaveOptionError(option=name)
+        if state_dict is not None and set(state_dict) != set(self.model.state_dict()):
+            raise SaveOptionError(option="state_dict")
+        if is_main_process:
+            save(self.model, save_directory, max_shard_size=max_shard_size)
+            if push_to_hub:
+                self._push(Path(save_directory), options)
+
+    def _push(self, folder: Path, options: dict[str, Any]) -> None:
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.get("token"))
+        name = options.get("repo_id") or folder.resolve().name
+        repository = api.create_repo(name, private=options.get("private"), exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            revision=options.get("revision"),
+            commit_message=options.get("commit_message") or "Upload model",
+            create_pr=options.get("create_pr", False),
+        )
+
+
+def save_packed(model: nn.Module) -> None:
+    """Let `save_pretrained` of all transformers models in `model` be ours, from now on."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.save_pretrained = SavePacked(module)

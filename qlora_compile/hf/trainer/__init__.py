@@ -1,0 +1,1 @@
+"""Training by TRL and transformers: data, chat templates, objectives."""

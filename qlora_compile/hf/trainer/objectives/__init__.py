@@ -1,0 +1,1 @@
+"""Objectives of training: what is learnt from which rows, a file each."""

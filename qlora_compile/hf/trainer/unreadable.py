@@ -1,0 +1,50 @@
+"""Why a file of rows could not be read: the row at fault, found after reading has failed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_compile.data_errors import DataSourceError
+from qlora_compile.errors import QloraCompileError
+
+_SHOWN = 60  # characters of a line
+
+
+def unreadable(path: Path, error: BaseException) -> QloraCompileError:
+    """Return the error to raise in place of `error`, which reading the file has raised."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        problem, remedy = f"byte {cause.start} is not UTF-8", "convert the file to UTF-8"
+    elif isinstance(cause, PermissionError):
+        problem, remedy = "permission denied", "check the file's permissions"
+    elif "no data" in str(cause):
+        problem, remedy = "it has no rows", "pass a file that has"
+    else:
+        problem = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        remedy = "repair the file"
+        if ".json" in path.name.lower():
+            problem, remedy = _json_fault(path) or (problem, remedy)
+    return DataSourceError(value=str(path), problem=problem, remedy=remedy)
+
+
+def _json_fault(path: Path) -> tuple[str, str] | None:
+    """Return problem and remedy of the first line that is no JSON object, None without one."""
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                fine = not line.strip() or isinstance(json.loads(line), dict)
+            except json.JSONDecodeError as error:
+                problem = f"row {number} is no JSON ({error.msg})"
+            else:
+                if fine:
+                    continue
+                problem = f"row {number} is no JSON object"
+            shown = line.strip()[:_SHOWN]
+            return f"{problem}: {shown!r}", "write one JSON object per line, or a list of objects"
+    return None

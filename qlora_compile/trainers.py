@@ -1,0 +1,36 @@
+"""optimize_trainer: optimises the model that a Trainer of transformers, TRL or others trains."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from qlora_compile import api
+from qlora_compile.errors import AlreadyOptimizedError
+
+
+def optimize_trainer(trainer: Any, **options: Any) -> Any:
+    """Optimise the model of `trainer` in place, and return the trainer.
+
+    trainer: transformers' Trainer or a subclass, such as TRL's, whose model has its adapters; a
+    trainer takes them as peft_config. It may have been made before or after `optimize`, and may
+    have trained already. The model is optimised now if there is one, and again when training begins
+    if it has changed since, or if `model_init` makes another. options: of
+    `qlora_compile.optimize`, except lora.
+
+    logits_free_loss is of no use with those of TRL's trainers that compute the loss from the head's
+    input themselves: SFT, DPO, KTO and GRPO.
+
+    Raises a QloraCompileError for every bad option, before anything is changed.
+    """
+
+    def optimize(model: Any) -> None:
+        with suppress(AlreadyOptimizedError):
+            api.optimize(model, **options)
+
+    from qlora_compile.hf.trainer_hook import BeforeTraining
+
+    if trainer.model is not None:
+        optimize(trainer.model)
+    trainer.add_callback(BeforeTraining(optimize))
+    return trainer

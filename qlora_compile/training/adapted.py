@@ -1,0 +1,58 @@
+"""A trained adapter: finds its model, and loads both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qlora_compile.training.errors import AdapterFolderError
+from qlora_compile.training.settings import FILE, RunSettings, settings_from
+
+
+def adapter_settings(folder: Path, model: str | None, format: str | None) -> RunSettings:
+    """Return the settings of the run that wrote the adapter in `folder`.
+
+    Adapters of others have no settings; their configuration names the model. model, format: in
+    place of those found; without any the format is the usual one.
+
+    Raises:
+        AdapterFolderError: the folder holds no adapter, or names no model.
+        SettingsFileError: its settings cannot be read.
+    """
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        problem, remedy = "it has no adapter_config.json", "pass the --output of a run"
+        raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
+    if (folder / FILE).is_file():
+        found = settings_from({}, folder / FILE)
+    else:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if model is None and not base:
+            problem, remedy = "its configuration names no model", "pass --model"
+            raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
+        found = RunSettings(model=model or base, data=())
+    return replace(found, model=model or found.model, format=format or found.format)
+
+
+def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
+    """Return the optimised model with the adapter in `folder`, and its tokenizer.
+
+    Raises:
+        What `ModelChoice.check` raises.
+    """
+    from qlora_compile import api
+    from qlora_compile.hf import loading
+    from qlora_compile.kernels.formats.formats import UNQUANTIZED
+
+    choice = settings.choice
+    config = choice.check()
+    name, options = choice.stored(config)
+    base = loading.load_model(choice.source, config=config, dtype=choice.dtype)
+    model = loading.with_adapter(base, folder)
+    model = api.optimize(
+        model, quantize=None if name == UNQUANTIZED else name, tune=choice.tune, **options
+    )
+    own = loading.has_tokenizer(folder)
+    return model.eval(), loading.load_tokenizer(folder if own else choice.source)

@@ -1,0 +1,23 @@
+"""Errors of a run of the command line; their base class is in qlora_compile/errors.py."""
+
+from __future__ import annotations
+
+from qlora_compile.errors import QloraCompileError
+
+
+class SettingsFileError(QloraCompileError, ValueError):
+    template = (
+        "cannot read settings from {value!r}: {problem}; pass the run.yaml of a run, or one like it"
+    )
+
+
+class MissingSettingError(QloraCompileError, ValueError):
+    template = "{name} is missing; pass it, or a --config that has it"
+
+
+class AdapterFolderError(QloraCompileError, ValueError):
+    template = "no adapter can be loaded from {value!r}: {problem}; {remedy}"
+
+
+class RewardFunctionError(QloraCompileError, ValueError):
+    template = "--reward {value!r}: {problem}; write FILE.py:FUNCTION or MODULE:FUNCTION"

@@ -1,0 +1,113 @@
+"""Models packed while transformers loads them equal those packed afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from qlora_compile import QloraCompileConfig, optimize
+from qlora_compile.errors import BlockSizeError, UnknownFormatError
+from qlora_compile.kernels.formats.errors import FormatOptionError
+from qlora_compile.modules.packed import PackedModule
+from qlora_compile.saving_errors import SkeletonError
+from tests.hf.saving.test_save import assert_same
+from tests.hf.test_conv1d import gpt2
+from tests.hf.test_experts import toy as experts_toy
+from tests.toy_models import tokens, toy
+
+INT4 = {"group_size": 32, "zeros": "float", "refine": True}
+
+CASES: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
+    "shards": (lambda: toy(attention_bias=True), "nf4", {}, {}),
+    "other dtype": (toy, "nf4", {"block_size": 32}, {"dtype": torch.bfloat16}),
+    "device map": (toy, "int8", {"block_size": "row"}, {"device_map": "cpu"}),
+    "tied": (lambda: toy("Gemma3", tie_word_embeddings=True), "nvfp4", {}, {}),
+    "Conv1D": (gpt2, "int4", INT4, {}),
+    "mixtral": (lambda: experts_toy("mixtral"), "fp4", {}, {"dtype": torch.bfloat16}),
+    "gpt_oss": (lambda: experts_toy("gpt_oss"), "nf4", {"double_quantize": False}, {}),
+    "deepseek_v3": (lambda: experts_toy("deepseek_v3"), "int4", INT4, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_packing_afterwards(case: str, tmp_path: Path) -> None:
+    make, format, options, loading = CASES[case]
+    model = make()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    config = QloraCompileConfig(format, **options)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config, **loading)
+    afterwards = type(model).from_pretrained(tmp_path, **loading)
+    optimize(afterwards, quantize=format, **options)
+    assert_same(loaded.state_dict(), afterwards.state_dict())
+    assert any(isinstance(module, PackedModule) for module in loaded.modules())
+    assert torch.isfinite(loaded(tokens()).logits).all()
+    assert loaded.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("stored", ["plain", "packed"])
+def test_a_skeleton_is_filled_from_a_checkpoint(stored: str, tmp_path: Path) -> None:
+    model = toy(dtype=torch.bfloat16)
+    if stored == "packed":
+        optimize(model, quantize="nf4")
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config).bfloat16()
+    given = "nf4" if stored == "plain" else None
+    lora = LoraConfig(target_modules=["q_proj"])
+    adapted = optimize(skeleton, lora, quantize=given, checkpoint=tmp_path)
+    assert adapted.get_base_model() is skeleton
+    layer = skeleton.model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == "QuantizedLoraLinear"
+    if stored == "plain":
+        optimize(model, quantize="nf4")
+    found = skeleton.state_dict()
+    assert_same(
+        {k: found[k.replace("q_proj.", "q_proj.base_layer.")] for k in model.state_dict()},
+        model.state_dict(),
+    )
+    assert skeleton.save_pretrained.model is skeleton
+
+
+def test_what_is_no_skeleton_is_refused(tmp_path: Path) -> None:
+    for model in (toy(), torch.nn.Linear(2, 2)):
+        with pytest.raises(SkeletonError, match="checkpoint= cannot fill this"):
+            optimize(model, quantize="nf4", checkpoint=tmp_path)
+
+
+def test_bad_options_are_errors() -> None:
+    for error, options in (
+        (UnknownFormatError, {"format": "nf3"}),
+        (UnknownFormatError, {}),
+        (BlockSizeError, {"format": "nf4", "block_size": 65}),
+        (FormatOptionError, {"format": "mxfp4", "group_size": 16}),
+    ):
+        with pytest.raises(error):
+            QloraCompileConfig(**options)
+
+
+def test_a_weight_that_cannot_be_packed_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = toy()
+    weight: Tensor = model.model.layers[1].mlp.up_proj.weight
+    weight.data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="automatic conversion"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=QloraCompileConfig("int4")
+        )
+    assert "layers.1.mlp.up_proj: the weight holds 1 NaN" in caplog.text
+
+
+def test_a_config_is_written_and_read() -> None:
+    config = QloraCompileConfig("int4", group_size=128)
+    again = QloraCompileConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert config.to_dict()["options"] == {"group_size": 128}
