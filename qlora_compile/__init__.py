@@ -9,6 +9,7 @@ from qlora_compile.registration import register
 if TYPE_CHECKING:
     from qlora_compile.api import explain, load, optimize
     from qlora_compile.hf.saving.save import save
+    from qlora_compile.merging import MergeReport, merge
     from qlora_compile.quantized_lora import QuantizedLoRA
     from qlora_compile.quantizer import QloraCompileConfig
     from qlora_compile.report import Report
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MergeReport",
     "QloraCompileConfig",
     "QuantizedLoRA",
     "Report",
     "__version__",
     "explain",
     "load",
+    "merge",
     "optimize",
     "optimize_trainer",
     "save",
@@ -35,6 +38,8 @@ _HOMES = {
     "QuantizedLoRA": "quantized_lora",
     "QloraCompileConfig": "quantizer",
     "save": "hf.saving.save",
+    "merge": "merging",
+    "MergeReport": "merging",
     "optimize_trainer": "trainers",
 }
 

@@ -33,3 +33,10 @@ class StoredWeightError(QloraCompileError, ValueError):
 
 class RepackError(QloraCompileError, ValueError):
     template = "{site}: {tensor}: {problem}; {remedy}"
+
+
+class QuantisedModelError(QloraCompileError, ValueError):
+    template = (
+        "{model!r} is quantised already; leave out --format {value}, and its weights stay as they "
+        "are, or pass the unquantised model"
+    )

@@ -64,3 +64,26 @@ class FolderFormatError(QloraCompileError, ValueError):
     template = (
         "stored_as={value!r}: {reason}; pass stored_as='qlora_compile', which holds every format"
     )
+
+
+class UnmergeableError(QloraCompileError, ValueError):
+    template = "{site} cannot be merged: {reason}; serve the adapter beside its base instead"
+
+
+class UnknownAdapterError(QloraCompileError, ValueError):
+    template = "the model has no adapter {value!r}; it has {known}"
+
+
+class DtypeError(QloraCompileError, ValueError):
+    template = "dtype={value!r} cannot be written; choose one of {known}"
+
+
+class BaseFolderError(QloraCompileError, ValueError):
+    template = "{value!r} is the folder that the base model came from; choose another output"
+
+
+class SkeletonError(QloraCompileError, ValueError):
+    template = (
+        "checkpoint= cannot fill this {model}: {problem}; make the model under "
+        "torch.device('meta'), in the class that its configuration names"
+    )

@@ -15,8 +15,9 @@ NAMES = {quant_format.name for quant_format in FORMATS}
 KNOWS_FORMATS = (
     "kernels/formats/",
     *(f"qlora_compile/hf/{folder}/" for folder in ("bases", "checkpoints", "packings")),
+    "qlora_compile/hf/saving/folders/",
 )
-"""The last three make formats of what other libraries store."""
+"""All but the first make formats of what other libraries store, or the other way round."""
 DEFAULT = "qlora_compile/training/model_choice.py"
 """Where the command line's one default stands."""
 

@@ -30,6 +30,7 @@ ORDER = (
     ("report",),
     ("api",),
     ("trainers", "training", "build"),
+    ("merging",),
     ("quantized_lora",),
     ("cli",),
 )

@@ -11,12 +11,13 @@ from qlora_compile.cli.build import build
 from qlora_compile.cli.chat import chat
 from qlora_compile.cli.evaluate import evaluate
 from qlora_compile.cli.explain import explain
+from qlora_compile.cli.merge import merge
 from qlora_compile.cli.records import records
 from qlora_compile.cli.train import train
 from qlora_compile.cli.tune import tune
 from qlora_compile.cli.verify import verify
 
-COMMANDS = (train, evaluate, chat, explain, verify, tune, records, build)
+COMMANDS = (train, evaluate, chat, merge, explain, verify, tune, records, build)
 """In the order of the help text; a function is one command, a Typer is a group of commands."""
 
 NAMES = {"evaluate": "eval"}

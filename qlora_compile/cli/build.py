@@ -38,7 +38,7 @@ def build(
     output: Annotated[Path, typer.Option("--output", help="Folder for the kernels.")],
     model: ModelChoiceOption = None,
     shapes: ShapesOption = None,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     rank: RankOption = 16,
     dropout: DropoutOption = 0.0,
     rows: RowsOption = None,
@@ -53,7 +53,8 @@ def build(
     """Compile the kernels a GPU will need, on any machine: its first step then compiles none."""
     with bad_input_in_one_line():
         require_model_or_shapes(model, shapes)
-        check_format(format)
+        if format is not None:
+            check_format(format)
         listed = None if shapes is None else parse_shapes(shapes)
         from qlora_compile import build as builder
 
@@ -61,7 +62,8 @@ def build(
         if listed is not None:
             from qlora_compile.cli.training_problems import problems_of_shapes
 
-            problems = problems_of_shapes(listed, format, dropout=dropout > 0)
+            stored = format or DEFAULT_FORMAT
+            problems = problems_of_shapes(listed, stored, dropout=dropout > 0)
         else:
             problems = _model_problems(str(model), format, rank, dropout, rows or [TRAINED_ROWS])
         with _progress() as on_kernel:
@@ -122,7 +124,7 @@ def _figures(kernels: list[BuiltKernel]) -> tuple[str, str, str]:
 
 
 def _model_problems(
-    model: str, format: str, rank: int, dropout: float, rows: list[int]
+    model: str, format: str | None, rank: int, dropout: float, rows: list[int]
 ) -> list[Problem]:
     choice = quiet_choice(model, format, rank, None, dropout)
     config = choice.check()

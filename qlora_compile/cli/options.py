@@ -23,10 +23,11 @@ ShapesOption = Annotated[
     typer.Option("--shapes", help="Instead of --model: MxNxKxR, …; N+N for siblings."),
 ]
 FormatOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--format",
-        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none.",
+        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none. "
+        "[nf4; a quantised checkpoint stays as it is]",
     ),
 ]
 RankOption = Annotated[int, typer.Option("--rank", help="Rank of the adapters.")]

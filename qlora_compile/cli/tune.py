@@ -37,7 +37,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 def tune(
     model: ModelChoiceOption = None,
     shapes: ShapesOption = None,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: FormatOption = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Dtype of x. [the model's; with --shapes: bfloat16]"),
@@ -51,7 +51,8 @@ def tune(
     """Measure the ways of computing each layer on this machine, and remember the fastest."""
     with bad_input_in_one_line():
         require_model_or_shapes(model, shapes)
-        check_format(format)
+        if format is not None:
+            check_format(format)
         if dtype is not None and dtype not in _DTYPES:
             raise DtypeChoiceError(value=dtype, known=", ".join(_DTYPES))
         seconds = parse_budget(budget)
@@ -63,8 +64,9 @@ def tune(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         given = None if dtype is None else getattr(torch, dtype)
         if listed is not None:
+            stored = format or DEFAULT_FORMAT
             problems = problems_of_shapes(
-                listed, format, dropout=dropout > 0, device=device, dtype=given or COMPUTE_DTYPE
+                listed, stored, dropout=dropout > 0, device=device, dtype=given or COMPUTE_DTYPE
             )
         else:
             choice = quiet_choice(str(model), format, rank, None, dropout)

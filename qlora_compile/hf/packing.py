@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlora_compile.hf import experts, parameter_counts
 from qlora_compile.hf.checkpoints.packed import place_linear
 from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear, features
-from qlora_compile.hf.saving.packed_folder import PackedFolder
+from qlora_compile.hf.saving.folders.packed import PackedFolder
 from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.formats.options import DOUBLE
 from qlora_compile.kernels.registry import format_named

@@ -40,7 +40,7 @@ class QloraCompileConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, format: str | None = "nf4", *, version: int | None = None, **options: Any
+        self, format: str | None = None, *, version: int | None = None, **options: Any
     ) -> None:
         options.pop("quant_method", None)
         self.quant_method: Any = METHOD
@@ -49,8 +49,7 @@ class QloraCompileConfig(QuantizationConfigMixin):
                 raise PackedFolderVersionError(value=version, known=VERSION)
             self.version = version
             return
-        assert format is not None
-        format_named(format).usual_layout((1, 1), **options)
+        format_named(str(format)).usual_layout((1, 1), **options)
         self.format = format
         self.options = options
 

@@ -44,13 +44,11 @@ def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
     """
     from qlora_compile import api
     from qlora_compile.hf import loading
-    from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
+    from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
     choice = settings.choice
     config = choice.check()
-    name, options = format_written(choice.format)
-    if choice.block_size is not None:
-        options["block_size"] = choice.block_size
+    name, options = choice.stored(config)
     base = loading.load_model(choice.source, config=config, dtype=choice.dtype)
     model = loading.with_adapter(base, folder)
     model = api.optimize(

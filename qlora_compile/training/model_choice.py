@@ -6,10 +6,11 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_compile.checkpoint_errors import QuantisedModelError
 from qlora_compile.errors import CausalModelError, FormatChoiceError, ModelNotFoundError
 from qlora_compile.training.demo import demo_model_file
 
@@ -18,13 +19,16 @@ DEMO = "demo"
 DEFAULT_FORMAT = "nf4"
 
 
-def check_format(text: str) -> None:
-    """Check the name of a format, which options may follow as in int4:group_size=128.
+def check_format(text: str | None) -> None:
+    """Check the name of a format, which options may follow as in int4:group_size=128; None is not
+    yet chosen.
 
     Raises:
         FormatChoiceError: there is no such format; the nearest names are suggested.
         FormatTextError, FormatOptionError, FormatOptionValueError: an option cannot be used.
     """
+    if text is None:
+        return
     from qlora_compile.kernels.formats.errors import FormatOptionError
     from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_written
 
@@ -43,15 +47,16 @@ def check_format(text: str) -> None:
 class ModelChoice:
     """A model, the format of its weights, and its adapters.
 
-    model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it.
-    alpha: None for 2 * rank. tune, block_size, logits_free_loss: as `optimize` takes them. targets:
-    names of Linears, or "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
+    model: a folder, a .gguf file, a Hub name, or "demo". format: as `check_format` takes it; None
+    for "nf4", or for "none" if the model is a quantised checkpoint. alpha: None for 2 * rank. tune,
+    block_size, logits_free_loss: as `optimize` takes them. targets: names of Linears, or
+    "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
     dtype: torch's name of the one to compute in, None for the machine's best. head: what the model
     computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
     """
 
     model: str
-    format: str = DEFAULT_FORMAT
+    format: str | None = None
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -69,11 +74,12 @@ class ModelChoice:
 
         Raises:
             What `check_format` raises, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError, TuneModeError: a value cannot be used.
+            CausalModelError, TuneModeError, QuantisedModelError: a value cannot be used.
         """
         check_format(self.format)
         check_model_path(self.model)
         from qlora_compile.hf import loading, lora_settings
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
         from qlora_compile.tuning.modes import check_mode
 
         check_mode(self.tune)
@@ -83,7 +89,27 @@ class ModelChoice:
         name = loading.architecture(config)
         if self.head == "causal" and not loading.is_causal(name):
             raise CausalModelError(value=self.model, model=name)
+        if loading.is_quantised(config) and self.format not in (None, UNQUANTIZED):
+            raise QuantisedModelError(model=self.model, value=self.format)
         return config
+
+    def with_format(self, config: Any) -> ModelChoice:
+        """This choice with a format. config: as `check` returns it."""
+        if self.format is not None:
+            return self
+        from qlora_compile.hf import loading
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+
+        return replace(self, format=UNQUANTIZED if loading.is_quantised(config) else DEFAULT_FORMAT)
+
+    def stored(self, config: Any) -> tuple[str, dict[str, Any]]:
+        """The name and the options of the format that weights are stored in."""
+        from qlora_compile.kernels.formats.formats import format_written
+
+        name, options = format_written(str(self.with_format(config).format))
+        if self.block_size is not None:
+            options["block_size"] = self.block_size
+        return name, options
 
     @property
     def source(self) -> str | Path:
@@ -96,11 +122,9 @@ class ModelChoice:
         """
         from qlora_compile import api
         from qlora_compile.hf import loading, lora_settings
-        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_written
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
-        name, options = format_written(self.format)
-        if self.block_size is not None:
-            options["block_size"] = self.block_size
+        name, options = self.stored(config)
         model = loading.load_model(
             self.source,
             config=config,
@@ -131,7 +155,7 @@ class ModelChoice:
 
 def quiet_choice(
     model: str,
-    format: str,
+    format: str | None,
     rank: int,
     alpha: float | None,
     dropout: float,

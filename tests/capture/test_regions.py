@@ -15,13 +15,14 @@ from qlora_compile import errors
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.verify.verifier import Verifier
-from tests.test_equality import lora, step, without_inductor
+from tests.test_equality import as_rewritten, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 from tests.verify.test_check import changed_scaling
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten", "without_inductor"]
 
-pytestmark = pytest.mark.usefixtures("without_inductor")
+through_autograd = pytest.mark.usefixtures("without_inductor")
+through_rewriting = pytest.mark.usefixtures("as_rewritten")
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return count
 
 
+@through_rewriting
 def test_twenty_lengths_make_two_graphs_and_one_call_per_site(calls: dict[str, int]) -> None:
     model = qlora_compile.optimize(toy(num_hidden_layers=4), lora(0.1), quantize="nf4").train()
     counters.clear()
@@ -51,6 +53,7 @@ def test_twenty_lengths_make_two_graphs_and_one_call_per_site(calls: dict[str, i
     assert qlora_compile.explain(model).fused == 28
 
 
+@through_rewriting
 def test_compiling_is_flat_in_depth() -> None:
     graphs = []
     for layers in (2, 6):
@@ -62,6 +65,7 @@ def test_compiling_is_flat_in_depth() -> None:
     assert graphs == [1, 1]
 
 
+@through_rewriting
 def test_evaluation_without_a_cache_runs_compiled(calls: dict[str, int]) -> None:
     model = qlora_compile.optimize(toy(), lora(), quantize="nf4").eval()
     ids = tokens()
@@ -71,6 +75,7 @@ def test_evaluation_without_a_cache_runs_compiled(calls: dict[str, int]) -> None
     assert calls["forward"] == 14
 
 
+@through_rewriting
 def test_whole_model_scope_is_one_region() -> None:
     model = qlora_compile.optimize(toy(), lora(), quantize="nf4", scope="model").train()
     blocks = [module for module in model.modules() if region_of(module) is not None]
@@ -105,6 +110,7 @@ class Tower(nn.Module):
         return x
 
 
+@through_autograd
 def test_any_module_can_be_optimised(calls: dict[str, int]) -> None:
     torch.manual_seed(0)
     model = Tower()
@@ -122,6 +128,7 @@ def test_any_module_can_be_optimised(calls: dict[str, int]) -> None:
     assert torch.isfinite(x.grad).all()
 
 
+@through_autograd
 def test_frozen_unquantised_linears_are_fused_and_trained_ones_named() -> None:
     model = Tower()
     model.blocks.requires_grad_(False)
@@ -147,6 +154,7 @@ class Broken(nn.Module):
         return nn.functional.linear(self.first(x), self.second.weight * 2)
 
 
+@through_rewriting
 def test_strict_names_what_is_not_fused() -> None:
     model = Broken().requires_grad_(False)
     config = LoraConfig(r=2, target_modules=["first", "second"])
@@ -155,6 +163,7 @@ def test_strict_names_what_is_not_fused() -> None:
     assert all(region_of(module) is None for module in model.modules())
 
 
+@through_rewriting
 def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -184,6 +193,7 @@ def test_verify_accepts_a_right_rewrite_and_refuses_a_wrong_one(
         step(model.train(), tokens())
 
 
+@through_rewriting
 def test_scalings_may_differ_between_layers() -> None:
     config = lora(alpha_pattern={"layers.1": 16, "layers.2": 32})
     model = qlora_compile.optimize(toy(num_hidden_layers=4), config, quantize="nf4").train()
@@ -201,6 +211,7 @@ class InPlace(nn.Module):
         return x + self.inner(x)
 
 
+@through_autograd
 def test_a_block_may_write_to_its_input() -> None:
     tower = Tower()
     tower.blocks = nn.ModuleList([InPlace() for _ in range(3)])
@@ -220,6 +231,7 @@ class Wrapper(nn.Module):
         return self.language_model(input_ids=input_ids, labels=input_ids).loss
 
 
+@through_rewriting
 def test_a_module_around_a_language_model_trains() -> None:
     model = qlora_compile.optimize(Wrapper(), lora(), quantize="nf4").train()
     model(tokens()).backward()
@@ -227,6 +239,7 @@ def test_a_module_around_a_language_model_trains() -> None:
     assert qlora_compile.explain(model).fused == 15
 
 
+@through_autograd
 def test_ragged_lengths_under_checkpointing_recompute_the_graph_they_ran() -> None:
     model = qlora_compile.optimize(toy(), lora(0.1), quantize="nf4").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -252,6 +265,7 @@ class WritesToOutputs(nn.Module):
 
 @pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
 @pytest.mark.parametrize("quantize", [None, "int8"])
+@through_autograd
 def test_what_a_fused_linear_returns_may_be_written_to(
     shape: tuple[int, ...], quantize: Any
 ) -> None:
@@ -281,6 +295,7 @@ class Breaking(nn.Module):
         return self.down(y / y.abs().max().item()) + x
 
 
+@through_autograd
 def test_sites_of_a_split_block_are_known_by_their_weights(calls: dict[str, int]) -> None:
     model: Any = nn.Sequential(Breaking(), nn.Tanh(), Breaking(), nn.Linear(8, 8))
     model = qlora_compile.optimize(

@@ -25,9 +25,9 @@ from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.sites import Inventory
-from tests.test_equality import without_inductor
+from tests.test_equality import as_rewritten, without_inductor
 
-__all__ = ["without_inductor"]
+__all__ = ["as_rewritten", "without_inductor"]
 
 # Two orders of float32 sums: 2.02e-5 apart with AVX2, less with AVX-512.
 TOLERANCE = 3e-5
@@ -179,7 +179,7 @@ def test_bfloat16_is_no_farther_from_float32_than_stock() -> None:
         assert error <= 1.5 * allowed[group] + 4e-3, group
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("format", [None, "nf4"])
 def test_adapter_switches_agree_with_stock(format: str | None) -> None:
     if format is None:
@@ -201,7 +201,7 @@ def test_adapter_switches_agree_with_stock(format: str | None) -> None:
     assert ranks == {6}
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_saved_adapters_are_stock_peft_files(tmp_path: Path) -> None:
     ours, stock = quantized("nf4")
     inputs = batch(stock)
@@ -217,7 +217,7 @@ def test_saved_adapters_are_stock_peft_files(tmp_path: Path) -> None:
     assert_close(output(again.eval(), inputs), output(ours, inputs))
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_merge_and_unmerge(format: str | None, name: str) -> None:
@@ -249,7 +249,7 @@ def test_merge_and_unmerge(format: str | None, name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_copies_train_apart(how: str) -> None:
     ours, stock = quantized("nf4", "gpt_oss")
     inputs = batch(stock)
@@ -296,7 +296,7 @@ def test_what_is_left_alone_says_why() -> None:
         qlora_compile.optimize(toy("dbrx").requires_grad_(False), strict=True, tune="model")
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("as_rewritten")
 def test_weights_that_begin_to_train_are_refused() -> None:
     ours = qlora_compile.optimize(toy().requires_grad_(False), tune="model")
     inputs = batch(ours)

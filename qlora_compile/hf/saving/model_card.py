@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qlora_compile.hf.saving.base_tensors import BaseTensors
-from qlora_compile.hf.saving.folder_format import FolderFormat
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat
 from qlora_compile.kernels.registry import format_named
 
 CARD = "README.md"

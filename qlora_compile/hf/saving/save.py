@@ -14,9 +14,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from qlora_compile.errors import OptionError
 from qlora_compile.hf.saving.base_tensors import BaseTensors
-from qlora_compile.hf.saving.folder_format import FolderFormat, named
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat, named
+from qlora_compile.hf.saving.folders.registry import FOLDERS
 from qlora_compile.hf.saving.model_card import CARD, model_card
-from qlora_compile.hf.saving.registry import FOLDERS
 from qlora_compile.hf.saving.replacement import replaced
 from qlora_compile.hf.saving.shards import USUAL_SIZE, Shards, size_in_bytes
 from qlora_compile.saving_errors import (
@@ -126,9 +126,14 @@ def other_files(folder: Path, stem: str) -> Callable[[Path], bool]:
     return stays
 
 
-def write_configs(model: PreTrainedModel, folder: Path, **changes: Any) -> None:
-    """Write config.json with `changes`, generation_config.json and a custom model's code."""
-    config = copy.deepcopy(model.config)
+def write_configs(
+    model: PreTrainedModel, folder: Path, *, config: Any = None, **changes: Any
+) -> None:
+    """Write config.json with `changes`, generation_config.json and a custom model's code.
+
+    config: None for the model's own.
+    """
+    config = copy.deepcopy(model.config if config is None else config)
     config.dtype = named(model.dtype)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     for name in ("quantization_config", "_is_quantized"):

@@ -22,7 +22,7 @@ import qlora_compile
 from qlora_compile.capture.regions import uninstall
 from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.errors import OptionError
-from qlora_compile.hf.saving.registry import FOLDERS
+from qlora_compile.hf.saving.folders.registry import FOLDERS
 from qlora_compile.hf.saving.save import SavePacked
 from qlora_compile.modules.packed import PackedModule
 from qlora_compile.report import regions_of
@@ -47,22 +47,22 @@ NEEDS_HOOK = pytest.mark.skipif(
     reason="transformers before 5.18 has no hook by which a quantizer names its files",
 )
 
-HELD: dict[str, tuple[dict[str, Any], str]] = {
-    "nf4": ({}, "bitsandbytes"),
-    "fp4": ({"double_quantize": False}, "bitsandbytes"),
-    "int8": ({"block_size": "row"}, "bitsandbytes"),
-    "int4": ({"group_size": 32}, "compressed-tensors"),
-    "int4 symmetric": ({"zeros": "none", "group_size": "row"}, "compressed-tensors"),
-    "int4 float zeros": ({"zeros": "float"}, "qlora_compile"),
-    "int8 blocks": ({}, "qlora_compile"),
-    "nvfp4": ({}, "qlora_compile"),
+HELD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "NF4": ("nf4", {}, "bitsandbytes"),
+    "FP4": ("fp4", {"double_quantize": False}, "bitsandbytes"),
+    "INT8 by row": ("int8", {"block_size": "row"}, "bitsandbytes"),
+    "INT4": ("int4", {"group_size": 32}, "compressed-tensors"),
+    "INT4 symmetric": ("int4", {"zeros": "none", "group_size": "row"}, "compressed-tensors"),
+    "INT4 float zeros": ("int4", {"zeros": "float"}, "qlora_compile"),
+    "INT8 in blocks": ("int8", {}, "qlora_compile"),
+    "NVFP4": ("nvfp4", {}, "qlora_compile"),
 }
-"""By format and options, the folder that is chosen."""
+"""Formats with options, and the folder that is chosen for them."""
 
 
-def packed(held: str = "int8 blocks", model: Any = None) -> Any:
+def packed(held: str = "INT8 in blocks", model: Any = None) -> Any:
     model = toy(dtype=torch.bfloat16, attention_bias=True) if model is None else model
-    return qlora_compile.optimize(model, quantize=held.split()[0], **HELD[held][0])
+    return qlora_compile.optimize(model, quantize=HELD[held][0], **HELD[held][1])
 
 
 def dense(model: Any) -> dict[str, Tensor]:
@@ -83,14 +83,14 @@ def read(module: Any) -> Tensor:
     return module.weight
 
 
-@pytest.mark.parametrize("held", [each for each in HELD if HELD[each][1] != "qlora_compile"])
+@pytest.mark.parametrize("held", [each for each in HELD if HELD[each][2] != "qlora_compile"])
 def test_stock_transformers_reads_it(held: str, tmp_path: Path) -> None:
     model = packed(held)
-    assert qlora_compile.save(model, tmp_path, max_shard_size="30KB") == HELD[held][1]
+    assert qlora_compile.save(model, tmp_path, max_shard_size="30KB") == HELD[held][2]
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert HELD[held][1] in (tmp_path / "README.md").read_text()
+    assert HELD[held][2] in (tmp_path / "README.md").read_text()
     options: dict[str, Any] = {}
-    if HELD[held][1] == "compressed-tensors":
+    if HELD[held][2] == "compressed-tensors":
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     for name, weight in dense(model).items():
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
     packed().save_pretrained(folder, max_shard_size="30KB")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with files_up_to(20_000), pytest.raises(UnfinishedSaveError, match="unchanged"):
-        packed("int4 float zeros").save_pretrained(folder)
+        packed("INT4 float zeros").save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -229,4 +229,4 @@ def test_a_folder_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
 
 
 def test_every_folder_is_tested() -> None:
-    assert {kind.name for kind in FOLDERS} == {folder for _, folder in HELD.values()}
+    assert {kind.name for kind in FOLDERS} == {folder for _, _, folder in HELD.values()}

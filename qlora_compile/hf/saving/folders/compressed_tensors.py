@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.hf.saving.folder_format import FolderFormat, of_experts
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat, of_experts
 from qlora_compile.kernels.packed import PackedWeight
 
 _CODES_PER_WORD = 8

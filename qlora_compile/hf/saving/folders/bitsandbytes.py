@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.hf.saving.folder_format import FolderFormat, named, of_experts
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat, named, of_experts
 from qlora_compile.kernels.formats.codebook import CodebookFormat
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.layout import Layout

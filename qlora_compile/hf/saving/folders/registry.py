@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qlora_compile.hf.saving.bitsandbytes_folder import EightBitFolder, FourBitFolder
-from qlora_compile.hf.saving.compressed_tensors_folder import CompressedTensorsFolder
-from qlora_compile.hf.saving.folder_format import FolderFormat
-from qlora_compile.hf.saving.packed_folder import PackedFolder
+from qlora_compile.hf.saving.folders.bitsandbytes import EightBitFolder, FourBitFolder
+from qlora_compile.hf.saving.folders.compressed_tensors import CompressedTensorsFolder
+from qlora_compile.hf.saving.folders.folder_format import FolderFormat
+from qlora_compile.hf.saving.folders.packed import PackedFolder
 
 FOLDERS: tuple[FolderFormat, ...] = (
     FourBitFolder(),

@@ -1,0 +1,1 @@
+"""Merging adapters into the dequantised base, tensor by tensor."""
