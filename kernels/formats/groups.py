@@ -60,11 +60,9 @@ class GroupFormat(QuantFormat):
         """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
         contiguous; no zeros where all are `symmetric_zero`."""
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """`factors` as they are stored, where the decoder for CPUs reads them so."""
-        return self.factors(packed, start, stop)
+    @abstractmethod
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        """Scales and zeros of all groups as the decoder for CPUs reads them."""
 
     @abstractmethod
     def code_values(self, codes: Tensor) -> Tensor:
@@ -113,12 +111,9 @@ class GroupFormat(QuantFormat):
 
     def _write_compiled(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
         """`_write_rows` to an `out` that compiled code writes."""
-        scales, zeros = self.stored_factors(packed, start, stop)
-        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
         group_decode.write_rows(
-            *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
-            *(self.group_size(packed.layout), self.cpu_kind, out),
-            adds=self.adds_minima(packed.layout),
+            *(packed.codes, self.cpu_values(), self.stored_factors(packed)),
+            *(self.group_size(packed.layout), self.cpu_kind, start, out),
         )
 
     def cpu_values(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.cpu import group_decode, indexed_decode
+from qlora_compile.kernels.formats.cpu import group_codes, group_decode, indexed_decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
 from qlora_compile.kernels.formats.half_quadratic import refined_zeros
@@ -95,24 +95,20 @@ class IntegerFormat(GroupFormat):
         return codes.to(torch.float32)
 
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        scales, zeros = self._factor_planes(packed, start, stop)
-        return scales.to(torch.float32), None if zeros is None else zeros.to(torch.float32)
-
-    def _factor_planes(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
         rows = packed.shape[0]
         name = "minima" if self.adds_minima(packed.layout) else "zeros"
-        scales, zeros = packed.planes["scales"], packed.planes.get(name)
-        own = scales.reshape(rows, -1)[start:stop]
-        return own, None if zeros is None else zeros.reshape(rows, -1)[start:stop]
+        stored = (packed.planes["scales"], packed.planes.get(name))
+        scales, zeros = (
+            None if each is None else each.reshape(rows, -1)[start:stop].to(torch.float32)
+            for each in stored
+        )
+        assert scales is not None
+        return scales, zeros
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        if packed.planes["scales"].dtype == torch.float16:
-            return self.factors(packed, start, stop)
-        return self._factor_planes(packed, start, stop)
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        planes, adds = packed.planes, self.adds_minima(packed.layout)
+        zeros = planes.get("minima" if adds else "zeros")
+        return group_decode.Factors(planes["scales"], zeros, self.symmetric_zero, adds=adds)
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         index = packed.planes.get("group_index")
@@ -123,11 +119,9 @@ class IntegerFormat(GroupFormat):
         if index is None:
             super()._write_compiled(packed, start, stop, out)
             return
-        scales, zeros = self.stored_factors(packed, start, stop)
-        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
         indexed_decode.write_rows(
-            *(codes, scales, zeros, self.symmetric_zero, index, self.bits, out),
-            adds=self.adds_minima(packed.layout),
+            *(packed.codes, self.stored_factors(packed), self.group_size(packed.layout)),
+            *(index, self.bits, start, out),
         )
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
@@ -199,14 +193,14 @@ class IntegerFormat(GroupFormat):
 class Int4Format(IntegerFormat):
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
-    cpu_kind: ClassVar[str] = group_decode.NIBBLES
+    cpu_kind: ClassVar[str] = group_codes.NIBBLES
     symmetric_zero: ClassVar[float] = 8.0
 
 
 class Uint8Format(IntegerFormat):
     name: ClassVar[str] = "uint8"
     bits: ClassVar[int] = 8
-    cpu_kind: ClassVar[str] = group_decode.INTEGER
+    cpu_kind: ClassVar[str] = group_codes.INTEGER
     symmetric_zero: ClassVar[float] = 128.0
 
 

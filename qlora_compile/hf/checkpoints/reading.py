@@ -54,8 +54,8 @@ def read_model(
 ) -> Any:
     """Build a `model_class` of `config` from the checkpoint in `folder`, which `source` reads.
 
-    dtype: that of all weights that are not packed, and of products with packed ones. The peak of
-    memory is the packed model and the tensors of one parameter.
+    dtype: that of all weights that are not packed, and of products with packed ones. Tensors are
+    read one parameter at a time, after all headers have been checked.
 
     Raises CheckpointError if a tensor is missing or unfit; no model is left behind.
     """
