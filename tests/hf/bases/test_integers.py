@@ -174,7 +174,8 @@ def test_peft_s_layers_over_a_library_s_are_adopted() -> None:
     adapted = [path for path, (library, _) in PLACES.items() if library != "compressed-tensors"]
     config = lora(target_modules=adapted)
     own: dict[Any, Any] = dict.fromkeys((AutoGptqLinear, GptqModelLinear), GPTQLoraLinear)
-    config._register_custom_module(own | {AutoAwqLinear: AwqLoraLinear})
+    own[AutoAwqLinear] = AwqLoraLinear
+    config._register_custom_module(own)
     dense, quantised = models()
     torch.manual_seed(1)
     stock = get_peft_model(dense, lora(target_modules=adapted))
