@@ -96,13 +96,14 @@ def load_model(
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
-    if dtype is None or isinstance(dtype, str):
-        dtype = compute_dtype() if dtype is None else getattr(torch, dtype)
+    chosen: torch.dtype = (
+        compute_dtype() if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
+    )
     settings = quantization_settings(config)
     if settings is not None and not options:
         if head != "causal":
             raise CheckpointHeadError(file=source, value=settings.get("quant_method"))
-        return _load_quantised(source, config, settings, dtype, device)
+        return _load_quantised(source, config, settings, chosen, device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if head != "causal":
         named = AutoModelForSequenceClassification
@@ -113,13 +114,13 @@ def load_model(
             config.pad_token_id = _first(getattr(config, "eos_token_id", None))
     if "gguf_file" in options:
         if keeps_blocks and head == "causal":
-            model = _load_blocks(Path(source), config, dtype, device)
+            model = _load_blocks(Path(source), config, chosen, device)
             if model is not None:
                 return model
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        return named.from_pretrained(folder, config=config, dtype=dtype, **options)
+        return named.from_pretrained(folder, config=config, dtype=chosen, **options)
     except OSError as error:
         raise _not_found(source, error) from error
 

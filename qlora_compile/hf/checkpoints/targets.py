@@ -75,16 +75,14 @@ def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
         if name in tied:
             continue
         path, _, parameter = name.rpartition(".")
-        module = modules.get(path)
+        module: Any = modules.get(path)
         site = sites.get(name)
         if site is not None and site.obstacle in (None, experts.TRAINED):
             pieces = tuple(_by_expert(parts, site.experts))
             shape = (site.experts * site.n, site.k)
             if pieces:
                 yield Target(name, site.module, pieces, shape, site.weight.dtype, site)
-        elif (
-            type(module) in (nn.Linear, Conv1D) and parameter == "weight" and list(parts) == [None]
-        ):
+        elif type(module) in (nn.Linear, Conv1D) and (parameter, *parts) == ("weight", None):
             pieces = tuple(parts[None])
             yield Target(name, module, pieces, features(module), module.weight.dtype, None)
 

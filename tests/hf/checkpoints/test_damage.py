@@ -105,7 +105,7 @@ def test_every_source_is_damaged() -> None:
     assert damaged == {source.method for source in SOURCES}
 
 
-@settings(max_examples=COUNT, suppress_health_check=list(HealthCheck))
+@settings(max_examples=COUNT, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_one_clean_error_or_the_same_weights(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(WRITERS) if LONG else ONE_OF_EACH), label="source")
