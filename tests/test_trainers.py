@@ -101,7 +101,8 @@ def seq2seq_losses(model: Any, rows: Any, folder: Path) -> list[float]:
 def test_a_sequence_to_sequence_trainer_trains_as_stock(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2}
     sizes |= {"num_heads": 4, "vocab_size": 128, "dropout_rate": 0.0}
-    config = T5Config(**sizes, decoder_start_token_id=0)
+    sizes["decoder_start_token_id"] = 0
+    config = T5Config(**sizes)
     models = []
     for _ in range(2):
         torch.manual_seed(0)
