@@ -129,6 +129,7 @@ def _zero(stage: int) -> Any:
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,  # DeepSpeed's own is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
