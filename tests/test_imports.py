@@ -21,7 +21,7 @@ ORDER = (
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
-    ("weight_reads",),
+    ("weight_reads", "chosen"),
     ("sites",),
     ("quantizer",),
     ("verify",),

@@ -166,7 +166,7 @@ def _plain_trainer(
     trainer_class: Any,
     arguments: Any,
     callbacks: list[TrainerCallback],
-    **_: Any,
+    **others: Any,
 ) -> Trainer:
     rows, held_out = labelled(dataset, eval_dataset, base_model(model).config)
     rows, batching = prepare(rows, model, tokenizer, max_length)
