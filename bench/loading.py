@@ -62,7 +62,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**_SHAPE | {"num_hidden_layers": layers}))
+    shape: Any = _SHAPE | {"num_hidden_layers": layers}
+    model = LlamaForCausalLM(LlamaConfig(**shape))
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // (_SHARDS - 1))
 

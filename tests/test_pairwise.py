@@ -7,7 +7,7 @@ from tests.pairwise import pairwise
 
 def test_every_two_values_meet() -> None:
     rows = [row for row in product("abc", "xyz", range(4), (False, True)) if row[:2] != ("a", "x")]
-    chosen = pairwise(rows, lambda row: dict(enumerate(row)))
+    chosen = pairwise(rows, lambda row: dict(zip("abcd", row, strict=True)))
     assert len(chosen) < len(rows) / 3
     for first, second in combinations(range(4), 2):
         met = {(row[first], row[second]) for row in chosen}

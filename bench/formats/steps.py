@@ -59,7 +59,7 @@ class Compared:
 
 def model_of(base: Any, case: FormatCase) -> Any:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    options = {"double_quantize": False} | case.options
+    options: Any = {"double_quantize": False} | case.options
     torch.manual_seed(0)
     model = qlora_compile.optimize(
         copy.deepcopy(base), config, quantize=case.format, tune="model", **options
@@ -136,7 +136,8 @@ def markdown(found: list[Compared], figures: dict[str, Any]) -> str:
 def main(pairs: Annotated[int, typer.Option(help="Pairs of steps per format.")] = 30) -> None:
     """Time steps over every format beside NF4's. Exits with 1 if one takes more than 1.1 of it."""
     torch.set_num_threads(1)
-    base = random_model(LlamaConfig(**SHAPE, max_position_embeddings=LENGTH))
+    shape: Any = SHAPE
+    base = random_model(LlamaConfig(**shape, max_position_embeddings=LENGTH))
     # How codes were found does not change how they are read.
     chosen = [case for case in cases() if "refine" not in case.options]
     nf4 = model_of(base, chosen[0])

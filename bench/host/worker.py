@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import qlora_compile
 from bench.host.calls import measured_calls
@@ -98,7 +99,7 @@ def main(order: dict[str, Any]) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     # Each of Inductor's kernels shows in a profile.
-    torch._inductor.config.cpp.enable_kernel_profile = True
+    inductor_config.cpp.enable_kernel_profile = True
     with contextlib.ExitStack() as stack:
         device = None
         if order["contender"] == OURS:

@@ -114,7 +114,8 @@ def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, a
 def test_stock_cannot_shard_bitsandbytes() -> None:
     """fully_shard makes DTensors of the codes, which lose the quant_state of Params4bit. accelerate
     leaves them whole."""
-    model = get_peft_model(with_bitsandbytes(toy_llama(), 4), LoraConfig(target_modules=["q_proj"]))
+    lora = LoraConfig(target_modules=["q_proj"])
+    model: Any = get_peft_model(with_bitsandbytes(toy_llama(), 4), lora)
     fully_shard(model.get_base_model().model.layers[0])
     with pytest.raises(ValueError, match="quant_state is required"):
         model(input_ids=batch(0))

@@ -85,21 +85,22 @@ def test_error_of_output_and_gradients(format: str, data: st.DataObject) -> None
         assert_no_worse_than_plain(call, call.fused(variant))
 
 
-ONE_HOT = [
+ONE_HOT: list[tuple[str, GemmConfig, torch.dtype]] = [
     (each.name, config, dtype)
     for each in FORMATS
     for config in configs(each.name)
     for dtype in (BF16, F16)
 ]
+PAIRS = pairwise(
+    ONE_HOT,
+    lambda row: {"decoder": (row[0], row[1].decoder), "dtype": row[2]},
+    lambda row: {"config": row[1], "dtype": row[2]},
+)
 
 
 @pytest.mark.parametrize(
     ("format", "config", "dtype"),
-    pairwise(
-        ONE_HOT,
-        lambda row: {"decoder": (row[0], row[1].decoder), "dtype": row[2]},
-        lambda row: {"config": row[1], "dtype": row[2]},
-    ),
+    PAIRS,
     ids=lambda value: str(getattr(value, "label", value)).replace(" ", "-"),
 )
 def test_one_hot_rows_give_the_decoded_weight(
