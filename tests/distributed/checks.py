@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qlora_compile.capture import backend
 from qlora_compile.modules.packed import PackedModule
 from tests.distributed.cases import Case, batch, model_of
+from tests.distributed.worker import compile_inner
 
 DENSE = Case("none", "nf4", "dense", "plain")
 EXPERTS = Case("none", "int4", "experts", "plain")
@@ -33,7 +33,7 @@ RAGGED = ((slice(0, 3), 16), (slice(3, 4), 7))
 
 def main(check: str, *arguments: str) -> None:
     torch.set_num_threads(1)
-    backend.compile_inner = lambda graph, inputs, *_: aot_eager(graph, inputs)
+    backend.compile_inner = compile_inner
     dist.init_process_group("gloo")
     globals()[check](*arguments)
     dist.destroy_process_group()

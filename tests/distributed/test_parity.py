@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 
 from bench.stock import with_bitsandbytes
+from qlora_compile.capture import backend
+from tests.distributed import worker
 from tests.distributed.cases import Case, batch
 from tests.distributed.jobs import LONG, start
 from tests.toy_language_model import toy_llama
@@ -59,29 +63,43 @@ def run(processes: int, names: list[str], output: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
-    """What each case gives, and under the engine "none" one process over all rows."""
+    """What each case gives in its job."""
     folder = tmp_path_factory.mktemp("jobs")
     jobs: dict[int, list[str]] = {}
     for processes, case in CASES:
-        if case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            continue
-        jobs.setdefault(processes, []).append(str(case))
-        alone = str(Case("none", *str(case).split("-")[1:]))
-        jobs.setdefault(1, []).append(alone)
-    found = {}
-    for processes, names in jobs.items():
-        unique = list(dict.fromkeys(names))
-        for name, result in run(processes, unique, folder / f"{processes}.json").items():
-            found[processes, name] = result
-    return found
+        if not _lacks_deepspeed(case):
+            jobs.setdefault(processes, []).append(str(case))
+    return {
+        (processes, name): result
+        for processes, names in jobs.items()
+        for name, result in run(processes, names, folder / f"{processes}.json").items()
+    }
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[None]:
+    """This process as a job of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def alone(case: Case, group: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What one process gives that trains on all rows."""
+    monkeypatch.setattr(backend, "compile_inner", worker.compile_inner)
+    return worker.run(replace(case, engine="none"))
+
+
+def _lacks_deepspeed(case: Case) -> bool:
+    return case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None
 
 
 @pytest.mark.parametrize(("processes", "case"), CASES, ids=lambda value: str(value))
-def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any) -> None:
-    if case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, alone: Any) -> None:
+    if _lacks_deepspeed(case):
         pytest.skip("deepspeed is not installed; `make test-distributed` installs it")
     ours = results[processes, str(case)]
-    alone = results[1, str(Case("none", *str(case).split("-")[1:]))]
     numpy.testing.assert_allclose(ours["losses"], alone["losses"], rtol=1e-6)
     assert ours["adapters"].keys() == alone["adapters"].keys()
     for name, values in alone["adapters"].items():
@@ -92,14 +110,11 @@ def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any) -
     assert ours["unfused"] == alone["unfused"]
 
 
+@pytest.mark.usefixtures("group")
 def test_stock_cannot_shard_bitsandbytes() -> None:
     """fully_shard makes DTensors of the codes, which lose the quant_state of Params4bit. accelerate
     leaves them whole."""
     model = get_peft_model(with_bitsandbytes(toy_llama(), 4), LoraConfig(target_modules=["q_proj"]))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        fully_shard(model.get_base_model().model.layers[0])
-        with pytest.raises(ValueError, match="quant_state is required"):
-            model(input_ids=batch(0))
-    finally:
-        dist.destroy_process_group()
+    fully_shard(model.get_base_model().model.layers[0])
+    with pytest.raises(ValueError, match="quant_state is required"):
+        model(input_ids=batch(0))
