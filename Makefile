@@ -22,7 +22,7 @@ LIFE_SEED ?= 0
 NOISE_REPETITIONS ?= 10
 DISTRIBUTED := .venv/distributed
 
-.PHONY: demo test test-long test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+.PHONY: demo test test-long test-damage test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
 	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean
 
 demo: setup
@@ -35,6 +35,10 @@ test: setup
 # `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# Damages checkpoints of every source in 300 drawn ways.
+test-damage: setup
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from qlora_compile.adapter_errors import NothingToPackError
 from qlora_compile.checkpoint_errors import RepackError, StoredWeightError
 from qlora_compile.errors import (
@@ -13,6 +15,7 @@ from qlora_compile.errors import (
     MetaDeviceError,
     NoLinearError,
     OffloadedWeightError,
+    ShardedWeightError,
     StrictError,
     WeightValueError,
 )
@@ -25,6 +28,7 @@ from qlora_compile.hf import (
     methods,
     parameter_counts,
 )
+from qlora_compile.hf.bases import fp8_experts
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
@@ -56,6 +60,8 @@ def check(
     for kind in ("named_parameters", "named_buffers"):
         for prefix, module in inventory.modules.items():
             for name, tensor in getattr(module, kind)(prefix, recurse=False):
+                if isinstance(tensor, DTensor):
+                    raise ShardedWeightError(site=name, value=tensor.placements)
                 if tensor.device.type == "meta":
                     lost = OffloadedWeightError if is_offloaded(module) else MetaDeviceError
                     raise lost(site=name)
@@ -150,6 +156,12 @@ def _repack(inventory: Inventory) -> None:
             replaced.add(base)
     for base in replaced:
         base.finish(inventory.model)
+    for name, site in inventory.experts.items():
+        if fp8_experts.recognises(site.module):
+            try:
+                fp8_experts.adopt(site)
+            except StoredWeightError as error:
+                raise RepackError(site=name, **error.fields) from error
 
 
 def format_options(

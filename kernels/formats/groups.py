@@ -77,7 +77,13 @@ class GroupFormat(QuantFormat):
         values = self.code_values(self._codes(packed, start, stop))
         scales, zeros = self.factors(packed, start, stop)
         shifts = self.symmetric_zero if zeros is None else self.by_column(packed, zeros)
-        return ((values - shifts) * self.by_column(packed, scales)).to(dtype)
+        scales = self.by_column(packed, scales)
+        adds = self.adds_minima(packed.layout)
+        return (values * scales + shifts if adds else (values - shifts) * scales).to(dtype)
+
+    def adds_minima(self, layout: Layout) -> bool:
+        """Whether value = v(code) * scale + minimum, and minima take the place of zeros."""
+        return False
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
@@ -153,10 +159,11 @@ class GroupFormat(QuantFormat):
         names = (plane.name for plane in self.planes(layout))
         named = dict(zip(names, tensors, strict=True))
         return group_side(
-            *(named["scales"], named.get("zeros"), layout.shape[1]),
+            *(named["scales"], named.get("zeros", named.get("minima")), layout.shape[1]),
             *(self.group_size(layout), tile_columns),
             constant=self.symmetric_zero,
             index=named.get("group_index"),
+            adds="minima" in named,
         )
 
 

@@ -32,19 +32,21 @@ class IntegerFormat(GroupFormat):
     """Codes 0 … 2**bits - 1, value = (code - zero) * scale.
 
     Options: `group_size`, columns that share a scale; `zeros`, "integer" for uint8 ones, "float"
-    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere; `scales`, their dtype;
+    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere, or "minimum", where value =
+    code * scale + minimum, as in GGUF's Q4_1; `scales`, their dtype and that of minima;
     `grouping`, "consecutive" for groups of neighbouring columns, or "indexed", where a plane tells
     the group of each, as GPTQ's act-order needs (its g_idx); packing then groups columns by their
     largest weights; `refine`, not stored: HQQ's search for the zeros, which needs those to be
     "float".
 
     The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], `zeros`
-    [N, groups] unless there are none, and `group_index` int32 [K] where columns are indexed.
+    [N, groups] unless there are none, or `minima` [N, groups], and `group_index` int32 [K] where
+    columns are indexed.
     """
 
     options: ClassVar[tuple[Option, ...]] = (
         Option("group_size", (32, 64, 128, "row"), 64),
-        Option("zeros", ("integer", "float", "none"), "integer"),
+        Option("zeros", ("integer", "float", "none", "minimum"), "integer"),
         Option("scales", tuple(_DTYPES), "bfloat16"),
         Option("grouping", ("consecutive", "indexed"), "consecutive"),
         Option("refine", (False, True), False, stored=False),
@@ -80,6 +82,9 @@ class IntegerFormat(GroupFormat):
         size, zeros = named["group_size"], named["zeros"]
         return f"{self.name}/{size}{indexed} zeros {zeros} {named['scales']}"
 
+    def adds_minima(self, layout: Layout) -> bool:
+        return layout.named["zeros"] == "minimum"
+
     def group_size(self, layout: Layout) -> int:
         return layout.named["group_size"]
 
@@ -91,7 +96,8 @@ class IntegerFormat(GroupFormat):
 
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         rows = packed.shape[0]
-        stored = (packed.planes["scales"], packed.planes.get("zeros"))
+        name = "minima" if self.adds_minima(packed.layout) else "zeros"
+        stored = (packed.planes["scales"], packed.planes.get(name))
         scales, zeros = (
             None if each is None else each.reshape(rows, -1)[start:stop].to(torch.float32)
             for each in stored
@@ -100,8 +106,9 @@ class IntegerFormat(GroupFormat):
         return scales, zeros
 
     def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
-        planes = packed.planes
-        return group_decode.Factors(planes["scales"], planes.get("zeros"), self.symmetric_zero)
+        planes, adds = packed.planes, self.adds_minima(packed.layout)
+        zeros = planes.get("minima" if adds else "zeros")
+        return group_decode.Factors(planes["scales"], zeros, self.symmetric_zero, adds=adds)
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         index = packed.planes.get("group_index")
@@ -152,22 +159,25 @@ class IntegerFormat(GroupFormat):
             scales = torch.maximum(high / (self.largest - middle), low / -middle)
         else:
             scales = high / self.largest - low / self.largest
-        scales = scales.to(_DTYPES[layout.named["scales"]])
-        if not bool(scales.isfinite().all()):
+        dtype = _DTYPES[layout.named["scales"]]
+        scales, minima = scales.to(dtype), low.to(dtype)
+        if not bool((scales.isfinite() & (minima.isfinite() | (zeros != "minimum"))).all()):
             largest = float((high - low).max()) / self.largest
-            raise ScaleOverflowError(site=site, largest=largest, dtype=scales.dtype)
+            raise ScaleOverflowError(site=site, largest=largest, dtype=dtype)
         divisors = torch.where(scales > 0, scales, torch.inf).to(torch.float32)
         stored: list[Tensor] = []
         offsets = torch.full_like(divisors, middle)
-        if zeros != "none":
+        if zeros == "minimum":
+            stored, offsets = [minima], -minima.to(torch.float32) / divisors
+        elif zeros != "none":
             offsets = -low / divisors
             if refine:
                 counted = padded_groups(torch.ones_like(weight[:1]), groups.shape[2])[0]
                 in_steps = groups / divisors.unsqueeze(2)
                 offsets = refined_zeros(in_steps, counted, offsets, self.largest)
-            dtype = torch.uint8 if zeros == "integer" else scales.dtype
             offsets = offsets.round_() if zeros == "integer" else offsets
-            stored = [offsets.clamp_(max=self.largest).to(dtype)]
+            offsets.clamp_(max=self.largest)
+            stored = [offsets.to(torch.uint8 if zeros == "integer" else dtype)]
             offsets = stored[0].to(torch.float32)
         codes = (groups / divisors.unsqueeze(2)).add_(offsets.unsqueeze(2)).round_()
         codes = codes.clamp_(0, self.largest).flatten(1)[:, :columns].to(torch.uint8)
@@ -201,7 +211,9 @@ def _side_planes(layout: Layout) -> tuple[Plane, ...]:
     dtype, zeros = _DTYPES[layout.named["scales"]], layout.named["zeros"]
     scales = Plane("scales", dtype, shape)
     planes = [scales]
-    if zeros != "none":
+    if zeros == "minimum":
+        planes.append(Plane("minima", dtype, shape))
+    elif zeros != "none":
         planes.append(Plane("zeros", torch.uint8 if zeros == "integer" else dtype, shape))
     if _is_indexed(layout):
         planes.append(Plane("group_index", torch.int32, (columns,)))

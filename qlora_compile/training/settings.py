@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 
 from qlora_compile.errors import OutOfRangeError
+from qlora_compile.outputs import write_whole
 from qlora_compile.training.errors import MissingSettingError, SettingsFileError
 from qlora_compile.training.model_choice import ModelChoice
 
 FILE = "run.yaml"
 AUTOMATIC = "auto"
+ON_NAN = ("stop", "skip")
 DTYPES = (AUTOMATIC, "bfloat16", "float16", "float32")
 
 TRAINER_OPTIONS = {
@@ -84,6 +86,8 @@ class RunSettings:
     checkpoint_every: int | None = None
     seed: int | None = None
     report_to: str | None = None
+    on_nan: str = "stop"
+    processes: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -110,7 +114,7 @@ class RunSettings:
         """Raise OutOfRangeError for a setting that can never be used."""
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every"), 1),
-            **dict.fromkeys(("early_stopping", "checkpoint_every"), 1),
+            **dict.fromkeys(("early_stopping", "checkpoint_every", "processes"), 1),
             **dict.fromkeys(("warmup", "weight_decay"), 0),
             "max_length": 2,
         }
@@ -129,6 +133,8 @@ class RunSettings:
             raise OutOfRangeError(name="--held-out", value=self.held_out, allowed=allowed)
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise OutOfRangeError(name="--seed", value=self.seed, allowed="0 to 2**32 - 1")
+        if self.on_nan not in ON_NAN:
+            raise OutOfRangeError(name="--on-nan", value=self.on_nan, allowed=" or ".join(ON_NAN))
         if self.dtype not in DTYPES:
             raise OutOfRangeError(name="--dtype", value=self.dtype, allowed=" or ".join(DTYPES))
 
@@ -161,6 +167,15 @@ class RunSettings:
         """Return the settings as the file of a run has them: all that are not None."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+
+def write_settings(settings: RunSettings, file: Path) -> None:
+    """Write settings as `settings_from` reads them; the file is there whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_whole(file, yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True))
 
 
 def settings_from(given: Mapping[str, Any], file: Path | None) -> RunSettings:

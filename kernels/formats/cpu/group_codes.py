@@ -10,9 +10,29 @@ NIBBLES, INTEGER, E4M3, E5M2 = "NIBBLES", "INTEGER", "E4M3", "E5M2"
 
 KINDS = {INTEGER: 0, E4M3: 1, E5M2: 2}
 
+AFFINE = r"""
+// A value, as (v - zero) * scale, or as v * scale + minimum.
+static inline float affine(float value, float zero, float scale, bool adds) {
+  return adds ? value * scale + zero : (value - zero) * scale;
+}
+"""
+
+_AFFINE = (
+    AFFINE
+    + r"""
+#if defined(__AVX512BW__)
+static inline __m512 affine(__m512 value, __m512 zero, __m512 scale, bool adds) {
+  if (adds) return _mm512_add_ps(_mm512_mul_ps(value, scale), zero);
+  return _mm512_mul_ps(_mm512_sub_ps(value, zero), scale);
+}
+#endif
+"""
+)
+
 FOUR_BITS = (
     VECTORISED
     + ROUNDING
+    + _AFFINE
     + r"""
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // Decode as many whole vectors and halves of vectors as `bytes` hold, all of one group, whose
@@ -99,23 +119,25 @@ static inline int64_t decode(
 // The first weight of a group is the low half of a byte.
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t, const float* values, float zero, float scale,
-    bool streams, TYPE* to) {
+    bool adds, bool streams, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m512 shifted = _mm512_sub_ps(_mm512_loadu_ps(values), _mm512_set1_ps(zero));
-  const __m512 table = _mm512_mul_ps(shifted, _mm512_set1_ps(scale));
+  const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
+  const __m512 table = affine(_mm512_loadu_ps(values), zeros, scales, adds);
   i = 2 * decode(in, count / 2, table, streams, to);
   if (i == count) return;
 #elif defined(__AVX2__)
   const auto eight = [&](const float* from) {
-    const __m256 shifted = _mm256_sub_ps(_mm256_loadu_ps(from), _mm256_set1_ps(zero));
-    return _mm256_mul_ps(shifted, _mm256_set1_ps(scale));
+    const __m256 scales = _mm256_set1_ps(scale), zeros = _mm256_set1_ps(zero);
+    const __m256 value = _mm256_loadu_ps(from);
+    if (adds) return _mm256_add_ps(_mm256_mul_ps(value, scales), zeros);
+    return _mm256_mul_ps(_mm256_sub_ps(value, zeros), scales);
   };
   i = 2 * decode(in, count / 2, eight(values), eight(values + 8), to);
   if (i == count) return;
 #endif
   TYPE sixteen[16];
-  for (int64_t j = 0; j < 16; ++j) store(sixteen + j, (values[j] - zero) * scale);
+  for (int64_t j = 0; j < 16; ++j) store(sixteen + j, affine(values[j], zero, scale, adds));
   for (; i < count; ++i) to[i] = sixteen[(in[i / 2] >> (i % 2 * 4)) & 15];
 }
 """
@@ -124,6 +146,7 @@ static inline void decode_group(
 EIGHT_BITS = (
     VECTORISED
     + ROUNDING
+    + _AFFINE
     + r"""
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 // The values of sixteen codes. An 8-bit float is a float16 with fewer bits: that of e5m2 as it is,
@@ -146,21 +169,22 @@ static inline __m512 widened(__m128i codes, int64_t kind) {
 
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t kind, const float* values, float zero, float scale,
-    bool, TYPE* to) {
+    bool adds, bool, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   for (; i + 16 <= count; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    const __m512 shifted = _mm512_sub_ps(widened(stored, kind), _mm512_set1_ps(zero));
-    store(to + i, _mm512_mul_ps(shifted, _mm512_set1_ps(scale)));
+    const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
+    store(to + i, affine(widened(stored, kind), zeros, scales, adds));
   }
 #endif
   if (kind == INTEGER) {
 #pragma omp simd
-    for (int64_t j = i; j < count; ++j) store(to + j, (static_cast<float>(in[j]) - zero) * scale);
+    for (int64_t j = i; j < count; ++j)
+      store(to + j, affine(static_cast<float>(in[j]), zero, scale, adds));
     return;
   }
-  for (; i < count; ++i) store(to + i, (values[in[i]] - zero) * scale);
+  for (; i < count; ++i) store(to + i, affine(values[in[i]], zero, scale, adds));
 }
 """
 )

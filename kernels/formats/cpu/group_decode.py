@@ -64,8 +64,8 @@ _ROWS = r"""
 extern "C" void kernel(
     const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
     const float* table, const float* whole, int64_t scale_type, int64_t zero_type, int64_t kind,
-    int64_t has_zeros, int64_t first_row, int64_t row_shift, int64_t whole_shift, int64_t rows,
-    int64_t columns, int64_t size, int64_t threads, TYPE* out) {
+    int64_t has_zeros, int64_t first_row, int64_t row_shift, int64_t whole_shift, int64_t adds,
+    int64_t rows, int64_t columns, int64_t size, int64_t threads, TYPE* out) {
   const int64_t groups = (columns + size - 1) / size;
   const int64_t row_bytes = (columns * BITS + 7) / 8;
   // What no core's cache holds goes to memory without being read from there first.
@@ -88,7 +88,7 @@ extern "C" void kernel(
         const int64_t count = columns - first < size ? columns - first : size;
         decode_group(
             codes + (first_row + r) * row_bytes + first * BITS / 8, count, kind, values,
-            own_zeros[g], own_scales[g], streams, out + r * columns + first);
+            own_zeros[g], own_scales[g], adds, streams, out + r * columns + first);
       }
     }
   }
@@ -103,6 +103,7 @@ class Factors:
     scales: [rows, groups] of float32, bfloat16 or float16, or of bytes that stand for the values in
     `table`, float32 [256], times `whole`, one number or one for each row. zeros: of those dtypes,
     or uint8 numbers; None where every one is `constant`. row_shift: 2**row_shift rows share one.
+    adds: whether a value is v(code) * scale + zero, and not (v(code) - zero) * scale.
     """
 
     scales: Tensor
@@ -111,6 +112,7 @@ class Factors:
     table: Tensor | None = None
     whole: Tensor | None = None
     row_shift: int = 0
+    adds: bool = False
 
 
 def writes(out: Tensor) -> bool:
@@ -126,7 +128,7 @@ def writes(out: Tensor) -> bool:
 def write_rows(
     codes: Tensor, values: Tensor, factors: Factors, size: int, kind: str, start: int, out: Tensor
 ) -> None:
-    """out [rows, K] = rows `start` … of (values[code] - zero) * scale, rounded once.
+    """out [rows, K] = rows `start` … of the weight, rounded once.
 
     kind: of `group_codes`. codes: uint8 [N, K] or, of 4 bits, [N, ceil(K / 2)]. values: float32
     [256] or [16]. size: columns of a group, which begins with a byte. out: of a dtype in TYPES.
@@ -142,8 +144,8 @@ def write_rows(
         FACTOR_TYPES[FACTOR_NAMES[scales.dtype] if table is None else "LOOKED_UP"],
         FACTOR_TYPES[FACTOR_NAMES[zeros.dtype]],
         KINDS.get(kind, 0),
-        *(int(has_zeros), start, factors.row_shift, 0 if whole.numel() > 1 else 31, rows, columns),
-        *(min(size, columns), torch.get_num_threads()),
+        *(int(has_zeros), start, factors.row_shift, 0 if whole.numel() > 1 else 31),
+        *(int(factors.adds), rows, columns, min(size, columns), torch.get_num_threads()),
     )
     kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
     # What is not read has to be something.
@@ -167,5 +169,5 @@ def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
         code = re.sub(rf"\b{name}\b", str(meant), code)
     pointers = ("uint8_t", "float", "uint8_t", "uint8_t", "float", "float")
     constants = [f"const {each}*" for each in pointers]
-    arguments = (*constants, *["int64_t"] * 11, f"{TYPES[dtype]}*")
+    arguments = (*constants, *["int64_t"] * 12, f"{TYPES[dtype]}*")
     return code, arguments

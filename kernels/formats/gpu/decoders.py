@@ -72,6 +72,7 @@ def _indexed(layout: Layout) -> str | None:
 _ptx_integers = partial(
     _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_indexed
 )
+_ZEROS: tuple[group_assembly.Zeros, ...] = ("whole", "fractional", "minimum")
 
 INTEGER_DECODERS = {
     4: (
@@ -80,8 +81,7 @@ INTEGER_DECODERS = {
             8,
             decode=group_ptx.decode_nibbles,
             programs=lambda dtype: (
-                group_assembly.nibble_floats(dtype, False),
-                group_assembly.nibble_floats(dtype, True),
+                *(group_assembly.nibble_floats(dtype, zeros) for zeros in _ZEROS),
                 group_assembly.nibble_pairs(dtype),
             ),
         ),
@@ -91,9 +91,8 @@ INTEGER_DECODERS = {
         _ptx_integers(
             4,
             decode=group_ptx.decode_bytes,
-            programs=lambda dtype: (
-                group_assembly.byte_floats(dtype, False),
-                group_assembly.byte_floats(dtype, True),
+            programs=lambda dtype: tuple(
+                group_assembly.byte_floats(dtype, zeros) for zeros in _ZEROS
             ),
         ),
     ),
