@@ -25,6 +25,7 @@ from qlora_compile.kernels.variants.gemm_variant import GemmVariant
 from qlora_compile.kernels.variants.tail import Tail
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 from tests.examples import examples
+from tests.kernels import linear_cases
 from tests.kernels.group_cases import groups
 from tests.kernels.linear_cases import DTYPES, Case, double_quantizes
 from tests.kernels.test_qlora_linear import assert_no_worse_than_plain
@@ -131,10 +132,16 @@ def test_one_hot_rows_give_the_decoded_weight(
 
 
 @pytest.mark.parametrize("format", ["int4", "uint8"])
-def test_one_hot_rows_of_columns_in_groups_by_an_index(format: str) -> None:
+@pytest.mark.parametrize("zeros", ["minimum", "float", "integer"])
+@pytest.mark.parametrize("grouping", ["consecutive", "indexed"])
+def test_one_hot_rows_of_integers_in_groups(
+    grouping: str, zeros: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"group_size": 32, "zeros": zeros, "grouping": grouping, "scales": "float16"}
+    monkeypatch.setattr(linear_cases, "fitting", lambda *_: options)
     dtypes = next(d for d in DTYPES if d.x == d.compute == d.lora == torch.float16)
-    call = Case((72,), 80, 72, 0, format, 256, False, dtypes, contiguous=True).build()
-    assert call.spec.layout.named["grouping"] == "indexed"
+    call = Case((72,), 80, 72, 0, format, dtypes=dtypes, contiguous=True).build()
+    assert call.spec.layout.named["zeros"] == zeros
     results = replace(call, x=torch.eye(72, dtype=torch.float16)).fused(
         TAIL, config=configs(TAIL, format)[0]
     )
