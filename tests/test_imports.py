@@ -30,7 +30,8 @@ ORDER = (
     ("report",),
     ("api",),
     ("trainers", "training", "build"),
-    ("quantized_lora", "merging"),
+    ("merging",),
+    ("quantized_lora",),
     ("cli",),
 )
 """Every module and folder of ours, from the ground up: each imports what stands before it, and

@@ -30,7 +30,7 @@ from bench.host.tail import SPLITS, choose_tail
 from bench.peers.answers import answers
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.stock import with_bitsandbytes, without_repacking
-from qlora_compile.kernels.gpu import products
+from qlora_compile.kernels.gpu import thin_products
 from qlora_compile.kernels.plans import native
 from qlora_compile.tuning.modes import OFF, tuner_of
 from tests.fake_device.device import LAUNCH_SECONDS, FakeDevice, fake_device
@@ -105,7 +105,7 @@ def main(order: dict[str, Any]) -> None:
             device = stack.enter_context(fake_device())
             # What is not computed cannot be compared.
             native.install("CPU", compares=False)
-            stack.enter_context(mock.patch.object(products, "_splits", return_value=SPLITS))
+            stack.enter_context(mock.patch.object(thin_products, "splits_of", return_value=SPLITS))
         trainee = Trainee(order["contender"], MODELS[order["model"]], order["layers"])
         for _ in range(WARM_UP):
             trainee.step()

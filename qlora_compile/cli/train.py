@@ -117,6 +117,10 @@ def train(
     seed: Annotated[
         int | None, _option("--seed", "For adapters, order and split. [0]", STEPS)
     ] = None,
+    on_nan: Annotated[
+        str | None,
+        _option("--on-nan", "stop at a NaN loss or gradient, or skip the batch. [stop]", STEPS),
+    ] = None,
     held_out: Annotated[
         float | None, _option("--held-out", "Part of the rows held out, at most 64. [0.1]", CHECKS)
     ] = None,
@@ -219,7 +223,8 @@ def closing_table(metrics: dict[str, Any], output: Path) -> Table:
     training = metrics["training"]
     speed = training["tokens_per_second_after_first_step"]
     table.add_row("tokens per second after the first step", _or_unknown(speed, ".0f"))
-    table.add_row("first step, compiling included", f"{training['first_step_seconds']:.1f} s")
+    first = _or_unknown(training["first_step_seconds"], ".1f")
+    table.add_row("seconds of the first step, compiling included", first)
     memory = metrics["peak_memory"]
     size = memory["bytes"]
     table.add_row(

@@ -23,22 +23,28 @@ from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
+from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.hf.replaced_forward import move_hook
 from qlora_compile.modules.linear import QuantizedLinear
 
 
-class QuantizedLoraLinear(DoraLinear):
+class QuantizedLoraLinear(MergesInPlace, DoraLinear):
     """PEFT's LoRA layer over a QuantizedLinear: merging unpacks and packs the base weight again,
-    as PEFT does for bitsandbytes' layers."""
+    as PEFT does for bitsandbytes' layers, and unmerging gives back what was there before."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with self._base().repacked():
+        base = self._base()
+        with self.merging(base, base.bias), base.repacked():
             LoraLinear.merge(self, safe_merge, adapter_names)
         self.remeasure_base()
 
     def unmerge(self) -> None:
-        with self._base().repacked():
+        base = self._base()
+        kept = self.taken_back(base) if self.merged else None
+        with base.repacked() if kept is None else base.unpacked():
             LoraLinear.unmerge(self)
+        if kept is not None:
+            kept.give_back(base, base.bias)
         self.remeasure_base()
 
     def _base(self) -> QuantizedLinear:

@@ -193,7 +193,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     if not has_tokenizer(source):
         raise TokenizerMissingError(site=f"the data for {str(source)!r}")
-    folder, options = _location(source)
+    folder, options = (str(source), {}) if Path(source).is_dir() else _location(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:

@@ -36,6 +36,9 @@ from qlora_compile.hf.loading import is_causal
 from qlora_compile.hf.rows import longest_row
 from qlora_compile.hf.trainer import preparation
 from qlora_compile.hf.trainer.class_labels import labelled
+from qlora_compile.hf.trainer.failures import failures_named
+from qlora_compile.hf.trainer.finished import is_finished, load_finished
+from qlora_compile.hf.trainer.finite_steps import STOP, check_on_nan, finite_steps
 from qlora_compile.hf.trainer.objectives.base import Objective
 from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
 from qlora_compile.hf.trainer.objectives.registry import objective_named
@@ -69,7 +72,7 @@ class FineTuning:
     The arguments are those of `QuantizedLoRA.train`. objective: None for supervised fine-tuning of
     a causal language model, and for what the labels say of any other model. observer: watches the
     steps; with one nothing is printed. patience: the number of evaluations without a better one
-    after which training ends; None for any.
+    after which training ends; None for any. on_nan: as `finite_steps` takes it.
 
     Raises what `QuantizedLoRA.train` raises, before anything is trained.
     """
@@ -87,8 +90,10 @@ class FineTuning:
         reward: Any = None,
         observer: StepObserver | None = None,
         patience: int | None = None,
+        on_nan: str = STOP,
         options: Mapping[str, Any],
     ) -> None:
+        check_on_nan(on_nan)
         chosen = objective_named(objective or "sft")
         dataset, eval_dataset = rows_of(dataset, columns), rows_of(eval_dataset, columns)
         as_it_stands = is_tokenized(dataset) or (objective is None and not _is_causal(model))
@@ -115,7 +120,7 @@ class FineTuning:
             max_length=checked_length(max_length, base_model(model)),
             reward=reward,
             objective=chosen,
-            trainer_class=trainer_class,
+            trainer_class=finite_steps(trainer_class, on_nan),
             arguments=lambda **own: config_class(
                 **{
                     **defaults,
@@ -135,10 +140,15 @@ class FineTuning:
 
         Raises:
             TrainingInterrupt: Ctrl-C or SIGTERM stopped the training.
+            NotFiniteError: a loss or a gradient is NaN or infinite, and on_nan is "stop".
+            TrainingMemoryError, CheckpointWriteError: memory or disk space ran out.
         """
+        if is_finished(self.trainer, self._resume):
+            return load_finished(self.trainer, self._resume)
         # Of several processes each would stop after another step.
         alone = self.trainer.args.world_size == 1
-        with self.interruption.watching(self.trainer) if alone else nullcontext():
+        watching = self.interruption.watching(self.trainer) if alone else nullcontext()
+        with watching, failures_named(self.trainer):
             return self.trainer.train(resume_from_checkpoint=self._resume)
 
 

@@ -14,14 +14,21 @@ import yaml
 
 from qlora_compile.errors import OutputDirectoryError, ResumeError
 from qlora_compile.hf.trainer.sources import check_paths
-from qlora_compile.outputs import check_writable, last_checkpoint, writable_directory
+from qlora_compile.outputs import (
+    check_writable,
+    damage,
+    held,
+    last_checkpoint,
+    writable_directory,
+    write_whole,
+)
 from qlora_compile.training.demo import demo_chats
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures
 from qlora_compile.training.held_out import with_held_out
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format, check_model_path
 from qlora_compile.training.reward_functions import reward_functions
-from qlora_compile.training.settings import FILE, RunSettings
+from qlora_compile.training.settings import FILE, RunSettings, settings_from
 from qlora_compile.training.token_sequences import check_sequence_length
 
 if TYPE_CHECKING:
@@ -29,7 +36,8 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run is resumed: where it writes, how far it goes, how often it
 # saves.
-_MAY_CHANGE = frozenset({"output", "steps", "epochs", "checkpoint_every"})
+_MAY_CHANGE = frozenset({"output", "steps", "epochs", "checkpoint_every", "on_nan"})
+_FIGURES = "metrics.json"  # written last: a run without it has not ended
 _ANSWER_TOKENS = 64
 
 
@@ -92,18 +100,24 @@ class TrainingRun:
                 remedy="pass one of the two",
             )
         if checkpoint is None:
-            raise ResumeError(
-                value=where, problem="it holds no checkpoint", remedy="train without --resume first"
-            )
-        done = int(checkpoint.name.rpartition("-")[2])
-        if self.settings.steps is not None and done >= self.settings.steps:
+            damaged = [f"{c.name}: {damage(c)}" for c in self.output.glob("checkpoint-*")]
             raise ResumeError(
                 value=where,
-                problem=f"step {done} of {self.settings.steps} is done already",
+                problem="; ".join(["it holds no checkpoint", *damaged]),
+                remedy="train without --resume first",
+            )
+        done = int(checkpoint.name.rpartition("-")[2])
+        ended = (self.output / _FIGURES).exists()
+        steps = self.settings.steps
+        if steps is not None and (done > steps or (done == steps and ended)):
+            raise ResumeError(
+                value=where,
+                problem=f"step {done} of {steps} is done already",
                 remedy=f"pass --steps above {done}",
             )
         file = self.output / FILE
-        earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        # Read as a --config is, so that a damaged one is refused in the same words.
+        earlier = settings_from({}, file).written() if file.is_file() else {}
         now = self.settings.written()
         for name in sorted({*now, *earlier} - _MAY_CHANGE if earlier else ()):
             if earlier.get(name) != now.get(name):
@@ -182,6 +196,7 @@ class TrainingRun:
             reward=self.reward,
             observer=observer,
             patience=settings.early_stopping,
+            on_nan=settings.on_nan,
             options={
                 "output_dir": output or str(self.output),
                 "resume_from_checkpoint": checkpoint and str(checkpoint),
@@ -198,15 +213,28 @@ class TrainingRun:
         """Train and write every file; return the figures of metrics.json and the report.
 
         Raises:
-            QloraCompileError: as `checked`, before anything is trained.
+            QloraCompileError: as `checked`, before anything is trained; or as `FineTuning.train`.
+            OutputDirectoryError: another run writes there now.
         """
         announce("checking the settings and reading the data")
-        choice, config, tokenizer, rows = self.checked()
+        checked = self.checked()
+        with held(writable_directory(self.output)):
+            self._check_earlier_run()  # which may have ended since
+            return self._execute(announce, observer, *checked)
+
+    def _execute(
+        self,
+        announce: Callable[[str], None],
+        observer: StepObserver,
+        choice: ModelChoice,
+        config: Any,
+        tokenizer: Any,
+        rows: Any,
+    ) -> tuple[dict[str, Any], Any]:
         from qlora_compile import api
         from qlora_compile.hf import training
         from qlora_compile.hf.trainer.held_out_loss import held_out_losses
 
-        writable_directory(self.output)
         announce(f"loading {choice.model}")
         seed = self.settings.seed
         training.seed_everything(training.DEFAULTS["seed"] if seed is None else seed)
@@ -225,6 +253,7 @@ class TrainingRun:
             "settings": self.settings.written(),
             "held_out": held_out_figures(before, after),
             "training": training_figures(tuning.trainer.state.log_history, observer.seconds),
+            "skipped_steps": tuning.trainer.skipped_steps,
             "peak_memory": peak_memory(),
             "sites": {
                 "fused": sum(bool(site.fused) for site in report.sites),
@@ -241,18 +270,17 @@ class TrainingRun:
         if not self.resume:
             for checkpoint in self.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+        (self.output / _FIGURES).unlink(missing_ok=True)
         text = yaml.safe_dump(self.settings.written(), sort_keys=False, allow_unicode=True)
-        (self.output / FILE).write_text(text, encoding="utf-8")
-        (self.output / "trainer.json").write_text(trainer.args.to_json_string(), encoding="utf-8")
+        write_whole(self.output / FILE, text)
+        write_whole(self.output / "trainer.json", trainer.args.to_json_string())
 
     def _write(
         self, choice: ModelChoice, model: Any, tokenizer: Any, metrics: dict[str, Any], report: Any
     ) -> None:
         model.save_pretrained(str(self.output))
         tokenizer.save_pretrained(str(self.output))
-        text = json.dumps(metrics, indent=2, default=str) + "\n"
-        (self.output / "metrics.json").write_text(text, encoding="utf-8")
-        (self.output / "report.json").write_text(report.to_json(), encoding="utf-8")
+        write_whole(self.output / "report.json", report.to_json())
         held_out = metrics["held_out"]
         losses = metrics["training"]["losses"]
         points = held_out and [
@@ -268,6 +296,7 @@ class TrainingRun:
             title=f"{name} on {data}, {choice.format}, rank {choice.rank}",
             held_out=points or (),
         )
+        write_whole(self.output / _FIGURES, json.dumps(metrics, indent=2, default=str) + "\n")
 
 
 def _answers(model: Any, tokenizer: Any, chat: list[dict[str, str]]) -> dict[str, str]:

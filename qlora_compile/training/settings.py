@@ -17,6 +17,7 @@ from qlora_compile.training.model_choice import ModelChoice
 
 FILE = "run.yaml"
 AUTOMATIC = "auto"
+ON_NAN = ("stop", "skip")
 DTYPES = (AUTOMATIC, "bfloat16", "float16", "float32")
 
 TRAINER_OPTIONS = {
@@ -84,6 +85,7 @@ class RunSettings:
     checkpoint_every: int | None = None
     seed: int | None = None
     report_to: str | None = None
+    on_nan: str = "stop"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -129,6 +131,8 @@ class RunSettings:
             raise OutOfRangeError(name="--held-out", value=self.held_out, allowed=allowed)
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise OutOfRangeError(name="--seed", value=self.seed, allowed="0 to 2**32 - 1")
+        if self.on_nan not in ON_NAN:
+            raise OutOfRangeError(name="--on-nan", value=self.on_nan, allowed=" or ".join(ON_NAN))
         if self.dtype not in DTYPES:
             raise OutOfRangeError(name="--dtype", value=self.dtype, allowed=" or ".join(DTYPES))
 

@@ -23,11 +23,20 @@ ENGINES = ("ddp", "fsdp2", "accelerate", "zero2", "zero3")
 BASES = ("nf4", "int8", "int4", "16bit", "bitsandbytes")
 MODELS = ("dense", "experts")
 CHECKPOINTING = ("plain", "checkpointed")
+IMPOSSIBLE = {
+    ("zero3", "bitsandbytes"): "DeepSpeed's parts are no Params4bit: the quant_state is lost",
+    ("fsdp2", "bitsandbytes"): "a DTensor's parts are no Params4bit: the quant_state is lost",
+}
+"""Engines and bases that fail without us as well, by what `test_stock_fails_as_well` shows."""
 
 
 def pairwise() -> list[tuple[int, Case]]:
     """Cases in which each two values of different properties meet, greedily chosen."""
-    every = list(itertools.product(PROCESSES, ENGINES, BASES, MODELS, CHECKPOINTING))
+    every = [
+        case
+        for case in itertools.product(PROCESSES, ENGINES, BASES, MODELS, CHECKPOINTING)
+        if (case[1], case[2]) not in IMPOSSIBLE
+    ]
     missing = {pair for case in every for pair in _pairs(case)}
     chosen = []
     while missing:

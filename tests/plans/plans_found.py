@@ -80,7 +80,7 @@ def results(device: FakeDevice) -> dict[str, Any]:
         "apart": len({each.data_ptr() for each in storages}),
         "shape": list(shaped.shape),
         "contiguous": shaped.is_contiguous(),
-        "profiled": [e.name for e in profiled.events() if e.name.startswith("qlora")],
+        "profiled": [e.name for e in profiled.events() or () if e.name.startswith("qlora")],
     }
 
 
@@ -250,6 +250,10 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
 
     weight = torch.randn(N, K)
     called: list[Any] = []
+
+    def hook(metadata: Any) -> None:
+        called.append(metadata)
+
     with computed_by(launching):
         for _ in range(3):
             call()
@@ -263,10 +267,10 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
         with device.recording() as launches, native.off():
             call()
         by_python = [plans() - count, len(launches)]
-        knobs.runtime.launch_enter_hook.add(called.append)
+        knobs.runtime.launch_enter_hook.add(hook)
         native.heed()
         call()
-        knobs.runtime.launch_enter_hook.remove(called.append)
+        knobs.runtime.launch_enter_hook.remove(hook)
         hooked = len(called)
         native.heed()
         call()

@@ -24,7 +24,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, qua
 from torchao.quantization.granularity import PerGroup
 
 import qlora_compile
-from tests.integer_sources import GROUP, SOURCES, Stored
+from tests.hf.checkpoints.integer_kinds import GROUP, INTEGERS
 from tests.test_equality import FLOAT32_TOLERANCE, distance, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -32,22 +32,27 @@ __all__ = ["without_inductor"]
 
 
 class _StandIn(nn.Module):
-    """A layer that holds the tensors of `stored`, and computes with what they stand for."""
+    """A layer that holds the tensors of a kind, and computes with what they stand for."""
 
     bias: Any
 
-    def __init__(self, plain: nn.Linear, stored: Stored, **attributes: Any) -> None:
+    def __init__(self, plain: nn.Linear, kind: str, **attributes: Any) -> None:
         super().__init__()
-        for name, tensor in stored.tensors.items():
-            self.register_buffer(name, tensor)
+        tensors = INTEGERS[kind].encode(plain.weight.data)
+        for name, tensor in tensors.items():
+            self.register_buffer(name[1:], tensor)
         for name, value in attributes.items():
             setattr(self, name, value)
         bias = plain.bias
         self.register_buffer("bias", None if bias is None else bias.data)
-        self._decoded = [stored.weight]
+        self._decoded = [INTEGERS[kind].decode(tensors)]
+
+    @property
+    def decoded(self) -> Tensor:
+        return self._decoded[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._decoded[0].to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.decoded.to(x.dtype), self.bias)
 
 
 def _named(module: str, name: str, **methods: Any) -> Any:
@@ -62,22 +67,21 @@ AutoAwqLinear = _named("awq.modules.linear.gemm", "WQLinear_GEMM")
 
 
 def auto_gptq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["gptq v1"].store(plain.weight.data)
-    k, n = plain.in_features, plain.out_features
-    sizes = {"infeatures": k, "outfeatures": n, "bits": 4, "group_size": GROUP}
-    return AutoGptqLinear(plain, stored, **sizes), stored.weight
+    sizes = {"infeatures": plain.in_features, "outfeatures": plain.out_features}
+    layer = AutoGptqLinear(plain, "gptq", **sizes, bits=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def gptq_model(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["gptq v2 act-order"].store(plain.weight.data)
     sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
-    return GptqModelLinear(plain, stored, **sizes, bits=4, group_size=GROUP), stored.weight
+    layer = GptqModelLinear(plain, "gptq v2, act-order", **sizes, bits=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def auto_awq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["awq"].store(plain.weight.data)
     sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
-    return AutoAwqLinear(plain, stored, **sizes, w_bit=4, group_size=GROUP), stored.weight
+    layer = AutoAwqLinear(plain, "awq", **sizes, w_bit=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def hqq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:

@@ -24,7 +24,6 @@ from qlora_compile.errors import ModelNotFoundError
 from qlora_compile.hf.checkpoints.sources import SOURCES
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
-from tests import integer_sources
 from tests.examples import LONG
 from tests.hf.checkpoints.damage import WAYS
 from tests.hf.checkpoints.written import KINDS, saved_by_transformers, written
@@ -51,10 +50,6 @@ def of_ours(folder: Path) -> None:
     qlora_compile.save(qlora_compile.optimize(small(), quantize="nvfp4", tune="model"), folder)
 
 
-def of_integers(name: str, folder: Path) -> None:
-    integer_sources.write(folder, small(), integer_sources.SOURCES[name])
-
-
 FOUR_BITS = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
 )
@@ -66,7 +61,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "torchao": functools.partial(of_transformers, TorchAoConfig(Float8WeightOnlyConfig())),
     "qlora_compile": of_ours,
     **{name: functools.partial(of_kind, name) for name in KINDS},
-    **{name: functools.partial(of_integers, name) for name in integer_sources.SOURCES},
 }
 
 
@@ -98,15 +92,17 @@ def outcome(folder: Path) -> Any:
         return str(error)
 
 
+OTHERS = {
+    "bitsandbytes, 4 bits": "bitsandbytes",
+    "torchao": "torchao",
+    "qlora_compile": "qlora_compile",
+}
+ONE_OF_EACH = (*OTHERS, *{kind.method: name for name, kind in KINDS.items()}.values())
+
+
 def test_every_source_is_damaged() -> None:
-    methods = {source.method for source in SOURCES}
-    assert {next(m for m in methods if name.startswith(m)) for name in ONE_OF_EACH} == methods
-
-
-ONE_OF_EACH = (
-    *("bitsandbytes, 4 bits", "torchao", "qlora_compile", "fp8", "mxfp4", "modelopt, nvfp4"),
-    *("compressed-tensors", "gptq v2 act-order", "awq", "hqq"),
-)
+    damaged = {*OTHERS.values(), *(kind.method for kind in KINDS.values())}
+    assert damaged == {source.method for source in SOURCES}
 
 
 @settings(max_examples=COUNT, suppress_health_check=[HealthCheck.too_slow])

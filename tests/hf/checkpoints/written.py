@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,11 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.hf.checkpoints.integer_kinds import INTEGERS
+from tests.hf.checkpoints.kind import Kind
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One way to store a weight [N, K].
-
-    settings: the `quantization_config`. encode: makes the tensors, by the ends of their names.
-    decode: what a decoder that is not ours makes of them, float32 [N, K]. format: ours. exact:
-    whether both decode to the same values, bit for bit; else they differ in the last bits of
-    float32. merged: whether it stores the experts of a layer in one.
-    """
-
-    settings: dict[str, Any]
-    encode: Callable[[Tensor], dict[str, Tensor]]
-    decode: Callable[[dict[str, Tensor]], Tensor]
-    format: str
-    exact: bool = True
-    merged: bool = False
-
-    @property
-    def method(self) -> str:
-        return self.settings["quant_method"]
 
 
 def blocks(weight: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
@@ -252,6 +232,7 @@ KINDS: dict[str, Kind] = {
         *(mx_tensors, mx_decoded, "mxfp4"),
         merged=True,
     ),
+    **INTEGERS,
 }
 
 

@@ -1,0 +1,100 @@
+"""What ends a training from outside: no memory, and a checkpoint that cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from qlora_compile.outputs import last_checkpoint
+from qlora_compile.training_errors import CheckpointWriteError, TrainingMemoryError
+
+_ON_CPU = "DefaultCPUAllocator: "  # in torch's message, a RuntimeError
+_SAVING = "_save_checkpoint"  # the method of transformers' Trainer
+
+
+@contextlib.contextmanager
+def failures_named(trainer: Any) -> Iterator[None]:
+    """Say of a failure in `trainer.train()` what causes it, and what to do.
+
+    Raises:
+        TrainingMemoryError: memory ran out.
+        CheckpointWriteError: a checkpoint could not be written.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or _ON_CPU in str(error):
+            raise _memory_error(trainer) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, RuntimeError | OSError | SafetensorError) and any(
+            frame.name == _SAVING for frame in frames
+        ):
+            raise _write_error(Path(trainer.args.output_dir), error) from error
+        raise
+
+
+def _write_error(output: Path, error: Exception) -> CheckpointWriteError:
+    cause = next((each for each in _causes(error) if isinstance(each, OSError)), error)
+    saved = last_checkpoint(output)
+    return CheckpointWriteError(
+        value=str(output),
+        problem=getattr(cause, "strerror", None) or str(cause).partition("\n")[0],
+        saved=f"{saved} is whole, and training can go on from there"
+        if saved
+        else "nothing was saved before",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _memory_error(trainer: Any) -> TrainingMemoryError:
+    args, device = trainer.args, trainer.args.device
+    held = _held(trainer)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        held["activations and the rest"] = max(0, peak - sum(held.values()))
+    remedies = []
+    if args.per_device_train_batch_size > 1:
+        remedies.append(
+            "take fewer rows at once (per_device_train_batch_size, --batch-size) and more batches "
+            "a step (gradient_accumulation_steps, --accumulation)"
+        )
+    if not args.gradient_checkpointing:
+        remedies.append("pass gradient_checkpointing=True (--gradient-checkpointing)")
+    remedies.append("shorten the rows (max_length, --max-length)")
+    remedies.append("take fewer bits a weight (quantize, --format)")
+    return TrainingMemoryError(
+        step=trainer.state.global_step + 1,
+        device=device,
+        held=", ".join(f"{what} {size / 2**30:.3f} GiB" for what, size in held.items()),
+        remedy="; or ".join(remedies),
+    )
+
+
+def _held(trainer: Any) -> dict[str, int]:
+    """Return the bytes of what a training holds between steps, by what they hold."""
+    parameters = list(trainer.model.parameters())
+    trained = [each for each in parameters if each.requires_grad]
+    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
+    return {
+        "frozen weights": sum(each.nbytes for each in parameters if not each.requires_grad),
+        "trained weights": sum(each.nbytes for each in trained),
+        # Of each trained weight one, if the step came so far or not.
+        "their gradients": sum(each.nbytes for each in trained),
+        "optimizer": sum(
+            value.nbytes
+            for state in states
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+    }

@@ -1,0 +1,22 @@
+"""Errors that end a training; their base class is in qlora_compile/errors.py."""
+
+from __future__ import annotations
+
+from qlora_compile.errors import QloraCompileError
+
+
+class NotFiniteError(QloraCompileError, ArithmeticError):
+    template = (
+        "step {step}: {site} {problem}; check the rows of this step or lower the learning rate; "
+        "on_nan='skip' (--on-nan skip) goes on without such a batch"
+    )
+
+
+class TrainingMemoryError(QloraCompileError, MemoryError):
+    template = "step {step}: out of memory on {device}: {held}; {remedy}"
+
+
+class CheckpointWriteError(QloraCompileError, OSError):
+    template = (
+        "cannot write {value!r}: {problem}; free some space or choose another directory; {saved}"
+    )
