@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from qlora_compile.adapter_errors import NothingToPackError
 from qlora_compile.checkpoint_errors import RepackError, StoredWeightError
 from qlora_compile.errors import (
@@ -13,6 +15,7 @@ from qlora_compile.errors import (
     MetaDeviceError,
     NoLinearError,
     OffloadedWeightError,
+    ShardedWeightError,
     StrictError,
     WeightValueError,
 )
@@ -57,6 +60,8 @@ def check(
     for kind in ("named_parameters", "named_buffers"):
         for prefix, module in inventory.modules.items():
             for name, tensor in getattr(module, kind)(prefix, recurse=False):
+                if isinstance(tensor, DTensor):
+                    raise ShardedWeightError(site=name, value=tensor.placements)
                 if tensor.device.type == "meta":
                     lost = OffloadedWeightError if is_offloaded(module) else MetaDeviceError
                     raise lost(site=name)

@@ -282,6 +282,14 @@ class OffloadedWeightError(QloraCompileError, ValueError):
     )
 
 
+class ShardedWeightError(QloraCompileError, ValueError):
+    template = (
+        "{site} is spread over processes as {value}, and packed codes and scales belong to whole "
+        "weights; load the model without tensor parallelism (tp_plan), and call optimize before "
+        "fully_shard"
+    )
+
+
 class InterpretedKernelError(QloraCompileError):
     template = (
         "{site} cannot be compiled: TRITON_INTERPRET is {value!r} and must be unset before the "

@@ -75,7 +75,7 @@ class QuantizedLoRA:
             dropout=dropout,
             target_modules=target_modules,
         )
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.model: Any = api.optimize(
             plain,
             lora,

@@ -20,3 +20,10 @@ class CheckpointWriteError(QloraCompileError, OSError):
     template = (
         "cannot write {value!r}: {problem}; free some space or choose another directory; {saved}"
     )
+
+
+class ContextParallelError(QloraCompileError, ValueError):
+    template = (
+        "parallelism_config has cp_size={value}: compiled blocks would attend to the tokens of "
+        "their own process only; use cp_size=1, and shorter rows or gradient checkpointing"
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import qlora_compile
 from qlora_compile import errors
@@ -35,6 +38,23 @@ def _offloaded() -> nn.Module:
     from accelerate import cpu_offload
 
     return cpu_offload(toy(), torch.device("cpu"))
+
+
+def _tensor_parallel() -> nn.Module:
+    """Sharded as transformers' tp_plan does, over one process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = toy()
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize_module(model.model.layers[1].mlp.up_proj, mesh, ColwiseParallel())
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _rank_zero() -> LoraConfig:
@@ -154,6 +174,12 @@ CASES: dict[str, Case] = {
         {"quantize": "nf4"},
         errors.OffloadedWeightError,
         ("model.embed_tokens.weight", "remove_hook_from_submodules", "device_map"),
+    ),
+    "tensor parallel": (
+        _tensor_parallel,
+        {"quantize": "nf4"},
+        errors.ShardedWeightError,
+        ("model.layers.1.mlp.up_proj.weight", "Shard(dim=0)", "tp_plan", "before fully_shard"),
     ),
     "bitsandbytes and a wrong target": (
         lambda: with_bitsandbytes(toy(), 4),

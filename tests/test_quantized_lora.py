@@ -321,7 +321,7 @@ def test_chats_are_learnt_evaluated_and_answered(stock: list[dict[str, Any]]) ->
     q.model.train()
     answer = q.generate(turns("say it"), max_new_tokens=12)
     assert q.model.training
-    asked: Any = q.tokenizer.apply_chat_template(
+    asked = q.tokenizer.apply_chat_template(
         turns("say it"), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     ids = q.model.eval().generate(**asked, max_new_tokens=12, do_sample=False)
@@ -336,7 +336,9 @@ def test_evaluation_follows_each_epoch(stock: list[dict[str, Any]]) -> None:
     class Seen(TrainerCallback):
         losses: ClassVar[list[float]] = []
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+        ) -> None:
             self.losses.append(metrics["eval_loss"])
 
     tuning = FineTuning(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.named_values import named_values
+from qlora_compile.cli.processes import end_by_signal, is_one_of_several, start_processes
 from qlora_compile.outputs import last_checkpoint
 from qlora_compile.training.model_choice import be_quiet
 from qlora_compile.training.settings import settings_from
@@ -151,6 +152,9 @@ def train(
     config: Annotated[
         Path | None, _option("--config", "A file of settings, such as a run's run.yaml.", CHECKS)
     ] = None,
+    processes: Annotated[
+        int | None, _option("--processes", "Train in so many, one a GPU. [1]", STEPS)
+    ] = None,
     set: Annotated[
         list[str] | None,
         _option("--set", "NAME=VALUE of the trainer's configuration. Repeatable.", STEPS),
@@ -172,6 +176,10 @@ def train(
 
         run = TrainingRun(settings, resume=resume, overwrite=overwrite)
         run.check_quickly()
+        if is_one_of_several():
+            end_by_signal()
+        elif settings.processes > 1 and not preview:
+            start_processes(settings, resume=resume, overwrite=overwrite)
         be_quiet()
         if preview:
             from qlora_compile.cli.preview import show

@@ -36,7 +36,7 @@ from qlora_compile.hf.loading import is_causal
 from qlora_compile.hf.rows import longest_row
 from qlora_compile.hf.trainer import preparation
 from qlora_compile.hf.trainer.class_labels import labelled
-from qlora_compile.hf.trainer.failures import failures_named
+from qlora_compile.hf.trainer.failures import check_parallelism, failures_named
 from qlora_compile.hf.trainer.finished import is_finished, load_finished
 from qlora_compile.hf.trainer.finite_steps import STOP, check_on_nan, finite_steps
 from qlora_compile.hf.trainer.objectives.base import Objective
@@ -131,6 +131,7 @@ class FineTuning:
             ),
             callbacks=watchers,
         )
+        check_parallelism(self.trainer.args)
         self._resume = options.get("resume_from_checkpoint")
         if observer:
             self.trainer.remove_callback(PrinterCallback)
@@ -166,7 +167,7 @@ def _plain_trainer(
     trainer_class: Any,
     arguments: Any,
     callbacks: list[TrainerCallback],
-    **_: Any,
+    **others: Any,
 ) -> Trainer:
     rows, held_out = labelled(dataset, eval_dataset, base_model(model).config)
     rows, batching = prepare(rows, model, tokenizer, max_length)

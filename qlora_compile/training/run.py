@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from qlora_compile.errors import OutputDirectoryError, ResumeError
 from qlora_compile.hf.trainer.sources import check_paths
@@ -28,7 +27,7 @@ from qlora_compile.training.held_out import with_held_out
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format, check_model_path
 from qlora_compile.training.reward_functions import reward_functions
-from qlora_compile.training.settings import FILE, RunSettings, settings_from
+from qlora_compile.training.settings import FILE, RunSettings, settings_from, write_settings
 from qlora_compile.training.token_sequences import check_sequence_length
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ class TrainingRun:
         self.settings, self.resume, self.overwrite = settings, resume, overwrite
         self.output = Path(settings.output)
         self.is_demo = settings.data == (DEMO,)
+        # Of several processes the first one writes. The name is that of torchrun.
+        self._is_first = int(os.environ.get("RANK", "0")) == 0
 
     def check_quickly(self) -> None:
         """Check what needs none of the libraries that take seconds to import, and the format last.
@@ -218,6 +219,8 @@ class TrainingRun:
         """
         announce("checking the settings and reading the data")
         checked = self.checked()
+        if not self._is_first:
+            return self._execute(announce, observer, *checked)
         with held(writable_directory(self.output)):
             self._check_earlier_run()  # which may have ended since
             return self._execute(announce, observer, *checked)
@@ -241,7 +244,8 @@ class TrainingRun:
         model = choice.optimized(config)
         tuning = self.tuning(model, tokenizer, rows, observer)
         model = tuning.trainer.model
-        self._prepare_output(tuning.trainer)
+        if self._is_first:
+            self._prepare_output(tuning.trainer)
         if tuning.trainer.eval_dataset is not None:
             announce("held-out loss before training")
         before = held_out_losses(tuning.trainer)
@@ -260,6 +264,8 @@ class TrainingRun:
                 "total": len(report.sites),
             },
         }
+        if not self._is_first:
+            return metrics, report
         if self.is_demo and rows.held_out is not None:
             announce("answering a held-out question")
             metrics["answers"] = _answers(model, tokenizer, rows.held_out[0]["messages"])
@@ -271,8 +277,7 @@ class TrainingRun:
             for checkpoint in self.output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         (self.output / _FIGURES).unlink(missing_ok=True)
-        text = yaml.safe_dump(self.settings.written(), sort_keys=False, allow_unicode=True)
-        write_whole(self.output / FILE, text)
+        write_settings(self.settings, self.output / FILE)
         write_whole(self.output / "trainer.json", trainer.args.to_json_string())
 
     def _write(

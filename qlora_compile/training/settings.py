@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from qlora_compile.errors import OutOfRangeError
+from qlora_compile.outputs import write_whole
 from qlora_compile.training.errors import MissingSettingError, SettingsFileError
 from qlora_compile.training.model_choice import ModelChoice
 
@@ -86,6 +87,7 @@ class RunSettings:
     seed: int | None = None
     report_to: str | None = None
     on_nan: str = "stop"
+    processes: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -112,7 +114,7 @@ class RunSettings:
         """Raise OutOfRangeError for a setting that can never be used."""
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every"), 1),
-            **dict.fromkeys(("early_stopping", "checkpoint_every"), 1),
+            **dict.fromkeys(("early_stopping", "checkpoint_every", "processes"), 1),
             **dict.fromkeys(("warmup", "weight_decay"), 0),
             "max_length": 2,
         }
@@ -165,6 +167,15 @@ class RunSettings:
         """Return the settings as the file of a run has them: all that are not None."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+
+def write_settings(settings: RunSettings, file: Path) -> None:
+    """Write settings as `settings_from` reads them; the file is there whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_whole(file, yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True))
 
 
 def settings_from(given: Mapping[str, Any], file: Path | None) -> RunSettings:

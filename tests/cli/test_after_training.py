@@ -170,6 +170,7 @@ SITES = tuple(
     Site(f"base_model.model.model.layers.{n}.self_attn.q_proj", False, "nf4", 4096, 4096, 16, why)
     for n, why in enumerate(["its weight is tied to base_model.model.model.embed_tokens"] * 2)
 )
+COMMANDS: Any = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 TABLES = {
     "train": (closing_table(METRICS, Path("a-folder-with-a-long-name")), "12.3456 ± 0.1234"),
     "explain": (explain.grouped_table(Report(SITES)), "embed_tokens"),
@@ -194,7 +195,7 @@ def test_tables_are_whole_in_80_columns(command: str) -> None:
     assert cell in text
 
 
-@pytest.mark.parametrize("command", [None, *typer.main.get_command(app).commands])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_is_whole_in_80_columns(command: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")

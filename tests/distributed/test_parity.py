@@ -5,29 +5,31 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 
-from tests.distributed.cases import Case
+from bench.stock import with_bitsandbytes
+from qlora_compile.capture import backend
+from tests.distributed import worker
+from tests.distributed.cases import Case, batch
+from tests.distributed.jobs import LONG, start
+from tests.toy_language_model import toy_llama
 
-ROOT = Path(__file__).parents[2]
-LONG = bool(os.environ.get("QLORA_COMPILE_DISTRIBUTED_TESTS"))
 PROCESSES = (1, 2, 4)
 ENGINES = ("ddp", "fsdp2", "accelerate", "zero2", "zero3")
 BASES = ("nf4", "int8", "int4", "16bit", "bitsandbytes")
 MODELS = ("dense", "experts")
 CHECKPOINTING = ("plain", "checkpointed")
-IMPOSSIBLE = {
-    ("zero3", "bitsandbytes"): "DeepSpeed's parts are no Params4bit: the quant_state is lost",
-    ("fsdp2", "bitsandbytes"): "a DTensor's parts are no Params4bit: the quant_state is lost",
-}
-"""Engines and bases that fail without us as well, by what `test_stock_fails_as_well` shows."""
+IMPOSSIBLE = {("fsdp2", "bitsandbytes")}
+"""Engines and bases that stock cannot train either: `test_stock_cannot_shard_bitsandbytes`."""
 
 
 def pairwise() -> list[tuple[int, Case]]:
@@ -55,44 +57,49 @@ CASES = pairwise() if LONG else SAMPLE
 
 
 def run(processes: int, names: list[str], output: Path) -> dict[str, Any]:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), "-m", "tests.distributed.worker"),
-        *(str(output), *names),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    start(processes, "worker", str(output), *names)
     return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Any]:
-    """What each case gives, and under the engine "none" one process over all rows."""
+    """What each case gives in its job."""
     folder = tmp_path_factory.mktemp("jobs")
     jobs: dict[int, list[str]] = {}
     for processes, case in CASES:
-        if case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            continue
-        jobs.setdefault(processes, []).append(str(case))
-        alone = str(Case("none", *str(case).split("-")[1:]))
-        jobs.setdefault(1, []).append(alone)
-    found = {}
-    for processes, names in jobs.items():
-        unique = list(dict.fromkeys(names))
-        for name, result in run(processes, unique, folder / f"{processes}.json").items():
-            found[processes, name] = result
-    return found
+        if not _lacks_deepspeed(case):
+            jobs.setdefault(processes, []).append(str(case))
+    return {
+        (processes, name): result
+        for processes, names in jobs.items()
+        for name, result in run(processes, names, folder / f"{processes}.json").items()
+    }
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[None]:
+    """This process as a job of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def alone(case: Case, group: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What one process gives that trains on all rows."""
+    monkeypatch.setattr(backend, "compile_inner", worker.compile_inner)
+    return worker.run(replace(case, engine="none"))
+
+
+def _lacks_deepspeed(case: Case) -> bool:
+    return case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None
 
 
 @pytest.mark.parametrize(("processes", "case"), CASES, ids=lambda value: str(value))
-def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any) -> None:
-    if case.engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, alone: Any) -> None:
+    if _lacks_deepspeed(case):
         pytest.skip("deepspeed is not installed; `make test-distributed` installs it")
     ours = results[processes, str(case)]
-    alone = results[1, str(Case("none", *str(case).split("-")[1:]))]
     numpy.testing.assert_allclose(ours["losses"], alone["losses"], rtol=1e-6)
     assert ours["adapters"].keys() == alone["adapters"].keys()
     for name, values in alone["adapters"].items():
@@ -101,3 +108,13 @@ def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any) -
         )
     assert ours["fused"] == alone["fused"] > 0
     assert ours["unfused"] == alone["unfused"]
+
+
+@pytest.mark.usefixtures("group")
+def test_stock_cannot_shard_bitsandbytes() -> None:
+    """fully_shard makes DTensors of the codes, which lose the quant_state of Params4bit. accelerate
+    leaves them whole."""
+    model = get_peft_model(with_bitsandbytes(toy_llama(), 4), LoraConfig(target_modules=["q_proj"]))
+    fully_shard(model.get_base_model().model.layers[0])
+    with pytest.raises(ValueError, match="quant_state is required"):
+        model(input_ids=batch(0))

@@ -90,7 +90,7 @@ def model_of(name: str) -> Any:
     if name != "Reward":
         return toy_llama()
     torch.manual_seed(0)
-    config = toy_llama().config
+    config: Any = toy_llama().config
     config.num_labels, config.pad_token_id = 1, toy_tokenizer().pad_token_id
     return LlamaForSequenceClassification(config)
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -22,9 +23,15 @@ from typer.testing import CliRunner
 
 from qlora_compile.cli.app import app
 from qlora_compile.errors import OptionError
+from qlora_compile.hf.trainer.failures import check_parallelism
 from qlora_compile.hf.training import FineTuning, StepObserver, seed_everything
 from qlora_compile.outputs import damage, held, last_checkpoint
-from qlora_compile.training_errors import CheckpointWriteError, NotFiniteError, TrainingMemoryError
+from qlora_compile.training_errors import (
+    CheckpointWriteError,
+    ContextParallelError,
+    NotFiniteError,
+    TrainingMemoryError,
+)
 from tests.cli.test_train import arguments, inputs, losses, stock
 from tests.examples import LONG, examples
 from tests.toy_language_model import toy_llama
@@ -320,3 +327,10 @@ def test_a_full_disk_names_what_is_saved(full: Path) -> None:
         tuning(options=options).train()
     assert f"{full / 'checkpoint-1'} is whole" in str(raised.value)
     assert str(full) in str(raised.value)
+
+
+def test_context_parallel_is_refused() -> None:
+    sizes = SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2))
+    with pytest.raises(ContextParallelError, match=r"cp_size=2.*their own process only"):
+        check_parallelism(sizes)
+    check_parallelism(SimpleNamespace(parallelism_config=None))

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_compile.checkpoint_errors import CheckpointError, StoredWeightError
+from qlora_compile.errors import PackedWeightError
 from qlora_compile.hf import experts, parameter_counts
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight
@@ -217,7 +218,12 @@ def _put_in(model: Any, target: Target, direct: Direct) -> None:
     weights = [piece.read(direct.folder) for piece in target.pieces]
     packed = weights[0]
     if len(weights) > 1:
-        packed = format_named(packed.format).stacked(weights)
+        try:
+            packed = format_named(packed.format).stacked(weights)
+        except PackedWeightError as error:
+            problem = f"{target.name} is put together of {len(weights)} weights: {error}"
+            remedy = "load the model in 16 bits and quantise it here"
+            raise direct.folder.error(target.pieces[0].name, problem, remedy) from error
     packed = PackedWeight(
         packed.layout, {name: plane.to(direct.device) for name, plane in packed.planes.items()}
     )

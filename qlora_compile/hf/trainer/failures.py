@@ -1,4 +1,5 @@
-"""What ends a training from outside: no memory, and a checkpoint that cannot be written."""
+"""What ends a training from outside: no memory, a checkpoint that cannot be written; and what would
+spoil it unseen."""
 
 from __future__ import annotations
 
@@ -12,10 +13,25 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_compile.outputs import last_checkpoint
-from qlora_compile.training_errors import CheckpointWriteError, TrainingMemoryError
+from qlora_compile.training_errors import (
+    CheckpointWriteError,
+    ContextParallelError,
+    TrainingMemoryError,
+)
 
 _ON_CPU = "DefaultCPUAllocator: "  # in torch's message, a RuntimeError
 _SAVING = "_save_checkpoint"  # the method of transformers' Trainer
+
+
+def check_parallelism(args: Any) -> None:
+    """Raise ContextParallelError if the rows of a training are split along their tokens.
+
+    accelerate then exchanges keys and values in attention, by replacing torch's function, which
+    compiled code does not call.
+    """
+    size = getattr(args.parallelism_config, "cp_size", 1)
+    if size > 1:
+        raise ContextParallelError(value=size)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlora_compile
@@ -90,3 +91,14 @@ def test_mixture(tmp_path: Path, name: str, model: str) -> None:
     experts = [each for each in ours.modules() if isinstance(each, PackedExperts)]
     assert len(experts) >= 2
     assert_decodes_alike(ours, dense, KINDS[name])
+
+
+def test_experts_in_different_orders_of_columns(tmp_path: Path) -> None:
+    """Their weights are stored as one, which has one order."""
+    written(tmp_path, mixture("mixtral"), KINDS["gptq v2, act-order"])
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    name = next(each for each in tensors if ".experts." in each and each.endswith(".g_idx"))
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="group_index is not that of the weight below"):
+        qlora_compile.load(tmp_path, dtype=torch.float32)

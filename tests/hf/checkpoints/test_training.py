@@ -43,8 +43,9 @@ def assert_trains_as_dense(folder: Path, dense: Any, config: Any, inputs: Any) -
 
 LLAMAS = (
     *("fp8", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits"),
-    *("gptq v2, act-order", "awq", "hqq", "pack-quantized"),
-    *(["fp8, tensors", "gptq", "gptq, 8 bits, act-order", "int-quantized, rows"] if LONG else []),
+    *("gptq v2, act-order", "awq", "hqq"),
+    *(["fp8, tensors", "gptq", "gptq, 8 bits, act-order"] if LONG else []),
+    *(["pack-quantized", "int-quantized, rows"] if LONG else []),
 )
 """One for each format; `make test-long` adds the other ways of sharing scales."""
 

@@ -1,0 +1,111 @@
+"""Several processes of one training: starts them, as torchrun does, and says how they ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from qlora_compile.outputs import last_checkpoint
+from qlora_compile.training.settings import RunSettings, write_settings
+
+_ENDS_BY = (signal.SIGINT, signal.SIGTERM)
+_LINES = 30  # of what a process wrote last
+_TRAIN = ("-m", "qlora_compile.cli.app", "train")
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or `start_processes`, has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def end_by_signal() -> None:
+    """Let Ctrl-C and SIGTERM end this process at once: the one that started it says so for all."""
+    for each in _ENDS_BY:
+        signal.signal(each, signal.SIG_DFL)
+
+
+def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> NoReturn:
+    """Train in `settings.processes` processes and exit as they do, with one message if one fails.
+
+    The first one writes to the terminal and into the output directory. If a process fails, or this
+    one gets Ctrl-C or SIGTERM, all are ended.
+
+    Raises:
+        typer.Exit: always, with the exit status.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    count = settings.processes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with tempfile.TemporaryDirectory(prefix="qlora_compile-") as folder:
+        file = Path(folder) / "run.yaml"
+        write_settings(settings, file)
+        arguments = [*_TRAIN, "--config", str(file)]
+        arguments += ["--resume"] * resume + ["--overwrite"] * overwrite
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id="qlora-compile",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.5,
+            logs_specs=DefaultLogsSpecs(folder, {rank: Std.ALL for rank in range(1, count)}),
+        )
+        # What torch says of failures is said below, in one message.
+        logging.disable(logging.CRITICAL)
+        try:
+            elastic_launch(config, sys.executable)(*arguments)
+        except SignalException as error:
+            typer.echo(f"stopped: {_saved(settings)}", err=True)
+            raise typer.Exit(128 + error.sigval) from error
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if isinstance(failure.message, dict):  # what `record_error` wrote
+                _, _, message = str(failure.message["message"]).partition(": ")
+                status = 2
+            else:
+                _show_last_lines(Path(folder), failure.local_rank)
+                message, status = f"{_end(failure.exitcode)}; {_saved(settings)}", 1
+            typer.echo(f"error: rank {rank} (process {failure.pid}): {message}", err=True)
+            raise typer.Exit(status) from error
+        finally:
+            logging.disable(logging.NOTSET)
+    raise typer.Exit
+
+
+def record_error(error: Exception) -> None:
+    """Hand an error to the process that started this one, which shows it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+
+
+def _show_last_lines(folder: Path, rank: int) -> None:
+    """Print the end of what a rank wrote to stderr; the first one writes to the terminal."""
+    for written in folder.rglob(f"{rank}/stderr.log"):
+        lines = written.read_text(encoding="utf-8", errors="replace").splitlines()
+        typer.echo("\n".join(lines[-_LINES:]), err=True)
+
+
+def _end(status: int) -> str:
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}, and the others were ended"
+    return f"ended with status {status}, and the others were ended"
+
+
+def _saved(settings: RunSettings) -> str:
+    saved = last_checkpoint(Path(settings.output))
+    if saved is None:
+        return "nothing was saved"
+    return f"{saved} holds adapter and training state; --resume goes on from there"

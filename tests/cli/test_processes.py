@@ -1,0 +1,160 @@
+"""`qlora-compile train --processes`: one message whatever ends it, the losses of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qlora_compile.cli import processes
+from qlora_compile.cli.app import app
+from qlora_compile.training.settings import RunSettings, settings_from
+from tests.cli.test_train import arguments, inputs, losses
+from tests.distributed.jobs import LONG, ROOT
+
+__all__ = ["inputs"]
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Take back what torchrun sets in this process, which would end after it."""
+    before = {each: signal.getsignal(each) for each in signal.valid_signals() if each < 32}
+    yield
+    for number, handler in before.items():
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, handler)
+
+
+SAYS = "; first = os.environ['RANK'] == '0'; time.sleep(60) if first else "
+RECORDS = (
+    "json.dump({'message': {'message': 'ResumeError: cannot resume', 'extraInfo': {'timestamp': "
+    "'1'}}}, open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w')) or sys.exit(2)"
+)
+ENDINGS = {
+    "killed": ("os.kill(os.getpid(), 9)", 1, ("killed by SIGKILL, and the others", "nothing was")),
+    "a bug": ("1 / 0", 1, ("ZeroDivisionError", "ended with status 1")),
+    "bad input": (RECORDS, 2, (": cannot resume\n",)),
+}
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_rank_that_ends_is_named_and_ends_the_others(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    act, status, parts = ENDINGS[name]
+    script = f"import json, os, sys, time{SAYS}{act}"
+    monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
+    settings = RunSettings("model", ("data",), output=str(tmp_path), processes=2)
+    started = time.monotonic()
+    with pytest.raises(typer.Exit) as raised:
+        processes.start_processes(settings, resume=False, overwrite=False)
+    assert time.monotonic() - started < 50
+    said = capfd.readouterr().err
+    assert raised.value.exit_code == status
+    assert said.count("error: ") == 1
+    assert "error: rank 1 (process " in said
+    for part in parts:
+        assert part in said
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends = "signal.signal(signal.SIGINT, signal.SIG_DFL)"  # as `end_by_signal` does
+    press = f"os.kill({os.getpid()}, signal.SIGINT) or time.sleep(60)"
+    script = f"import os, signal, time; {ends}{SAYS}{press}"
+    monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
+    settings = RunSettings("model", ("data",), output=str(tmp_path), processes=2)
+    with pytest.raises(typer.Exit) as raised:
+        processes.start_processes(settings, resume=False, overwrite=False)
+    assert raised.value.exit_code == 130
+    assert capfd.readouterr().err == "stopped: nothing was saved\n"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_each_process_gets_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, shutil, sys; shutil.copy(sys.argv[2], 'got' + os.environ['LOCAL_RANK'])"
+    monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
+    monkeypatch.chdir(tmp_path)
+    settings = RunSettings(
+        "model", ("a", "b"), processes=2, rank_pattern={"q_proj": 3}, options={"adam_beta1": 0.5}
+    )
+    with pytest.raises(typer.Exit) as raised:
+        processes.start_processes(settings, resume=True, overwrite=False)
+    assert raised.value.exit_code == 0
+    assert [settings_from({}, tmp_path / f"got{rank}") for rank in (0, 1)] == [settings] * 2
+
+
+def test_none_is_too_few(inputs: Path, tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", processes=0))
+    assert refused.exit_code == 2
+    assert "--processes=0 is out of range; use 1 or more" in refused.stderr
+
+
+# ---- real ones ----
+
+jobs = pytest.mark.skipif(not LONG, reason="`make test-distributed` runs these jobs")
+CHANGED: dict[str, Any] = {"format": "nf4", "tune": "model", "checkpoint_every": 1, "held_out": 0}
+
+
+def _started(given: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "qlora_compile.cli.app", *given]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _children(job: subprocess.Popen[str]) -> list[int]:
+    return [
+        int(each) for each in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    ]
+
+
+def _wait_for(file: Path) -> None:
+    ends = time.monotonic() + 600
+    while not file.exists():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+@jobs
+def test_losses_are_those_of_one_process(inputs: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert CliRunner().invoke(app, arguments(inputs, one, **CHANGED)).exit_code == 0
+    job = _started(arguments(inputs, two, **CHANGED, processes=2, batch_size=1))
+    _, said = job.communicate(timeout=900)
+    assert job.returncode == 0, said
+    numpy.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+
+
+@jobs
+@pytest.mark.parametrize("ended", ["rank", "all"])
+def test_what_ends_a_job_leaves_a_checkpoint(ended: str, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = arguments(inputs, output, **CHANGED, processes=2, batch_size=1, steps=100_000)
+    job = _started(given)
+    _wait_for(output / "checkpoint-1" / "trainer_state.json")
+    children = _children(job)
+    assert len(children) == 2
+    if ended == "rank":
+        os.kill(children[1], signal.SIGKILL)
+    else:
+        job.send_signal(signal.SIGINT)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == (1 if ended == "rank" else 130), said
+    expected = f"error: rank 1 (process {children[1]}): killed" if ended == "rank" else "stopped: "
+    assert said.count(expected) == 1
+    assert "Traceback" not in said
+    assert "holds adapter and training state; --resume goes on from there" in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -1,0 +1,235 @@
+"""One rank of a job that checks, without training on, what DDP and FSDP2 do with packed models.
+
+Started by torchrun with the name of a check and its arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from qlora_compile.capture import backend
+from qlora_compile.modules.packed import PackedModule
+from tests.distributed.cases import Case, batch, model_of
+from tests.distributed.worker import compile_inner
+
+DENSE = Case("none", "nf4", "dense", "plain")
+EXPERTS = Case("none", "int4", "experts", "plain")
+RAGGED = ((slice(0, 3), 16), (slice(3, 4), 7))
+"""The rows of each of two ranks, and how many of their tokens."""
+
+
+def main(check: str, *arguments: str) -> None:
+    torch.set_num_threads(1)
+    backend.compile_inner = compile_inner
+    dist.init_process_group("gloo")
+    globals()[check](*arguments)
+    dist.destroy_process_group()
+
+
+# ---- DDP ----
+
+
+def ragged() -> None:
+    """Rows and tokens that differ between ranks; accumulation without a reduction in between."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = model_of(DENSE)
+    parts = [[batch(number)[rows, :length] for rows, length in RAGGED] for number in (0, 1)]
+    total = sum(_learnt(part) for micro in parts for part in micro)
+    for micro in parts:
+        for part in micro:
+            (_summed(model, part) / total).backward()
+    expected = _gradients(model)
+    model.zero_grad()
+    wrapped = DistributedDataParallel(model)
+    for number, micro in enumerate(parts):
+        last = number == len(parts) - 1
+        with contextlib.nullcontext() if last else wrapped.no_sync():
+            # DDP divides the sum of gradients by the number of ranks.
+            (_summed(wrapped, micro[rank]) * size / total).backward()
+    _same(_gradients(model), expected)
+
+
+def unused() -> None:
+    """Trained adapters that a step does not use, with and without gradient checkpointing."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for checkpointing in ("plain", "checkpointed"):
+        torch.compiler.reset()
+        model = model_of(Case("none", "nf4", "dense", checkpointing))
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter.requires_grad_()
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+        expected = _gradients(model)
+        assert expected
+        assert not any(".other." in name for name in expected)
+        model.zero_grad()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        rows = batch(0).tensor_split(size)[rank]
+        for _ in range(2):  # the second step waits for the marks of the first one
+            model.zero_grad()
+            wrapped(input_ids=rows, labels=rows).loss.backward()
+        _same(_gradients(model), expected)
+
+
+def _learnt(rows: Tensor) -> int:
+    return rows.shape[0] * (rows.shape[1] - 1)
+
+
+def _summed(model: Any, rows: Tensor) -> Tensor:
+    return model(input_ids=rows, labels=rows).loss * _learnt(rows)
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+# ---- FSDP2 ----
+
+
+def sharded(case: Case, **policy: Any) -> Any:
+    model = model_of(case)
+    for layer in _blocks(model):
+        fully_shard(layer, **policy)
+    return fully_shard(model, **policy)
+
+
+def _blocks(model: Any) -> Any:
+    return model.get_base_model().model.layers
+
+
+def _planes(model: Any) -> dict[str, Tensor]:
+    return {
+        f"{name}.{plane}": value.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for plane, value in module.named_parameters(recurse=False)
+    }
+
+
+def mixed_precision() -> None:
+    """A policy that casts parameters to bfloat16 leaves the planes of all weights bit for bit."""
+    for case in (DENSE, EXPERTS):
+        torch.compiler.reset()
+        expected = _planes(model_of(case))
+        assert expected
+        torch.compiler.reset()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model = sharded(case, mp_policy=policy)
+        looks = [_Look(block) for block in _blocks(model)]
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+        found: dict[str, Tensor] = {}
+        for number, look in enumerate(looks):
+            assert look.trained == {torch.bfloat16}
+            prefix = f"base_model.model.model.layers.{number}"
+            found |= {f"{prefix}.{name}": plane for name, plane in look.planes.items()}
+        assert found.keys() == expected.keys()
+        for name, plane in expected.items():
+            assert torch.equal(found[name], plane), name
+
+
+class _Look:
+    """The planes of a block, and the dtypes of what is trained in it, when it runs."""
+
+    def __init__(self, block: Any) -> None:
+        self.planes: dict[str, Tensor] = {}
+        self.trained: set[torch.dtype] = set()
+        block.register_forward_pre_hook(self._look)
+
+    def _look(self, block: Any, args: Any) -> None:
+        self.planes = _planes(block)
+        self.trained = {p.dtype for p in block.parameters() if p.requires_grad}
+
+
+def save(folder: str) -> None:
+    model = sharded(DENSE)
+    _step(model)
+    checkpoint.save(get_model_state_dict(model), checkpoint_id=folder)
+    loss = _loss(model)
+    if dist.get_rank() == 0:
+        Path(folder, "loss").write_text(str(loss))
+
+
+def load(folder: str) -> None:
+    """In any number of ranks."""
+    model = sharded(DENSE)
+    before = _loss(model)
+    state = get_model_state_dict(model)
+    checkpoint.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state)
+    expected = float(Path(folder, "loss").read_text())
+    assert abs(before - expected) > 1e-3
+    assert abs(_loss(model) - expected) < 1e-6 * expected
+
+
+def _loss(model: Any) -> float:
+    with torch.no_grad():
+        return model(input_ids=batch(5), labels=batch(5)).loss.item()
+
+
+def _step(model: Any) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 1.0)
+    model(input_ids=batch(0), labels=batch(0)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def memory() -> None:
+    """A rank holds its part of the planes, and those of one block while the block runs."""
+    whole = model_of(DENSE)
+    blocks = [sum(plane.nbytes for plane in _planes(layer).values()) for layer in _blocks(whole)]
+    del whole
+    torch.compiler.reset()
+    model = sharded(DENSE)
+    gc.collect()
+    part = sum(blocks) / dist.get_world_size()
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        seen.append(_bytes_of_integers())
+
+    for layer in _blocks(model):
+        layer.self_attn.register_forward_pre_hook(look)
+    resting = _bytes_of_integers()
+    model(input_ids=batch(0), labels=batch(0)).loss.backward()
+    gc.collect()
+    assert part <= resting <= 1.1 * part, (resting, part)
+    # Between blocks, nothing is gathered; the gathered block lies beside the part of it.
+    assert _bytes_of_integers() <= 1.1 * part
+    formula = part + max(blocks)
+    assert part < max(seen) <= 1.1 * formula, (seen, formula)
+
+
+def _bytes_of_integers() -> int:
+    """The bytes of all live tensors of bytes, each storage once."""
+    storages = {}
+    for each in gc.get_objects():
+        if isinstance(each, Tensor) and each.dtype == torch.uint8:
+            local = each.to_local() if hasattr(each, "to_local") else each
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
