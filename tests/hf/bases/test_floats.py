@@ -121,9 +121,7 @@ def test_packed_anew(tmp_path: Path, name: str) -> None:
         assert name.startswith(packed.origin.removesuffix(" layer"))
 
 
-@pytest.mark.parametrize(
-    "name", ["transformers FP8", "compressed-tensors nvfp4-pack-quantized", "torchao NF4Tensor"]
-)
+@pytest.mark.parametrize("name", ["compressed-tensors nvfp4-pack-quantized", "torchao NF4Tensor"])
 @pytest.mark.usefixtures("without_inductor")
 def test_trains_as_over_the_decoded_weight(tmp_path: Path, name: str) -> None:
     model, decoded = LIBRARIES[name](tmp_path)

@@ -42,11 +42,12 @@ def assert_trains_as_dense(folder: Path, dense: Any, config: Any, inputs: Any) -
 
 
 LLAMAS = (
-    *("fp8", "fp8, tensors", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits"),
+    *("fp8", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits"),
     *("gptq v2, act-order", "awq", "hqq"),
-    *(["gptq", "gptq, 8 bits, act-order", "pack-quantized", "int-quantized, rows"] if LONG else []),
+    *(["fp8, tensors", "gptq", "gptq, 8 bits, act-order"] if LONG else []),
+    *(["pack-quantized", "int-quantized, rows"] if LONG else []),
 )
-"""One for each format and each way of sharing scales; packed anew, the rest are the same."""
+"""One for each format; `make test-long` adds the other ways of sharing scales."""
 
 
 @pytest.mark.parametrize("name", LLAMAS)
