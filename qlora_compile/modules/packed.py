@@ -36,7 +36,7 @@ class PackedModule(nn.Module):
     weight comes from, for reports.
     """
 
-    weight: nn.Parameter
+    weight: Any
     weight_dtype: torch.dtype
     origin: str = "quantised here"
 

@@ -225,8 +225,9 @@ def test_a_folder_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     config["quantization_config"]["version"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PackedFolderVersionError, match="version 2"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, qlora_compile.load):
+        with pytest.raises(PackedFolderVersionError, match="version 2"):
+            load(tmp_path)
 
 
 def test_every_folder_is_tested() -> None:
