@@ -31,7 +31,7 @@ from qlora_compile.kernels.formats.formats import format_named
 
 RESULTS = Path(__file__).parents[1] / "results"
 BATCH, LENGTH, RANK = 2, 256, 16
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
@@ -59,7 +59,7 @@ class Compared:
 
 def model_of(base: Any, case: FormatCase) -> Any:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    options = {"double_quantize": False} | case.options
+    options: dict[str, Any] = {"double_quantize": False} | case.options
     torch.manual_seed(0)
     model = qlora_compile.optimize(
         copy.deepcopy(base), config, quantize=case.format, tune="model", **options

@@ -93,13 +93,16 @@ ONE_HOT = [
 ]
 
 
+THINNED = pairwise(
+    ONE_HOT,
+    lambda row: {"decoder": (row[0], row[1].decoder), "dtype": row[2]},
+    lambda row: {"config": row[1], "dtype": row[2]},
+)
+
+
 @pytest.mark.parametrize(
     ("format", "config", "dtype"),
-    pairwise(
-        ONE_HOT,
-        lambda row: {"decoder": (row[0], row[1].decoder), "dtype": row[2]},
-        lambda row: {"config": row[1], "dtype": row[2]},
-    ),
+    THINNED,
     ids=lambda value: str(getattr(value, "label", value)).replace(" ", "-"),
 )
 def test_one_hot_rows_give_the_decoded_weight(

@@ -5,7 +5,7 @@ of `groups`.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
-# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 import triton
 import triton.language as tl
 
