@@ -31,7 +31,7 @@ from qlora_compile.kernels.formats.formats import format_named
 
 RESULTS = Path(__file__).parents[1] / "results"
 BATCH, LENGTH, RANK = 2, 256, 16
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
@@ -59,7 +59,7 @@ class Compared:
 
 def model_of(base: Any, case: FormatCase) -> Any:
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    options: Any = {"double_quantize": False} | case.options
+    options: dict[str, Any] = {"double_quantize": False} | case.options
     torch.manual_seed(0)
     model = qlora_compile.optimize(
         copy.deepcopy(base), config, quantize=case.format, tune="model", **options
@@ -136,8 +136,7 @@ def markdown(found: list[Compared], figures: dict[str, Any]) -> str:
 def main(pairs: Annotated[int, typer.Option(help="Pairs of steps per format.")] = 30) -> None:
     """Time steps over every format beside NF4's. Exits with 1 if one takes more than 1.1 of it."""
     torch.set_num_threads(1)
-    shape: Any = SHAPE
-    base = random_model(LlamaConfig(**shape, max_position_embeddings=LENGTH))
+    base = random_model(LlamaConfig(**SHAPE, max_position_embeddings=LENGTH))
     # How codes were found does not change how they are read.
     chosen = [case for case in cases() if "refine" not in case.options]
     nf4 = model_of(base, chosen[0])

@@ -85,13 +85,15 @@ def test_error_of_output_and_gradients(format: str, data: st.DataObject) -> None
         assert_no_worse_than_plain(call, call.fused(variant))
 
 
-ONE_HOT: list[tuple[str, GemmConfig, torch.dtype]] = [
+ONE_HOT = [
     (each.name, config, dtype)
     for each in FORMATS
     for config in configs(each.name)
     for dtype in (BF16, F16)
 ]
-PAIRS = pairwise(
+
+
+THINNED = pairwise(
     ONE_HOT,
     lambda row: {"decoder": (row[0], row[1].decoder), "dtype": row[2]},
     lambda row: {"config": row[1], "dtype": row[2]},
@@ -100,7 +102,7 @@ PAIRS = pairwise(
 
 @pytest.mark.parametrize(
     ("format", "config", "dtype"),
-    PAIRS,
+    THINNED,
     ids=lambda value: str(getattr(value, "label", value)).replace(" ", "-"),
 )
 def test_one_hot_rows_give_the_decoded_weight(
