@@ -58,8 +58,8 @@ def launches(fused: FusedCall, *, backward: bool) -> list[Launch]:
                 tail.backward_group(fused.grads, group, call.needs, config)
             else:
                 tail.forward_group(group, config)
-    assert not +operators.count  # pyright: ignore[reportPossiblyUnbound]
-    return found  # pyright: ignore[reportPossiblyUnbound]
+    assert not +operators.count  # pyright: ignore[reportPossiblyUnboundVariable]
+    return found  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @pytest.fixture(autouse=True)
