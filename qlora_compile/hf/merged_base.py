@@ -58,7 +58,7 @@ def _state(module: PackedModule) -> int:
     checksum = 0
     for plane in module.tensors:
         stored = plane.data.cpu().contiguous().reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(memoryview(stored.numpy()), checksum)
+        checksum = zlib.crc32(stored.numpy().data, checksum)
     return checksum
 
 
