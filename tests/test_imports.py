@@ -16,7 +16,7 @@ ORDER = (
     ("errors",),
     (
         *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
-        *("saving_errors", "kernels", "outputs", "text_table", "registration"),
+        *("saving_errors", "training_errors", "kernels", "outputs", "text_table", "registration"),
     ),
     ("passes", "tuning"),
     ("modules",),
