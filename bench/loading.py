@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 CONTENDERS = ("ours", "bitsandbytes", "ours, packed folder")
-_SHARD_SIZE = "300MB"
-_SHAPE = {
+_SHARDS = 8
+_SHAPE: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,
@@ -57,13 +57,14 @@ class Peak:
         self._thread.join()
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path, layers: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**_SHAPE))
-    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    model = LlamaForCausalLM(LlamaConfig(**_SHAPE | {"num_hidden_layers": layers}))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // (_SHARDS - 1))
 
 
 def load(contender: str, folder: Path) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def load(contender: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=_SHAPE["num_hidden_layers"])
     parser.add_argument("--contender", choices=CONTENDERS)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
@@ -118,7 +120,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="qlora_compile-") as temporary:
         folder = Path(temporary)
-        write_checkpoint(folder)
+        write_checkpoint(folder, given.layers)
         print(f"{len(list(folder.glob('*.safetensors')))} shards")
         for _ in range(given.rounds):
             for contender in CONTENDERS:
@@ -131,7 +133,8 @@ def main() -> None:
                 limit = told["packed"] + told["largest"]
                 print(
                     f"{contender}: {told['seconds']:.1f} s, peak {told['peak'] / 1e6:.0f} MB = "
-                    f"{told['peak'] / limit:.3f} of packed + largest tensor ({limit / 1e6:.0f} MB)"
+                    f"{told['peak'] / limit:.3f} of packed + largest tensor ({limit / 1e6:.0f} MB)",
+                    flush=True,
                 )
 
 

@@ -82,12 +82,13 @@ def test_what_is_no_skeleton_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_options_are_errors() -> None:
-    for error, options in (
+    cases: tuple[tuple[Any, dict[str, Any]], ...] = (
         (UnknownFormatError, {"format": "nf3"}),
         (UnknownFormatError, {}),
         (BlockSizeError, {"format": "nf4", "block_size": 65}),
         (FormatOptionError, {"format": "mxfp4", "group_size": 16}),
-    ):
+    )
+    for error, options in cases:
         with pytest.raises(error):
             QloraCompileConfig(**options)
 

@@ -119,6 +119,7 @@ _FORMATS = (
     Case(format="int8"),
     Case(format="int4"),
     Case(format="int4", options=(("group_size", 32), ("zeros", "float"), ("scales", "float16"))),
+    Case(format="int4", options=(("group_size", 32), ("zeros", "minimum"), ("scales", "float16"))),
     Case(format="uint8"),
     Case(format="uint8", options=(("group_size", 32), ("zeros", "float"))),
     Case(format="fp8_e4m3"),

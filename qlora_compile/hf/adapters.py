@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
-from qlora_compile.hf import foreign, methods
+from qlora_compile.hf import foreign, foreign_adapters, methods
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.bases.registry import base_of
@@ -292,6 +292,8 @@ def adopt_adapter_layer(module: nn.Module) -> None:
 
 def _give_own_class(layer: nn.Module, linear: nn.Module | None) -> None:
     own = _own_class(layer, linear)
+    if foreign_adapters.is_of_library(layer) and own is QuantizedLoraLinear:
+        foreign_adapters.settle(layer)
     if own is not None:
         layer.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -306,7 +308,8 @@ def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
             return None
         return DoraLinear if type(linear).forward is nn.Linear.forward else SlottedLinear
     if isinstance(linear, QuantizedLinear):
-        return methods.REPACKED.get(type(layer))
+        of_library = foreign_adapters.is_of_library(layer)
+        return QuantizedLoraLinear if of_library else methods.REPACKED.get(type(layer))
     base = base_of(linear)
     if isinstance(base, InPlaceBase) and hasattr(linear, "packed"):
         return base.adapter_layer(layer)

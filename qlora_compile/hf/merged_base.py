@@ -44,7 +44,7 @@ class KeptBase:
         """Whether the weight of `module` is the one that was merged."""
         return self._merged == _state(module)
 
-    def give_back(self, module: PackedModule, bias: Tensor | None = None) -> None:
+    def give_back(self, module: Any, bias: Tensor | None = None) -> None:
         """Put the kept weight and bias back, on their present device."""
         device = module.weight.device
         planes = {name: plane.to(device) for name, plane in self._planes.items()}
@@ -58,7 +58,7 @@ def _state(module: PackedModule) -> int:
     checksum = 0
     for plane in module.tensors:
         stored = plane.data.cpu().contiguous().reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(stored.numpy(), checksum)
+        checksum = zlib.crc32(memoryview(stored.numpy()), checksum)
     return checksum
 
 

@@ -27,7 +27,7 @@ from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.plans import first_use, native
 from qlora_compile.kernels.selector import Selector
 from qlora_compile.kernels.variants.base import LinearTensors
-from qlora_compile.kernels.workspace import workspace
+from qlora_compile.kernels.workspace import _buffers, fresh_workspaces, workspace
 from tests.fake_device.device import FakeDevice, fake_device
 from tests.plans.toy_calls import (
     TEXT,
@@ -61,8 +61,11 @@ def operators(device: FakeDevice) -> dict[str, Any]:
         for _ in range(4):
             x, weight = torch.randn(6, K), torch.randn(N, K)
             tensors = LinearTensors(x, [weight], None, None, None, None, None)
-            equal.append(torch.equal(call(x=x, weight=weight), body(tensors)))
-    return {"equal": equal, "plans": plans()}
+            with fresh_workspaces():
+                expected = body(tensors)
+            equal.append(torch.equal(call(x=x, weight=weight), expected))
+    shared = len(_buffers.by_stream)
+    return {"equal": equal, "plans": plans(), "workspaces": shared}
 
 
 def results(device: FakeDevice) -> dict[str, Any]:

@@ -49,7 +49,10 @@ def test_launches_are_those_of_tritons_own_launcher(parity: Found) -> None:
 
 
 def test_torchs_operators_replay_to_the_same_bits(found: Found) -> None:
-    assert found["operators"] == {"equal": [True] * 4, "plans": 1}
+    assert found["operators"]["equal"] == [True] * 4
+    assert found["operators"]["plans"] == 1
+    # Python's own scratch memory is freed once there is a plan.
+    assert found["operators"]["workspaces"] == 0
 
 
 def test_results_have_contiguous_storage_of_their_own(found: Found) -> None:

@@ -64,15 +64,15 @@ _integers = partial(
 _in_ptx = partial(Decoder, "prmt", load=groups.load_groups)
 
 
-def _not_in_ptx(layout: Layout) -> str | None:
-    if layout.named.get("grouping") == "indexed":
-        return "columns in groups by an index, each with factors of its own"
-    return "minima, which are added" if layout.named.get("zeros") == "minimum" else None
+def _indexed(layout: Layout) -> str | None:
+    indexed = layout.named.get("grouping") == "indexed"
+    return "columns in groups by an index, each with factors of its own" if indexed else None
 
 
 _ptx_integers = partial(
-    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_not_in_ptx
+    _in_ptx, prepare=groups.prepare_nothing, scale=group_ptx.stored_factors, obstacle=_indexed
 )
+_ZEROS: tuple[group_assembly.Zeros, ...] = ("whole", "fractional", "minimum")
 
 INTEGER_DECODERS = {
     4: (
@@ -81,8 +81,7 @@ INTEGER_DECODERS = {
             8,
             decode=group_ptx.decode_nibbles,
             programs=lambda dtype: (
-                group_assembly.nibble_floats(dtype, False),
-                group_assembly.nibble_floats(dtype, True),
+                *(group_assembly.nibble_floats(dtype, zeros) for zeros in _ZEROS),
                 group_assembly.nibble_pairs(dtype),
             ),
         ),
@@ -92,9 +91,8 @@ INTEGER_DECODERS = {
         _ptx_integers(
             4,
             decode=group_ptx.decode_bytes,
-            programs=lambda dtype: (
-                group_assembly.byte_floats(dtype, False),
-                group_assembly.byte_floats(dtype, True),
+            programs=lambda dtype: tuple(
+                group_assembly.byte_floats(dtype, zeros) for zeros in _ZEROS
             ),
         ),
     ),

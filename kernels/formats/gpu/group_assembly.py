@@ -6,6 +6,7 @@ In a word, weight i is the i-th group of 4 or 8 bits from the lowest on.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 from qlora_compile.kernels.formats.gpu.assembly import PACKED, float_literal, unpacked
 
@@ -13,35 +14,44 @@ _EXACT = 2.0**23
 """The float32 with these bits and a code in the lowest ones is 2**23 + code."""
 
 
+Zeros = Literal["whole", "fractional", "minimum"]
+"""What a float32 operand holds: 2**23 + a whole zero, a zero that may be fractional, or what is
+added to code * scale."""
+
+
 @functools.cache
-def nibble_floats(dtype: str, fractional: bool) -> str:
-    """$8 (a word of 4-bit codes), $9 (f32 scale) and $10 (f32: a zero that may be `fractional`, or
-    2**23 + a whole one) to eight 16-bit values, in float32."""
+def nibble_floats(dtype: str, zeros: Zeros) -> str:
+    """$8 (a word of 4-bit codes), $9 (f32 scale) and $10 (f32, as `zeros` says) to eight 16-bit
+    values, in float32."""
     text = ""
     for i in range(8):
         text += f"shr.u32 b, $8, {4 * i};\n" if i else "mov.b32 b, $8;\n"
         text += "lop3.b32 b, b, 15, 0x4B000000, 0xEA;\n"
-        text += _scaled(i, "$9", "$10", dtype, fractional)
+        text += _scaled(i, "$9", "$10", dtype, zeros)
     return _in_floats(text, 8)
 
 
 @functools.cache
-def byte_floats(dtype: str, fractional: bool) -> str:
+def byte_floats(dtype: str, zeros: Zeros) -> str:
     """As `nibble_floats` of $4 (four 8-bit codes), $5 and $6 to four values."""
     text = ""
     for i in range(4):
         text += f"prmt.b32 b, $4, 0x4B000000, 0x{0x7540 | i:04x};\n"
-        text += _scaled(i, "$5", "$6", dtype, fractional)
+        text += _scaled(i, "$5", "$6", dtype, zeros)
     return _in_floats(text, 4)
 
 
-def _scaled(i: int, scale: str, zero: str, dtype: str, fractional: bool) -> str:
+def _scaled(i: int, scale: str, zero: str, dtype: str, zeros: Zeros) -> str:
     """Weight i of 2**23 + code in `b`; every second one closes a pair."""
     name = "odd" if i % 2 else "even"
     text = f"mov.b32 {name}, b;\n"
-    if fractional:
+    if zeros != "whole":
         text += f"sub.rn.f32 {name}, {name}, {float_literal(_EXACT)};\n"
-    text += f"sub.rn.f32 {name}, {name}, {zero};\nmul.rn.f32 {name}, {name}, {scale};\n"
+    if zeros != "minimum":
+        text += f"sub.rn.f32 {name}, {name}, {zero};\n"
+    text += f"mul.rn.f32 {name}, {name}, {scale};\n"
+    if zeros == "minimum":
+        text += f"add.rn.f32 {name}, {name}, {zero};\n"
     return text + (f"{PACKED[dtype]} o{i // 2}, odd, even;\n" if i % 2 else "")
 
 

@@ -16,14 +16,21 @@ _MAGIC = tl.constexpr(8388608.0)
 
 @triton.jit
 def stored_factors(loaded, side, state, SIDE: tl.constexpr):
-    """The scales as they are stored; zeros as int32 where all are whole, else as float32."""
+    """The scales as they are stored; zeros as int32 where all are whole, else as float32; and once
+    more where they are minima."""
     CONSTANT: tl.constexpr = int(SIDE[2])
-    FRACTIONAL: tl.constexpr = SIDE[4]
+    ZEROS: tl.constexpr = SIDE[4]
     scales = loaded[0]
-    zeros = tl.full(scales.shape, CONSTANT, tl.int32)
-    if side.zeros is not None:
-        zeros = loaded[1].to(tl.float32) if FRACTIONAL else loaded[1].to(tl.int32)
-    return scales, zeros
+    if ZEROS == 2:
+        minima = loaded[1].to(tl.float32)
+        factors = (scales, minima, minima)
+    elif ZEROS == 1:
+        factors = (scales, loaded[1].to(tl.float32))
+    elif side.zeros is None:
+        factors = (scales, tl.full(scales.shape, CONSTANT, tl.int32))
+    else:
+        factors = (scales, loaded[1].to(tl.int32))
+    return factors
 
 
 @triton.jit
@@ -40,15 +47,19 @@ def decode_nibbles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """PROGRAM: for whole zeros, for others, and for whole ones where the scales are of DTYPE."""
-    scales, zeros = scales
-    rows, scales = grouped(words, scales)
-    _, zeros = grouped(words, zeros)
-    if zeros.dtype == tl.float32:
+    """PROGRAM: for whole zeros, for others, for minima, and for whole zeros where the scales are of
+    DTYPE."""
+    MINIMA: tl.constexpr = len(scales) == 3
+    rows, zeros = grouped(words, scales[1])
+    _, scales = grouped(words, scales[0])
+    if MINIMA:
+        TEXT: tl.constexpr = PROGRAM[2]
+        scales = scales.to(tl.float32)
+    elif zeros.dtype == tl.float32:
         TEXT: tl.constexpr = PROGRAM[1]
         scales = scales.to(tl.float32)
     elif scales.dtype == DTYPE:
-        TEXT: tl.constexpr = PROGRAM[2]
+        TEXT: tl.constexpr = PROGRAM[3]
         scales, zeros = twice(scales), twice((-zeros).to(tl.float32).to(DTYPE))
     else:
         TEXT: tl.constexpr = PROGRAM[0]
@@ -69,11 +80,13 @@ def decode_bytes(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """PROGRAM: for whole zeros and for others."""
-    scales, zeros = scales
-    rows, scales = grouped(words, scales.to(tl.float32))
-    _, zeros = grouped(words, zeros)
-    if zeros.dtype == tl.float32:
+    """PROGRAM: for whole zeros, for others and for minima."""
+    MINIMA: tl.constexpr = len(scales) == 3
+    rows, zeros = grouped(words, scales[1])
+    _, scales = grouped(words, scales[0].to(tl.float32))
+    if MINIMA:
+        TEXT: tl.constexpr = PROGRAM[2]
+    elif zeros.dtype == tl.float32:
         TEXT: tl.constexpr = PROGRAM[1]
     else:
         TEXT: tl.constexpr = PROGRAM[0]

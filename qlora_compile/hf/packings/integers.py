@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,35 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _SIZES = (128, 64, 32)
 _GROUPS = "quantise the model again in groups of a multiple of 32 columns, or of whole rows"
+
+
+def setting_error(found: str, known: str) -> StoredWeightError:
+    """Return the error of a `quantization_config` that has `found`, and not what is `known`."""
+    problem, remedy = f"it has {found}, not {known}", f"convert the model to {known}"
+    return StoredWeightError(tensor="quantization_config", problem=problem, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A model whose weights have a scale for every `group_size` columns, -1 for every row."""
+
+    group_size: int
+
+    def columns(self, columns: int) -> int:
+        """Return how many of so many columns share a scale."""
+        return columns if self.group_size == -1 else self.group_size
+
+    def groups(self, columns: int) -> int:
+        """Return how many groups so many columns have."""
+        return -(-columns // self.columns(columns))
+
+    @staticmethod
+    def size_in(settings: Mapping[str, Any]) -> int:
+        """Return the `group_size` of a `quantization_config`. Raises StoredWeightError."""
+        size = settings.get("group_size", 128)
+        if not isinstance(size, int) or (size < 1 and size != -1):
+            raise setting_error(f"group_size {size!r}", "a number of columns, or -1")
+        return size
 
 
 def packed_integers(

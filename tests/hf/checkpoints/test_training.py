@@ -43,8 +43,8 @@ def assert_trains_as_dense(folder: Path, dense: Any, config: Any, inputs: Any) -
 
 LLAMAS = (
     *("fp8", "fp8, tensors", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits"),
-    *("gptq v2, act-order", "awq", "hqq", "pack-quantized"),
-    *(["gptq", "gptq, 8 bits, act-order", "int-quantized, rows"] if LONG else []),
+    *("gptq v2, act-order", "awq", "hqq"),
+    *(["gptq", "gptq, 8 bits, act-order", "pack-quantized", "int-quantized, rows"] if LONG else []),
 )
 """One for each format and each way of sharing scales; packed anew, the rest are the same."""
 
