@@ -329,7 +329,7 @@ print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxr
 
 
 def test_a_large_file_costs_little(tmp_path: Path) -> None:
-    size = 200 if LONG else 40  # MB
+    size = 200 if LONG else 20  # MB
     row = {"messages": [{"role": "user", "content": "q " * 100}, CHATS[0]["messages"][1]]}
     row["messages"][1] = {"role": "assistant", "content": "answer " * 100}
     text = f"{json.dumps(row)}\n"
