@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bench.stock import with_bitsandbytes
 from qlora_compile.capture import backend
+from qlora_compile.kernels.formats.formats import FORMATS
 from tests.distributed import worker
 from tests.distributed.cases import Case, batch
 from tests.distributed.jobs import LONG, start
@@ -25,7 +26,7 @@ from tests.toy_language_model import toy_llama
 
 PROCESSES = (1, 2, 4)
 ENGINES = ("ddp", "fsdp2", "accelerate", "zero2", "zero3")
-BASES = ("nf4", "int8", "int4", "16bit", "bitsandbytes")
+BASES = (*(each.name for each in FORMATS[:4]), "16bit", "bitsandbytes")
 MODELS = ("dense", "experts")
 CHECKPOINTING = ("plain", "checkpointed")
 IMPOSSIBLE = {("fsdp2", "bitsandbytes")}
