@@ -131,7 +131,10 @@ def test_one_hot_rows_give_the_decoded_weight(
     assert torch.equal(results["grad x"], call.weight(dtype)[:rows])
 
 
-@pytest.mark.parametrize("format", ["int4", "uint8"])
+IN_GROUPS = [f.name for f in FORMATS if any(option.name == "grouping" for option in f.options)]
+
+
+@pytest.mark.parametrize("format", IN_GROUPS)
 @pytest.mark.parametrize("zeros", ["minimum", "float", "integer"])
 @pytest.mark.parametrize("grouping", ["consecutive", "indexed"])
 def test_one_hot_rows_of_integers_in_groups(
