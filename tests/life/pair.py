@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from hypothesis import strategies as st
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import qlora_compile
@@ -336,7 +337,7 @@ def _rounded(model: nn.Module) -> Iterator[None]:
     """Weights are as decoded in float32 inside; those changed are packed and decoded afterwards."""
     layers = _decoded(model)
     dtypes = [layer.weight.dtype for layer in layers]
-    wrappers = {id(m.base_layer): m for m in model.modules() if hasattr(m, "merged_adapters")}
+    wrappers = {id(m.base_layer): m for m in model.modules() if isinstance(m, BaseTunerLayer)}
     merged = [bool(_merged(wrappers, layer)) for layer in layers]
     for layer in layers:
         layer.decode(torch.float32)
