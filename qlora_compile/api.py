@@ -20,7 +20,7 @@ from qlora_compile.errors import (
     NotOptimizedError,
     OptionError,
 )
-from qlora_compile.hf import adapters, head_loss, loading
+from qlora_compile.hf import adapters, head_loss, loading, skeleton
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
@@ -69,6 +69,7 @@ def optimize(
     tune: str | os.PathLike[str] = "auto",
     logits_free_loss: bool = False,
     example_inputs: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     **format_options: Any,
 ) -> Any:
     """Compile `model` in place: make every frozen Linear, with its LoRA branch, one fused op.
@@ -121,6 +122,10 @@ def optimize(
     example_inputs: keyword arguments of `model` for the calls that strict and logits_free_loss
     need; required if `model` is not a PreTrainedModel with dummy inputs.
 
+    checkpoint: a folder or Hub name to load the weights of `model` from, which then is a
+    transformers model on the meta device. Each weight is packed as soon as it is read, so that the
+    model is never there unpacked. With it an error about adapters leaves the model loaded.
+
     format_options: the other options of the format, such as group_size=128 of 4-bit integers.
 
     Calls in training mode or with labels build no key-value cache, unless use_cache=True is given.
@@ -137,6 +142,14 @@ def optimize(
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
+    tune = check_mode(tune)
+    verify = check_option(verify)
+    chosen = adopt.format_options(
+        quantize, block_size=block_size, double_quantize=double_quantize, **format_options
+    )
+    if checkpoint is not None:
+        skeleton.fill(model, checkpoint, quantize, chosen)
+        quantize, chosen = None, {}
     inventory = Inventory(model)
     installed = regions_of(inventory)
     packs = quantize is not None and bool(inventory.quantizable())
@@ -149,11 +162,6 @@ def optimize(
         == {name: (region.sites, region.kept) for name, region in installed.items()}
     ):
         raise AlreadyOptimizedError(model=type(model).__name__)
-    tune = check_mode(tune)
-    verify = check_option(verify)
-    chosen = adopt.format_options(
-        quantize, block_size=block_size, double_quantize=double_quantize, **format_options
-    )
     options: Any = {"quantize": quantize, "options": chosen}
     blocks = repeated_blocks(inventory.modules) if scope == "block" else []
     packed = adopt.check(inventory, lora, **options, strict=strict)

@@ -10,8 +10,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from qlora_compile.errors import OutputDirectoryError
 
 LOCK = ".run.lock"
@@ -131,6 +129,8 @@ def held(directory: Path) -> Iterator[None]:
     Raises:
         OutputDirectoryError: another run writes there now.
     """
+    from filelock import FileLock, Timeout  # the command line imports this file before all else
+
     lock = FileLock(directory / LOCK)
     try:
         with lock.acquire(timeout=0):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qlora_compile.kernels.formats.base import BlockSize
+    from qlora_compile.merging import MergeReport
 
 
 class QuantizedLoRA:
@@ -74,7 +75,7 @@ class QuantizedLoRA:
             dropout=dropout,
             target_modules=target_modules,
         )
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.model: Any = api.optimize(
             plain,
             lora,
@@ -157,6 +158,16 @@ class QuantizedLoRA:
         from qlora_compile.hf.generation import written
 
         return written(self.model, self.tokenizer, prompt, **options)
+
+    def merge(self, path: str | Path, **options: Any) -> MergeReport:
+        """Write the model with its adapters merged as plain safetensors, and the tokenizer if there
+        is one; return how far the written model is from the trained one.
+
+        options: of `qlora_compile.merge`, such as dtype and texts, and its errors.
+        """
+        from qlora_compile.merging import merge
+
+        return merge(self.model, path, **{"tokenizer": self.tokenizer, **options})
 
     def push_to_hub(self, name: str, **options: Any) -> None:
         """Upload the adapters to the Hugging Face Hub, and the tokenizer if there is one.

@@ -9,67 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qlora_compile.capture.regions import Region, region_of
-from qlora_compile.hf import adapters, expert_adapters, foreign
+from qlora_compile.chosen import Chosen
+from qlora_compile.hf import adapters, expert_adapters, foreign, head_loss
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
-from qlora_compile.kernels.experts.base import ExpertsProblem
-from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.plans import native as plans
-from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
 from qlora_compile.sites import Inventory
 from qlora_compile.text_table import text_table
 from qlora_compile.verify.certificate import Certificate
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The implementation of one direction of a fused site, for about `rows` rows.
-
-    n, rank: those of the site and of the siblings computed with it ("576+192+192", "16"). measured:
-    whether it was timed on this device against others; if not, the cost model chose it, `seconds`
-    is modelled, and the rest is None. seconds: the median. gain: how many times as fast as *dense*
-    in its standard config. runner_up: the second best. margin: how many times as fast as that.
-    unmeasured: why no measurement of it counts, where one was tried.
-    """
-
-    rows: int
-    n: str
-    rank: str
-    variant: str
-    config: str
-    measured: bool
-    seconds: float
-    gain: float | None
-    runner_up: str | None
-    margin: float | None
-    unmeasured: str | None = None
-
-    @classmethod
-    def of(cls, problem: Problem, selector: ModelledSelector) -> Chosen:
-        choice = selector.look_up(problem)
-        measured = choice.measured
-        return cls(
-            rows=problem.m,
-            n=problem.columns,
-            rank=problem.ranks,
-            variant=choice.variant.name,
-            config=choice.config.label,
-            measured=measured is not None,
-            seconds=choice.seconds,
-            gain=measured and measured.gain,
-            runner_up=measured and measured.runner_up,
-            margin=measured and measured.margin,
-            unmeasured=None if measured else selector.unmeasured(problem),
-        )
-
-    @classmethod
-    def of_experts(cls, problem: ExpertsProblem) -> Chosen:
-        choice = choose(problem)
-        n, rank = f"{problem.experts} x {problem.n}", str(problem.rank)
-        shape = (problem.m, n, rank)
-        return cls(*shape, choice.variant.name, "-", False, choice.seconds, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -116,7 +65,8 @@ class Report:
     mismatches: each graph that `optimize(verify=...)` has checked has one of the two.
     unknown_records: names of records that compiled calls ask for and that this process does not
     have; the cost model chooses for these calls. python_launches: on a GPU, why Python starts the
-    kernels of some calls of this process, instead of a plan.
+    kernels of some calls of this process, instead of a plan. loss: what computes the loss in
+    training, if `logits_free_loss` was asked for.
     """
 
     sites: tuple[Site, ...]
@@ -125,6 +75,7 @@ class Report:
     mismatches: tuple[str, ...] = ()
     unknown_records: tuple[str, ...] = ()
     python_launches: tuple[str, ...] = ()
+    loss: str | None = None
 
     @property
     def fused(self) -> int:
@@ -140,6 +91,7 @@ class Report:
             "certificates": [certificate.to_dict() for certificate in self.certificates],
             "mismatches": list(self.mismatches),
             "unknown_records": list(self.unknown_records),
+            "loss": self.loss,
             "python_launches": list(self.python_launches),
         }
 
@@ -160,6 +112,12 @@ class Report:
             )
             for s in self.sites
         ]
+        choices = self._choices()
+        lines = [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *self.summary()]
+        return "\n".join(lines)
+
+    def summary(self) -> list[str]:
+        """Return lines with the number of fused sites, reasons for the others, and certificates."""
         left = Counter(site.reason for site in self.sites if not site.fused)
         linears = [site.fused for site in self.sites if not site.experts]
         weights = [site for site in self.sites if site.experts]
@@ -176,11 +134,8 @@ class Report:
             for name in self.unknown_records
         ]
         summary += self.python_launches
-        summary += map(str, self.certificates)
-        choices = self._choices()
-        return "\n".join(
-            [*text_table(header, rows), "", *choices, *([""] * bool(choices)), *summary]
-        )
+        summary += [f"loss: {self.loss}"] * (self.loss is not None)
+        return [*summary, *map(str, self.certificates)]
 
     def _choices(self) -> list[str]:
         """Return a table with one line for each distinct choice; sites of one shape share one."""
@@ -274,6 +229,7 @@ def build_report(inventory: Inventory) -> Report:
         tuple(each for verifier in verifiers for each in verifier.mismatches),
         tuple(sorted(name for name in names if not is_known(name))),
         tuple(plans.report()),
+        head_loss.described(inventory.model),
     )
 
 

@@ -80,3 +80,10 @@ class DtypeError(QloraCompileError, ValueError):
 
 class BaseFolderError(QloraCompileError, ValueError):
     template = "{value!r} is the folder that the base model came from; choose another output"
+
+
+class SkeletonError(QloraCompileError, ValueError):
+    template = (
+        "checkpoint= cannot fill this {model}: {problem}; make the model under "
+        "torch.device('meta'), in the class that its configuration names"
+    )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
 import qlora_compile
+from qlora_compile.kernels.formats.errors import FormatOptionValueError
 from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.modules.linear import QuantizedLinear
+from tests.pairwise import pairwise
 from tests.test_equality import (
     FLOAT32_TOLERANCE,
-    SETTINGS,
     build,
     distance,
     lora,
@@ -20,19 +27,70 @@ from tests.toy_models import tokens, toy
 
 __all__ = ["without_inductor"]
 
-NAMES = [each.name for each in FORMATS if each.name not in {setting.base for setting in SETTINGS}]
 
-
-@pytest.mark.parametrize("format", NAMES)
 @pytest.mark.usefixtures("without_inductor")
-def test_loss_and_gradients_equal_those_over_the_decoded_weight(format: str) -> None:
-    stock, ours = build(format, torch.float32, 0.0, True)
+def test_loss_and_gradients_equal_those_over_the_decoded_weight() -> None:
+    stock, ours = build("int4", torch.float32, 0.0, True)
     ids = tokens()
     for group, error in distance(step(ours, ids), step(stock, ids)).items():
         assert error < FLOAT32_TOLERANCE, group
     report = qlora_compile.explain(ours)
     assert report.fused == len(report.sites) - 1, str(report)
-    assert {site.format for site in report.sites if site.fused} == {format}
+    assert {site.format for site in report.sites if site.fused} == {"int4"}
+
+
+def stored_ways() -> list[tuple[str, dict[str, Any]]]:
+    """Every format with its options, so that every two values that it takes together meet."""
+    found = []
+    for each in FORMATS:
+        names = [option.name for option in each.options]
+        rows = []
+        for values in itertools.product(*(option.values for option in each.options)):
+            options = dict(zip(names, values, strict=True))
+            try:
+                each.layout((1, 1), **options)
+            except FormatOptionValueError:
+                continue
+            rows.append(options)
+        found += [(each.name, options) for options in pairwise(rows, lambda options: options)]
+    return found
+
+
+WAYS, LINEARS = stored_ways(), 14
+
+
+@pytest.mark.parametrize("first", range(0, len(WAYS), LINEARS))
+@pytest.mark.usefixtures("without_inductor")
+def test_every_way_to_store_a_weight_trains_equally(first: int) -> None:
+    """Each Linear of a model is stored in a way of its own."""
+    models = []
+    for packs in (False, True):
+        model = toy("Llama")
+        linears = [
+            (name, each)
+            for name, each in model.named_modules()
+            if isinstance(each, nn.Linear) and "lm_head" not in name
+        ]
+        assert len(linears) == LINEARS
+        for (name, linear), (format, options) in zip(linears, WAYS[first:], strict=False):
+            packed = QuantizedLinear.from_linear(linear, format, **options)
+            linear.weight.data = packed.dequantize()
+            if packs:
+                model.set_submodule(name, packed)
+        torch.manual_seed(1)
+        if packs:
+            model = qlora_compile.optimize(model, lora(), tune="model")
+        else:
+            model = get_peft_model(model, lora())
+        models.append(model.train())
+    stock, ours = models
+    ids = tokens()
+    for group, error in distance(step(ours, ids), step(stock, ids)).items():
+        assert error < FLOAT32_TOLERANCE, group
+    report = qlora_compile.explain(ours)
+    assert report.fused == len(report.sites) - 1, str(report)
+    stored = {format for format, _ in WAYS[first : first + LINEARS]}
+    assert stored <= {site.format for site in report.sites if site.fused}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

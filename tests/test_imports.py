@@ -16,13 +16,12 @@ ORDER = (
     ("errors",),
     (
         *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
-        *("saving_errors", "training_errors", "kernels", "outputs", "text_table"),
-        "registration",
+        *("saving_errors", "training_errors", "kernels", "outputs", "text_table", "registration"),
     ),
     ("passes", "tuning"),
     ("modules",),
     ("hf",),
-    ("weight_reads",),
+    ("weight_reads", "chosen"),
     ("sites",),
     ("quantizer",),
     ("verify",),
@@ -31,7 +30,8 @@ ORDER = (
     ("report",),
     ("api",),
     ("trainers", "training", "build"),
-    ("quantized_lora", "merging"),
+    ("merging",),
+    ("quantized_lora",),
     ("cli",),
 )
 """Every module and folder of ours, from the ground up: each imports what stands before it, and

@@ -83,12 +83,18 @@ def test_merge_and_unload_agrees_with_stock(base: str) -> None:
     stock = build("bnb-4bit" if base == "nf4" else base, torch.float32, 0.0, False)[0]
     ours = build(base, torch.float32, 0.0, False)[1]
     ids = tokens()
+    before = logits(ours, ids)
     ours.merge_adapter()
     stock.merge_adapter()
     assert_close(logits(ours, ids), logits(stock, ids))
     ours.unmerge_adapter()
-    stock.unmerge_adapter()
-    assert_close(logits(ours, ids), logits(stock, ids))
+    if base == "nf4":
+        # Stock subtracts the adapters from the rounded weight, and rounds again.
+        assert torch.equal(logits(ours, ids), before)
+        ours.merge_adapter()
+    else:
+        stock.unmerge_adapter()
+        assert_close(logits(ours, ids), logits(stock, ids))
     merged, expected = ours.merge_and_unload(), stock.merge_and_unload()
     assert_close(logits(merged, ids), logits(expected, ids))
     if base == "nf4":

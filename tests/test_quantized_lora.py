@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pandas as pd
@@ -12,12 +12,17 @@ import peft
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, TrainerCallback
 
 from qlora_compile import api, data_errors, errors
 from qlora_compile.hf.dataset import Batching
+from qlora_compile.hf.training import FineTuning
 from qlora_compile.quantized_lora import QuantizedLoRA
-from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+from qlora_compile.training.model_choice import DEFAULT_FORMAT
+from qlora_compile.training.run import TrainingRun
+from qlora_compile.training.settings import RunSettings
+from tests.hf.trainer.chats import turns
+from tests.toy_language_model import LONGEST, chat_tokenizer, toy_bert, toy_llama, toy_tokenizer
 from tests.toy_models import toy, with_bitsandbytes
 
 TEXTS = ["a first text", "and a second, longer one", " ", "a third"] * 4
@@ -307,3 +312,92 @@ def test_from_a_path_through_the_compiler_to_stock_peft(bits: int, tmp_path: Pat
     assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
     assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
     assert all(site.fused for site in api.explain(q.model).sites if "lm_head" not in site.name)
+
+
+def test_chats_are_learnt_evaluated_and_answered(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(longest=256), tokenizer=chat_tokenizer())
+    chats = [{"messages": turns("say it", "xyz")}] * 8
+    q.train(chats, eval_dataset=chats[:2], **OPTIONS)
+    q.model.train()
+    answer = q.generate(turns("say it"), max_new_tokens=12)
+    assert q.model.training
+    asked = q.tokenizer.apply_chat_template(
+        turns("say it"), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = q.model.eval().generate(**asked, max_new_tokens=12, do_sample=False)
+    new = ids[0, asked["input_ids"].shape[1] :]
+    assert answer == q.tokenizer.decode(new, skip_special_tokens=True) != ""
+    assert q.generate("text", max_new_tokens=3)
+    with pytest.raises(errors.TokenizerMissingError, match="the prompt is text"):
+        QuantizedLoRA(toy_llama()).generate("text")
+
+
+def test_evaluation_follows_each_epoch(stock: list[dict[str, Any]]) -> None:
+    class Seen(TrainerCallback):
+        losses: ClassVar[list[float]] = []
+
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+        ) -> None:
+            self.losses.append(metrics["eval_loss"])
+
+    tuning = FineTuning(
+        QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer()).model,
+        TEXTS,
+        tokenizer=toy_tokenizer(),
+        eval_dataset=TEXTS[:2],
+        options={"num_train_epochs": 2, "disable_tqdm": True},
+    )
+    tuning.trainer.add_callback(Seen)
+    tuning.train()
+    assert len(Seen.losses) == 2
+
+
+def test_merging_writes_a_plain_model(stock: list[dict[str, Any]], tmp_path: Path) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    q.train(TEXTS, learning_rate=1e-2, **OPTIONS)
+    report = q.merge(tmp_path / "merged", dtype=torch.float32, texts=["some text " * 20])
+    assert report.merged is not None
+    assert report.base is not None
+    assert report.merged.logits < 1e-3 * report.base.logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(9)[None]
+    expected = q.model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == q.tokenizer.eos_token
+
+
+def test_adapters_and_tokenizer_are_pushed(
+    stock: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple[str, str, dict[str, Any]]] = []
+
+    def push(self: Any, name: str, **options: Any) -> None:
+        pushed.append((type(self).__name__, name, options))
+
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    for each in (q.model, q.tokenizer):
+        monkeypatch.setattr(type(each), "push_to_hub", push)
+    q.push_to_hub("someone/adapter", private=True)
+    assert [name for _, name, _ in pushed] == ["someone/adapter"] * 2
+    assert all(options == {"private": True} for _, _, options in pushed)
+    assert "Tokenizer" in pushed[1][0]
+
+
+def test_the_command_line_has_the_same_defaults(
+    stock: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = RunSettings(model="demo", data=("demo",), output=str(tmp_path))
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    config = q.model.peft_config["default"]
+    choice = settings.choice
+    assert (choice.format, DEFAULT_FORMAT) == (None, stock[0]["quantize"])
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (choice.rank, 32, choice.dropout)
+    options = {"output_dir": str(tmp_path), "disable_tqdm": True}
+    arguments = [
+        FineTuning(q.model, TEXTS, tokenizer=q.tokenizer, options=options).trainer.args.to_dict(),
+        TrainingRun(settings).tuning(q.model, q.tokenizer, TEXTS, None).trainer.args.to_dict(),
+    ]
+    differing = {name for name in arguments[0] if arguments[0][name] != arguments[1][name]}
+    # The command line draws the loss of each step.
+    assert differing == {"logging_steps", "logging_nan_inf_filter"}

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import qlora_compile
-from qlora_compile import QloraCompileConfig
+from qlora_compile import QloraCompileConfig, optimize
 from qlora_compile.errors import BlockSizeError, UnknownFormatError
 from qlora_compile.kernels.formats.errors import FormatOptionError
 from qlora_compile.modules.packed import PackedModule
+from qlora_compile.saving_errors import SkeletonError
 from tests.hf.saving.test_save import assert_same
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import toy as experts_toy
@@ -43,20 +44,51 @@ def test_equal_to_packing_afterwards(case: str, tmp_path: Path) -> None:
     config = QloraCompileConfig(format, **options)
     loaded = type(model).from_pretrained(tmp_path, quantization_config=config, **loading)
     afterwards = type(model).from_pretrained(tmp_path, **loading)
-    qlora_compile.optimize(afterwards, quantize=format, **options)
+    optimize(afterwards, quantize=format, **options)
     assert_same(loaded.state_dict(), afterwards.state_dict())
     assert any(isinstance(module, PackedModule) for module in loaded.modules())
     assert torch.isfinite(loaded(tokens()).logits).all()
     assert loaded.num_parameters() == model.num_parameters()
 
 
+@pytest.mark.parametrize("stored", ["plain", "packed"])
+def test_a_skeleton_is_filled_from_a_checkpoint(stored: str, tmp_path: Path) -> None:
+    model = toy(dtype=torch.bfloat16)
+    if stored == "packed":
+        optimize(model, quantize="nf4")
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config).bfloat16()
+    given = "nf4" if stored == "plain" else None
+    lora = LoraConfig(target_modules=["q_proj"])
+    adapted = optimize(skeleton, lora, quantize=given, checkpoint=tmp_path)
+    assert adapted.get_base_model() is skeleton
+    layer = skeleton.model.layers[0].self_attn.q_proj
+    assert type(layer).__name__ == "QuantizedLoraLinear"
+    if stored == "plain":
+        optimize(model, quantize="nf4")
+    found = skeleton.state_dict()
+    assert_same(
+        {k: found[k.replace("q_proj.", "q_proj.base_layer.")] for k in model.state_dict()},
+        model.state_dict(),
+    )
+    assert skeleton.save_pretrained.model is skeleton
+
+
+def test_what_is_no_skeleton_is_refused(tmp_path: Path) -> None:
+    for model in (toy(), torch.nn.Linear(2, 2)):
+        with pytest.raises(SkeletonError, match="checkpoint= cannot fill this"):
+            optimize(model, quantize="nf4", checkpoint=tmp_path)
+
+
 def test_bad_options_are_errors() -> None:
-    for error, options in (
+    cases: tuple[tuple[Any, dict[str, Any]], ...] = (
         (UnknownFormatError, {"format": "nf3"}),
         (UnknownFormatError, {}),
         (BlockSizeError, {"format": "nf4", "block_size": 65}),
         (FormatOptionError, {"format": "mxfp4", "group_size": 16}),
-    ):
+    )
+    for error, options in cases:
         with pytest.raises(error):
             QloraCompileConfig(**options)
 

@@ -98,7 +98,7 @@ def _experts(name: str, format: str, rows: int, n: int, k: int, device: str) -> 
     ends = [rows * (each + 1) // EXPERTS for each in range(EXPERTS)]
     offsets = torch.tensor(ends, dtype=torch.int32, device=device)
     linear = LinearCall(packed.layout, rank=RANK)
-    call = Call((linear,), *[x.dtype] * 3, experts=EXPERTS)
+    call = Call((linear,), x.dtype, x.dtype, x.dtype, experts=EXPERTS)
     tensors = [offsets, *packed.tensors, *factors, torch.ones(1, device=device)]
     return FusedCall(name, QLORA_EXPERTS, call, x, tensors, [x, *factors])
 

@@ -22,7 +22,7 @@ from tests.fake_device.device import LAUNCH_SECONDS
 
 RESULTS = Path(__file__).parents[1] / "results"
 CONTENDERS = (OURS, STOCK, STOCK_COMPILED)
-LAYERS, ROUNDS, STEPS = 4, 21, 8
+LAYERS, ROUNDS, STEPS = 4, 9, 6
 
 
 def main(
@@ -35,18 +35,11 @@ def main(
     for name in models or ():
         if name not in MODELS:
             raise typer.BadParameter(f"{name!r}; there are {', '.join(MODELS)}")
-    found: dict[str, Any] = {"models": {}}
     for name in models or MODELS:
-        runs = measured(name, layers, rounds, steps)
-        if name == LLAMA.name:
-            for part in ("calls", "replays"):
-                found[part] = runs[OURS].pop(part)
-        found["models"][name] = runs
-        typer.echo("\n".join(section(name, layers, runs)))
-    if "calls" in found:
-        typer.echo("\n".join([*calls_section(found["calls"]), *replays_section(found["replays"])]))
-    if not models and (layers, rounds, steps) == (LAYERS, ROUNDS, STEPS):
-        _write(found)
+        found = measured_on() | {"layers": layers, "rounds": rounds, "steps": steps}
+        found["runs"] = measured(name, layers, rounds, steps)
+        typer.echo("\n".join(_told(name, found)))
+        _write(name, found)
 
 
 def measured(model: str, layers: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -73,23 +66,35 @@ def measured(model: str, layers: int, rounds: int, steps: int) -> dict[str, Any]
     return runs
 
 
-def _write(found: dict[str, Any]) -> None:
-    surroundings = measured_on()
-    (RESULTS / "host.json").write_text(json.dumps({**surroundings, **found}, indent=1) + "\n")
+def _told(name: str, found: dict[str, Any]) -> list[str]:
+    """One model's results as Markdown."""
+    runs = found["runs"]
+    lines = section(name, found["layers"], runs)
+    if name == LLAMA.name:
+        lines += [*calls_section(runs[OURS]["calls"]), *replays_section(runs[OURS]["replays"])]
+    counts = f"{found['rounds']} rounds of {found['steps']} steps"
+    return [*lines, f"{counts}; {in_words(found)}.", ""]
+
+
+def _write(name: str, found: dict[str, Any]) -> None:
+    """Put one model's results beside those of the others that lie there."""
+    path = RESULTS / "host.json"
+    models = json.loads(path.read_text()) if path.exists() else {}
+    models[name] = found
+    path.write_text(json.dumps(models, indent=1) + "\n")
     lines = [
         *("# The host's part of a GPU step", ""),
-        f"By `make bench-host`, without a GPU: {in_words(surroundings)}.",
-        "CPU time of one thread in forward and backward of tiny blocks, NF4, adapters of rank 16",
-        "on all linears. Ours runs for an sm_90 that is not there: its kernels are compiled and",
-        "launched, by a driver that starts nothing; torch's operators run on the CPU on tiny",
-        f"tensors, for all contenders. {1e6 * LAUNCH_SECONDS:.1f} µs are charged for every launch,",
-        f"ours and torch's. The fastest of {STEPS} steps, in turn, {ROUNDS} rounds; ratios are",
-        "medians over the rounds, with 95 % confidence. No figure here is a GPU's.",
+        "By `make bench-host`, without a GPU: no figure here is a GPU's. CPU time of one thread in",
+        "forward and backward of tiny blocks, NF4, adapters of rank 16 on all linears. Ours runs",
+        "for an sm_90 that is not there: its kernels are compiled and launched, by a driver that",
+        "starts nothing; torch's operators run on the CPU on tiny tensors, for all contenders.",
+        f"{1e6 * LAUNCH_SECONDS:.1f} µs are charged for every launch, ours and torch's. The",
+        "fastest step of each round, in turn; ratios are medians over the rounds, with 95 %",
+        "confidence.",
         "",
     ]
-    for name, runs in found["models"].items():
-        lines += section(name, LAYERS, runs)
-    lines += [*calls_section(found["calls"]), *replays_section(found["replays"])]
+    for each in filter(models.__contains__, MODELS):
+        lines += _told(each, models[each])
     (RESULTS / "host.md").write_text("\n".join(lines))
 
 

@@ -85,7 +85,8 @@ def measured_calls(repeats: int, names: Iterable[str] = CALLS) -> list[dict[str,
     for name in names:
         k, columns = CALLS[name]
         forward = FusedCall.of(k, columns, selector.name)
-        for direction, call in (("forward", forward), ("backward", forward.backward())):
+        both: dict[Direction, FusedCall] = {"forward": forward, "backward": forward.backward()}
+        for direction, call in both.items():
             with plans.off():
                 _run(call, direction)()
                 choose_tail(selector)

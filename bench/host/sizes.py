@@ -1,4 +1,5 @@
 """Sizes so small that computing takes next to nothing beside the host's part of a step."""
 
-BATCH, LENGTH, VOCABULARY, RANK = 2, 16, 64, 16
+# From 16 positions on, the gradients of torch's attention take half a millisecond on a CPU.
+BATCH, LENGTH, VOCABULARY, RANK = 4, 8, 64, 16
 HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, EXPERTS = 128, 256, 4, 2, 8

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import qlora_compile
 from bench.host.calls import measured_calls
@@ -30,7 +31,7 @@ from bench.host.tail import SPLITS, choose_tail
 from bench.peers.answers import answers
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.stock import with_bitsandbytes, without_repacking
-from qlora_compile.kernels.gpu import products
+from qlora_compile.kernels.gpu import thin_products
 from qlora_compile.kernels.plans import native
 from qlora_compile.tuning.modes import OFF, tuner_of
 from tests.fake_device.device import LAUNCH_SECONDS, FakeDevice, fake_device
@@ -98,14 +99,14 @@ def main(order: dict[str, Any]) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     # Each of Inductor's kernels shows in a profile.
-    torch._inductor.config.cpp.enable_kernel_profile = True
+    inductor_config.cpp.enable_kernel_profile = True
     with contextlib.ExitStack() as stack:
         device = None
         if order["contender"] == OURS:
             device = stack.enter_context(fake_device())
             # What is not computed cannot be compared.
             native.install("CPU", compares=False)
-            stack.enter_context(mock.patch.object(products, "_splits", return_value=SPLITS))
+            stack.enter_context(mock.patch.object(thin_products, "splits_of", return_value=SPLITS))
         trainee = Trainee(order["contender"], MODELS[order["model"]], order["layers"])
         for _ in range(WARM_UP):
             trainee.step()

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named, meta_tensors
+from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm_launch import gemm
 from qlora_compile.kernels.gpu.launch import Launch, recording
-from qlora_compile.kernels.gpu.products import (
-    adapter_gradient,
-    adapter_operands,
-    dequantize,
-    keep_bits,
-    low_rank,
+from qlora_compile.kernels.gpu.products import dequantize, keep_bits
+from qlora_compile.kernels.gpu.thin_products import (
+    AdapterGradient,
+    ThinProduct,
+    adapter_gradients,
+    low_ranks,
 )
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Direction, Problem
@@ -36,9 +38,11 @@ _FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of the kernels. note: what is unusual about the launch."""
+    """One specialisation of the kernels. options: of the format, by name. note: what is unusual
+    about the launch."""
 
     format: str = "nf4"
+    options: tuple[tuple[str, Any], ...] = ()
     dtype: torch.dtype = torch.bfloat16
     rank: int = 16
     double_quantized: bool = False
@@ -68,11 +72,14 @@ class Case:
         shape = (WIDTH, WIDTH)
         if self.format == UNQUANTIZED:
             return Layout(UNQUANTIZED, shape)
-        return format_named(self.format).layout(shape, double_quantize=self.double_quantized)
+        options = {"double_quantize": self.double_quantized} | dict(self.options)
+        return format_named(self.format).layout(shape, **options)
 
     @property
     def format_name(self) -> str:
-        return "dense" if self.format == UNQUANTIZED else self.format
+        if self.format == UNQUANTIZED:
+            return "dense"
+        return " ".join([self.format, *(f"{name}={value}" for name, value in self.options)])
 
     @property
     def spec(self) -> LinearSpec:
@@ -107,20 +114,34 @@ class ShippedLaunch:
         return " ".join(filter(None, parts))
 
 
+_FORMATS = (
+    Case(format="fp4"),
+    Case(format="int8"),
+    Case(format="int4"),
+    Case(format="int4", options=(("group_size", 32), ("zeros", "float"), ("scales", "float16"))),
+    Case(format="int4", options=(("group_size", 32), ("zeros", "minimum"), ("scales", "float16"))),
+    Case(format="uint8"),
+    Case(format="uint8", options=(("group_size", 32), ("zeros", "float"))),
+    Case(format="fp8_e4m3"),
+    Case(format="fp8_e4m3", options=(("scale_per", "block"),)),
+    Case(format="fp8_e5m2"),
+    Case(format="mxfp4"),
+    Case(format="nvfp4"),
+)
 _CASES = (
     Case(),
     Case(rank=0),
     Case(rank=64),
     Case(double_quantized=True),
     Case(dtype=torch.float16),
-    Case(format="fp4"),
-    Case(format="int8"),
+    *_FORMATS,
+    replace(_FORMATS[3], rank=64),
     Case(lora_dtype=torch.bfloat16, note="16-bit adapter"),
     Case(bias=True, note="bias"),
     Case(rank=100, double_quantized=True, dropout=True, note="dropout"),
     Case(dropout=True, note="dropout"),
 )
-_SKINNY_CASES = (_CASES[0], _CASES[1], _CASES[3], _CASES[6])
+_SKINNY_CASES = (Case(), Case(rank=0), Case(double_quantized=True), *_FORMATS[1:])
 _THIN_CASES = (
     (torch.bfloat16, torch.float32, 16, False),
     (torch.bfloat16, torch.float32, 64, True),
@@ -167,11 +188,8 @@ def _products(
         masked = backward and case.dropout
         bits = _meta(rows * WIDTH // 8, dtype=torch.uint8) if masked else None
         with recording():
-            adapter, _ = adapter_operands(
-                *(low, up, case.lora_dtype, dtype),
-                scaling=_meta(1, dtype=torch.float32),
-                bits=bits,
-            )
+            factors = AdapterFactors(low, up, _meta(1, dtype=torch.float32), bits=bits)
+            (adapter,) = adapter_operands([factors], case.lora_dtype, dtype)
     x, out = (_meta(rows, WIDTH, dtype=dtype) for _ in range(2))
     bias = _meta(WIDTH, dtype=dtype) if case.bias and not backward else None
     for config in variant.configs_on(target, case.problem(direction, rows)):
@@ -187,7 +205,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
         for dtype in (torch.bfloat16, torch.float16):
             for double in {False, quant_format.has_double_quantize}:
                 for rank in (0, 16) if dtype == torch.bfloat16 else (0,):
-                    case = Case(quant_format.name, dtype, rank, double)
+                    case = Case(quant_format.name, dtype=dtype, rank=rank, double_quantized=double)
                     decoder = dequantize_decoder(case.layout, target, dtype)
                     up = _meta(WIDTH, rank, dtype=dtype) if rank else None
                     scaling = _meta(1, dtype=torch.float32) if rank else None
@@ -209,23 +227,38 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
 
 
 def _thin_products() -> Iterator[ShippedLaunch]:
+    """Of one Linear, and of three that share them."""
     for dtype, lora_dtype, rank, dropout in _THIN_CASES:
-        note = f"adapter {lora_dtype}".replace("torch.", "") + (", dropout" if dropout else "")
-        case = Case(UNQUANTIZED, dtype, rank, False, lora_dtype, dropout=dropout, note=note)
-        x = _meta(ROWS, WIDTH, dtype=dtype)
-        bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
-        factor = _meta(rank, WIDTH, dtype=torch.float32)
-        low = _meta(ROWS, rank, dtype=torch.float32)
-        scaling = _meta(1, dtype=torch.float32)
-        gradient = _meta(WIDTH, rank, dtype=torch.float32)
-        with recording() as launches:
-            planes = low_rank(x, factor, lora_dtype, bits)
-            adapter_operands(planes, gradient, lora_dtype, dtype, scaling=scaling, total=True)
-            adapter_gradient(x, low, lora_dtype, gradient, bits)
-        names = ("low_rank", "adapter_operand", "adapter_gradient")
-        for name, launch in zip(names, launches, strict=True):
-            yield ShippedLaunch(name, case, launch)
+        for parts in (1, 3):
+            yield from _thin_products_of(dtype, lora_dtype, rank, dropout, parts)
     case = Case(UNQUANTIZED, rank=0, dropout=True)
     with recording() as launches:
         keep_bits(_meta(1, dtype=torch.int64), case.spec, ROWS)
     yield ShippedLaunch("keep_bits", case, launches[0])
+
+
+def _thin_products_of(
+    dtype: torch.dtype, lora_dtype: torch.dtype, rank: int, dropout: bool, parts: int
+) -> Iterator[ShippedLaunch]:
+    notes = [f"adapter {lora_dtype}".replace("torch.", "")]
+    notes += ["dropout"] * dropout + ["siblings"] * (parts > 1)
+    note = ", ".join(notes)
+    case = Case(*(UNQUANTIZED, (), dtype, rank, False, lora_dtype), dropout=dropout, note=note)
+    x = _meta(ROWS, WIDTH, dtype=dtype)
+    bits = _meta(ROWS * WIDTH // 8, dtype=torch.uint8) if dropout else None
+    total = _meta(ROWS, parts * rank, dtype=lora_dtype)
+    factor, up = _meta(rank, WIDTH, dtype=torch.float32), _meta(WIDTH, rank, dtype=torch.float32)
+    scaling = _meta(1, dtype=torch.float32)
+    with recording() as launches:
+        planes = low_ranks([ThinProduct(x, factor, bits)] * parts, lora_dtype)
+        lows = total.split(rank, dim=1)
+        factors = [
+            AdapterFactors(each, up, scaling, low) for each, low in zip(planes, lows, strict=True)
+        ]
+        adapter_operands(factors, lora_dtype, dtype)
+        gradients = [AdapterGradient(x, low, factor.t(), bits) for low in lows]
+        adapter_gradients(gradients, lora_dtype)
+    # A gradient in one part is not added up, and some take a launch each.
+    named = {launch.kernel.__name__.removesuffix("_kernel"): launch for launch in launches}
+    for name, launch in named.items():
+        yield ShippedLaunch(name, case, launch)

@@ -16,6 +16,7 @@ from qlora_compile.kernels.experts.base import (
     ExpertsVariant,
 )
 from qlora_compile.kernels.formats.formats import format_named, format_of
+from qlora_compile.kernels.formats.groups import GroupFormat
 from qlora_compile.kernels.gpu.configs import (
     FUSED_UTILIZATION,
     GROUPED,
@@ -29,9 +30,9 @@ from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.variants.base import LinearGradients
 from qlora_compile.kernels.variants.decoding import decoder_names
 
-_TALLEST_BYTES = {"sm_80": 64, "sm_89": 64}
-"""Rows of a tile with which decoders of 8-bit codes do not spill registers, where there is a
-limit."""
+_TALLEST = {"sm_80": 64, "sm_89": 64}
+"""Rows of a tile with which decoders of 8-bit codes and of groups do not spill registers, where
+there is a limit."""
 
 _UTILIZATION = FUSED_UTILIZATION | {"sm_90": 0.5}
 """As `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
@@ -46,8 +47,9 @@ def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layo
     tuned = tuned_target(target)
     assert tuned is not None
     quant_format = format_of(layout)
-    byte = quant_format is not None and quant_format.bits == 8
-    tallest = _TALLEST_BYTES.get(tuned, 128) if byte else 128
+    eight = quant_format is not None and quant_format.bits == 8
+    limited = eight or isinstance(quant_format, GroupFormat)
+    tallest = _TALLEST.get(tuned, 128) if limited else 128
     width = adapter_width(rank, torch.bfloat16, torch.bfloat16)
     configs = [
         config

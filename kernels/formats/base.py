@@ -209,6 +209,11 @@ class QuantFormat(ABC):
     def device_decoders(self) -> tuple[Decoder, ...]:
         """How a Triton kernel may decode it, the one that runs everywhere first. Imports Triton."""
 
+    def device_tables(self, device: torch.device) -> Tensor | None:
+        """What a GPU's decoders read besides the packed weight: float32, shared, on `device`; made
+        when it is first asked for."""
+        return None
+
     @abstractmethod
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         """What the decoders read beside the codes, of the planes `tensors`, for tiles with so many

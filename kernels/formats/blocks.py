@@ -198,10 +198,6 @@ class BlockFormat(QuantFormat):
         blocks; False where nothing is faster than the methods above."""
         return False
 
-    def device_tables(self, device: torch.device) -> Tensor | None:
-        """What the decoders read besides the packed weight: float32, shared, on `device`."""
-        return None
-
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         from qlora_compile.kernels.formats.gpu.absmax import block_side
 

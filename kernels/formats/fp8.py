@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.formats.cpu import group_codes, group_decode
 from qlora_compile.kernels.formats.groups import GroupFormat
 from qlora_compile.kernels.formats.options import Option
 from qlora_compile.kernels.layout import Layout, Plane
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 128
 _BLOCK_SHIFT = 7
+_ROW_SHIFTS = {"row": 0, "group": 0, "tensor": 31, "block": _BLOCK_SHIFT}
+"""2 to this power rows share scales."""
 
 
 class Fp8Format(GroupFormat):
@@ -68,6 +70,10 @@ class Fp8Format(GroupFormat):
         rows = torch.arange(start, stop, device=scales.device) >> _BLOCK_SHIFT
         return scales[rows], None
 
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        shift = _ROW_SHIFTS[packed.layout.named["scale_per"]]
+        return group_decode.Factors(packed.planes["scales"], row_shift=shift)
+
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
         """Scales of tensors become those of rows; and those of blocks, where one would reach into
         the weight below, become those of groups."""
@@ -83,10 +89,9 @@ class Fp8Format(GroupFormat):
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
         from qlora_compile.kernels.formats.gpu.groups import group_side
 
-        shift = {"tensor": 31, "block": _BLOCK_SHIFT}.get(layout.named["scale_per"], 0)
         return group_side(
             *(tensors[1], None, layout.shape[1], self.group_size(layout), tile_columns),
-            row_shift=shift,
+            row_shift=_ROW_SHIFTS[layout.named["scale_per"]],
         )
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
@@ -125,7 +130,7 @@ class Fp8Format(GroupFormat):
 class E4m3Format(Fp8Format):
     name: ClassVar[str] = "fp8_e4m3"
     code_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
-    cpu_kind: ClassVar[str] = group_decode.E4M3
+    cpu_kind: ClassVar[str] = group_codes.E4M3
 
     def device_decoders(self) -> tuple[Decoder, ...]:
         from qlora_compile.kernels.formats.gpu.decoders import E4M3_DECODERS
@@ -136,7 +141,7 @@ class E4m3Format(Fp8Format):
 class E5m2Format(Fp8Format):
     name: ClassVar[str] = "fp8_e5m2"
     code_dtype: ClassVar[torch.dtype] = torch.float8_e5m2
-    cpu_kind: ClassVar[str] = group_decode.E5M2
+    cpu_kind: ClassVar[str] = group_codes.E5M2
 
     def device_decoders(self) -> tuple[Decoder, ...]:
         from qlora_compile.kernels.formats.gpu.decoders import E5M2_DECODERS

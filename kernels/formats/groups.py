@@ -60,11 +60,9 @@ class GroupFormat(QuantFormat):
         """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
         contiguous; no zeros where all are `symmetric_zero`."""
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """`factors` as they are stored, where the decoder for CPUs reads them so."""
-        return self.factors(packed, start, stop)
+    @abstractmethod
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        """Scales and zeros of all groups as the decoder for CPUs reads them."""
 
     @abstractmethod
     def code_values(self, codes: Tensor) -> Tensor:
@@ -79,7 +77,13 @@ class GroupFormat(QuantFormat):
         values = self.code_values(self._codes(packed, start, stop))
         scales, zeros = self.factors(packed, start, stop)
         shifts = self.symmetric_zero if zeros is None else self.by_column(packed, zeros)
-        return ((values - shifts) * self.by_column(packed, scales)).to(dtype)
+        scales = self.by_column(packed, scales)
+        adds = self.adds_minima(packed.layout)
+        return (values * scales + shifts if adds else (values - shifts) * scales).to(dtype)
+
+    def adds_minima(self, layout: Layout) -> bool:
+        """Whether value = v(code) * scale + minimum, and minima take the place of zeros."""
+        return False
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
@@ -107,11 +111,9 @@ class GroupFormat(QuantFormat):
 
     def _write_compiled(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
         """`_write_rows` to an `out` that compiled code writes."""
-        scales, zeros = self.stored_factors(packed, start, stop)
-        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
         group_decode.write_rows(
-            *(codes, self.cpu_values(), scales, zeros, self.symmetric_zero),
-            *(self.group_size(packed.layout), self.cpu_kind, out),
+            *(packed.codes, self.cpu_values(), self.stored_factors(packed)),
+            *(self.group_size(packed.layout), self.cpu_kind, start, out),
         )
 
     def cpu_values(self) -> Tensor:
@@ -157,10 +159,11 @@ class GroupFormat(QuantFormat):
         names = (plane.name for plane in self.planes(layout))
         named = dict(zip(names, tensors, strict=True))
         return group_side(
-            *(named["scales"], named.get("zeros"), layout.shape[1]),
+            *(named["scales"], named.get("zeros", named.get("minima")), layout.shape[1]),
             *(self.group_size(layout), tile_columns),
             constant=self.symmetric_zero,
             index=named.get("group_index"),
+            adds="minima" in named,
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.cpu import group_decode, indexed_decode
+from qlora_compile.kernels.formats.cpu import group_codes, group_decode, indexed_decode
 from qlora_compile.kernels.formats.errors import FormatOptionValueError, ScaleOverflowError
 from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
 from qlora_compile.kernels.formats.half_quadratic import refined_zeros
@@ -32,19 +32,21 @@ class IntegerFormat(GroupFormat):
     """Codes 0 … 2**bits - 1, value = (code - zero) * scale.
 
     Options: `group_size`, columns that share a scale; `zeros`, "integer" for uint8 ones, "float"
-    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere; `scales`, their dtype;
+    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere, or "minimum", where value =
+    code * scale + minimum, as in GGUF's Q4_1; `scales`, their dtype and that of minima;
     `grouping`, "consecutive" for groups of neighbouring columns, or "indexed", where a plane tells
     the group of each, as GPTQ's act-order needs (its g_idx); packing then groups columns by their
     largest weights; `refine`, not stored: HQQ's search for the zeros, which needs those to be
     "float".
 
     The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], `zeros`
-    [N, groups] unless there are none, and `group_index` int32 [K] where columns are indexed.
+    [N, groups] unless there are none, or `minima` [N, groups], and `group_index` int32 [K] where
+    columns are indexed.
     """
 
     options: ClassVar[tuple[Option, ...]] = (
         Option("group_size", (32, 64, 128, "row"), 64),
-        Option("zeros", ("integer", "float", "none"), "integer"),
+        Option("zeros", ("integer", "float", "none", "minimum"), "integer"),
         Option("scales", tuple(_DTYPES), "bfloat16"),
         Option("grouping", ("consecutive", "indexed"), "consecutive"),
         Option("refine", (False, True), False, stored=False),
@@ -80,6 +82,9 @@ class IntegerFormat(GroupFormat):
         size, zeros = named["group_size"], named["zeros"]
         return f"{self.name}/{size}{indexed} zeros {zeros} {named['scales']}"
 
+    def adds_minima(self, layout: Layout) -> bool:
+        return layout.named["zeros"] == "minimum"
+
     def group_size(self, layout: Layout) -> int:
         return layout.named["group_size"]
 
@@ -90,23 +95,20 @@ class IntegerFormat(GroupFormat):
         return codes.to(torch.float32)
 
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        scales, zeros = self._factor_planes(packed, start, stop)
-        return scales.to(torch.float32), None if zeros is None else zeros.to(torch.float32)
-
-    def _factor_planes(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
         rows = packed.shape[0]
-        scales, zeros = packed.planes["scales"], packed.planes.get("zeros")
-        own = scales.reshape(rows, -1)[start:stop]
-        return own, None if zeros is None else zeros.reshape(rows, -1)[start:stop]
+        name = "minima" if self.adds_minima(packed.layout) else "zeros"
+        stored = (packed.planes["scales"], packed.planes.get(name))
+        scales, zeros = (
+            None if each is None else each.reshape(rows, -1)[start:stop].to(torch.float32)
+            for each in stored
+        )
+        assert scales is not None
+        return scales, zeros
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        if packed.planes["scales"].dtype == torch.float16:
-            return self.factors(packed, start, stop)
-        return self._factor_planes(packed, start, stop)
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        planes, adds = packed.planes, self.adds_minima(packed.layout)
+        zeros = planes.get("minima" if adds else "zeros")
+        return group_decode.Factors(planes["scales"], zeros, self.symmetric_zero, adds=adds)
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
         index = packed.planes.get("group_index")
@@ -117,10 +119,9 @@ class IntegerFormat(GroupFormat):
         if index is None:
             super()._write_compiled(packed, start, stop, out)
             return
-        scales, zeros = self.stored_factors(packed, start, stop)
-        codes = packed.codes.reshape(packed.shape[0], -1)[start:stop]
         indexed_decode.write_rows(
-            *(codes, scales, zeros, self.symmetric_zero, index, self.bits, out)
+            *(packed.codes, self.stored_factors(packed), self.group_size(packed.layout)),
+            *(index, self.bits, start, out),
         )
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
@@ -158,22 +159,25 @@ class IntegerFormat(GroupFormat):
             scales = torch.maximum(high / (self.largest - middle), low / -middle)
         else:
             scales = high / self.largest - low / self.largest
-        scales = scales.to(_DTYPES[layout.named["scales"]])
-        if not bool(scales.isfinite().all()):
+        dtype = _DTYPES[layout.named["scales"]]
+        scales, minima = scales.to(dtype), low.to(dtype)
+        if not bool((scales.isfinite() & (minima.isfinite() | (zeros != "minimum"))).all()):
             largest = float((high - low).max()) / self.largest
-            raise ScaleOverflowError(site=site, largest=largest, dtype=scales.dtype)
+            raise ScaleOverflowError(site=site, largest=largest, dtype=dtype)
         divisors = torch.where(scales > 0, scales, torch.inf).to(torch.float32)
         stored: list[Tensor] = []
         offsets = torch.full_like(divisors, middle)
-        if zeros != "none":
+        if zeros == "minimum":
+            stored, offsets = [minima], -minima.to(torch.float32) / divisors
+        elif zeros != "none":
             offsets = -low / divisors
             if refine:
                 counted = padded_groups(torch.ones_like(weight[:1]), groups.shape[2])[0]
                 in_steps = groups / divisors.unsqueeze(2)
                 offsets = refined_zeros(in_steps, counted, offsets, self.largest)
-            dtype = torch.uint8 if zeros == "integer" else scales.dtype
             offsets = offsets.round_() if zeros == "integer" else offsets
-            stored = [offsets.clamp_(max=self.largest).to(dtype)]
+            offsets.clamp_(max=self.largest)
+            stored = [offsets.to(torch.uint8 if zeros == "integer" else dtype)]
             offsets = stored[0].to(torch.float32)
         codes = (groups / divisors.unsqueeze(2)).add_(offsets.unsqueeze(2)).round_()
         codes = codes.clamp_(0, self.largest).flatten(1)[:, :columns].to(torch.uint8)
@@ -189,14 +193,14 @@ class IntegerFormat(GroupFormat):
 class Int4Format(IntegerFormat):
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
-    cpu_kind: ClassVar[str] = group_decode.NIBBLES
+    cpu_kind: ClassVar[str] = group_codes.NIBBLES
     symmetric_zero: ClassVar[float] = 8.0
 
 
 class Uint8Format(IntegerFormat):
     name: ClassVar[str] = "uint8"
     bits: ClassVar[int] = 8
-    cpu_kind: ClassVar[str] = group_decode.INTEGER
+    cpu_kind: ClassVar[str] = group_codes.INTEGER
     symmetric_zero: ClassVar[float] = 128.0
 
 
@@ -207,7 +211,9 @@ def _side_planes(layout: Layout) -> tuple[Plane, ...]:
     dtype, zeros = _DTYPES[layout.named["scales"]], layout.named["zeros"]
     scales = Plane("scales", dtype, shape)
     planes = [scales]
-    if zeros != "none":
+    if zeros == "minimum":
+        planes.append(Plane("minima", dtype, shape))
+    elif zeros != "none":
         planes.append(Plane("zeros", torch.uint8 if zeros == "integer" else dtype, shape))
     if _is_indexed(layout):
         planes.append(Plane("group_index", torch.int32, (columns,)))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.formats.cpu import group_decode
+from qlora_compile.kernels.formats.cpu import group_codes, group_decode
+from qlora_compile.kernels.formats.fp8 import FP8_E4M3
 from qlora_compile.kernels.formats.groups import GroupFormat, padded_groups
 from qlora_compile.kernels.formats.options import Option
 from qlora_compile.kernels.layout import Layout, Plane
@@ -39,7 +40,7 @@ class E2m1Format(GroupFormat):
     """value = e2m1 code * scale: a sign bit, two exponent bits and one of the mantissa."""
 
     bits: ClassVar[int] = 4
-    cpu_kind: ClassVar[str] = group_decode.NIBBLES
+    cpu_kind: ClassVar[str] = group_codes.NIBBLES
     size: ClassVar[int]
 
     def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
@@ -77,10 +78,8 @@ class Mxfp4Format(E2m1Format):
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         return _powers(packed.planes["scales"].reshape(packed.shape[0], -1)[start:stop]), None
 
-    def stored_factors(
-        self, packed: PackedWeight, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None]:
-        return packed.planes["scales"].reshape(packed.shape[0], -1)[start:stop], None
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        return group_decode.Factors(packed.planes["scales"], table=_power_table())
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         self._check_finite(weight, site)
@@ -135,6 +134,11 @@ class Nvfp4Format(E2m1Format):
             by_row.append(self.packed(rows, planes))
         return super()._stacked(self.layout(layout.shape, global_scale_per="row"), by_row)
 
+    def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
+        planes = packed.planes
+        table = FP8_E4M3.cpu_values()
+        return group_decode.Factors(planes["scales"], table=table, whole=planes["global_scale"])
+
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
         self._check_finite(weight, site)
         absmax = torch.cat([part.abs().amax(1).float() for part in weight.split(64)])
@@ -175,6 +179,12 @@ def _powers(scales: Tensor) -> Tensor:
     bits = scales.to(torch.int32) << 23
     bits = torch.where(scales == 0, 0x00400000, bits)
     return torch.where(scales == 255, 0x7FC00000, bits).view(torch.float32)
+
+
+@functools.cache
+def _power_table() -> Tensor:
+    with torch.inference_mode(False):
+        return _powers(torch.arange(256, dtype=torch.uint8, device="cpu"))
 
 
 @functools.cache

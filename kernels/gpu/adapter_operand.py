@@ -6,12 +6,14 @@ result."""
 import triton
 import triton.language as tl
 
+from qlora_compile.kernels.gpu.parts import pick
+
 
 # fmt: off
 @triton.jit
 def _operand(
-    planes, stride_split, stride_row, stride_rank, scaling, factor, out, scale, total, tile, rows,
-    rank, width,
+    planes, stride_split, stride_row, stride_rank, scaling, factor, out, scale, total, total_stride,
+    tile, rows, rank, width,
     OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr, UP: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
@@ -28,8 +30,8 @@ def _operand(
     if scaling is not None:
         values *= tl.load(scaling) * factor
     if total is not None:
-        flat = tl.cast(at, tl.int64)[:, None] * rank + ranks[None, :]
-        tl.store(total + flat, values, mask=inside)
+        place = tl.cast(at, tl.int64)[:, None] * total_stride + ranks[None, :]
+        tl.store(total + place, values.to(total.dtype.element_ty), mask=inside)
     if scale is not None:
         largest = tl.maximum(tl.max(tl.abs(values), axis=1), 1e-30)
         tl.store(scale + at, largest, mask=at < rows)
@@ -50,31 +52,48 @@ def _operand(
 # fmt: off
 @triton.jit
 def adapter_operand_kernel(
-    low, low_stride_split, low_stride_row, low_stride_rank, scaling, factor, low_out, low_scale,
-    total, rows, up, up_stride_row, up_stride_rank, up_out, up_scale, columns,
+    lows, low_stride_split, low_stride_row, low_stride_rank, scalings, factor, low_outs, low_scales,
+    totals, total_stride, rows, ups, up_stride_row, up_stride_rank, up_outs, up_scales, columns,
     rank, width,
-    OUT: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr,
+    OUT: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
     """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank],
     times the number at `scaling` and `factor`; and up_out [columns, width] from up [columns, rank].
 
-    With scales [rows] and [columns], float32, rows are divided by their largest magnitude, which
-    goes there, so that float16 holds 11 bits of every element that counts. TERMS 1: width is the
-    rank padded with zeros. TERMS 3: [high | low | high] and, of up, [high | high | low], so that
-    the product of the two has the three largest of the four products of their halves. total
-    [rows, rank]: the scaled sum in float32, where it is wanted.
+    What has a plural name is a tuple of PARTS, or None. With scales [rows] and [columns], float32,
+    rows are divided by their largest magnitude, which goes there, so that float16 holds 11 bits of
+    every element that counts. TERMS 1: width is the rank padded with zeros. TERMS 3:
+    [high | low | high] and, of up, [high | high | low], so that the product of the two has the
+    three largest of the four products of their halves. total [rows, rank], of any dtype: the scaled
+    sum, where it is wanted.
     """
     tile = tl.program_id(0)
+    part = tl.program_id(1)
     tiles = tl.cdiv(rows, ROWS)
     if tile < tiles:
+        scaling = None
+        if scalings is not None:
+            scaling = pick(scalings, part, PARTS)
+        scale = None
+        if low_scales is not None:
+            scale = pick(low_scales, part, PARTS)
+        total = None
+        if totals is not None:
+            total = pick(totals, part, PARTS)
         _operand(
-            low, low_stride_split, low_stride_row, low_stride_rank, scaling, factor, low_out,
-            low_scale, total, tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
+            pick(lows, part, PARTS), low_stride_split, low_stride_row, low_stride_rank,
+            scaling, factor, pick(low_outs, part, PARTS), scale, total, total_stride,
+            tile, rows, rank, width, OUT, SPLITS, TERMS, False, ROWS, BRANK,
         )  # fmt: skip
     else:
+        column_scale = None
+        if up_scales is not None:
+            column_scale = pick(up_scales, part, PARTS)
         _operand(
-            up, 0, up_stride_row, up_stride_rank, None, 1.0, up_out, up_scale, None,
-            tile - tiles, columns, rank, width, OUT, 1, TERMS, True, ROWS, BRANK,
+            pick(ups, part, PARTS), 0, up_stride_row, up_stride_rank,
+            None, 1.0, pick(up_outs, part, PARTS), column_scale, None, 0,
+            tile - tiles, pick(columns, part, PARTS), rank, width,
+            OUT, 1, TERMS, True, ROWS, BRANK,
         )  # fmt: skip

@@ -158,6 +158,11 @@ def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> in
     return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
 
 
+def padded(rank: int) -> int:
+    """The tensor cores' 16, or the next power of two."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 FUSED_UTILIZATION = {
     "sm_80": 0.72,
     "sm_86": 1.0,

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from qlora_compile.kernels.layout import Layout
+
 _PTX_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -46,7 +48,9 @@ class Decoder:
     """One exact way to decode tiles of one format on the device.
 
     per_word: codes in a word. programs: from a PTX dtype to the inline assembly, None for plain
-    Triton, which decodes to any dtype on any target. The rest: device functions, as above.
+    Triton, which decodes to any dtype on any target. obstacle: what it does not take in a Layout,
+    as a function that returns None where it takes the weight; None if it takes every one. The rest:
+    device functions, as above.
     """
 
     name: str
@@ -56,14 +60,17 @@ class Decoder:
     scale: Any
     decode: Any
     programs: Callable[[str], tuple[str, ...]] | None = None
+    obstacle: Callable[[Layout], str | None] | None = None
 
     @functools.cache  # noqa: B019  decoders are few, and stay
     def program(self, dtype: torch.dtype) -> tuple[str, ...]:
         return () if self.programs is None else self.programs(_PTX_DTYPES[dtype])
 
-    def rejects(self, target: str, dtype: torch.dtype) -> list[str]:
-        """Why it cannot decode to `dtype` on `target`."""
+    def rejects(self, target: str, dtype: torch.dtype, layout: Layout | None = None) -> list[str]:
+        """Why it cannot decode to `dtype` on `target`, a weight of `layout` if one is given."""
         reasons = []
+        if layout is not None and self.obstacle is not None and (why := self.obstacle(layout)):
+            reasons.append(f"decoder {self.name} does not take {why}")
         if self.programs is not None and not target.startswith("sm_"):
             reasons.append(f"decoder {self.name} is PTX and {target} is not NVIDIA's")
         if self.programs is not None and dtype not in _PTX_DTYPES:

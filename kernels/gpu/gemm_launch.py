@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qlora_compile.kernels.gpu.adapter_operands import AdapterStart
 from qlora_compile.kernels.gpu.configs import GemmConfig
 from qlora_compile.kernels.gpu.gemm import gemm_kernel
 from qlora_compile.kernels.gpu.launch import TRITON_DTYPES, Launch, with_contiguous_rows
 from qlora_compile.kernels.gpu.packed_operand import WeightOperand, dense_operand, packed_operand
-from qlora_compile.kernels.gpu.products import AdapterStart
 from qlora_compile.kernels.variants.base import LinearSpec
 
 GROUP_M = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Launch:
         if _recorder.launches is not None:
             _recorder.launches.append(self)
         elif all(self.grid):
-            device = next(t.device for t in self.arguments.values() if isinstance(t, Tensor))
+            device = next(_tensors(self.arguments.values())).device
             if device.type != "cuda" or device.index == torch.cuda.current_device():
                 self._run(device)
             else:
@@ -86,6 +86,15 @@ class Launch:
         if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled, tuple(self.kernel.arg_names)
         return compiled
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those of a launch's arguments that are tensors, or lie in tuples."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}

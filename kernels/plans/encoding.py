@@ -28,14 +28,13 @@ def encoded(
     for number, step in enumerate(recorder.steps):
         for source in (*step.sources, *(Source("value", each) for each in step.results)):
             touched.setdefault(source, []).append(number)
-    scratch = [
-        source for source in touched if source.kind == "memory" and source not in set(returned)
-    ]
+    kept = set(returned)
+    scratch = [source for source in touched if source.kind == "memory" and source not in kept]
     pieces = [
         Piece(recorder.memory[each.index], touched[each][0], touched[each][-1]) for each in scratch
     ]
     offsets, slab = packed(pieces)
-    inside = {source: offset for source, offset in zip(scratch, offsets, strict=True)}
+    inside = dict(zip(scratch, offsets, strict=True))
     order = [
         *(Source("input", index) for index in range(inputs)),
         *(Source("constant", index) for index in range(len(recorder.constants))),
@@ -60,15 +59,15 @@ def encoded(
 
     numbers = [inputs, slab, len(order), len(results)]
     for source, tensor in zip(returned, results, strict=True):
-        kept = number_of[source] if source.kind == "value" else -1
-        numbers += [kept, dtype_code(tensor.dtype), tensor.dim(), *tensor.shape]
+        value = number_of[source] if source.kind == "value" else -1
+        numbers += [value, dtype_code(tensor.dtype), tensor.dim(), *tensor.shape]
     numbers.append(len(recorder.steps))
     names = [call]
     for index, step in enumerate(recorder.steps):
         released = [
             number_of[source]
             for source, steps in touched.items()
-            if source.kind == "value" and steps[-1] == index and source not in returned
+            if source.kind == "value" and steps[-1] == index and source not in kept
         ]
         names += step.names
         numbers += [int(step.is_operator), *resolved(step.numbers), len(released), *released]

@@ -15,7 +15,7 @@ from qlora_compile.kernels.gpu.launch_step import is_hooked
 from qlora_compile.kernels.plans.encoding import encoded
 from qlora_compile.kernels.plans.recording import Recorder
 from qlora_compile.kernels.plans.steps import UnplannableError
-from qlora_compile.kernels.workspace import fresh_workspaces
+from qlora_compile.kernels.workspace import fresh_workspaces, release
 
 _ops = torch.ops.qlora_plans
 
@@ -52,6 +52,8 @@ def recorded(
             return results
         _kept.update((each.function, each) for each in recorder.kernels)
         _ops.keep()
+        # The plan has scratch memory of its own.
+        release()
         return results
 
     return run

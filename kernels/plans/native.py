@@ -1,5 +1,9 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
-the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels."""
+the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
+
+Nothing prebuilt is shipped: torch's stable ABI knows no redispatching below autograd, and makes a
+handle on the heap of every tensor of a call.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_compile.kernels.cpu.toolchain import choose_instructions, has_compiler
+from qlora_compile.kernels.cpu.toolchain import has_compiler
 from qlora_compile.kernels.library import REGISTERED
 
 PLANNED = (
@@ -24,11 +28,13 @@ PLANNED = (
 
 _SOURCES = ("plan.cpp", "table.cpp")
 
+_SLOW = "Python starts all kernels, which small batches wait for"
+
 
 class _State:
     """What became of the C++ in this process. obstacle: why it is not used where it could be."""
 
-    building: threading.Thread | None = None
+    started = False
     built = False
     installed = False
     hooked = False
@@ -40,9 +46,16 @@ _state = _State()
 
 def start() -> None:
     """Have the C++ built while this thread goes on, where there is a GPU that plans are for."""
-    if _state.building is None and torch.version.cuda and torch.cuda.is_available():
-        _state.building = threading.Thread(target=_build, name="plans", daemon=True)
-        _state.building.start()
+    if _state.started or not torch.version.cuda or not torch.cuda.is_available():
+        return
+    _state.started = True
+    # Two threads that import Inductor at once may find each other's modules half made.
+    if has_compiler():
+        from torch._inductor import codecache  # noqa: F401
+
+        threading.Thread(target=_build, name="plans", daemon=True).start()
+    else:
+        _state.obstacle = f"{_SLOW}: there is no C++ compiler"
 
 
 def heed() -> None:
@@ -92,7 +105,7 @@ def forget() -> None:
 @contextmanager
 def off() -> Iterator[None]:
     """Inside, Python starts all kernels."""
-    before = _state.installed and torch.ops.qlora_plans.enable(False)
+    before = not _state.installed or torch.ops.qlora_plans.enable(False)
     try:
         yield
     finally:
@@ -103,6 +116,8 @@ def off() -> Iterator[None]:
 def report() -> list[str]:
     """Why Python starts kernels, for people; empty where it starts none, or none are started."""
     found = [] if _state.obstacle is None else [_state.obstacle]
+    if _state.hooked:
+        found.append(f"{_SLOW}: something hooks into Triton's launcher")
     if _state.installed:
         counted = Counter(torch.ops.qlora_plans.refusals())
         found += [f"Python starts the kernels of {reason}" for reason in counted]
@@ -110,15 +125,12 @@ def report() -> list[str]:
 
 
 def _build() -> None:
-    if not has_compiler():
-        _state.obstacle = "Python starts all kernels, which small batches wait for: no C++ compiler"
-        return
     from torch._inductor.exc import CppCompileError
 
     try:
         _load()
     except (CppCompileError, OSError) as error:
-        _state.obstacle = f"Python starts all kernels, which small batches wait for: {error}"
+        _state.obstacle = f"{_SLOW}: {error}"
     else:
         _state.built = True
 
@@ -133,7 +145,6 @@ def _twins() -> torch.library.Library:
 def _load() -> None:
     from torch._inductor.codecache import CppCodeCache
 
-    choose_instructions()
     triton = importlib.util.find_spec("triton")
     assert triton is not None
     assert triton.submodule_search_locations is not None

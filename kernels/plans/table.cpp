@@ -295,8 +295,9 @@ at::Tensor alias(const at::Tensor& tensor) {
 bool is_capturing(c10::Device device) {
   const Driver& driver = Driver::get();
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-  driver.is_capturing(driver.current_stream(device), &status);
-  return status != CU_STREAM_CAPTURE_STATUS_NONE;
+  // An error, too, says that something is captured: by a thread that lets no other one launch.
+  const CUresult result = driver.is_capturing(driver.current_stream(device), &status);
+  return result != CUDA_SUCCESS || status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 // What stands for a dtype, a layout or a memory format among a plan's numbers.
 int64_t code(std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,

@@ -55,7 +55,7 @@ class Augmented(SeparateVariant, TritonVariant):
         return dequantize(tensors.planes, spec, dtype, decoder, tensors.lora_b, tensors.scaling)
 
     def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        from qlora_compile.kernels.gpu.products import added_up, low_rank
+        from qlora_compile.kernels.gpu.thin_products import added_up, low_rank
 
         x, a, scaling = tensors.x, tensors.lora_a, tensors.scaling
         assert a is not None
@@ -76,7 +76,12 @@ class Augmented(SeparateVariant, TritonVariant):
     def single_backward(
         self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
     ) -> LinearGradients:
-        from qlora_compile.kernels.gpu.products import adapter_gradient, added_up, low_rank
+        from qlora_compile.kernels.gpu.thin_products import (
+            AdapterGradient,
+            adapter_gradients,
+            added_up,
+            low_rank,
+        )
 
         tensors, spec = linear
         x, a, b, scaling = tensors.x, tensors.lora_a, tensors.lora_b, tensors.scaling
@@ -98,6 +103,9 @@ class Augmented(SeparateVariant, TritonVariant):
             grad_a, grad_b = (
                 torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in (a, b)
             )
-            adapter_gradient(x, grad_low.float(), spec.lora_dtype, grad_a.t())
-            adapter_gradient(grad, low.float(), spec.lora_dtype, grad_b)
+            gradients = (
+                AdapterGradient(x, grad_low.float(), grad_a.t()),
+                AdapterGradient(grad, low.float(), grad_b),
+            )
+            adapter_gradients(gradients, spec.lora_dtype)
         return LinearGradients(grad_x, grad_a, grad_b, bias_gradient(grad, tensors.bias, needs))

@@ -30,7 +30,13 @@ def decode_reasons(target: str, problem: Problem) -> list[str]:
 def decoder_names(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
     """The decoders of a packed weight's format that give `dtype` on `target`. Imports Triton."""
     decoders = format_named(layout.format).device_decoders()
-    return [decoder.name for decoder in decoders if not decoder.rejects(target, dtype)]
+    return [decoder.name for decoder in decoders if not decoder.rejects(target, dtype, layout)]
+
+
+def decoder_rejections(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
+    """Why decoders of the format do not give `dtype` on `target`. Imports Triton."""
+    decoders = format_named(layout.format).device_decoders()
+    return [reason for each in decoders for reason in each.rejects(target, dtype, layout)]
 
 
 def dequantize_decoder(layout: Layout, target: str | None, dtype: torch.dtype) -> str:

@@ -28,7 +28,7 @@ from qlora_compile.kernels.variants.decoding import decoder_names
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 
 if TYPE_CHECKING:
-    from qlora_compile.kernels.gpu.products import AdapterStart
+    from qlora_compile.kernels.gpu.adapter_operands import AdapterStart
 
 
 class GemmVariant(TritonVariant):
@@ -65,19 +65,12 @@ class GemmVariant(TritonVariant):
         assert isinstance(config, GemmConfig)
         from qlora_compile.kernels.gpu.gemm_launch import gemm
 
-        siblings = [_Sibling.of(*linear) for linear in group]
-        _compute_low_ranks(siblings)
+        starts = _forward_starts(group)
         results = []
-        for sibling in siblings:
-            tensors, spec, saved = sibling.tensors, sibling.spec, sibling.tensors.low_rank
-            adapter = None
-            if sibling.low is not None and tensors.lora_b is not None:
-                adapter, total = sibling.start(sibling.low, tensors.lora_b, saved is not None)
-                if saved is not None and total is not None:
-                    saved.copy_(total)
+        for (tensors, spec), start in zip(group, starts, strict=True):
             y = tensors.x.new_empty(tensors.x.shape[0], spec.n, dtype=spec.out_dtype)
             weight = self.weight(tensors, spec)
-            gemm(tensors.x, weight, spec, config, y, bias=tensors.bias, adapter=adapter)
+            gemm(tensors.x, weight, spec, config, y, bias=tensors.bias, adapter=start)
             results.append(y)
         return results
 
@@ -86,132 +79,155 @@ class GemmVariant(TritonVariant):
     ) -> tuple[Tensor | None, list[LinearGradients]]:
         assert isinstance(config, GemmConfig)
         from qlora_compile.kernels.gpu.gemm_launch import gemm
-        from qlora_compile.kernels.gpu.products import added_up, low_rank
 
         x = group[0][0].x
+        adapted = [_Adapted.of(*linear, grad) for linear, grad in zip(group, grads, strict=True)]
+        adapters = [each for each in adapted if each is not None]
+        if needs.x or needs.adapter:
+            _compute_gradients_of_low(adapters, needs)
         grad_x = None
         if needs.x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        siblings = [_Sibling.of(*linear, grad) for grad, linear in zip(grads, group, strict=True)]
-        for i, (grad, sibling) in enumerate(zip(grads, siblings, strict=True)):
-            tensors, spec = sibling.tensors, sibling.spec
-            a, b = tensors.lora_a, tensors.lora_b
-            adapter = None
-            if a is not None and b is not None and (needs.x or needs.adapter):
-                planes = low_rank(grad, b.t(), spec.lora_dtype)
-                if needs.x:
-                    adapter, sibling.grad_low = sibling.start(
-                        planes, a.t(), needs.adapter, sibling.bits
-                    )
-                else:
-                    sibling.grad_low = added_up(planes) * adapter_scaling(tensors, spec)
-            if grad_x is not None:
+            for i, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
+                each = adapted[i]
                 gemm(
                     *(grad, self.weight(tensors, spec), spec, config, grad_x),
                     backward=True,
-                    adapter=adapter,
+                    adapter=None if each is None else each.start,
                     accumulate=i > 0,
                 )
         if needs.adapter:
-            _compute_adapter_gradients(siblings)
+            _compute_adapter_gradients(adapters)
         return grad_x, [
             LinearGradients(
-                None, each.grad_a, each.grad_b, bias_gradient(grad, each.tensors.bias, needs)
+                None,
+                None if each is None else each.grad_a,
+                None if each is None else each.grad_b,
+                bias_gradient(grad, tensors.bias, needs),
             )
-            for grad, each in zip(grads, siblings, strict=True)
+            for grad, (tensors, _), each in zip(grads, group, adapted, strict=True)
         ]
 
 
 @dataclass
-class _Sibling:
-    """One Linear of a group and what is computed for it: float32, unless said otherwise.
+class _Adapted:
+    """An adapted Linear of a group and what a backward computes for it.
 
-    grad: of its y [M, N], in a backward. bits: the packed dropout mask of its adapter's input. low:
-    drop(x) Aᵀ in planes, as `products.low_rank` makes them. grad_low: the gradient of the sum of
-    these planes. grad_a, grad_b: in the dtypes of A and B.
+    grad: of its y [M, N]. bits: the packed dropout mask of its adapter's input. start: where the
+    gradient of x starts. grad_low: the gradient of drop(x) Aᵀ, [M, rank] in `lora_dtype`. grad_a,
+    grad_b: in the dtypes of A and B.
     """
 
     tensors: LinearTensors
     spec: LinearSpec
-    grad: Tensor | None
+    a: Tensor
+    b: Tensor
+    grad: Tensor
     bits: Tensor | None
-    low: Tensor | None = None
+    start: AdapterStart | None = None
     grad_low: Tensor | None = None
     grad_a: Tensor | None = None
     grad_b: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: LinearTensors, spec: LinearSpec, grad: Tensor | None = None) -> _Sibling:
-        """Of a Linear, with its dropout mask drawn."""
-        from qlora_compile.kernels.gpu.products import keep_bits
+    def of(cls, tensors: LinearTensors, spec: LinearSpec, grad: Tensor) -> _Adapted | None:
+        """Of a Linear, with its dropout mask drawn; None if it has no adapter."""
+        if tensors.lora_a is None or tensors.lora_b is None:
+            return None
+        return cls(tensors, spec, tensors.lora_a, tensors.lora_b, grad, _mask(tensors, spec))
 
-        rows, seed = tensors.x.shape[0], tensors.seed
-        return cls(tensors, spec, grad, None if seed is None else keep_bits(seed, spec, rows))
 
-    def start(
-        self, low: Tensor, up: Tensor, total: bool, bits: Tensor | None = None
-    ) -> tuple[AdapterStart, Tensor | None]:
-        """`adapter_operands` of low and up with this adapter's scaling."""
-        from qlora_compile.kernels.gpu.products import adapter_operands
+def _mask(tensors: LinearTensors, spec: LinearSpec) -> Tensor | None:
+    from qlora_compile.kernels.gpu.products import keep_bits
 
-        return adapter_operands(
-            *(low, up, self.spec.lora_dtype, self.spec.compute_dtype),
-            scaling=self.tensors.scaling,
-            factor=dropout_factor(self.tensors, self.spec),
-            total=total,
-            bits=bits,
+    return None if tensors.seed is None else keep_bits(tensors.seed, spec, tensors.x.shape[0])
+
+
+def _forward_starts(group: Group) -> list[AdapterStart | None]:
+    """Where the accumulator of each Linear starts; S is written to what the forward keeps. One
+    launch of each kind serves all Linears."""
+    from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
+    from qlora_compile.kernels.gpu.thin_products import ThinProduct, low_ranks
+
+    starts: list[AdapterStart | None] = [None] * len(group)
+    products, scaled, indices = [], [], []
+    for i, (tensors, spec) in enumerate(group):
+        if tensors.lora_a is not None and tensors.lora_b is not None:
+            products.append(ThinProduct(tensors.x, tensors.lora_a, _mask(tensors, spec)))
+            scaled.append(tensors)
+            indices.append(i)
+    if not products:
+        return starts
+    tensors, spec = group[indices[0]]
+    factors = [
+        AdapterFactors(planes, each.lora_b, each.scaling, each.low_rank)
+        for planes, each in zip(low_ranks(products, spec.lora_dtype), scaled, strict=True)
+    ]
+    dtypes = spec.lora_dtype, spec.compute_dtype
+    found = adapter_operands(factors, *dtypes, dropout_factor(tensors, spec))
+    for i, start in zip(indices, found, strict=True):
+        starts[i] = start
+    return starts
+
+
+def _compute_gradients_of_low(adapters: Sequence[_Adapted], needs: NeedsGradient) -> None:
+    """Fills in `start` if x needs its gradient, and `grad_low` if the adapters need theirs."""
+    from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
+    from qlora_compile.kernels.gpu.thin_products import ThinProduct, added_up, low_ranks
+
+    if not adapters:
+        return
+    tensors, spec = adapters[0].tensors, adapters[0].spec
+    products = [ThinProduct(each.grad, each.b.t()) for each in adapters]
+    found = low_ranks(products, spec.lora_dtype)
+    if not needs.x:
+        for each, planes in zip(adapters, found, strict=True):
+            scaled = added_up(planes) * adapter_scaling(each.tensors, spec)
+            each.grad_low = scaled.to(spec.lora_dtype)
+        return
+    if needs.adapter:
+        ranks = [each.a.shape[0] for each in adapters]
+        kept = tensors.x.new_empty(tensors.x.shape[0], sum(ranks), dtype=spec.lora_dtype)
+        for each, part in zip(adapters, kept.split(ranks, dim=1), strict=True):
+            each.grad_low = part
+    factors = [
+        AdapterFactors(planes, each.a.t(), each.tensors.scaling, each.grad_low, each.bits)
+        for planes, each in zip(found, adapters, strict=True)
+    ]
+    dtypes = spec.lora_dtype, spec.compute_dtype
+    starts = adapter_operands(factors, *dtypes, dropout_factor(tensors, spec))
+    for each, start in zip(adapters, starts, strict=True):
+        each.start = start
+
+
+def _compute_adapter_gradients(adapters: Sequence[_Adapted]) -> None:
+    """Fills in `grad_a` and `grad_b`, from `grad_low`."""
+    from qlora_compile.kernels.gpu.thin_products import AdapterGradient, adapter_gradients
+
+    if not adapters:
+        return
+    gradients = []
+    for each, low in zip(adapters, _scaled_lows(adapters), strict=True):
+        assert each.grad_low is not None
+        each.grad_a, each.grad_b = (
+            torch.empty_like(factor, memory_format=torch.contiguous_format)
+            for factor in (each.a, each.b)
         )
-
-    def scaled_low(self) -> Tensor:
-        """S [M, rank]: as the forward saved it, or else from `low`."""
-        from qlora_compile.kernels.gpu.products import added_up
-
-        if self.low is None:
-            assert self.tensors.low_rank is not None
-            return self.tensors.low_rank.float()
-        return added_up(self.low) * adapter_scaling(self.tensors, self.spec)
+        of_a = AdapterGradient(each.tensors.x, each.grad_low, each.grad_a.t(), each.bits)
+        gradients += [of_a, AdapterGradient(each.grad, low, each.grad_b)]
+    adapter_gradients(gradients, adapters[0].spec.lora_dtype)
 
 
-def _compute_low_ranks(siblings: Sequence[_Sibling]) -> None:
-    """Fills in `low` of those that have an adapter: x is read once for all of them, unless dropout
-    gives each one of its own."""
-    from qlora_compile.kernels.gpu.products import low_rank
+def _scaled_lows(adapters: Sequence[_Adapted]) -> list[Tensor]:
+    """S [M, rank] of each, in `lora_dtype`: as the forward kept it, or computed again."""
+    from qlora_compile.kernels.gpu.thin_products import ThinProduct, added_up, low_ranks
 
-    adapted = [(each, each.tensors.lora_a) for each in siblings]
-    factors = [factor for _, factor in adapted if factor is not None]
-    if not factors:
-        return
-    x, dtype = siblings[0].tensors.x, siblings[0].spec.lora_dtype
-    if len(factors) == 1 or any(each.bits is not None for each in siblings):
-        for each, factor in adapted:
-            each.low = None if factor is None else low_rank(x, factor, dtype, each.bits)
-        return
-    planes = low_rank(x, torch.cat(factors), dtype)
-    parts = iter(planes.split([len(factor) for factor in factors], dim=2))
-    for each, factor in adapted:
-        each.low = None if factor is None else next(parts)
-
-
-def _compute_adapter_gradients(siblings: Sequence[_Sibling]) -> None:
-    """Fills in `grad_a` and `grad_b` of those that have a `grad_low`."""
-    from qlora_compile.kernels.gpu.products import adapter_gradient
-
-    x, dtype = siblings[0].tensors.x, siblings[0].spec.lora_dtype
-    adapted = [each for each in siblings if each.grad_low is not None]
-    if any(each.tensors.low_rank is None for each in adapted):
-        _compute_low_ranks(siblings)
-    masked = any(each.bits is not None for each in siblings)
-    # One product reads x for all of them, unless each drops out an x of its own.
-    for together in [[each] for each in adapted] if masked else [adapted] * bool(adapted):
-        parts = [each.grad_low for each in together if each.grad_low is not None]
-        low = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        total = x.new_empty(low.shape[1], x.shape[1], dtype=torch.float32)
-        adapter_gradient(x, low, dtype, total.t(), together[0].bits)
-        for each, part in zip(together, total.split([p.shape[1] for p in parts]), strict=True):
-            a, b, grad = each.tensors.lora_a, each.tensors.lora_b, each.grad
-            assert a is not None
-            assert b is not None
-            assert grad is not None
-            each.grad_b = torch.empty_like(b, memory_format=torch.contiguous_format)
-            adapter_gradient(grad, each.scaled_low(), dtype, each.grad_b)
-            each.grad_a = part.to(a.dtype, copy=len(together) > 1)
+    kept = [each.tensors.low_rank for each in adapters]
+    if None not in kept:
+        return [low for low in kept if low is not None]
+    spec = adapters[0].spec
+    products = [ThinProduct(each.tensors.x, each.a, each.bits) for each in adapters]
+    return [
+        (added_up(planes) * adapter_scaling(each.tensors, spec)).to(spec.lora_dtype)
+        for planes, each in zip(low_ranks(products, spec.lora_dtype), adapters, strict=True)
+    ]

@@ -11,7 +11,7 @@ from qlora_compile.kernels.device_model import LAUNCH_SECONDS, DeviceModel
 from qlora_compile.kernels.gpu.target import target_of, why_no_target
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import NO_CONFIG, Config, Variant
-from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons
+from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons, decoder_rejections
 
 
 class TritonVariant(Variant):
@@ -28,6 +28,9 @@ class TritonVariant(Variant):
         reasons = self.rejects_on(target, problem)
         if not reasons and not self.configs_on(target, problem):
             reasons.append(f"no config for {target}")
+            if problem.layout.quantized:
+                layout, dtype = problem.layout, problem.compute_dtype
+                reasons += decoder_rejections(layout, target, dtype)
         return reasons
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:

@@ -9,6 +9,8 @@ import torch
 from torch.fx import GraphModule
 
 from qlora_compile.errors import PassError
+from qlora_compile.kernels.formats.formats import format_of
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.linear_call import problem_of
 from qlora_compile.kernels.op import hinted_rows
 from qlora_compile.kernels.selector import ModelledSelector
@@ -103,7 +105,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
     """Write the selector's name and one decision of the selector into every fused call.
 
-    The decision is whether the forward saves S = x Aᵀ for the backward.
+    The decision is whether the forward saves S = x Aᵀ for the backward. Tables that a GPU decodes
+    weights by are made now: the first call may be captured in a CUDA graph, where nothing is copied
+    from the host.
     """
     for node in filter(is_fused, graph_module.graph.nodes):
         fused = read(node)
@@ -117,4 +121,9 @@ def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
             forward = problem_of(call, "forward", hinted_rows(x, call.k), x)
             call = replace(call, save_low_rank=selector.saves_low_rank(forward))
         node.args = replace(fused, call=call).arguments
+        if target_of(str(x.device)) is not None:
+            for linear in call.linears:
+                quant_format = format_of(linear.layout)
+                if quant_format is not None:
+                    quant_format.device_tables(x.device)
     graph_module.recompile()

@@ -23,3 +23,7 @@ class ShapeError(QloraCompileError, ValueError):
 
 class NamedValueError(QloraCompileError, ValueError):
     template = "{option}: {value!r} is no NAME=VALUE"
+
+
+class MissingOptionError(QloraCompileError, ValueError):
+    template = "{option} is missing; pass it"

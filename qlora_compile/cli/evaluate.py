@@ -55,12 +55,17 @@ def evaluate(
     if json:
         typer.echo(json_format.dumps(figures, indent=2))
         return
+    Console().print(figures_table(figures))
+
+
+def figures_table(figures: dict[str, Any]) -> Table:
+    """Return a table of the losses of both models."""
     table = Table("", "loss", "perplexity", title=f"{figures['sequences']} rows")
     for name, of in (("base model", "before"), ("with the adapter", "after")):
         error = figures[f"{of}_standard_error"]
         spread = "" if error is None else f" ± {error:.4f}"
         table.add_row(name, f"{figures[of]:.4f}{spread}", f"{figures[f'{of}_perplexity']:.3f}")
-    Console().print(table)
+    return table
 
 
 def _figures(adapter: Path, settings: Any, count: int | None) -> dict[str, Any]:

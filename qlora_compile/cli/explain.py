@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.options import (
@@ -17,6 +22,9 @@ from qlora_compile.cli.options import (
 )
 from qlora_compile.training.model_choice import quiet_choice
 
+if TYPE_CHECKING:
+    from qlora_compile.report import Report
+
 
 def explain(
     model: ModelOption,
@@ -25,6 +33,9 @@ def explain(
     alpha: AlphaOption = None,
     dropout: DropoutOption = 0.0,
     tune: TuneOption = "auto",
+    all: Annotated[
+        bool, typer.Option("--all", help="A line for every layer, not one for equal ones.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show for every linear layer how it would be computed, or why it is left alone."""
@@ -34,4 +45,35 @@ def explain(
         from qlora_compile import api
 
         report = api.explain(choice.optimized(config))
-    typer.echo(report.to_json() if json else str(report))
+    if json or all:
+        typer.echo(report.to_json() if json else str(report))
+    else:
+        Console().print(grouped_table(report), *report.summary(), sep="\n", highlight=False)
+
+
+def grouped_table(report: Report) -> Table:
+    """Return a table with one line for sites that are equal but for the numbers in their names."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site in report.sites:
+        variants = tuple(chosen and chosen.variant for chosen in (site.forward, site.backward))
+        shape = f"{site.experts} x {site.n}" if site.experts else f"{site.n}"
+        key = (site.fused, variants, site.format, f"{shape} x {site.k}", site.rank, site.reason)
+        name = site.name.removeprefix("base_model.model.")  # PEFT's
+        groups.setdefault((re.sub(r"\d+", "*", name), *key), []).append(name)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("sites", "name", "stored", "N x K", "rank", "computed by"):
+        table.add_column(title, overflow="fold")
+    reasons: list[str] = []
+    for (name, fused, variants, *shape, reason), names in groups.items():
+        forward, backward = variants
+        how = forward if forward == backward or not backward else f"{forward}, {backward} back"
+        if not fused:
+            reasons += [reason] * (reason not in reasons)
+            how = f"not fused ({reasons.index(reason) + 1})"
+        shown = Text(how, "green" if fused else "yellow", overflow="fold")
+        table.add_row(
+            str(len(names)), name if len(names) > 1 else names[0], *map(str, shape), shown
+        )
+    table.caption = "\n".join(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))
+    table.caption_justify = "left"
+    return table

@@ -72,7 +72,7 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if isinstance(failure.message, dict):  # what `record_error` wrote
-                _, _, message = str(failure.message["message"]).partition(": ")
+                _, _, message = str(dict(failure.message)["message"]).partition(": ")
                 status = 2
             else:
                 _show_last_lines(Path(folder), failure.local_rank)

@@ -1,4 +1,5 @@
-"""The command line's `verify`: runs one training step on real text, checking every graph."""
+"""The command line's `verify`: runs one training step on real text, checking every graph, or checks
+what has come of a training."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
+from qlora_compile.cli.errors import MissingOptionError
 from qlora_compile.cli.options import (
     AlphaOption,
     DropoutOption,
     FormatOption,
-    ModelOption,
+    ModelChoiceOption,
     RankOption,
     TuneOption,
 )
@@ -21,14 +23,21 @@ from qlora_compile.hf.trainer.sources import check_paths
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document
-from qlora_compile.training.model_choice import DEMO, ModelChoice, quiet_choice
+from qlora_compile.training.model_choice import DEMO, ModelChoice, be_quiet, quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
+    from qlora_compile.verify.stages import Stage
 
 
 def verify(
-    model: ModelOption,
+    model: ModelChoiceOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Check a trained adapter, a run's --output.")
+    ] = None,
+    merged: Annotated[
+        Path | None, typer.Option("--merged", help="With --adapter: check a merged model, too.")
+    ] = None,
     data: Annotated[
         str, typer.Option("--data", help="A file or folder of text or chats, or: demo.")
     ] = DEMO,
@@ -44,10 +53,18 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
     """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
-    wrong."""
+    wrong. With --adapter, and --merged, check what trained and merged folders compute."""
     with bad_input_in_one_line():
         if data != DEMO:
             check_paths(Path(data))
+        if adapter is None and (merged is not None or model is None):
+            option = "--model" if merged is None else "--adapter"
+            raise MissingOptionError(option=option)
+        if adapter is not None:
+            stages = _stages(adapter, model, merged, data, sequence_length, batch_size)
+            _tell(stages, json)
+            raise typer.Exit(0 if all(stage.passes for stage in stages) else 1)
+        assert model is not None
         choice = quiet_choice(model, format, rank, alpha, dropout, tune)
         report = _checked(choice, data, sequence_length, batch_size)
     verified = bool(report.certificates) and not report.mismatches
@@ -59,30 +76,69 @@ def verify(
     raise typer.Exit(0 if verified else 1)
 
 
+def _stages(
+    adapter: Path, model: str | None, merged: Path | None, data: str, length: int, batch_size: int
+) -> list[Stage]:
+    from qlora_compile.training.adapted import adapted_model, adapter_settings
+
+    settings = adapter_settings(adapter, model, None)
+    be_quiet()
+    from qlora_compile.verify.stages import check_stages
+
+    trained, tokenizer = adapted_model(adapter, settings)
+    named = {"tokenizer": tokenizer, "config": trained.config, "data": data}
+    sequences = _sequences(length=length, count=batch_size, model=settings.model, **named)
+    return check_stages(trained, sequences, merged)
+
+
+def _tell(stages: list[Stage], json: bool) -> None:
+    if json:
+        verified = all(stage.passes for stage in stages)
+        told = {"verified": verified, "stages": [stage.to_dict() for stage in stages]}
+        typer.echo(json_format.dumps(told, indent=2))
+        return
+    rows = [
+        (s.name, f"{s.ratio:.2f}", f"{s.error:.1e}", f"{s.plain_error:.1e}", f"{s.allowed:.1e}")
+        for s in stages
+    ]
+    typer.echo("\n".join(text_table(("stage", "ratio", "error", "plain", "allowed"), rows)))
+    for stage in stages:
+        if not stage.passes:
+            typer.echo(f"mismatch in {stage.name}: its logits are not those of base and adapter")
+
+
 def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Report:
     config = choice.check()
     import torch
 
     from qlora_compile import api
     from qlora_compile.hf import loading
-    from qlora_compile.hf.trainer.preparation import texts
-    from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
 
-    check_sequence_length(length, config, choice.model)
     tokenizer = loading.load_tokenizer(choice.source)
-    if data == DEMO:
-        documents = docstring_documents()
-    else:
-        rows = texts(Path(data), tokenizer, batch_size * length)
-        documents = [Document(data, text) for text in rows]
-    named = {"data": data, "purpose": "verifying"}
-    sequences = token_sequences(documents, tokenizer, config, length, **named)
+    named = {"tokenizer": tokenizer, "config": config, "data": data}
+    sequences = _sequences(length=length, count=batch_size, model=choice.model, **named)
     torch.manual_seed(0)  # for the adapters' initial weights
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train
     model: Any = choice.optimized(config, verify=True).to(device).train()
-    ids = torch.tensor(sequences[:batch_size], device=device)
+    ids = torch.tensor(sequences, device=device)
     model(input_ids=ids, labels=ids).loss.backward()
     return api.explain(model)
+
+
+def _sequences(
+    *, tokenizer: Any, config: Any, data: str, length: int, count: int, model: str
+) -> list[list[int]]:
+    """Return so many sequences of real text."""
+    from qlora_compile.hf.trainer.preparation import texts
+    from qlora_compile.training.token_sequences import check_sequence_length, token_sequences
+
+    check_sequence_length(length, config, model)
+    if data == DEMO:
+        documents = docstring_documents()
+    else:
+        documents = [Document(data, text) for text in texts(Path(data), tokenizer, count * length)]
+    named = {"data": data, "purpose": "verifying"}
+    return token_sequences(documents, tokenizer, config, length, **named)[:count]
 
 
 def closing_table(report: Report) -> list[str]:

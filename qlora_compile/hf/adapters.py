@@ -16,29 +16,35 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
-from qlora_compile.hf import foreign, methods
+from qlora_compile.hf import foreign, foreign_adapters, methods
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
 from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
+from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.hf.replaced_forward import move_hook
 from qlora_compile.modules.linear import QuantizedLinear
 
 
-class QuantizedLoraLinear(DoraLinear):
+class QuantizedLoraLinear(MergesInPlace, DoraLinear):
     """PEFT's LoRA layer over a QuantizedLinear: merging unpacks and packs the base weight again,
-    as PEFT does for bitsandbytes' layers."""
+    as PEFT does for bitsandbytes' layers, and unmerging gives back what was there before."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with self._base().repacked():
+        base = self._base()
+        with self.merging(base, base.bias), base.repacked():
             LoraLinear.merge(self, safe_merge, adapter_names)
         self.remeasure_base()
 
     def unmerge(self) -> None:
-        with self._base().repacked():
+        base = self._base()
+        kept = self.taken_back(base) if self.merged else None
+        with base.repacked() if kept is None else base.unpacked():
             LoraLinear.unmerge(self)
+        if kept is not None:
+            kept.give_back(base, base.bias)
         self.remeasure_base()
 
     def _base(self) -> QuantizedLinear:
@@ -286,6 +292,8 @@ def adopt_adapter_layer(module: nn.Module) -> None:
 
 def _give_own_class(layer: nn.Module, linear: nn.Module | None) -> None:
     own = _own_class(layer, linear)
+    if foreign_adapters.is_of_library(layer) and own is QuantizedLoraLinear:
+        foreign_adapters.settle(layer)
     if own is not None:
         layer.__class__ = own  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -300,7 +308,8 @@ def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
             return None
         return DoraLinear if type(linear).forward is nn.Linear.forward else SlottedLinear
     if isinstance(linear, QuantizedLinear):
-        return methods.REPACKED.get(type(layer))
+        of_library = foreign_adapters.is_of_library(layer)
+        return QuantizedLoraLinear if of_library else methods.REPACKED.get(type(layer))
     base = base_of(linear)
     if isinstance(base, InPlaceBase) and hasattr(linear, "packed"):
         return base.adapter_layer(layer)

@@ -14,11 +14,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.experts import Factors, displace, is_served, is_transposed, place
+from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.modules.experts import PackedExperts
 
 
 # PEFT recognises its wrapper by this very name when a further adapter is added.
-class ParamWrapper(SlottedLayer, PeftParamWrapper):
+class ParamWrapper(MergesInPlace, SlottedLayer, PeftParamWrapper):
     """PEFT's wrapper without a parametrization, which would break graphs.
 
     If our op computes the wrapped experts, the base layer is called with the low-rank factors. Any
@@ -86,30 +87,39 @@ class ParamWrapper(SlottedLayer, PeftParamWrapper):
         return lora_a, torch.cat([scaling * b for _, b, scaling in parts], dim=2), 1.0
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        with self._unpacked():
+        packed = self.get_param()
+        if not isinstance(packed, PackedExperts):
             super().merge(safe_merge, adapter_names)
+            return
+        with self.merging(packed), self._unpacked(packed) as parameter:
+            super().merge(safe_merge, adapter_names)
+            packed.pack(parameter.data)
 
     def unmerge(self) -> None:
-        with self._unpacked():
+        packed = self.get_param()
+        if not isinstance(packed, PackedExperts):
             super().unmerge()
+            return
+        kept = self.taken_back(packed) if self.merged else None
+        with self._unpacked(packed) as parameter:
+            super().unmerge()
+            if kept is None:
+                packed.pack(parameter.data)
+        if kept is not None:
+            kept.give_back(packed)
 
     @contextmanager
-    def _unpacked(self) -> Iterator[None]:
-        """Give the base layer its unpacked parameter inside, and pack the result afterwards."""
-        base, name, packed = self.get_base_layer(), self.parameter_name, self.get_param()
-        if not isinstance(packed, PackedExperts):
-            yield
-            return
+    def _unpacked(self, packed: PackedExperts) -> Iterator[nn.Parameter]:
+        """Give the base layer its unpacked parameter inside, and yield that."""
+        base, name = self.get_base_layer(), self.parameter_name
         displace(base, name)
         parameter = packed.parameter()
         setattr(base, name, parameter)
         try:
-            yield
-            merged = parameter.data
+            yield parameter
         finally:
             delattr(base, name)
             place(base, name, packed)
-        packed.pack(merged)
 
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

@@ -25,7 +25,7 @@ from qlora_compile.hf.blocks import example_call
 from qlora_compile.hf.head_operands import head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
 from qlora_compile.hf.probing import left_as_found
-from qlora_compile.hf.replaced_forward import qualified_name, replaced_forward
+from qlora_compile.hf.replaced_forward import plain_function, qualified_name, replaced_forward
 from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -99,6 +99,21 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
         torch.manual_seed(0)
         output = model(**{**inputs, "return_dict": True})
     return output.loss.float(), output.get("logits") is None
+
+
+def described(model: nn.Module) -> str | None:
+    """Say what computes the loss in training, None without the hooks of `LogitsFreeLoss`."""
+    base: Any = base_model(model)
+    if not isinstance(base.__dict__.get("_loss_function"), _Loss):
+        return None
+    forward = replaced_forward(base)
+    if forward is None:
+        return "computed without logits"
+    # TRL's trainers, for example, compute it from the head's input and weight by themselves. The
+    # name of their forward is the model's own.
+    module = getattr(plain_function(forward), "__module__", None)
+    module = getattr(plain_function(forward), "__globals__", {}).get("__name__", module)
+    return f"left to the forward that {module} has put in place of the model's"
 
 
 class LogitsFreeLoss:

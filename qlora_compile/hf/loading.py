@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     GgufConfig,
 )
 from transformers.models.auto.modeling_auto import (
@@ -28,6 +27,7 @@ from qlora_compile.checkpoint_errors import CheckpointHeadError, CheckpointMetho
 from qlora_compile.errors import MissingPackageError, ModelNotFoundError, TokenizerMissingError
 from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
+from qlora_compile.hf.checkpoints.side_files import add_settings_beside, generation_config
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 
 _TOKENIZER_FILES = (
@@ -60,16 +60,19 @@ def load_config(source: str | Path) -> Any:
 
     Raises:
         ModelNotFoundError: nothing is there, or it is no model.
-        CheckpointError: it is a GGUF file that cannot be read.
+        CheckpointError: it is a GGUF file that cannot be read, or modelopt's settings cannot.
     """
     folder, options = _location(source)
     if "gguf_file" in options:
         with readable_gguf(source):
             return AutoConfig.from_pretrained(folder, **options)
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
     except _UNREADABLE as error:
         raise _not_found(source, error) from error
+    if not options and quantization_settings(config) is None:
+        add_settings_beside(folder, config)
+    return config
 
 
 def load_model(
@@ -99,13 +102,14 @@ def load_model(
     """
     folder, options = _location(source)
     config = load_config(source) if config is None else config
-    if dtype is None or isinstance(dtype, str):
-        dtype = compute_dtype() if dtype is None else getattr(torch, dtype)
+    chosen: torch.dtype = (
+        compute_dtype() if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
+    )
     settings = quantization_settings(config)
     if settings is not None and not options:
         if head != "causal":
             raise CheckpointHeadError(file=source, value=settings.get("quant_method"))
-        return _load_quantised(source, config, settings, dtype, device)
+        return _load_quantised(source, config, settings, chosen, device)
     named = getattr(transformers, architecture(config) or "", AutoModelForCausalLM)
     if head != "causal":
         named = AutoModelForSequenceClassification
@@ -116,13 +120,13 @@ def load_model(
             config.pad_token_id = _first(getattr(config, "eos_token_id", None))
     if "gguf_file" in options:
         if keeps_blocks and head == "causal":
-            model = _load_blocks(Path(source), config, dtype, device)
+            model = _load_blocks(Path(source), config, chosen, device)
             if model is not None:
                 return model
         # Decode the weights: Trainer refuses a model whose config says that they are GGUF's blocks.
         options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        return named.from_pretrained(folder, config=config, dtype=dtype, **options)
+        return named.from_pretrained(folder, config=config, dtype=chosen, **options)
     except OSError as error:
         raise _not_found(source, error) from error
 
@@ -169,7 +173,7 @@ def _load_quantised(
     # What transformers does for a folder that it reads itself; PEFT writes the name to adapters.
     model.name_or_path = model.config.name_or_path = str(source)
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = generation_config(path)
     return model
 
 
@@ -195,7 +199,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     if not has_tokenizer(source):
         raise TokenizerMissingError(site=f"the data for {str(source)!r}")
-    folder, options = _location(source)
+    folder, options = (str(source), {}) if Path(source).is_dir() else _location(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:

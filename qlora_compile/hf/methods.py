@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from qlora_compile.adapter_errors import AdapterMethodError
+from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.modules.linear import QuantizedLinear
 
 _STOCK: tuple[type[nn.Module], ...] = (
@@ -24,17 +25,22 @@ _STOCK: tuple[type[nn.Module], ...] = (
 """PEFT's adapter layers that read the base weight, and its dtype, only while they merge."""
 
 
-class Repacked:
+class Repacked(MergesInPlace):
     """Mixin, put before an adapter layer of PEFT's over a QuantizedLinear among the bases: merging
-    unpacks the base weight and packs it again."""
+    unpacks the base weight and packs it again, unmerging gives back what was there before."""
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        with self.get_base_layer().repacked():
+        base = self.get_base_layer()
+        with self.merging(base, base.bias), base.repacked():
             super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self: Any) -> None:
-        with self.get_base_layer().repacked():
+        base = self.get_base_layer()
+        kept = self.taken_back(base) if self.merged else None
+        with base.repacked() if kept is None else base.unpacked():
             super().unmerge()  # type: ignore[misc]
+        if kept is not None:
+            kept.give_back(base, base.bias)
 
 
 def method_of(module: object) -> str | None:

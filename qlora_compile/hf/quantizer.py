@@ -73,10 +73,10 @@ class PackingQuantizer(HfQuantizer):
         ExpertSites by the names of their Parameters."""
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self) -> Any:
         """Return False: transformers' own saving would write codes under the names of weights.
 
         The model's `save_pretrained` is `qlora_compile.save`.
@@ -89,7 +89,7 @@ class PackingQuantizer(HfQuantizer):
             config.transformers_weights = f"{METHOD}.safetensors.index.json"
         return config
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         # A packed folder has the model's own names.
         return [] if self.pre_quantized else weight_conversions
 
@@ -135,7 +135,7 @@ class _Pack(ConversionOps):
 
     def convert(
         self, input_dict: Any, *args: Any, missing_keys: set[str] | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> Any:
         planes: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
@@ -145,7 +145,7 @@ class _Pack(ConversionOps):
         return planes
 
 
-def registered(quantizer: type[PackingQuantizer]) -> type[PackingQuantizer]:
+def registered(quantizer: type[PackingQuantizer]) -> Any:
     """Register a quantizer, and the class of its configs, with transformers."""
     register_quantization_config(METHOD)(QloraCompileConfig)
     return register_quantizer(METHOD)(quantizer)

@@ -144,7 +144,7 @@ class FineTuning:
             NotFiniteError: a loss or a gradient is NaN or infinite, and on_nan is "stop".
             TrainingMemoryError, CheckpointWriteError: memory or disk space ran out.
         """
-        if is_finished(self.trainer, self._resume):
+        if self._resume is not None and is_finished(self.trainer, self._resume):
             return load_finished(self.trainer, self._resume)
         # Of several processes each would stop after another step.
         alone = self.trainer.args.world_size == 1
@@ -167,7 +167,7 @@ def _plain_trainer(
     trainer_class: Any,
     arguments: Any,
     callbacks: list[TrainerCallback],
-    **_: Any,
+    **others: Any,
 ) -> Trainer:
     rows, held_out = labelled(dataset, eval_dataset, base_model(model).config)
     rows, batching = prepare(rows, model, tokenizer, max_length)

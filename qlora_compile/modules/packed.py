@@ -36,6 +36,7 @@ class PackedModule(nn.Module):
     weight comes from, for reports.
     """
 
+    weight: Any
     weight_dtype: torch.dtype
     origin: str = "quantised here"
 

@@ -25,29 +25,39 @@ from qlora_compile.kernels.layout import Layout
 
 KERNELS = (
     *("fused_forward", "fused_backward", "tail_forward", "tail_backward", "dequantize"),
-    *("low_rank", "adapter_gradient", "skinny"),
+    *("low_rank", "adapter_operand", "adapter_gradient", "add_up", "skinny"),
 )
 EXPERTS = ("low", "forward", "low gradient", "low", "dA", "dB", "backward")
 """The experts' launches of a forward and a backward, in their order; the second "low" is the first
 recomputed."""
+GROUPED_FORMATS = {"sm_80": "int4", "sm_90": "uint8", "gfx942": "nvfp4"}
+"""By target, the format in groups whose product is among the launches; `make bench-static` compiles
+all of them."""
 E, N, K = 8, 1024, 2048
 RANK = 16
 
 
 def usual(arch: str) -> list[ShippedLaunch]:
-    """A launch of each of KERNELS: of the usual kind where there is one."""
+    """A launch of each of KERNELS, of the usual kind where there is one, and one of a format in
+    groups."""
     chosen: dict[str, ShippedLaunch] = {}
     for shipped in launches(arch):
         kernel = shipped.kernel
         if kernel in KERNELS and (kernel not in chosen or _usual(shipped) > _usual(chosen[kernel])):
             chosen[kernel] = shipped
-    return list(chosen.values())
+    of_groups = next(
+        each
+        for each in launches(arch)
+        if each.kernel == "fused_forward" and each.case.format == GROUPED_FORMATS[arch]
+    )
+    return [*chosen.values(), of_groups]
 
 
 def _usual(shipped: ShippedLaunch) -> int:
     """How many of the properties it has that a QLoRA layer usually has."""
     case = shipped.case
-    return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK))
+    siblings = "siblings" in case.note
+    return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK, siblings))
 
 
 def experts(arch: str) -> Iterator[tuple[str, Launch]]:

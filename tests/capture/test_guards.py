@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 import qlora_compile
 from qlora_compile.capture import region_kind
 from qlora_compile.capture.guards import kept_guards
+from qlora_compile.modules.packed import PackedModule
 from tests.test_equality import FLOAT32_TOLERANCE, lora, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -71,8 +72,12 @@ def test_few_guards_are_kept_and_changes_are_noticed(monkeypatch: pytest.MonkeyP
     checked = [entry for entry, _ in seen if entry.guard_type != SKIPPED_BY_DYNAMO]
     assert len([each for each in kept if each.guard_type != SKIPPED_BY_DYNAMO]) < 0.7 * len(checked)
     layer = model.get_base_model().model.layers[0]
-    parameters = {id(p) for p in layer.parameters()}
+    packed = [module for module in layer.modules() if isinstance(module, PackedModule)]
+    sides = [(*module.tensors[1:], module.packed_layout) for module in packed]
+    planes = {id(plane) for side in sides for plane in side}
+    parameters = {id(p) for p in layer.parameters()} - planes
     assert parameters <= {id(each.value) for each in kept}
+    assert planes.isdisjoint(id(each.value) for each in kept)
     for name, change in CHANGES.items():
         seen.clear()
         change(model, monkeypatch)

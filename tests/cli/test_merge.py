@@ -35,8 +35,20 @@ def test_a_run_is_merged_and_measured(run: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "distance from the trained model on 512 tokens" in result.stdout
     assert "of what the adapters changed" in result.stdout
+    verify = ["verify", "--adapter", str(run), "--merged", str(output), "--data", str(text)]
+    verify += ["--sequence-length", "32"]
+    result = CliRunner().invoke(app, verify)
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()[-2:]] == ["adapter", "merged"]
     merged = AutoModelForCausalLM.from_pretrained(output)
     assert merged.dtype == torch.float32
+    merged.model.layers[0].mlp.up_proj.weight.data *= 2
+    merged.save_pretrained(output)
+    result = CliRunner().invoke(app, [*verify, "--json"])
+    assert result.exit_code == 1, result.output
+    stages = json.loads(result.stdout)["stages"]
+    assert [stage["passes"] for stage in stages] == [True, False]
+    assert stages[1]["ratio"] > 4
     assert AutoTokenizer.from_pretrained(output)("fox")["input_ids"]
 
 

@@ -1,8 +1,11 @@
 """The command line: what a run leaves behind, resuming, and every bad input in one line."""
 
 import json
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import qlora_compile
 from qlora_compile import api
 from qlora_compile.cli.app import app
+from qlora_compile.hf.trainer.objectives.registry import OBJECTIVES
 from qlora_compile.hf.training import StepObserver
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
+from tests.hf.trainer.chats import ROWS
 from tests.interrupts import interruptible
 from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
 
 __all__ = ["interruptible"]
 
+ROOT = Path(__file__).parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -216,6 +223,109 @@ def test_the_same_seed_gives_the_same_losses(inputs: Path, tmp_path: Path) -> No
     assert runs["a"] == runs["b"] != runs["c"]
 
 
+@pytest.mark.usefixtures("stock")
+def test_the_written_settings_repeat_the_run(inputs: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    changed = {
+        "steps": 4,
+        "dropout": 0.1,
+        "seed": 3,
+        "eval_every": 2,
+        "best_checkpoint": True,
+        "early_stopping": 9,
+        "accumulation": 2,
+        "scheduler": "cosine",
+        "weight_decay": 0.1,
+        "targets": "q_proj,v_proj",
+        "rank_pattern": "v_proj=2",
+        "rslora": True,
+        "packing": True,
+        "set": "adam_beta2=0.99",
+        "format": "none",
+    }
+    result = CliRunner().invoke(app, arguments(inputs, first, **changed))
+    assert result.exit_code == 0, result.output
+    trainer = json.loads((first / "trainer.json").read_text())
+    for name, value in {
+        "adam_beta2": 0.99,
+        "lr_scheduler_type": "cosine",
+        "gradient_accumulation_steps": 2,
+        "load_best_model_at_end": True,
+        "eval_steps": 2,
+        "weight_decay": 0.1,
+        "packing": True,
+        "seed": 3,
+    }.items():
+        assert trainer[name] == value, name
+    adapter = json.loads((first / "adapter_config.json").read_text())
+    assert (adapter["rank_pattern"], adapter["use_rslora"]) == ({"v_proj": 2}, True)
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+    given = ["train", "--config", str(first / "run.yaml"), "--output", str(again)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (first, again)]
+    assert figures[0]["held_out"] == figures[1]["held_out"]
+    assert losses(first) == losses(again)
+    settings = [run["settings"] for run in figures]
+    assert settings[0].pop("output") != settings[1].pop("output")
+    assert settings[0] == settings[1]
+
+
+BAD_SETTINGS = {
+    "rang: 4": "'rang' is no setting; the nearest is rank",
+    "rank: four": "rank is 'four' and no int",
+    "packing: 3": "packing is 3 and no bool | None",
+    "- a": "it holds no settings",
+    "a: [": "while parsing",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
+def test_a_bad_file_of_settings_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2
+    assert BAD_SETTINGS[text] in result.stderr
+    missing = CliRunner().invoke(app, ["train", "--data", "x.jsonl"])
+    assert "--model is missing; pass it" in missing.stderr
+
+
+def test_a_wrong_path_is_told_within_a_second() -> None:
+    given = [sys.executable, "-X", "importtime", "-m", "qlora_compile.cli.app", "train"]
+    for wrong in (["--model", "demo", "--data", "absent.jsonl"], ["--config", "absent.yaml"]):
+        done = subprocess.run([*given, *wrong], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert "absent" in done.stderr.splitlines()[-1]
+        # Without these libraries it takes a third of a second on an idle machine.
+        for library in ("torch", "transformers", "datasets", "trl", "peft"):
+            assert f" {library}\n" not in done.stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == qlora_compile.__version__
+
+
+@pytest.mark.parametrize("objective", [o.name for o in OBJECTIVES if o.name != "sft"])
+def test_every_objective_runs(objective: str, inputs: Path, tmp_path: Path, stock: None) -> None:
+    kinds = {"kto": "judged", "grpo": "prompt", "classification": "classes"}
+    rows = ROWS[kinds.get(objective, "preference")]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(
+        "def length(completions, answer, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    changed = {"objective": objective, "steps": 1, "format": "none", "max_length": None}
+    changed |= {"data": tmp_path / "rows.jsonl", "held_out": 0.34}
+    if objective == "grpo":
+        changed |= {"reward": f"{tmp_path}/rewards.py:length", "set": "max_completion_length=4"}
+        changed |= {"held_out": 0, "batch_size": 8}
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", **changed))
+    assert result.exit_code == 0, (result.output, result.exception)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["training"]["losses"]) == 1
+    assert metrics["held_out"].get("sequences") == (None if objective == "grpo" else 1)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing text": ({"data": "absent.txt"}, "'absent.txt': the file does not exist"),
     "a folder without data": ({"data": "{tmp}/nothing"}, "no saved dataset and no file"),
@@ -321,9 +431,12 @@ def test_without_matplotlib_nothing_starts(
 
 def test_explain_prints_the_report_without_training(inputs: Path) -> None:
     given = ["explain", "--model", str(inputs / "model"), "--format", "int8", "--rank", "2"]
-    table = CliRunner().invoke(app, given)
+    table = CliRunner().invoke(app, given, env={"COLUMNS": "120"})
     assert table.exit_code == 0, table.output
-    assert "layers.1.mlp.down_proj" in table.stdout
+    assert "model.layers.*.mlp.down_proj" in table.stdout
+    assert re.search(r"^\s*2\s.*int8\s+64 x 128\s+2\s", table.stdout, re.M)
+    whole = CliRunner().invoke(app, [*given, "--all"])
+    assert "layers.1.mlp.down_proj" in whole.stdout
     report = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)
     assert {site["format"] for site in report["sites"] if site["fused"]} == {"int8"}
     bad = CliRunner().invoke(app, [*given[:3], "--format", "int9"])

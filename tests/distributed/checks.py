@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_compile.capture import backend
@@ -217,7 +218,7 @@ def _bytes_of_integers() -> int:
     storages = {}
     for each in gc.get_objects():
         if isinstance(each, Tensor) and _is_plane(each):
-            local = each.to_local() if hasattr(each, "to_local") else each
+            local = each.to_local() if isinstance(each, DTensor) else each
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bench.stock import with_bitsandbytes
 from qlora_compile.capture import backend
+from qlora_compile.kernels.formats.formats import FORMATS
 from tests.distributed import worker
 from tests.distributed.cases import Case, batch
 from tests.distributed.jobs import LONG, start
@@ -25,7 +26,7 @@ from tests.toy_language_model import toy_llama
 
 PROCESSES = (1, 2, 4)
 ENGINES = ("ddp", "fsdp2", "accelerate", "zero2", "zero3")
-BASES = ("nf4", "int8", "int4", "16bit", "bitsandbytes")
+BASES = (*(each.name for each in FORMATS[:4]), "16bit", "bitsandbytes")
 MODELS = ("dense", "experts")
 CHECKPOINTING = ("plain", "checkpointed")
 IMPOSSIBLE = {("fsdp2", "bitsandbytes")}
@@ -114,7 +115,8 @@ def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, a
 def test_stock_cannot_shard_bitsandbytes() -> None:
     """fully_shard makes DTensors of the codes, which lose the quant_state of Params4bit. accelerate
     leaves them whole."""
-    model = get_peft_model(with_bitsandbytes(toy_llama(), 4), LoraConfig(target_modules=["q_proj"]))
+    lora = LoraConfig(target_modules=["q_proj"])
+    model: Any = get_peft_model(with_bitsandbytes(toy_llama(), 4), lora)
     fully_shard(model.get_base_model().model.layers[0])
     with pytest.raises(ValueError, match="quant_state is required"):
         model(input_ids=batch(0))

@@ -70,7 +70,7 @@ def _adapters(model: Any) -> Iterator[tuple[str, list[float]]]:
 
 def _whole(parameter: Any) -> torch.Tensor:
     if hasattr(parameter, "ds_id"):
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
@@ -127,7 +127,7 @@ def _accelerate(model: Any) -> Any:
 
 def _zero(stage: int) -> Any:
     def engine(model: Any) -> Any:
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         trained = [p for p in model.parameters() if p.requires_grad]
         config = {

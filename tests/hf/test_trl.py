@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
-from transformers import LlamaForCausalLM
+from transformers import LlamaForSequenceClassification
 
 import qlora_compile
 from qlora_compile.modules.linear import QuantizedLinear
@@ -23,6 +23,7 @@ from tests.toy_language_model import toy_llama, toy_tokenizer
 __all__ = ["without_inductor"]
 
 trl: Any = pytest.importorskip("trl")
+pytest.importorskip("trl.experimental.orpo")
 
 FORMAT = "nf4"
 PROMPTS = ["hello ", "good ", "ab ", "x "]
@@ -42,6 +43,8 @@ TRAINERS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]]
     ),
     "DPO": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
     "KTO": ({"prompt": PROMPTS, "completion": GOOD, "label": [True, False] * 2}, {}, {}),
+    "Reward": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
+    "ORPO": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
     "GRPO": (
         {"prompt": PROMPTS},
         {"num_generations": 2, "max_completion_length": 4, "beta": 0.1},
@@ -67,9 +70,10 @@ def trainer_of(name: str, model: Any, folder: Path, peft_config: Any = None) -> 
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return getattr(trl, f"{name}Trainer")(
+    home = trl.experimental.orpo if name == "ORPO" else trl
+    return getattr(home, f"{name}Trainer")(
         model,
-        args=getattr(trl, f"{name}Config")(**(config | options)),
+        args=getattr(home, f"{name}Config")(**(config | options)),
         train_dataset=Dataset.from_dict(columns),
         processing_class=toy_tokenizer(),
         peft_config=peft_config,
@@ -77,22 +81,32 @@ def trainer_of(name: str, model: Any, folder: Path, peft_config: Any = None) -> 
     )
 
 
-def adapters() -> Any:
-    return lora(init_lora_weights=True)
+def adapters(name: str = "SFT") -> Any:
+    task = "SEQ_CLS" if name == "Reward" else None  # with it PEFT trains the head
+    return lora(init_lora_weights=True, task_type=task)
+
+
+def model_of(name: str) -> Any:
+    if name != "Reward":
+        return toy_llama()
+    torch.manual_seed(0)
+    config: Any = toy_llama().config
+    config.num_labels, config.pad_token_id = 1, toy_tokenizer().pad_token_id
+    return LlamaForSequenceClassification(config)
 
 
 def model_first(name: str, folder: Path) -> Any:
-    model = qlora_compile.optimize(toy_llama(), adapters(), quantize=FORMAT, tune="off")
+    model = qlora_compile.optimize(model_of(name), adapters(name), quantize=FORMAT, tune="off")
     return trainer_of(name, model, folder)
 
 
 def peft_config(name: str, folder: Path) -> Any:
-    model = qlora_compile.optimize(toy_llama(), quantize=FORMAT, tune="off")
-    return trainer_of(name, model, folder, adapters())
+    model = qlora_compile.optimize(model_of(name), quantize=FORMAT, tune="off")
+    return trainer_of(name, model, folder, adapters(name))
 
 
 def trainer_first(name: str, folder: Path) -> Any:
-    trainer = trainer_of(name, toy_llama(), folder, adapters())
+    trainer = trainer_of(name, model_of(name), folder, adapters(name))
     assert qlora_compile.optimize(trainer.model, quantize=FORMAT, tune="off") is trainer.model
     return trainer
 
@@ -102,9 +116,11 @@ ORDERS: tuple[Order, ...] = (model_first, peft_config, trainer_first)
 
 
 def stock(name: str, folder: Path) -> Any:
-    model = toy_llama()
+    model = model_of(name)
+    heads = {name: weight.clone() for name, weight in model.named_parameters() if "score" in name}
     _round_trip(model, FORMAT)
-    return trainer_of(name, model, folder, adapters())
+    model.load_state_dict(heads, strict=False)  # no head is packed
+    return trainer_of(name, model, folder, adapters(name))
 
 
 def trained(trainer: Any) -> tuple[list[float], Any]:
@@ -140,9 +156,10 @@ def test_trains_and_merges_as_stock(name: str, order: Order, tmp_path: Path) -> 
     assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert len(set(expected)) == 2
     sites = qlora_compile.explain(model).sites
-    assert [site.name for site in sites if not site.fused] == ["base_model.model.lm_head"]
+    head = "score" if name == "Reward" else "lm_head"
+    assert [site.name for site in sites if not site.fused] == [f"base_model.model.{head}"]
     plain, model = plain.merge_and_unload(), model.merge_and_unload()
-    assert isinstance(plain, LlamaForCausalLM)
+    assert isinstance(plain, type(model_of(name)))
     for path, linear in model.named_modules():
         if isinstance(linear, QuantizedLinear):
             merged = copy.deepcopy(linear)

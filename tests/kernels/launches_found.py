@@ -18,8 +18,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from qlora_compile.kernels.formats.formats import FORMATS
+from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
-from qlora_compile.kernels.gpu.products import adapter_operands, dequantize, low_rank
+from qlora_compile.kernels.gpu.products import dequantize
+from qlora_compile.kernels.gpu.thin_products import low_rank
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.variants.base import LinearSpec
 from tests.cli.built_kernels_found import FakeDriver
@@ -75,7 +77,8 @@ def main() -> None:
     JITFunction.run = counted
     x, factor = torch.randn(64, 129).bfloat16(), torch.randn(16, 128)
     low, scaling = torch.randn(1, 64, 16), torch.ones(1)
-    operands = partial(adapter_operands, low, factor.t(), torch.float32, torch.bfloat16)
+    factors = [AdapterFactors(low, factor.t(), scaling)]
+    operands = partial(adapter_operands, factors, torch.float32, torch.bfloat16)
     calls = {
         "first": partial(low_rank, x[:, :128].contiguous(), factor, torch.float32),
         "again": partial(low_rank, x[:, :128].contiguous(), factor.clone(), torch.float32),
@@ -89,8 +92,8 @@ def main() -> None:
             low_rank,
             *(x[:, :128].contiguous(), factor, torch.float32, torch.zeros(1024).byte()),
         ),
-        "scaled": partial(operands, scaling=scaling, factor=1.25),
-        "another number": partial(operands, scaling=scaling, factor=1.5),
+        "scaled": partial(operands, factor=1.25),
+        "another number": partial(operands, factor=1.5),
         **packed_calls(),
     }
     counts = {}

@@ -89,6 +89,13 @@ class Case:
     seed: int = 0
     stream: int = STREAM
 
+    @property
+    def layout(self) -> Layout:
+        if self.format == UNQUANTIZED:
+            return Layout(UNQUANTIZED, (self.n, self.k))
+        options = fitting(self.format, self.block_size, self.double_quantize)
+        return format_named(self.format).layout((self.n, self.k), **options)
+
     def build(self) -> Call:
         generator = torch.Generator().manual_seed(self.seed)
         d = self.dtypes
@@ -182,9 +189,8 @@ class Call:
     def fused_call(self, save_low_rank: bool = False) -> FusedCall:
         """What the op is told."""
         case, d = self.case, self.case.dtypes
-        layout = Layout(UNQUANTIZED, (case.n, case.k))
         linear = LinearCall(
-            layout if self.packed is None else self.packed.layout,
+            case.layout if self.packed is None else self.packed.layout,
             bias=self.bias is not None,
             rank=case.rank,
             stream=case.stream,

@@ -41,13 +41,17 @@ def value_of_fp8(quant_format: Fp8Format, code: int) -> float:
 
 
 def assert_decoded(quant_format: QuantFormat, packed: PackedWeight, expected: Tensor) -> None:
-    """By torch's operators, by the CPU's decoder and by Triton, in each dtype."""
+    """By torch's operators, by the CPU's decoder and by each of Triton's, in each dtype."""
     spec = LinearSpec(packed.layout, 0.0, 0, *(torch.bfloat16,) * 3)
     for dtype in DTYPES:
         rounded = expected.to(dtype)
         rows = quant_format.dequantize_rows(packed, 0, packed.shape[0], dtype)
-        by_triton = dequantize(packed.tensors, spec, dtype, "plain")
-        for made in (quant_format.dequantize(packed, dtype), rows, by_triton):
+        by_triton = [
+            dequantize(packed.tensors, spec, dtype, decoder.name)
+            for decoder in quant_format.device_decoders()
+            if dtype != torch.float32 or decoder.programs is None
+        ]
+        for made in (quant_format.dequantize(packed, dtype), rows, *by_triton):
             torch.testing.assert_close(made, rounded, rtol=0, atol=0, equal_nan=True)
             assert torch.equal(made.signbit() & ~made.isnan(), rounded.signbit() & ~rounded.isnan())
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from qlora_compile.kernels.formats.formats import FORMATS, UNQUANTIZED, format_named
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import VARIANTS
 from qlora_compile.kernels.variants.base import NO_CONFIG, Config
 from qlora_compile.kernels.variants.gemm_variant import GemmVariant
@@ -21,13 +22,15 @@ FORMAT_NAMES = (UNQUANTIZED, *(quant_format.name for quant_format in FORMATS))
 SIXTEEN_BIT = [d for d in DTYPES if d.compute in (torch.bfloat16, torch.float16)]
 
 
-def configs(variant: TritonVariant, format: str) -> list[Config]:
-    """Every config of `variant` for any target that can decode `format`."""
+def configs(variant: TritonVariant, format: str, layout: Layout | None = None) -> list[Config]:
+    """Every config of `variant` for any target that can decode `format`, and a weight of `layout`
+    if one is given."""
     if not isinstance(variant, GemmVariant):
         return [NO_CONFIG]
     shipped = dict.fromkeys(itertools.chain(*(variant.shipped(target) for target in TARGETS)))
     decoders = format_named(format).device_decoders() if format != UNQUANTIZED else ()
-    known = {None, *(decoder.name for decoder in decoders)}
+    bf16 = torch.bfloat16
+    known = {None, *(d.name for d in decoders if not d.rejects("sm_90", bf16, layout))}
     return [config for config in shipped if config.decoder in known]
 
 

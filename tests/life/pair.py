@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import torch
 from hypothesis import strategies as st
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import qlora_compile
 from qlora_compile.kernels.formats.int8 import INT8
 from qlora_compile.kernels.formats.nf4 import NF4
+from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.test_equality import lora
 from tests.toy_models import VOCABULARY, toy, with_bitsandbytes
@@ -59,7 +61,10 @@ class Operation(Protocol):
 
 class DecodedLinear(nn.Linear):
     """A stock Linear with the weight that a packed one decodes. What is merged into it is rounded
-    as the packed one rounds: `packed` is quantised from the sum and decoded again."""
+    as the packed one rounds: `packed` is quantised from the sum and decoded again. `unmerged`: what
+    it was before."""
+
+    unmerged: PackedWeight | None = None
 
     def __init__(self, linear: nn.Linear, packed: QuantizedLinear) -> None:
         nn.Module.__init__(self)
@@ -332,11 +337,23 @@ def _rounded(model: nn.Module) -> Iterator[None]:
     """Weights are as decoded in float32 inside; those changed are packed and decoded afterwards."""
     layers = _decoded(model)
     dtypes = [layer.weight.dtype for layer in layers]
+    wrappers = {id(m.base_layer): m for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    merged = [bool(_merged(wrappers, layer)) for layer in layers]
     for layer in layers:
         layer.decode(torch.float32)
     before = [layer.weight.data.clone() for layer in layers]
     yield
-    for layer, dtype, weight in zip(layers, dtypes, before, strict=True):
-        if not torch.equal(layer.weight.data, weight):
-            layer.packed[0].requantize(layer.weight.data)
+    for layer, dtype, weight, was in zip(layers, dtypes, before, merged, strict=True):
+        packed, now = layer.packed[0], _merged(wrappers, layer)
+        if now and not was:
+            layer.unmerged = packed.packed
+        if was and not now and layer.unmerged is not None:
+            packed._store(layer.unmerged)  # as ours gives back what was there before
+        elif not torch.equal(layer.weight.data, weight):
+            packed.requantize(layer.weight.data)
         layer.decode(dtype)
+
+
+def _merged(wrappers: dict[int, Any], layer: DecodedLinear) -> list[str]:
+    wrapper = wrappers.get(id(layer))
+    return [] if wrapper is None else wrapper.merged_adapters

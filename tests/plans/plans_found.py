@@ -27,7 +27,7 @@ from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.plans import first_use, native
 from qlora_compile.kernels.selector import Selector
 from qlora_compile.kernels.variants.base import LinearTensors
-from qlora_compile.kernels.workspace import workspace
+from qlora_compile.kernels.workspace import _buffers, fresh_workspaces, workspace
 from tests.fake_device.device import FakeDevice, fake_device
 from tests.plans.toy_calls import (
     TEXT,
@@ -61,8 +61,11 @@ def operators(device: FakeDevice) -> dict[str, Any]:
         for _ in range(4):
             x, weight = torch.randn(6, K), torch.randn(N, K)
             tensors = LinearTensors(x, [weight], None, None, None, None, None)
-            equal.append(torch.equal(call(x=x, weight=weight), body(tensors)))
-    return {"equal": equal, "plans": plans()}
+            with fresh_workspaces():
+                expected = body(tensors)
+            equal.append(torch.equal(call(x=x, weight=weight), expected))
+    shared = len(_buffers.by_stream)
+    return {"equal": equal, "plans": plans(), "workspaces": shared}
 
 
 def results(device: FakeDevice) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def results(device: FakeDevice) -> dict[str, Any]:
         "apart": len({each.data_ptr() for each in storages}),
         "shape": list(shaped.shape),
         "contiguous": shaped.is_contiguous(),
-        "profiled": [e.name for e in profiled.events() if e.name.startswith("qlora")],
+        "profiled": [e.name for e in profiled.events() or () if e.name.startswith("qlora")],
     }
 
 
@@ -250,6 +253,10 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
 
     weight = torch.randn(N, K)
     called: list[Any] = []
+
+    def hook(metadata: Any) -> None:
+        called.append(metadata)
+
     with computed_by(launching):
         for _ in range(3):
             call()
@@ -263,10 +270,10 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
         with device.recording() as launches, native.off():
             call()
         by_python = [plans() - count, len(launches)]
-        knobs.runtime.launch_enter_hook.add(called.append)
+        knobs.runtime.launch_enter_hook.add(hook)
         native.heed()
         call()
-        knobs.runtime.launch_enter_hook.remove(called.append)
+        knobs.runtime.launch_enter_hook.remove(hook)
         hooked = len(called)
         native.heed()
         call()

@@ -4,6 +4,7 @@ them, each in a process of its own."""
 from __future__ import annotations
 
 import json
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from qlora_compile.kernels.gpu.launch import Launch
 from qlora_compile.kernels.gpu.launch_step import launch_step
-from qlora_compile.kernels.plans import native
+from qlora_compile.kernels.plans import first_use, native
+from qlora_compile.kernels.plans.recording import Recorder
 from qlora_compile.kernels.plans.slab import ALIGNMENT, Piece, packed
 from qlora_compile.kernels.plans.steps import Source, UnplannableError
 from tests.bench.compiled import run
@@ -47,7 +49,10 @@ def test_launches_are_those_of_tritons_own_launcher(parity: Found) -> None:
 
 
 def test_torchs_operators_replay_to_the_same_bits(found: Found) -> None:
-    assert found["operators"] == {"equal": [True] * 4, "plans": 1}
+    assert found["operators"]["equal"] == [True] * 4
+    assert found["operators"]["plans"] == 1
+    # Python's own scratch memory is freed once there is a plan.
+    assert found["operators"]["workspaces"] == 0
 
 
 def test_results_have_contiguous_storage_of_their_own(found: Found) -> None:
@@ -142,15 +147,78 @@ def test_plans_keep_their_kernels_loaded(found: Found) -> None:
     assert found["living"]["launched"] == 2
 
 
-def test_without_a_compiler_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As on a machine with a GPU, before anything is built; the keys that are installed."""
+    installed: list[str] = []
     monkeypatch.setattr(native, "_state", native._State())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "_load", lambda: None)
+    monkeypatch.setattr(native, "install", installed.append)
+    return installed
+
+
+def test_without_a_compiler_the_report_says_so(
+    on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native, "has_compiler", lambda: False)
     assert native.report() == []
-    native._build()
+    native.start()
+    native.start()
+    native.heed()
     (line,) = native.report()
     assert "no C++ compiler" in line
+    assert on_a_gpu == []
+
+
+def test_what_is_built_is_installed_before_a_block_but_in_no_backward(on_a_gpu: list[str]) -> None:
     native.heed()
-    assert not native._state.installed
+    native.start()
+    for thread in threading.enumerate():
+        if thread.name == "plans":
+            thread.join()
+
+    class Heeding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x + 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            native.heed()
+            assert on_a_gpu == []
+            return grad
+
+    Heeding.apply(torch.ones(1, requires_grad=True)).backward()
+    native.heed()
+    assert on_a_gpu == ["CUDA"]
+
+
+def test_there_are_no_plans_on_rocm(on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    native.start()
+    assert not native._state.started
+
+
+def test_nothing_is_compared_under_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    fraction = iter([0.5, 1.0, 1.0])
+    known = {"memory_reserved": 30, "memory_allocated": 20, "mem_get_info": (90, 200)}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: next(fraction)
+    )
+    assert [first_use._fits(device, size) for size in (1, 100, 101)] == [False, True, False]
+
+
+def test_what_uses_a_second_stream_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder([torch.zeros(1)])
+    monkeypatch.setattr(recorder, "_current_stream", lambda: 1)
+    recorder.launched(_LAUNCH, _Compiled())
+    assert recorder.obstacle == "it uses a second stream"
+    assert not recorder.steps
 
 
 class _Compiled:

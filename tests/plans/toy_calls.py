@@ -20,7 +20,8 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.variants.base import NO_CONFIG, LinearTensors
 
 N, K = 24, 16
-TEXT = str(Call((LinearCall(Layout(UNQUANTIZED, (N, K))),), *[torch.float32] * 3))
+F32 = torch.float32
+TEXT = str(Call((LinearCall(Layout(UNQUANTIZED, (N, K))),), F32, F32, F32))
 
 Body = Callable[[LinearTensors], Tensor]
 """What computes y of one Linear."""

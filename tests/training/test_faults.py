@@ -146,6 +146,7 @@ READ_ON_RESUME = (".json", ".safetensors", ".pt", ".pth", ".bin")
 @given(st.data())
 def test_a_checkpoint_cut_at_any_byte_is_passed_over(whole: Path, data: st.DataObject) -> None:
     newest = last_checkpoint(whole)
+    assert newest is not None
     assert newest == whole / f"checkpoint-{STEPS}"
     file = data.draw(
         st.sampled_from(sorted(f for f in newest.iterdir() if f.suffix in READ_ON_RESUME))

@@ -52,8 +52,9 @@ struct Sixteen {
     upper = bytes(_mm256_srli_epi16(all, 8));
   }
 
-  // The values of 32 codes: the lower four bits of each byte of `first` and of `second`, in turn.
-  void look_up(__m128i first, __m128i second, uint16_t* to) const {
+  // The values of 32 codes: the lower four bits of each byte of `first` and of `second`, in turn;
+  // or only of the first 16.
+  void look_up(__m128i first, __m128i second, uint16_t* to, bool half = false) const {
     const __m128i four_bits = _mm_set1_epi8(0xF);
     first = _mm_and_si128(first, four_bits);
     second = _mm_and_si128(second, four_bits);
@@ -64,6 +65,7 @@ struct Sixteen {
       const __m128i low = _mm_shuffle_epi8(lower, codes), high = _mm_shuffle_epi8(upper, codes);
       _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
       _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
+      if (half) return;
     }
   }
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import functools
 import struct
 
-_PACK = {"bf16": "cvt.rn.bf16x2.f32", "fp16": "cvt.rn.f16x2.f32"}
+PACKED = {"bf16": "cvt.rn.bf16x2.f32", "fp16": "cvt.rn.f16x2.f32"}
 """Two float32, the first to the high half, rounded to nearest even."""
 
 
-def _float(value: float) -> str:
+def float_literal(value: float) -> str:
     return "0f" + struct.pack(">f", value).hex().upper()
 
 
-def _unpack(words: list[str]) -> str:
+def unpacked(words: list[str]) -> str:
     """Both halves of each of `words` to the 16-bit outputs $0, $1, …, low half first."""
     return "".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {word};\n" for i, word in enumerate(words))
 
@@ -28,10 +28,10 @@ def scaled_table(codebook: tuple[float, ...], dtype: str) -> str:
     for group in range(4):
         for j, value in enumerate(codebook[4 * group : 4 * group + 4]):
             # A scale is not negative, so that zeros keep their sign.
-            trivial = {1.0: "$8", 0.0: _float(value)}.get(value)
-            product = f"mul.rn.f32 t{j}, $8, {_float(value)};\n"
+            trivial = {1.0: "$8", 0.0: float_literal(value)}.get(value)
+            product = f"mul.rn.f32 t{j}, $8, {float_literal(value)};\n"
             text += f"mov.f32 t{j}, {trivial};\n" if trivial else product
-        text += f"{_PACK[dtype]} p0, t1, t0;\n{_PACK[dtype]} p1, t3, t2;\n"
+        text += f"{PACKED[dtype]} p0, t1, t0;\n{PACKED[dtype]} p1, t3, t2;\n"
         text += f"prmt.b32 ${group}, p0, p1, 0x6420;\nprmt.b32 ${4 + group}, p0, p1, 0x7531;\n"
     return text + "}"
 
@@ -56,7 +56,7 @@ def table_lookup() -> str:
         # Nibble 1 of a byte pair is weight 0: swap the pair while interleaving the planes.
         text += f"prmt.b32 o{2 * half}, l0, h0, 0x4051;\n"
         text += f"prmt.b32 o{2 * half + 1}, l0, h0, 0x6273;\n"
-    return text + _unpack(["o0", "o1", "o2", "o3"]) + "}"
+    return text + unpacked(["o0", "o1", "o2", "o3"]) + "}"
 
 
 LANE_TABLE = (
@@ -82,8 +82,8 @@ def lane_lookup(dtype: str) -> str:
             text += f"shr.u32 i, $8, {shift};\n" if shift else ""
             text += f"shfl.sync.idx.b32 w, $9, {source}, 0x100f, 0xffffffff;\n"
             text += f"mov.b32 {name}, w;\nmul.rn.f32 {name}, {name}, $10;\n"
-        text += f"{_PACK[dtype]} {word}, odd, even;\n"
-    return text + _unpack(words) + "}"
+        text += f"{PACKED[dtype]} {word}, odd, even;\n"
+    return text + unpacked(words) + "}"
 
 
 @functools.cache
@@ -97,7 +97,7 @@ def int8_lookup(dtype: str) -> str:
     for pair in range(2):
         for name, byte in (("even", 2 * pair), ("odd", 2 * pair + 1)):
             text += f"prmt.b32 b, w, 0x4B000000, 0x{0x7540 | byte:04x};\nmov.b32 {name}, b;\n"
-            text += f"sub.rn.f32 {name}, {name}, {_float(2.0**23 + 128)};\n"
+            text += f"sub.rn.f32 {name}, {name}, {float_literal(2.0**23 + 128)};\n"
             text += f"mul.rn.f32 {name}, {name}, $5;\n"
-        text += f"{_PACK[dtype]} o{pair}, odd, even;\n"
-    return text + _unpack(["o0", "o1"]) + "}"
+        text += f"{PACKED[dtype]} o{pair}, odd, even;\n"
+    return text + unpacked(["o0", "o1"]) + "}"

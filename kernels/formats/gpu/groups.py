@@ -25,9 +25,9 @@ _MAGIC_BITS = tl.constexpr(0x4B000000)
 
 
 class GroupSide(NamedTuple):
-    """The factors of groups; zeros None where all are one constant. groups: factors of a row.
-    whole: a scale of the whole tensor or of each row, for the formats that have one. index: int32
-    [K], the group of each column; None where groups are of neighbours."""
+    """The factors of groups; zeros, or minima, None where all are one constant. groups: factors of
+    a row. whole: a scale of the whole tensor or of each row, for the formats that have one. index:
+    int32 [K], the group of each column; None where groups are of neighbours."""
 
     scales: Tensor
     zeros: Tensor | None
@@ -48,12 +48,13 @@ def group_side(
     whole: Tensor | None = None,
     whole_shift: int = 31,
     index: Tensor | None = None,
+    adds: bool = False,
 ) -> Side:
     """The Side of a weight with k columns, which share factors by groups of `group_size`.
 
     constant: the zero where there are no `zeros`. row_shift: 2**row_shift rows share factors; 31
     where all do. whole_shift: the same of `whole`. index: int32 [k], the group of each column, if
-    groups are not of neighbours.
+    groups are not of neighbours. adds: whether `zeros` are minima, to be added to the product.
     """
     by_row = group_size >= k
     run = tile_columns if by_row else math.gcd(group_size, tile_columns)
@@ -61,7 +62,7 @@ def group_side(
         run = 1
     side = GroupSide(scales, zeros, -(-k // group_size), whole, index)
     shift = -1 if by_row else group_size.bit_length() - 1
-    fractional = int(zeros is not None and zeros.is_floating_point())
+    fractional = int(zeros is not None and zeros.is_floating_point()) + adds
     return Side(side, (shift, run, constant, row_shift, fractional, whole_shift))
 
 
@@ -81,9 +82,9 @@ def load_groups(
     """The scale of each run of RUN columns, and its zero if there are any.
 
     SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; log2 of the
-    rows that share factors; whether zeros may be no whole numbers; and log2 of the rows that share
-    the scale of more than a group. Each result is [ROWS] where
-    a row of the tile is one run, else [ROWS, COLUMNS / RUN].
+    rows that share factors; 1 if zeros may be no whole numbers, 2 if they are minima, else 0; and
+    log2 of the rows that share the scale of more than a group. Each result is [ROWS] where a row of
+    the tile is one run, else [ROWS, COLUMNS / RUN].
     """
     SHIFT: tl.constexpr = SIDE[0]
     RUN: tl.constexpr = SIDE[1]
@@ -112,20 +113,26 @@ def load_groups(
 def integer_factors(loaded, side, state, SIDE: tl.constexpr):
     """float32 scales, and what to take off 2**23 + code in one step and in a second one.
 
-    2**23 + zero is exact for a whole zero, and then nothing is left for the second step.
+    2**23 + zero is exact for a whole zero, and then nothing is left for the second step. Where the
+    zeros are minima, a fourth tensor has what to add in the end.
     """
     CONSTANT: tl.constexpr = SIDE[2]
-    FRACTIONAL: tl.constexpr = SIDE[4]
+    ZEROS: tl.constexpr = SIDE[4]
     scales = loaded[0].to(tl.float32)
     first = tl.full(scales.shape, _MAGIC + CONSTANT, tl.float32)
     second = tl.full(scales.shape, 0.0, tl.float32)
-    if side.zeros is not None:
-        if FRACTIONAL:
-            first = tl.full(scales.shape, _MAGIC, tl.float32)
-            second = loaded[1].to(tl.float32)
-        else:
-            first = loaded[1].to(tl.float32) + _MAGIC
-    return scales, first, second
+    if ZEROS == 2:
+        first = tl.full(scales.shape, _MAGIC, tl.float32)
+        factors = (scales, first, second, loaded[1].to(tl.float32))
+    else:
+        if side.zeros is not None:
+            if ZEROS == 1:
+                first = tl.full(scales.shape, _MAGIC, tl.float32)
+                second = loaded[1].to(tl.float32)
+            else:
+                first = loaded[1].to(tl.float32) + _MAGIC
+        factors = (scales, first, second)
+    return factors
 
 
 @triton.jit
@@ -136,8 +143,10 @@ def raised(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def with_factors(code, factors, DTYPE: tl.constexpr):
-    scales, first, second = factors
-    return (((code - first) - second) * scales).to(DTYPE)
+    scaled = ((code - factors[1]) - factors[2]) * factors[0]
+    if len(factors) == 4:
+        scaled += factors[3]
+    return scaled.to(DTYPE)
 
 
 @triton.jit
@@ -148,11 +157,15 @@ def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE
 @triton.jit
 def by_group(words, factors):
     """`words` with one row for each group, and the factors as columns."""
-    scales, first, second = factors
-    rows, scales = grouped(words, scales)
-    _, first = grouped(words, first)
-    _, second = grouped(words, second)
-    return rows, (scales, first, second)
+    rows, scales = grouped(words, factors[0])
+    _, first = grouped(words, factors[1])
+    _, second = grouped(words, factors[2])
+    if len(factors) == 4:
+        _, minima = grouped(words, factors[3])
+        found = (scales, first, second, minima)
+    else:
+        found = (scales, first, second)
+    return rows, found
 
 
 @triton.constexpr_function
@@ -180,19 +193,21 @@ def decode_nibbles(
             raised(words, 24, 15),
             raised(words, 28, 15),
         )
-        return with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
-    words, factors = by_group(words, scales)
-    values = join8(
-        integer_value(words, 0, 15, factors, DTYPE),
-        integer_value(words, 4, 15, factors, DTYPE),
-        integer_value(words, 8, 15, factors, DTYPE),
-        integer_value(words, 12, 15, factors, DTYPE),
-        integer_value(words, 16, 15, factors, DTYPE),
-        integer_value(words, 20, 15, factors, DTYPE),
-        integer_value(words, 24, 15, factors, DTYPE),
-        integer_value(words, 28, 15, factors, DTYPE),
-    )
-    return tl.reshape(values, (ROWS, COLUMNS))
+        tile = with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
+    else:
+        words, factors = by_group(words, scales)
+        values = join8(
+            integer_value(words, 0, 15, factors, DTYPE),
+            integer_value(words, 4, 15, factors, DTYPE),
+            integer_value(words, 8, 15, factors, DTYPE),
+            integer_value(words, 12, 15, factors, DTYPE),
+            integer_value(words, 16, 15, factors, DTYPE),
+            integer_value(words, 20, 15, factors, DTYPE),
+            integer_value(words, 24, 15, factors, DTYPE),
+            integer_value(words, 28, 15, factors, DTYPE),
+        )
+        tile = tl.reshape(values, (ROWS, COLUMNS))
+    return tile
 
 
 # fmt: off
@@ -210,12 +225,14 @@ def decode_bytes(
             raised(words, 16, 255),
             raised(words, 24, 255),
         )
-        return with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
-    words, factors = by_group(words, scales)
-    values = join4(
-        integer_value(words, 0, 255, factors, DTYPE),
-        integer_value(words, 8, 255, factors, DTYPE),
-        integer_value(words, 16, 255, factors, DTYPE),
-        integer_value(words, 24, 255, factors, DTYPE),
-    )
-    return tl.reshape(values, (ROWS, COLUMNS))
+        tile = with_factors(tl.reshape(codes, (ROWS, COLUMNS)), scales, DTYPE)
+    else:
+        words, factors = by_group(words, scales)
+        values = join4(
+            integer_value(words, 0, 255, factors, DTYPE),
+            integer_value(words, 8, 255, factors, DTYPE),
+            integer_value(words, 16, 255, factors, DTYPE),
+            integer_value(words, 24, 255, factors, DTYPE),
+        )
+        tile = tl.reshape(values, (ROWS, COLUMNS))
+    return tile

@@ -32,7 +32,7 @@ class TorchaoIntegers(RepackedBase):
         return None
 
     def packed(self, module: Any) -> PackedWeight:
-        return torchao_integers.packed(module.weight)
+        return torchao_integers.packed_tensor(module.weight)
 
     def dtype(self, module: Any) -> torch.dtype:
         return module.weight.dtype

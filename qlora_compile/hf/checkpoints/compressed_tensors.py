@@ -51,14 +51,22 @@ def weight_arguments(settings: Settings, module: str) -> Mapping[str, Any]:
 
     A group's targets are names, patterns after "re:", or classes, of which "Linear" is every
     module's here; names and patterns go before classes. Empty if no group has a target there.
+    Raises StoredWeightError.
     """
     found: Mapping[str, Any] = {}
-    for group in (settings.get("config_groups") or {}).values():
-        for target in group.get("targets") or ():
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
-                return group.get("weights") or {}
-            if target == "Linear":
-                found = group.get("weights") or {}
+    try:
+        for group in (settings.get("config_groups") or {}).values():
+            for target in group.get("targets") or ():
+                if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                    return group.get("weights") or {}
+                if target == "Linear":
+                    found = group.get("weights") or {}
+    except (AttributeError, TypeError, re.error) as error:
+        raise StoredWeightError(
+            tensor="quantization_config",
+            problem=f"config_groups cannot be read ({error})",
+            remedy="download config.json again",
+        ) from error
     return found
 
 

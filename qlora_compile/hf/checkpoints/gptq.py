@@ -14,8 +14,8 @@ from qlora_compile.hf.packings import gptq
 
 
 class GptqCheckpoint(Source):
-    """A Linear NAME has "NAME.qweight", "NAME.qzeros", "NAME.scales" and, in most checkpoints,
-    "NAME.g_idx"."""
+    """A Linear NAME has "NAME.qweight", "NAME.qzeros", "NAME.scales" and, in most checkpoints and
+    in all with act-order (`desc_act`), "NAME.g_idx"."""
 
     method: ClassVar[str] = "gptq"
 
@@ -24,7 +24,7 @@ class GptqCheckpoint(Source):
         int32 = (torch.int32,)
         for stem in stems(folder, ".qweight"):
             names = {"codes": "qweight", "zeros": "qzeros", "scales": "scales"}
-            if f"{stem}.g_idx" in folder.tensors:
+            if settings.get("desc_act") or f"{stem}.g_idx" in folder.tensors:
                 names["index"] = "g_idx"
             tensors = {role: f"{stem}.{name}" for role, name in names.items()}
             words, rows = folder.check(tensors["codes"], dtypes=int32, shape=(None, None))

@@ -20,6 +20,7 @@ from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight, stems
 from qlora_compile.hf.conv1d import LinearSite, as_linear, features
 from qlora_compile.hf.experts import is_transposed, settle
+from qlora_compile.hf.quantizer import METHOD, VERSION
 from qlora_compile.kernels.experts.base import PACKED_EXPERTS
 from qlora_compile.kernels.formats.formats import format_named, meta_tensors, planes_of
 from qlora_compile.kernels.layout import Layout, Plane
@@ -27,12 +28,12 @@ from qlora_compile.kernels.packed import PackedWeight, as_bytes
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.modules.packed import LAYOUT
+from qlora_compile.saving_errors import PackedFolderVersionError
 
-STEM = "qlora_compile"
+STEM = METHOD
 """The beginning of the names of files, which stock transformers does not look for: it would take
 the codes for numbers."""
 
-VERSION = 1
 ORIGIN = f"{STEM} checkpoint"
 
 
@@ -47,6 +48,8 @@ class PackedCheckpoint(Source):
     beside: ClassVar[tuple[str, ...]] = (f".{LAYOUT}",)
 
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
+        if (version := settings.get("version")) != VERSION:
+            raise PackedFolderVersionError(value=version, known=VERSION)
         for name, layout in stored_layouts(folder):
             tensors = {role: f"{name}.{role}" for role in roles(planes_of(layout))}
             is_experts = name.endswith(PACKED_EXPERTS)

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_compile.checkpoint_errors import CheckpointError, StoredWeightError
+from qlora_compile.errors import PackedWeightError
 from qlora_compile.hf import experts, parameter_counts
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight
@@ -53,8 +54,8 @@ def read_model(
 ) -> Any:
     """Build a `model_class` of `config` from the checkpoint in `folder`, which `source` reads.
 
-    dtype: that of all weights that are not packed, and of products with packed ones. The peak of
-    memory is the packed model and the tensors of one parameter.
+    dtype: that of all weights that are not packed, and of products with packed ones. Tensors are
+    read one parameter at a time, after all headers have been checked.
 
     Raises CheckpointError if a tensor is missing or unfit; no model is left behind.
     """
@@ -157,7 +158,7 @@ class DirectReader(HfQuantizer):
             _check_shape(direct.folder, target)
             for piece in target.pieces:
                 del direct.rest[piece.name]
-        check_rest(model, direct.folder, direct.rest)
+        check_rest(model, direct.folder, direct.rest, {target.name for target in self.targets})
         for target in self.targets:
             _take_out(model, target)
         return model
@@ -217,7 +218,12 @@ def _put_in(model: Any, target: Target, direct: Direct) -> None:
     weights = [piece.read(direct.folder) for piece in target.pieces]
     packed = weights[0]
     if len(weights) > 1:
-        packed = format_named(packed.format).stacked(weights)
+        try:
+            packed = format_named(packed.format).stacked(weights)
+        except PackedWeightError as error:
+            problem = f"{target.name} is put together of {len(weights)} weights: {error}"
+            remedy = "load the model in 16 bits and quantise it here"
+            raise direct.folder.error(target.pieces[0].name, problem, remedy) from error
     packed = PackedWeight(
         packed.layout, {name: plane.to(direct.device) for name, plane in packed.planes.items()}
     )

@@ -7,7 +7,8 @@ single experts it merges into one. Here the same rules are applied to packed wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,16 +75,14 @@ def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
         if name in tied:
             continue
         path, _, parameter = name.rpartition(".")
-        module = modules.get(path)
+        module: Any = modules.get(path)
         site = sites.get(name)
         if site is not None and site.obstacle in (None, experts.TRAINED):
             pieces = tuple(_by_expert(parts, site.experts))
             shape = (site.experts * site.n, site.k)
             if pieces:
                 yield Target(name, site.module, pieces, shape, site.weight.dtype, site)
-        elif (
-            type(module) in (nn.Linear, Conv1D) and parameter == "weight" and list(parts) == [None]
-        ):
+        elif type(module) in (nn.Linear, Conv1D) and (parameter, *parts) == ("weight", None):
             pieces = tuple(parts[None])
             yield Target(name, module, pieces, features(module), module.weight.dtype, None)
 
@@ -137,13 +136,20 @@ def _parts(model: Any, weights: Iterable[StoredWeight]) -> Mapping[str, Parts]:
     return found
 
 
-def check_rest(model: Any, folder: CheckpointFolder, rest: Mapping[str, Lazy]) -> None:
+def check_rest(
+    model: Any, folder: CheckpointFolder, rest: Mapping[str, Lazy], packed: Collection[str]
+) -> None:
     """Raises CheckpointError if one of the tensors that transformers shall load does not fit
-    `model`: each has the shape of its parameter, and is made of numbers that need no scales."""
+    `model`: each has the shape of its parameter, and is made of numbers that need no scales. The
+    same if one is missing that is not among the `packed` parameters."""
     names = _Names(model)
+    found, certain = set(packed), True
     merged: dict[str, list[str]] = {}
     for tensor, lazy in rest.items():
         name, pattern = names.place(tensor)
+        found.add(name)
+        # A converter that makes several parameters is known by the first one.
+        certain &= pattern is None or pattern in names.merging
         if name not in names.empty:
             continue  # transformers reports what it does not know
         empty = names.empty[name]
@@ -162,6 +168,12 @@ def check_rest(model: Any, folder: CheckpointFolder, rest: Mapping[str, Lazy]) -
         if count != whole:
             problem = f"the {len(parts)} parts of {name} have {count} elements, not {whole}"
             raise folder.error(min(parts), problem, f"{AGAIN}, and config.json")
+    ties = model.all_tied_weights_keys
+    ignored = [re.compile(rule) for rule in model._keys_to_ignore_on_load_missing or ()]
+    missing = sorted(names.empty.keys() - found - ties.keys() - set(ties.values()))
+    for name in missing if certain else ():
+        if not any(rule.search(name) for rule in ignored):
+            raise folder.error(name, "the tensor is missing", AGAIN)
 
 
 def _only_merges(converter: WeightConverter) -> bool:

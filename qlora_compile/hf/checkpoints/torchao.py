@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import FLOATS, Settings, Source, StoredWeight, stems
+from qlora_compile.hf.packings import torchao_integers
 from qlora_compile.hf.packings.fp8 import FORMATS, packed_fp8
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -46,14 +48,45 @@ def _float8(folder: CheckpointFolder, stem: str, attributes: Mapping[str, Any]) 
     """`qdata`, float8 [N, K]; `scale`, one for each block of `block_size`, the tensor if empty."""
     tensors = {"weight": f"{stem}.{_CODES}", "scales": f"{stem}._weight_scale"}
     n, k = folder.check(tensors["weight"], dtypes=tuple(FORMATS), shape=(None, None))
-    stored = attributes.get("block_size") or (n, k)
-    if len(stored) != 2 or any(type(size) is not int or size < 1 for size in stored):
-        raise folder.error(tensors["weight"], f"block_size is {stored!r}, not two sizes", AGAIN)
-    block = stored[0], stored[1]
+    block = _block(folder, tensors["weight"], attributes, (n, k))
     grid = (-(-n // block[0]), -(-k // block[1]))
     if folder.check(tensors["scales"], dtypes=FLOATS) != () or grid != (1, 1):
         folder.check(tensors["scales"], shape=grid)
     return StoredWeight(f"{stem}.weight", tensors, (n, k), partial(_packed_float8, block))
+
+
+def _integers(folder: CheckpointFolder, stem: str, attributes: Mapping[str, Any]) -> StoredWeight:
+    """`qdata`, int8 [N, K]; `scale` and perhaps `zero_point`, one for each block."""
+    tensors = {"codes": f"{stem}.{_CODES}", "scales": f"{stem}._weight_scale"}
+    n, k = folder.check(tensors["codes"], dtypes=(torch.int8,), shape=(None, None))
+    block = _block(folder, tensors["codes"], attributes, (n, k))
+    grid = (-(-n // block[0]), -(-k // block[1]))
+    folder.check(tensors["scales"], dtypes=FLOATS, shape=grid)
+    if (zeros := f"{stem}._weight_zero_point") in folder.tensors:
+        folder.check(zeros, dtypes=(torch.int8, *FLOATS), shape=grid)
+        tensors["zeros"] = zeros
+    if (odd := f"{stem}._weight_act_pre_scale") in folder.tensors:
+        remedy = "quantise the model without SmoothQuant and AWQ"
+        raise folder.error(odd, "torchao multiplies the input by it", remedy)
+    target = attributes.get("target_dtype") or {"_data": "int8"}
+    if not isinstance(target, dict) or target.get("_data") not in _BITS:
+        known = ", ".join(_BITS)
+        raise folder.error(tensors["codes"], f"target_dtype is {target}, not {known}", AGAIN)
+    pack = partial(torchao_integers.packed, block=block, bits=_BITS[target["_data"]])
+    return StoredWeight(f"{stem}.weight", tensors, (n, k), pack)
+
+
+_BITS = {f"int{bits}": bits for bits in range(1, 9)}
+
+
+def _block(
+    folder: CheckpointFolder, name: str, attributes: Mapping[str, Any], shape: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the rows and columns of a block, all of them if it is empty."""
+    stored = attributes.get("block_size") or shape
+    if len(stored) != 2 or any(type(size) is not int or size < 1 for size in stored):
+        raise folder.error(name, f"block_size is {stored!r}, not two sizes", AGAIN)
+    return stored[0], stored[1]
 
 
 def _packed_float8(block: tuple[int, int], tensors: Mapping[str, Tensor]) -> PackedWeight:
@@ -62,6 +95,8 @@ def _packed_float8(block: tuple[int, int], tensors: Mapping[str, Tensor]) -> Pac
 
 TENSORS: dict[str, Callable[[CheckpointFolder, str, Mapping[str, Any]], StoredWeight]] = {
     "Float8Tensor": _float8,
+    "Int8Tensor": _integers,
+    "IntxUnpackedToInt8Tensor": _integers,
 }
 """The classes of torchao that are read, each with what makes a weight of a module's name and the
 tensor's attributes."""

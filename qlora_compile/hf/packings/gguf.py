@@ -1,7 +1,7 @@
-"""Blocks of GGUF files that a format of ours holds: Q4_0 and Q8_0.
+"""Blocks of GGUF files that a format of ours holds.
 
-The layouts are those of llama.cpp's `ggml-common.h`: blocks of 32 neighbouring weights of a row,
-each with a float16 scale before its codes.
+The layouts are those of llama.cpp's `ggml-common.h`: blocks of 32 neighbouring weights of a row
+with a float16 scale each, or of 256 with eight scales of 6 bits.
 """
 
 from __future__ import annotations
@@ -17,31 +17,93 @@ from qlora_compile.kernels.packed import PackedWeight
 _BLOCK = 32
 
 
-def _packed_q4_0(tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """Return the weight [N, K] of "codes", uint8 [N, 18 * K / 32].
+Tensors = Mapping[str, Tensor]
+"""The bytes of a weight's rows, uint8 [N, bytes], by their only role, "codes"."""
 
-    A value is (code - 8) * scale; a block's byte i has the codes of its weights i and i + 16, the
-    first in the lower half.
+
+def _packed_q4_0(tensors: Tensors) -> PackedWeight:
+    """A block is a scale and 16 bytes; a value is (code - 8) * scale."""
+    scales, stored = _split(tensors, 1, 16)
+    return packed_integers(_nibbles(stored), 4, scales, 8, group_size=_BLOCK)
+
+
+def _packed_q4_1(tensors: Tensors) -> PackedWeight:
+    """A block is a scale, a minimum and 16 bytes; a value is code * scale + minimum."""
+    factors, stored = _split(tensors, 2, 16)
+    scales, minima = factors[:, ::2], factors[:, 1::2]
+    return packed_integers(_nibbles(stored), 4, scales, None, minima=minima, group_size=_BLOCK)
+
+
+def _packed_q5_0(tensors: Tensors) -> PackedWeight:
+    """A block is a scale, 32 upper bits of codes and 16 bytes; a value is (code - 16) * scale."""
+    scales, stored = _split(tensors, 1, 20)
+    return packed_integers(_five_bits(stored), 5, scales, 16, group_size=_BLOCK)
+
+
+def _packed_q5_1(tensors: Tensors) -> PackedWeight:
+    """A block is a scale, a minimum, upper bits and 16 bytes, as in the two before."""
+    factors, stored = _split(tensors, 2, 20)
+    scales, minima = factors[:, ::2], factors[:, 1::2]
+    return packed_integers(_five_bits(stored), 5, scales, None, minima=minima, group_size=_BLOCK)
+
+
+def _packed_q8_0(tensors: Tensors) -> PackedWeight:
+    """A block is a scale and 32 int8 codes, which it multiplies."""
+    scales, stored = _split(tensors, 1, 32)
+    return packed_integers((stored ^ 128).flatten(1), 8, scales, 128, group_size=_BLOCK)
+
+
+def _packed_q4_k(tensors: Tensors) -> PackedWeight:
+    """A block of 256 is a scale, a minimum, 12 bytes and 128 bytes.
+
+    The 12 bytes hold a scale and a minimum of 6 bits for each of eight groups: s = scale * s6 and
+    m = minimum * m6 are exact in float32, and a value is code * s - m.
     """
-    scales, codes = _blocks(tensors["codes"], 16)
-    codes = torch.cat((codes & 15, codes >> 4), dim=2)
-    return packed_integers(codes.flatten(1), 4, scales, 8, group_size=_BLOCK)
+    factors, stored = _split(tensors, 2, 12 + 128)
+    low, middle, high = stored[:, :, :4], stored[:, :, 4:8], stored[:, :, 8:12]
+    scales = torch.cat((low & 63, (high & 15) | (low >> 6 << 4)), dim=2)
+    minima = torch.cat((middle & 63, (high >> 4) | (middle >> 6 << 4)), dim=2)
+    wide = factors.to(torch.float32).unflatten(1, (-1, 2))
+    # A run of 32 bytes has the codes of two groups, the first in the lower halves.
+    codes = stored[:, :, 12:].unflatten(2, (4, _BLOCK))
+    codes = torch.stack((codes & 15, codes >> 4), dim=3)
+    return packed_integers(
+        codes.flatten(1),
+        4,
+        (wide[:, :, :1] * scales).flatten(1),
+        None,
+        minima=(-wide[:, :, 1:] * minima).flatten(1),
+        group_size=_BLOCK,
+    )
 
 
-def _packed_q8_0(tensors: Mapping[str, Tensor]) -> PackedWeight:
-    """Return the weight [N, K] of "codes", uint8 [N, 34 * K / 32]: int8 codes times a scale."""
-    scales, codes = _blocks(tensors["codes"], 32)
-    return packed_integers((codes ^ 128).flatten(1), 8, scales, 128, group_size=_BLOCK)
+def _split(tensors: Tensors, floats: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the float16 numbers that begin each block, [N, blocks * floats], and the `size` bytes
+    after them, [N, blocks, size]."""
+    stored = tensors["codes"]
+    blocks = stored.view(stored.shape[0], -1, 2 * floats + size)
+    factors = blocks[:, :, : 2 * floats].contiguous().view(torch.float16)
+    return factors.flatten(1), blocks[:, :, 2 * floats :]
 
 
-def _blocks(stored: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the scales [N, blocks], and `size` bytes of codes of each block."""
-    blocks = stored.view(stored.shape[0], -1, 2 + size)
-    return blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2), blocks[:, :, 2:]
+def _nibbles(stored: Tensor) -> Tensor:
+    """Return the codes [N, K] of 16 bytes a block: first all lower halves, then the upper ones."""
+    return torch.cat((stored & 15, stored >> 4), dim=2).flatten(1)
 
 
-PACKINGS: dict[str, Callable[[Mapping[str, Tensor]], PackedWeight]] = {
+def _five_bits(stored: Tensor) -> Tensor:
+    """Return the codes [N, K] of 4 bytes with the fifth bit of each, and 16 as `_nibbles`."""
+    places = torch.arange(8, device=stored.device, dtype=torch.uint8)
+    upper = (stored[:, :, :4].unsqueeze(3) >> places & 1).flatten(2)
+    return _nibbles(stored[:, :, 4:]) | upper.flatten(1) << 4
+
+
+PACKINGS: dict[str, Callable[[Tensors], PackedWeight]] = {
     "Q4_0": _packed_q4_0,
+    "Q4_1": _packed_q4_1,
+    "Q5_0": _packed_q5_0,
+    "Q5_1": _packed_q5_1,
     "Q8_0": _packed_q8_0,
+    "Q4_K": _packed_q4_k,
 }
-"""By the type of a tensor: packs its "codes", the bytes of its rows, without loss."""
+"""By the type of a tensor: packs it without loss."""

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.hf.packings.bits import unpacked
-from qlora_compile.hf.packings.integers import packed_integers
+from qlora_compile.hf.packings.integers import Grouped, packed_integers, setting_error
 from qlora_compile.kernels.packed import PackedWeight
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -24,17 +23,11 @@ _BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class GptqStorage:
-    """How a model is stored. group_size: -1 for whole columns of the transposed weight. version: 1
-    or 2."""
+class GptqStorage(Grouped):
+    """How a model is stored. version: 1 or 2."""
 
     bits: int
-    group_size: int
     version: int
-
-    def groups(self, columns: int) -> int:
-        """Return how many groups so many columns have."""
-        return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> GptqStorage:
@@ -42,24 +35,17 @@ class GptqStorage:
 
         Raises StoredWeightError.
         """
-        stored = settings.get("checkpoint_format") or "gptq"
+        stored, bits = settings.get("checkpoint_format") or "gptq", settings.get("bits")
         if stored not in VERSIONS:
-            raise _error(f"checkpoint_format {stored!r}", ", ".join(map(repr, VERSIONS)))
+            raise setting_error(f"checkpoint_format {stored!r}", ", ".join(map(repr, VERSIONS)))
         if settings.get("pack_dtype", "int32") != "int32":
-            raise _error(f"pack_dtype {settings['pack_dtype']!r}", "'int32'")
+            raise setting_error(f"pack_dtype {settings['pack_dtype']!r}", "'int32'")
         if rules := [rule for rule in settings.get("dynamic") or () if not rule.startswith("-:")]:
-            raise _error(f"dynamic, which gives {rules[0]!r} bits of its own", "one number of bits")
-        bits, group_size = settings.get("bits"), settings.get("group_size", 128)
+            found = f"dynamic, which gives {rules[0]!r} bits of its own"
+            raise setting_error(found, "one number of bits")
         if bits not in _BITS:
-            raise _error(f"bits {bits!r}", " or ".join(map(str, _BITS)))
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-            raise _error(f"group_size {group_size!r}", "a number of columns, or -1")
-        return cls(bits, group_size, VERSIONS[stored])
-
-
-def _error(found: str, known: str) -> StoredWeightError:
-    problem, remedy = f"it has {found}, not {known}", f"convert the model to {known}"
-    return StoredWeightError(tensor="quantization_config", problem=problem, remedy=remedy)
+            raise setting_error(f"bits {bits!r}", " or ".join(map(str, _BITS)))
+        return cls(cls.size_in(settings), bits, VERSIONS[stored])
 
 
 def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
@@ -84,6 +70,6 @@ def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
         bits,
         scales.t(),
         zeros,
-        group_size=columns if storage.group_size == -1 else storage.group_size,
+        group_size=storage.columns(columns),
         index=tensors.get("index"),
     )

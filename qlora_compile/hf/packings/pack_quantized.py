@@ -81,5 +81,11 @@ def packed(
     if codes.dtype == torch.int32:
         codes = unpacked(codes, bits, columns)
     else:
-        codes = (codes.to(torch.int16) + middle).to(torch.uint8)
+        raised = codes.to(torch.int16) + middle
+        if bool((raised < 0).any()) or bool((raised >= 2**bits).any()):
+            problem = f"it has codes beyond the {bits} bits that config.json states"
+            raise StoredWeightError(
+                tensor="codes", problem=problem, remedy="download config.json again"
+            )
+        codes = raised.to(torch.uint8)
     return packed_integers(codes, bits, scales, zeros, group_size=group_size, index=index)

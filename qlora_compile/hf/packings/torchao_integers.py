@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.hf.packings.integers import packed_integers
 from qlora_compile.kernels.packed import PackedWeight
 
 
-def packed(weight: Any) -> PackedWeight:
-    """Return the weight [N, K] that a tensor of torchao stores.
+def packed(tensors: Mapping[str, Tensor], block: tuple[int, int], bits: int) -> PackedWeight:
+    """Return the weight [N, K] whose values are (code - zero) * scale.
 
-    Its codes are `qdata`, int8 [N, K]; a block of `block_size` shares a `scale` and a `zero_point`,
-    and a value is (code - zero_point) * scale. What a tensor says of activations is not looked at.
-    Raises StoredWeightError.
+    tensors: "codes", int8 [N, K], of `bits` bits; "scales" and, unless all are 0, "zeros", integers
+    or floats, one for each block of so many rows and columns. Raises StoredWeightError.
     """
-    bits = _bits(weight)
     middle = 2 ** (bits - 1)
-    block_rows, group_size = weight.block_size
-    codes = (weight.qdata.to(torch.int16) + middle).to(torch.uint8)
-    scales = weight.scale.repeat_interleave(block_rows, dim=0)
-    zeros: Any = weight.zero_point
+    rows, group_size = block
+    codes = tensors["codes"].to(torch.int16) + middle
+    if not bool(((codes >= 0) & (codes < 2 * middle)).all()):
+        problem = f"its values are no integers of {bits} bits"
+        raise StoredWeightError(tensor="codes", problem=problem, remedy="download the file again")
+    scales = tensors["scales"].repeat_interleave(rows, dim=0)
+    zeros: Any = tensors.get("zeros")
     if zeros is None or not bool(zeros.any()):
         zeros = middle
     else:
         wide = torch.float32 if zeros.is_floating_point() else torch.int16
         raised = zeros.to(wide) + middle
         if not torch.equal(raised - middle, zeros.to(wide)):
-            problem = f"zero points less {middle} are no float32"
+            problem = f"zero points plus {middle} are no float32"
             raise StoredWeightError(tensor="zeros", problem=problem, remedy="use integer ones")
-        zeros = raised.repeat_interleave(block_rows, dim=0)
-    return packed_integers(codes, bits, scales, zeros, group_size=group_size)
+        zeros = raised.repeat_interleave(rows, dim=0)
+    return packed_integers(codes.to(torch.uint8), bits, scales, zeros, group_size=group_size)
+
+
+def packed_tensor(weight: Any) -> PackedWeight:
+    """Return the weight that a tensor of torchao stores. What it says of activations is not looked
+    at. Raises StoredWeightError."""
+    tensors = {"codes": weight.qdata, "scales": weight.scale}
+    if weight.zero_point is not None:
+        tensors["zeros"] = weight.zero_point
+    return packed(tensors, tuple(weight.block_size), _bits(weight))
 
 
 def format_name(weight: Any) -> str:

@@ -70,6 +70,7 @@ class BaseTensors:
         self.dtypes: dict[str, torch.dtype] = {}
         self.unpacked: list[str] = []
         plain: dict[str, Tensor] = {}
+        module: Any
         for name, module in base_modules(self.model):
             prefix = f"{name}." if name else ""
             if is_packed(module):

@@ -199,6 +199,7 @@ class SavePacked:
 
 def save_packed(model: nn.Module) -> None:
     """Let `save_pretrained` of all transformers models in `model` be ours, from now on."""
+    module: Any
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.save_pretrained = SavePacked(module)
+            setattr(module, "save_pretrained", SavePacked(module))  # noqa: B010

@@ -10,10 +10,10 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 
-def is_finished(trainer: Any, checkpoint: str | None) -> bool:
+def is_finished(trainer: Any, checkpoint: str) -> bool:
     """Whether a checkpoint is of the last step. The Trainer would train one more."""
     last = trainer.args.max_steps
-    if checkpoint is None or last <= 0 or not isinstance(trainer.model, PeftModel):
+    if last <= 0 or not isinstance(trainer.model, PeftModel):
         return False
     return _state(checkpoint).global_step >= last
 

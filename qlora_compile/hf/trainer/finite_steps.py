@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qlora_compile.errors import OptionError
 from qlora_compile.training_errors import NotFiniteError
@@ -130,5 +131,8 @@ def _first_block(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(output)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return (
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )

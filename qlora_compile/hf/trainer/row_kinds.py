@@ -36,7 +36,7 @@ class RowKind:
 
     def held(self, names: Collection[str]) -> dict[str, Holds]:
         """Return those columns among `names` that belong to the kind, with what they hold."""
-        known = {**self.columns, **self.optional}
+        known: dict[str, Holds] = {**self.columns, **self.optional}
         return {name: holds for name, holds in known.items() if name in names}
 
 

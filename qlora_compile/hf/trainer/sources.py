@@ -173,11 +173,12 @@ def _alike(tables: list[Dataset]) -> list[Dataset]:
     another type is found when rows are checked."""
     from datasets import Json, List
 
+    json: Any = Json()
     for name in tables[0].column_names:
         types = [table.features[name] for table in tables]
         if any(each != types[0] for each in types):
             lists = all(isinstance(each, List) for each in types)
-            tables = [t.cast_column(name, List(Json()) if lists else Json()) for t in tables]
+            tables = [t.cast_column(name, List(json) if lists else json) for t in tables]
     return tables
 
 
@@ -240,7 +241,7 @@ def _named(table: Any, name: str | Path) -> Rows:
     return Rows(table, Origin(str(name), ((str(name), table.num_rows),)))
 
 
-def _of_splits(splits: Mapping[str, Any], name: str) -> Rows:
+def _of_splits(splits: Any, name: str) -> Rows:
     if "train" not in splits:
         raise SplitNameError(site=name, value=", ".join(splits) or "none")
     held_out = next((splits[each] for each in HELD_OUT_SPLITS if each in splits), None)

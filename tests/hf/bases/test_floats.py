@@ -14,13 +14,21 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-from transformers import CompressedTensorsConfig, LlamaForCausalLM
-from transformers.integrations.finegrained_fp8 import FP8Linear
+from transformers import CompressedTensorsConfig, FineGrainedFP8Config, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import (
+    FP8Experts,
+    FP8Linear,
+    replace_with_fp8_linear,
+)
 
 import qlora_compile
+from bench.coverage import kinds
 from qlora_compile.errors import AlreadyQuantizedError
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.hf.checkpoints.integer_kinds import INTEGERS
 from tests.hf.checkpoints.written import KINDS, fp8_decoded, fp8_tensors, written
+from tests.hf.test_experts import assert_trains_alike
+from tests.hf.test_experts import lora as lora_of_experts
 from tests.test_equality import FLOAT32_TOLERANCE, distance, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -89,7 +97,7 @@ LIBRARIES: dict[str, Callable[[Path], tuple[Any, Decoded]]] = {
     **{
         f"compressed-tensors {name}": of_compressed_tensors(name)
         for name, kind in KINDS.items()
-        if kind.method == "compressed-tensors"
+        if kind.method == "compressed-tensors" and name not in INTEGERS
     },
 }
 
@@ -113,9 +121,7 @@ def test_packed_anew(tmp_path: Path, name: str) -> None:
         assert name.startswith(packed.origin.removesuffix(" layer"))
 
 
-@pytest.mark.parametrize(
-    "name", ["transformers FP8", "compressed-tensors nvfp4-pack-quantized", "torchao NF4Tensor"]
-)
+@pytest.mark.parametrize("name", ["compressed-tensors nvfp4-pack-quantized", "torchao NF4Tensor"])
 @pytest.mark.usefixtures("without_inductor")
 def test_trains_as_over_the_decoded_weight(tmp_path: Path, name: str) -> None:
     model, decoded = LIBRARIES[name](tmp_path)
@@ -144,3 +150,48 @@ def test_adapters_attached_before_stay(tmp_path: Path) -> None:
         assert name not in kept or torch.equal(parameter, kept[name])
     layer = ours.get_base_model().model.layers[0].mlp.up_proj
     assert type(layer).__name__ == "QuantizedLoraLinear"
+
+
+def with_fp8_experts(dense: Any) -> Any:
+    """A copy of a mixture with transformers' FP8Experts; `dense` gets the values of their codes."""
+    model = copy.deepcopy(dense)
+    config = FineGrainedFP8Config()
+    others = [name for name, _ in model.named_modules() if name and not name.endswith("experts")]
+    kept = [name for name in others if not any(m.startswith(name + ".") for m in others)]
+    replace_with_fp8_linear(model, modules_to_not_convert=kept, quantization_config=config)
+    for name, module in model.named_modules():
+        if not isinstance(module, FP8Experts):
+            continue
+        for parameter in ("gate_up_proj", "down_proj"):
+            weight = dense.get_parameter(f"{name}.{parameter}").data
+            rows = getattr(module, f"{parameter}_scale_inv").shape[1]
+            experts, n, k = weight.shape
+            runs = weight.view(experts, rows, n // rows, k)
+            scales = runs.abs().amax((2, 3), keepdim=True) / 448.0
+            codes = (runs / scales).to(torch.float8_e4m3fn)
+            weight.copy_((codes.float() * scales).view_as(weight))
+            frozen = {"requires_grad": False}
+            setattr(module, parameter, nn.Parameter(codes.view_as(weight), **frozen))
+            stored = nn.Parameter(scales.view(experts, rows, 1), **frozen)
+            setattr(module, f"{parameter}_scale_inv", stored)
+    return model
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_experts_of_transformers_train_as_the_dense_ones() -> None:
+    dense = kinds.built(kinds.KINDS["mixtral"])
+    model = with_fp8_experts(dense)
+    torch.manual_seed(1)
+    ours = qlora_compile.optimize(model, lora_of_experts("mixtral"), tune="model").float().train()
+    torch.manual_seed(1)
+    stock = get_peft_model(dense, lora_of_experts("mixtral")).train()
+    expected = dict(stock.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:  # which PEFT has rounded to the bfloat16 of packed experts
+            parameter.data.copy_(expected[name].data)
+    assert_trains_alike(ours, stock, kinds.batch(dense))
+    weights = [site for site in qlora_compile.explain(ours).sites if site.experts]
+    assert len(weights) >= 2
+    assert {(w.fused, w.format, w.origin) for w in weights} == {
+        (True, "fp8_e4m3", "transformers FP8 layer")
+    }

@@ -19,12 +19,16 @@ from compressed_tensors.quantization.lifecycle.initialize import (
 )
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import qlora_compile
-from tests.integer_sources import GROUP, SOURCES, Stored
+from qlora_compile.errors import StrictError
+from tests.hf.checkpoints.integer_kinds import GROUP, INTEGERS
 from tests.test_equality import FLOAT32_TOLERANCE, distance, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -32,22 +36,27 @@ __all__ = ["without_inductor"]
 
 
 class _StandIn(nn.Module):
-    """A layer that holds the tensors of `stored`, and computes with what they stand for."""
+    """A layer that holds the tensors of a kind, and computes with what they stand for."""
 
     bias: Any
 
-    def __init__(self, plain: nn.Linear, stored: Stored, **attributes: Any) -> None:
+    def __init__(self, plain: nn.Linear, kind: str, **attributes: Any) -> None:
         super().__init__()
-        for name, tensor in stored.tensors.items():
-            self.register_buffer(name, tensor)
+        tensors = INTEGERS[kind].encode(plain.weight.data)
+        for name, tensor in tensors.items():
+            self.register_buffer(name[1:], tensor)
         for name, value in attributes.items():
             setattr(self, name, value)
         bias = plain.bias
         self.register_buffer("bias", None if bias is None else bias.data)
-        self._decoded = [stored.weight]
+        self._decoded = [INTEGERS[kind].decode(tensors)]
+
+    @property
+    def decoded(self) -> Tensor:
+        return self._decoded[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._decoded[0].to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.decoded.to(x.dtype), self.bias)
 
 
 def _named(module: str, name: str, **methods: Any) -> Any:
@@ -62,22 +71,21 @@ AutoAwqLinear = _named("awq.modules.linear.gemm", "WQLinear_GEMM")
 
 
 def auto_gptq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["gptq v1"].store(plain.weight.data)
-    k, n = plain.in_features, plain.out_features
-    sizes = {"infeatures": k, "outfeatures": n, "bits": 4, "group_size": GROUP}
-    return AutoGptqLinear(plain, stored, **sizes), stored.weight
+    sizes = {"infeatures": plain.in_features, "outfeatures": plain.out_features}
+    layer = AutoGptqLinear(plain, "gptq", **sizes, bits=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def gptq_model(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["gptq v2 act-order"].store(plain.weight.data)
     sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
-    return GptqModelLinear(plain, stored, **sizes, bits=4, group_size=GROUP), stored.weight
+    layer = GptqModelLinear(plain, "gptq v2, act-order", **sizes, bits=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def auto_awq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
-    stored = SOURCES["awq"].store(plain.weight.data)
     sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
-    return AutoAwqLinear(plain, stored, **sizes, w_bit=4, group_size=GROUP), stored.weight
+    layer = AutoAwqLinear(plain, "awq", **sizes, w_bit=4, group_size=GROUP)
+    return layer, layer.decoded
 
 
 def hqq(plain: nn.Linear) -> tuple[nn.Module, Tensor]:
@@ -157,3 +165,66 @@ def test_every_library_s_layers_train_as_the_dense_weights() -> None:
     for path, (library, _) in PLACES.items():
         assert sites[path].fused
         assert sites[path].origin == f"{library} layer"
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_peft_s_layers_over_a_library_s_are_adopted() -> None:
+    """PEFT has LoRA layers of its own for GPTQ, AWQ, HQQ and torchao, and none for Linears of
+    compressed-tensors, which have no weight."""
+    adapted = [path for path, (library, _) in PLACES.items() if library != "compressed-tensors"]
+    config = lora(target_modules=adapted)
+    own: dict[Any, Any] = dict.fromkeys((AutoGptqLinear, GptqModelLinear), GPTQLoraLinear)
+    own[AutoAwqLinear] = AwqLoraLinear
+    config._register_custom_module(own)
+    dense, quantised = models()
+    torch.manual_seed(1)
+    stock = get_peft_model(dense, lora(target_modules=adapted))
+    torch.manual_seed(1)
+    ours = get_peft_model(quantised, config)
+    kinds = {type(each).__name__ for each in ours.modules() if isinstance(each, LoraLayer)}
+    assert kinds == {"GPTQLoraLinear", "AwqLoraLinear", "HqqLoraLinear", "TorchaoLoraLinear"}
+    ours = qlora_compile.optimize(ours, tune="model", strict=True)
+    ids = tokens()
+    found, expected = step(ours.train(), ids), step(stock.train(), ids)
+    for group, error in distance(found, expected).items():
+        assert error < FLOAT32_TOLERANCE, group
+    libraries = {"auto_gptq", "gptqmodel", "awq", "hqq"}
+    assert not libraries & {type(each).__module__.partition(".")[0] for each in ours.modules()}
+    report = qlora_compile.explain(ours)
+    assert sum(site.fused and site.rank == 4 for site in report.sites) == 6
+    ours.merge_adapter()
+    ours.unmerge_adapter()
+
+
+def in_an_order_of_its_own(module: str, name: str, stored: str) -> Any:
+    def made(plain: nn.Linear) -> nn.Module:
+        sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
+        return _named(module, name)(plain, stored, **sizes, bits=4, group_size=GROUP)
+
+    return made
+
+
+def of_columns(plain: nn.Linear) -> nn.Module:
+    config = BaseQuantizeConfig(4, 64, axis=0)
+    return HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
+
+
+OBSTACLES = {
+    "order of its own; load the model with the torch backend": in_an_order_of_its_own(
+        "gptqmodel.nn_modules.qlinear.exllamav2", "ExllamaV2QuantLinear", "gptq"
+    ),
+    "load the model with the GEMM version of AutoAWQ": in_an_order_of_its_own(
+        "awq.modules.linear.gemv", "WQLinear_GEMV", "awq"
+    ),
+    "axis is 0: .*quantise the model again with axis=1": of_columns,
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_layers_that_cannot_be_packed_are_named(reason: str) -> None:
+    model = toy("Llama", num_hidden_layers=1)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = OBSTACLES[reason](mlp.up_proj)
+    with pytest.raises(StrictError, match=f"up_proj: .*{reason}"):
+        qlora_compile.optimize(model, strict=True)
+    assert type(mlp.up_proj).__name__ != "QuantizedLinear"

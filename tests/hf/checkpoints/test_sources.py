@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qlora_compile
 from bench.coverage import kinds
+from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.hf.checkpoints.written import KINDS, Kind, written
@@ -53,6 +56,21 @@ def test_llama(tmp_path: Path, name: str) -> None:
     assert type(ours.model.layers[0].self_attn.o_proj) is nn.Linear
 
 
+def test_settings_of_modelopt_in_a_file_of_their_own(tmp_path: Path) -> None:
+    dense = written(tmp_path, toy(num_hidden_layers=1), KINDS["modelopt, nvfp4"])
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    quantization = {"quant_algo": config.pop("quantization_config")["quant_algo"]}
+    file.write_text(json.dumps(config))
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": quantization}))
+    ours = qlora_compile.load(tmp_path, dtype=torch.float32)
+    assert assert_decodes_alike(ours, dense, KINDS["modelopt, nvfp4"]) == 7
+    beside.write_text("{}")
+    with pytest.raises(CheckpointError, match="quantization: the file cannot be read"):
+        qlora_compile.load(tmp_path)
+
+
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
 
@@ -73,3 +91,14 @@ def test_mixture(tmp_path: Path, name: str, model: str) -> None:
     experts = [each for each in ours.modules() if isinstance(each, PackedExperts)]
     assert len(experts) >= 2
     assert_decodes_alike(ours, dense, KINDS[name])
+
+
+def test_experts_in_different_orders_of_columns(tmp_path: Path) -> None:
+    """Their weights are stored as one, which has one order."""
+    written(tmp_path, mixture("mixtral"), KINDS["gptq v2, act-order"])
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    name = next(each for each in tensors if ".experts." in each and each.endswith(".g_idx"))
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="group_index is not that of the weight below"):
+        qlora_compile.load(tmp_path, dtype=torch.float32)

@@ -1,13 +1,20 @@
-"""Checkpoints of torchao's Float8Tensor, written by stock transformers."""
+"""Checkpoints of torchao's tensors, written by stock transformers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import Float8WeightOnlyConfig
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+)
+from torchao.quantization.granularity import PerGroup
+from torchao.quantization.quant_primitives import MappingType
 from transformers import TorchAoConfig
 
 import qlora_compile
@@ -17,10 +24,18 @@ from qlora_compile.modules.linear import QuantizedLinear
 from tests.hf.checkpoints.written import saved_by_transformers
 from tests.toy_models import toy
 
+INT4: Any = getattr(torch, "int4")  # noqa: B009  torch's stubs lack it
+CONFIGS = (
+    Float8WeightOnlyConfig(),
+    Int8WeightOnlyConfig(),
+    IntxWeightOnlyConfig(INT4, PerGroup(32), MappingType.ASYMMETRIC),
+)
 
-def test_decodes_as_torchao(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda each: type(each).__name__)
+def test_decodes_as_torchao(tmp_path: Path, config: Any) -> None:
     kept = ["model.layers.0.self_attn.o_proj", "lm_head"]
-    config = TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=kept)
+    config = TorchAoConfig(config, modules_to_not_convert=kept)
     stock = saved_by_transformers(tmp_path, toy(attention_bias=True), config)
     ours = qlora_compile.load(tmp_path, dtype=torch.float32)
     packed = {n: m for n, m in ours.named_modules() if isinstance(m, QuantizedLinear)}

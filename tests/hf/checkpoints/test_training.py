@@ -1,4 +1,4 @@
-"""Models of packed floats train as stock PEFT trains the dense model of the decoded weights, and
+"""Models of packed weights train as stock PEFT trains the dense model of the decoded weights, and
 their graphs get certificates."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from peft import get_peft_model
 import qlora_compile
 from bench.coverage import kinds
 from bench.coverage.compare import largest, trained
+from tests.examples import LONG
 from tests.hf.checkpoints.written import KINDS, written
 from tests.hf.test_experts import TOLERANCE
 from tests.hf.test_experts import lora as lora_of_experts
@@ -40,8 +41,13 @@ def assert_trains_as_dense(folder: Path, dense: Any, config: Any, inputs: Any) -
     return report
 
 
-LLAMAS = ("fp8", "fp8, tensors", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits")
-"""One for each format and each way of sharing scales; packed anew, the rest are the same."""
+LLAMAS = (
+    *("fp8", "float-quantized, rows", "nvfp4-pack-quantized", "fp8, 4 bits"),
+    *("gptq v2, act-order", "awq", "hqq"),
+    *(["fp8, tensors", "gptq", "gptq, 8 bits, act-order"] if LONG else []),
+    *(["pack-quantized", "int-quantized, rows"] if LONG else []),
+)
+"""One for each format; `make test-long` adds the other ways of sharing scales."""
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -60,6 +66,8 @@ MIXTURES = {
     "float-quantized, rows": "qwen3_moe",
     "nvfp4-pack-quantized": "mixtral",
     "mxfp4": "gpt_oss",
+    "gptq v2, act-order": "mixtral",
+    **({"awq": "qwen3_moe"} if LONG else {}),
 }
 
 

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,11 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.hf.checkpoints.integer_kinds import INTEGERS
+from tests.hf.checkpoints.kind import Kind
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One way to store a weight [N, K].
-
-    settings: the `quantization_config`. encode: makes the tensors, by the ends of their names.
-    decode: what a decoder that is not ours makes of them, float32 [N, K]. format: ours. exact:
-    whether both decode to the same values, bit for bit; else they differ in the last bits of
-    float32. merged: whether it stores the experts of a layer in one.
-    """
-
-    settings: dict[str, Any]
-    encode: Callable[[Tensor], dict[str, Tensor]]
-    decode: Callable[[dict[str, Tensor]], Tensor]
-    format: str
-    exact: bool = True
-    merged: bool = False
-
-    @property
-    def method(self) -> str:
-        return self.settings["quant_method"]
 
 
 def blocks(weight: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
@@ -62,6 +42,13 @@ def fp8_tensors(weight: Tensor) -> dict[str, Tensor]:
         ".weight": (weight / (each / LARGEST)).to(E4M3),
         ".weight_scale_inv": grid / LARGEST,
     }
+
+
+def e5m2_tensors(weight: Tensor) -> dict[str, Tensor]:
+    grid, each = blocks(weight, 128, 128)
+    largest = torch.finfo(torch.float8_e5m2).max
+    codes = (weight / (each / largest)).to(torch.float8_e5m2)
+    return {".weight": codes, ".weight_scale_inv": grid / largest}
 
 
 def fp8_power_tensors(weight: Tensor) -> dict[str, Tensor]:
@@ -222,6 +209,7 @@ KINDS: dict[str, Kind] = {
     "fp8, powers of two": Kind(
         FP8 | {"scale_fmt": "ue8m0"}, fp8_power_tensors, fp8_decoded, "fp8_e4m3"
     ),
+    "fp8, e5m2": Kind(FP8, e5m2_tensors, fp8_decoded, "fp8_e5m2"),
     "fp8, tensors": Kind(
         FP8 | {"weight_block_size": None}, fp8_whole_tensors, fp8_decoded, "fp8_e4m3"
     ),
@@ -244,6 +232,7 @@ KINDS: dict[str, Kind] = {
         *(mx_tensors, mx_decoded, "mxfp4"),
         merged=True,
     ),
+    **INTEGERS,
 }
 
 

@@ -36,7 +36,7 @@ def test_four_bits_of_both_versions() -> None:
     scales = torch.full((1, 8), 0.5, dtype=torch.float16)
     zeros = int32(0x77777777).unsqueeze(0)
     for version, zero in ((1, 8), (2, 7)):
-        weight = decoded(GptqStorage(4, 32, version), codes=codes, zeros=zeros, scales=scales)
+        weight = decoded(GptqStorage(32, 4, version), codes=codes, zeros=zeros, scales=scales)
         assert torch.equal(weight, (CODES - zero).mul(0.5).expand(8, 32))
 
 
@@ -44,7 +44,7 @@ def test_each_row_has_its_zero_and_scale() -> None:
     codes = COLUMN.expand(4, 8).contiguous()
     scales = torch.arange(1, 9, dtype=torch.float16).unsqueeze(0)
     weight = decoded(
-        GptqStorage(4, -1, 2), codes=codes, zeros=int32(0x76543210)[None], scales=scales
+        GptqStorage(-1, 4, 2), codes=codes, zeros=int32(0x76543210)[None], scales=scales
     )
     expected = torch.stack([(CODES - n) * (n + 1) for n in range(8)])
     assert torch.equal(weight, expected)
@@ -55,7 +55,7 @@ def test_a_zero_of_sixteen() -> None:
     scales = torch.ones(1, 8, dtype=torch.bfloat16)
     codes = COLUMN.expand(4, 8).contiguous()
     weight = decoded(
-        GptqStorage(4, 32, 1), codes=codes, zeros=int32(0xFFFFFFFF)[None], scales=scales
+        GptqStorage(32, 4, 1), codes=codes, zeros=int32(0xFFFFFFFF)[None], scales=scales
     )
     assert torch.equal(weight, (CODES - 16).expand(8, 32))
 
@@ -66,7 +66,7 @@ def test_eight_bits_and_a_zero_of_256(dtype: torch.dtype) -> None:
     codes = int32(0xFF800100).view(1, 1).expand(8, 4).contiguous()
     scales = torch.tensor([[1.0, 0.5, 0.25, 2.0]], dtype=dtype)
     weight = decoded(
-        GptqStorage(8, 32, 1), codes=codes, zeros=int32(0xFF007F01)[None], scales=scales
+        GptqStorage(32, 8, 1), codes=codes, zeros=int32(0xFF007F01)[None], scales=scales
     )
     row = torch.tensor([0.0, 1.0, 128.0, 255.0]).repeat(8)
     zeros = (2, 128, 1, 256)
@@ -83,7 +83,7 @@ def test_three_bits_reach_into_the_next_word() -> None:
     third = codes[21] >> 1 | sum(codes[22 + j] << 3 * j + 2 for j in range(10))
     words = int32(first, second, third).unsqueeze(1).expand(3, 32).contiguous()
     weight = decoded(
-        GptqStorage(3, 32, 2),
+        GptqStorage(32, 3, 2),
         codes=words,
         zeros=int32(first, second, third)[None],
         scales=torch.ones(1, 32, dtype=torch.float16),
@@ -97,7 +97,7 @@ def test_act_order_tells_the_group_of_each_column() -> None:
     scales = torch.tensor([[1.0], [4.0]], dtype=torch.float16).expand(2, 8).contiguous()
     zeros = int32(0x00000000, 0x33333333).unsqueeze(1)
     index = int32(*[(5 * k + k // 3) % 2 for k in range(64)])
-    weight = decoded(GptqStorage(4, 32, 1), codes=codes, zeros=zeros, scales=scales, index=index)
+    weight = decoded(GptqStorage(32, 4, 1), codes=codes, zeros=zeros, scales=scales, index=index)
     for k in range(64):
         zero, scale = ((1, 1.0), (4, 4.0))[int(index[k])]
         assert torch.equal(weight[:, k], ((CODES[k % 32] - zero) * scale).expand(8)), k
@@ -109,7 +109,7 @@ def test_an_index_of_neighbours_needs_no_plane() -> None:
         "scales": torch.rand(2, 8).half(),
         "zeros": int32(0x77777777, 0x66666666).unsqueeze(1),
     }
-    storage = GptqStorage(4, 32, 1)
+    storage = GptqStorage(32, 4, 1)
     with_index = packed(tensors | {"index": torch.arange(64, dtype=torch.int32) // 32}, storage)
     without = packed(tensors, storage)
     assert with_index.layout == without.layout
@@ -127,7 +127,7 @@ def test_a_group_that_is_not_there(value: int) -> None:
         "index": torch.full((64,), value, dtype=torch.int32),
     }
     with pytest.raises(StoredWeightError, match=r"index: .*groups of 0 to 1"):
-        packed(tensors, GptqStorage(4, 32, 1))
+        packed(tensors, GptqStorage(32, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_groups_that_no_format_has() -> None:
         "zeros": int32(0x77777777, 0x66666666).unsqueeze(1),
     }
     with pytest.raises(StoredWeightError, match=r"scale for every 16 columns.*multiple of 32"):
-        packed(tensors, GptqStorage(4, 16, 1))
+        packed(tensors, GptqStorage(16, 4, 1))

@@ -133,7 +133,7 @@ def test_torchao(config: Any, dtype: torch.dtype) -> None:
     linear = nn.Linear(128, 24).to(dtype)
     quantize_(linear, config)
     tensor: Any = linear.weight
-    weight = torchao_integers.packed(tensor)
+    weight = torchao_integers.packed_tensor(tensor)
     assert weight.format == torchao_integers.format_name(tensor)
     assert torch.equal(decoded(weight, dtype), tensor.dequantize())
 
@@ -174,9 +174,15 @@ def test_pack_quantized(bits, strategy, symmetric, dtype, seed) -> None:
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_gguf(name: str) -> None:
+    """Random blocks, with finite numbers of 16 bits at their beginning."""
     kind = gguf.GGMLQuantizationType[name]
-    values = numpy.random.default_rng(0).standard_normal((6, 96), dtype=numpy.float32)
-    stored = gguf.quantize(values, kind)
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    generator = numpy.random.default_rng(0)
+    blocks = generator.integers(0, 256, (6, 768 // weights, size), dtype=numpy.uint8)
+    floats = 2 if name in ("Q4_1", "Q5_1", "Q4_K") else 1
+    values = generator.standard_normal((*blocks.shape[:2], floats)).astype(numpy.float16)
+    blocks[:, :, : 2 * floats] = values.view(numpy.uint8)
+    stored = blocks.reshape(6, -1)
     expected = torch.from_numpy(gguf.dequantize(stored, kind))
     assert torch.equal(decoded(PACKINGS[name]({"codes": torch.from_numpy(stored)})), expected)
 
@@ -186,6 +192,7 @@ def test_gguf(name: str) -> None:
     [
         ("scales", torch.ones(4, 3), r"scales: its shape is \[4, 3\], not \[4, 2\]"),
         ("scales", torch.full((4, 2), torch.nan), "scales: it holds NaN"),
+        ("minima", torch.full((4, 2), torch.nan), "minima: it holds NaN"),
         ("scales", torch.ones(4, 2, dtype=torch.float64), "scales: its dtype is torch.float64"),
         ("zeros", torch.ones(3, 2), r"zeros: its shape is \[3, 2\]"),
         ("zeros", torch.full((4, 2), torch.inf), "zeros: it holds NaN"),

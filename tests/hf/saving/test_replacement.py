@@ -54,7 +54,8 @@ def test_other_files_stay_and_nothing_is_left(folder: Path) -> None:
 def test_interrupted_anywhere_it_is_the_old_or_the_new(
     folder: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for last in range(1, 100):
+    last = 0
+    while (last := last + 1) < 100:
         done = 0
 
         def interrupted(real, *args, last=last, **kwargs):

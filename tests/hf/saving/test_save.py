@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -71,12 +72,12 @@ def dense(model: Any) -> dict[str, Tensor]:
     return {name: m.dequantize() for name, m in modules if isinstance(m, PackedModule)}
 
 
-def read(module: Any) -> Tensor:
+def read(module: Any) -> Any:
     """The weight of a Linear, as the library that reads it decodes it."""
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
-        state = module.weight.quant_state
-        return bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
-    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+    kind = type(module)
+    if kind is Linear4bit:
+        return dequantize_4bit(module.weight.data, module.weight.quant_state)
+    if kind is Linear8bitLt:
         state = module.state
         scales = module.weight.SCB if state.SCB is None else state.SCB
         return (module.weight.data * (scales.unsqueeze(1) / 127)).to(torch.bfloat16)
@@ -224,8 +225,9 @@ def test_a_folder_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     config["quantization_config"]["version"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PackedFolderVersionError, match="version 2"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, qlora_compile.load):
+        with pytest.raises(PackedFolderVersionError, match="version 2"):
+            load(tmp_path)
 
 
 def test_every_folder_is_tested() -> None:

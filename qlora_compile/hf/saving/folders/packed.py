@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.hf.checkpoints.packed import STEM, VERSION, roles
+from qlora_compile.hf.checkpoints.packed import STEM, roles
+from qlora_compile.hf.quantizer import VERSION
 from qlora_compile.hf.saving.folders.folder_format import FolderFormat
 from qlora_compile.kernels.formats.formats import planes_of
 from qlora_compile.kernels.packed import PackedWeight, as_bytes

@@ -1,0 +1,31 @@
+"""Kind: one way to store a weight in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to store a weight [N, K].
+
+    settings: the `quantization_config`. encode: makes the tensors, by the ends of their names.
+    decode: what a decoder that is not ours makes of them, float32 [N, K]. format: ours. exact:
+    whether both decode to the same values, bit for bit; else they differ in the last bits of
+    float32. merged: whether it stores the experts of a layer in one.
+    """
+
+    settings: dict[str, Any]
+    encode: Callable[[Tensor], dict[str, Tensor]]
+    decode: Callable[[dict[str, Tensor]], Tensor]
+    format: str
+    exact: bool = True
+    merged: bool = False
+
+    @property
+    def method(self) -> str:
+        return self.settings["quant_method"]
