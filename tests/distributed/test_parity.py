@@ -77,7 +77,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     """This process as a job of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
