@@ -28,11 +28,11 @@ def adapter_settings(folder: Path, model: str | None, format: str | None) -> Run
     if (folder / FILE).is_file():
         found = settings_from({}, folder / FILE)
     else:
-        base = _base_model(config)
-        if model is None and not base:
+        base = model or _base_model(config)
+        if not base:
             problem, remedy = "its configuration names no model", "pass --model"
             raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
-        found = RunSettings(model=model or base, data=())
+        found = RunSettings(model=base, data=())
     return replace(found, model=model or found.model, format=format or found.format)
 
 
