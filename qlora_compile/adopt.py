@@ -129,7 +129,7 @@ def adopt(
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
         parameter_counts.count_elements(inventory.model, inventory.modules.values())
-        save_packed(inventory.model)
+        save_packed(inventory.modules.values())
     experts.adopt(inventory.experts.values())
     for entry in inventory.linears.values():
         if isinstance(entry.base, InPlaceBase) and entry.obstacle is None:

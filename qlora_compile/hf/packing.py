@@ -83,4 +83,4 @@ def finish(model: nn.Module) -> None:
         site.module.requires_grad_(False)  # their biases, which are loaded as trained ones
     experts.adopt(packed)
     parameter_counts.count_elements(model, model.modules())
-    save_packed(model)
+    save_packed(model.modules())

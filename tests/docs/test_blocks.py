@@ -9,13 +9,14 @@ from typing import Any
 import click
 import pytest
 import typer
-from torch._dynamo.backends.debugging import aot_eager
 from typer.testing import CliRunner
 
-from qlora_compile.capture import backend
 from qlora_compile.cli.app import app
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.docs.workplace import fill
+from tests.test_equality import as_rewritten
+
+__all__ = ["as_rewritten"]
 
 REASONS = {
     "CUDA",
@@ -30,6 +31,9 @@ REASONS = {
 }
 NOT_CODE = {"", "text", "{eval-rst}", "{toctree}", "json", "yaml"}
 
+# Inductor's code and AOTAutograd's are run by other tests.
+pytestmark = pytest.mark.usefixtures("as_rewritten")
+
 RUN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
 
 
@@ -38,14 +42,6 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     fill(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave Inductor out, whose code other tests run."""
-    monkeypatch.setattr(
-        backend, "compile_inner", lambda graph, inputs, *_: aot_eager(graph, inputs)
-    )
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT
-from tests.docs.test_blocks import filled, quick, workplace
+from tests.docs.test_blocks import filled, workplace
+from tests.test_equality import as_rewritten
 
-__all__ = ["filled", "quick", "workplace"]
+__all__ = ["as_rewritten", "filled", "workplace"]
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {
@@ -24,7 +25,7 @@ SEVERAL_PROCESSES = ("ddp.py", "fsdp2.py")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-@pytest.mark.usefixtures("workplace")
+@pytest.mark.usefixtures("workplace", "as_rewritten")
 def test_an_example_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.name, ["my-model"])])
     if path.name in SEVERAL_PROCESSES:

@@ -168,7 +168,7 @@ class DirectReader(HfQuantizer):
             _put_in(model, target, self.quantization_config.direct)
         experts.adopt(target.site for target in self.targets if target.site is not None)
         parameter_counts.count_elements(model, model.modules())
-        save_packed(model)
+        save_packed(model.modules())
         self.remove_quantization_config(model)
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,9 @@ class SavePacked:
         )
 
 
-def save_packed(model: nn.Module) -> None:
-    """Let `save_pretrained` of all transformers models in `model` be ours, from now on."""
+def save_packed(modules: Iterable[nn.Module]) -> None:
+    """Let `save_pretrained` of all transformers models among `modules` be ours, from now on."""
     module: Any
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, PreTrainedModel):
             setattr(module, "save_pretrained", SavePacked(module))  # noqa: B010
