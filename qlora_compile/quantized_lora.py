@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from qlora_compile.merging import MergeReport
 
 
+USUAL_BITS = 4
+
+
 class QuantizedLoRA:
     """A model with quantised frozen weights and trainable LoRA adapters, compiled.
 
     model: a transformers model, which is changed in place, or the path of one, which is loaded
     together with its tokenizer. quantization_bits: 4 stores the weights as NF4, 8 as INT8.
-    quantize: the name of another format, in place of quantization_bits. double_quantize and
+    quantize: the name of another format, in place of quantization_bits. Without either, the weights
+    of a quantised checkpoint stay as they are stored, and others become NF4. double_quantize and
     block_size: as `optimize` takes them. alpha: 2 * rank if None. Other keywords (`strict`,
     `verify`, `scope`, and options of the format, such as `group_size`) go to
     `qlora_compile.optimize`.
@@ -39,7 +43,7 @@ class QuantizedLoRA:
         self,
         model: nn.Module | str | Path,
         rank: int = 16,
-        quantization_bits: int = 4,
+        quantization_bits: int | None = None,
         *,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -53,18 +57,21 @@ class QuantizedLoRA:
         # torch, transformers and PEFT take seconds to import, so only once they are needed.
         from qlora_compile.kernels.formats.formats import FORMATS, format_named
 
-        usual = next((each for each in FORMATS if each.bits == quantization_bits), None)
-        if isinstance(quantization_bits, bool) or usual is None:
-            raise QuantizationBitsError(value=quantization_bits)
-        if quantize is not None:
-            usual = format_named(quantize)
+        bits = USUAL_BITS if quantization_bits is None else quantization_bits
+        usual = next((each for each in FORMATS if each.bits == bits), None)
+        if isinstance(bits, bool) or usual is None:
+            raise QuantizationBitsError(value=bits)
+        chosen = usual if quantize is None else format_named(quantize)
         from qlora_compile import api
         from qlora_compile.hf import loading, lora_settings
 
         lora_settings.require_adapter_settings(rank, 1 if alpha is None else alpha, dropout)
         plain: Any = model
         if isinstance(model, str | Path):
-            plain = loading.load_model(model)
+            config = loading.load_config(model)
+            if (quantize or quantization_bits) is None and loading.is_quantised(config):
+                chosen = None  # the weights stay as they are stored
+            plain = loading.load_model(model, config=config)
             if tokenizer is None and loading.has_tokenizer(model):
                 tokenizer = loading.load_tokenizer(model)
         lora_settings.require_plain_model(plain)
@@ -79,8 +86,8 @@ class QuantizedLoRA:
         self.model: Any = api.optimize(
             plain,
             lora,
-            quantize=usual.name,
-            double_quantize=double_quantize and usual.has_double_quantize,
+            quantize=chosen and chosen.name,
+            double_quantize=double_quantize and (chosen is None or chosen.has_double_quantize),
             block_size=block_size,
             **optimize_options,
         )

@@ -21,6 +21,7 @@ from qlora_compile.quantized_lora import QuantizedLoRA
 from qlora_compile.training.model_choice import DEFAULT_FORMAT
 from qlora_compile.training.run import TrainingRun
 from qlora_compile.training.settings import RunSettings
+from tests.hf.checkpoints.written import KINDS, written
 from tests.hf.trainer.chats import turns
 from tests.toy_language_model import LONGEST, chat_tokenizer, toy_bert, toy_llama, toy_tokenizer
 from tests.toy_models import toy, with_bitsandbytes
@@ -401,3 +402,12 @@ def test_the_command_line_has_the_same_defaults(
     differing = {name for name in arguments[0] if arguments[0][name] != arguments[1][name]}
     # The command line draws the loss of each step.
     assert differing == {"logging_steps", "logging_nan_inf_filter"}
+
+
+def test_a_quantised_checkpoint_stays_as_it_is_stored(tmp_path: Path) -> None:
+    written(tmp_path, toy_llama(), KINDS["fp8"])
+    ours = QuantizedLoRA(tmp_path, target_modules=["q_proj"], tune="model")
+    formats = {type(m).__name__: m.format for m in ours.model.modules() if hasattr(m, "layout")}
+    assert formats == {"QuantizedLinear": KINDS["fp8"].format}
+    with pytest.raises(errors.AlreadyQuantizedError):
+        QuantizedLoRA(tmp_path, quantization_bits=8)
