@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 
 import qlora_compile
 from bench.agreement import distance
+from qlora_compile.kernels.registry import FORMATS
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.report import Report
+from tests.examples import LONG
+from tests.kernels.linear_cases import double_quantizes
 from tests.test_equality import FLOAT32_TOLERANCE, step, without_inductor
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
@@ -72,6 +77,51 @@ def test_a_variant_of_lora_is_exact_and_named(kind: str) -> None:
     (site,) = report.sites
     assert site.fused == (reason is None)
     assert str(site.reason).startswith(str(reason)), str(report)
+
+
+OVER_FORMATS = KINDS | {
+    "LoRA": ({}, FUSED),
+    "rsLoRA": ({"use_rslora": True}, FUSED),
+    "DoRA": ({"use_dora": True}, FUSED),
+}
+NAMES = [each.name for each in FORMATS]
+PAIRS = (
+    itertools.product(OVER_FORMATS, NAMES)
+    if LONG
+    else zip(itertools.cycle(OVER_FORMATS), NAMES, strict=False)
+)
+
+
+@pytest.mark.parametrize(("kind", "format"), list(PAIRS))
+def test_a_variant_of_lora_is_exact_over_every_format(kind: str, format: str) -> None:
+    """Beside stock PEFT over the dense weight that the codes stand for."""
+    options, reason = OVER_FORMATS[kind]
+    x = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
+    results: list[dict[str, Tensor]] = []
+    for packs in (False, True):
+        torch.manual_seed(0)
+        base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+        config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))
+        model: Any = get_peft_model(base, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        if packs:
+            model = qlora_compile.optimize(model, quantize=format, tune="model")
+        else:
+            layer = base[0].base_layer
+            usual = {"double_quantize": True} if double_quantizes(format) else {}
+            packed = QuantizedLinear.from_linear(layer, format, **usual)
+            layer.weight.data = packed.dequantize()
+        results.append(training_step(model, x))
+    stock, ours = results
+    assert stock.keys() == ours.keys()
+    for name, expected in stock.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+    (site,) = qlora_compile.explain(model).sites
+    assert site.format.startswith(format)
+    assert site.fused or reason is not None
 
 
 def _two_adapters(base: str) -> Any:
