@@ -111,7 +111,7 @@ def test_a_variant_of_lora_is_exact_over_every_format(kind: str, format: str) ->
             model = qlora_compile.optimize(model, quantize=format, tune="model")
         else:
             layer = base[0].base_layer
-            usual = {"double_quantize": True} if double_quantizes(format) else {}
+            usual: Any = {"double_quantize": True} if double_quantizes(format) else {}
             packed = QuantizedLinear.from_linear(layer, format, **usual)
             layer.weight.data = packed.dequantize()
         results.append(training_step(model, x))
