@@ -14,6 +14,7 @@ import qlora_compile
 from qlora_compile.kernels.formats.errors import FormatOptionValueError
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.examples import LONG
 from tests.pairwise import pairwise
 from tests.test_equality import (
     FLOAT32_TOLERANCE,
@@ -108,3 +109,14 @@ def test_16_bit_planes_are_verified_as_they_are_stored(dtype: torch.dtype) -> No
     (certificate,) = report.certificates
     worst = max(each.allowed for each in certificate.comparisons if each.inputs == "random")
     assert worst < 1e-3 if dtype == torch.float32 else worst > 1e-3
+
+
+@pytest.mark.parametrize("format", [each.name for each in FORMATS][:: 1 if LONG else 4])
+@pytest.mark.usefixtures("without_inductor")
+def test_every_format_has_a_certificate(format: str) -> None:
+    model = toy("Llama", num_hidden_layers=1)
+    ours = qlora_compile.optimize(model, lora(), quantize=format, tune="model", verify=True)
+    step(ours.train(), tokens())
+    report = qlora_compile.explain(ours)
+    assert report.certificates
+    assert not report.mismatches
