@@ -22,6 +22,7 @@ from qlora_compile.kernels.formats.formats import FORMATS
 from tests.distributed import worker
 from tests.distributed.cases import Case, batch
 from tests.distributed.jobs import LONG, start
+from tests.pairwise import pairwise
 from tests.toy_language_model import toy_llama
 
 PROCESSES = (1, 2, 4)
@@ -33,28 +34,20 @@ IMPOSSIBLE = {("fsdp2", "bitsandbytes")}
 """Engines and bases that stock cannot train either: `test_stock_cannot_shard_bitsandbytes`."""
 
 
-def pairwise() -> list[tuple[int, Case]]:
-    """Cases in which each two values of different properties meet, greedily chosen."""
-    every = [
-        case
-        for case in itertools.product(PROCESSES, ENGINES, BASES, MODELS, CHECKPOINTING)
-        if (case[1], case[2]) not in IMPOSSIBLE
+def every_pair() -> list[tuple[int, Case]]:
+    """Cases in which every two values of different properties meet that can."""
+    possible = [
+        row
+        for row in itertools.product(PROCESSES, ENGINES, BASES, MODELS, CHECKPOINTING)
+        if (row[1], row[2]) not in IMPOSSIBLE
     ]
-    missing = {pair for case in every for pair in _pairs(case)}
-    chosen = []
-    while missing:
-        best = max(every, key=lambda case: len(missing & _pairs(case)))
-        missing -= _pairs(best)
-        chosen.append((best[0], Case(*best[1:])))
-    return chosen
-
-
-def _pairs(case: tuple[Any, ...]) -> set[Any]:
-    return set(itertools.combinations(enumerate(case), 2))
+    names = ("processes", "engine", "base", "model", "checkpointing")
+    chosen = pairwise(possible, lambda row: dict(zip(names, row, strict=True)))
+    return [(processes, Case(*rest)) for processes, *rest in chosen]
 
 
 SAMPLE = [(2, Case("ddp", "nf4", "dense", "plain")), (2, Case("fsdp2", "int4", "experts", "plain"))]
-CASES = pairwise() if LONG else SAMPLE
+CASES = every_pair() if LONG else SAMPLE
 
 
 def run(processes: int, names: list[str], output: Path) -> dict[str, Any]:

@@ -42,7 +42,21 @@ KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
-def training_step(model: Any, x: Tensor) -> dict[str, Tensor]:
+def adapted(options: dict[str, Any]) -> Any:
+    """A model of one adapted Linear, the same for the same `options` of LoraConfig."""
+    torch.manual_seed(0)
+    base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+    config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))
+    model: Any = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def training_step(model: Any) -> dict[str, Tensor]:
+    x = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
     y = model.train()(x)
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
@@ -53,21 +67,13 @@ def training_step(model: Any, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_variant_of_lora_is_exact_and_named(kind: str) -> None:
     options, reason = KINDS[kind]
-    x = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
     results: list[dict[str, Tensor]] = []
     report: Report | None = None
     for optimized in (False, True):
-        torch.manual_seed(0)
-        base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
-        config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))
-        model: Any = get_peft_model(base, config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
+        model = adapted(options)
         if optimized:
             model = qlora_compile.optimize(model)
-        results.append(training_step(model, x))
+        results.append(training_step(model))
         report = qlora_compile.explain(model) if optimized else None
     stock, ours = results
     assert stock.keys() == ours.keys()
@@ -96,25 +102,17 @@ PAIRS = (
 def test_a_variant_of_lora_is_exact_over_every_format(kind: str, format: str) -> None:
     """Beside stock PEFT over the dense weight that the codes stand for."""
     options, reason = OVER_FORMATS[kind]
-    x = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
     results: list[dict[str, Tensor]] = []
     for packs in (False, True):
-        torch.manual_seed(0)
-        base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
-        config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))
-        model: Any = get_peft_model(base, config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
+        model = adapted(options)
         if packs:
             model = qlora_compile.optimize(model, quantize=format, tune="model")
         else:
-            layer = base[0].base_layer
+            layer = model.get_base_model()[0].base_layer
             usual: Any = {"double_quantize": True} if double_quantizes(format) else {}
             packed = QuantizedLinear.from_linear(layer, format, **usual)
             layer.weight.data = packed.dequantize()
-        results.append(training_step(model, x))
+        results.append(training_step(model))
     stock, ours = results
     assert stock.keys() == ours.keys()
     for name, expected in stock.items():
