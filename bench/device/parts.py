@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,6 +73,26 @@ class Race(Part):
         return {**found, "runs": [asdict(run) for run in runs]}
 
 
+def _answers(
+    process: Process, questions: Sequence[dict[str, Any]], device: str, until: float
+) -> tuple[list[dict[str, Any]], str]:
+    """Ask a process one question after another, and end it. Return each question with its answer,
+    and why there are no more; no reason if only the time ran out after the first."""
+    results: list[dict[str, Any]] = []
+    failed = ""
+    try:
+        for question in questions:
+            answer = process.ask(question | {"device": device}, until)
+            results.append(question | answer)
+    except OutOfTimeError as error:
+        failed = "" if results else str(error)
+    except RuntimeError as error:
+        failed = str(error)
+    finally:
+        process.close()
+    return results, failed
+
+
 @dataclass(frozen=True)
 class Op(Part):
     """problems: rows of x, N and K."""
@@ -86,21 +107,13 @@ class Op(Part):
         return "The fused op alone"
 
     def run(self, until: float, folder: Path) -> dict[str, Any]:
-        results: list[dict[str, Any]] = []
-        failed = ""
+        questions = [
+            {"m": m, "n": n, "k": k, "direction": direction}
+            for m, n, k in self.problems
+            for direction in ("forward", "backward")
+        ]
         process = Process("bench.device.op", folder / "op", [CARRIED / "bitsandbytes"])
-        try:
-            for m, n, k in self.problems:
-                for direction in ("forward", "backward"):
-                    problem = {"m": m, "n": n, "k": k, "direction": direction}
-                    answer = process.ask(problem | {"device": self.device}, until)
-                    results.append(problem | answer)
-        except OutOfTimeError as error:
-            failed = "" if results else str(error)
-        except RuntimeError as error:
-            failed = str(error)
-        finally:
-            process.close()
+        results, failed = _answers(process, questions, self.device, until)
         return {"kind": "op", "results": results, "failed": failed}
 
 
@@ -118,19 +131,9 @@ class Plans(Part):
         return "Plans beside launches from Python"
 
     def run(self, until: float, folder: Path) -> dict[str, Any]:
-        results: list[dict[str, Any]] = []
-        failed = ""
+        questions = [{"format": each} for each in self.formats]
         process = Process("bench.device.plans", folder / "plans")
-        try:
-            for each in self.formats:
-                answer = process.ask({"format": each, "device": self.device}, until)
-                results.append({"format": each} | answer)
-        except OutOfTimeError as error:
-            failed = "" if results else str(error)
-        except RuntimeError as error:
-            failed = str(error)
-        finally:
-            process.close()
+        results, failed = _answers(process, questions, self.device, until)
         found = {"kind": "plans", "device": self.device, "results": results}
         return {**found, "failed": failed}
 
