@@ -1,9 +1,9 @@
 """Folders of our own, as `qlora_compile.save` writes them: every format, read bit for bit.
 
-A weight `x.weight` is stored as its codes under that name, its other planes as `x.PLANE`, as its
-module holds them (floating-point ones by their bytes), and its
-Layout, as `Layout.to_tensor` makes it, as `x.packed_layout`; a weight of experts, `x.down_proj`, in
-the same way below `x.down_proj_packed`.
+The codes of a weight `x.weight` are stored under that name, and every other plane as `x.PLANE`, in
+the form in which the module holds it: floating-point numbers by their bytes. `x.packed_layout` is
+the Layout, as `Layout.to_tensor` makes it. A weight of experts, `x.down_proj`, is stored in the
+same way below `x.down_proj_packed`.
 """
 
 from __future__ import annotations
