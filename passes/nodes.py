@@ -76,7 +76,7 @@ def strip_casts(node: Any) -> Any:
 
 
 def transposed(node: Any) -> Node | None:
-    """Return the matrix that `node` transposes, None if it is no transpose of a matrix."""
+    """Return the matrix that `node` transposes, None if it is not a transpose of a matrix."""
     if not isinstance(node, Node) or not node.args:
         return None
     source, *rest = node.args

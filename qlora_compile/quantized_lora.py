@@ -32,7 +32,7 @@ class QuantizedLoRA:
         QuantizationBitsError: neither 4 nor 8 bits.
         UnknownFormatError: no format has that name.
         OutOfRangeError: rank, alpha or dropout cannot be used.
-        ModelTypeError: the model is no transformers model.
+        ModelTypeError: the model is not a transformers model.
         AdaptersPresentError: the model has adapters already.
         AlreadyQuantizedError: another library has quantised the model.
         ModelNotFoundError: there is no model at the path.

@@ -113,11 +113,11 @@ class GroupedExperts(ExpertsVariant):
         reasons = []
         if tuned_target(target) is None:
             reasons.append(f"{target} has no tensor cores for bfloat16")
-        for role, dtype in (("products", problem.compute_dtype), ("output", problem.out_dtype)):
+        for role, dtype in (("product", problem.compute_dtype), ("output", problem.out_dtype)):
             if dtype not in (torch.bfloat16, torch.float16):
-                reasons.append(f"{role} in {dtype}, not bfloat16 or float16")
+                reasons.append(f"the {role} is in {dtype}, not bfloat16 or float16")
         if problem.x_dtype == torch.float64:
-            reasons.append(f"x in {problem.x_dtype}")
+            reasons.append(f"x is in {problem.x_dtype}")
         quant_format = format_of(problem.layout)
         if quant_format is not None:
             if problem.k % 8:

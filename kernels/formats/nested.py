@@ -70,7 +70,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps = (fraction * _GRID + 0.5).float().nan_to_num_(nan=0.0)
     codes = nearest[steps.to(torch.int64)]
     codes.masked_fill_((nested_absmax == 0).unsqueeze(1), 0)
-    # Cloned: a part of the padded codes is no tensor that safetensors would save.
+    # Cloned: a part of the padded codes is not a tensor that safetensors would save.
     return codes.view(-1)[:blocks].clone(), codebook.clone(), nested_absmax, offset
 
 

@@ -41,10 +41,10 @@ class Option:
 
 
 def checked(format: str, options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every one of `options`, those `given` and else the defaults.
+    """Return the value of every one of `options`: the `given` one, else the default.
 
-    Raises FormatOptionError if something is given that is no option, DoubleQuantizeError if that is
-    a `double_quantize` which is not false, and FormatOptionValueError.
+    Raises FormatOptionError for a name that is none of the options, DoubleQuantizeError if that
+    name is `double_quantize` and its value is not false, FormatOptionValueError for a bad value.
     """
     known = {option.name: option for option in options}
     for name, value in given.items():

@@ -67,12 +67,12 @@ class Decoder:
         return () if self.programs is None else self.programs(_PTX_DTYPES[dtype])
 
     def rejects(self, target: str, dtype: torch.dtype, layout: Layout | None = None) -> list[str]:
-        """Why it cannot decode to `dtype` on `target`, a weight of `layout` if one is given."""
+        """Return why this decoder cannot decode (a weight of `layout`) to `dtype` on `target`."""
         reasons = []
         if layout is not None and self.obstacle is not None and (why := self.obstacle(layout)):
             reasons.append(f"decoder {self.name} does not take {why}")
         if self.programs is not None and not target.startswith("sm_"):
-            reasons.append(f"decoder {self.name} is PTX and {target} is not NVIDIA's")
+            reasons.append(f"decoder {self.name} is written in PTX, but {target} is not NVIDIA's")
         if self.programs is not None and dtype not in _PTX_DTYPES:
-            reasons.append(f"decoder {self.name} gives bfloat16 or float16, not {dtype}")
+            reasons.append(f"decoder {self.name} gives only bfloat16 or float16, not {dtype}")
         return reasons

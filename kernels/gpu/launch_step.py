@@ -78,7 +78,7 @@ def _parameters(launch: Launch, compiled: Any, place: Placed) -> Iterator[Sequen
                 yield [_CONSTANT, _BYTES[kind], int(value)]
             else:
                 raise UnplannableError(f"{compiled.metadata.name} takes a number of type {kind}")
-    # The scratch memories, which it has none of.
+    # The pointers to two scratch memories, which this kernel does not have.
     yield from ([_CONSTANT, 8, 0], [_CONSTANT, 8, 0])
 
 
@@ -96,9 +96,9 @@ def _descriptor(
 ) -> Iterator[Sequence[int | Source]]:
     """A tensor map, and the shape and strides that follow it."""
     if meta is None or meta["fp4_padded"] or meta.get("is_im2col", False):
-        raise UnplannableError("a tensor descriptor that is no plain tensor map")
+        raise UnplannableError("it uses a tensor descriptor that is not a plain tensor map")
     if getattr(descriptor, "round_f32_to_tf32", False):
-        raise UnplannableError("a tensor descriptor that rounds")
+        raise UnplannableError("it uses a tensor descriptor that rounds to tf32")
     numbers: list[int | Source] = [_MAP, _MAP_BYTES, *place(descriptor.base)]
     numbers += [TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["swizzle"]]
     numbers += [int(descriptor.padding == "nan"), meta["elem_size"], len(descriptor.shape)]

@@ -75,9 +75,9 @@ def _compare(told: str, inputs: list[Tensor], results: list[Tensor], slab: int) 
         return
     if all(map(_same, replayed, results)):
         return
-    message = f"{told}: a replay of its launches gave other bits than Python's"
-    warnings.warn(f"{message}, which goes on computing it; please report this", stacklevel=2)
-    raise UnplannableError("its replay gave other bits")
+    message = f"{told}: replaying the launches gave other bits than Python's launches"
+    warnings.warn(f"{message}; Python goes on launching; please report this", stacklevel=2)
+    raise UnplannableError("the replay gave other bits")
 
 
 def _fits(device: torch.device, size: int) -> bool:
@@ -101,7 +101,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _told(name: str, arguments: Sequence[Any]) -> str:
-    """The call as people read it."""
+    """Describe the call for people."""
     call, x = Call.parse(arguments[-1]), arguments[-4]
     layout, columns = call.linears[0].layout, "+".join(map(str, call.columns))
     stored = layout.format if layout.quantized else "plain"

@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):
             self._add(tensor, Source("input", index))
 
     def launched(self, launch: Launch, compiled: Any) -> None:
-        """Notes a launch that was made just now; compiled: Triton's CompiledKernel."""
+        """Note a launch that was made just now; compiled: Triton's CompiledKernel."""
         try:
             if self._current_stream() != self._stream:
                 raise UnplannableError("it uses a second stream")
@@ -77,8 +77,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def place(self, tensor: Tensor) -> tuple[Source, int]:
-        """Where the first element of `tensor` lies. A storage that was neither given nor allocated
-        inside is a constant, which the plan keeps alive."""
+        """Return where the first element of `tensor` lies. A storage that was neither given nor
+        allocated inside is a constant, which the plan keeps alive."""
         root = self._roots.get(_storage(tensor))
         if root is None:
             if tensor.device != self.device:
@@ -88,9 +88,9 @@ class Recorder(TorchDispatchMode):
         return root.source, tensor.data_ptr() - root.address
 
     def result(self, tensor: Tensor) -> Source:
-        """The memory or the value that `tensor`, a result, is the whole of.
+        """Return the memory or the value whose whole content is `tensor`, a result.
 
-        Raises UnplannableError where it has no contiguous storage of its own.
+        Raises UnplannableError if the tensor has no contiguous storage of its own.
         """
         root = self._roots.get(_storage(tensor))
         if (
@@ -118,10 +118,10 @@ class Recorder(TorchDispatchMode):
         if made and not writes and not any(fresh):
             return  # a view
         if func is _aten.lift_fresh.default or torch.Tag.nondeterministic_seeded in func.tags:
-            raise UnplannableError(f"{func} gives other values in every call")
+            raise UnplannableError(f"{func} gives other values at every call")
         returned = result if isinstance(result, tuple) else (result,)
         if not all(isinstance(each, Tensor) for each in returned):
-            raise UnplannableError(f"{func} returns no tensor: the host would wait for a value")
+            raise UnplannableError(f"{func} returns a value that the host would wait for")
         results: list[int | None] = []
         places = self.place
         first = self.values

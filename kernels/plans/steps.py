@@ -101,7 +101,7 @@ def _argument(value: Any, type_name: str, place: Placed, device: torch.device) -
     elif isinstance(value, list | tuple) and all(type(each) is int for each in value):
         yield from (_INTS, len(value), *value)
     else:
-        raise UnplannableError(f"an operator is given {value!r}")
+        raise UnplannableError(f"an operator takes {value!r}")
 
 
 def _view(tensor: Tensor, place: Placed) -> Iterator[int | Source]:

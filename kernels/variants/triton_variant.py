@@ -15,8 +15,11 @@ from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons, 
 
 
 class TritonVariant(Variant):
-    """What needs a Triton target. Modules that import Triton are imported once a kernel is needed,
-    so that those without it can still ask."""
+    """A variant that needs a Triton target.
+
+    Modules that import Triton are imported once a kernel is needed, so that a process without
+    Triton can still ask for reasons.
+    """
 
     takes_unquantized = False
     isolated = True
@@ -34,7 +37,7 @@ class TritonVariant(Variant):
         return reasons
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
-        """Why it cannot solve `problem` on `target`, wherever the problem's own device is."""
+        """Return why this variant cannot solve `problem` on `target`, whatever its own device."""
         reasons = decode_reasons(target, problem)
         if not problem.layout.quantized and self.takes_unquantized:
             reasons.remove(NOT_PACKED)
@@ -47,7 +50,7 @@ class TritonVariant(Variant):
         ):
             reasons.append(f"the adapter's product is in {problem.lora_dtype}")
         if problem.rank and problem.lora_dtype == problem.x_dtype == torch.float32:
-            reasons.append("a float32 adapter over float32 activations")
+            reasons.append("adapter and activations are both in float32")
         return reasons
 
     def configs(self, problem: Problem) -> Sequence[Config]:

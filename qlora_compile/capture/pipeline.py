@@ -23,10 +23,10 @@ from qlora_compile.passes.nodes import example, is_linear, linear_operands
 logger = logging.getLogger(__name__)
 
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
-_OWN_WAY = "its layer multiplies by its weight in a way of its own, and not by a linear"
+_OWN_WAY = "its layer multiplies by its weight with other operators than a linear"
 _ONE_OF_SEVERAL = (
-    "one of its adapters is fused with the base product; another active one runs separately: "
-    "one of them has dropout, and so its own mask, or is not plain LoRA, or has another dtype"
+    "one of its adapters is fused with the base product; another active one runs separately, "
+    "because one of the two has dropout (a mask of its own) or another dtype, or is not plain LoRA"
 )
 
 

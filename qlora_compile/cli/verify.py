@@ -36,7 +36,7 @@ def verify(
         Path | None, typer.Option("--adapter", help="Check a trained adapter, a run's --output.")
     ] = None,
     merged: Annotated[
-        Path | None, typer.Option("--merged", help="With --adapter: check a merged model, too.")
+        Path | None, typer.Option("--merged", help="With --adapter: also check a merged model.")
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="A file or folder of text or chats, or: demo.")
@@ -53,7 +53,7 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
     """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
-    wrong. With --adapter, and --merged, check what trained and merged folders compute."""
+    wrong. With --adapter, and --merged, check the logits of a trained or merged folder."""
     with bad_input_in_one_line():
         if data != DEMO:
             check_paths(Path(data))
@@ -104,7 +104,7 @@ def _tell(stages: list[Stage], json: bool) -> None:
     typer.echo("\n".join(text_table(("stage", "ratio", "error", "plain", "allowed"), rows)))
     for stage in stages:
         if not stage.passes:
-            typer.echo(f"mismatch in {stage.name}: its logits are not those of base and adapter")
+            typer.echo(f"mismatch in {stage.name}: the logits are not those of base and adapter")
 
 
 def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Report:

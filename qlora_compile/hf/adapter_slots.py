@@ -35,7 +35,7 @@ class SlottedLayer:
 
     Uncompiled, the layer runs PEFT's own forward. slots: the active adapters; empty if there are
     none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
-    LoRA is active, a factor is no plain Linear, or no block has called the layer yet.
+    LoRA is active, a factor is not a plain Linear, or no block has called the layer yet.
     """
 
     slots: tuple[Slot, ...] | None = None

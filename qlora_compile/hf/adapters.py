@@ -163,7 +163,7 @@ def other_modules(modules: Mapping[str, nn.Module], sites: Collection[str]) -> d
         if isinstance(module, AuxiliaryTrainingWrapper):
             found[name] = f"{type(module.original_module).__name__}: {_trained(module)}"
         elif isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] != "token_adapter":
-            found[name] = f"{type(module.get_base_layer()).__name__}: it is no Linear"
+            found[name] = f"{type(module.get_base_layer()).__name__}: it is not a Linear"
     return found
 
 

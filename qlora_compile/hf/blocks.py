@@ -155,7 +155,7 @@ def _without_cache(
 
 
 def example_call(model: nn.Module) -> dict[str, Any] | None:
-    """Return small inputs to call the model with, None if `model` is no PreTrainedModel."""
+    """Return small inputs to call the model with, None if `model` is not a PreTrainedModel."""
     if not isinstance(model, PreTrainedModel):
         return None
     inputs = dict(model.dummy_inputs)

@@ -36,7 +36,7 @@ class Batching:
 
     With `add_labels` the labels are the inputs. Padding is recognised by its position and not by
     its token: in many models the pad token is also the end-of-text token, and that must stay a
-    label where it ends a text. With `float_labels` labels are no classes.
+    label where it ends a text. With `float_labels` labels are numbers, not classes.
     """
 
     pad_token: int
@@ -83,8 +83,8 @@ class Tokenizing:
 
         Raises:
             TokenizerMissingError: there is no tokenizer.
-            DatasetTypeError, RowColumnsError: a row is no text.
-            RowTypeError: a text is no string.
+            DatasetTypeError, RowColumnsError: a row is not text.
+            RowTypeError: a text is not a string.
             EmptyDatasetError: all texts are blank.
         """
         if self.tokenizer is None:

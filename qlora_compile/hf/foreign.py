@@ -13,7 +13,7 @@ _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def obstacle(linear: LinearSite) -> str | None:
-    """Return why the weight of a Linear is no matrix of numbers, None if it is one."""
+    """Return why the weight of a Linear is not a matrix of numbers, None if it is one."""
     weight = linear.weight
     if not _is_plain(weight):
         return f"its weight is a {_name(weight)}, which only that class's code reads"

@@ -31,11 +31,11 @@ def is_partly_frozen(modules: Mapping[str, nn.Module]) -> bool:
 
 
 def warn(weights: Collection[Any]) -> None:
-    """Warn of the `weights` that `quantize` leaves alone."""
+    """Warn of the `weights` that `quantize` does not pack."""
     size = sum(weight.nbytes for weight in weights)
     message = (
-        f"{len(weights)} weights ({size:,} bytes) are trained in full, or belong to a layer of "
-        "experts that has such weights, and stay unquantised; to have them packed, call "
+        f"{len(weights)} weights ({size:,} bytes) stay unquantised, because they, or other weights "
+        "of the same layer of experts, are trained in full; to pack them, call "
         "requires_grad_(False) on their layers before optimize()"
     )
     warnings.warn(message, TrainedInFullWarning, stacklevel=4)

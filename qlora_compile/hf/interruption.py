@@ -91,8 +91,8 @@ class Interruption(TrainerCallback):
         folder = self.output_dir and last_checkpoint(Path(self.output_dir), state.global_step)
         if not folder:
             return (
-                f"{done}, and nothing was saved; the model has the adapters as trained so far, "
-                "and save(path) writes them"
+                f"{done}, and nothing was saved; the model has the adapters as trained so far; "
+                "save(path) writes them"
             )
         return (
             f"{done}; {folder} holds adapter and training state; to go on from there, train with "

@@ -59,7 +59,7 @@ def load_config(source: str | Path) -> Any:
     """Read a model's configuration, without its weights.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it is no model.
+        ModelNotFoundError: nothing is there, or it is not a model.
         CheckpointError: it is a GGUF file that cannot be read, or modelopt's settings cannot.
     """
     folder, options = _location(source)
@@ -95,7 +95,7 @@ def load_model(
     holds their blocks; else all are decoded.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it is no model.
+        ModelNotFoundError: nothing is there, or it is not a model.
         CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
         CheckpointHeadError: a quantised checkpoint has no head of that kind.
         CheckpointError: a file of a quantised checkpoint cannot be read.

@@ -91,8 +91,8 @@ class MergesInPlace:
 def _warn(module: PackedModule) -> None:
     label = module.quant_format.label(Layout.parse(module.layout))
     warnings.warn(
-        f"adapters are merged into weights that stay packed ({label}) and are rounded once more; "
-        "qlora_compile.merge(model, folder) writes them merged in 16 bits",
+        f"adapters are merged into weights that stay packed ({label}), which rounds these once "
+        "more; qlora_compile.merge(model, folder) writes them merged in 16 bits",
         MergedStaysPackedWarning,
         stacklevel=2,
     )

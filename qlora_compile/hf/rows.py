@@ -97,7 +97,7 @@ class RowRules:
         """Check `rows`, which errors call by their `numbers`.
 
         Raises:
-            DatasetTypeError: a row is no token dict.
+            DatasetTypeError: a row is not a token dict.
             RowColumnsError, RowTypeError, EmptyRowError, RowLengthError, RowTokenError,
             ColumnLengthError, RowLabelError: a row cannot be trained on.
         """

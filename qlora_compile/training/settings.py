@@ -215,7 +215,7 @@ def _read(file: Path) -> dict[str, Any]:
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=2, cutoff=0.5)
-            raise refuse(f"{name!r} is no setting; the nearest is {' or '.join(near) or 'none'}")
+            raise refuse(f"{name!r} is not a setting; the nearest is {' or '.join(near) or 'none'}")
         try:
             values[name] = _typed(value, types[name])
         except (TypeError, ValueError) as error:

@@ -48,7 +48,7 @@ class Load:
     def disturbance(self, caution: Caution) -> str | None:
         """Return which limit of `caution` is exceeded and by what; None if none is."""
         if self.others is not None and self.others > caution.others:
-            return f"other processes had {self.others:.1f} CPUs"
+            return f"other processes used {self.others:.1f} CPUs"
         if self.stolen is not None and self.stolen > caution.stolen:
             return f"the hypervisor took {self.stolen:.0%} of the CPUs"
         # Where the system tells of others, preemptions beside them are by this process's threads.
@@ -56,7 +56,7 @@ class Load:
         if unknown and self.preemptions is not None and self.preemptions > caution.preemptions:
             return f"this process was preempted {self.preemptions:.0f} times a second"
         if self.drift > caution.drift:
-            return f"its speed changed {self.drift:.1f} times"
+            return f"its speed changed by a factor of {self.drift:.1f}"
         if self.spread > caution.spread:
             return f"its speed varied by {self.spread:.0%}"
         return None

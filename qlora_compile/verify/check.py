@@ -45,8 +45,8 @@ NOISE = {
     torch.float16: torch.finfo(torch.float16).eps / 4,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
 }
-"""The least plain error to judge by: one rounding or another order of a sum makes as much. In
-float64 the reference itself is no better."""
+"""The least plain error to judge by: one rounding or another order of a sum causes as much. The
+float64 reference itself is no more exact."""
 
 _OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """The allowed error where the captured graph runs only in its own dtypes and is the reference."""

@@ -39,7 +39,7 @@ class CompressedTensorsCheckpoint(Source):
             if not known:
                 raise StoredWeightError(
                     tensor="quantization_config",
-                    problem=f"{name} is {value}, which nothing here computes with",
+                    problem=f"{name} is {value}, with which nothing here computes",
                     remedy=_REMEDY,
                 )
         for layout in LAYOUTS:

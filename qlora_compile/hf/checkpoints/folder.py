@@ -162,7 +162,7 @@ def _shards(index: Path) -> dict[Path, set[str]]:
         files: dict[Path, set[str]] = {}
         for name, file in pairs:
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{file!r} is no name of a file")
+                raise ValueError(f"{file!r} is not the name of a file")
             files.setdefault(index.parent / file, set()).add(name)
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:

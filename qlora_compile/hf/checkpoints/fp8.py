@@ -40,7 +40,7 @@ class Fp8Checkpoint(Source):
             for stem in stems(folder, ending):
                 name = stem if ending == "_scale_inv" else f"{stem}.weight"
                 if name in folder.tensors and folder.tensors[name].dtype not in _CODES:
-                    continue  # a scale of something else, which is no packed weight
+                    continue  # a scale of something else, which is not a packed weight
                 yield _weight(folder, name, stem + ending, block)
 
 

@@ -98,7 +98,7 @@ class GgufFile(CheckpointFolder):
 
     def _rows(self, tensor: Any) -> Tensor | None:
         """Return the order in which transformers puts the rows of a weight; None if it does more,
-        or if this is no weight of two dimensions."""
+        or if this is not a weight of two dimensions."""
         shape = _shape(tensor)
         if len(shape) != 2:
             return None

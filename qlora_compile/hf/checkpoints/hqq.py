@@ -62,5 +62,7 @@ def _text(folder: CheckpointFolder, name: str) -> str:
     found = _read(folder, name)
     with named(folder, {"text": name}):
         if not isinstance(found, list):
-            raise StoredWeightError(tensor="text", problem="it is no text", remedy="save it again")
+            raise StoredWeightError(
+                tensor="text", problem="it is not text", remedy="save the model again"
+            )
     return "".join(map(chr, found))

@@ -80,7 +80,7 @@ def stored_layouts(folder: CheckpointFolder) -> Iterator[tuple[str, Layout]]:
             layout = Layout.from_tensor(folder.read(key))
             planes = planes_of(layout)
         except (QloraCompileError, KeyError) as error:
-            raise folder.error(key, f"it is no Layout ({error})", AGAIN) from error
+            raise folder.error(key, f"it is not a Layout ({error})", AGAIN) from error
         stored = map(as_bytes, meta_tensors(layout, torch.float32))
         for plane, role in zip(stored, roles(planes), strict=True):
             folder.check(f"{name}.{role}", dtypes=(plane.dtype,), shape=tuple(plane.shape))
@@ -107,7 +107,7 @@ def prepare(model: nn.Module, folder: CheckpointFolder) -> None:
             delattr(module, parameter)
             settle(module, parameter, packed)
         else:
-            problem = f"it stores a weight {list(layout.shape)}, and the model has none there"
+            problem = f"it stores a weight {list(layout.shape)}, but the model has none there"
             raise folder.error(f"{name}.weight", problem, f"{AGAIN}, and config.json")
         packed.origin = ORIGIN
 

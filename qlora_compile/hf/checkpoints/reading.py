@@ -221,7 +221,7 @@ def _put_in(model: Any, target: Target, direct: Direct) -> None:
         try:
             packed = format_named(packed.format).stacked(weights)
         except PackedWeightError as error:
-            problem = f"{target.name} is put together of {len(weights)} weights: {error}"
+            problem = f"{target.name} is joined from {len(weights)} weights: {error}"
             remedy = "load the model in 16 bits and quantise it here"
             raise direct.folder.error(target.pieces[0].name, problem, remedy) from error
     packed = PackedWeight(

@@ -156,7 +156,7 @@ def check_rest(
         if not lazy.decoded:
             dtype = folder.tensors[tensor].dtype
             if empty.is_floating_point() and dtype not in _READABLE:
-                problem = f"it is stored as {dtype}, and there are no scales to read it with"
+                problem = f"it is stored as {dtype}, but its scales are missing"
                 raise folder.error(tensor, problem, AGAIN)
         if pattern is None and lazy.shape != tuple(empty.shape):
             problem = f"its shape is {list(lazy.shape)}, but {name} is {list(empty.shape)}"

@@ -33,12 +33,12 @@ class TorchaoCheckpoint(Source):
                 stated = json.loads(folder.metadata(codes)[name])
                 kind, attributes = stated["_type"], dict(stated["_data"])
             except (KeyError, TypeError, ValueError) as error:
-                problem = f"the file's metadata do not say what stores {name} ({error!r})"
+                problem = f"the file's metadata do not say which class stores {name} ({error!r})"
                 raise folder.error(codes, problem, AGAIN) from error
             if kind not in TENSORS:
                 raise folder.error(
                     codes,
-                    f"a {kind} stores it, which is none of {', '.join(TENSORS)}",
+                    f"its class is {kind}, which is none of {', '.join(TENSORS)}",
                     "load the model in 16 bits and quantise it here",
                 )
             yield TENSORS[kind](folder, stem, attributes)
@@ -67,7 +67,7 @@ def _integers(folder: CheckpointFolder, stem: str, attributes: Mapping[str, Any]
         tensors["zeros"] = zeros
     if (odd := f"{stem}._weight_act_pre_scale") in folder.tensors:
         remedy = "quantise the model without SmoothQuant and AWQ"
-        raise folder.error(odd, "torchao multiplies the input by it", remedy)
+        raise folder.error(odd, "torchao multiplies the input by this tensor", remedy)
     target = attributes.get("target_dtype") or {"_data": "int8"}
     if not isinstance(target, dict) or target.get("_data") not in _BITS:
         known = ", ".join(_BITS)

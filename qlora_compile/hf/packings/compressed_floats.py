@@ -38,7 +38,7 @@ def block_of(arguments: Arguments) -> tuple[int, int] | None:
             return high, wide
         return (1, int(arguments["group_size"])) if strategy == "group" else None
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"the strategy is {strategy}, and its sizes cannot be read ({error!r})"
+        problem = f"the strategy is {strategy}, but its sizes cannot be read ({error!r})"
         raise _unreadable(problem) from error
 
 
@@ -57,7 +57,7 @@ def packed(tensors: Mapping[str, Tensor], arguments: Arguments) -> PackedWeight:
     if not bool((whole.isfinite() & (whole > 0)).all()):
         raise StoredWeightError(
             tensor="global_scale",
-            problem=f"the global scale is {whole.tolist()}",
+            problem=f"the global scale is {whole.tolist()}, not a finite number above 0",
             remedy="download the file again",
         )
     return packed_nvfp4(codes, scales, whole.reciprocal())

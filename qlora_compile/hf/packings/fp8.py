@@ -46,7 +46,7 @@ def packed_fp8(
     if wide % COLUMNS:
         raise StoredWeightError(
             tensor="scales",
-            problem=f"blocks of {high} x {wide} share a scale, and no format here has less than "
+            problem=f"blocks of {high} x {wide} share a scale, but every format here has at least "
             f"{COLUMNS} columns to a scale",
             remedy="load the model in 16 bits and quantise it here",
         )

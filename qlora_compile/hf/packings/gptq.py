@@ -41,7 +41,7 @@ class GptqStorage(Grouped):
         if settings.get("pack_dtype", "int32") != "int32":
             raise setting_error(f"pack_dtype {settings['pack_dtype']!r}", "'int32'")
         if rules := [rule for rule in settings.get("dynamic") or () if not rule.startswith("-:")]:
-            found = f"dynamic, which gives {rules[0]!r} bits of its own"
+            found = f"dynamic, which gives {rules[0]!r} other bits"
             raise setting_error(found, "one number of bits")
         if bits not in _BITS:
             raise setting_error(f"bits {bits!r}", " or ".join(map(str, _BITS)))
@@ -63,7 +63,7 @@ def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
     zeros = unpacked(tensors["zeros"], bits, scales.shape[1]).t()
     if storage.version == 1:
         zeros = zeros.to(torch.int16) + 1
-        # 256 is no uint8, but is exact in every dtype of scales.
+        # 256 does not fit uint8, but is exact in every dtype of scales.
         zeros = zeros.to(scales.dtype) if bits == 8 else zeros
     return packed_integers(
         unpacked(tensors["codes"].t(), bits, columns),

@@ -125,7 +125,7 @@ def _checked_index(index: Tensor, columns: int, group_size: int) -> Tensor | Non
     """Return `index` as int32, None if it tells nothing but neighbours' groups."""
     groups = math.ceil(columns / group_size)
     if index.shape != (columns,) or not bool(((index >= 0) & (index < groups)).all()):
-        problem = f"its values are no {columns} groups of 0 to {groups - 1}"
+        problem = f"it does not hold {columns} group numbers from 0 to {groups - 1}"
         raise StoredWeightError(tensor="index", problem=problem, remedy="download the file again")
     index = index.to(torch.int32)
     neighbours = torch.arange(columns, device=index.device) // group_size
@@ -139,5 +139,5 @@ def _fitting(group_size: int, columns: int) -> tuple[int, int]:
     for size in _SIZES:
         if group_size % size == 0:
             return size, group_size // size
-    problem = f"a scale for every {group_size} columns"
+    problem = f"there is a scale for every {group_size} columns"
     raise StoredWeightError(tensor="scales", problem=problem, remedy=_GROUPS)

@@ -56,12 +56,12 @@ def save(
     the old folder or the new one.
 
     Raises, always before anything is written, but for UnfinishedSaveError:
-        SavedModelTypeError: the model is no transformers model.
+        SavedModelTypeError: the model is not a transformers model.
         NothingPackedError: none of its weights is packed.
         FolderFormatError: `stored_as` cannot hold it.
         OptionError: there is no such kind of folder.
         MergedWeightsError: an adapter is merged into a packed weight.
-        ShardSizeError: max_shard_size is no size.
+        ShardSizeError: max_shard_size is not a size.
         OutputDirectoryError: the folder cannot be written.
         RivalWeightsError: the folder holds weights of another kind.
         UnfinishedSaveError: writing has failed; what was there before is unchanged.
