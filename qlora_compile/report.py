@@ -26,11 +26,11 @@ class Site:
     """One Linear, Conv1D or weight of experts, with a weight [n, k].
 
     format: how the weight is stored: its dtype if it is not quantised, another library's class if
-    only that reads it. rank: of the adapter, 0 for none. reason: why the site is not `fused`.
+    only that class reads it. rank: the adapter's, 0 for none. reason: why the site is not `fused`.
     forward, backward: what computes a fused site, and in training its gradients. keeps_low_rank:
     whether the forward keeps S = x Aᵀ for the backward.
-    experts: how many [n, k] a weight of experts holds, 0 for a Linear. origin: where a quantised
-    weight comes from: "quantised here", another library's layer, or a checkpoint.
+    experts: how many matrices [n, k] a weight of experts holds, 0 for a Linear. origin: where a
+    quantised weight comes from: "quantised here", another library's layer, or a checkpoint.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Errors of saving, merging and loading packed models, as in errors.py."""
+"""Errors of saving, merging and loading packed models; their base class is in errors.py."""
 
 from qlora_compile.errors import QloraCompileError
 

@@ -1,5 +1,4 @@
-"""Cross-entropy and its gradient over rows of bfloat16 logits, in place and without float32 copies
-of them."""
+"""Cross-entropy and its gradient over rows of bfloat16 logits, in place, without float32 copies."""
 
 from __future__ import annotations
 

@@ -31,19 +31,19 @@ from qlora_compile.kernels.variants.base import LinearGradients
 from qlora_compile.kernels.variants.decoding import decoder_names
 
 _TALLEST = {"sm_80": 64, "sm_89": 64}
-"""Rows of a tile with which decoders of 8-bit codes and of groups do not spill registers, where
-there is a limit."""
+"""The most rows of a tile with which decoders of 8-bit codes and of groups do not spill registers,
+for targets with a limit."""
 
 _UTILIZATION = FUSED_UTILIZATION | {"sm_90": 0.5}
-"""As `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
+"""Like `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
 
 _ROWS_DECODING_COSTS = 64
 """Decoding a weight takes about as long as the products of so many rows with it."""
 
 
 def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layout) -> GemmConfig:
-    """For `rows` of all experts together: the host does not know whose they are. target: one that
-    `tuned_target` knows."""
+    """Return the config for `rows` of all experts together, as the host does not know whose rows
+    they are. target: one that `tuned_target` knows."""
     tuned = tuned_target(target)
     assert tuned is not None
     quant_format = format_of(layout)
@@ -65,7 +65,7 @@ def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layo
 
 
 def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceModel) -> float:
-    """Modelled seconds of one launch for all experts, rows spread evenly over them."""
+    """Return modelled seconds of one launch for all experts, with rows spread evenly over them."""
     active, tiles = _tiles(problem, config.block_m)
     n, k = problem.n, problem.k
     packed = problem.layout.quantized
@@ -86,14 +86,14 @@ def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
 
 
 def _weight_bytes(problem: ExpertsProblem) -> float:
-    """Of one weight, its part of the scales included."""
+    """Return the bytes of one weight, including its part of the scales."""
     if not problem.layout.quantized:
         return 2
     return format_named(problem.layout.format).bytes_per_weight(problem.layout)
 
 
 def adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
-    """Of the thin products: each reads a tall operand once, and all factors."""
+    """Return the seconds of the thin products: each reads a tall operand once, and all factors."""
     if not problem.rank:
         return 0.0
     x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n

@@ -1,5 +1,5 @@
-"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op of the form
-that `qlora_linear` has."""
+"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op with the
+arguments of `qlora_linear`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> E
 
 
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
-    """[y] of shape [S, N]: for the rows of expert e, which end at offsets[e],
+    """Return [y], y of shape [S, N]: for the rows of expert e, which end at offsets[e],
     y = x @ dequant(W)[e]ᵀ + bias[e] + scaling * x lora_a[e]ᵀ lora_b[e]ᵀ; zero past the last offset.
 
     Shapes as in `ExpertsTensors`. Products run in the compute dtype; casts happen inside. W and
@@ -50,7 +50,7 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
 def _backward(
     grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """The needed ones of [grad x, grad lora_a, grad lora_b], in that order, contiguous."""
+    """Return those of [grad x, grad lora_a, grad lora_b] that are needed, contiguous."""
     call = Call.parse(text)
     with torch.autocast(x.device.type, enabled=False):
         choice = choose(experts_problem(call, "backward", x.shape[0], x))

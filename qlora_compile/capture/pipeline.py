@@ -64,7 +64,7 @@ def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
 
 
 def _record(graph_module: GraphModule, context: PassContext) -> None:
-    """Record what became of each site, by the rewritten graph and not by what the passes say."""
+    """Record what became of each site, as seen in the rewritten graph, whatever the passes say."""
     adapted: set[str] = set()
     for node in graph_module.graph.nodes:
         if not is_fused(node):
@@ -105,9 +105,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
     """Write the selector's name and one decision of the selector into every fused call.
 
-    The decision is whether the forward saves S = x Aᵀ for the backward. Tables that a GPU decodes
-    weights by are made now: the first call may be captured in a CUDA graph, where nothing is copied
-    from the host.
+    The decision is whether the forward saves S = x Aᵀ for the backward. The tables for decoding
+    weights on a GPU are made now: the first call may be captured in a CUDA graph, during which
+    nothing can be copied from the host.
     """
     for node in filter(is_fused, graph_module.graph.nodes):
         fused = read(node)

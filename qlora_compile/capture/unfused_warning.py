@@ -1,4 +1,4 @@
-"""Warns once, after a model's first step in training, of sites that could be fused and are not."""
+"""Warns once, after a model's first training step, of sites that could be fused and are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line's `eval`: loss and perplexity of a file, with an adapter and without."""
+"""The command line's `eval`: loss and perplexity of a file, with and without an adapter."""
 
 from __future__ import annotations
 

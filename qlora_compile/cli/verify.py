@@ -1,5 +1,5 @@
-"""The command line's `verify`: runs one training step on real text, checking every graph, or checks
-what has come of a training."""
+"""The command line's `verify`: checks every graph in one training step on real text, or checks a
+trained adapter and a merged model."""
 
 from __future__ import annotations
 

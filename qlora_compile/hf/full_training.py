@@ -23,8 +23,8 @@ class TrainedInFullWarning(UserWarning):
 def is_partly_frozen(modules: Mapping[str, nn.Module]) -> bool:
     """Whether the model of these `modules` has adapters, or a parameter that is not trained.
 
-    If it has neither, nobody has chosen what to train: in a model that has just been loaded all
-    weights require a gradient.
+    If it has neither, nobody has chosen what to train: all weights of a model that has just been
+    loaded require a gradient.
     """
     parameters = (p for module in modules.values() for p in module.parameters(recurse=False))
     return adapters.has_adapters(modules) or not all(p.requires_grad for p in parameters)

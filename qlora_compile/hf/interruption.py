@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: end it after a whole step, from where a checkpoint goes on."""
+"""Ctrl-C and SIGTERM end a training after a whole step, with a checkpoint to go on from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LazyLogits: a placeholder for logits that are never made; it records what is done to them."""
+"""LazyLogits: a placeholder for logits that are never made; it records operations on them."""
 
 from __future__ import annotations
 

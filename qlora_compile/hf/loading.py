@@ -91,8 +91,8 @@ def load_model(
 
     head: "causal" for that class, "score" for one number for each text, "classes" for logits of
     `labels`; both with a new head unless the checkpoint has one. device: where the weights of a
-    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed where a format
-    holds their blocks; else all are decoded.
+    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed if a format
+    holds their blocks; if not, all are decoded.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is not a model.
@@ -187,7 +187,7 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    """Whether a configuration belongs to a quantised checkpoint, whose weights stay packed."""
     return quantization_settings(config) is not None
 
 

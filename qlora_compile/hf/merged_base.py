@@ -1,4 +1,4 @@
-"""Merging in place, into a packed weight: what was there before is kept, and comes back.
+"""Merging in place into a packed weight: the earlier planes are kept, and restored by unmerging.
 
 A merged weight stays packed and is rounded once more. The planes from before are kept in host
 memory until the adapters are unmerged, so that unmerging gives back the same bytes; subtracting the
@@ -26,7 +26,7 @@ class MergedStaysPackedWarning(UserWarning):
 
 
 class KeptBase:
-    """The packed weight of `module`, and its `bias`, from before adapters are merged into them."""
+    """The packed weight of `module` and its `bias`, as they are before adapters are merged."""
 
     def __init__(self, module: PackedModule, bias: Tensor | None = None) -> None:
         packed = module.packed
@@ -54,7 +54,7 @@ class KeptBase:
 
 
 def _state(module: PackedModule) -> int:
-    """Return a checksum of a packed weight, which copies of it share."""
+    """Return a checksum of a packed weight, the same for copies of it."""
     checksum = 0
     for plane in module.tensors:
         stored = plane.data.cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -69,7 +69,7 @@ class MergesInPlace:
 
     @contextmanager
     def merging(self: Any, module: PackedModule, bias: Tensor | None = None) -> Iterator[None]:
-        """Keep what is there before the body, which merges adapters and packs the result."""
+        """Keep the present weight before the body, which merges adapters and packs the result."""
         before = list(self.merged_adapters)
         kept = self._kept_base
         if kept is None or not before or not kept.is_current(module):
@@ -82,7 +82,7 @@ class MergesInPlace:
             _warn(module)
 
     def taken_back(self: Any, module: PackedModule) -> KeptBase | None:
-        """Return what `unmerge` may put back; None if it is not there, or not the weight's."""
+        """Return what `unmerge` may put back; None if nothing is kept, or for another weight."""
         kept = self._kept_base
         self._kept_base = None
         return kept if kept is not None and kept.is_current(module) else None

@@ -27,17 +27,17 @@ from qlora_compile.verify.graph_forms import (
 from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 
 FACTOR = 4.0
-"""How many times the error of the plain computation in the same dtypes is allowed. Among hundreds
-of gradients there are some whose plain error is, by luck, a third of the usual one."""
+"""A rewritten graph's error may be this many times that of the plain computation in the same
+dtypes. Of hundreds of gradients some have, by luck, a plain error a third of the usual one."""
 
 CALL_FACTOR = 2.0
 """The same for a single fused call, where few roundings add up."""
 
 LOST_FACTOR = 10.0
-"""The same where the plain computation has no correct digit, as for gradients that cancel out."""
+"""The same if the plain computation has no correct digit, as for gradients that cancel out."""
 
 _LOST = 0.5
-"""A plain error from which on no digit is correct."""
+"""From this plain error on, no digit is correct."""
 
 NOISE = {
     torch.float64: 64 * torch.finfo(torch.float64).eps,
@@ -49,7 +49,7 @@ NOISE = {
 float64 reference itself is no more exact."""
 
 _OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The allowed error where the captured graph runs only in its own dtypes and is the reference."""
+"""The allowed error if the captured graph, the reference, runs in its own dtypes only."""
 
 _OWN_DTYPES = "its own dtypes"
 
@@ -74,7 +74,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class CapturedInput:
-    """A placeholder: its name for people, and whether it is a parameter or buffer of the block."""
+    """A placeholder: a readable name, and whether it is a parameter or buffer of the block."""
 
     name: str
     stored: bool
@@ -83,7 +83,7 @@ class CapturedInput:
 def captured_inputs(
     graph_module: GraphModule, names: Mapping[int, Sequence[str]]
 ) -> list[CapturedInput]:
-    """Describe the inputs of a graph that Dynamo has just captured; later it has forgotten them.
+    """Describe the inputs of a graph that Dynamo has just captured; later Dynamo forgets them.
 
     names: of the block's parameters and buffers, by their `id`. Compiled code reads the tensors of
     an adapter from slots, not by name.
@@ -251,14 +251,15 @@ class _Case:
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
-    """Return |value - exact| / |exact| by Euclidean norms, or |value| if `exact` is zero."""
+    """Return ‖value - exact‖ / ‖exact‖ by Euclidean norms, or ‖value‖ if `exact` is zero."""
     return float((value.double() - exact).norm()) / (float(exact.norm()) or 1.0)
 
 
 def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[Any]:
-    """Return `args` with normal numbers for activations, with their mean and deviation, and for
-    trained matrices, with variance 1 / columns, as an adapter's B is all zeros at first. Trained
-    vectors get noise of deviation 0.1."""
+    """Return `args` with random normal numbers in place of activations and trained parameters.
+
+    Activations keep their mean and deviation. Trained matrices get variance 1 / columns, because an
+    adapter's B is all zeros at first. Trained vectors get added noise of deviation 0.1."""
     generator = torch.Generator().manual_seed(_SEED)
     values = []
     for each, arg in zip(inputs, args, strict=True):
@@ -285,7 +286,7 @@ def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
 
 
 def _computed_with(graph_module: GraphModule, args: Sequence[Any]) -> list[Any]:
-    """Return the inputs of the graph but for the planes of packed weights, in whose dtypes nothing
+    """Return the inputs of the graph except the planes of packed weights, in whose dtypes nothing
     is computed."""
     packed = packed_inputs(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")

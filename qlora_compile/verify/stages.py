@@ -1,7 +1,7 @@
 """Stages: a model's logits after training, beside a float64 evaluation of base and adapters.
 
-A certificate of a block says that training was right. The stages after training are checked by what
-the whole model computes on real text: the adapter as it is read again, and the merged model.
+A certificate of a block says that training was right. The stages after training, the adapter as it
+is read again and the merged model, are checked by what the whole model computes on real text.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Stage:
     """The error of one stage: Euclidean norm of the difference of all logits from the reference,
     divided by that of the reference.
 
-    plain_error: that of stock PEFT over the dequantised base, in the model's dtype. allowed: the
-    largest `error` that passes.
+    plain_error: the error of stock PEFT over the dequantised base, in the model's dtype. allowed:
+    the largest `error` that passes.
     """
 
     name: str
@@ -52,9 +52,9 @@ def check_stages(
 ) -> list[Stage]:
     """Compare a PeftModel, and the model in the folder `merged`, with the float64 reference.
 
-    The reference has the dequantised base with the adapters merged in float32. A second model, the
-    dequantised base with the adapters as stock PEFT reads and runs them, in the dtype of `model`,
-    says what error is usual. Both are written to a temporary folder. sequences: token ids.
+    The reference is the dequantised base with the adapters merged in float32. A second model, the
+    dequantised base with the adapters as stock PEFT reads and runs them in the dtype of `model`,
+    shows the usual error. Both are written to a temporary folder. sequences: token ids.
     """
     dtype, device = model.get_base_model().dtype, next(model.parameters()).device
     stock = type(model.get_base_model())

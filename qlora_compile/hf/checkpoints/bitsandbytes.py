@@ -20,8 +20,8 @@ _NESTED = ("nested_absmax", "nested_quant_map")
 
 
 class BitsAndBytesCheckpoint(Source):
-    """A 4-bit weight has "NAME.weight.quant_state.bitsandbytes__nf4" or "…__fp4" beside it, an
-    8-bit one "NAME.SCB"."""
+    """A 4-bit weight has a tensor "NAME.weight.quant_state.bitsandbytes__nf4" or "…__fp4" beside
+    it, an 8-bit weight has "NAME.SCB"."""
 
     method: ClassVar[str] = "bitsandbytes"
     beside: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in FORMATS_OF_4_BITS)

@@ -1,7 +1,7 @@
 """Checkpoints of torchao, as `torchao.prototype.safetensors` writes them, version 0.18.
 
-A tensor of torchao's, "NAME.weight", lies in several, "NAME._weight_qdata" and so on; the metadata
-of the file's header tell its class and its attributes, as JSON.
+A torchao tensor "NAME.weight" is stored as several tensors, "NAME._weight_qdata" and so on; the
+metadata in the file's header hold its class and attributes as JSON.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _BITS = {f"int{bits}": bits for bits in range(1, 9)}
 def _block(
     folder: CheckpointFolder, name: str, attributes: Mapping[str, Any], shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return the rows and columns of a block, all of them if it is empty."""
+    """Return the rows and columns of a block; all rows and columns if `block_size` is empty."""
     stored = attributes.get("block_size") or shape
     if len(stored) != 2 or any(type(size) is not int or size < 1 for size in stored):
         raise folder.error(name, f"block_size is {stored!r}, not two sizes", AGAIN)

@@ -31,7 +31,7 @@ _AGAIN = "download the file again"
 
 @dataclass(frozen=True)
 class State4bit:
-    """What is stored beside a 4-bit weight's tensors. offset: None without double quantisation."""
+    """The state beside a 4-bit weight's tensors. offset: None without double quantisation."""
 
     kind: str
     shape: tuple[int, int]

@@ -55,7 +55,7 @@ def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
     from the lowest on; "zeros", the qzeros, int32 [groups, N * bits / 32], likewise of a row;
     "scales" [groups, N]; and, where there is one, "index", the g_idx, int32 [K].
 
-    A zero of version 1 may be 2 ** bits, as AutoGPTQ's `qlinear_cuda` has it. Raises
+    In version 1 a zero may be 2 ** bits, as in AutoGPTQ's `qlinear_cuda`. Raises
     StoredWeightError.
     """
     bits, scales = storage.bits, tensors["scales"]

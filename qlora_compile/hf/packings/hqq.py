@@ -25,12 +25,12 @@ _PACKINGS = {
     "2bit_u8": (2, torch.uint8),
     "1bit_u8": (1, torch.uint8),
 }
-"""Bits of a code, and what holds several."""
+"""By the name of a packing: the bits of a code, and the dtype of an item that holds several."""
 
 
 @dataclass(frozen=True)
 class HqqStorage:
-    """How one weight is stored. packing: a name of hqq's."""
+    """How one weight is stored. packing: hqq's name for it."""
 
     shape: tuple[int, int]
     group_size: int
@@ -48,7 +48,7 @@ class HqqStorage:
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> HqqStorage:
-        """Read what an HQQLinear has in `meta`. Raises StoredWeightError."""
+        """Read the `meta` of an HQQLinear. Raises StoredWeightError."""
         packing, axis = meta.get("packing"), meta.get("axis")
         if packing not in _PACKINGS:
             known = " or ".join(_PACKINGS)

@@ -40,8 +40,8 @@ def packed(tensors: Mapping[str, Tensor], block: tuple[int, int], bits: int) -> 
 
 
 def packed_tensor(weight: Any) -> PackedWeight:
-    """Return the weight that a tensor of torchao stores. What it says of activations is not looked
-    at. Raises StoredWeightError."""
+    """Return the weight that a torchao tensor stores, ignoring its settings for activations. Raises
+    StoredWeightError."""
     tensors = {"codes": weight.qdata, "scales": weight.scale}
     if weight.zero_point is not None:
         tensors["zeros"] = weight.zero_point

@@ -29,7 +29,7 @@ from qlora_compile.saving_errors import (
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 ADAPTERS = "adapter"
-"""The folder inside a saved model's that the adapters of a PeftModel are written to."""
+"""The folder, inside that of a saved model, that holds the adapters of a PeftModel."""
 
 
 def save(
@@ -41,8 +41,8 @@ def save(
 ) -> str:
     """Write a packed model into `folder`, and return the kind of folder that was written.
 
-    model: a transformers model with packed weights, or a PeftModel over one. Of a PeftModel the
-    base is written, and the adapters beside it into `folder`/adapter, as PEFT writes them.
+    model: a transformers model with packed weights, or a PeftModel over one. For a PeftModel the
+    base is written, and the adapters as PEFT files in `folder`/adapter.
 
     stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
     zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
@@ -50,10 +50,10 @@ def save(
     `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
     in our folder and raises an OSError.
 
-    max_shard_size: of each file, in bytes or as text such as "5GB".
+    max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
-    The folder is replaced as a whole, and other files in it stay: whatever interrupts saving leaves
-    the old folder or the new one.
+    The folder is replaced as a whole, so that an interruption leaves the old or the new one; other
+    files in it stay.
 
     Raises, always before anything is written, but for UnfinishedSaveError:
         SavedModelTypeError: the model is not a transformers model.
@@ -151,8 +151,9 @@ def write_configs(
 class SavePacked:
     """Takes the place of `save_pretrained` of a model with packed weights.
 
-    transformers' own would write codes under the names of weights. Adapters that transformers has
-    attached are saved by transformers. An object, which is copied and pickled with the model.
+    transformers' own method would write codes as if they were weights. Adapters that transformers
+    has attached are saved by transformers. This is an object, so as to be copied and pickled with
+    the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -198,7 +199,7 @@ class SavePacked:
 
 
 def save_packed(modules: Iterable[nn.Module]) -> None:
-    """Let `save_pretrained` of all transformers models among `modules` be ours, from now on."""
+    """Replace `save_pretrained` of all transformers models among `modules` by ours."""
     module: Any
     for module in modules:
         if isinstance(module, PreTrainedModel):
