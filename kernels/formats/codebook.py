@@ -37,7 +37,7 @@ class CodebookFormat(BlockFormat):
     """Value of each code 0 … 15; several codes may share one."""
 
     def codebook_on(self, device: torch.device) -> Tensor:
-        """`codebook` as a shared float32 [16] tensor on `device`; not to be written to."""
+        """Return `codebook` as a shared float32 [16] tensor on `device`, not to be written to."""
         return _codebook(self.codebook, device)
 
     def device_decoders(self) -> tuple[Decoder, ...]:

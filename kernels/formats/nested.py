@@ -19,8 +19,8 @@ NESTED_BLOCK_SIZE = 256
 """Absmax values per second-level block of double quantisation (QLoRA, Dettmers et al. 2023)."""
 
 _GRID = 65535
-"""bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it
-looks up the nearest code, so a few values next to a decision boundary take the farther one."""
+"""bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it looks
+up the nearest code, so that a few values next to a decision boundary get the farther code."""
 
 
 def dynamic_map() -> Tensor:
@@ -52,10 +52,10 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Second-level quantisation of `absmax`, float32 [blocks] and finite.
+    """Quantise `absmax`, float32 [blocks] and finite, at the second level.
 
     Returns `(codes, nested_codebook, nested_absmax, nested_offset)`: uint8 [blocks], float32
-    [256], float32 [ceil(blocks / 256)], float32 []. Bit for bit bitsandbytes' CPU result.
+    [256], float32 [ceil(blocks / 256)], float32 [], bit for bit as bitsandbytes on a CPU.
     """
     codebook, nearest = _tables(absmax.device)
     offset = absmax.mean()
@@ -75,7 +75,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def block_absmax(packed: PackedWeight, start: int, stop: int) -> Tensor:
-    """First-level absmax of blocks `start` … `stop`, float32 [stop - start]."""
+    """Return the first-level absmax of blocks `start` … `stop`, float32 [stop - start]."""
     absmax, *nested = (plane.reshape(-1) for plane in packed.tensors[1:])
     if not nested:
         return absmax[start:stop]

@@ -1,4 +1,4 @@
-"""Options: what a format lets one choose when a weight is packed."""
+"""Options: what one may choose of a format when a weight is packed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DOUBLE = "double_quantize"
 class Option:
     """One choice: a keyword `name`, the `values` it may have, and the `default` among them.
 
-    stored: whether it decides how the weight is stored, and so stands in a Layout. One that is not
-    decides how codes are found.
+    stored: whether the option decides how the weight is stored, and so is part of a Layout; if not,
+    it decides how codes are found.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Option:
         raise FormatOptionValueError(format=format, option=self.name, value=value, known=known)
 
     def read(self, text: str) -> Any:
-        """The value that `text` writes, unchecked; `text` itself if it is none."""
+        """Return the value that `text` stands for, unchecked; else `text` itself."""
         if text.isdecimal():
             return int(text)
         return {str(each).lower(): each for each in self.values}.get(text.lower(), text)

@@ -23,7 +23,7 @@ _THIN = GemmConfig(64, 64, 64, 4, 3)
 def grouped_forward(tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConfig) -> Tensor:
     """y [S, N] in `spec.out_dtype`, zero in the rows past the last offset.
 
-    config: its decoder is one of the format's, None for a plain weight; `splits` is not looked at.
+    config: its decoder is one of the format's, None for a plain weight; `splits` is ignored.
     Products run in `spec.compute_dtype`, of 16 bits.
     """
     x = tensors.x
@@ -109,9 +109,9 @@ def _gemm(
     adapter: tuple[Tensor, Tensor] | None = None,
     scaling: Tensor | None = None,
 ) -> None:
-    """One launch. weight: packed, or [E, N, K]; shape: (N, K). adapter: low [S, width] and up
-    [E, C, width], whose product low upᵀ is added; both contiguous, in the compute dtype, and padded
-    with zeros to what a tensor core takes."""
+    """Launch one product. weight: packed, or [E, N, K]; shape: (N, K). adapter: low [S, width] and
+    up [E, C, width], whose product low upᵀ is added; both contiguous, in the compute dtype, and
+    padded with zeros to what a tensor core takes."""
     (rows, columns), experts = out.shape, offsets.shape[0]
     if not rows:
         return
@@ -141,8 +141,8 @@ def _gemm(
 
 
 def _gradient(z: Tensor, low: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """out [E, C, rank], any strides and dtype: z [S, C]ᵀ @ low [S, width] over each expert's rows,
-    without the padding."""
+    """Write z [S, C]ᵀ @ low [S, width] over each expert's rows, without the padding, to out
+    [E, C, rank] of any strides and dtype."""
     z = with_contiguous_rows(z)
     columns, rank = out.shape[1:]
     block_m, block_c = 32, 64
