@@ -107,7 +107,8 @@ CPU = CpuModel(
 
 @functools.cache
 def device_model(device: str, target: str) -> DeviceModel:
-    """The card's model, or that of another card of its target, or of the nearest generation."""
+    """Return the card's model, or that of another card of its target, or of the nearest
+    generation."""
     # A device that is only assumed has no name.
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     for model in DEVICE_MODELS:
@@ -117,7 +118,8 @@ def device_model(device: str, target: str) -> DeviceModel:
 
 
 def model_of_target(target: str) -> DeviceModel:
-    """The first card listed for `target`, else for the nearest generation of the same vendor."""
+    """Return the first card listed for `target`, else for the nearest generation of the same
+    vendor."""
     vendor, number = target[:3], int(target.lstrip("smgfx_"), 16)
 
     def distance(model: DeviceModel) -> tuple[bool, int]:

@@ -29,7 +29,7 @@ long enough to hide the cost of starting an operator."""
 def philox4x32(
     words: Sequence[Tensor | int], key: Tensor | int, rounds: int = ROUNDS
 ) -> list[Tensor | int]:
-    """The four output words of the counters `words`, low word first.
+    """Return the four output words of the counters `words`, low word first.
 
     words: four values below 2**32, ints or int64 tensors of one shape, which are overwritten;
     key: 64 bits, an int or an int64 tensor of that shape. Only the low 32 bits of the output words
@@ -48,7 +48,7 @@ def philox4x32(
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of `value` modulo 2**64."""
+    """Return the int64 with the bits of `value` modulo 2**64."""
     return (value + 2**63) % 2**64 - 2**63
 
 

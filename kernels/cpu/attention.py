@@ -52,8 +52,8 @@ def gradients(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, in their dtypes and strides. All operands but `grad`
-    have contiguous rows.
+    """Return the gradients of query, key and value, in their dtypes and strides. All operands but
+    `grad` have contiguous rows.
 
     query, grad, out: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], each for
     H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. attn_mask:

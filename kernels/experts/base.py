@@ -62,7 +62,8 @@ class ExpertsTensors(LinearTensors):
     offsets: Tensor = field(kw_only=True)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
-        """Pairs (expert, its rows) of the experts that have any; reads `offsets` on the host."""
+        """Yield pairs (expert, its rows) of the experts that have any; reads `offsets` on the
+        host."""
         start = 0
         for expert, end in enumerate(self.offsets.tolist()):
             if end > start:
@@ -85,7 +86,7 @@ class ExpertsVariant(ABC):
 
     @abstractmethod
     def forward(self, tensors: ExpertsTensors, spec: ExpertsSpec) -> Tensor:
-        """y [S, N] in `spec.out_dtype`; zero in the rows past the last offset."""
+        """Return y [S, N] in `spec.out_dtype`; zero in the rows past the last offset."""
 
     @abstractmethod
     def backward(

@@ -80,7 +80,7 @@ def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceMode
 
 
 def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
-    """(experts with rows, tiles of rows)."""
+    """Return (experts with rows, tiles of rows)."""
     active = max(min(problem.experts, problem.m), 1)
     return active, active * -(-problem.m // (active * block_m))
 

@@ -113,7 +113,7 @@ def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:
 
 
 def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: torch.dtype) -> Tensor:
-    """W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
+    """Return W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
     quant_format = format_of(spec.layout)
     if quant_format is None:
         return tensors.planes[0][expert].to(dtype)

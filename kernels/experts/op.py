@@ -20,8 +20,8 @@ from qlora_compile.kernels.problem import Direction
 def bound_experts(
     call: Call, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[ExpertsTensors, ExpertsSpec]:
-    """The tensors of an experts' Call by their names, and its constants. tensors: the offsets come
-    first, then the others in the order of `tensor_indices`."""
+    """Return the tensors of an experts' Call by their names, and its constants. tensors: the
+    offsets come first, then the others in the order of `tensor_indices`."""
     ((own, spec),) = bound(call, x, tensors, None)
     return (
         ExpertsTensors(**vars(own), offsets=tensors[0]),
@@ -30,7 +30,8 @@ def bound_experts(
 
 
 def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> ExpertsProblem:
-    """The Problem of an experts' Call in one direction, for `rows` rows of all experts together."""
+    """Return the Problem of an experts' Call in one direction, for `rows` rows of all experts
+    together."""
     return ExpertsProblem(**vars(problem_of(call, direction, rows, x)), experts=call.experts)
 
 
@@ -72,7 +73,8 @@ def experts_linear(
     adapter: tuple[Tensor, Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y [S, N] of x [S, K] in `dtype`, whose rows are sorted by expert and end at `offsets` [E].
+    """Return y [S, N] of x [S, K] in `dtype`, whose rows are sorted by expert and end at `offsets`
+    [E].
 
     layout: the text of the Layout of all experts' weights, [E * N, K]. adapter: lora_a, lora_b and
     scaling.

@@ -44,7 +44,8 @@ class QuantFormat(ABC):
         return any(option.name == DOUBLE for option in self.options)
 
     def layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        """The Layout of a weight of `shape` with these `options`, the others at their defaults.
+        """Return the Layout of a weight of `shape` with these `options`, the others at their
+        defaults.
 
         A false `double_quantize` may be given to every format. Raises FormatOptionError for a name
         that is no option, and what an Option raises for its value.
@@ -52,7 +53,7 @@ class QuantFormat(ABC):
         return self._layout(shape, **self._chosen(options, stored=True))
 
     def _chosen(self, options: Mapping[str, Any], *, stored: bool) -> dict[str, Any]:
-        """All options that are stored in a Layout, or all that are not."""
+        """Return all options that are stored in a Layout, or all that are not."""
         chosen = checked(self.name, self.options, options)
         return {each.name: chosen[each.name] for each in self.options if each.stored == stored}
 
@@ -66,10 +67,11 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
-        """The tensors that a weight of `layout` is stored in, the codes first."""
+        """Return the tensors that a weight of `layout` is stored in, the codes first."""
 
     def packed(self, layout: Layout, tensors: Sequence[Tensor]) -> PackedWeight:
-        """The weight stored in `tensors`, in the order of `planes`. Raises PackedWeightError."""
+        """Return the weight stored in `tensors`, in the order of `planes`. Raises
+        PackedWeightError."""
         return PackedWeight.checked(layout, self.planes(layout), tensors)
 
     def quantize(self, weight: Tensor, *, site: str = "weight", **options: Any) -> PackedWeight:
@@ -82,7 +84,7 @@ class QuantFormat(ABC):
     def pack(
         self, weight: Tensor, layout: Layout, site: str = "weight", **options: Any
     ) -> PackedWeight:
-        """Quantises `weight`, [N, K] of any floating-point dtype and strides, N, K >= 1, on its own
+        """Quantise `weight`, [N, K] of any floating-point dtype and strides, N, K >= 1, on its own
         device. site: the name that errors give. options: those that no Layout stores.
 
         Raises WeightShapeError, WeightValueError (NaN or infinity), and what a format raises for
@@ -97,11 +99,11 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
-        """The planes of `weight`, each with storage of its own. options: those that no Layout
-        stores."""
+        """Return the planes of `weight`, each with storage of its own. options: those that no
+        Layout stores."""
 
     def stacked(self, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """The weight [N1 + N2 + …, K] of `weights`, [N1, K], [N2, K], …, one below another.
+        """Return the weight [N1 + N2 + …, K] of `weights`, [N1, K], [N2, K], …, one below another.
 
         No value changes. Raises PackedWeightError if the weights differ in anything but their rows,
         or cannot be put together as they are stored.
@@ -115,7 +117,7 @@ class QuantFormat(ABC):
         return self._stacked(first.with_rows(rows), weights)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """`stacked` of weights that are stored alike.
+        """Return `stacked` of weights that are stored alike.
 
         Here each row has a part of a plane, or one plane, such as an order of columns, serves all
         rows and must be the same for all weights.
@@ -149,7 +151,8 @@ class QuantFormat(ABC):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Rows `start` … `stop` of the weight: [stop - start, K] of `dtype`, written to `out`.
+        """Return rows `start` … `stop` of the weight: [stop - start, K] of `dtype`, written to
+        `out`.
 
         Equal bit for bit to `dequantize(packed, dtype)[start:stop]`. `out`: contiguous, of that
         shape and dtype, on the weight's device; made when None. Raises RowRangeError unless
@@ -188,10 +191,10 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def row_alignment(self, layout: Layout) -> int:
-        """The least r >= 1 such that decoding may begin at every r-th row."""
+        """Return the least r >= 1 such that decoding may begin at every r-th row."""
 
     def check_format(self, packed: PackedWeight) -> None:
-        """Raises PackedWeightError if `packed` is of another format."""
+        """Raise PackedWeightError if `packed` is of another format."""
         if packed.format != self.name:
             problem = f"cannot be read as {self.name!r}"
             raise PackedWeightError(format=packed.format, shape=packed.shape, problem=problem)
@@ -223,12 +226,13 @@ class QuantFormat(ABC):
     def prepared(
         self, layout: Layout, tensors: Sequence[Tensor]
     ) -> tuple[Layout, Sequence[Tensor]]:
-        """The Layout and the planes of the same weight in a form that decodes faster, for kernels
-        that read each plane many times; computed on the device if the format has such a form."""
+        """Return the Layout and the planes of the same weight in a form that decodes faster, for
+        kernels that read each plane many times; computed on the device if the format has such a
+        form."""
         return layout, tensors
 
     def device_obstacle(self, layout: Layout) -> str | None:
-        """Why no Triton kernel can decode a weight of `layout`; None if the decoders can."""
+        """Return why no Triton kernel can decode a weight of `layout`; None if the decoders can."""
         return None
 
 
@@ -242,7 +246,7 @@ def _check_weight(weight: Tensor, site: str) -> None:
 
 
 def checked_block_size(block_size: object) -> int:
-    """`block_size`, if it is a power of two that is allowed. Raises BlockSizeError."""
+    """Return `block_size`, if it is a power of two that is allowed. Raises BlockSizeError."""
     problem = None
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         problem = "is not an integer"

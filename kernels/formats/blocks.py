@@ -41,7 +41,7 @@ class _BlockSizeOption(Option):
     """A power of two from 32 to 4096, or "row" for one absmax a row; `values` are examples."""
 
     def check(self, format: str, value: object) -> Any:
-        """Raises BlockSizeError."""
+        """Raise BlockSizeError."""
         return value if value == "row" else checked_block_size(value)
 
 
@@ -121,7 +121,8 @@ class BlockFormat(QuantFormat):
         return self.packed(layout, [codes, torch.cat(absmax)])
 
     def row_alignment(self, layout: Layout) -> int:
-        """The least r >= 1 such that every r-th row begins at a byte and at an absmax block."""
+        """Return the least r >= 1 such that every r-th row begins at a byte and at an absmax
+        block."""
         unit = math.lcm(layout.named["block_size"], 8 // math.gcd(8, self.bits))
         return unit // math.gcd(unit, layout.shape[1])
 
@@ -233,7 +234,7 @@ class BlockFormat(QuantFormat):
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> None:
-    """Multiplies each block of `values` in place; the last one may be cut short."""
+    """Multiply each block of `values` in place; the last one may be cut short."""
     full = values.numel() // block_size
     whole = values[: full * block_size].view(full, block_size)
     whole.mul_(scales[:full].unsqueeze(1))
@@ -263,6 +264,6 @@ def _planes(layout: Layout, bits: int, code_dtype: torch.dtype) -> tuple[Plane, 
 def block_layout(
     format: str, shape: tuple[int, int], block_size: int, double_quantized: bool
 ) -> Layout:
-    """The Layout of a weight in blocks of any size, which a checkpoint may have chosen."""
+    """Return the Layout of a weight in blocks of any size, which a checkpoint may have chosen."""
     nested = {"double_quantize": 1} if double_quantized else {}
     return Layout.of(format, shape, block_size=block_size, **nested)

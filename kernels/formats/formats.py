@@ -33,7 +33,7 @@ def register(quant_format: QuantFormat) -> None:
 
 
 def format_named(name: str) -> QuantFormat:
-    """The format whose `name` is `name`. Raises UnknownFormatError."""
+    """Return the format whose `name` is `name`. Raises UnknownFormatError."""
     for quant_format in FORMATS:
         if quant_format.name == name:
             return quant_format
@@ -60,7 +60,7 @@ def format_written(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_of(layout: Layout) -> QuantFormat | None:
-    """The format of a weight of `layout`; None where it is kept in its own dtype."""
+    """Return the format of a weight of `layout`; None where it is kept in its own dtype."""
     return format_named(layout.format) if layout.quantized else None
 
 
@@ -74,7 +74,7 @@ def planes_of(layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Plane
 
 
 def plane_count(layout: Layout) -> int:
-    """How many tensors a weight of `layout` is stored in."""
+    """Return how many tensors a weight of `layout` is stored in."""
     return len(planes_of(layout))
 
 
@@ -87,7 +87,7 @@ def plane_dtypes(layout: Layout) -> tuple[torch.dtype, ...]:
 
 
 def meta_tensors(layout: Layout, dtype: torch.dtype) -> list[Tensor]:
-    """The planes of `planes_of` without data."""
+    """Return the planes of `planes_of` without data."""
     return [
         torch.empty(plane.shape, dtype=plane.dtype, device="meta")
         for plane in planes_of(layout, dtype)

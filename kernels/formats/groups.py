@@ -49,7 +49,7 @@ class GroupFormat(QuantFormat):
 
     @abstractmethod
     def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
-        """The planes after the codes."""
+        """Return the planes after the codes."""
 
     @abstractmethod
     def group_size(self, layout: Layout) -> int:
@@ -86,13 +86,13 @@ class GroupFormat(QuantFormat):
         return False
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
-        """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
+        """Return `factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
         columns = packed.shape[1]
         size = min(self.group_size(packed.layout), columns)
         return factors.repeat_interleave(size, dim=1)[:, :columns]
 
     def _codes(self, packed: PackedWeight, start: int, stop: int) -> Tensor:
-        """The codes of rows `start` … `stop`, uint8 [stop - start, K]."""
+        """Return the codes of rows `start` … `stop`, uint8 [stop - start, K]."""
         rows, columns = packed.shape
         stored = packed.codes.reshape(rows, -1)[start:stop]
         if self.bits == 8:
@@ -124,7 +124,7 @@ class GroupFormat(QuantFormat):
         return 1
 
     def _check_finite(self, weight: Tensor, site: str) -> None:
-        """Raises WeightValueError if `weight` holds NaN or infinity."""
+        """Raise WeightValueError if `weight` holds NaN or infinity."""
         invalid = weight.numel() - int(weight.isfinite().sum())
         if invalid:
             raise WeightValueError(site=site, count=invalid)
@@ -175,7 +175,7 @@ def _code_values(quant_format: GroupFormat) -> Tensor:
 
 
 def padded_groups(weight: Tensor, size: int) -> Tensor:
-    """`weight` [rows, K] as [rows, groups, size], the last group filled up with zeros."""
+    """Return `weight` [rows, K] as [rows, groups, size], the last group filled up with zeros."""
     rows, columns = weight.shape
     size = min(size, columns)
     return torch.nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)

@@ -53,7 +53,8 @@ class E2m1Format(GroupFormat):
         return _values(codes.device)[codes.to(torch.int32)]
 
     def _codes_of(self, groups: Tensor, scales: Tensor, columns: int) -> Tensor:
-        """The nearest codes of `groups`, float32 [rows, groups, size], ties to even, as stored."""
+        """Return the nearest codes of `groups`, float32 [rows, groups, size], ties to even, as
+        stored."""
         divisors = torch.where(scales > 0, scales, torch.inf)
         scaled = (groups / divisors.unsqueeze(2)).flatten(1)[:, :columns]
         size = scaled.abs()

@@ -24,7 +24,7 @@ up the nearest code, so that a few values next to a decision boundary get the fa
 
 
 def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map, float32 [256] on CPU, ascending.
+    """Return the signed 8-bit dynamic map, float32 [256] on CPU, ascending.
 
     Seven decades 10^-6 … 1, decade i holding 2^i evenly spaced fractions per sign, each the middle
     of its cell of [0.1, 1]; then 0 and 1.
@@ -41,7 +41,7 @@ def dynamic_map() -> Tensor:
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(dynamic map float32 [256], code of each grid step uint8 [65536]) on `device`."""
+    """Return (dynamic map float32 [256], code of each grid step uint8 [65536]) on `device`."""
     with torch.inference_mode(False):
         codebook = dynamic_map()
         boundaries = (codebook[:-1] + codebook[1:]) * 0.5

@@ -26,7 +26,7 @@ class Option:
     stored: bool = True
 
     def check(self, format: str, value: object) -> Any:
-        """`value`, if it is one of `values`. Raises FormatOptionValueError."""
+        """Return `value`, if it is one of `values`. Raises FormatOptionValueError."""
         # 64.0 and True equal whole numbers and are none.
         if any(type(value) is type(each) and value == each for each in self.values):
             return value

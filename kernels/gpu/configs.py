@@ -177,8 +177,8 @@ FUSED_UTILIZATION = {
 }
 """Tensor utilisation of the fused main loop, relative to the vendor's, for the cost model. On
 consumer cards it is what a simulation of the binaries gave. On sm_80 and sm_90 the simulation gave
-0.96 and 0.83 (0.54 and 0.49 without a second CTA to overlap with); the middle is taken, which
-reproduces the published switch-over points. An H200 measured 0.68 at 8192 rows (device.json). The
-values for sm_100 and gfx are guesses."""
+0.96 and 0.83 (0.54 and 0.49 without a second CTA to overlap with); about halfway between lies the
+value that reproduces the published switch-over points. An H200 measured 0.68 at 8192 rows
+(device.json). The values for sm_100 and gfx are guesses."""
 
 TAIL_UTILIZATION = 0.98

@@ -33,7 +33,7 @@ def packed_operand(
     *,
     prepares: bool = False,
 ) -> WeightOperand:
-    """The operand of a packed weight, whose planes `tensors` a kernel decodes to `dtype`.
+    """Return the operand of a packed weight, whose planes `tensors` a kernel decodes to `dtype`.
 
     K is a multiple of 8. tile_columns: columns of W in a tile, a power of two. prepares: whether
     the format may first bring planes that are read many times into a faster form.
@@ -60,7 +60,7 @@ def packed_operand(
 
 
 def dense_operand(weight: Tensor) -> WeightOperand:
-    """The operand of a weight that is kept in its own dtype."""
+    """Return the operand of a weight that is kept in its own dtype."""
     functions = dict.fromkeys(("PREPARE", "LOAD", "SCALE", "DECODE"))
     return WeightOperand(
         weight,

@@ -32,7 +32,7 @@ def assuming(target: str, kind: str = "meta") -> Iterator[None]:
 
 
 def target_of(device: str) -> str | None:
-    """ "sm_90", "gfx942", … of a torch device's name; None where Triton has no target for it."""
+    """Return the target of a torch device, such as "sm_90"; None if Triton has none for it."""
     if _assumed.device is not None and torch.device(device).type == _assumed.device[0]:
         return _assumed.device[1]
     return _present_target(device)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _bf16_term(value):
-    """The leading 8 bits of float32 `value`, and the rest."""
+    """Return the leading 8 bits of float32 `value`, and the rest."""
     term = value.to(tl.bfloat16)
     return term, value - term.to(tl.float32)
 

@@ -1,8 +1,8 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
 the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
 
-Nothing prebuilt is shipped: torch's stable ABI knows no redispatching below autograd, and makes a
-handle on the heap of every tensor of a call.
+No prebuilt C++ is shipped, because torch's stable ABI has no redispatching below autograd, and
+allocates a handle on the heap for every tensor of a call.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _build() -> None:
 
 @functools.cache
 def _twins() -> torch.library.Library:
-    """The library of the ops that C++ calls in Python."""
+    """Return the library of the ops in Python that C++ calls."""
     return torch.library.Library("qlora_plans", "FRAGMENT")
 
 

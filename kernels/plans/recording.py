@@ -1,4 +1,5 @@
-"""Recorder: what a run of a variant starts, allocates and returns, with the places of pointers."""
+"""Recorder: notes what a run of a variant starts, allocates and returns, and where pointers
+point."""
 
 from __future__ import annotations
 
@@ -24,21 +25,21 @@ _EMPTY = {
 
 @dataclass(frozen=True)
 class _Root:
-    """What a storage is: a source, and the address that its places are counted from."""
+    """The source that a storage is, and the address from which places in it are counted."""
 
     source: Source
     address: int
 
 
 class Recorder(TorchDispatchMode):
-    """Collects the steps of what runs inside, in one thread; everything runs as it would.
+    """Collects the steps of what runs inside the context, in one thread, without changing it.
 
-    inputs: the tensors of the call, each with storage of its own. obstacle: why what ran cannot be
-    replayed, None if it can. memory: the bytes of each piece that was allocated, `Source("memory",
-    …)`; values: how many results of operators there are. kernels: the compiled ones.
+    inputs: the tensors of the call, each with storage of its own. obstacle: why the run cannot be
+    replayed, None if it can. memory: the bytes of each allocated piece, `Source("memory", …)`.
+    values: how many results of operators there are. kernels: the compiled kernels.
 
-    Storages are told apart by identity while they live. Memory that a run has freed may come back
-    as another storage: only one that was allocated inside, and thus noted anew.
+    Storages are distinguished by identity while they live. Memory that a run has freed can come
+    back only as a storage that is allocated inside the context, and is then noted anew.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Decoding a packed weight by Triton: what it needs, and what it costs."""
+"""Decoding of a packed weight by Triton: its conditions and its cost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def packed_bytes(problem: Problem) -> float:
 
 
 def dequantize_seconds(problem: Problem, device: DeviceModel) -> float:
-    """Modelled seconds of decoding W to memory once; 0 where W is not packed."""
+    """Return modelled seconds of decoding W to memory once; 0 if W is not packed."""
     if not problem.layout.quantized:
         return 0.0
     moved = packed_bytes(problem) + problem.compute_dtype.itemsize * problem.n * problem.k

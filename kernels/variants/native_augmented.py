@@ -63,7 +63,7 @@ class NativeAugmented(SeparateVariant):
         return augmented_seconds(problem, device, config.gemm_dtype)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
-        """[W | B] as [N, K + rank]."""
+        """Return [W | B] as [N, K + rank]."""
         tensors, spec = adapter.tensors, adapter.spec
         k, device = spec.k, tensors.planes[0].device
         wide = workspace(spec.n, k + adapter.b.shape[1], dtype=dtype, device=device)

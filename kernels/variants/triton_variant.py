@@ -1,4 +1,4 @@
-"""What the Triton variants share: what they need of a target, and the cost of the adapter's thin
+"""Base of the Triton variants: the demands on a target, and the cost of the adapter's thin
 products."""
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class TritonVariant(Variant):
         return () if target is None else self.configs_on(target, problem)
 
     def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
-        """The shipped configs that fit `problem` on `target`."""
+        """Return the shipped configs that fit `problem` on `target`."""
         return (NO_CONFIG,)
 
     def adapter_cost(self, problem: Problem, device: DeviceModel) -> float:
-        """Modelled seconds of the thin products: each reads a tall operand once."""
+        """Return modelled seconds of the thin products: each reads a tall operand once."""
         if not problem.rank:
             return 0.0
         x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n

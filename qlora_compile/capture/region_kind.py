@@ -73,7 +73,7 @@ class RegionKind:
 
 
 def _kept(entries: Sequence[Any]) -> list[bool]:
-    """`kept_guards` of the region whose call is compiled."""
+    """Return `kept_guards` of the region whose call is compiled."""
     return kept_guards(running_region().module, entries)
 
 

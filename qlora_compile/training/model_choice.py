@@ -103,7 +103,7 @@ class ModelChoice:
         return replace(self, format=UNQUANTIZED if loading.is_quantised(config) else DEFAULT_FORMAT)
 
     def stored(self, config: Any) -> tuple[str, dict[str, Any]]:
-        """The name and the options of the format that weights are stored in."""
+        """Return the name and the options of the format that weights are stored in."""
         from qlora_compile.kernels.formats.formats import format_written
 
         name, options = format_written(str(self.with_format(config).format))

@@ -251,8 +251,8 @@ def writes(out: Tensor, block_size: int) -> bool:
 
 
 def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tensor) -> None:
-    """Decodes blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the
-    first begins a byte. codebook: float32 [16]."""
+    """Decode blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the first
+    begins a byte. codebook: float32 [16]."""
     block_size = packed.layout.named["block_size"]
     bytes_per_block = block_size // 2
     codes, absmax, *nested = (plane.reshape(-1) for plane in packed.tensors)

@@ -36,7 +36,8 @@ def block_side(
     tables: Tensor | None,
     divisor: float,
 ) -> Side:
-    """The Side of the absmax planes `scales` of a weight with k columns. K is a multiple of 8.
+    """Return the Side of the absmax planes `scales` of a weight with k columns. K is a multiple of
+    8.
 
     A scale serves the longest runs of columns that lie in one block, wherever a tile begins.
     """
@@ -52,7 +53,7 @@ def block_side(
 
 @triton.jit
 def loaded_offset(side):
-    """The nested offset, zero where there is none."""
+    """Return the nested offset, zero where there is none."""
     offset = 0.0
     if side.nested_offset is not None:
         offset = tl.load(side.nested_offset)
@@ -67,7 +68,7 @@ def load_absmax(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """The absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
+    """Return the absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
 
     SIDE: BLOCK_SHIFT, log2 of the block size, -1 for one block a row; GROUP; and the divisor. Each
     is [ROWS] where a row of the tile is one run, else [ROWS, COLUMNS / GROUP].
@@ -125,7 +126,7 @@ def absmax_kernel(
 def decoded_absmax(
     quantized: Tensor, nested_codebook: Tensor, nested_absmax: Tensor, nested_offset: Tensor
 ) -> Tensor:
-    """The absmax of every block, float32, for a kernel that reads each value many times."""
+    """Return the absmax of every block, float32, for a kernel that reads each value many times."""
     blocks, size = quantized.numel(), 1024
     out = torch.empty(blocks, dtype=torch.float32, device=quantized.device)
     arguments = {

@@ -15,7 +15,7 @@ from qlora_compile.kernels.formats.gpu.absmax import loaded_offset
 
 @triton.jit
 def join8(w0, w1, w2, w3, w4, w5, w6, w7):
-    """[..., 2, 2, 2] whose row-major flattening is w0 … w7."""
+    """Return [..., 2, 2, 2] whose row-major flattening is w0 … w7."""
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.join(even, odd)
@@ -23,13 +23,13 @@ def join8(w0, w1, w2, w3, w4, w5, w6, w7):
 
 @triton.jit
 def join4(w0, w1, w2, w3):
-    """[..., 2, 2] whose row-major flattening is w0 … w3."""
+    """Return [..., 2, 2] whose row-major flattening is w0 … w3."""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def grouped(words, scales):
-    """`words` with one row for each scale, and the scales as a column."""
+    """Return `words` with one row for each scale, and the scales as a column."""
     if len(scales.shape) == 1:
         scales = scales[:, None]
     else:
@@ -52,7 +52,8 @@ def prepare_pointer(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
 
 @triton.jit
 def prepare_lane_table(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
-    """tables[lane % 16] in every lane's register: a scalar that differs between the lanes."""
+    """Return tables[lane % 16] in every lane's register: a scalar that differs between the
+    lanes."""
     lane_table = tl.inline_asm_elementwise(
         PROGRAM[0], "=r,l", [side.tables.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
     )

@@ -50,7 +50,7 @@ def group_side(
     index: Tensor | None = None,
     adds: bool = False,
 ) -> Side:
-    """The Side of a weight with k columns, which share factors by groups of `group_size`.
+    """Return the Side of a weight with k columns, which share factors by groups of `group_size`.
 
     constant: the zero if there are no `zeros`. row_shift: 2**row_shift rows share factors; 31 if
     all rows do. whole_shift: the same for `whole`. index: int32 [k], the group of each column, if
@@ -79,7 +79,7 @@ def load_groups(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """The scale of each run of RUN columns, and its zero if there are any.
+    """Return the scale of each run of RUN columns, and its zero if there are any.
 
     SIDE: SHIFT, log2 of the group size, -1 for one group per row; RUN; the constant zero; log2 of
     the rows that share factors; 1 if zeros may be fractional, 2 if they are minima, else 0; and
@@ -156,7 +156,7 @@ def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE
 
 @triton.jit
 def by_group(words, factors):
-    """`words` with one row for each group, and the factors as columns."""
+    """Return `words` with one row for each group, and the factors as columns."""
     rows, scales = grouped(words, factors[0])
     _, first = grouped(words, factors[1])
     _, second = grouped(words, factors[2])

@@ -69,12 +69,12 @@ def finite_steps(trainer_class: type, on_nan: str) -> type:
 
 
 def _local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that this process has."""
+    """Return the part of a sharded tensor that this process has."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _norms(grads: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The largest magnitudes, in which squares cannot overflow."""
+    """Return the largest magnitudes, in which squares cannot overflow."""
     norms = torch._foreach_norm([grad for grad in grads if grad.numel()], float("inf"))
     return [norm.to(device, torch.float32) for norm in norms]
 
