@@ -64,7 +64,7 @@ def first_line(error: BaseException) -> str:
 
 
 def target_kind(class_name: str) -> str:
-    """What an adapted module that is no Linear is, by its class."""
+    """What an adapted module that is not a Linear is, by its class."""
     for ending, kind in (("Experts", "fused experts"), ("outer", "router"), ("Gate", "router")):
         if class_name.endswith(ending):
             return kind

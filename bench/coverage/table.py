@@ -26,7 +26,7 @@ def summary(rows: list[Row]) -> list[str]:
         f"{len(equal)} of these {len(trained)} train equally through qlora_compile"
         + (f"; {len(rounded)} of them only as far as rounding allows" if rounded else ""),
         f"{sum(row.fused_targets for row in trained)} of {targets} adapted linears fused; "
-        f"{others} adapted modules are no linears",
+        f"{others} adapted modules are not linears",
         f"{fused_experts} of {experts} adapted weights of experts fused",
         f"together {fused_parameters / max(parameters, 1):.1%} of the elements of adapted weights",
         f"{len(whole)} types are equal with all adapted linears fused and no graph break",
@@ -35,7 +35,7 @@ def summary(rows: list[Row]) -> list[str]:
     for title, column in (
         ("adapted linears left alone", "left_targets"),
         ("adapted weights of experts left alone", "left_experts"),
-        ("adapted modules that are no linears", "other_targets"),
+        ("adapted modules that are not linears", "other_targets"),
         ("graph breaks", "breaks"),
     ):
         lines += [f"{title}: {line}" for line in _grouped(trained, column)]

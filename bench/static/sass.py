@@ -82,7 +82,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def has_loop(code: Sequence[Instruction]) -> bool:
-    """Whether a branch goes back. One to itself, which ends every kernel, is no loop."""
+    """Whether a branch goes back. One to itself, which ends every kernel, is not a loop."""
     for instruction in code:
         target = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
         if target and int(target.group(1), 16) < instruction.address:

@@ -69,7 +69,7 @@ GraphCall = tuple[RegionGraph, list[int]]
 class _Running(threading.local):
     """The regions whose calls are under way in this thread, the innermost last.
 
-    One list per thread, as autograd's threads recompute several checkpointed regions at a time.
+    Each thread has its list, as autograd's threads recompute several checkpointed regions at once.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ _running = _Running()
 
 @contextmanager
 def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Make `region` the running one of this thread; yields a list that its call fills with graphs.
+    """Make `region` the running one of this thread; yield a list that its call fills with graphs.
 
     The backend learns from this which region it compiles for.
     """
@@ -94,7 +94,7 @@ def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
 
 
 def running_region() -> RunningRegion:
-    """The region whose call this thread is in, the innermost one."""
+    """Return the innermost region whose call this thread is in."""
     region, _ = _running.regions[-1]
     return region
 
@@ -145,7 +145,7 @@ def _rewrite(
     names: Mapping[int, Sequence[str]],
     selector: ModelledSelector,
 ) -> RegionGraph:
-    """Run the passes; the returned graph is rewritten but not compiled.
+    """Run the passes and return the rewritten graph, which is not compiled.
 
     names: the names of the region's parameters and buffers, by `id`.
     """

@@ -21,7 +21,7 @@ _SETTINGS = {
 
 @contextmanager
 def dynamo_settings(further: Mapping[str, Any]) -> Iterator[None]:
-    """Have Dynamo use these settings, and the `further` ones, inside."""
+    """Have Dynamo use these settings, and the `further` ones, inside the context."""
     revert = _change(tuple(further.items()))()
     try:
         yield

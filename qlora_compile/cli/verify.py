@@ -1,5 +1,5 @@
-"""The command line's `verify`: runs one training step on real text, checking every graph, or checks
-what has come of a training."""
+"""The command line's `verify`: checks every graph in one training step on real text, or checks a
+trained adapter and a merged model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
     """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
-    wrong. With --adapter, --packed or --merged, check what these folders compute."""
+    wrong. With --adapter, --packed or --merged, check the logits of these folders."""
     with bad_input_in_one_line():
         if data != DEMO:
             check_paths(Path(data))
@@ -133,7 +133,7 @@ def _tell(stages: list[Stage], json: bool) -> None:
     typer.echo("\n".join(text_table(("stage", "ratio", "error", "plain", "allowed"), rows)))
     for stage in stages:
         if not stage.passes:
-            typer.echo(f"mismatch in {stage.name}: its logits are not those of base and adapter")
+            typer.echo(f"mismatch in {stage.name}: the logits are not those of base and adapter")
 
 
 def _checked(choice: ModelChoice, sequences: Callable[..., list[list[int]]]) -> Report:

@@ -47,8 +47,8 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
     """Raise LogitsFreeLossError unless the loss of `model` can be computed without its logits.
 
     whole: whether the model is to be compiled as one region. example_inputs: keyword arguments of
-    the model, None for inputs of the model's own. The model is called twice, with its logits and
-    without, to compare the losses, and is left as it was.
+    the model, None for its dummy inputs. The model is called twice, with its logits and without,
+    to compare the losses, and is left as it was.
     """
     base: Any = base_model(model)
     name = type(base).__name__
@@ -57,20 +57,20 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
         return LogitsFreeLossError(model=name, problem=problem)
 
     if not isinstance(base, PreTrainedModel):
-        raise refuse("is no transformers model")
+        raise refuse("is not a transformers model")
     head = base.get_output_embeddings()
     if head is None:
         raise refuse("has no output head")
     if base.loss_function is not ForCausalLMLoss:
-        raise refuse("has a loss of its own, not transformers' ForCausalLMLoss")
+        raise refuse("computes its loss by other code than transformers' ForCausalLMLoss")
     if "labels" not in inspect.signature(type(base).forward).parameters:
         raise refuse("takes no labels")
     if whole:
-        raise refuse("would be compiled as a whole, its head included")
+        raise refuse("would be compiled as a whole, including its head")
     if (forward := replaced_forward(head)) is not None:
-        raise refuse(f"has a head whose forward is {qualified_name(forward)}")
+        raise refuse(f"has a head whose forward is replaced by {qualified_name(forward)}")
     if head_operands(head) is None:
-        raise refuse(f"has a head that is not known, a {type(head).__name__}")
+        raise refuse(f"has a head of an unknown class, {type(head).__name__}")
     inputs = dict(example_inputs or example_call(base) or {})
     ids = inputs.get("input_ids")
     if inputs.get("labels") is None:
@@ -87,7 +87,9 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
         raise refuse("makes its logits without calling its head")
     tolerance = _TOLERANCE.get(base.dtype, _LOW_PRECISION_TOLERANCE)
     if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise refuse(f"has a loss of {float(plain):.6g}, which would become {float(ours):.6g}")
+        raise refuse(
+            f"has a loss of {float(plain):.6g}, which would be {float(ours):.6g} without logits"
+        )
 
 
 def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
@@ -101,7 +103,7 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 def described(model: nn.Module) -> str | None:
-    """Say what computes the loss in training, None without the hooks of `LogitsFreeLoss`."""
+    """Return what computes the loss in training; None without the hooks of `LogitsFreeLoss`."""
     base: Any = base_model(model)
     loss = base.__dict__.get("_loss_function")
     if not isinstance(loss, _Loss):
@@ -111,8 +113,8 @@ def described(model: nn.Module) -> str | None:
     forward = replaced_forward(base)
     if forward is None:
         return "computed without logits"
-    # TRL's trainers, for example, compute it from the head's input and weight by themselves. The
-    # name of their forward is the model's own.
+    # For example, TRL's trainers compute the loss from the head's input and weight themselves.
+    # Their forward bears the name of the model's own.
     module = getattr(plain_function(forward), "__module__", None)
     module = getattr(plain_function(forward), "__globals__", {}).get("__name__", module)
     return f"left to the forward that {module} has put in place of the model's"
@@ -140,7 +142,7 @@ class LogitsFreeLoss:
         self.model = base
         self.name = type(base).__name__
         if head_operands(head) is None:
-            problem = f"has an adapter on its head that is not known, a {type(head).__name__}"
+            problem = f"has an adapter of an unknown class on its head, {type(head).__name__}"
             raise LogitsFreeLossError(model=self.name, problem=problem)
         base.loss_function = _Loss(base.loss_function, check)
         # Not on `base`: a PeftModel calls the forward of the model inside directly, and the hooks

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: end it after a whole step, from where a checkpoint goes on."""
+"""Ctrl-C and SIGTERM end a training after a whole step, with a checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Interruption(TrainerCallback):
         folder = self.output_dir and last_checkpoint(Path(self.output_dir), state.global_step)
         if not folder:
             return (
-                f"{done}, and nothing was saved; the model has the adapters as trained so far, "
-                "and save(path) writes them"
+                f"{done}, and nothing was saved; the model has the adapters as trained so far; "
+                "save(path) writes them"
             )
         return (
             f"{done}; {folder} holds adapter and training state; to go on from there, train with "

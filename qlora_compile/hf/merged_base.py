@@ -1,4 +1,4 @@
-"""Merging in place, into a packed weight: what was there before is kept, and comes back.
+"""Merging in place into a packed weight: the earlier planes are kept, and restored by unmerging.
 
 A merged weight stays packed and is rounded once more. The planes from before are kept until the
 adapters are unmerged, so that unmerging gives back the same bytes; subtracting the adapters from
@@ -60,7 +60,7 @@ class _KeptFile:
 
 
 class KeptBase:
-    """The packed weight of `module`, and its `bias`, from before adapters are merged into them.
+    """The packed weight of `module` and its `bias`, as they are before adapters are merged.
 
     place: "memory", or a folder.
 
@@ -99,7 +99,7 @@ class KeptBase:
 
 
 def _state(module: PackedModule) -> int:
-    """Return a checksum of a packed weight, which copies of it share."""
+    """Return a checksum of a packed weight, the same for copies of it."""
     checksum = 0
     for plane in module.tensors:
         stored = plane.data.cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -114,7 +114,7 @@ class MergesInPlace:
 
     @contextmanager
     def merging(self: Any, module: PackedModule, bias: Tensor | None = None) -> Iterator[None]:
-        """Keep what is there before the body, which merges adapters and packs the result."""
+        """Keep the present weight before the body, which merges adapters and packs the result."""
         before = list(self.merged_adapters)
         kept = self._kept_base
         if kept is None or not before or not kept.is_current(module):
@@ -128,7 +128,7 @@ class MergesInPlace:
             _warn(module)
 
     def taken_back(self: Any, module: PackedModule) -> KeptBase | None:
-        """Return what `unmerge` may put back; None if it is not there, or not the weight's."""
+        """Return what `unmerge` may put back; None if nothing is kept, or for another weight."""
         kept = self._kept_base
         self._kept_base = None
         return kept if kept is not None and kept.is_current(module) else None
@@ -137,8 +137,8 @@ class MergesInPlace:
 def _warn(module: PackedModule) -> None:
     label = module.quant_format.label(Layout.parse(module.layout))
     warnings.warn(
-        f"adapters are merged into weights that stay packed ({label}) and are rounded once more; "
-        "qlora_compile.merge(model, folder) writes them merged in 16 bits",
+        f"adapters are merged into weights that stay packed ({label}), which rounds these once "
+        "more; qlora_compile.merge(model, folder) writes them merged in 16 bits",
         MergedStaysPackedWarning,
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
 """transformers' quantizer of our formats: packs a model while it is loaded, and loads packed ones.
 
 `from_pretrained(path, quantization_config=QloraCompileConfig("nf4"))` packs each weight as soon as
-it is read, merged and cast: never is more than one weight there in 16 bits. Folders that
+it is read, merged and cast, so that only one weight at a time exists in 16 bits. Folders that
 `qlora_compile.save` has written are loaded as they are.
 """
 
@@ -32,11 +32,11 @@ VERSION = 1
 
 
 class QloraCompileConfig(QuantizationConfigMixin):
-    """What `from_pretrained` packs a model in.
+    """The format in which `from_pretrained` packs a model.
 
-    format, options: as `quantize` and the options of its format in `qlora_compile.optimize`, such
-    as block_size=64, double_quantize=True or group_size=128. version: of a packed folder, in its
-    config.json; the folder says itself how its weights are stored.
+    format, options: as `quantize` and the format's options in `qlora_compile.optimize`, such as
+    block_size=64, double_quantize=True or group_size=128. version: the version of a packed folder,
+    in its config.json; the folder itself says how its weights are stored.
 
     Raises:
         UnknownFormatError, FormatOptionError, FormatOptionValueError, BlockSizeError,
@@ -97,7 +97,7 @@ class PackingQuantizer(HfQuantizer):
                 raise DiskOffloadError(site=site or "the model")
 
     def is_serializable(self) -> Any:
-        """Return False: transformers' own saving would write codes under the names of weights.
+        """Return False, because transformers' own saving would write codes as if they were weights.
 
         The model's `save_pretrained` is `qlora_compile.save`.
         """

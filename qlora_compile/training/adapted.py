@@ -15,8 +15,8 @@ from qlora_compile.training.settings import FILE, RunSettings, settings_from
 def adapter_settings(folder: Path, model: str | None, format: str | None) -> RunSettings:
     """Return the settings of the run that wrote the adapter in `folder`.
 
-    Adapters of others have no settings; their configuration names the model. model, format: in
-    place of those found; without any the format is the usual one.
+    Adapters from elsewhere have no settings; their configuration names the model. model, format:
+    replace those found; if there is no format at all, it is the usual one.
 
     Raises:
         AdapterFolderError: the folder holds no adapter, or names no model.

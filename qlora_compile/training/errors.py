@@ -7,12 +7,12 @@ from qlora_compile.errors import QloraCompileError
 
 class SettingsFileError(QloraCompileError, ValueError):
     template = (
-        "cannot read settings from {value!r}: {problem}; pass the run.yaml of a run, or one like it"
+        "cannot read settings from {value!r}: {problem}; pass a run's run.yaml, or a file like it"
     )
 
 
 class MissingSettingError(QloraCompileError, ValueError):
-    template = "{name} is missing; pass it, or a --config that has it"
+    template = "{name} is missing; pass it, or a --config file that sets it"
 
 
 class AdapterFolderError(QloraCompileError, ValueError):

@@ -53,10 +53,10 @@ class TrainingRun:
         self._is_first = int(os.environ.get("RANK", "0")) == 0
 
     def check_quickly(self) -> None:
-        """Check what needs none of the libraries that take seconds to import, and the format last.
+        """Check all that needs no library which takes seconds to import, and the format last.
 
         Raises:
-            QloraCompileError: a setting, a path or an earlier run is in the way.
+            QloraCompileError: a setting, a path or an earlier run prevents this run.
         """
         settings = self.settings
         settings.check_ranges()
@@ -147,8 +147,8 @@ class TrainingRun:
         return with_held_out(rows, self.settings.held_out, seed)
 
     def checked(self) -> tuple[ModelChoice, Any, Any, Any]:
-        """Check what `check_quickly` does not, without reading weights; return model choice,
-        configuration, tokenizer and rows.
+        """Check the rest, without reading weights; return model choice, configuration, tokenizer
+        and rows.
 
         Raises:
             QloraCompileError: something cannot be used; the class says what.
@@ -182,7 +182,7 @@ class TrainingRun:
     ) -> Any:
         """Return the FineTuning of a model on rows, with the settings of this run.
 
-        output: a folder in place of the run's.
+        output: a folder to use in place of the run's.
         """
         from qlora_compile.hf.training import FineTuning
 

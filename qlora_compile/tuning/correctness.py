@@ -12,18 +12,18 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.tuning.operands import Operands
 
 FACTOR = 2.0
-"""How many times the error of the plain computation in the same dtypes a candidate may have."""
+"""A candidate's error may be this many times that of the plain computation in the same dtypes."""
 
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 
 WRONG = "wrong result"
-"""The beginning of the reason why a candidate with wrong numbers is rejected."""
+"""The beginning of the reason for rejecting a candidate with wrong numbers."""
 
 
 class Correctness:
-    """The expected results for `operands`; `allowed` holds the largest error of each, relative to
-    its Euclidean norm."""
+    """The expected results for `operands`; `allowed` holds the largest error that each result may
+    have, relative to its Euclidean norm."""
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -42,7 +42,7 @@ class Correctness:
         }
 
     def problem_with(self, choice: Choice) -> str | None:
-        """Run the choice; return which result is wrong and by how much, None if all are right."""
+        """Run the choice; return which result is wrong and by how much, or None."""
         # Otherwise right results that an earlier candidate left in memory would be accepted.
         workspace.poison()
         for tensors, _ in self.operands.group:

@@ -70,7 +70,7 @@ class Certificate:
     """A rewritten graph that passed; `comparisons` holds every output and gradient.
 
     pattern: digest of the graph, as in `graph_pattern`. region: the class of the block. kernels:
-    the chosen implementations, each with its direction. versions: None if they cannot be
+    the chosen variants, each with its direction. versions: None if they cannot be
     established. reference: the dtype of the evaluation that errors are measured against, and the
     reason if that is not float64. factor: how many times the plain error a whole region was
     allowed. uncompared: why the compiled code was not compared, None if it was.
@@ -103,7 +103,7 @@ class Certificate:
 
     @property
     def key(self) -> Key | None:
-        """The key in a store; None if the versions are unknown, and then it is not stored."""
+        """The key in a store; None, for a certificate not to be stored, without versions."""
         return self.versions and (self.pattern, self.kernels, self.versions)
 
     def to_dict(self) -> dict[str, Any]:

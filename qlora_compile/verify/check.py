@@ -58,7 +58,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class CapturedInput:
-    """A placeholder: its name for people, and whether it is a parameter or buffer of the block."""
+    """A placeholder: a readable name, and whether it is a parameter or buffer of the block."""
 
     name: str
     stored: bool
@@ -67,7 +67,7 @@ class CapturedInput:
 def captured_inputs(
     graph_module: GraphModule, names: Mapping[int, Sequence[str]]
 ) -> list[CapturedInput]:
-    """Describe the inputs of a graph that Dynamo has just captured; later it has forgotten them.
+    """Describe the inputs of a graph that Dynamo has just captured; later Dynamo forgets them.
 
     names: of the block's parameters and buffers, by their `id`. Compiled code reads the tensors of
     an adapter from slots, not by name.
@@ -208,9 +208,10 @@ class _Case(Comparing):
 
 
 def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[Any]:
-    """Return `args` with normal numbers for activations, with their mean and deviation, and for
-    trained matrices, with variance 1 / columns, as an adapter's B is all zeros at first. Trained
-    vectors get noise of deviation 0.1."""
+    """Return `args` with random normal numbers in place of activations and trained parameters.
+
+    Activations keep their mean and deviation. Trained matrices get variance 1 / columns, because an
+    adapter's B is all zeros at first. Trained vectors get added noise of deviation 0.1."""
     generator = torch.Generator().manual_seed(_SEED)
     values = []
     for each, arg in zip(inputs, args, strict=True):
@@ -237,7 +238,7 @@ def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
 
 
 def _computed_with(graph_module: GraphModule, args: Sequence[Any]) -> list[Any]:
-    """Return the inputs of the graph but for the planes of packed weights, in whose dtypes nothing
+    """Return the inputs of the graph except the planes of packed weights, in whose dtypes nothing
     is computed."""
     packed = packed_inputs(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")

@@ -11,17 +11,17 @@ from qlora_compile.verify.certificate import Comparison
 from qlora_compile.verify.graph_results import Results
 
 FACTOR = 4.0
-"""How many times the error of the plain computation in the same dtypes is allowed. Among hundreds
-of gradients there are some whose plain error is, by luck, a third of the usual one."""
+"""A rewritten graph's error may be this many times that of the plain computation in the same
+dtypes. Of hundreds of gradients some have, by luck, a plain error a third of the usual one."""
 
 CALL_FACTOR = 2.0
 """The same for a single fused call, where few roundings add up."""
 
 LOST_FACTOR = 10.0
-"""The same where the plain computation has no correct digit, as for gradients that cancel out."""
+"""The same if the plain computation has no correct digit, as for gradients that cancel out."""
 
 _LOST = 0.5
-"""A plain error from which on no digit is correct."""
+"""From this plain error on, no digit is correct."""
 
 NOISE = {
     torch.float64: 64 * torch.finfo(torch.float64).eps,
@@ -29,11 +29,11 @@ NOISE = {
     torch.float16: torch.finfo(torch.float16).eps / 4,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
 }
-"""The least plain error to judge by: one rounding or another order of a sum makes as much. In
-float64 the reference itself is no better."""
+"""The least plain error to judge by: one rounding or another order of a sum causes as much. The
+float64 reference itself is no more exact."""
 
 _OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The allowed error where the captured graph runs only in its own dtypes and is the reference."""
+"""The allowed error if the captured graph, the reference, runs in its own dtypes only."""
 
 
 @dataclass(kw_only=True)
@@ -103,7 +103,7 @@ class Comparing:
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
-    """Return |value - exact| / |exact| by Euclidean norms, or |value| if `exact` is zero."""
+    """Return ‖value - exact‖ / ‖exact‖ by Euclidean norms, or ‖value‖ if `exact` is zero."""
     return float((value.double() - exact).norm()) / (float(exact.norm()) or 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Results of a graph: runs it and returns its outputs and the gradients of its inputs."""
+"""Runs a graph and returns its results: outputs, and the gradients of its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 Results = dict[str, Tensor | None]
-"""Outputs and gradients by their names for people; None for a gradient that autograd left out."""
+"""Outputs and gradients by readable names; None for a gradient that autograd left out."""
 
 
 def outputs_and_gradients(
@@ -95,7 +95,7 @@ def _is_frozen(arg: Tensor) -> bool:
 def _undisturbed(
     args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
 ) -> Iterator[None]:
-    """Restore the random state afterwards, which is seeded inside.
+    """Seed the random state inside the context, and restore it afterwards.
 
     Autocast is off inside if `wide` is given or `autocast` is False, as for gradients.
     """

@@ -1,4 +1,4 @@
-"""Verifier: checks every rewritten graph of one kind of block, and keeps the results."""
+"""Verifier: checks every rewritten graph of one kind of region, and keeps the results."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def check_option(verify: object) -> Verify:
 class Verifier:
     """Checks the graphs of one kind of region.
 
-    region: the class of the block. strict: whether a mismatch is raised. once: whether a stored
+    region: the class of the block. strict: whether to raise on a mismatch. once: whether a stored
     certificate for the same pattern, kernels and versions replaces the check. certificates: those
-    of the graphs checked so far, by pattern. mismatches: what was wrong with the others.
+    of the graphs that have passed, by pattern. mismatches: what was wrong with the others.
     """
 
     region: str
@@ -57,7 +57,7 @@ class Verifier:
     ) -> Callable[[Sequence[Any]], str | None]:
         """Return the check of one graph, a function to call with the graph's first arguments.
 
-        It returns what differs, or None. In strict mode it raises VerificationError for a
+        The check returns what differs, or None. In strict mode it raises VerificationError for a
         difference. compiled: as in `check`. fused: the sites of the graph. selector: chooses their
         variants.
         """

@@ -95,10 +95,10 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
 @contextmanager
 def _bias_kept(layer: nn.Module) -> Iterator[None]:
-    """Give `layer` the bias back that bitsandbytes' forward casts in place.
+    """Undo the cast that bitsandbytes' forward makes of the `layer`'s bias in place.
 
-    The cast loses bits where a call under autocast comes between others, and what it makes in
-    inference mode could not be trained with.
+    The cast loses bits if a single call runs under autocast, and a bias cast in inference mode
+    could not be used in training.
     """
     bias: Any = layer.bias
     kept = None if bias is None else bias.data

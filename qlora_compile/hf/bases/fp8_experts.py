@@ -23,7 +23,7 @@ def recognises(module: nn.Module) -> bool:
 
 
 def adopt(site: ExpertSite) -> None:
-    """Pack the weight of `site` anew, in a module that `recognises`; its codes are not copied.
+    """Pack the weight of `site` anew, in a recognised module; the codes are not copied.
 
     Raises StoredWeightError.
     """
@@ -44,8 +44,8 @@ def adopt(site: ExpertSite) -> None:
 
 
 def _block(weight: Any, scales: Any, block: Any) -> tuple[int, int] | None:
-    """The rows and columns that share a scale. Small gates and ups have a block each, whatever
-    `block` says."""
+    """Return the rows and columns that share a scale. Small gate and up weights have a block each,
+    whatever `block` says."""
     if block is None:
         return None
     n, rows = weight.shape[1], scales.shape[1]

@@ -30,7 +30,7 @@ from qlora_compile.saving_errors import (
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 ADAPTERS = "adapter"
-"""The folder inside a saved model's that the adapters of a PeftModel are written to."""
+"""The folder, inside that of a saved model, that holds the adapters of a PeftModel."""
 
 
 def save(
@@ -42,8 +42,8 @@ def save(
 ) -> str:
     """Write a packed model into `folder`, and return the kind of folder that was written.
 
-    model: a transformers model with packed weights, or a PeftModel over one. Of a PeftModel the
-    base is written, and the adapters beside it into `folder`/adapter, as PEFT writes them.
+    model: a transformers model with packed weights, or a PeftModel over one. For a PeftModel the
+    base is written, and the adapters as PEFT files in `folder`/adapter.
 
     stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
     zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
@@ -51,18 +51,18 @@ def save(
     `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
     in our folder and raises an OSError.
 
-    max_shard_size: of each file, in bytes or as text such as "5GB".
+    max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
-    The folder is replaced as a whole, and other files in it stay: whatever interrupts saving leaves
-    the old folder or the new one.
+    The folder is replaced as a whole, so that an interruption leaves the old or the new one; other
+    files in it stay.
 
     Raises, always before anything is written, but for UnfinishedSaveError:
-        SavedModelTypeError: the model is no transformers model.
+        SavedModelTypeError: the model is not a transformers model.
         NothingPackedError: none of its weights is packed.
         FolderFormatError: `stored_as` cannot hold it.
         OptionError: there is no such kind of folder.
         MergedWeightsError: an adapter is merged into a packed weight.
-        ShardSizeError: max_shard_size is no size.
+        ShardSizeError: max_shard_size is not a size.
         OutputDirectoryError: the folder cannot be written.
         RivalWeightsError: the folder holds weights of another kind.
         UnfinishedSaveError: writing has failed; what was there before is unchanged.
@@ -152,9 +152,9 @@ def write_configs(
 class SavePacked:
     """Takes the place of `save_pretrained` and `push_to_hub` of a model with packed weights.
 
-    transformers' own would write codes under the names of weights, and a model card that does not
-    say how to load them. Adapters that transformers has attached are saved by transformers. An
-    object, which is copied and pickled with the model.
+    transformers' own methods would write codes as if they were weights, and a model card that does
+    not say how to load them. Adapters that transformers has attached are saved by transformers.
+    This is an object, so as to be copied and pickled with the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -222,8 +222,7 @@ class SavePacked:
 
 
 def save_packed(modules: Iterable[nn.Module]) -> None:
-    """Let `save_pretrained` and `push_to_hub` of all transformers models among `modules` be ours,
-    from now on."""
+    """Replace `save_pretrained` and `push_to_hub` of all transformers models among `modules`."""
     module: Any
     for module in modules:
         if isinstance(module, PreTrainedModel):

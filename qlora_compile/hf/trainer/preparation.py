@@ -144,7 +144,9 @@ def with_template(tokenizer: Any, path: str | None) -> Any:
         return tokenizer
     if not Path(path).is_file():
         raise ChatTemplateError(
-            site="the data", problem=f"chat_template_path={path!r} is no file", remedy="check it"
+            site="the data",
+            problem=f"chat_template_path={path!r} is not a file",
+            remedy="check the path",
         )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
