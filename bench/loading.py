@@ -1,9 +1,9 @@
 """Peak memory and time of packing while loading, beside bitsandbytes, on a 1.1B-shaped checkpoint.
 
 Writes random bfloat16 weights of TinyLlama-1.1B's shape in eight shards and loads them as NF4 with
-double quantisation, in processes of their own, in turn. The peak is of RssAnon, the memory that is
-no file's, above that of the process before loading; the limit is the packed model and the largest
-tensor that stays in 16 bits. `python -m bench.loading --rounds 2` writes bench/results/loading.*.
+double quantisation, in separate processes, in turn. The peak is the growth of RssAnon, the memory
+that belongs to no file, during loading; the limit is the packed model and the largest tensor that
+stays in 16 bits. `python -m bench.loading --rounds 2` writes bench/results/loading.*.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
+    """Return RssAnon of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

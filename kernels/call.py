@@ -84,7 +84,7 @@ class Call:
         return self.text
 
     def __hash__(self) -> int:
-        # A text keeps its hash; that of all fields would be computed in every look-up.
+        # A text keeps its hash; the hash of all fields would be computed in every look-up.
         return hash(self.text)
 
     @staticmethod

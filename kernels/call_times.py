@@ -70,7 +70,7 @@ class CallTimes:
         elif seconds * OFF < least:
             contradicted = -1
         known, count = self._in_a_row.get(problem, (choice, 0))
-        # In the same way as before, and of the same choice; else begin anew.
+        # In the same way as before, and about the same choice; otherwise begin anew.
         if known is not choice or count * contradicted < 0 or not contradicted:
             count = 0
         count += contradicted

@@ -121,7 +121,7 @@ def keep_mask(
             bits[:, position] = word
         begin = end
     # Flipping the sign bit turns the comparison of unsigned lanes into one of int16, which torch
-    # vectorises; so does it the result in int16 or `dtype`, and not the one in bool.
+    # vectorises if the result is in int16 or `dtype`, but not in bool.
     lanes = lanes.view(torch.int32).bitwise_xor_(_SIGN_BITS).view(torch.int16).view(-1)
     lanes = lanes[first - start * LANES : last - start * LANES].view(shape)
     if dtype == torch.bool:

@@ -80,7 +80,7 @@ def chunked_cross_entropy(
 def _check_labels(labels: Tensor, size: int, ignore_index: int) -> None:
     kept = labels.masked_fill(labels == ignore_index, 0)
     if labels.device.type != "cpu":
-        # Fails on the device; to look from here would wait for it.
+        # This fails on the device; a check on the host would wait for the device.
         torch.zeros(1, device=labels.device).expand(size).index_select(0, kept)
         return
     wrong = labels[(kept < 0) | (kept >= size)]

@@ -54,7 +54,7 @@ def _backward(
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
     problem = problem_of(call, "backward", rows.shape[0], x)
-    # Fewer gradients than are measured take less time, which would contradict a right record.
+    # Fewer gradients than measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(problem, call.records)
@@ -140,7 +140,7 @@ class _Fused(OpFunction):
             ctx.mark_non_differentiable(output[-1])
             saved.append(output[-1])
         ctx.set_materialize_grads(False)
-        # x is for the adapters alone: without any the model may write to it afterwards.
+        # Only the adapters need x; without adapters the model may write to x afterwards.
         ctx.save_for_backward(x if ctx.call.rank else None, seed, *saved)
 
     @staticmethod

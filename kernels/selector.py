@@ -134,7 +134,7 @@ class Selector(ModelledSelector):
     def timing(
         self, problem: Problem, choice: Choice, rows: int | None
     ) -> contextlib.AbstractContextManager[None]:
-        # Timing a GPU's calls would mean to wait for it.
+        # Timing calls on a GPU would mean waiting for it.
         if rows is None or problem.device != "cpu" or not self._times.is_due():
             return _UNTIMED
         return self._times.timing(problem, choice, rows)

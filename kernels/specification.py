@@ -167,7 +167,7 @@ def _decoded(
     declared = quant_format.planes(layout)
     stored = [each.to(plane.dtype) for each, plane in zip(planes, declared, strict=True)]
     packed = quant_format.packed(layout, stored)
-    # To float64 without another rounding: a value is computed in float32.
+    # A value is computed in float32, so that float64 adds no rounding.
     exact = torch.float32 if dtype == torch.float64 else dtype
     return quant_format.dequantize(packed, exact).to(dtype).view(shape)
 

@@ -65,7 +65,7 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             view = _buffers.views[key] = buffer[:size].view(dtype).view(shape)
     poisoned = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     if poisoned and torch.are_deterministic_algorithms_enabled():
-        # What torch.empty would hold in this mode.
+        # In this mode torch.empty fills memory with NaN.
         view.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
     return view
 

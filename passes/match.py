@@ -88,8 +88,8 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
 
     @functools.cache
     def seed_on(device: torch.device) -> Node:
-        # All dropouts of a graph share one draw from torch's generator. So `torch.manual_seed`
-        # reproduces the masks, and so does activation checkpointing, which restores its state.
+        # All dropouts of a graph share one draw from torch's generator, so that masks are the same
+        # after `torch.manual_seed`, and in a checkpoint, which restores the generator.
         options = {"dtype": torch.int64, "device": device}
         return _insert_first(graph, torch.randint, 0, _SEED_LIMIT, (1,), **options)
 

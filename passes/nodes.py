@@ -107,7 +107,7 @@ def is_written(node: Node) -> bool:
 def written_by(node: Node) -> list[Node]:
     """Return the inputs that `node` changes in place."""
     if node.target is triton_kernel_wrapper_mutation:
-        return node.all_input_nodes  # All of them: only the kernel's code shows which it writes.
+        return node.all_input_nodes  # only the kernel's code shows which it writes
     written = [node.kwargs.get("out")]
     # A call that does not name an overload has the schema of the default one.
     schema = getattr(getattr(node.target, "default", node.target), "_schema", None)

@@ -52,7 +52,7 @@ def check(
 
     options: those of the format `quantize`. Raises whatever error `adopt` would run into."""
     if quantize is not None:
-        # What is wrong whatever the weight.
+        # Errors that do not depend on any weight.
         format_named(quantize).layout((1, 1), **options)
     model = type(inventory.model).__name__
     sites = inventory.linears or inventory.foreign

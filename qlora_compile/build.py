@@ -121,7 +121,7 @@ def _build_kernel(kernel: NeededKernel, arch: str, folder: Path) -> BuiltKernel:
     start = time.perf_counter()
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
-        # The earlier stages of compilation are most of the bytes, and no launch reads them.
+        # Most bytes belong to earlier stages of compilation, which no launch reads.
         knobs.compilation.store_binary_only = True
         compiled = compile_launch(kernel.launch(arch), TARGETS[arch])
     assert compiled.hash == kernel.key

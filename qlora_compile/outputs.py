@@ -97,7 +97,7 @@ def _is_whole_safetensors(file: Path) -> bool:
     return file.stat().st_size == 8 + size + max(ends, default=0)
 
 
-# What torch.save writes are ZIP archives, whose directory stands at their end.
+# torch.save writes ZIP archives, whose directory is at the end.
 _IS_WHOLE: dict[str, Callable[[Path], bool]] = {
     ".json": _is_whole_json,
     ".safetensors": _is_whole_safetensors,

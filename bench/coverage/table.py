@@ -9,7 +9,7 @@ from bench.coverage.row import EQUAL, TRAINS, Row
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Lines with the figures that matter, then what falls short, grouped by its reason."""
+    """Return lines with the main figures, then with what falls short, grouped by reason."""
     trained = [row for row in rows if row.stock == TRAINS]
     equal = [row for row in trained if row.ours == EQUAL]
     rounded = [row for row in equal if row.floor]
@@ -45,7 +45,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def _grouped(rows: Iterable[Row], column: str) -> list[str]:
-    """One line per reason: how many, and in which types; what most types have first."""
+    """Return one line per reason: how many, and in which types; the most common reason first."""
     count: Counter[str] = Counter()
     where: dict[str, list[str]] = {}
     for row in rows:
@@ -106,5 +106,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` on one line, without what would end a cell or become a tag."""
+    """Return `text` on one line, without characters that would end a cell or become a tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -60,7 +60,7 @@ def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layo
     config = next((config for config in configs if config.block_m >= average), configs[-1])
     if quant_format is None or config.decoder in decoder_names(layout, target, torch.bfloat16):
         return config
-    # A format without that decoder has one that runs everywhere.
+    # A format without this decoder has one that runs on every target.
     return replace(config, decoder=quant_format.device_decoders()[0].name)
 
 

@@ -119,7 +119,7 @@ def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: tor
         return tensors.planes[0][expert].to(dtype)
     packed = quant_format.packed(spec.layout, tensors.planes)
     first = expert * spec.n
-    # Where decoding cannot begin with this expert, from the last row on where it can.
+    # If decoding cannot begin at this expert, begin at the last row before where it can.
     start = first - first % quant_format.row_alignment(spec.layout)
     stop = first + spec.n
     out = workspace(stop - start, spec.k, dtype=dtype, device=tensors.x.device)

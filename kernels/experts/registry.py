@@ -24,7 +24,7 @@ class ExpertsChoice:
 
 def choose(problem: ExpertsProblem) -> ExpertsChoice:
     """Do as `cheapest`, on the problem's own device."""
-    # On CPU the same on every run: not by figures that were measured.
+    # On CPU, not by measured figures, so that the choice is the same on every run.
     return cheapest(problem, model_for(problem.device, CPU))
 
 

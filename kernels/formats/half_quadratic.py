@@ -37,7 +37,7 @@ def refined_zeros(groups: Tensor, counted: Tensor, zeros: Tensor, largest: int) 
         found = (sizes.pow(_POWER) * counted).sum(2)
         best = torch.where(found < least, zeros, best)
         least = torch.minimum(found, least)
-        # Nothing is left of an error of zero, whose power is infinite.
+        # An error of zero, whose power is infinite, stays zero.
         shrunk = (sizes - sizes.pow(_POWER - 1.0) / beta).clamp_(min=0)
         rest = (codes - groups + torch.copysign(shrunk, errors)) * counted
         zeros = rest.sum(2) / counted.sum(1)

@@ -27,7 +27,7 @@ class Option:
 
     def check(self, format: str, value: object) -> Any:
         """Return `value`, if it is one of `values`. Raises FormatOptionValueError."""
-        # 64.0 and True equal whole numbers and are none.
+        # 64.0 and True are equal to whole numbers, but are not allowed.
         if any(type(value) is type(each) and value == each for each in self.values):
             return value
         known = " or ".join(repr(each) for each in self.values)

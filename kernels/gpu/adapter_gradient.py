@@ -43,7 +43,7 @@ def adapter_gradient_kernel(
     share = tl.cdiv(steps, SPLITS)
     last = tl.minimum(split * share + share, steps)
     if PARTS > 1:
-        # Of a part with fewer columns than another.
+        # This part has fewer columns than another.
         last = tl.where(c0 < C, last, 0)
     for step in range(split * share, last):
         m0 = step * BM

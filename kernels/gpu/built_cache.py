@@ -30,7 +30,7 @@ class BuiltCache(FileCacheManager):
             return None
         try:
             names = json.loads(Path(noted).read_text())["child_paths"]
-        except json.JSONDecodeError:  # cut off when it was copied: compiled again, as by Triton
+        except json.JSONDecodeError:  # cut off while it was copied: compile again
             return None
         found = {name: self.get_file(name) for name in names}
         complete = {name: path for name, path in found.items() if path is not None}

@@ -82,7 +82,7 @@ class Launch:
         compiled = self.kernel[self.grid](
             **self.arguments, **self.constexprs, **self.compile_options
         )
-        # Nothing from the interpreter. On AMD a tensor's size, too, decides what is compiled.
+        # The interpreter returns nothing. On AMD a tensor's size, too, decides what is compiled.
         if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled, tuple(self.kernel.arg_names)
         return compiled

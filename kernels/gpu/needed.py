@@ -37,7 +37,7 @@ _ROW_BLOCK = 64
 """Rows of a block. The number of such blocks decides what is launched; of the remaining rows only
 the divisors matter."""
 
-# Numbers that no kernel is compiled for.
+# No kernel is specialised for these numbers.
 _FREE: dict[str, Any] = {"dropout": 0.1, "stream": 2}
 
 _RESTS = (0, 8, 4, 2, 1)
@@ -151,8 +151,8 @@ def _calls(
 ) -> Iterator[VariantCall]:
     """Yield calls that together launch every kernel which any number of rows in the problem's
     bucket launches."""
-    # A float32 adapter's product is of float32 factors; a narrower one may be of either, as PEFT
-    # keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
+    # A float32 product of an adapter has float32 factors; a narrower product may have either, as
+    # PEFT keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
     factors = dict.fromkeys((problem.lora_dtype, torch.float32)) if problem.rank else ()
     biases = dict.fromkeys((problem.x_dtype, problem.compute_dtype)) if problem.bias else ()
     unused = (problem.compute_dtype,)

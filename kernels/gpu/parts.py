@@ -19,7 +19,7 @@ def pick(values, part, PARTS: tl.constexpr):
     """Return values[part] of a tuple of PARTS pointers of one type, or of integers."""
     value = values[0]
     for i in tl.static_range(1, PARTS):
-        # Alignment that all of them have stays known.
+        # Keeps the alignment that all pointers share known to the compiler.
         value = tl.where(part == i, values[i], value)
     return value
 

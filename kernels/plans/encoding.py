@@ -52,7 +52,7 @@ def encoded(
                 moved = inside.get(each, 0)
                 found.append(number_of[SLAB if each in inside else each])
             else:
-                # What follows a source in memory is an offset.
+                # The number after a source is the offset in its memory.
                 found.append(int(each) + moved)
                 moved = 0
         return found

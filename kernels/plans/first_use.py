@@ -35,7 +35,7 @@ def recorded(
         if is_hooked() or _ops.is_capturing(inputs[0].device):
             return compute(*arguments)
         told = _told(name, arguments)
-        # With storages of their own, so that each pointer belongs to one of them.
+        # Copies with storages of their own, so that each pointer belongs to one tensor.
         apart = [_ops.alias(each) for each in inputs]
         recorder = Recorder(apart)
         with recording_plan(recorder), fresh_workspaces(), recorder:

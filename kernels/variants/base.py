@@ -208,7 +208,7 @@ def bias_gradient(grad: Tensor, bias: Tensor | None, needs: NeedsGradient) -> Te
     if bias is None or not needs.bias:
         return None
     wide = torch.promote_types(torch.float32, grad.dtype)
-    # On CPU torch sums in another dtype by way of a copy of the whole.
+    # On CPU, torch copies the whole tensor to sum in another dtype.
     copies = grad.device.type == "cpu" and grad.dtype != wide
     total = grad.new_zeros(grad.shape[1], dtype=wide)
     for part in grad.split(ROW_BLOCK if copies else max(grad.shape[0], 1)):

@@ -57,7 +57,7 @@ def _decode_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, blocks:
         return 0.0 if same else cpu.move_seconds(6 * problem.n * problem.k)
     decode = problem.n * problem.k * cpu.of(cpu.decode, dtype)
     if blocks == 1:
-        # What leaves the cache has to come back for the product.
+        # Weights that have left the cache are read again for the product.
         outside = max(problem.n * problem.k * dtype.itemsize - _CACHE_BYTES, 0)
         decode += 2 * outside / cpu.bandwidth
     return decode + blocks * _DECODE_OPERATORS * cpu.operator

@@ -97,8 +97,8 @@ class Dense(Variant):
         return configs
 
     def _cuts(self, problem: Problem, dtype: torch.dtype) -> list[int]:
-        # A product in 16 bits takes up to ten times as long where it writes some columns of a wide
-        # y, and what it reads is decoded so fast that blocks gain 2 % at most.
+        # A 16-bit product takes up to ten times as long if it writes some columns of a wide y, and
+        # decoding to 16 bits is so fast that blocks gain 2 % at most.
         if not problem.layout.quantized or dtype not in _MERGED_DTYPES:
             return []
         # The gradient of x is a sum over the blocks: in a narrower dtype it would be rounded after

@@ -268,7 +268,7 @@ class NativeGradients:
         a, b = member.tensors.lora_a, member.tensors.lora_b
         assert a is not None
         assert b is not None
-        # Of a member its own memory: an op returns no two views of one tensor.
+        # Each member has memory of its own, because an op must not return two views of one tensor.
         grad_a = self._a[member.columns].to(a.dtype, copy=len(self.adapters.members) > 1)
         return grad_a, self._sum_b(position).t().to(b.dtype).contiguous()
 

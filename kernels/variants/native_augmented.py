@@ -59,7 +59,7 @@ class NativeAugmented(SeparateVariant):
 
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, DenseConfig)
-        assert isinstance(device, CpuModel)  # what there is where it does not reject
+        assert isinstance(device, CpuModel)  # present, unless the variant rejects the problem
         return augmented_seconds(problem, device, config.gemm_dtype)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:

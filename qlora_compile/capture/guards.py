@@ -52,10 +52,10 @@ def _is_kept(entry: Any, planes: set[int]) -> bool:
     if not entry.is_global:
         return kind != "TYPE_MATCH" or not _MODULE_DICTIONARY.search(name)
     if isinstance(entry.value, ModuleType) or name.startswith("G['__builtins_dict"):
-        # What is read from a module is checked by itself.
+        # Whatever is read from a module has a check of its own.
         return False
     if ".os.environ" in name:
         return kind.startswith("DICT")
-    # Of torch's functions those that others replace are in nn.functional.
+    # The functions of torch that other libraries replace are in nn.functional.
     own = ".torch." in name and ".functional." not in name
     return not (own or _GLOBAL_HOOKS.search(name) or _DEFAULTS.search(name))

@@ -174,7 +174,7 @@ class Region(CompiledForward):
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
         hooked = HookedRun.of(self.module, hooks)
         if torch._C._current_graph_task_id() != -1:
-            # A checkpoint recomputes the block during the backward: by the graph of the forward.
+            # In the backward a checkpoint recomputes the block, by the forward's graph.
             return replace(hooked, captured=self.captured)
         self.captured = hooked.captured
         return hooked

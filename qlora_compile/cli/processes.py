@@ -62,7 +62,7 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
             monitor_interval=0.5,
             logs_specs=DefaultLogsSpecs(folder, {rank: Std.ALL for rank in range(1, count)}),
         )
-        # What torch says of failures is said below, in one message.
+        # Failures are reported below, in one message.
         logging.disable(logging.CRITICAL)
         try:
             elastic_launch(config, sys.executable)(*arguments)

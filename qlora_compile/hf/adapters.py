@@ -200,14 +200,14 @@ def check_lora_config(
         raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
     targets = config.target_modules
     if targets is not None and targets != "all-linear":
-        # As PEFT: names that this architecture lacks are passed over where others match.
+        # As in PEFT, names that match nothing are ignored if others match.
         probe = LoraConfig(target_modules=targets)
         if not any(check_target_module_exists(probe, name) for name in modules if name):
             leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
             rule = targets if isinstance(targets, str) else sorted(targets)
             raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
-    # The adapters' initialisation must find the random state as the user left it.
+    # The adapters' initialisation must find the user's random state.
     with torch.random.fork_rng():
         copied = copy.deepcopy(model, _without_data(modules.values()))
         attached = dict(base_model(attach(copied, config)).named_modules())
@@ -242,7 +242,7 @@ def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Return the PeftModel that PEFT makes of `model`, with our layers over packed bases."""
     config = copy.deepcopy(config)
-    # The hook below would do, but PEFT would first warn of a Conv1D's fan_in_fan_out.
+    # The hook below would suffice, but PEFT would first warn of a Conv1D's fan_in_fan_out.
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     return get_peft_model(model, config)
 

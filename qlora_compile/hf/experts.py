@@ -85,7 +85,7 @@ def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies.append(f"{path}.modules_to_save.")
             copied.append(f"{path}.original_module")
-        # In all model types transformers names its classes that hold experts' weights so.
+        # transformers' classes with experts' weights have such names in all model types.
         is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
         if not is_named or path.startswith(tuple(copies)):
             continue
@@ -185,7 +185,7 @@ def place(module: nn.Module, name: str, packed: PackedExperts) -> None:
     Linears of the same name elsewhere, and PEFT raises if it cannot adapt a module that matches.
     """
     module.add_module(name + PACKED_EXPERTS, packed)
-    # Past nn.Module's own way, which would register the weight by this name too.
+    # Not by setattr, with which nn.Module would register the weight by this name too.
     module.__dict__[name] = packed
 
 

@@ -163,7 +163,7 @@ class LogitsFreeLoss:
         wants_loss = module.training and kwargs.get("labels") is not None
         kept = kwargs.get("logits_to_keep")
         keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
-        # Set in every call, so that nothing remains of an earlier one that was interrupted.
+        # Set in every call, so that nothing remains of an interrupted call.
         logits_free = wants_loss and keeps_all and not torch.compiler.is_compiling()
         _CALL.set(_Call(self.name) if logits_free else None)
 

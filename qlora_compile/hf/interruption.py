@@ -52,7 +52,7 @@ class Interruption(TrainerCallback):
         Raises:
             TrainingInterrupt: one of them came.
         """
-        # Elsewhere than in the main thread, or with a handler of the user's, a signal is not ours.
+        # Leave signals alone outside the main thread, and if the user has a handler.
         alone = threading.current_thread() is threading.main_thread()
         before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         ours = [each for each, usual in before.items() if alone and signal.getsignal(each) is usual]

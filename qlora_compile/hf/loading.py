@@ -50,7 +50,7 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# What transformers raises for a damaged config.json, by what is damaged.
+# What transformers raises for a damaged config.json, depending on the damage.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _UNREADABLE += (StrictDataclassError,)
 

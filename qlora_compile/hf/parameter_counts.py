@@ -67,7 +67,7 @@ def count_elements(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 def _count_attached(outer: nn.Module, name: str, model: nn.Module | None) -> None:
     """Do so for a PeftModel that anybody makes of a quantised model."""
-    # PEFT's tuner, which is the model here, hands on the attributes of the model inside.
+    # The model here is PEFT's tuner, which passes on the attributes of the model inside.
     if hasattr(type(outer), TrainableParameters.method) and hasattr(model, _MARK):
         setattr(outer, TrainableParameters.method, TrainableParameters(outer))
 
@@ -78,7 +78,7 @@ register_module_module_registration_hook(_count_attached)
 def _elements_beyond_stored(model: nn.Module) -> int:
     """Return how many more elements the model's packed weights have than their Parameters."""
     packed = (module for module in model.modules() if isinstance(module, PackedModule))
-    # Not those whose weight is the decoded one, inside of `unpacked`; shared weights once.
+    # Skip modules whose weight is decoded, inside `unpacked`; count shared weights once.
     layouts = {
         id(module.weight): Layout.parse(module.layout)
         for module in packed

@@ -104,7 +104,7 @@ class PackingQuantizer(HfQuantizer):
         return False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        # The only one of transformers' hooks that sees the config before files are looked for.
+        # transformers' only hook that gets the config before files are looked for.
         if self.pre_quantized:
             config.transformers_weights = f"{METHOD}.safetensors.index.json"
         return config

@@ -71,7 +71,7 @@ def place_hooks(block: nn.Module) -> None:
         placed = _places(hook) and devices == {_device(hook)} and _is_of_accelerate(forward)
         if placed and module is not block:
             hook.__class__ = PlacedHook
-            # Dynamo would compile each layer for itself: it knows partial objects by their id.
+            # Dynamo would compile each layer separately, because it identifies partials by id.
             module.__dict__["forward"] = MethodType(plain_function(forward), module)
 
 

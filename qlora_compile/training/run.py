@@ -49,7 +49,7 @@ class TrainingRun:
         self.settings, self.resume, self.overwrite = settings, resume, overwrite
         self.output = Path(settings.output)
         self.is_demo = settings.data == (DEMO,)
-        # Of several processes the first one writes. The name is that of torchrun.
+        # Only the first of several processes writes. torchrun sets the variable.
         self._is_first = int(os.environ.get("RANK", "0")) == 0
 
     def check_quickly(self) -> None:
@@ -117,7 +117,7 @@ class TrainingRun:
                 remedy=f"pass --steps above {done}",
             )
         file = self.output / FILE
-        # Read as a --config is, so that a damaged one is refused in the same words.
+        # Read like a --config file, so that a damaged one gives the same error.
         earlier = settings_from({}, file).written() if file.is_file() else {}
         now = self.settings.written()
         for name in sorted({*now, *earlier} - _MAY_CHANGE if earlier else ()):

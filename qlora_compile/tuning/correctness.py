@@ -33,8 +33,8 @@ class Correctness:
         problem = operands.problem
         dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype, problem.x_dtype)
         lowest = max(torch.finfo(dtype).eps for dtype in dtypes)
-        # The order of a sum and the last rounding are a matter of luck: their differences are
-        # allowed on top. In float64 the exact results themselves are no better.
+        # The order of a sum and the last rounding are a matter of luck, so their differences are
+        # allowed on top. In float64 the exact results have such errors themselves.
         luck = 64 * lowest if lowest < _FLOAT32 else 2 * _FLOAT32
         self.allowed = {
             name: FACTOR * max(_error(plain[name], exact), lowest / 4) + luck

@@ -51,7 +51,7 @@ class Load:
             return f"other processes used {self.others:.1f} CPUs"
         if self.stolen is not None and self.stolen > caution.stolen:
             return f"the hypervisor took {self.stolen:.0%} of the CPUs"
-        # Where the system tells of others, preemptions beside them are by this process's threads.
+        # If the system tells of others, any preemptions beside those are by our own threads.
         unknown = self.others is None
         if unknown and self.preemptions is not None and self.preemptions > caution.preemptions:
             return f"this process was preempted {self.preemptions:.0f} times a second"

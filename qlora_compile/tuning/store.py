@@ -36,11 +36,11 @@ from qlora_compile.tuning.warning import error_text, warn_of_folder
 OWN_FILE = "records.jsonl"
 _LOCK_FILE = "records.lock"
 _KEY_LOCKS = "locks"
-# The names of temporary files begin so. Whoever holds the lock removes those for writing, left by a
-# holder that died. Exports are written without the lock, so theirs have another name.
+# Beginnings of temporary files' names. The holder of the lock removes files for writing that a dead
+# holder has left. Exports are written without the lock, so their files have another name.
 _WRITING = "writing-"
 _EXPORTING = "exporting-"
-# A write takes milliseconds. A longer wait means that the holder was stopped: go on without.
+# A write takes milliseconds. A longer wait means that the lock's holder was stopped: do without.
 LOCK_SECONDS = 10.0
 
 # The errors of a folder that cannot be used. filelock's Timeout is an OSError; its older versions

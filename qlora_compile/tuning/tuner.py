@@ -97,7 +97,7 @@ class Tuner:
         self.measurements = 0
         self._modelled: set[Problem] = set()
         self._busy: list[str] = []
-        # A tuner that never measures leaves its store alone.
+        # A tuner that never measures does not write to its store.
         self._writes = self._checks_cpu = budget > 0
         self._dropped: set[tuple[Key, str]] = set()
         self._refuted_records = RefutedRecords()
@@ -183,7 +183,7 @@ class Tuner:
             here = fingerprint(problem.device)
             record = None if here is None else self.store.find(problem, here)
             self.selector.forget(problem)
-            # Another process may have replaced the record that this one goes by.
+            # Another process may have replaced the record that this process uses.
             if record is not None and record.winner.seconds == contradiction.choice.seconds:
                 self._dropped.add((record.key, record.measured_at))
                 if self._writes and isinstance(self.store, RecordStore):
@@ -194,7 +194,7 @@ class Tuner:
             )
             warnings.warn(message, RecordWarning, stacklevel=3)
         if refuted and self._checks_cpu and isinstance(self.store, RecordStore):
-            # What has spoilt a record may have spoilt the figures of the CPU as well.
+            # The cause of a wrong record may have spoilt the figures of the CPU too.
             self._checks_cpu = False
             model = checked_cpu(self.store.folder, self.caution).model
             if model is not None:
@@ -211,7 +211,7 @@ class Tuner:
             start = time.monotonic()
             if earlier is not None:
                 time.sleep(max(0.0, earlier.ended + _APART - start))
-            # Where the problems share the whole budget, one more share is left for repetitions.
+            # If the problems share the whole budget, one more share is left for repetitions.
             seconds = self.budget / (share if self.each is not None else share + 1)
             with self._turn(problem, here) as mine:
                 if not self.again:

@@ -59,7 +59,7 @@ class CallInterpreter(Interpreter):
             weights = base_weights(n) if is_fused(n) else [experts_weight(n)]
             sites = [self._site(weight) for weight in weights]
             names = [f"the input of {', '.join(sites)}"]
-            # The plain names are taken by the gradients of the whole block.
+            # The gradients of the whole block have the plain names.
             names += [f"{self._name(each)} in its own call" for each in others]
         results = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide

@@ -79,7 +79,7 @@ def captured_inputs(
         path = ".".join(_MODULE.findall(source.name)) if source is not None else ""
         known = names.get(id(getattr(argument, "example", None)), ())
         name = path if path in known or not known else known[0]
-        # A slot's scaling is an attribute of a module, but none of its parameters and buffers.
+        # A slot's scaling is an attribute of a module, but neither a parameter nor a buffer.
         is_named = bool(known) or not (names and path)
         found.append(CapturedInput(name if name and is_named else node.name, bool(name)))
     return found
@@ -145,7 +145,7 @@ def _check(
         if case.mismatch is not None:
             break
     mismatch = next((case.mismatch for case in cases if case.mismatch is not None), None)
-    # All cases that ran share the first one's reference: they differ in nothing it depends on.
+    # All cases share the first one's kind of reference, which does not depend on the case.
     return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch, uncompared)
 
 

@@ -88,7 +88,7 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
         name: dropout_probability(node) for node in dropouts for name in _weights_after(node)
     }
     for fused in _fused_calls(rewritten):
-        # Where the base product reads the dropped-out x too, as in DoRA, the dropout stays a node.
+        # If the base product reads the dropped-out x too, as in DoRA, the dropout stays a node.
         before = dropout_probability(strip_casts(fused.x)) or 0.0
         for nodes in fused.linears:
             if nodes.lora_a is None:

@@ -257,7 +257,7 @@ def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tens
     bytes_per_block = block_size // 2
     codes, absmax, *nested = (plane.reshape(-1) for plane in packed.tensors)
     codes = codes[first * bytes_per_block :]
-    # What is not read has to be something.
+    # A tensor that is not read must be given all the same.
     tables = nested or [codebook] * 3
     sizes = (int(bool(nested)), first, out.numel() // block_size, bytes_per_block)
     kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 5, out.dtype)

@@ -148,7 +148,7 @@ def write_rows(
         *(int(factors.adds), rows, columns, min(size, columns), torch.get_num_threads()),
     )
     kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
-    # What is not read has to be something.
+    # A tensor that is not read must be given all the same.
     table = one if table is None else table
     planes = (each.contiguous() for each in (scales, zeros))
     kernel(codes.contiguous(), values, *planes, table, whole.contiguous(), *sizes, out)

@@ -33,7 +33,7 @@ def adopt(site: ExpertSite) -> None:
     weight, scales = getattr(module, site.parameter), getattr(module, f"{site.parameter}_scale_inv")
     if weight.dtype not in FORMATS:
         return
-    # These experts look for their implementation in a list of their own.
+    # FP8Experts looks for its implementation in a list of its own.
     ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     packed = packed_fp8(weight.data, scales.data, _block(weight, scales, module.block_size))
     experts = PackedExperts(packed, site.experts, False, torch.bfloat16)

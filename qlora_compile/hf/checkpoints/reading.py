@@ -117,7 +117,7 @@ class Direct:
             for name, header in folder.tensors.items()
             if name not in packed and not name.endswith(source.beside)
         }
-        # What no packed module can hold is decoded, so that transformers can convert and place it.
+        # Weights that no packed module can hold are decoded, for transformers to convert and place.
         self.rest |= {
             weight.name: Lazy(weight.shape, True, partial(self._decoded, weight))
             for weight in weights
@@ -198,7 +198,7 @@ class _TakenOut(nn.Module):
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
-        # Some blocks, as GPT-2's, initialise the weights of the Linears inside them.
+        # Some blocks, such as GPT-2's, initialise the weights of the Linears inside them.
         self.weight = torch.empty(0)
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 

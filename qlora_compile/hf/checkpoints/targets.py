@@ -149,10 +149,10 @@ def check_rest(
     for tensor, lazy in rest.items():
         name, pattern = names.place(tensor)
         found.add(name)
-        # A converter that makes several parameters is known by the first one.
+        # A converter that makes several parameters is listed under the first one.
         certain &= pattern is None or pattern in names.merging
         if name not in names.empty:
-            continue  # transformers reports what it does not know
+            continue  # transformers reports unknown names
         empty = names.empty[name]
         if not lazy.decoded:
             dtype = folder.tensors[tensor].dtype

@@ -105,7 +105,7 @@ def _held(trainer: Any) -> dict[str, int]:
     return {
         "frozen weights": sum(each.nbytes for each in parameters if not each.requires_grad),
         "trained weights": sum(each.nbytes for each in trained),
-        # Of each trained weight one, if the step came so far or not.
+        # One gradient of each trained weight, whether or not the step has made it.
         "their gradients": sum(each.nbytes for each in trained),
         "optimizer": sum(
             value.nbytes
