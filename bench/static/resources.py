@@ -1,4 +1,4 @@
-"""What a kernel takes and which instructions it has, counted in the binary."""
+"""Counts a kernel's resources and instructions in the binary."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Resources:
 def sass_resources(
     code: Sequence[Instruction], usage: dict[str, int], *, shared_bytes: int, warps: int
 ) -> Resources:
-    """From the instructions and cuobjdump's usage line (see `sass.resource_usage`)."""
+    """Return the resources, from instructions and cuobjdump's usage (`sass.resource_usage`)."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     tensor: Counter[str] = Counter()

@@ -1,5 +1,4 @@
-"""Cross-entropy and its gradient over rows of bfloat16 logits, in place and without float32 copies
-of them."""
+"""Cross-entropy and its gradient over rows of bfloat16 logits, in place, without float32 copies."""
 
 from __future__ import annotations
 
@@ -95,8 +94,8 @@ def cross_entropy_rows(
     ignored: int,
     differentiates: bool,
 ) -> None:
-    """Writes every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z
-    to `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 [m, V] and
+    """Write every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z to
+    `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 [m, V] and
     contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
 
     labels: int64 [m], in [0, V) or `ignored`.

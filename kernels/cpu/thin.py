@@ -1,5 +1,5 @@
-"""An adapter's thin products: bfloat16 rows with a float32 factor, without a float32 copy of the
-rows. By AMX's tiles where the CPU has them, else by float32 vectors."""
+"""An adapter's thin products of bfloat16 rows with a float32 factor, without a float32 copy of the
+rows: by AMX's tiles where the CPU has them, else by float32 vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KERNEL = NativeKernel(
 
 
 def available(rows: Tensor, factor: torch.dtype) -> bool:
-    """Whether the functions below multiply `rows` with a factor of that dtype."""
+    """Whether the functions below multiply `rows` with a factor of `dtype`."""
     return (
         rows.numel() > 0
         and rows.device.type == "cpu"
@@ -39,20 +39,20 @@ def is_built() -> bool:
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
-    """out = scaling * x @ factorᵀ: bfloat16 x [M, K] of contiguous rows, float32 factor [R, K],
-    float32 out [M, R] of contiguous rows."""
+    """Write out = scaling * x @ factorᵀ: bfloat16 x [M, K] of contiguous rows, float32 factor [R,
+    K], float32 out [M, R] of contiguous rows."""
     _run(0, x, factor, factor.shape[0], factor.stride(), out, scaling)
 
 
 def gradient(low: Tensor, x: Tensor, out: Tensor) -> None:
-    """out = lowᵀ @ x: float32 low [M, R] and bfloat16 x [M, K] of contiguous rows, float32 out
-    [R, K]."""
+    """Write out = lowᵀ @ x: float32 low [M, R] and bfloat16 x [M, K] of contiguous rows, float32
+    out [R, K]."""
     _run(1, x, low, low.shape[1], low.stride(), out)
 
 
 def add_product(total: Tensor, low: Tensor, factor: Tensor) -> None:
-    """total += low @ factor but for 2^-17 of the product: bfloat16 total [M, N] and float32 low
-    [M, R] of contiguous rows, float32 factor [R, N]."""
+    """Add low @ factor, exact to 2^-17 of the product, to total: bfloat16 total [M, N] and float32
+    low [M, R] of contiguous rows, float32 factor [R, N]."""
     _run(2, total, factor, factor.shape[0], factor.stride(), low)
 
 

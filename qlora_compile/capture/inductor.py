@@ -21,7 +21,7 @@ from qlora_compile.kernels.experts import op as experts_op
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """The rewritten graph compiled by AOTAutograd and Inductor."""
+    """Compile the rewritten graph by AOTAutograd and Inductor."""
     from torch._functorch import config as partitioner_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
@@ -59,7 +59,8 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
 
 @functools.cache
 def _sources_digest() -> str:
-    """Of what decides about compiled code: what our ops become and save, and how it is compiled."""
+    """Digest the sources that decide on compiled code: what our ops become and save, and how it is
+    compiled."""
     modules = (library, op, linear_call, attention, experts_op, sys.modules[__name__])
     sources = [Path(str(module.__file__)).read_bytes() for module in modules]
     return hashlib.sha256(b"".join(sources)).hexdigest()

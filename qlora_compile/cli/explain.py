@@ -84,28 +84,32 @@ def _print(report: Report, console: Console) -> None:
 
 
 def grouped_table(report: Report) -> Table:
-    """Return a table with one line for sites that are equal but for the numbers in their names."""
+    """Return a table with one line for sites that are equal but for the numbers in their names.
+
+    Where packed weights come from, and why a site is not fused, is in numbered notes below."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for site in report.sites:
         variants = tuple(chosen and chosen.variant for chosen in (site.forward, site.backward))
         shape = f"{site.experts} x {site.n}" if site.experts else f"{site.n}"
-        key = (site.fused, variants, site.format, f"{shape} x {site.k}", site.rank, site.reason)
+        stored = (site.format, site.origin)
+        key = (stored, f"{shape} x {site.k}", site.rank, site.fused, variants, site.reason)
         name = site.name.removeprefix("base_model.model.")  # PEFT's
         groups.setdefault((re.sub(r"\d+", "*", name), *key), []).append(name)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("sites", "name", "stored", "N x K", "rank", "computed by"):
         table.add_column(title, overflow="fold")
-    reasons: list[str] = []
-    for (name, fused, variants, *shape, reason), names in groups.items():
+    notes: dict[str, int] = {}
+
+    def noted(text: str, note: str | None) -> str:
+        return text if note is None else f"{text} ({notes.setdefault(note, len(notes) + 1)})"
+
+    for (pattern, stored, shape, rank, fused, variants, reason), names in groups.items():
+        name = pattern if len(names) > 1 else names[0]
+        cells = (str(len(names)), name, noted(*stored), shape, str(rank))
         forward, backward = variants
         how = forward if forward == backward or not backward else f"{forward}, {backward} back"
-        if not fused:
-            reasons += [reason] * (reason not in reasons)
-            how = f"not fused ({reasons.index(reason) + 1})"
-        shown = Text(how, "green" if fused else "yellow", overflow="fold")
-        table.add_row(
-            str(len(names)), name if len(names) > 1 else names[0], *map(str, shape), shown
-        )
-    table.caption = "\n".join(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))
+        how = how if fused else noted("not fused", reason)
+        table.add_row(*cells, Text(how, "green" if fused else "yellow", overflow="fold"))
+    table.caption = "\n".join(f"({number}) {note}" for note, number in notes.items())
     table.caption_justify = "left"
     return table

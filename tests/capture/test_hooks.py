@@ -251,7 +251,7 @@ def test_a_hook_that_keeps_everything_makes_few_graphs(monkeypatch: pytest.Monke
         for _ in range(5):
             both.assert_agree(ids, seen)
         assert len(seen[1]) == 5
-        assert "Dynamo does not trace it whole" in both.reasons(0).pop()
+        assert "Dynamo cannot trace it as one graph" in both.reasons(0).pop()
     assert counters["stats"]["unique_graphs"] <= 3
 
 

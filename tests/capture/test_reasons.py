@@ -60,7 +60,7 @@ def reason(model: Any, adapted: bool, hook: Callable[..., Any] | None = None) ->
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: OwnProduct(8, 8), "in a way of its own"),
+        (lambda: OwnProduct(8, 8), "other operators than a linear"),
         (lambda: Scaled(8, 8), "the weight is computed"),
     ],
 )

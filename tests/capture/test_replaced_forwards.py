@@ -170,7 +170,7 @@ def test_a_forward_put_on_a_block_after_optimize_is_run_and_reported() -> None:
         reasons = both.reasons(1)
         assert bool(reasons) == named  # the others call the region
         if named:
-            assert "as_method.<locals>.halved on the block itself came later" in reasons.pop()
+            assert "as_method.<locals>.halved on the block itself has replaced" in reasons.pop()
         del block(both.stock, 1).forward
         ours.forward = region
         both.assert_agree(ids)

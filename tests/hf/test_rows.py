@@ -194,7 +194,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "label beyond the known": (BOUNDED, (0, 2**40), _set_label, row_errors.RowLabelError),
     "negative label": (BOUNDED, (-99, -1), _set_label, row_errors.RowLabelError),
-    "label that is no number": (
+    "label that is not a number": (
         ("numbers",),
         (0, 0),
         _replace("labels", lambda row: float("inf"), "inf"),

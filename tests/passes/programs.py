@@ -20,7 +20,7 @@ STYLES = (
     *("plain", "scaling first", "branch first", "in place", "cloned"),
     *("leaky", "magnitude", "x written", "base without grad"),
 )
-"""How a site joins its adapter; what stands in the second line is no plain LoRA."""
+"""How a site joins its adapter; the ways in the second line are not plain LoRA."""
 
 
 class SiteSpec(NamedTuple):

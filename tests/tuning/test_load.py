@@ -66,7 +66,7 @@ def test_busy_processes_are_seen() -> None:
     assert load.others > CAREFUL.others
     disturbance = load.disturbance(CAREFUL)
     assert disturbance is not None
-    assert disturbance.startswith("other processes had")
+    assert disturbance.startswith("other processes used")
 
 
 @linux

@@ -154,10 +154,10 @@ def test_spread_and_drift_are_of_what_all_candidates_share() -> None:
 @pytest.mark.parametrize(
     ("load", "told"),
     [
-        (Load(others=1.8), "other processes had 1.8 CPUs"),
+        (Load(others=1.8), "other processes used 1.8 CPUs"),
         (Load(stolen=0.2), "the hypervisor took 20% of the CPUs"),
         (Load(preemptions=250.0), "this process was preempted 250 times a second"),
-        (Load(drift=2.5), "its speed changed 2.5 times"),
+        (Load(drift=2.5), "its speed changed by a factor of 2.5"),
         (Load(spread=0.9), "its speed varied by 90%"),
         (Load(0.1, 1.1, 0.1, 0.01, 20.0), None),
         (Load(others=0.1, preemptions=250.0), None),
@@ -219,7 +219,7 @@ class TestTuner:
         """Tuned beside other work, then run quietly."""
         quiet = tuned(Machine(seed), "quiet")
         assert quiet.measurements == len(self.PROBLEMS)
-        with pytest.warns(NotMeasuredWarning, match="the machine was busy, other processes had"):
+        with pytest.warns(NotMeasuredWarning, match="the machine was busy, other processes used"):
             noisy = tuned(Machine(seed, busy=self.busy(seed)), "noisy")
         assert noisy.measurements == 0
         assert RecordStore(tmp_path / "noisy").read() == {}
