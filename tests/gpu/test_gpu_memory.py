@@ -1,4 +1,4 @@
-"""What the benchmarks read of a device."""
+"""The benchmarks' readings of a device."""
 
 import pytest
 import torch
