@@ -28,6 +28,7 @@ from qlora_compile.kernels.plans import native as plans
 from qlora_compile.report import Report, build_report, regions_of
 from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
+from qlora_compile.verify.head import HeadVerifier
 from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
@@ -173,7 +174,11 @@ def optimize(
         uninstall(region.module)
     inventory = adopt.adopt(inventory, lora, packed=packed, **options)
     model = inventory.model
-    hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
+    hooks = None
+    if logits_free_loss:
+        name = f"the loss of {type(adapters.base_model(model)).__name__}"
+        verifier = HeadVerifier(name, strict, verify == "once") if verify else None
+        hooks = head_loss.LogitsFreeLoss(model, verifier)
     plans.start()
     regions = _install_regions(inventory, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model, inventory.modules)

@@ -84,6 +84,7 @@ def merge(
     texts: Iterable[str] | None = None,
     format: str | None = None,
     max_shard_size: int | str = USUAL_SIZE,
+    origin: Mapping[str, str | None] | None = None,
     **format_options: Any,
 ) -> MergeReport:
     """Write `model` with its adapters merged as plain safetensors that stock transformers loads.
@@ -108,6 +109,9 @@ def merge(
 
     max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
+    origin: written to merged_from.json, by which `qlora-compile verify --merged` finds what to
+    compare the merged model with: the path of the adapter's folder from `output`, as "adapter".
+
     Raises, before anything is written:
         SavedModelTypeError, MergedWeightsError, MissingTensorError: the model cannot be written.
         UnknownAdapterError: it has no adapter of that name.
@@ -126,7 +130,8 @@ def merge(
         sequences = _sequences(model, tokenizer, texts)
     elif texts is not None:
         raise TokenizerMissingError(site="texts")
-    chosen = {"dtype": dtype, "weights": weights, "max_shard_size": max_shard_size}
+    chosen: Any = {"dtype": dtype, "weights": weights, "origin": origin}
+    chosen["max_shard_size"] = max_shard_size
     tensors = write_merged(model, path, tokenizer=tokenizer, **chosen)
     report: dict[str, Any] = {"output": path, "dtype": dtype}
     device = next(model.parameters()).device

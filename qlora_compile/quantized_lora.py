@@ -188,12 +188,16 @@ class QuantizedLoRA:
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
 
+        The folder is replaced as a whole, and other files in it stay: whatever interrupts saving
+        leaves the old folder or the new one.
+
         Raises:
             OutputDirectoryError: the path cannot be written.
+            UnfinishedSaveError: writing has failed; what was there before is unchanged.
         """
-        from qlora_compile.outputs import writable_directory
+        from qlora_compile.hf.saving.replacement import replaced
 
-        folder = writable_directory(Path(path))
-        self.model.save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+        with replaced(Path(path), lambda _: True) as fresh:
+            self.model.save_pretrained(str(fresh))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(fresh))

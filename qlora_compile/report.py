@@ -221,7 +221,8 @@ def build_report(inventory: Inventory) -> Report:
     others = adapters.other_modules(inventory.modules, listed).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
     names = {region.records_name for region in regions.values()}
-    verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]
+    checks = [*(kind.verifier for kind in kinds), head_loss.check_of(inventory.model)]
+    verifiers = [verifier for verifier in checks if verifier is not None]
     return Report(
         (*sites, *weights),
         {name: why for name, why in others if name not in modules},

@@ -36,13 +36,29 @@ class MergedWeightsError(QloraCompileError, ValueError):
 
 
 class SaveOptionError(QloraCompileError, TypeError):
-    template = "save_pretrained({option}=…) has no meaning for a packed model; leave {option} out"
+    template = (
+        "{option}=… has no meaning where a packed model is saved or pushed; leave {option} out"
+    )
 
 
 class PackedFolderVersionError(QloraCompileError, ValueError):
     template = (
         "the folder has version {value!r} of the packed format, and this release reads version "
         "{known}; use the release of qlora_compile that wrote the folder"
+    )
+
+
+class OldTransformersError(QloraCompileError, RuntimeError):
+    template = (
+        "transformers {value} cannot open a packed folder by from_pretrained, which needs 5.18 or "
+        "newer; call qlora_compile.load(folder)"
+    )
+
+
+class DiskOffloadError(QloraCompileError, ValueError):
+    template = (
+        "device_map puts {site} on disk, and packed weights have to be in memory; leave it on "
+        "'cpu' or a device, or raise max_memory"
     )
 
 
@@ -68,6 +84,14 @@ class FolderFormatError(QloraCompileError, ValueError):
 
 class UnmergeableError(QloraCompileError, ValueError):
     template = "{site} cannot be merged: {reason}; serve base and adapter side by side instead"
+
+
+class UnmergePlaceError(QloraCompileError, OSError):
+    template = (
+        "QLORA_COMPILE_UNMERGE={value!r}: the weight from before merging cannot be written there "
+        "({problem}); name a folder with space, 'memory' or 'nothing'; unmerge_adapter() takes "
+        "back what is merged so far"
+    )
 
 
 class UnknownAdapterError(QloraCompileError, ValueError):

@@ -18,6 +18,7 @@ from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.check import captured_inputs
+from qlora_compile.verify.graph_forms import drops_out, fused_masks, with_masks
 from qlora_compile.verify.verifier import Verifier
 
 
@@ -120,12 +121,19 @@ def make_backend(
         graph = _rewrite(graph_module, region, names, selector)
         if inductor:
             _tune(graph_module, graph, selector, tuner)
+            compiled, rewritten = None, graph_module
             if verifier is not None:
                 rewritten = copy.deepcopy(graph_module)
-                fused = (*graph.fused.values(), *graph.experts.values())
-                verify = verifier.checks(captured, rewritten, inputs, fused, selector)
-                graph.unchecked = captured, verify
+                # Compiled code draws other masks than the graph. Of a graph that drops out, a copy
+                # with fixed masks is compiled, and checked in its place.
+                if drops_out(rewritten):
+                    masked = with_masks(rewritten, fused_masks(rewritten))
+                    compiled = compile_inner(masked, list(example_inputs))
             graph.run = compile_inner(graph_module, list(example_inputs))
+            if verifier is not None:
+                graphs = captured, rewritten, compiled or graph.run
+                fused = (*graph.fused.values(), *graph.experts.values())
+                graph.unchecked = captured, verifier.checks(*graphs, inputs, fused, selector)
         return graph
 
     return qlora_compile_backend

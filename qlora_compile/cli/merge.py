@@ -50,6 +50,7 @@ def merge(
         be_quiet()
         import torch
 
+        from qlora_compile.hf.merging.write import origin_of_run
         from qlora_compile.hf.trainer.preparation import texts
         from qlora_compile.kernels.formats.formats import format_written
         from qlora_compile.merging import merge as merge_model
@@ -66,6 +67,7 @@ def merge(
             tokenizer=tokenizer,
             texts=None if data == DEMO else texts(Path(data), tokenizer, _MEASURED_TOKENS),
             max_shard_size=max_shard_size,
+            origin=origin_of_run(adapter, output, model=model, format=base_format),
             **packing,
         )
     typer.echo(str(report))

@@ -7,7 +7,7 @@ In a training call with labels the hooks give the head no rows, and replace its 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,11 +22,10 @@ from transformers.utils import ModelOutput
 from qlora_compile.errors import LogitsFreeLossError
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.blocks import example_call
-from qlora_compile.hf.head_operands import head_operands
+from qlora_compile.hf.head_operands import HeadLoss, head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.hf.replaced_forward import plain_function, qualified_name, replaced_forward
-from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _LOW_PRECISION_TOLERANCE = 2e-2  # the two ways round logits before the softcap or after it
@@ -106,8 +105,11 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
 def described(model: nn.Module) -> str | None:
     """Return what computes the loss in training; None without the hooks of `LogitsFreeLoss`."""
     base: Any = base_model(model)
-    if not isinstance(base.__dict__.get("_loss_function"), _Loss):
+    loss = base.__dict__.get("_loss_function")
+    if not isinstance(loss, _Loss):
         return None
+    if loss.mismatch is not None:
+        return f"computed from the logits, because without them {loss.mismatch}"
     forward = replaced_forward(base)
     if forward is None:
         return "computed without logits"
@@ -118,14 +120,23 @@ def described(model: nn.Module) -> str | None:
     return f"left to the forward that {module} has put in place of the model's"
 
 
+def check_of(model: nn.Module) -> Any:
+    """Return the `check` that LogitsFreeLoss was given, None without one."""
+    return getattr(base_model(model).__dict__.get("_loss_function"), "check", None)
+
+
 class LogitsFreeLoss:
-    """The hooks of one model. model: the module that users call, perhaps a PeftModel.
+    """The hooks of one model. model: the module that users call, perhaps a PeftModel. check: is
+    shown every loss before it is computed, and returns what is wrong with computing it without
+    logits, or None.
 
     Raises LogitsFreeLossError if an adapter on the head is of a kind that `head_operands` does not
     know.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, check: Callable[[HeadLoss], str | None] | None = None
+    ) -> None:
         base: Any = base_model(model)
         head: Any = base.get_output_embeddings()
         self.model = base
@@ -133,7 +144,7 @@ class LogitsFreeLoss:
         if head_operands(head) is None:
             problem = f"has an adapter of an unknown class on its head, {type(head).__name__}"
             raise LogitsFreeLossError(model=self.name, problem=problem)
-        base.loss_function = _Loss(base.loss_function)
+        base.loss_function = _Loss(base.loss_function, check)
         # Not on `base`: a PeftModel calls the forward of the model inside directly, and the hooks
         # there would not run.
         self.handles: list[RemovableHandle] = [
@@ -193,16 +204,23 @@ def _without_logits(output: Any) -> Any:
 class _Loss:
     """Stands for the model's `loss_function`, and is `plain` unless the logits are LazyLogits."""
 
-    def __init__(self, plain: Any) -> None:
-        self.plain = plain
+    def __init__(self, plain: Any, check: Callable[[HeadLoss], str | None] | None) -> None:
+        self.plain, self.check = plain, check
+        self.mismatch: str | None = None
 
     def __call__(self, logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(logits, LazyLogits):
             return self.plain(logits, labels, *args, **kwargs)
-        return _causal_loss(logits, labels, *args, **kwargs)
+        return _causal_loss(self._computed, logits, labels, *args, **kwargs)
+
+    def _computed(self, loss: HeadLoss) -> Tensor:
+        if self.check is not None:
+            self.mismatch = self.check(loss)
+        return loss.without_logits() if self.mismatch is None else loss.with_logits()
 
 
 def _causal_loss(
+    computed: Callable[[HeadLoss], Tensor],
     logits: LazyLogits,
     labels: Tensor,
     vocab_size: int,
@@ -211,7 +229,10 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute transformers' ForCausalLMLoss, with the same arguments, from the head's input."""
+    """Compute transformers' ForCausalLMLoss, with the same arguments, from the head's input.
+
+    computed: returns the loss of a HeadLoss.
+    """
     if vocab_size != logits.shape[-1]:
         problem = f"has {logits.shape[-1]} logits for {vocab_size} words"
         raise LogitsFreeLossError(model=logits.model, problem=problem)
@@ -221,19 +242,16 @@ def _causal_loss(
     assert operands is not None
     # accelerate moves what the head is given to the head's device.
     hidden = logits.hidden.to(logits.device)
-    loss = chunked_cross_entropy(
+    head_loss = HeadLoss(
         hidden.reshape(-1, hidden.shape[-1]),
-        operands.weight,
         shift_labels.reshape(-1).to(logits.device),
-        bias=operands.bias,
-        lora_a=operands.lora_a,
-        lora_b=operands.lora_b,
-        scaling=operands.scaling,
+        operands,
         softcap=logits.softcap,
         logit_scale=logits.logit_scale,
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )
+    loss = computed(head_loss)
     if num_items_in_batch is None:
         return loss
     if isinstance(num_items_in_batch, Tensor):

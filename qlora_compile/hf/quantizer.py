@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,7 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.saving_errors import PackedFolderVersionError
+from qlora_compile.saving_errors import (
+    DiskOffloadError,
+    OldTransformersError,
+    PackedFolderVersionError,
+)
 
 METHOD = "qlora_compile"
 VERSION = 1
@@ -75,6 +80,21 @@ class PackingQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> Any:
         return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot be loaded: called before files are looked for, and once more with the
+        final device map.
+
+        Raises:
+            OldTransformersError: a packed folder, and this transformers cannot be told its files.
+            DiskOffloadError: weights are to stay on disk.
+        """
+        if self.pre_quantized and not hasattr(HfQuantizer, "update_attn_implementation"):
+            raise OldTransformersError(value=transformers.__version__)
+        places = device_map if isinstance(device_map, Mapping) else {}
+        for site, place in places.items():
+            if str(place) == "disk":
+                raise DiskOffloadError(site=site or "the model")
 
     def is_serializable(self) -> Any:
         """Return False, because transformers' own saving would write codes as if they were weights.

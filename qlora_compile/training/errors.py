@@ -19,5 +19,12 @@ class AdapterFolderError(QloraCompileError, ValueError):
     template = "no adapter can be loaded from {value!r}: {problem}; {remedy}"
 
 
+class MergedFromError(QloraCompileError, ValueError):
+    template = (
+        "{value!r} does not tell what it was merged from: {problem}; pass --adapter, the folder of "
+        "the adapter that was merged"
+    )
+
+
 class RewardFunctionError(QloraCompileError, ValueError):
     template = "--reward {value!r}: {problem}; write FILE.py:FUNCTION or MODULE:FUNCTION"

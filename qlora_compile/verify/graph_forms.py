@@ -58,6 +58,20 @@ def fused_masks(rewritten: GraphModule) -> Masks:
     }
 
 
+def drops_out(graph_module: GraphModule) -> bool:
+    """Whether a rewritten graph draws masks, in fused ops or by torch's dropout."""
+    return bool(fused_masks(graph_module)) or any(
+        dropout_probability(node) or _dropout_of_attention(node)
+        for node in graph_module.graph.nodes
+    )
+
+
+def _dropout_of_attention(node: Node) -> Any:
+    if node.target is not _ATTENTION:
+        return 0.0
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+
+
 def _fused_calls(graph_module: GraphModule) -> list[FusedCall]:
     return [read(node) for node in graph_module.graph.nodes if is_fused(node)]
 
