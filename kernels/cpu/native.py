@@ -21,11 +21,13 @@ class NativeKernel:
     """A C++ function `kernel`.
 
     sources: levels of instructions, the best first, and for each the names of the files that, one
-    behind the other, are its source. arguments: as `compiled` takes them.
+    behind the other, are its source. arguments: as `compiled` takes them. prefix: what comes before
+    the files.
     """
 
     sources: tuple[tuple[str, tuple[str, ...]], ...]
     arguments: tuple[str, ...]
+    prefix: str = ""
 
     def start(self) -> None:
         """Have the function built while this thread goes on."""
@@ -59,7 +61,7 @@ def _built(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] 
     for level, files in kernel.sources:
         if level not in levels:
             continue
-        texts = [(folder / f"{each}.cpp").read_text() for each in files]
+        texts = [kernel.prefix, *((folder / f"{each}.cpp").read_text() for each in files)]
         try:
             return compiled("".join([VECTORISED, BFLOAT16, *texts]), kernel.arguments)
         except CppCompileError as error:
