@@ -59,7 +59,7 @@ def model_of(**children: nn.Module) -> nn.Module:
 
 def declaring() -> nn.Module:
     model = model_of(first=Block(), rest=nn.ModuleList([Norms(), Norms()]))
-    model._repeated_blocks = ["Block"]  # pyright: ignore[reportAttributeAccessIssue]
+    model._repeated_blocks = ["Block"]  # pyright: ignore[reportArgumentType]
     return model
 
 

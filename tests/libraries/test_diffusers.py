@@ -11,13 +11,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from qlora_compile.capture.regions import region_of
-from tests.examples import LONG
 from tests.libraries.twins import assert_equal, losses, optimised, twins
 from tests.test_equality import as_rewritten, lora
 
 __all__ = ["as_rewritten"]
 
-diffusers: Any = pytest.importorskip("diffusers", reason="diffusers is not installed")
+diffusers: Any = pytest.importorskip(
+    "diffusers", reason="diffusers is not installed; `make test-libraries` has it"
+)
 
 
 def unet() -> Any:
@@ -119,7 +120,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 
 @pytest.mark.usefixtures("as_rewritten")
-@pytest.mark.parametrize("name", MODELS if LONG else ("unet", "dit"))
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_as_stock(name: str) -> None:
     make, inputs, blocks = MODELS[name]
 

@@ -17,7 +17,9 @@ from tests.toy_models import tokens
 
 __all__ = ["as_rewritten"]
 
-lightning: Any = pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
+lightning: Any = pytest.importorskip(
+    "pytorch_lightning", reason="Lightning is not installed; `make test-libraries` has it"
+)
 
 
 class Module(lightning.LightningModule):

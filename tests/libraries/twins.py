@@ -36,7 +36,8 @@ def twins(adapted: Callable[[], Any], optimise: Callable[[Any], Any]) -> tuple[A
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
         for name, linear in packed.items():
-            stock_model.get_submodule(name).weight.copy_(linear.dequantize())
+            weight: Any = stock_model.get_submodule(name).weight
+            weight.copy_(linear.dequantize())
     return stock, ours
 
 
