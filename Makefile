@@ -32,7 +32,7 @@ OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
 .PHONY: demo test test-long test-damage test-life test-noise test-distributed test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean clean-newest
+	bench-host bench-scaling bench-formats bench-distributed device device-wheels device-dry docs wheel setup clean clean-newest
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -119,6 +119,9 @@ bench-scaling: setup
 bench-formats: setup $(MODELS)
 	$(BIN)/python -m bench.formats.errors $(MODELS)
 	$(BIN)/python -m bench.formats.steps
+
+bench-distributed: setup
+	$(BIN)/python -m bench.distributed
 
 bench-stock: setup
 	$(BIN)/python -m bench.run
