@@ -31,8 +31,10 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs picture wheel setup clean clean-newest
+.PHONY: demo setup clean clean-newest docs picture wheel lint \
+	test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel \
+	bench bench-stock bench-static bench-tuning bench-bytes bench-coverage bench-host bench-scaling bench-formats \
+	bench-distributed device device-wheels device-dry
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -131,6 +133,9 @@ bench-scaling: setup
 bench-formats: setup $(MODELS)
 	$(BIN)/python -m bench.formats.errors $(MODELS)
 	$(BIN)/python -m bench.formats.steps
+
+bench-distributed: setup
+	$(BIN)/python -m bench.distributed
 
 bench-stock: setup
 	$(BIN)/python -m bench.run
