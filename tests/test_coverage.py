@@ -1,4 +1,4 @@
-"""The sweep over transformers' model types: a sample of it, and its parts that only compute."""
+"""The sweep over transformers' model types: a sample of it, and its pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The report: every Linear once, in words and as data; quantising holds one layer twice at most."""
+"""The report lists every Linear once, as text and data; quantising holds at most one layer
+twice."""
 
 from __future__ import annotations
 

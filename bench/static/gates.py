@@ -11,7 +11,7 @@ from bench.static.shipped import STREAMS, Row
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 
 EXCESS = 0.01
-"""The most bytes moved, relative to those of all tensors, minus 1."""
+"""How far the bytes moved may be from those of all tensors, as a part of the latter."""
 
 
 @dataclass(frozen=True)

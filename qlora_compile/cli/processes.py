@@ -67,7 +67,7 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except SignalException as error:
-            typer.echo(f"stopped: {_saved(settings)}", err=True)
+            typer.echo(f"stopped: {what_is_saved(Path(settings.output))}", err=True)
             raise typer.Exit(128 + error.sigval) from error
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -76,7 +76,8 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
                 status = 2
             else:
                 _show_last_lines(Path(folder), failure.local_rank)
-                message, status = f"{_end(failure.exitcode)}; {_saved(settings)}", 1
+                saved = what_is_saved(Path(settings.output))
+                message, status = f"{_end(failure.exitcode)}; {saved}", 1
             typer.echo(f"error: rank {rank} (process {failure.pid}): {message}", err=True)
             raise typer.Exit(status) from error
         finally:
@@ -104,8 +105,9 @@ def _end(status: int) -> str:
     return f"ended with status {status}, and the others were ended"
 
 
-def _saved(settings: RunSettings) -> str:
-    saved = last_checkpoint(Path(settings.output))
+def what_is_saved(output: Path) -> str:
+    """Say what a training that has ended early leaves in `output`."""
+    saved = last_checkpoint(output)
     if saved is None:
         return "nothing was saved"
     return f"{saved} holds adapter and training state; --resume goes on from there"

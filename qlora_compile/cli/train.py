@@ -15,8 +15,12 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.named_values import named_values
-from qlora_compile.cli.processes import end_by_signal, is_one_of_several, start_processes
-from qlora_compile.outputs import last_checkpoint
+from qlora_compile.cli.processes import (
+    end_by_signal,
+    is_one_of_several,
+    start_processes,
+    what_is_saved,
+)
 from qlora_compile.training.model_choice import be_quiet
 from qlora_compile.training.settings import settings_from
 
@@ -203,13 +207,7 @@ def _interruption_in_one_line(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        saved = last_checkpoint(output)
-        text = (
-            f"{saved} holds adapter and training state; --resume goes on from there"
-            if saved
-            else "nothing was saved"
-        )
-        typer.echo(f"stopped: {text}", err=True)
+        typer.echo(f"stopped: {what_is_saved(output)}", err=True)
         raise typer.Exit(128 + getattr(error, "signal", signal.SIGINT)) from error
 
 

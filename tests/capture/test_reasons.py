@@ -1,4 +1,4 @@
-"""The report's reasons are true: each is found by a check of the very thing it names."""
+"""The report's reasons are true: a test checks the very thing that each names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`qlora-compile build`: what it compiles is what a GPU's JIT asks for, in a folder that moves.
+"""`qlora-compile build` compiles what a GPU's JIT asks for, into a folder that can be moved.
 
-Everything that compiles runs in processes of its own: this one may interpret its kernels.
+Everything that compiles runs in separate processes, as this one may interpret its kernels.
 """
 
 import json
@@ -27,7 +27,7 @@ SHAPES = "x".join(map(str, SHAPE))
 
 
 def asked(folder: Path) -> dict[str, Any]:
-    """What row counts from 17 to 32 ask of `folder`: see built_kernels_found.py."""
+    """Return what row counts from 17 to 32 ask of `folder`, by built_kernels_found.py."""
     arguments = (ARCH, SHAPES, "17", "32", "0.1")
     found = run("tests.cli.built_kernels_found", *arguments, TRITON_CACHE_DIR=str(folder))
     assert found.returncode == 0, found.stderr

@@ -1,4 +1,4 @@
-"""The command line: what a run leaves behind, resuming, and every bad input in one line."""
+"""`qlora-compile train`: the files of a run, resuming, and every bad input in one line."""
 
 import json
 import re
@@ -43,7 +43,7 @@ class NothingFused:
 
 @pytest.fixture
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters by PEFT, nothing quantised or compiled: what is under test is around that."""
+    """Adapters by PEFT, nothing quantised or compiled: these tests are about the rest."""
 
     def optimize(model: Any, lora: Any, **options: Any) -> Any:
         return peft.get_peft_model(model, lora)

@@ -1,4 +1,4 @@
-"""What pages state about the sources is true of the sources."""
+"""Statements of pages about the sources are true."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the pages of the documentation find in the current folder, at toy size."""
+"""Makes the files that the documentation's pages find in the current folder, at toy size."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""C++ that is built on every processor compiles for one that is not x86."""
+"""C++ that is built on every processor compiles for processors other than x86."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What plans must keep to, on a device that is not there: plans_found.py and parity_found.py run
-them, each in a process of its own."""
+"""The properties of plans on an imaginary device; plans_found.py and parity_found.py run them, each
+in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fingerprints: each part follows what it stands for, and none is made up."""
+"""Fingerprints: each part follows what it describes, and none is made up."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""Load: what the system's counters tell, beside processes that really have the machine."""
+"""Load: what the system's counters tell, beside processes that really use the machine."""
 
 from __future__ import annotations
 

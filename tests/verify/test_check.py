@@ -40,7 +40,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def verified(
     architecture: str, dtype: torch.dtype, dropout: float = 0.0, *, strict: bool = False
 ) -> tuple[Any, Any]:
-    """An optimised model with adapters that begin as PEFT's do, and its report after a step."""
+    """Return an optimised model with adapters that begin as PEFT's do, and its report after a
+    step."""
     config = lora(dropout, init_lora_weights=True)
     model = toy(architecture, dtype, num_hidden_layers=1)
     model = qlora_compile.optimize(
@@ -203,7 +204,7 @@ def fused(graph: GraphModule, number: int) -> Node:
 
 
 def result(graph: GraphModule) -> Node:
-    """What the last fused call of a graph returns."""
+    """Return what the last fused call of a graph returns."""
     (node,) = fused(graph, -1).users
     return node
 
@@ -216,7 +217,7 @@ def rewrite(node: Node, **changes: Any) -> None:
 
 
 def changed(node: Node, target: Any, *args: Any) -> Node:
-    """target(node, *args) in place of `node` for all its users."""
+    """Return target(node, *args) in place of `node` for all its users."""
     with node.graph.inserting_after(node):
         new = node.graph.call_function(target, (node, *args))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

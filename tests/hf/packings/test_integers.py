@@ -1,4 +1,4 @@
-"""Packed integers of other libraries decode to what those libraries' own code decodes them to."""
+"""Packed integers of other libraries decode to the same values as by the libraries' own code."""
 
 from __future__ import annotations
 

@@ -71,13 +71,13 @@ def packed(held: str = "INT8 in blocks", model: Any = None) -> Any:
 
 
 def dense(model: Any) -> dict[str, Tensor]:
-    """The decoded weights of our packed Linears."""
+    """Return the decoded weights of our packed Linears."""
     modules = model.named_modules()
     return {name: m.dequantize() for name, m in modules if isinstance(m, PackedModule)}
 
 
 def read(module: Any) -> Any:
-    """The weight of a Linear, as the library that reads it decodes it."""
+    """Return the weight of a Linear, as the library that reads it decodes it."""
     kind = type(module)
     if kind is Linear4bit:
         return dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -133,7 +133,8 @@ def test_ours_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 
 def plain(model: Any) -> Any:
-    """An optimised model in evaluation, without its compiled regions: compiling takes seconds."""
+    """Return an optimised model in evaluation, without its compiled regions: compiling takes
+    seconds."""
     for region in regions_of(Inventory(model)).values():
         uninstall(region.module)
     return model.eval()

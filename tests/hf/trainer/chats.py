@@ -67,7 +67,7 @@ def small_model(head: str = "causal") -> Any:
 
 
 def of_trl(rows: list[Row], folder: Path, **options: Any) -> list[Any]:
-    """The token rows that TRL's own trainer makes, with a template that marks answers."""
+    """Return the token rows that TRL's own trainer makes, with a template that marks answers."""
     from qlora_compile.hf.trainer.chat_templates import SMOLLM2_TRAINING
 
     tokenizer = chat_tokenizer()

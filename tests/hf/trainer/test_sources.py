@@ -200,7 +200,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained_rows(data: Any, **options: Any) -> list[Any]:
-    """The rows that `QuantizedLoRA.train` would train on."""
+    """Return the rows that `QuantizedLoRA.train` would train on."""
     tuning = FineTuning(
         small_model(), data, tokenizer=chat_tokenizer(), options={"max_steps": 1, **options}
     )
