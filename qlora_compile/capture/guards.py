@@ -18,7 +18,7 @@ from torch import nn
 from qlora_compile.modules.packed import PackedModule
 
 _GLOBAL_HOOKS = re.compile(r"\._global_(forward|backward)_(pre_)?hooks\b")
-"""Whoever calls a block looks for hooks first: `hooks.has_hooks`."""
+"""Whoever calls a block looks for hooks first: `HookWatch`."""
 
 _MODULE_DICTIONARY = re.compile(r"\._(modules|parameters|buffers)$")
 """Of an nn.Module, always a dict. What is in it is checked by itself."""
