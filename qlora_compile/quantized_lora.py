@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qlora_compile.errors import QuantizationBitsError
@@ -197,7 +199,9 @@ class QuantizedLoRA:
         """
         from qlora_compile.hf.saving.replacement import replaced
 
-        with replaced(Path(path), lambda _: True) as fresh:
+        # Of several processes the first one writes; the others may be needed to gather weights.
+        is_first = os.environ.get("RANK", "0") == "0"
+        with replaced(Path(path), lambda _: True) if is_first else TemporaryDirectory() as fresh:
             self.model.save_pretrained(str(fresh))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(fresh))
