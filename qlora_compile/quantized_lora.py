@@ -129,6 +129,7 @@ class QuantizedLoRA:
 
         Raises, always before anything is trained (rows of a stream are checked when they come):
             TrainingOptionError: the configuration has no such option.
+            TrainingOptionValueError: the value of an option cannot be used.
             OutOfRangeError: max_length is below 1.
             DatasetTypeError: datasets of this type cannot be trained on.
             EmptyDatasetError: the dataset holds no examples.

@@ -177,7 +177,7 @@ def train(
         from qlora_compile.training.run import TrainingRun
 
         run = TrainingRun(settings, resume=resume, overwrite=overwrite)
-        run.check_quickly()
+        run.check_quickly(writes=not preview)
         if is_one_of_several():
             end_by_signal()
         elif settings.processes > 1 and not preview:
