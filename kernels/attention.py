@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
@@ -30,7 +31,7 @@ def attention_call(is_causal: bool, scale: float | None) -> str:
 
 def read_attention_call(text: str) -> tuple[bool, float | None]:
     """What `attention_call` wrote."""
-    is_causal, scale = json.loads(text)
+    is_causal, scale = parsed_json(text)
     return is_causal, scale
 
 

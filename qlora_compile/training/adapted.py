@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.training.errors import AdapterFolderError
 from qlora_compile.training.settings import FILE, RunSettings, settings_from
 
@@ -39,8 +39,8 @@ def adapter_settings(folder: Path, model: str | None, format: str | None) -> Run
 def _base_model(config: Path) -> str | None:
     """Return the name of the model that an adapter's configuration names, None if it names none."""
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         problem, remedy = f"{config.name} cannot be read ({error})", "write it again"
         raise AdapterFolderError(
             value=str(config.parent), problem=problem, remedy=remedy
