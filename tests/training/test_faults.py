@@ -165,9 +165,8 @@ def test_a_checkpoint_cut_at_any_byte_is_passed_over(whole: Path, data: st.DataO
 
 def test_a_checkpoint_with_another_byte_is_passed_over(whole: Path) -> None:
     newest = whole / f"checkpoint-{STEPS}"
-    assert {*json.loads((newest / DIGESTS).read_text()), DIGESTS} == {
-        f.name for f in newest.iterdir()
-    }
+    noted = json.loads((newest / DIGESTS).read_text())
+    assert {*noted, DIGESTS} == {file.name for file in newest.iterdir()}
     file = newest / "adapter_model.safetensors"
     content = file.read_bytes()
     try:
