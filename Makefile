@@ -47,9 +47,10 @@ test: setup
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# Damages checkpoints of every source in 300 drawn ways.
+# Damages checkpoints of every source in 300 drawn ways, all other files that are read in 2,400.
 test-damage: setup
-	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py \
+		tests/training/test_mutated_files.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup

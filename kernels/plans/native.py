@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_compile.kernels.cpu.toolchain import has_compiler
+from qlora_compile.kernels.cpu.toolchain import for_this_torch, has_compiler
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.library import REGISTERED
 
 PLANNED = (
@@ -154,9 +155,10 @@ def _twins() -> torch.library.Library:
 def _load() -> None:
     from torch._inductor.codecache import CppCodeCache
 
+    remove_torn_files()
     triton = importlib.util.find_spec("triton")
     assert triton is not None
     assert triton.submodule_search_locations is not None
     include = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
     source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
-    CppCodeCache.load(source, "cpu", extra_flags=(f"-isystem{include}",))
+    CppCodeCache.load(for_this_torch(source), "cpu", extra_flags=(f"-isystem{include}",))

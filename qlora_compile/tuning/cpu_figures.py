@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.instructions import multiplies
@@ -219,7 +220,7 @@ def _digest(here: Fingerprint) -> str:
 def _read(path: Path) -> CpuModel | None:
     """Read figures; None if there is no such file, or one that this version would not write."""
     try:
-        model = CpuModel.from_json(json.loads(path.read_bytes()))
+        model = CpuModel.from_json(parsed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     for each in (model.gemm, model.thin, model.decode):
