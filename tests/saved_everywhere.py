@@ -1,4 +1,4 @@
-"""Run in a process of its own: reads folders, with us or without, and writes their logits.
+"""Reads folders, with us or without, and writes their logits, in a separate process.
 
 Arguments: "load" (by `qlora_compile.load`), "with" or "without" us (by transformers), a file for
 the logits, and for each model its folder and that of an adapter, or "".
