@@ -100,12 +100,13 @@ def optimize(
     strict: raise StrictError, with all reasons, if a quantised or adapted Linear or a weight of
     experts is not fused.
 
-    verify: check outputs and all gradients of each rewritten graph against a float64 evaluation of
-    the captured graph, on the first real inputs and on random ones. Errors are judged by those that
-    the captured graph makes in its own dtypes. A graph that passes gets a certificate, in the
-    report and in the cache folder. On a mismatch the captured graph runs and the report says so; if
-    strict, VerificationError is raised. "once" skips the check if a certificate is stored for the
-    same graph, kernels and versions.
+    verify: check outputs and all gradients of each rewritten graph, and of what Inductor makes of
+    the graph, against a float64 evaluation of the captured graph, on the first real inputs and on
+    random ones; with logits_free_loss the loss, too. Errors are judged by those that the captured
+    graph makes in its own dtypes. A graph that passes gets a certificate, in the report and in the
+    cache folder. On a mismatch the captured graph runs and the report says so; if strict,
+    VerificationError is raised. "once" skips the check if a certificate is stored for the same
+    graph, kernels and versions.
 
     scope: compile each repeated block, or the whole model as one region.
 

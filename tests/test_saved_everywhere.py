@@ -63,24 +63,27 @@ def test_packed_trained_saved_merged_and_read_in_other_processes(tmp_path: Path)
     expected = {format: trained(format, tmp_path / format) for format in FOLDERS}
     ours, theirs = tmp_path / "int8", tmp_path / "nf4"
     read = {
-        "load": [(each / "packed", each / "adapter") for each in (ours, theirs)],
-        "with": [(ours / "packed", ours / "packed" / "adapter")],
+        "with": [
+            *(("load", each / "packed", each / "adapter") for each in (ours, theirs)),
+            ("stock", ours / "packed", ours / "packed" / "adapter"),
+        ],
         "without": [
-            *((each / "merged", "") for each in (ours, theirs)),
-            *((each / "dense", each / "adapter") for each in (ours, theirs)),
-            (theirs / "packed", theirs / "packed" / "adapter"),
+            *(("stock", each / "merged", "") for each in (ours, theirs)),
+            *(("stock", each / "dense", each / "adapter") for each in (ours, theirs)),
+            ("stock", theirs / "packed", theirs / "packed" / "adapter"),
         ],
     }
     if not hasattr(HfQuantizer, "update_attn_implementation"):
         # transformers before 5.18 has no hook by which a quantizer names its files.
-        del read["with"]
-    for mode, pairs in read.items():
+        read["with"].pop()
+    for mode, models in read.items():
         output = tmp_path / f"{mode}.safetensors"
-        command = [sys.executable, "-m", MODULE, mode, output, *(p for pair in pairs for p in pair)]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+        given = map(str, (output, *(each for model in models for each in model)))
+        command = [sys.executable, "-m", MODULE, mode, *given]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         found = load_file(output)
-        assert len(found) == len(pairs)
-        for folder, adapter in pairs:
-            logits = found[f"{folder} {adapter}"]
+        assert len(found) == len(models)
+        for reader, folder, adapter in models:
+            logits = found[f"{reader} {folder} {adapter}"]
             # Two orders of float32 sums.
             assert distance(logits, expected[folder.parent.name]) < 1e-5, (mode, folder)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, running
+from qlora_compile.capture.context_parallel import refuse_context_parallel
 from qlora_compile.capture.dynamo_settings import dynamo_settings
 from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
@@ -137,6 +138,7 @@ class Region(CompiledForward):
         if hooked in self.kind.refused:
             self._leave_uncompiled(self.kind.refused[hooked])
             return (self.replaced or partial(self.kind.forward, self.module))(*args, **kwargs)
+        refuse_context_parallel()
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()

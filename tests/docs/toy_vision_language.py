@@ -1,6 +1,7 @@
 """A vision-language model with its processor, at toy size."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -15,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from tests.toy_language_model import VOCABULARY, toy_tokenizer
 
 PATCH, SIDE = 8, 16
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -47,7 +48,7 @@ def write(folder: Path) -> None:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, **SIZES),
         text_config=LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **SIZES),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(SIDE // PATCH) ** 2,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)

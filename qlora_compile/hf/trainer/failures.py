@@ -31,7 +31,7 @@ def check_parallelism(args: Any) -> None:
     """
     size = getattr(args.parallelism_config, "cp_size", 1)
     if size > 1:
-        raise ContextParallelError(value=size)
+        raise ContextParallelError(value=f"parallelism_config with cp_size={size}")
 
 
 @contextlib.contextmanager
