@@ -191,8 +191,8 @@ class QuantizedLoRA:
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
 
-        The folder is replaced as a whole, and other files in it stay: whatever interrupts saving
-        leaves the old folder or the new one.
+        The folder is replaced as a whole, so that an interruption leaves the old or the new one;
+        other files in it stay.
 
         Raises:
             OutputDirectoryError: the path cannot be written.

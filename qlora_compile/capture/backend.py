@@ -125,8 +125,8 @@ def make_backend(
             compiled, rewritten = None, graph_module
             if verifier is not None:
                 rewritten = copy.deepcopy(graph_module)
-                # Compiled code draws other masks than the graph. Of a graph that drops out, a copy
-                # with fixed masks is compiled, and checked in its place.
+                # Compiled code draws other masks than the graph, so for a graph with dropout a copy
+                # with fixed masks is compiled and checked instead.
                 if drops_out(rewritten):
                     masked = with_masks(rewritten, fused_masks(rewritten))
                     compiled = compile_inner(masked, list(example_inputs))
