@@ -1,4 +1,4 @@
-"""Every example runs, those of several processes in one."""
+"""Every example runs; those for several processes run in one."""
 
 import os
 import runpy

@@ -33,18 +33,18 @@ def unreadable(path: Path, error: BaseException) -> QloraCompileError:
 
 
 def _json_fault(path: Path) -> tuple[str, str] | None:
-    """Return problem and remedy of the first line that is no JSON object, None without one."""
+    """Return problem and remedy of the first line that is not a JSON object, None without one."""
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 fine = not line.strip() or isinstance(json.loads(line), dict)
             except json.JSONDecodeError as error:
-                problem = f"row {number} is no JSON ({error.msg})"
+                problem = f"row {number} is not JSON ({error.msg})"
             else:
                 if fine:
                     continue
-                problem = f"row {number} is no JSON object"
+                problem = f"row {number} is not a JSON object"
             shown = line.strip()[:_SHOWN]
             return f"{problem}: {shown!r}", "write one JSON object per line, or a list of objects"
     return None
