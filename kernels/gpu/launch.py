@@ -65,9 +65,9 @@ class Launch:
     def _started(self, device: torch.device) -> Any:
         """Launch on the current device, and return what Triton has compiled.
 
-        Triton's JIT looks this up by the text of all options and by every parameter: a launch from
-        Python would then take 71 µs instead of 37. Plans do not make this cache superfluous. No
-        plan starts a key's first two calls, so all calls of ragged batches; nor anything on ROCm,
+        Triton's JIT looks this up by the text of all options and by every parameter: from Python a
+        launch would then take 71 µs instead of 37. Plans do not make this cache superfluous. No
+        plan starts a key's first two calls, so no call of ragged batches, and nothing on ROCm,
         without a compiler, under launch hooks, or while variants are measured.
         """
         key = (

@@ -43,7 +43,7 @@ def is_hooked() -> bool:
 
 
 def launch_step(launch: Launch, compiled: Any, place: Placed) -> Step:
-    """Return the step that starts `compiled`, which Triton has made of `launch`.
+    """Return the step that starts `compiled`, the kernel that Triton has made of `launch`.
 
     Raises UnplannableError if a plan cannot hold what Triton's launcher would do.
     """

@@ -1,9 +1,9 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
 the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
 
-No prebuilt C++ is shipped. One file could serve several versions of torch only by its stable ABI,
-which has no redispatching below autograd, as fused calls need, and which allocates a handle on the
-heap for every tensor of a call.
+No prebuilt C++ is shipped. Only by torch's stable ABI could one file serve several versions of
+torch, and that ABI has no redispatching below autograd, which fused calls need. It also allocates a
+handle on the heap for every tensor of a call.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SLOW = "Python starts all kernels, which makes small batches wait"
 
 
 class _State:
-    """The state of the C++ in this process. is_hooked: whether Triton's launcher is hooked now;
-    hooked: at the last look. obstacle: why the C++ is not used, though it could."""
+    """The state of the C++ in this process. is_hooked: says whether somebody hooks into Triton's
+    launcher now; hooked: its last answer. obstacle: why the C++ is not used, though it could."""
 
     started = False
     built = False
@@ -49,7 +49,7 @@ _state = _State()
 
 
 def start() -> None:
-    """Have the C++ built in another thread if there is a GPU that plans are for."""
+    """Have the C++ built in another thread if there is an NVIDIA GPU, which plans are for."""
     if _state.started or not torch.cuda.is_available():
         return
     _state.started = True

@@ -63,7 +63,7 @@ def _gradients(grads: Any, group: Any, needs: Any, config: Any) -> Any:
 
 @contextmanager
 def computed_by(body: Body) -> Iterator[None]:
-    """Make `body` the only variant inside the context. The gradient of x is that of
+    """Make `body` the only variant inside the context. Its gradient of x is that of
     `multiplying`."""
     variant: Any = mock.Mock(
         forward_group=lambda group, config: [body(group[0][0])], backward_group=_gradients
