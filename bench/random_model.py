@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 def random_model(
     config: PreTrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> Any:
-    """In `dtype`, on one device the same for the same config; norms are ones."""
+    """Return the model in `dtype`, the same for one config and device; norms are ones."""
     torch.manual_seed(0)
     with torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)

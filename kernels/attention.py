@@ -1,5 +1,5 @@
-"""`qlora_compile::attention`: scaled dot-product attention with torch's forward for CPUs and a
-backward of ours."""
+"""`qlora_compile::attention`: scaled dot-product attention with torch's forward for CPUs and our
+own backward."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
 TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-"""What torch computes where the op stands in for it."""
+"""Torch's function, which the op replaces."""
 
 _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -36,21 +37,23 @@ def _widens(*operands: Tensor) -> bool:
 
 
 def attention_call(is_causal: bool, scale: float | None) -> str:
-    """The text of a call; without a scale, of 1 / √D."""
+    """Return the text of a call; without a scale, the scale is 1 / √D."""
     return json.dumps([is_causal, scale])
 
 
 def read_attention_call(text: str) -> tuple[bool, float | None]:
-    """What `attention_call` wrote."""
-    is_causal, scale = json.loads(text)
+    """Read what `attention_call` has written."""
+    is_causal, scale = parsed_json(text)
     return is_causal, scale
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: str
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout, for operands that torch
-    has its flash attention for CPUs for and that are `expected`; `attn_mask` has no gradient.
+    """Compute `torch.nn.functional.scaled_dot_product_attention` without dropout.
+
+    The operands must be `expected`, and such as torch's flash attention for CPUs takes; `attn_mask`
+    has no gradient.
 
     query: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], G a divisor of H.
     """
@@ -62,15 +65,17 @@ def attention(
 
 
 def _options(query: Tensor, mask: Sequence[Tensor], text: str) -> dict[str, Any]:
-    """What torch's ops are told of the scores. mask: none or one."""
+    """Return the arguments of torch's ops that concern the scores. mask: none or one."""
     is_causal, scale = read_attention_call(text)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return {"is_causal": is_causal, "attn_mask": mask[0] if mask else None, "scale": scale}
 
 
 def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) -> list[Tensor]:
-    """Attention [B, H, M, D] and float32 [B, H, M], the logarithm of each row's sum. tensors: key,
-    value and a mask, if there is one."""
+    """Return the attention [B, H, M, D] and the logarithm of each row's sum, float32 [B, H, M].
+
+    tensors: key, value and a mask, if there is one.
+    """
     key, value, *mask = tensors
     return list(TORCH_FORWARD(query, key, value, 0.0, **_options(query, mask, text)))
 
@@ -78,8 +83,10 @@ def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) ->
 def _backward(
     grads: Sequence[Tensor], query: Tensor, tensors: Sequence[Tensor], seed: None, text: str
 ) -> list[Tensor]:
-    """The gradients of query, key and value; where ours is not available, by torch. tensors: the
-    forward's, then its results."""
+    """Return the gradients of query, key and value; torch's where ours are not available.
+
+    tensors: the forward's, then its results.
+    """
     (grad,), (key, value, *mask, out, log_sum) = grads, tensors
     operands, options = (query, key, value, out, log_sum), _options(query, mask, text)
     if cpu_attention.available(grad, query, key, value):

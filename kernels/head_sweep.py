@@ -1,4 +1,4 @@
-"""The logits of an output head, a few rows and entries at a time: their loss and its gradients."""
+"""Computes the loss and its gradients from a head's logits, a few rows and entries at a time."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.workspace import workspace
 
 SMALLEST_BUDGET = 1 << 22
-"""Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""
+"""The least number of logits of a chunk: with fewer the weight would be read for too few rows."""
 
 WEIGHT_BLOCK = 1 << 20
-"""Entries of a weight that are cast at a time, in the cache, where the gradient of the logits
-overwrites them."""
+"""Entries of a weight that are cast at a time, in cache, if the logits' gradient overwrites the
+logits."""
 
 IN_PLACE = 4
-"""How many times as many logits a chunk has where their gradient overwrites them: no float32 copies
-are made of them then, so that they need no more memory."""
+"""A chunk has this many times as many logits if their gradient overwrites them: without float32
+copies they need no more memory."""
 
 
 @dataclass(frozen=True)
 class HeadSettings:
     """The constants of one call, as `chunked_cross_entropy` explains them.
 
-    packed: the weight, where it is packed. size: V. compute: dtype of the base product. mean: else
-    the sum. differentiates: whether gradients are wanted at all.
+    packed: the weight if it is packed, else None. size: V. compute: the dtype of the base product.
+    mean: whether the loss is the mean; if not, the sum. differentiates: whether gradients are
+    wanted.
     """
 
     packed: PackedWeight | None
@@ -105,7 +106,7 @@ class Sweep:
         self.differentiates = any(needs)
 
     def _partition(self) -> tuple[list[slice], list[slice]]:
-        """Rows of `hidden`, and of the weight, that are taken at a time."""
+        """Return how many rows of `hidden`, and of the weight, to take at a time."""
         rows, width = self.hidden.shape
         settings = self.settings
         budget = max(self.hidden.numel(), SMALLEST_BUDGET) * (IN_PLACE if self.in_place else 1)
@@ -124,8 +125,8 @@ class Sweep:
         return slices(rows, chunk), slices(settings.size, block)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of the losses of all rows that count, and the gradients of it: of hidden, weight,
-        bias, lora_a, lora_b, None where none is needed."""
+        """Return the sum of the losses of all rows that count, and its gradients with respect to
+        hidden, weight, bias, lora_a and lora_b, None for those that are not needed."""
         settings = self.settings
         if self.lora_a is not None:
             for rows in self.rows:
@@ -166,7 +167,7 @@ class Sweep:
         return losses.masked_fill_(~self.valid, 0.0).sum(), gradients
 
     def _weights(self) -> Iterator[tuple[Tensor, slice]]:
-        """Each block of the weight [block, K] in the product's dtype, and where it is."""
+        """Yield each block of the weight [block, K] in the product's dtype, and its place."""
         packed, dtype = self.settings.packed, self.compute
         for block in self.blocks:
             if packed is not None:
@@ -176,7 +177,7 @@ class Sweep:
                 yield self.weight[block].to(dtype), block
 
     def _logits(self, rows: slice, weight: Tensor, block: slice) -> Tensor:
-        """[rows, block]."""
+        """Return the logits [rows, block]."""
         settings = self.settings
         logits = (self.hidden[rows].to(self.compute) @ weight.t()).to(self.wide)
         if self.bias is not None:
@@ -189,7 +190,7 @@ class Sweep:
         return logits.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else logits
 
     def _run_in_place(self, rows: slice) -> None:
-        """All of `rows` where nothing but the weight makes their logits."""
+        """Do all of `rows` in place, if only the weight makes their logits."""
         settings = self.settings
         hidden = self.hidden[rows].to(self.compute)
         shape = (len(hidden), settings.size)
@@ -210,13 +211,13 @@ class Sweep:
                 self._through_weight(rows, logits[:, block], weight, block)
 
     def _targets(self, rows: slice, block: slice) -> tuple[Tensor, Tensor]:
-        """Each row's label as a column of the block [rows, 1], and whether it is one."""
+        """Return each row's label as a column of the block, [rows, 1], and whether it is in it."""
         local = self.labels[rows] - block.start
         inside = self.valid[rows] & (local >= 0) & (local < block.stop - block.start)
         return local.clamp(0, block.stop - block.start - 1).unsqueeze(1), inside.unsqueeze(1)
 
     def _count(self, rows: slice, logits: Tensor, block: slice) -> None:
-        """Adds the block to the rows' log-sum-exp, their label's logit and their logits' sum."""
+        """Add the block to the rows' log-sum-exp, label's logit and sum of logits."""
         column, inside = self._targets(rows, block)
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], logits.logsumexp(1))
         # Not a product with `inside`: the infinite logit of another label would be NaN.
@@ -225,7 +226,7 @@ class Sweep:
             self.total[rows] += logits.sum(1)
 
     def _differentiate(self, rows: slice, logits: Tensor, weight: Tensor, block: slice) -> None:
-        """Adds the block's part to every gradient; overwrites `logits`."""
+        """Add the block's part to every gradient; overwrite `logits`."""
         settings = self.settings
         slope = None
         if settings.softcap is not None:
@@ -250,7 +251,7 @@ class Sweep:
         self._through_weight(rows, grad, weight, block)
 
     def _through_weight(self, rows: slice, grad: Tensor, weight: Tensor, block: slice) -> None:
-        """From the gradient of the base product's logits to those of `hidden` and the weight."""
+        """Add to the gradients of `hidden` and the weight, given that of the base product."""
         if self.grad_hidden is not None:
             target, narrow = self.grad_hidden[rows], grad.to(self.compute)
             if target.dtype == narrow.dtype:
@@ -264,7 +265,7 @@ class Sweep:
             self.grad_weight[block] += grad.t().to(dtype) @ self.hidden[rows].to(dtype)
 
     def _through_adapter(self) -> None:
-        """From the gradient of the low-rank product to those of lora_a and `hidden`."""
+        """Add to the gradients of lora_a and `hidden`, given that of the low-rank product."""
         if self.lora_a is None or not self.differentiates:
             return
         for rows in self.rows:

@@ -1,4 +1,4 @@
-"""Which vector instructions our C++ uses: the best that the processor has, or fewer if told so."""
+"""The vector instructions that our C++ uses: the best of the processor, or a lower level."""
 
 from __future__ import annotations
 

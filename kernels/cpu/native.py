@@ -20,9 +20,8 @@ _one_at_a_time = threading.Lock()
 class NativeKernel:
     """A C++ function `kernel`.
 
-    sources: levels of instructions, the best first, and for each the names of the files that, one
-    behind the other, are its source. arguments: as `compiled` takes them. prefix: what comes before
-    the files.
+    sources: levels of instructions, the best first, each with the names of the files that make up
+    its source. arguments: as `compiled` takes them. prefix: C++ that comes before the files.
     """
 
     sources: tuple[tuple[str, tuple[str, ...]], ...]
@@ -30,11 +29,11 @@ class NativeKernel:
     prefix: str = ""
 
     def start(self) -> None:
-        """Have the function built while this thread goes on."""
+        """Have the function built in another thread."""
         threading.Thread(target=self.function).start()
 
     def expected(self) -> bool:
-        """Whether there is a `function`, unless the compiler builds none of the sources."""
+        """Whether there is a `function`, provided that the compiler builds one of the sources."""
         known = {name for name, _ in self.sources}
         return has_compiler() and not known.isdisjoint(instructions.levels())
 

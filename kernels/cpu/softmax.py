@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient over rows of logits, in place and without copies of them."""
+"""Cross-entropy and its gradient over rows of logits, in place, without copies of them."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def cross_entropy_rows(
     ignored: int,
     differentiates: bool,
 ) -> None:
-    """Writes every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z
-    to `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 or float32
+    """Write every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z to
+    `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 or float32
     [m, V] and contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
 
     labels: int64 [m], in [0, V) or `ignored`.

@@ -1,5 +1,5 @@
-"""An adapter's thin products: bfloat16, float16 or float32 rows with a float32 factor, without a
-float32 copy of the rows. Of bfloat16 rows by AMX's tiles where the CPU has them, else by float32
+"""An adapter's thin products of bfloat16, float16 or float32 rows with a float32 factor, without a
+float32 copy of the rows: of bfloat16 rows by AMX's tiles where the CPU has them, else by float32
 vectors."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KERNELS = {
 
 
 def available(rows: Tensor, factor: torch.dtype) -> bool:
-    """Whether the functions below multiply `rows` with a factor of that dtype."""
+    """Whether the functions below multiply `rows` with a factor of `dtype`."""
     return (
         rows.numel() > 0
         and rows.device.type == "cpu"
@@ -42,25 +42,26 @@ def is_built(rows: torch.dtype) -> bool:
 
 
 def start(rows: torch.dtype) -> None:
-    """Have what rows of that dtype need built while this thread goes on."""
+    """Have the C++ for `rows` of a dtype built in another thread."""
     if rows in _KERNELS:
         _KERNELS[rows].start()
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:
-    """out = scaling * x @ factorᵀ: x [M, K] of contiguous rows, float32 factor [R, K], float32
-    out [M, R] of contiguous rows."""
+    """Write out = scaling * x @ factorᵀ: x [M, K] of contiguous rows, float32 factor [R, K],
+    float32 out [M, R] of contiguous rows."""
     _run(0, x, factor, factor.shape[0], factor.stride(), out, scaling)
 
 
 def gradient(low: Tensor, x: Tensor, out: Tensor) -> None:
-    """out = lowᵀ @ x: float32 low [M, R] and x [M, K] of contiguous rows, float32 out [R, K]."""
+    """Write out = lowᵀ @ x: float32 low [M, R] and x [M, K] of contiguous rows, float32 out [R,
+    K]."""
     _run(1, x, low, low.shape[1], low.stride(), out)
 
 
 def add_product(total: Tensor, low: Tensor, factor: Tensor) -> None:
-    """total += low @ factor but for 2^-17 of the product: total [M, N] and float32 low [M, R] of
-    contiguous rows, float32 factor [R, N]."""
+    """Add low @ factor, exact to 2^-17 of the product, to total: total [M, N] and float32 low
+    [M, R] of contiguous rows, float32 factor [R, N]."""
     _run(2, total, factor, factor.shape[0], factor.stride(), low)
 
 

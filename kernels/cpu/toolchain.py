@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 
 VECTORISED = r"""
 #if defined(__GNUC__) && !defined(__clang__)
@@ -17,7 +20,7 @@ VECTORISED = r"""
 #endif
 #endif
 """
-"""C++, to come first: has the compiler vectorise the loops that `omp simd` marks."""
+"""C++ for the beginning of a source: has the compiler vectorise loops marked by `omp simd`."""
 
 BFLOAT16 = r"""
 #include <cstdint>
@@ -45,8 +48,8 @@ _LIMITS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "avx2": (("-mno-avx512f",), {"cpp.simdlen": 256}),
     "avx512": (("-mno-avx512bf16",), {}),
 }
-"""The compiler's flags, and Inductor's settings, that keep C++ from what is above a level: without
-them Inductor's flags give it all that the processor has."""
+"""The compiler's flags, and Inductor's settings, that keep C++ from instructions above a level; by
+Inductor's own flags C++ gets all that the processor has."""
 
 
 def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
@@ -67,11 +70,14 @@ def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Cal
 
 @functools.cache
 def choose_instructions() -> None:
-    """Has Inductor take the largest set of vector instructions that the processor names, if the
-    compiler builds one function with it. Inductor itself builds two for every set there is, one
-    after another, which on a new machine takes a quarter of compiling four blocks."""
+    """Have Inductor take the largest set of vector instructions that the processor names, if the
+    compiler builds one function with this set. Inductor itself builds two functions for every set,
+    one after another, which on a new machine takes a quarter of the time of compiling four blocks.
+    Before that, remove torn files from Inductor's cache.
+    """
     from torch._inductor import config, cpu_vec_isa, exc
 
+    remove_torn_files()
     if config.cpp.vec_isa_ok is not None or not has_compiler():
         return
     with config.patch({"cpp.vec_isa_ok": True}):
@@ -87,7 +93,15 @@ def _built(
 ) -> Callable[..., Any]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source, extra_flags=flags)
+    return CppPythonBindingsCodeCache.load_pybinding(
+        list(arguments), for_this_torch(source), extra_flags=flags
+    )
+
+
+def for_this_torch(source: str) -> str:
+    """Return a C++ source that Inductor's cache does not take for that of another torch, which it
+    would where one was installed in place of the other."""
+    return f"// torch {torch.__version__}, {torch.version.git_version}\n{source}"
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
 the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
 
-Nothing prebuilt is shipped: torch's stable ABI knows no redispatching below autograd, and makes a
-handle on the heap of every tensor of a call.
+No prebuilt C++ is shipped. One file could serve several versions of torch only by its stable ABI,
+which has no redispatching below autograd, as fused calls need, and which allocates a handle on the
+heap for every tensor of a call.
 """
 
 from __future__ import annotations
@@ -11,33 +12,36 @@ import functools
 import importlib.util
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from qlora_compile.kernels.cpu.toolchain import has_compiler
+from qlora_compile.kernels.cpu.toolchain import for_this_torch, has_compiler
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.library import REGISTERED
 
 PLANNED = (
     *("qlora_linear", "qlora_linear_backward"),
     *("qlora_experts", "qlora_experts_backward"),
 )
-"""The ops that plans are made of."""
+"""The ops that plans are made for."""
 
 _SOURCES = ("plan.cpp", "table.cpp")
 
-_SLOW = "Python starts all kernels, which small batches wait for"
+_SLOW = "Python starts all kernels, which makes small batches wait"
 
 
 class _State:
-    """What became of the C++ in this process. obstacle: why it is not used where it could be."""
+    """The state of the C++ in this process. is_hooked: whether Triton's launcher is hooked now;
+    hooked: at the last look. obstacle: why the C++ is not used, though it could."""
 
     started = False
     built = False
     installed = False
     hooked = False
+    is_hooked: Callable[[], bool] = staticmethod(lambda: False)
     obstacle: str | None = None
 
 
@@ -45,12 +49,14 @@ _state = _State()
 
 
 def start() -> None:
-    """Have the C++ built while this thread goes on, where there is a GPU that plans are for."""
-    if _state.started or not torch.version.cuda or not torch.cuda.is_available():
+    """Have the C++ built in another thread if there is a GPU that plans are for."""
+    if _state.started or not torch.cuda.is_available():
         return
     _state.started = True
     # Two threads that import Inductor at once may find each other's modules half made.
-    if has_compiler():
+    if torch.version.hip:
+        _state.obstacle = f"{_SLOW}: plans start kernels of CUDA, and this is ROCm"
+    elif has_compiler():
         from torch._inductor import codecache  # noqa: F401
 
         threading.Thread(target=_build, name="plans", daemon=True).start()
@@ -59,25 +65,28 @@ def start() -> None:
 
 
 def heed() -> None:
-    """Installs what has been built meanwhile, and leaves launches to Triton's own launcher as long
-    as somebody hooks into that. To be called before a block runs: the kernels of an op must not be
-    replaced while it is called, so nothing is installed during a backward."""
+    """Install the C++ once it is built, and switch it off while something hooks Triton's launcher.
+
+    Call this before a block runs. Nothing is installed during a backward, as the kernels of an op
+    must not be replaced while the op is called.
+    """
     if not _state.installed:
         if not _state.built or torch._C._current_graph_task_id() != -1:
             return
         install("CUDA")
-    from qlora_compile.kernels.gpu.launch_step import is_hooked
-
-    if is_hooked() != _state.hooked:
+    if _state.is_hooked() != _state.hooked:
         _state.hooked = not _state.hooked
         torch.ops.qlora_plans.enable(not _state.hooked)
 
 
 def install(key: str, *, compares: bool = True) -> None:
-    """Installs plans for the devices of a dispatch key, once, having the C++ built if need be.
-    compares: whether what a plan's first replay returns is compared with what Python computed."""
+    """Install plans for the devices of a dispatch key, once, building the C++ if necessary.
+
+    compares: whether a plan's first replay is compared with the results of Python's launches.
+    """
     import qlora_compile.kernels.experts.op
     import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
+    from qlora_compile.kernels.gpu.launch_step import is_hooked
     from qlora_compile.kernels.plans.first_use import recorded
 
     if _state.installed:
@@ -93,18 +102,19 @@ def install(key: str, *, compares: bool = True) -> None:
         if op.with_autograd is not None:
             twins.impl(f"{name}_python", op.with_autograd, "Autograd", with_keyset=True)
         torch.ops.qlora_plans.install(name, key, op.with_autograd is not None)
+    _state.is_hooked = is_hooked
     _state.installed = True
 
 
 def forget() -> None:
-    """Drops all plans: what a variant was chosen by may have changed."""
+    """Drop all plans, because the choice of variants may have changed."""
     if _state.installed:
         torch.ops.qlora_plans.clear()
 
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Inside, Python starts all kernels."""
+    """Have Python start all kernels inside the context."""
     before = not _state.installed or torch.ops.qlora_plans.enable(False)
     try:
         yield
@@ -114,7 +124,7 @@ def off() -> Iterator[None]:
 
 
 def report() -> list[str]:
-    """Why Python starts kernels, for people; empty where it starts none, or none are started."""
+    """Return why Python starts kernels instead of plans, for people; empty if plans start all."""
     found = [] if _state.obstacle is None else [_state.obstacle]
     if _state.hooked:
         found.append(f"{_SLOW}: something hooks into Triton's launcher")
@@ -137,7 +147,7 @@ def _build() -> None:
 
 @functools.cache
 def _twins() -> torch.library.Library:
-    """The library of the ops that C++ calls in Python."""
+    """Return the library of the ops in Python that C++ calls."""
     return torch.library.Library("qlora_plans", "FRAGMENT")
 
 
@@ -145,9 +155,10 @@ def _twins() -> torch.library.Library:
 def _load() -> None:
     from torch._inductor.codecache import CppCodeCache
 
+    remove_torn_files()
     triton = importlib.util.find_spec("triton")
     assert triton is not None
     assert triton.submodule_search_locations is not None
     include = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
     source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
-    CppCodeCache.load(source, "cpu", extra_flags=(f"-isystem{include}",))
+    CppCodeCache.load(for_this_torch(source), "cpu", extra_flags=(f"-isystem{include}",))

@@ -1,4 +1,4 @@
-"""Modelled seconds of the native variants on a CPU, by the operators they call."""
+"""Models the seconds of the native variants on a CPU by the operators they call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import ROW_BLOCK
 
 _DECODE_OPERATORS = 5
-"""Operators that decode a block: widen, look up, scale, round, double quantisation."""
+"""How many operators decode a block: widen, look up, scale, round, double quantisation."""
 
 AUGMENTED_BLOCK = 1 << 17
 """Weights that `augmented_native` decodes at a time, in cache, before they are put into its
@@ -21,8 +21,8 @@ workspace's longer rows."""
 def dense_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, weight_block: int | None, merged: bool
 ) -> float:
-    """Modelled seconds of `dense`, which decodes W `weight_block` weights at a time and multiplies
-    in `dtype`."""
+    """Return modelled seconds of `dense`, which decodes `weight_block` weights at a time and
+    multiplies in `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     blocks = 1 if weight_block is None else math.ceil(n * k / weight_block)
     backward = problem.direction == "backward"
@@ -47,8 +47,8 @@ def dense_seconds(
 
 
 def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
-    """Modelled seconds of `augmented_native`, which multiplies with W and B side by side in one
-    matrix of `dtype`."""
+    """Return modelled seconds of `augmented_native`, which multiplies by W and B side by side in
+    one matrix of `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     blocks = math.ceil(n * k / AUGMENTED_BLOCK)
     seconds = _decode_seconds(problem, cpu, dtype, blocks) + blocks * cpu.operator
@@ -67,14 +67,14 @@ def _decode_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, blocks:
         return 0.0 if same else cpu.move_seconds(6 * problem.n * problem.k)
     decode = problem.n * problem.k * cpu.of(cpu.decode, dtype)
     if blocks == 1:
-        # What leaves the cache has to come back for the product.
+        # Weights that have left the cache are read again for the product.
         outside = max(problem.n * problem.k * dtype.itemsize - _CACHE_BYTES, 0)
         decode += 2 * outside / cpu.bandwidth
     return decode + blocks * _DECODE_OPERATORS * cpu.operator
 
 
 _CACHE_BYTES = 16 << 20
-"""Of a last-level cache, of which torch does not tell the size."""
+"""An assumed size of the last-level cache, which torch does not tell."""
 
 
 def _product_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
@@ -98,7 +98,7 @@ def _cast_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
 
 
 def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: int) -> float:
-    """Seconds of one product [M, columns] with [columns, rank], in the adapter's dtype."""
+    """Return seconds of one product [M, columns] with [columns, rank], in the adapter's dtype."""
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     rate = cpu.of(cpu.thin, wide)
     return 2 * problem.m * columns * problem.rank / rate + cpu.operator
@@ -107,7 +107,7 @@ def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: 
 def _adapter_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, *, needs_low: bool
 ) -> float:
-    """Seconds of what all variants do: S, the gradients of A and B, conversions and masks."""
+    """Return the seconds of what all variants do: S, gradients of A and B, conversions, masks."""
     m, n, k = problem.m, problem.n, problem.k
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     seconds = 0.0

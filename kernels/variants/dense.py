@@ -45,10 +45,11 @@ from qlora_compile.kernels.workspace import workspace
 
 @dataclass(frozen=True)
 class DenseConfig(Config):
-    """weight_block: about how many weights are decoded at a time, None for all of W. gemm_dtype:
-    what W and x are multiplied in. merged: s B A is added to the decoded weight, so that the
-    adapter costs N * K * rank instead of M * (N + K) * rank (RunLoRA, Cherniuk et al. 2023).
-    decoder: of the Triton kernel that decodes W, None for torch's operators."""
+    """Settings of *dense*. weight_block: about how many weights are decoded at a time, None for all
+    of W. gemm_dtype: the dtype in which W and x are multiplied. merged: whether s B A is added to
+    the decoded weight, so that the adapter costs N * K * rank instead of M * (N + K) * rank
+    (RunLoRA, Cherniuk et al. 2023). decoder: the one of the Triton kernel that decodes W, None for
+    torch's operators."""
 
     gemm_dtype: torch.dtype
     weight_block: int | None = None
@@ -64,11 +65,11 @@ class DenseConfig(Config):
 
 WEIGHT_BLOCKS = (1 << 19, 1 << 21)
 """Sizes to choose from on CPU: 2 and 8 MB of float32, for its caches. With 0.5 MB, starting the
-operators for each block cost more than the smaller cache gains, at every shape measured."""
+operators for each block cost more than the closer cache gained, at every shape measured."""
 
 _MERGED_DTYPES = (torch.float32, torch.float64)
-"""Those in which the sum of weight and adapter loses nothing of either: an adapter's share of a
-weight is often smaller than what bfloat16 resolves."""
+"""The dtypes in which the sum of weight and adapter loses nothing: an adapter's share of a weight
+is often smaller than what bfloat16 resolves."""
 
 
 class Dense(Variant):
@@ -78,7 +79,7 @@ class Dense(Variant):
         return []
 
     def configs(self, problem: Problem) -> Sequence[DenseConfig]:
-        """The first is the standard one: all of W, in the problem's own dtype."""
+        """Return the configs, first the standard one: all of W, in the problem's own dtype."""
         own = problem.compute_dtype
         if torch.device(problem.device).type != "cpu":
             target = target_of(problem.device)
@@ -96,8 +97,8 @@ class Dense(Variant):
         return configs
 
     def _cuts(self, problem: Problem, dtype: torch.dtype) -> list[int]:
-        # A product in 16 bits takes up to ten times as long where it writes some columns of a wide
-        # y, and what it reads is decoded so fast that blocks gain 2 % at most.
+        # A 16-bit product takes up to ten times as long if it writes some columns of a wide y, and
+        # decoding to 16 bits is so fast that blocks gain 2 % at most.
         if not problem.layout.quantized or dtype not in _MERGED_DTYPES:
             return []
         return [block for block in WEIGHT_BLOCKS if 2 * block <= problem.n * problem.k]
@@ -211,7 +212,7 @@ class Dense(Variant):
         config: DenseConfig,
         adapters: NativeAdapters | None,
     ) -> Tensor:
-        """What the weights give to the gradient of x, [M, K]."""
+        """Return the weights' part of the gradient of x, [M, K]."""
         x, dtype = group[0][0].x, config.gemm_dtype
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         dtypes = {x.dtype, *(grad.dtype for grad in grads)}
@@ -238,7 +239,7 @@ class Dense(Variant):
 
 
 class _Rows:
-    """Rows of a matrix, of `blocks`, in `dtype`: converted once where there is one block."""
+    """Rows of a matrix in `blocks` and in `dtype`; a single block is converted once."""
 
     def __init__(self, matrix: Tensor, blocks: Sequence[slice], dtype: torch.dtype) -> None:
         self.matrix, self.blocks, self.dtype = matrix, blocks, dtype
@@ -263,7 +264,7 @@ def _parts(
 
 
 def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:
-    """total (+)= grad @ weight."""
+    """Add grad @ weight to total, or write it."""
     if total.dtype != grad.dtype:
         product = grad @ weight
         total.copy_(product) if first else total.add_(product)
@@ -276,8 +277,8 @@ def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: b
 def _weight_blocks(
     planes: Sequence[Tensor], spec: LinearSpec, config: DenseConfig, merged: NativeAdapter | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """What goes through the weight once: pairs (n, W[n] in the config's dtype, with the `merged`
-    adapter added). A block is valid until the next one is taken."""
+    """Yield pairs (n, W[n] in the config's dtype, with the `merged` adapter added) that go through
+    the weight once. A block is valid until the next one is taken."""
     dtype, device = config.gemm_dtype, planes[0].device
     if config.decoder is not None:
         from qlora_compile.kernels.gpu.products import dequantize

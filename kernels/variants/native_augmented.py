@@ -40,11 +40,11 @@ class NativeAugmented(SeparateVariant):
     def rejects(self, problem: Problem) -> list[str]:
         reasons = []
         if target_of(problem.device) is not None:
-            reasons.append("augmented does it with Triton's decoders")
+            reasons.append("the variant augmented does this with Triton's decoders")
         if not all(part.rank for part in problem.parts):
             reasons.append("there is no adapter to put beside W")
         elif not self.configs(problem):
-            reasons.append(f"the adapter's {problem.lora_dtype} is more than the GEMM's dtype")
+            reasons.append(f"the adapter's {problem.lora_dtype} is wider than the GEMM's dtype")
         return reasons
 
     def configs(self, problem: Problem) -> Sequence[DenseConfig]:
@@ -56,11 +56,11 @@ class NativeAugmented(SeparateVariant):
 
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, DenseConfig)
-        assert isinstance(device, CpuModel)  # what there is where it does not reject
+        assert isinstance(device, CpuModel)  # present, unless the variant rejects the problem
         return augmented_seconds(problem, device, config.gemm_dtype)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
-        """[W | B] as [N, K + rank]."""
+        """Return [W | B] as [N, K + rank]."""
         tensors, spec = adapter.tensors, adapter.spec
         k, device = spec.k, tensors.planes[0].device
         wide = workspace(spec.n, k + adapter.b.shape[1], dtype=dtype, device=device)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.check import captured_inputs
+from qlora_compile.verify.graph_forms import drops_out, fused_masks, with_masks
 from qlora_compile.verify.verifier import Verifier
 
 
@@ -68,7 +68,7 @@ GraphCall = tuple[RegionGraph, list[int]]
 class _Running(threading.local):
     """The regions whose calls are under way in this thread, the innermost last.
 
-    One list per thread, as autograd's threads recompute several checkpointed regions at a time.
+    Each thread has its list, as autograd's threads recompute several checkpointed regions at once.
     """
 
     def __init__(self) -> None:
@@ -78,22 +78,24 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@contextmanager
-def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Make `region` the running one of this thread; yields a list that its call fills with graphs.
+class Running:
+    """Makes `region` the running one of this thread inside a `with`, which yields a list that the
+    region's call fills with graphs. The backend learns from this which region it compiles for."""
 
-    The backend learns from this which region it compiles for.
-    """
-    executed: list[GraphCall] = []
-    _running.regions.append((region, executed))
-    try:
-        yield executed
-    finally:
+    def __init__(self, region: RunningRegion) -> None:
+        self._region = region
+
+    def __enter__(self) -> list[GraphCall]:
+        executed: list[GraphCall] = []
+        _running.regions.append((self._region, executed))
+        return executed
+
+    def __exit__(self, *_: object) -> None:
         _running.regions.pop()
 
 
 def running_region() -> RunningRegion:
-    """The region whose call this thread is in, the innermost one."""
+    """Return the innermost region whose call this thread is in."""
     region, _ = _running.regions[-1]
     return region
 
@@ -120,12 +122,19 @@ def make_backend(
         graph = _rewrite(graph_module, region, names, selector)
         if inductor:
             _tune(graph_module, graph, selector, tuner)
+            compiled, rewritten = None, graph_module
             if verifier is not None:
                 rewritten = copy.deepcopy(graph_module)
-                fused = (*graph.fused.values(), *graph.experts.values())
-                verify = verifier.checks(captured, rewritten, inputs, fused, selector)
-                graph.unchecked = captured, verify
+                # Compiled code draws other masks than the graph, so for a graph with dropout a copy
+                # with fixed masks is compiled and checked instead.
+                if drops_out(rewritten):
+                    masked = with_masks(rewritten, fused_masks(rewritten))
+                    compiled = compile_inner(masked, list(example_inputs))
             graph.run = compile_inner(graph_module, list(example_inputs))
+            if verifier is not None:
+                graphs = captured, rewritten, compiled or graph.run
+                fused = (*graph.fused.values(), *graph.experts.values())
+                graph.unchecked = captured, verifier.checks(*graphs, inputs, fused, selector)
         return graph
 
     return qlora_compile_backend
@@ -137,7 +146,7 @@ def _rewrite(
     names: Mapping[int, Sequence[str]],
     selector: ModelledSelector,
 ) -> RegionGraph:
-    """Run the passes; the returned graph is rewritten but not compiled.
+    """Run the passes and return the rewritten graph, which is not compiled.
 
     names: the names of the region's parameters and buffers, by `id`.
     """

@@ -18,16 +18,18 @@ from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.experts import op as experts_op
 from qlora_compile.passes.nodes import example
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """The rewritten graph compiled by AOTAutograd and Inductor."""
+    """Compile the rewritten graph by AOTAutograd and Inductor."""
     from torch._functorch import config as partitioner_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
+    remove_torn_files()
     on_cpu = any(isinstance(e, Tensor) and e.device.type == "cpu" for e in example_inputs)
     if on_cpu:
         choose_instructions()
@@ -65,7 +67,8 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
 
 @functools.cache
 def _sources_digest() -> str:
-    """Of what decides about compiled code: what our ops become and save, and how it is compiled."""
+    """Digest the sources that decide on compiled code: what our ops become and save, and how it is
+    compiled."""
     modules = (library, op, linear_call, attention, experts_op, sys.modules[__name__])
     sources = [Path(str(module.__file__)).read_bytes() for module in modules]
     return hashlib.sha256(b"".join(sources)).hexdigest()

@@ -1,13 +1,14 @@
 """Adapter slots: the adapters of a LoRA layer by position, for compiled code to read.
 
 PEFT keeps adapters in dictionaries by their names, and scalings as numbers. Code that Dynamo
-compiles from that is valid for these names and numbers only: it would compile again for each
-further adapter and each new scaling. Compiled code reads `slots` instead, where an adapter consists
-of tensors, the scaling included. Every call of a block first brings the slots up to date.
+compiled from these would be valid for the same names and numbers only, and would be compiled again
+for each further adapter and each new scaling. Compiled code reads `slots` instead, where an adapter
+consists of tensors, including the scaling. Every call of a block first updates the slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,11 @@ class Slot(NamedTuple):
 
 
 class SlottedLayer:
-    """Mixin, put before a PEFT LoRA layer among the bases, that runs by slots when compiled.
+    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots when compiled.
 
     Uncompiled, the layer runs PEFT's own forward. slots: the active adapters; empty if there are
     none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
-    LoRA is active, a factor is no plain Linear, or no block has called the layer yet.
+    LoRA is active, a factor is not a plain Linear, or no block has called the layer yet.
     """
 
     slots: tuple[Slot, ...] | None = None
@@ -57,29 +58,31 @@ class SlottedLayer:
     def unmerge_disabled(self: Any) -> None:
         """Unmerge adapters that are disabled.
 
-        PEFT's forward starts with this. It rewrites the base weight, so compiled code must not.
+        PEFT's forward begins with this step, which rewrites the base weight; compiled code must not
+        do so.
         """
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
 
     def refresh_slots(self: Any) -> None:
-        """Bring `slots` up to date with PEFT's own attributes.
-
-        Every call of a block does this for each of its layers, so modules are looked up in the
-        dictionaries that hold them: by attributes it takes three times as long.
-        """
+        """Bring `slots` up to date with PEFT's own attributes."""
         state: list[Any] = [self._disable_adapters]
         adapters: list[tuple[Any, Any, Any, float]] = []
-        if not self._disable_adapters and not self.merged_adapters:
-            a, b, dropout = (self._modules[each]._modules for each in _ADAPTER_PARTS)
-            for name in self.active_adapters:
-                if name in a:
-                    adapters.append((a[name], b[name], dropout[name], self.scaling[name]))
-                    state += _state(*adapters[-1], name in self.lora_variant)
+        for name, *parts in self.active_parts():
+            adapters.append((*parts, self.scaling[name]))
+            state += _state(*adapters[-1], name in self.lora_variant)
         if state != self._slots_state:
             plain = all(state[index] for index in range(1, len(state), _PARTS))
             self.slots = tuple(_slot(*each) for each in adapters) if plain else None
             self._slots_state = state
+
+    def active_parts(self: Any) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module]]:
+        """Yield each adapter that the layer's output contains: its name, A, B and dropout."""
+        if not self._disable_adapters and not self.merged_adapters:
+            a, b, dropout = (self._modules[each]._modules for each in _ADAPTER_PARTS)
+            for name in self.active_adapters:
+                if name in a:
+                    yield name, a[name], b[name], dropout[name]
 
     def forget_slots(self) -> None:
         """Make Dynamo compile PEFT's own forward until the slots are refreshed."""
@@ -91,7 +94,7 @@ class SlottedLayer:
 
 
 def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple[Any, ...]:
-    """Return whether a slot can represent the adapter, followed by all that the slot is made of.
+    """Return whether a slot can represent the adapter, followed by the parts of that slot.
 
     Tensors are represented by their `id`, which is unique while the slot holds them.
     """
@@ -103,19 +106,19 @@ def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple
             plain = False
     weight = _parameter(a, "weight")
     tensors = id(weight), id(_parameter(b, "weight")), id(_parameter(b, "bias"))
-    return plain, *tensors, weight.device, scaling, _probability(dropout)
+    return plain, *tensors, weight.device, weight.dtype, scaling, _probability(dropout)
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-    """`module.name`, in a fraction of the time where it is a Parameter or None."""
+    """Return `module.name`, faster than by attribute if it is a Parameter or None."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
 
 _ADAPTER_PARTS = ("lora_A", "lora_B", "lora_dropout")
 
-_PARTS = 7
-"""The number of items that `_state` returns for an adapter."""
+_PARTS = 8
+"""How many items `_state` returns for an adapter."""
 
 
 def _probability(dropout: nn.Module) -> float:

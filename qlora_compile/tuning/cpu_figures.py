@@ -1,4 +1,4 @@
-"""CPU figures: what the cost model needs of this machine's CPU, measured once in about a second."""
+"""CPU figures: what the cost model must know of this CPU, measured once in about a second."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.instructions import multiplies
@@ -33,14 +34,14 @@ from qlora_compile.tuning.warning import warn_of_folder
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
 _FEW_ROWS, _SMALL_WIDTH = 32, 128
-"""For products that the CPU has no instructions for: larger ones would take seconds each."""
+"""Sizes for products without instructions on the CPU, of which larger ones would take seconds."""
 
 _FEWEST_RUNS, _SECONDS = 3, 0.01
-"""Least number and least total seconds of the runs for each figure: where other work has the
-machine too, only some of the short runs are undisturbed."""
+"""The least number of runs for each figure, and their least total seconds: on a machine with other
+work, only some of the short runs are undisturbed."""
 
 _ATTEMPTS = 2
-"""On a busy machine each takes many times the usual fraction of a second."""
+"""The most runs: on a busy machine each takes many times the usual fraction of a second."""
 
 
 def measure_cpu() -> CpuModel:
@@ -133,8 +134,8 @@ def measured_cpu(
     """Return this machine's figures.
 
     They are read from `folder` if stored there; else measured, if `measures` is true, and stored
-    there. Returns None if they are neither stored nor to be measured, or if the machine was busy,
-    by the limits of `caution`: then this process does not measure them again.
+    there. Returns None if they are neither stored nor to be measured, or if the machine was busy by
+    the limits of `caution`; in the latter case this process does not measure them again.
     """
     key = (folder, torch.get_num_threads())
     if key in _known:
@@ -151,7 +152,7 @@ def measured_cpu(
 
 
 def quiet_figures(caution: Caution) -> CpuModel | None:
-    """Measure this CPU; None if the machine was busy, and when it was tried once more as well."""
+    """Measure this CPU, if necessary twice; None if the machine was busy both times."""
     with plain_mode("cpu"):
         _compile(_packed())
         for _ in range(_ATTEMPTS):
@@ -164,9 +165,12 @@ def quiet_figures(caution: Caution) -> CpuModel | None:
 
 @dataclass(frozen=True)
 class CheckedFigures:
-    """The stored figures beside new ones. model: those to use from now on; None if there were none
-    to check, or if the machine was busy. changed: for each figure that was off by OFF or more, how
-    many times as large it is now. busy: whether the machine was busy."""
+    """What a check of the stored figures has found.
+
+    model: the figures to use from now on; None if there were none to check, or if the machine was
+    busy. changed: for each figure that was off by OFF or more, how many times as large it is now.
+    busy: whether the machine was busy.
+    """
 
     model: CpuModel | None
     changed: dict[str, float]
@@ -216,7 +220,7 @@ def _digest(here: Fingerprint) -> str:
 def _read(path: Path) -> CpuModel | None:
     """Read figures; None if there is no such file, or one that this version would not write."""
     try:
-        model = CpuModel.from_json(json.loads(path.read_bytes()))
+        model = CpuModel.from_json(parsed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     for each in (model.gemm, model.thin, model.decode):

@@ -1,4 +1,4 @@
-"""The gradients of attention against float64, and no worse than torch's own, by every level of
+"""The gradients of attention against float64 are no worse than torch's own, by every level of
 instructions that the processor has."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
     def operands(self, seed: int) -> tuple[list[Tensor], Tensor | None, Tensor]:
-        """query, key and value as a model's projections are, the mask, and the gradient."""
+        """Return query, key and value, laid out like a model's projections, mask, and gradient."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(heads: int, rows: int) -> Tensor:

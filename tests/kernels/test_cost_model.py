@@ -1,4 +1,4 @@
-"""The cost model against what was measured, and against switch-over points that were published."""
+"""The cost model against measurements, and against published switch-over points."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_the_fastest_on_a_cpu_is_among_the_models_first(monkeypatch: pytest.Monk
 
 
 def switch_over(card: str, direction: Direction) -> int:
-    """The most rows up to which decoding in the loop costs no more than dequantise + vendor GEMM;
-    NEVER or more where it does not end."""
+    """Return the most rows at which decoding in the loop costs no more than dequantise + vendor
+    GEMM; NEVER or more if there is no limit."""
     model = next(each for each in DEVICE_MODELS if each.name == card)
     last = 0
     with assuming(model.target, kind="cuda"):

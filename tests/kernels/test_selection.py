@@ -77,7 +77,7 @@ def test_decoding_in_the_loop_pays_on_consumer_cards(target: str) -> None:
     [
         ({"layout": FORMATS[0].layout((4096, 4100))}, "K = 4100 is not a multiple of 8"),
         ({"compute_dtype": torch.float32}, "torch.float32 products"),
-        ({"x_dtype": torch.float32}, "a float32 adapter over float32 activations"),
+        ({"x_dtype": torch.float32}, "adapter and activations are both in float32"),
         ({"layout": FORMATS[0].layout((2**21, 2**21))}, "blocks of absmax"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Thin products of rows of every dtype against float64, and as good as torch's in float32, by
-every level of instructions that the processor has."""
+"""Thin products of rows of every dtype are as near to float64 as torch's in float32, by every level
+of instructions that the processor has."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ shapes = st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 70))
 
 
 def normal(*shape: int, seed: int, spread: int = 0) -> Tensor:
-    """float32, of magnitudes that differ by up to 2^spread."""
+    """Return float32 numbers with magnitudes that differ by up to 2^spread."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator)
     return values * 2.0 ** torch.randint(-spread, spread + 1, shape, generator=generator)
 
 
 def strided(values: Tensor, transposed: bool) -> Tensor:
-    """The same values, the columns contiguous where `transposed`."""
+    """Return the same values, the columns contiguous where `transposed`."""
     return values.t().contiguous().t() if transposed else values
 
 

@@ -1,6 +1,7 @@
-"""What plans do on the fake device, as JSON on standard output. See test_plans.py.
+"""Prints as JSON what plans do on the fake device, for test_plans.py.
 
-A process of its own: the tests' may have its kernels decorated for Triton's interpreter.
+It runs in a separate process, as the tests' may have its kernels decorated for Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 from triton import knobs
 
 from qlora_compile.kernels.gpu.target import assuming
@@ -28,6 +30,7 @@ from qlora_compile.kernels.plans import first_use, native
 from qlora_compile.kernels.selector import Selector
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.kernels.workspace import _buffers, fresh_workspaces, workspace
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.fake_device.device import FakeDevice, fake_device
 from tests.plans.toy_calls import (
     TEXT,
@@ -38,12 +41,14 @@ from tests.plans.toy_calls import (
     copying_kernel,
     keys,
     launching,
+    multiplying,
+    multiplying_decoded,
     plans,
 )
 
 
 def operators(device: FakeDevice) -> dict[str, Any]:
-    """Those of torch, which do compute here, over scratch memory that is shared."""
+    """Run torch's operators, which do compute here, over shared scratch memory."""
 
     def body(tensors: LinearTensors) -> Tensor:
         x, (weight,) = tensors.x, tensors.planes
@@ -88,7 +93,7 @@ def results(device: FakeDevice) -> dict[str, Any]:
 
 
 def refused(device: FakeDevice) -> dict[str, Any]:
-    """The reasons for what cannot be replayed, which goes on being right."""
+    """Return the reasons against replays, with results that stay right."""
 
     def read(tensors: LinearTensors) -> Tensor:
         return tensors.x.new_full((len(tensors.x), N), tensors.x.sum().item())
@@ -105,7 +110,7 @@ def refused(device: FakeDevice) -> dict[str, Any]:
         return made
 
     def hidden(tensors: LinearTensors) -> Tensor:
-        """Writes past torch and Triton: the replay does not."""
+        """Write past torch and Triton, which a replay does not repeat."""
         y = tensors.x.sum().expand(len(tensors.x), N).contiguous()
         copied = y.clone()
         y = torch.empty_like(y).fill_(7)
@@ -175,7 +180,7 @@ def ragged(device: FakeDevice) -> dict[str, Any]:
 
 
 def keyed(device: FakeDevice) -> dict[str, Any]:
-    """The keys after each way to call, thrice each, and the plans."""
+    """Return the keys after three calls of each kind, and the plans."""
     wide = torch.randn(6, 2 * K)
     flat = torch.randn(6 * K + 1)
     ways: dict[str, Callable[[], Any]] = {
@@ -210,7 +215,7 @@ def _with_determinism(run: Callable[[], Any]) -> None:
 
 
 def threaded(device: FakeDevice) -> dict[str, Any]:
-    """Two threads that look up, record and evict; and whether Python runs during launches."""
+    """Run two threads that look up, record and evict; see whether Python runs during launches."""
     wrong = []
 
     def work(seed: int) -> None:
@@ -246,9 +251,81 @@ def threaded(device: FakeDevice) -> dict[str, Any]:
     return {"wrong": wrong, "stuck": stuck, "ticks": ticks}
 
 
+def differentiated(device: FakeDevice) -> dict[str, Any]:
+    """Two threads that each run backwards of their own, in turn inside of another backward, while
+    plans of both directions are looked up, recorded by Python and evicted."""
+    weight = torch.randn(N, K)
+    wrong: list[int] = []
+    errors: list[str] = []
+    together = threading.Barrier(2)
+
+    def squares(x: Tensor) -> Tensor:
+        return call(x=x, weight=weight).square()
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with assuming("sm_90", kind="cpu"):
+            together.wait(60)
+            for turn in range(150):
+                rows = int(torch.randint(1, 7, (1,), generator=generator))
+                x = torch.randn(rows, K, generator=generator).requires_grad_()
+                y = squares(x) if turn % 3 else checkpoint(squares, x, use_reentrant=True)
+                torch.autograd.backward(y.sum())
+                expected = 2 * (x.detach() @ weight.t()) @ weight
+                if x.grad is None or not torch.allclose(x.grad, expected, atol=1e-4):
+                    wrong.append(rows)
+
+    def guarded(seed: int) -> None:
+        try:
+            work(seed)
+        except Exception as error:  # an error of a thread would be lost
+            errors.append(str(error))
+
+    torch.ops.qlora_plans.limit(5)
+    with computed_by(multiplying):
+        threads = [threading.Thread(target=guarded, args=(seed,)) for seed in range(2)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(120)
+        stuck = [each.is_alive() for each in threads]
+        bounded = keys()
+        torch.ops.qlora_plans.limit(2048)
+        x = torch.randn(3, K)
+        for _ in range(3):
+            torch.autograd.backward(squares(x.requires_grad_()).sum())
+        return {
+            **{"wrong": wrong, "errors": errors, "stuck": stuck, "keys": bounded},
+            "plans": plans(),
+        }
+
+
+def transformed(device: FakeDevice) -> dict[str, Any]:
+    """A packed Linear under transforms of torch.func, whose calls have plans otherwise."""
+    linear = QuantizedLinear.from_linear(nn.Linear(64, N, bias=False), "nf4")
+    weight, x = linear.dequantize(), torch.randn(6, 64)
+
+    def squares(x: Tensor) -> Tensor:
+        return linear(x).square()
+
+    with computed_by(multiplying_decoded):
+        for _ in range(3):
+            squares(x)
+        before = [plans(), keys(), device.launched]
+        gradient = torch.func.grad(lambda x: squares(x).sum())(x)
+        mapped = torch.func.vmap(squares)(torch.stack([x, 2 * x]))
+        after = [plans(), keys(), device.launched]
+    expected = (x @ weight.t()).square()
+    return {
+        "before": before,
+        "after": after,
+        "gradient": torch.allclose(gradient, 2 * (x @ weight.t()) @ weight, atol=1e-4),
+        "mapped": torch.allclose(mapped, torch.stack([expected, 4 * expected]), atol=1e-4),
+    }
+
+
 def elsewhere(device: FakeDevice) -> dict[str, Any]:
-    """What never gets to a plan: fakes, traces, subclasses, and launches that somebody hooks into;
-    and off() and gradients."""
+    """Try what never uses a plan: fakes, traces, subclasses, hooked launches, off(), gradients."""
     from qlora_compile.kernels.op import QLORA_LINEAR
 
     weight = torch.randn(N, K)
@@ -288,7 +365,7 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
 
 
 def living(device: FakeDevice) -> dict[str, Any]:
-    """Compiled kernels outlive Triton's own cache."""
+    """Check that compiled kernels outlive Triton's own cache."""
     with computed_by(launching):
         for _ in range(3):
             call()
@@ -301,8 +378,8 @@ def living(device: FakeDevice) -> dict[str, Any]:
 
 
 SECTIONS = (
-    *(operators, results, refused, failing, captured, ragged, keyed, threaded, elsewhere),
-    living,
+    *(operators, results, refused, failing, captured, ragged, keyed, threaded, differentiated),
+    *(transformed, elsewhere, living),
 )
 
 
