@@ -9,12 +9,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
-def random_model(config: PreTrainedConfig, device: str = "cpu") -> Any:
-    """Return the model in bfloat16, the same for one config and device; norms are ones."""
+def random_model(
+    config: PreTrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """Return the model in `dtype`, the same for one config and device; norms are ones."""
     torch.manual_seed(0)
     with torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)
-    model = empty.to(torch.bfloat16).to_empty(device=device)
+    model = empty.to(dtype).to_empty(device=device)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)

@@ -80,7 +80,7 @@ class Floor:
         shape = (setting.batch_size, heads, setting.length, width)
         self.layers = config.num_hidden_layers
         self.head = model.get_output_embeddings().weight.detach()
-        normal = partial(_normal, dtype=torch.bfloat16, device=self.head.device)
+        normal = partial(_normal, dtype=self.head.dtype, device=self.head.device)
         self.qkv = [normal(*shape).requires_grad_() for _ in range(3)]
         self.attended = normal(*shape)
         self.hidden = normal(setting.tokens, self.head.shape[1]).requires_grad_()

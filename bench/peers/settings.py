@@ -1,8 +1,8 @@
-"""The models that a comparison trains, in bfloat16, and the settings of `make bench`."""
+"""The models that a comparison trains, and the settings of `make bench`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _EXPERT_SIZE = 768
 class Setting:
     """What a comparison trains. layers, hidden, vocabulary, rank: sizes of a model with random
     weights, which keeps its own without `hidden` and `vocabulary`. autocast: whether to autocast
-    to bfloat16, as the HF Trainer does with `bf16=True`."""
+    to bfloat16, as the HF Trainer does with `bf16=True`. dtype: the model's, one of `DTYPES`."""
 
     model: str
     batch_size: int
@@ -46,11 +46,13 @@ class Setting:
     device: str = "cpu"
     autocast: bool = False
     checkpointing: bool = False
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         layers = f", {self.layers} layers" if self.model in (LLAMA_1B, LLAMA_8B, EXPERTS) else ""
         checkpointing = ", checkpointing" if self.checkpointing else ""
-        return f"{self.model}{layers}, {self.batch_size} x {self.length}{checkpointing}"
+        dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        return f"{self.model}{layers}, {self.batch_size} x {self.length}{checkpointing}{dtype}"
 
     @property
     def tokens(self) -> int:
@@ -62,11 +64,20 @@ SETTINGS = tuple(
 )
 
 
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def settings_in(dtype: str) -> tuple[Setting, ...]:
+    """Return `SETTINGS` with the model in another dtype."""
+    return tuple(replace(each, dtype=dtype) for each in SETTINGS)
+
+
 def base_model(setting: Setting) -> Any:
-    """Return the model in bfloat16, the same in every process."""
+    """Return the model, the same in every process."""
+    dtype = getattr(torch, setting.dtype)
     if setting.model == SMOLLM2:
-        return loading.load_model(demo_model_file(), dtype=torch.bfloat16).to(setting.device)
-    model = random_model(_config(setting), setting.device)
+        return loading.load_model(demo_model_file(), dtype=dtype).to(setting.device)
+    model = random_model(_config(setting), setting.device, dtype)
     if setting.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
