@@ -415,6 +415,13 @@ def test_a_bad_input_is_one_line_and_changes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_for_nothing_is_one_line(inputs: Path, tmp_path: Path) -> None:
+    given = arguments(inputs, tmp_path / "run", rank_pattern="qproj=2")
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "rank_pattern='qproj' cannot be used; name some" in result.stderr
+
+
 def test_a_real_bug_keeps_its_traceback(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
