@@ -31,8 +31,10 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs picture wheel setup clean clean-newest
+.PHONY: demo setup clean clean-newest docs picture wheel lint \
+	test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel \
+	bench bench-stock bench-static bench-tuning bench-bytes bench-coverage bench-host bench-scaling bench-formats \
+	bench-distributed device device-wheels device-dry
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -45,9 +47,10 @@ test: setup
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# Damages checkpoints of every source in 300 drawn ways.
+# Damages checkpoints of every source in 300 drawn ways, all other files that are read in 2,400.
 test-damage: setup
-	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py \
+		tests/training/test_mutated_files.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup
@@ -131,6 +134,9 @@ bench-scaling: setup
 bench-formats: setup $(MODELS)
 	$(BIN)/python -m bench.formats.errors $(MODELS)
 	$(BIN)/python -m bench.formats.steps
+
+bench-distributed: setup
+	$(BIN)/python -m bench.distributed
 
 bench-stock: setup
 	$(BIN)/python -m bench.run

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.gpu.target import target_of
@@ -42,7 +43,7 @@ def attention_call(is_causal: bool, scale: float | None) -> str:
 
 def read_attention_call(text: str) -> tuple[bool, float | None]:
     """Read what `attention_call` has written."""
-    is_causal, scale = json.loads(text)
+    is_causal, scale = parsed_json(text)
     return is_causal, scale
 
 

@@ -28,6 +28,6 @@ class CheckpointWriteError(QloraCompileError, OSError):
 
 class ContextParallelError(QloraCompileError, ValueError):
     template = (
-        "parallelism_config has cp_size={value}: compiled blocks would attend to the tokens of "
+        "{value} splits rows among processes, and compiled blocks would attend to the tokens of "
         "their own process only; use cp_size=1, and shorter rows or gradient checkpointing"
     )

@@ -18,6 +18,7 @@ from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.experts import op as experts_op
 from qlora_compile.passes.nodes import example
 
@@ -28,6 +29,7 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
+    remove_torn_files()
     on_cpu = any(isinstance(e, Tensor) and e.device.type == "cpu" for e in example_inputs)
     if on_cpu:
         choose_instructions()

@@ -39,6 +39,7 @@ from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
 from qlora_compile.hf.trainer.objectives.registry import objective_named
 from qlora_compile.hf.trainer.objectives.sft import SFT
 from qlora_compile.hf.trainer.options import check_options
+from qlora_compile.hf.trainer.saved_digests import SavedDigests
 
 LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
 MAX_LENGTH = 1024  # tokens; TRL's
@@ -104,7 +105,8 @@ class FineTuning:
         if eval_dataset is not None:
             defaults["eval_strategy"] = "epoch"
         check_options(options, config_class, defaults)
-        watchers: list[TrainerCallback] = [self.interruption, *([observer] if observer else [])]
+        watchers: list[TrainerCallback] = [self.interruption, SavedDigests()]
+        watchers += [observer] if observer else []
         if patience is not None:
             watchers.append(EarlyStoppingCallback(patience))
         make = _plain_trainer if chosen is CLASSIFICATION else _trl_trainer

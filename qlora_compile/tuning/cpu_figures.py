@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.instructions import multiplies
@@ -33,7 +34,7 @@ from qlora_compile.tuning.warning import warn_of_folder
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
 _FEW_ROWS, _SMALL_WIDTH = 32, 128
-"""For products that the CPU has no instructions for: larger ones would take seconds each."""
+"""Sizes for products without instructions on the CPU, of which larger ones would take seconds."""
 
 _FEWEST_RUNS, _SECONDS = 3, 0.01
 """The least number of runs for each figure, and their least total seconds: on a machine with other
@@ -219,7 +220,7 @@ def _digest(here: Fingerprint) -> str:
 def _read(path: Path) -> CpuModel | None:
     """Read figures; None if there is no such file, or one that this version would not write."""
     try:
-        model = CpuModel.from_json(json.loads(path.read_bytes()))
+        model = CpuModel.from_json(parsed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     for each in (model.gemm, model.thin, model.decode):

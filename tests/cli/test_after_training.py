@@ -173,7 +173,7 @@ ORIGINS = ("quantised here", "compressed-tensors checkpoint")
 
 
 def sites(origins: Sequence[str | None]) -> Report:
-    """Equal sites, but for where their weights come from."""
+    """Return sites that are equal except for where their weights come from."""
     name = "base_model.model.model.layers.{}.self_attn.q_proj"
     shape: Any = (False, "nf4", 4096, 4096, 16, TIED)
     return Report(

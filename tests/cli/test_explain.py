@@ -33,26 +33,33 @@ def lines(picture: str) -> list[str]:
     return [line for line in found.values() if line]
 
 
-def report(rows: list[str], reasons: list[str]) -> Report:
-    """The report of which `rows` are the table."""
+def report(rows: list[str], notes: dict[str, str]) -> Report:
+    """The report of which `rows` are the table, and `notes` are below it, by their numbers."""
+
+    def noted(cell: str) -> tuple[str, str | None]:
+        text, _, number = cell.rstrip(")").partition(" (")
+        return text, notes[number] if number else None
+
     sites = []
     for row in rows:
         count, name, stored, n, k, rank, how = re.split(r" x |\s{2,}", row.strip())
-        left = re.fullmatch(r"not fused \((\d+)\)", how)
-        by = None if left else Chosen(512, n, rank, how, "-", False, 1.0, None, None, None)
-        shape = (stored, int(n), int(k), int(rank), reasons[int(left[1]) - 1] if left else None)
+        (format, origin), (variant, reason) = noted(stored), noted(how)
+        by = Chosen(512, n, rank, variant, "-", False, 1.0, None, None, None)
+        by = None if reason else by
         for number in range(int(count)):
-            sites.append(Site(name.replace("*", str(number)), not left, *shape, by, by))
+            called = name.replace("*", str(number))
+            shape = (format, int(n), int(k), int(rank), reason)
+            sites.append(Site(called, not reason, *shape, by, by, origin=origin))
     return Report(tuple(sites))
 
 
 def test_the_committed_picture_is_what_todays_command_draws_of_its_rows() -> None:
     title, _, _, *rest = lines(COMMITTED)
     rows = [line for line in rest if re.match(r" +\d+  ", line)]
-    reasons = [line.partition(") ")[2] for line in rest if line.lstrip().startswith("(")]
+    notes = dict(each.groups() for line in rest if (each := re.match(r" *\((\d+)\) (.*)", line)))
     assert len(rows) > 5
-    assert reasons
-    drawn = explain.picture(report(rows, reasons), title.strip())
+    assert len(notes) > 1
+    drawn = explain.picture(report(rows, notes), title.strip())
     assert lines(drawn) == lines(COMMITTED)
 
 
