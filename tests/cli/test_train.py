@@ -366,7 +366,10 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "format unlike any": ({"format": "q"}, "the nearest is none;"),
     "another format's option": ({"format": "nf4:group_size=64"}, "group_size='64': neither"),
     "a format's option without a value": ({"format": "int4:zeros"}, "'zeros' is not option=value"),
-    "a value of a format's option": ({"format": "int4:group_size=48"}, "group_size=48 cannot be"),
+    "a value of a format's option": (
+        {"format": "int4:group_size=48"},
+        "group_size=48 is not possible",
+    ),
     "an option of no format": ({"format": "none:zeros=float"}, "the format 'none' has such"),
     "rank": ({"rank": 0}, "rank=0 is out of range"),
     "alpha": ({"alpha": 0}, "alpha=0.0 is out of range"),
