@@ -177,7 +177,8 @@ def test_batches_are_padded_by_position() -> None:
         ({"rank": 2.5}, errors.OutOfRangeError, "rank=2.5"),
         ({"alpha": -1}, errors.OutOfRangeError, "alpha=-1"),
         ({"dropout": 1.0}, errors.OutOfRangeError, "dropout=1.0"),
-        ({"target_modules": ["no_such"]}, errors.QloraCompileError, "no_such"),
+        ({"target_modules": ["no_such"]}, errors.AdapterTargetError, "no_such"),
+        ({"target_modules": ["q_proj", "vproj"]}, errors.AdapterTargetError, "'vproj'.*v_proj"),
         ({"block_size": 63}, errors.BlockSizeError, "63"),
     ],
 )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedModel
 
-from qlora_compile.errors import AdaptersPresentError, ModelTypeError, OutOfRangeError
+from qlora_compile.errors import (
+    AdapterConfigError,
+    AdaptersPresentError,
+    AdapterTargetError,
+    ModelTypeError,
+    OutOfRangeError,
+)
+from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.loading import is_causal
 
 _TASKS = {
@@ -53,8 +62,12 @@ def lora_config(
 
     Raises:
         OutOfRangeError: rank, alpha or dropout cannot be used.
+        AdapterTargetError, AdapterConfigError: a name in a list of target_modules or in
+            rank_pattern matches no module.
     """
     require_adapter_settings(rank, alpha, dropout)
+    listed = () if isinstance(target_modules, str) else target_modules
+    _require_known_names(model, listed, others.get("rank_pattern") or ())
     name = type(model).__name__
     task = TaskType.CAUSAL_LM if is_causal(name) else None
     for ending, known in _TASKS.items():
@@ -68,3 +81,17 @@ def lora_config(
         task_type=task,
         **others,
     )
+
+
+def _require_known_names(model: Any, targets: Iterable[str], patterns: Iterable[str]) -> None:
+    """Raise for a name that matches no module; PEFT passes over such a name if others match."""
+    modules = dict(model.named_modules())
+    linears = (name for name, module in modules.items() if isinstance(module, LinearSite))
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise AdapterTargetError(rule=target, known=known)
+    for pattern in patterns:
+        if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in modules):
+            remedy = f"name some of the model's linears: {known}"
+            raise AdapterConfigError(field="rank_pattern", value=pattern, remedy=remedy)

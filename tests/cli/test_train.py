@@ -366,7 +366,10 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "format unlike any": ({"format": "q"}, "the nearest is none;"),
     "another format's option": ({"format": "nf4:group_size=64"}, "group_size='64': neither"),
     "a format's option without a value": ({"format": "int4:zeros"}, "'zeros' is not option=value"),
-    "a value of a format's option": ({"format": "int4:group_size=48"}, "group_size=48 cannot be"),
+    "a value of a format's option": (
+        {"format": "int4:group_size=48"},
+        "group_size=48 is not possible",
+    ),
     "an option of no format": ({"format": "none:zeros=float"}, "the format 'none' has such"),
     "rank": ({"rank": 0}, "rank=0 is out of range"),
     "alpha": ({"alpha": 0}, "alpha=0.0 is out of range"),
@@ -413,6 +416,13 @@ def test_a_bad_input_is_one_line_and_changes_nothing(
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_for_nothing_is_one_line(inputs: Path, tmp_path: Path) -> None:
+    given = arguments(inputs, tmp_path / "run", rank_pattern="qproj=2")
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert "rank_pattern='qproj' cannot be used; name some" in result.stderr
 
 
 def test_a_real_bug_keeps_its_traceback(
