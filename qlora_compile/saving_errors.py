@@ -70,6 +70,13 @@ class UnmergeableError(QloraCompileError, ValueError):
     template = "{site} cannot be merged: {reason}; serve the adapter beside its base instead"
 
 
+class SpreadModelError(QloraCompileError, ValueError):
+    template = (
+        "tokenizer: the weights of {model} are spread over processes, and one alone, which merges, "
+        "cannot call the model to measure; pass no tokenizer, and save it by its save_pretrained"
+    )
+
+
 class UnknownAdapterError(QloraCompileError, ValueError):
     template = "the model has no adapter {value!r}; it has {known}"
 

@@ -109,6 +109,7 @@ def _accelerate(model: Any) -> Any:
     """FSDP2 as accelerate prepares it, which on a CPU it does only when it is called by name."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from bitsandbytes.nn import Params4bit
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -122,6 +123,10 @@ def _accelerate(model: Any) -> Any:
         is_main_process=dist.get_rank() == 0,
         device=torch.device("cpu"),
     )
+    if dist.get_rank() > 0 and not any(isinstance(p, Params4bit) for p in model.parameters()):
+        # Process 0 alone has read the weights, and sends the others theirs.
+        for parameter in model.parameters():
+            parameter.detach().zero_()
     return _plain(fsdp2_prepare_model(accelerator, model))  # type: ignore[arg-type]
 
 
