@@ -67,7 +67,6 @@ def _most(model: Any, *, scales_whole: bool) -> int:
     assert part <= held <= (1.3 if scales_whole else 1.1) * part
     gathered = block + planes / len(layers)
     assert 0.9 * gathered <= max(seen) - held <= 1.1 * gathered
-
     return max(seen)
 
 

@@ -16,6 +16,11 @@ def is_spread(model: nn.Module) -> bool:
     return any(_is_part(parameter) for parameter in model.parameters())
 
 
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """Return the shape of a weight that ZeRO-3 may have emptied until the next step."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[bool]:
     """Give process 0 the whole weights of `model`, on the CPU, and yield whether this process has
