@@ -137,7 +137,12 @@ def _zero(stage: int) -> Any:
         trained = [p for p in model.parameters() if p.requires_grad]
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                # Else DeepSpeed replaces torch's linear, and weights that are not packed are left.
+                "memory_efficient_linear": False,
+            },
             "gradient_clipping": 0.0,  # DeepSpeed's own is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
