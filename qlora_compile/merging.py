@@ -24,7 +24,9 @@ from qlora_compile.hf.merging.distance import (
 from qlora_compile.hf.merging.merged_tensors import MergedTensors
 from qlora_compile.hf.merging.write import write_merged
 from qlora_compile.hf.saving.shards import USUAL_SIZE
+from qlora_compile.hf.saving.whole_weights import is_spread, whole_weights
 from qlora_compile.quantizer import QloraCompileConfig
+from qlora_compile.saving_errors import SpreadModelError
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import docstring_documents
 from qlora_compile.training.documents import Document
@@ -112,9 +114,13 @@ def merge(
     origin: written to merged_from.json, by which `qlora-compile verify --merged` finds what to
     compare the merged model with: the path of the adapter's folder from `output`, as "adapter".
 
+    If the weights of `model` are spread over processes, as by FSDP2 or ZeRO-3, all of them call
+    this, without a tokenizer. Process 0 gathers the packed weights in its memory and writes.
+
     Raises, before anything is written:
         SavedModelTypeError, MergedWeightsError, MissingTensorError: the model cannot be written.
         UnknownAdapterError: it has no adapter of that name.
+        SpreadModelError: its weights are spread over processes, and there is a tokenizer.
         DtypeError, ShardSizeError, TokenizerMissingError, an error of the format: an argument
         cannot be used.
         OutputDirectoryError, RivalWeightsError, BaseFolderError: the folder cannot be written.
@@ -127,13 +133,32 @@ def merge(
     path = Path(output)
     sequences: list[list[int]] = []
     if tokenizer is not None:
+        if is_spread(model):
+            raise SpreadModelError(model=type(model).__name__)
         sequences = _sequences(model, tokenizer, texts)
     elif texts is not None:
         raise TokenizerMissingError(site="texts")
     chosen: Any = {"dtype": dtype, "weights": weights, "origin": origin}
     chosen["max_shard_size"] = max_shard_size
-    tensors = write_merged(model, path, tokenizer=tokenizer, **chosen)
     report: dict[str, Any] = {"output": path, "dtype": dtype}
+    with whole_weights(model) as writes:
+        if writes:
+            tensors = write_merged(model, path, tokenizer=tokenizer, **chosen)
+            report |= _measured(model, tensors, path, dtype, packing, sequences)
+    return MergeReport(**report)
+
+
+def _measured(
+    model: nn.Module,
+    tensors: MergedTensors,
+    path: Path,
+    dtype: torch.dtype,
+    packing: QloraCompileConfig | None,
+    sequences: list[list[int]],
+) -> dict[str, Any]:
+    """Return fields of MergeReport: what packing the written model costs unless `packing` is None,
+    and the distances on `sequences` if there are any. tensors: what was written."""
+    report: dict[str, Any] = {}
     device = next(model.parameters()).device
     loaded = type(tensors.base).from_pretrained
     others: dict[str, nn.Module] = {}
@@ -151,7 +176,7 @@ def merge(
             loss, found = distances(logits_of(model), calls, sequences, device)
         report |= {"trained_loss": loss, "tokens": sum(map(len, sequences))}
         report |= dict(zip(("base", *others), found, strict=True))
-    return MergeReport(**report)
+    return report
 
 
 def _sequences(model: Any, tokenizer: Any, texts: Iterable[str] | None) -> list[list[int]]:

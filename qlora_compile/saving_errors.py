@@ -94,6 +94,13 @@ class UnmergePlaceError(QloraCompileError, OSError):
     )
 
 
+class SpreadModelError(QloraCompileError, ValueError):
+    template = (
+        "tokenizer: the weights of {model} are spread over processes, and one alone, which merges, "
+        "cannot call the model to measure; pass no tokenizer, and save it by its save_pretrained"
+    )
+
+
 class UnknownAdapterError(QloraCompileError, ValueError):
     template = "the model has no adapter {value!r}; choose one of {known}"
 

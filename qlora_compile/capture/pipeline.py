@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from qlora_compile.errors import PassError
 from qlora_compile.kernels.formats.formats import format_of
@@ -22,8 +23,13 @@ from qlora_compile.passes.nodes import example, is_linear, linear_operands
 
 logger = logging.getLogger(__name__)
 
+_LINEAR = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
 _OWN_WAY = "its layer multiplies by its weight with other operators than a linear"
+_REPLACED = (
+    "something has replaced torch.nn.functional.linear, as DeepSpeed's ZeRO-3 does; for that set "
+    "memory_efficient_linear to false in zero_optimization"
+)
 _ONE_OF_SEVERAL = (
     "one of its adapters is fused with the base product; another active one runs separately, "
     "because one of the two has dropout (a mask of its own) or another dtype, or is not plain LoRA"
@@ -96,7 +102,8 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
         site, value = context.site_of(node), example(node)
         if site is not None and site not in found and value is not None and value.dim() == 2:
             inside = any(module_site(user) == site for user in node.users)
-            context.unfused.setdefault(site, _OWN_WAY if inside else READ_PAST_THE_LAYER)
+            own_way = _OWN_WAY if functional.linear is _LINEAR else _REPLACED
+            context.unfused.setdefault(site, own_way if inside else READ_PAST_THE_LAYER)
     context.unfused |= context.kept
     for site in context.unfused:
         context.fused.pop(site, None)

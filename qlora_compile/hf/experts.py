@@ -22,6 +22,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from qlora_compile.expert_errors import raise_frozen
 from qlora_compile.hf.blocks import is_inside
+from qlora_compile.hf.saving.whole_weights import whole_shape
 from qlora_compile.kernels.experts.base import PACKED_EXPERTS
 from qlora_compile.kernels.experts.op import experts_linear
 from qlora_compile.kernels.formats.formats import UNQUANTIZED
@@ -91,8 +92,7 @@ def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
             continue
         name = ".".join(p for p in path.split(".") if p not in ("base_layer", "original_module"))
         for parameter in _weight_names(module):
-            weight = getattr(module, parameter)
-            shape = (1, *weight.shape)[-3:]
+            shape = (1, *whole_shape(getattr(module, parameter)))[-3:]
             n, k = shape[1:] if not is_transposed(module) else shape[:0:-1]
             inside = any(is_inside(path, outer) for outer in copied)
             found[f"{name}.{parameter}"] = ExpertSite(module, parameter, shape[0], n, k, inside)
@@ -104,7 +104,7 @@ def _weight_names(module: nn.Module) -> list[str]:
         gated = getattr(module, "has_gate", True)
         return ["gate_up_proj" if gated else "up_proj", "down_proj"]
     parameters = module.named_parameters(recurse=False)
-    return [name for name, value in parameters if value.dim() > 1 and "bias" not in name]
+    return [n for n, each in parameters if len(whole_shape(each)) > 1 and "bias" not in n]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -128,8 +128,9 @@ def _obstacle(module: nn.Module) -> str | None:
             continue
         if isinstance(weight, DTensor):
             return "its weights are spread over several devices"
-        if weight.dim() != 3 or weight.dtype.itemsize < 2 or not weight.is_floating_point():
-            return f"its weights are {weight.dim()}-dimensional of {weight.dtype}"
+        dims = len(whole_shape(weight))
+        if dims != 3 or weight.dtype.itemsize < 2 or not weight.is_floating_point():
+            return f"its weights are {dims}-dimensional of {weight.dtype}"
     if any(parameter.requires_grad for parameter in module.parameters()):
         return TRAINED
     return None

@@ -68,6 +68,14 @@ def test_a_layer_with_a_product_of_its_own_is_named(make: Any, words: str, adapt
     assert words in reason(make(), adapted)
 
 
+def test_a_replaced_linear_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (input.unsqueeze(-2) * weight).sum(-1) + bias
+
+    monkeypatch.setattr(nn.functional, "linear", product)
+    assert "memory_efficient_linear" in reason(nn.Linear(8, 8), adapted=False)
+
+
 def test_a_weight_read_past_its_layer_is_named() -> None:
     assert "without calling the layer" in reason(Past(), adapted=False)
 

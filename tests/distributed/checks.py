@@ -6,11 +6,11 @@ Started by torchrun with the name of a check and its arguments.
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
@@ -18,13 +18,19 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
+import qlora_compile
 from qlora_compile.capture import backend
+from qlora_compile.errors import ShardedWeightError
 from qlora_compile.modules.packed import PackedModule
+from qlora_compile.saving_errors import SpreadModelError
+from tests.distributed.cases import EXPERTS as MIXTRAL
 from tests.distributed.cases import Case, batch, model_of
-from tests.distributed.worker import compile_inner
+from tests.distributed.worker import ENGINES, compile_inner
+from tests.hf.test_experts import toy as toy_experts
+from tests.toy_language_model import toy_llama, toy_tokenizer
 
 DENSE = Case("none", "nf4", "dense", "plain")
 EXPERTS = Case("none", "int4", "experts", "plain")
@@ -166,12 +172,13 @@ def save(folder: str) -> None:
     _step(model)
     checkpoint.save(get_model_state_dict(model), checkpoint_id=folder)
     loss = _loss(model)
+    qlora_compile.merge(model, Path(folder, "merged"), torch.float32)
     if dist.get_rank() == 0:
         Path(folder, "loss").write_text(str(loss))
 
 
 def load(folder: str) -> None:
-    """Load a saved state in any number of ranks."""
+    """In any number of ranks, that then merge what the ranks of `save` merged."""
     model = sharded(DENSE)
     before = _loss(model)
     state = get_model_state_dict(model)
@@ -180,6 +187,10 @@ def load(folder: str) -> None:
     expected = float(Path(folder, "loss").read_text())
     assert abs(before - expected) > 1e-3
     assert abs(_loss(model) - expected) < 1e-6 * expected
+    again = Path(folder, f"merged by {dist.get_world_size()}")
+    qlora_compile.merge(model, again, torch.float32)
+    if dist.get_rank() == 0:
+        assert _files(again) == _files(Path(folder, "merged"))
 
 
 def _loss(model: Any) -> float:
@@ -195,33 +206,57 @@ def _step(model: Any) -> None:
     optimizer.zero_grad()
 
 
-def memory() -> None:
-    """Between steps a rank holds only its own part of the planes."""
-    model_of(DENSE)  # whatever is made once in a process, such as tables
-    torch.compiler.reset()
-    gc.collect()
-    before = _bytes_of_integers()
+def merged(folder: str, engine: str) -> None:
+    """Weights that `engine` has spread are merged and saved as whole ones are, and train on."""
+    first = dist.get_rank() == 0
+    for base in ("nf4", "bitsandbytes"):
+        torch.compiler.reset()
+        path = Path(folder, base)
+        model = model_of(Case("none", base, "dense", "plain"))
+        if first:
+            _write(model, path / "whole")
+        step = ENGINES[engine](model)
+        _write(model, path / "spread")
+        step(batch(0))
+        if first:
+            whole, spread = _files(path / "whole"), _files(path / "spread")
+            assert spread.keys() == whole.keys()
+            assert len(whole) == 3
+            for name, content in whole.items():
+                assert spread[name] == content, name
+
+
+def _write(model: Any, folder: Path) -> None:
+    qlora_compile.merge(model, folder / "merged", torch.float32)
+    qlora_compile.save(model, folder / "packed")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    paths = folder.rglob("*.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def measured() -> None:
+    """A spread model cannot be called by the one process that merges."""
     model = sharded(DENSE)
-    gc.collect()
-    # A DTensor counts the elements of all ranks.
-    planes = sum(each.numel() for each in model.parameters() if _is_plane(each))
-    part = planes / dist.get_world_size()
-    assert part <= _bytes_of_integers() - before <= 1.1 * part
+    with pytest.raises(SpreadModelError, match="pass no tokenizer"):
+        qlora_compile.merge(model, "nowhere", tokenizer=toy_tokenizer())
+    assert not Path("nowhere").exists()
 
 
-def _is_plane(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8
+# ---- tensor parallelism ----
 
 
-def _bytes_of_integers() -> int:
-    """Return the bytes of all live tensors of bytes, each storage once."""
-    storages = {}
-    for each in gc.get_objects():
-        if isinstance(each, Tensor) and _is_plane(each):
-            local = each.to_local() if isinstance(each, DTensor) else each
-            storage = local.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+def tensor_parallel(folder: str) -> None:
+    """Weights that transformers' own plan has spread, of Linears and of experts, are refused."""
+    for name, make in (("dense", toy_llama), ("experts", lambda: toy_experts(MIXTRAL))):
+        path = Path(folder, name)
+        if dist.get_rank() == 0:
+            make().save_pretrained(path)
+        dist.barrier()
+        model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+        with pytest.raises(ShardedWeightError, match=r"embed_tokens.*Shard.*tp_plan"):
+            qlora_compile.optimize(model, quantize="nf4")
 
 
 if __name__ == "__main__":

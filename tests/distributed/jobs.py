@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,3 +23,8 @@ def start(processes: int, module: str, *arguments: str) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def lacks(engine: str) -> bool:
+    """Whether the library of an engine is not installed."""
+    return engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None

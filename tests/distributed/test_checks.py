@@ -6,22 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.jobs import LONG, start
+from tests.distributed.jobs import LONG, lacks, start
 
 pytestmark = pytest.mark.skipif(not LONG, reason="`make test-distributed` runs these jobs")
 
 
-@pytest.mark.parametrize("check", ["ragged", "unused", "mixed_precision"])
+@pytest.mark.parametrize("check", ["ragged", "unused", "mixed_precision", "measured"])
 def test_two_ranks(check: str) -> None:
     start(2, "checks", check)
 
 
+def test_tensor_parallel_by_the_plan_of_transformers_is_refused(tmp_path: Path) -> None:
+    start(2, "checks", "tensor_parallel", str(tmp_path))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_a_rank(ranks: int) -> None:
-    start(ranks, "checks", "memory")
+    start(ranks, "memory")
 
 
 def test_a_checkpoint_loads_into_another_number_of_ranks(tmp_path: Path) -> None:
     start(2, "checks", "save", str(tmp_path))
     for ranks in (1, 4):
         start(ranks, "checks", "load", str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_spread_weights_are_merged_and_saved(engine: str, tmp_path: Path) -> None:
+    if lacks(engine):
+        pytest.skip("deepspeed is not installed; `make test-distributed` installs it")
+    start(2, "checks", "merged", str(tmp_path), engine)

@@ -109,6 +109,7 @@ def _accelerate(model: Any) -> Any:
     """Prepare the model by accelerate's FSDP2, which on a CPU has to be called by name."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from bitsandbytes.nn import Params4bit
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -122,6 +123,10 @@ def _accelerate(model: Any) -> Any:
         is_main_process=dist.get_rank() == 0,
         device=torch.device("cpu"),
     )
+    if dist.get_rank() > 0 and not any(isinstance(p, Params4bit) for p in model.parameters()):
+        # Process 0 alone has read the weights, and sends the others theirs.
+        for parameter in model.parameters():
+            parameter.detach().zero_()
     return _plain(fsdp2_prepare_model(accelerator, model))  # type: ignore[arg-type]
 
 
@@ -132,7 +137,12 @@ def _zero(stage: int) -> Any:
         trained = [p for p in model.parameters() if p.requires_grad]
         config = {
             "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                # Else DeepSpeed replaces torch's linear, and weights that are not packed are left.
+                "memory_efficient_linear": False,
+            },
             "gradient_clipping": 0.0,  # DeepSpeed's own is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -36,14 +36,14 @@ class AdoptedLinear4bit(bnb.nn.Linear4bit):
     @property
     def tensors(self) -> list[Tensor]:
         """The planes, in the order of `PackedWeight.tensors`."""
-        state = self.weight.quant_state
+        state = _quant_state(self)
         nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else ()
         return [self.weight, state.absmax, *nested]
 
     @property
     def layout(self) -> str:
         """The weight's Layout, as text."""
-        state, shape = self.weight.quant_state, (self.out_features, self.in_features)
+        state, shape = _quant_state(self), (self.out_features, self.in_features)
         return _layout(state.quant_type, *shape, state.blocksize, bool(state.nested))
 
     @property
@@ -129,7 +129,10 @@ def _layout(format: str, n: int, k: int, block_size: int, double_quantized: bool
 
 def _packed(layer: AdoptedLinear4bit | AdoptedLinear8bitLt) -> PackedWeight:
     layout = Layout.parse(layer.layout)
-    return format_named(layout.format).packed(layout, layer.tensors)
+    codes, *others = layer.tensors
+    # Gathered codes lie on the CPU (hf/saving/whole_weights.py).
+    others = [plane.to(codes.device) for plane in others]
+    return format_named(layout.format).packed(layout, [codes, *others])
 
 
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
@@ -170,7 +173,7 @@ def adopt(module: Any) -> None:
         return
     # In evaluation bitsandbytes would repack the codes in place for AVX-512 CPUs.
     module.support_avx512bf16_for_cpu = False
-    module.weight.quant_state = _quant_state(module)
+    module.quant_state = module.weight.quant_state = _quant_state(module)
     module.__class__ = AdoptedLinear4bit
 
 
@@ -180,4 +183,4 @@ def _is_8bit(module: Any) -> bool:
 
 def _quant_state(module: Any) -> Any:
     # FSDP2 replaces the Parameter, and the quant_state attribute of the old one is lost.
-    return module.weight.quant_state or module.quant_state
+    return getattr(module.weight, "quant_state", None) or module.quant_state

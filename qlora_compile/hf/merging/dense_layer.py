@@ -101,7 +101,7 @@ def dense(base: Any, site: str) -> Any:
 
 def computed_in(base: Any) -> torch.dtype:
     """Return the dtype that a packed layer's weight had before it was packed."""
-    state = getattr(base.weight, "quant_state", None)
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     found = getattr(base, "weight_dtype", None) or getattr(state, "dtype", None)
     return found or (torch.float32 if base.bias is None else base.bias.dtype)
 

@@ -20,6 +20,7 @@ from qlora_compile.hf.saving.folders.registry import FOLDERS
 from qlora_compile.hf.saving.model_card import CARD, model_card
 from qlora_compile.hf.saving.replacement import replaced
 from qlora_compile.hf.saving.shards import USUAL_SIZE, Shards, size_in_bytes
+from qlora_compile.hf.saving.whole_weights import whole_weights
 from qlora_compile.saving_errors import (
     FolderFormatError,
     NothingPackedError,
@@ -56,6 +57,9 @@ def save(
     The folder is replaced as a whole, so that an interruption leaves the old or the new one; other
     files in it stay.
 
+    If the weights of `model` are spread over processes, as by FSDP2 or ZeRO-3, all of them call
+    this. Process 0 gathers the packed weights in its memory and writes; the others return "".
+
     Raises, always before anything is written, except for UnfinishedSaveError:
         SavedModelTypeError: the model is not a transformers model.
         NothingPackedError: none of its weights is packed.
@@ -68,9 +72,13 @@ def save(
         UnfinishedSaveError: writing has failed; what was there before is unchanged.
     """
     limit = size_in_bytes(max_shard_size)
+    with whole_weights(model) as writes:
+        return _save(model, Path(folder), stored_as, limit) if writes else ""
+
+
+def _save(model: nn.Module, target: Path, stored_as: str | None, limit: int) -> str:
     tensors = BaseTensors(model)
     kind = _chosen(tensors, stored_as)
-    target = Path(folder)
     stays = other_files(target, kind.stem)
     with replaced(target, stays) as fresh:
         shards = Shards(fresh, kind.stem, limit, single=kind.single)

@@ -1,0 +1,64 @@
+"""Whole weights, in one process, of a model that FSDP2, ZeRO-3 or tensor parallelism spreads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a process holds a part only of some weight of `model`."""
+    return any(_is_part(parameter) for parameter in model.parameters())
+
+
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """Return the shape of a weight that ZeRO-3 may have emptied until the next step."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[bool]:
+    """Give process 0 the whole weights of `model`, on the CPU, and yield whether this process has
+    them.
+
+    If the weights are spread, all processes must enter the context: together they gather one weight
+    after another. Process 0 keeps what is gathered; the others go on. Inside the context the model
+    cannot be called.
+    """
+    spread = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and _is_part(parameter)
+    ]
+    first = not spread or dist.get_rank() == 0
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in dict.fromkeys(parameter for *_, parameter in spread):  # tied ones once
+        value = _gathered(parameter)
+        if first:
+            whole[parameter] = nn.Parameter(value.cpu(), parameter.requires_grad)
+    try:
+        for module, name, parameter in spread if first else ():
+            module._parameters[name] = whole[parameter]
+        yield first
+    finally:
+        for module, name, parameter in spread if first else ():
+            module._parameters[name] = parameter
+
+
+def _is_part(parameter: Any) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def _gathered(parameter: Any) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
