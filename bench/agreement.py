@@ -1,4 +1,4 @@
-"""How far two runs of one training step are apart, and a twin that runs it in float32."""
+"""Measures how far two runs of one training step are apart, and makes a twin in float32."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def training_step(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Distance relative to the norm of `other`, per group: loss, logits, the gradients of all
-    lora_A, those of all lora_B, those of all biases or other parameters of one name."""
+    """Return the distance, relative to the norm of `other`, per group: loss, logits, the gradients
+    of all lora_A, of all lora_B, and of all biases or other parameters of one name."""
     assert one.keys() == other.keys()
     groups: dict[str, list[str]] = {}
     for name in one:
@@ -54,7 +54,7 @@ class Errors:
             self.squares.setdefault(group, []).append((mine**2, theirs[group] ** 2))
 
     def by_group(self) -> dict[str, tuple[float, float]]:
-        """Per group, ours and stock's."""
+        """Return ours and stock's errors per group."""
         means = {
             group: [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
             for group, pairs in self.squares.items()

@@ -1,4 +1,4 @@
-"""What some code allocates on the CPU, from the allocator's own events."""
+"""Records what code allocates on the CPU, from the allocator's own events."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocations(NamedTuple):
-    """sizes: bytes of every allocation. most: held at a time. held: still held at the end, where
-    what the code returned counts. events: all of the profile, the outermost ones."""
+    """Bytes of allocations. sizes: of each one. most: held at a time. held: still held at the end,
+    including what the code returned. events: the outermost events of the profile."""
 
     sizes: list[int]
     most: int
@@ -19,8 +19,8 @@ class Allocations(NamedTuple):
 
 
 def allocations(run: Callable[[], Any], *, warm: bool = True) -> Allocations:
-    """Of `run`, inside torch's operators and compiled code too. Where `warm`, it runs once before,
-    for what is made once."""
+    """Record the allocations of `run`, also inside torch's operators and compiled code. If `warm`,
+    it runs once before, so that what is made once does not count."""
     if warm:
         run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -45,7 +45,7 @@ def event_tree(profiler: profile) -> list[Any]:
 
 
 def allocation_sizes(events: list[Any]) -> list[int]:
-    """Bytes of what is allocated in `events`, in the order of time; freed ones are negative."""
+    """Return the bytes of allocations in `events`, in the order of time; negative when freed."""
     found = sorted(_walk(events), key=lambda event: event.start_time_ns)
     return [event.typed[1].alloc_size for event in found]
 

@@ -1,18 +1,19 @@
 """Bytes of one compiled Llama decoder block's training step, ours and stock's PEFT + bitsandbytes.
 
 Both go through torch.compile with Inductor, forward and backward; adapters of rank 16 on all seven
-Linears over NF4. Read off Inductor's scheduler after fusion and off what autograd holds:
+Linears over NF4. The numbers come from Inductor's scheduler after fusion, and from what autograd
+holds:
 
-- written: every buffer that Inductor's own kernels or a fallback operator write, but for GEMM-like
-  operators. Those are matrix products, attention, bitsandbytes' gemm_4bit and our fused op; what
-  they return is counted apart ("gemm"), and so is a decoded weight, which stock's backward writes
-  by an operator of its own and ours inside the op ("decoded"). Casts, additions, clones, dropouts,
-  scalings, norms and activations around them all count.
+- written: every buffer that Inductor's own kernels or a fallback operator write, except GEMM-like
+  operators: matrix products, attention, bitsandbytes' gemm_4bit and our fused op. Their results are
+  counted separately ("gemm"), and so are decoded weights ("decoded"), which stock's backward writes
+  by an operator of its own, and ours inside the op. Casts, additions, clones, dropouts, scalings,
+  norms and activations around them all count.
 - saved: the distinct storages that the compiled forward keeps for its backward, without parameters
-  and what belongs to packed weights.
-- inside: what the GEMM-like ops of either side's own library, bitsandbytes' and ours, allocate
-  while they run besides what they return: decoded weights, casts, low-rank products. Nearly all of
-  it is freed, or a workspace that the next call uses again, before they return.
+  and the tensors of packed weights.
+- inside: what the GEMM-like ops of bitsandbytes and of ours allocate while they run, beside their
+  results: decoded weights, casts, low-rank products. Nearly all of it is freed before they return,
+  or is a workspace that the next call uses again.
 
 Prints the table and writes bench/results/block_bytes.{md,json}.
 """
@@ -118,7 +119,7 @@ def _model(setting: Setting, ours: bool) -> Any:
 
 
 def _written(node: BaseSchedulerNode) -> Iterator[tuple[str, int]]:
-    """Kind and bytes of each buffer that a kernel writes; not what lives only inside it."""
+    """Yield kind and bytes of each buffer that a kernel writes, without buffers inside it."""
     own = {each.get_name() for each in node.get_nodes()}
     for each in node.get_nodes():
         kind = "written"
@@ -166,7 +167,7 @@ def _saved(out: Tensor, model: nn.Module) -> int:
 
 
 def _inside(profiler: Any) -> int:
-    """Bytes of all allocations in the library's ops but for the last ones, which they return."""
+    """Return the bytes of all allocations in the library's ops, except the last, the results."""
     total = 0
     pending = event_tree(profiler)
     while pending:

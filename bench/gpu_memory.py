@@ -1,4 +1,4 @@
-"""What some code allocates, launches and computes on a GPU."""
+"""Records what code allocates, launches and computes on a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class OnGpu(NamedTuple):
-    """most: bytes the device holds at a time, all told. held: how many more than before at the end,
-    where what the code returned counts. kernels: launched. seconds: of all kernels and copies."""
+    """What code did on a GPU. most: the most bytes that the device held at a time. held: how many
+    more bytes it held at the end, including what the code returned. kernels: how many were
+    launched. seconds: of all kernels and copies."""
 
     most: int
     held: int
@@ -21,7 +22,7 @@ class OnGpu(NamedTuple):
 
 
 def on_gpu(run: Callable[[], Any]) -> OnGpu:
-    """Of one `run`, which should have made before what it makes once."""
+    """Record one `run`, which should have run before, so that what it makes once exists."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -1,15 +1,16 @@
 """Peak memory and time of packing while loading, beside bitsandbytes, on a 1.1B-shaped checkpoint.
 
 Writes random bfloat16 weights of TinyLlama-1.1B's shape in eight shards and loads them as NF4 with
-double quantisation, in processes of their own, in turn. The peak is of RssAnon, the memory that is
-no file's, above that of the process before loading; the limit is the packed model and the largest
-tensor that stays in 16 bits. `python -m bench.loading --rounds 2`.
+double quantisation, in separate processes, in turn. The peak is the growth of RssAnon, the memory
+that belongs to no file, during loading; the limit is the packed model and the largest tensor that
+stays in 16 bits. `python -m bench.loading --rounds 2` writes bench/results/loading.*.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.measured_on import in_words, measured_on
+
+RESULTS = Path(__file__).parent / "results" / "loading"
 CONTENDERS = ("ours", "bitsandbytes", "ours, packed folder")
 _SHARDS = 8
 _SHAPE: dict[str, Any] = {
@@ -31,7 +35,7 @@ _SHAPE: dict[str, Any] = {
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process."""
+    """Return RssAnon of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -57,7 +61,8 @@ class Peak:
         self._thread.join()
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Write a model and return the number of its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +70,8 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     shape: Any = _SHAPE | {"num_hidden_layers": layers}
     model = LlamaForCausalLM(LlamaConfig(**shape))
     size = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=size // (_SHARDS - 1))
+    model.save_pretrained(folder, max_shard_size=int(size / (_SHARDS - 0.5)))
+    return model.num_parameters()
 
 
 def load(contender: str, folder: Path) -> dict[str, Any]:
@@ -109,34 +115,81 @@ def load(contender: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def measure(contender: str, folder: Path, seconds: float) -> dict[str, Any] | None:
+    """Load once in a process of its own; None if that has not ended after so many seconds."""
+    command = [sys.executable, "-m", "bench.loading", "--contender", contender]
+    try:
+        run = subprocess.run(
+            [*command, "--folder", str(folder)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def row(contender: str, found: list[dict[str, Any] | None], timeout: float) -> str:
+    """One line of the table: the medians of the rounds."""
+    ended = [each for each in found if each is not None]
+    if not ended:
+        return f"| {contender} | more than {timeout:.0f} | | | |"
+    seconds, peak = (statistics.median(each[key] for each in ended) for key in ("seconds", "peak"))
+    limit = ended[0]["packed"] + ended[0]["largest"]
+    cells = (f"{seconds:.1f}", f"{peak / 1e6:.0f}", f"{limit / 1e6:.0f}", f"{peak / limit:.2f}")
+    return f"| {contender} | {' | '.join(cells)} |"
+
+
+def write(results: dict[str, Any]) -> None:
+    parts = [
+        "Medians; MB of 10⁶ bytes. The peak is of RssAnon above that before loading, the limit the "
+        "packed model and the largest tensor that stays in 16 bits: `python -m bench.loading`."
+    ]
+    for name, each in results.items():
+        rows = [row(c, found, each["timeout"]) for c, found in each["loads"].items()]
+        rows = ["| loaded by | seconds | peak | limit | peak / limit |", "|---" * 5 + "|", *rows]
+        parts += [f"## {name}, {each['rounds']} rounds in turn", "\n".join(rows)]
+        parts += [f"{each['conditions']} {in_words(each['measured_on'])}.".strip()]
+    RESULTS.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=_SHAPE["num_hidden_layers"])
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds of one load")
+    parser.add_argument("--conditions", default="", help="a sentence for the results")
     parser.add_argument("--contender", choices=CONTENDERS)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     if given.contender:
         print(json.dumps(load(given.contender, given.folder)))
         return
+    loads: dict[str, list[dict[str, Any] | None]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory(prefix="qlora_compile-") as temporary:
         folder = Path(temporary)
-        write_checkpoint(folder, given.layers)
-        print(f"{len(list(folder.glob('*.safetensors')))} shards")
+        parameters = write_checkpoint(folder, given.layers)
+        shards = len(list(folder.glob("*.safetensors")))
+        # Not counted: the first load of a machine compiles C++.
+        measure(CONTENDERS[0], folder, given.timeout)
         for _ in range(given.rounds):
-            for contender in CONTENDERS:
+            for contender, found in loads.items():
                 part = folder / "packed" if contender.endswith("folder") else folder
-                command = [sys.executable, "-m", "bench.loading", "--contender", contender]
-                run = subprocess.run(
-                    [*command, "--folder", str(part)], capture_output=True, text=True, check=True
-                )
-                told = json.loads(run.stdout.splitlines()[-1])
-                limit = told["packed"] + told["largest"]
-                print(
-                    f"{contender}: {told['seconds']:.1f} s, peak {told['peak'] / 1e6:.0f} MB = "
-                    f"{told['peak'] / limit:.3f} of packed + largest tensor ({limit / 1e6:.0f} MB)",
-                    flush=True,
-                )
+                found.append(measure(contender, part, given.timeout))
+                print(row(contender, found[-1:], given.timeout), flush=True)
+    path = RESULTS.with_suffix(".json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{parameters / 1e9:.2f}B parameters in {shards} shards"] = {
+        "rounds": given.rounds,
+        "timeout": given.timeout,
+        "conditions": given.conditions,
+        "measured_on": measured_on(),
+        "loads": loads,
+    }
+    write(results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What measurements were taken with."""
+"""The versions and the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_compile.kernels.cpu.instructions import level
 
 
 def measured_on() -> dict[str, dict[str, str | int]]:
-    """Versions of what was measured, and the machine."""
+    """Return the versions and the machine of a measurement."""
     device = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
@@ -46,6 +46,7 @@ def _processor() -> str:
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """What `measured_on` returned, among other entries or alone, as a list on one line."""
+    """Return the result of `measured_on`, which may be among other entries, as a list on one
+    line."""
     parts = [part for each in ("versions", "machine") for part in found[each].items()]
     return ", ".join(f"{name} {value}" for name, value in parts)

@@ -1,4 +1,4 @@
-"""Two things timed in turn: the ratio of each pair, its median and how sure that is."""
+"""Two things timed in turn: the ratio of each pair, its median and the median's uncertainty."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from qlora_compile.tuning import rounds
 
 
 def interval_of_median(ratios: Sequence[float]) -> tuple[float, float]:
-    """Return what holds the median of such ratios with 95 % confidence; all of them if they are too
-    few for that."""
+    """Return the interval that holds the median of such ratios with 95 % confidence; for too few
+    ratios, the interval of all."""
     return rounds.interval_of_median(ratios, 0.95) or (min(ratios), max(ratios))

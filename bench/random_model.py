@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
 def random_model(config: PreTrainedConfig, device: str = "cpu") -> Any:
-    """In bfloat16, on one device the same for the same config; norms are ones."""
+    """Return the model in bfloat16, the same for one config and device; norms are ones."""
     torch.manual_seed(0)
     with torch.device("meta"):
         empty: Any = AutoModelForCausalLM.from_config(config)

@@ -1,10 +1,10 @@
-"""The demo model through stock PEFT + bitsandbytes and through qlora_compile, steps in turn.
+"""Trains the demo model by stock PEFT + bitsandbytes and by qlora_compile, steps in turn.
 
-Same weights, adapters, data and optimiser. A second stock model sees each batch's rows in reverse
-and computes attention unblocked: the same mathematics in another order of reduction, which is how
-far two valid runs differ.
-Then the trained adapter is loaded into stock PEFT: how far both are from float32 on text they have
-not seen, outputs and gradients, and whether they write the same.
+Weights, adapters, data and optimiser are the same. A second stock model gets each batch's rows in
+reverse and computes attention unblocked, the same mathematics in another order of reduction, to
+show how far two valid runs differ.
+Then the trained adapter is loaded into stock PEFT, to see how far outputs and gradients of both are
+from float32 on unseen text, and whether both write the same.
 Prints the figures and writes them to bench/results/stock.json, one entry per dtype.
 """
 
@@ -43,8 +43,8 @@ PROMPT, WRITTEN = 24, 24
 
 
 def batches(steps: int, batch_size: int, length: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Real text to train on and unseen text: on random tokens a pretrained model amplifies
-    rounding beyond use. Each batch is int64 [batch_size, length]."""
+    """Return real text to train on and unseen text, because on random tokens a pretrained model
+    amplifies rounding beyond use. Each batch is int64 [batch_size, length]."""
     tokenizer = loading.load_tokenizer(demo_model_file())
 
     def encode(text: str) -> list[int]:
@@ -61,7 +61,7 @@ def batches(steps: int, batch_size: int, length: int) -> tuple[list[Tensor], lis
 
 
 def models(base: Any, rank: int) -> dict[str, Any]:
-    """Stock, stock once more, and ours, all from the same weights and adapters."""
+    """Return stock, stock once more, and ours, all with the same weights and adapters."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     made = {}
     for name in ("stock", "stock reordered", "qlora_compile"):
@@ -80,8 +80,9 @@ def models(base: Any, rank: int) -> dict[str, Any]:
 
 
 def after_training(base: Any, ours: Any, unseen: list[Tensor]) -> dict[str, Any]:
-    """Ours and stock PEFT with the adapter ours has saved: errors against float32 per group, and
-    for how many beginnings of unseen sequences both write the same. `ours` is float32 after it."""
+    """Compare ours with stock PEFT with the adapter that ours has saved: errors against float32 per
+    group, and for how many beginnings of unseen sequences both write the same. Leaves `ours` in
+    float32."""
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         stock = stock_twin(base, Path(folder))
@@ -111,7 +112,7 @@ def after_training(base: Any, ours: Any, unseen: list[Tensor]) -> dict[str, Any]
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> tuple[float, float]:
-    """Loss and seconds of one training step."""
+    """Return loss and seconds of one training step."""
     start = time.perf_counter()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def with_bitsandbytes(model: Any, bits: int) -> Any:
-    """Replaces the Linears of a transformers model, but for its head, by bitsandbytes' 4-bit (NF4,
+    """Replace the Linears of a transformers model, except its head, by bitsandbytes' 4-bit (NF4,
     double quantisation) or 8-bit ones, as transformers does when it loads."""
     import bitsandbytes as bnb
 
@@ -20,7 +20,8 @@ def with_bitsandbytes(model: Any, bits: int) -> Any:
         if bits == 4:
             layer: Any = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
             parameter: Any = bnb.nn.Params4bit
-            layer.weight = parameter(weight, requires_grad=False, quant_type="nf4")
+            # The layer keeps the quant_state that FSDP2 takes from its weight.
+            layer.weight = parameter(weight, False, quant_type="nf4", module=layer)
         else:
             layer = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
             layer.weight = bnb.nn.Int8Params(weight, False)
@@ -33,8 +34,8 @@ def with_bitsandbytes(model: Any, bits: int) -> Any:
 
 
 def without_repacking(model: Any) -> Any:
-    """Keeps bitsandbytes from changing 4-bit weights in evaluation: on CPUs that multiply bfloat16
-    it would round absmax and inputs to it, in place."""
+    """Keep bitsandbytes from changing 4-bit weights in evaluation: on CPUs that multiply bfloat16
+    it would round absmax and inputs to bfloat16, in place."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

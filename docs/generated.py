@@ -24,7 +24,9 @@ def commands() -> str:
 
     from qlora_compile.cli.app import app
 
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    for each in command.commands.values():
+        each.short_help = " ".join(each.help.split())  # or else the list of commands cuts it
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="qlora-compile")
     return text.replace("# `qlora-compile`", "# Commands", 1)
 

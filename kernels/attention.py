@@ -1,5 +1,5 @@
-"""`qlora_compile::attention`: scaled dot-product attention with torch's forward for CPUs and a
-backward of ours."""
+"""`qlora_compile::attention`: scaled dot-product attention with torch's forward for CPUs and our
+own backward."""
 
 from __future__ import annotations
 
@@ -13,24 +13,36 @@ from torch import Tensor
 
 from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.cpu import attention as cpu_attention
+from qlora_compile.kernels.cpu.instructions import multiplies
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
 TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-"""What torch computes where the op stands in for it."""
+"""Torch's function, which the op replaces."""
 
 _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-expected = cpu_attention.expected
+def expected(*operands: Tensor) -> bool:
+    """Whether our backward is faster than torch's for such operands."""
+    return cpu_attention.expected(*operands) or _widens(*operands)
+
+
+def _widens(*operands: Tensor) -> bool:
+    """Whether torch computes the gradients of such operands faster in float32: in 16 bits without
+    instructions for them, they take 4 to 9 times as long on AVX2."""
+    (device, dtype), *others = {(each.device.type, each.dtype) for each in operands}
+    on_cpu = device == "cpu" and target_of("cpu") is None
+    return on_cpu and not others and not multiplies(dtype)
 
 
 def attention_call(is_causal: bool, scale: float | None) -> str:
-    """The text of a call; without a scale, of 1 / √D."""
+    """Return the text of a call; without a scale, the scale is 1 / √D."""
     return json.dumps([is_causal, scale])
 
 
 def read_attention_call(text: str) -> tuple[bool, float | None]:
-    """What `attention_call` wrote."""
+    """Read what `attention_call` has written."""
     is_causal, scale = parsed_json(text)
     return is_causal, scale
 
@@ -38,8 +50,10 @@ def read_attention_call(text: str) -> tuple[bool, float | None]:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, call: str
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` without dropout, for operands that torch
-    has its flash attention for CPUs for and that are `expected`; `attn_mask` has no gradient.
+    """Compute `torch.nn.functional.scaled_dot_product_attention` without dropout.
+
+    The operands must be `expected`, and such as torch's flash attention for CPUs takes; `attn_mask`
+    has no gradient.
 
     query: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], G a divisor of H.
     """
@@ -51,15 +65,17 @@ def attention(
 
 
 def _options(query: Tensor, mask: Sequence[Tensor], text: str) -> dict[str, Any]:
-    """What torch's ops are told of the scores. mask: none or one."""
+    """Return the arguments of torch's ops that concern the scores. mask: none or one."""
     is_causal, scale = read_attention_call(text)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return {"is_causal": is_causal, "attn_mask": mask[0] if mask else None, "scale": scale}
 
 
 def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) -> list[Tensor]:
-    """Attention [B, H, M, D] and float32 [B, H, M], the logarithm of each row's sum. tensors: key,
-    value and a mask, if there is one."""
+    """Return the attention [B, H, M, D] and the logarithm of each row's sum, float32 [B, H, M].
+
+    tensors: key, value and a mask, if there is one.
+    """
     key, value, *mask = tensors
     return list(TORCH_FORWARD(query, key, value, 0.0, **_options(query, mask, text)))
 
@@ -67,13 +83,21 @@ def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) ->
 def _backward(
     grads: Sequence[Tensor], query: Tensor, tensors: Sequence[Tensor], seed: None, text: str
 ) -> list[Tensor]:
-    """The gradients of query, key and value; where ours is not available, by torch. tensors: the
-    forward's, then its results."""
+    """Return the gradients of query, key and value; torch's where ours are not available.
+
+    tensors: the forward's, then its results.
+    """
     (grad,), (key, value, *mask, out, log_sum) = grads, tensors
     operands, options = (query, key, value, out, log_sum), _options(query, mask, text)
     if cpu_attention.available(grad, query, key, value):
         return list(cpu_attention.gradients(grad, *operands, **options))
-    return list(_TORCH_BACKWARD(grad, *operands, dropout_p=0.0, **options))
+    inputs = [grad, *operands]
+    if _widens(grad, query, key, value):
+        inputs = [each.float() for each in inputs]
+        options["attn_mask"] = mask[0].float() if mask else None
+    found = _TORCH_BACKWARD(*inputs, dropout_p=0.0, **options)
+    # In the dtypes and strides that `_fake_backward` has told.
+    return [torch.empty_like(like).copy_(each) for like, each in zip(operands, found, strict=False)]
 
 
 def _fake_backward(

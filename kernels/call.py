@@ -44,7 +44,7 @@ class Call:
     experts: 0, or the number of experts whose weights [E, N, K] the single Linear's layout stores
     as [E * N, K]; rank is then each expert's.
 
-    Scaling is data, a tensor, and no part of a Call, so that a new one compiles nothing.
+    Scaling is a tensor and not part of a Call, so that a new value compiles nothing.
     """
 
     linears: tuple[LinearCall, ...]
@@ -74,7 +74,7 @@ class Call:
 
     @functools.cached_property
     def text(self) -> str:
-        """JSON that `parse` reads back; equal Calls have equal texts."""
+        """The Call as JSON, which `parse` reads back; equal Calls have equal texts."""
         fields = {name: getattr(self, name) for name in _PLAIN}
         fields |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _DTYPES}
         fields["needs"] = astuple(self.needs)
@@ -85,13 +85,13 @@ class Call:
         return self.text
 
     def __hash__(self) -> int:
-        # A text keeps its hash; that of all fields would be computed in every look-up.
+        # A text keeps its hash; the hash of all fields would be computed in every look-up.
         return hash(self.text)
 
     @staticmethod
     @functools.cache
     def parse(text: str) -> Call:
-        """The Call that wrote `text`."""
+        """Return the Call whose `text` this is."""
         fields = parsed_json(text)
         return Call(
             linears=tuple(

@@ -15,11 +15,11 @@ OFF = 2.0
 """A call contradicts a record that is off by this factor."""
 
 SEVERAL = 5
-"""Timed calls in a row that have to contradict a record in the same way."""
+"""How many timed calls in a row have to contradict a record in the same way."""
 
 _DISTANCES = range(11, 24)
-"""Calls from one that is timed to the next, drawn anew each time: with a fixed distance the same
-layers would be timed in every step, where that has a multiple of so many calls."""
+"""The number of calls from a timed one to the next, drawn anew each time: with a fixed distance the
+same layers would be timed in every step of a multiple of so many calls."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Contradiction:
 class CallTimes:
     """The times of some calls beside the recorded ones.
 
-    A call that is not timed costs the counting of it, about 0.4 µs; one that is timed about 2 µs.
+    Counting a call costs about 0.4 µs, timing it about 2 µs.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -46,7 +46,7 @@ class CallTimes:
         self._in_a_row: dict[Problem, tuple[Choice, int]] = {}
 
     def is_due(self) -> bool:
-        """Count a call; whether to time it."""
+        """Count a call, and return whether to time it."""
         self._calls += 1
         if self._calls < self._next:
             return False
@@ -70,7 +70,7 @@ class CallTimes:
         elif seconds * OFF < least:
             contradicted = -1
         known, count = self._in_a_row.get(problem, (choice, 0))
-        # In the same way as before, and of the same choice; else begin anew.
+        # In the same way as before, and about the same choice; otherwise begin anew.
         if known is not choice or count * contradicted < 0 or not contradicted:
             count = 0
         count += contradicted

@@ -1,4 +1,4 @@
-"""What the cost model knows of a device. Data sheets' figures: a model, never a measurement."""
+"""What the cost model knows of a device: figures from data sheets, a model and no measurement."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """target: as of `target_of`. flops: dense 16-bit tensor-core operations a second with float32
-    accumulation. bandwidth: bytes a second of its memory. vendor_efficiency: the part of `flops`
-    the vendor's GEMM reaches on large problems. sms: its multiprocessors."""
+    """A GPU. target: as of `target_of`. flops: dense 16-bit tensor-core operations per second with
+    float32 accumulation. bandwidth: bytes per second of the memory. vendor_efficiency: the part of
+    `flops` that the vendor's GEMM reaches on large problems. sms: the number of multiprocessors."""
 
     name: str
     target: str
@@ -24,13 +24,15 @@ class DeviceModel:
     sms: int
 
     def gemm_seconds(self, m: int, n: int, k: int, efficiency: float) -> float:
-        """Seconds of a product [M, K] x [K, N] that reads its operands from memory once."""
+        """Return the seconds of a product [M, K] x [K, N] that reads its operands from memory
+        once."""
         moved = 2 * (m * k + n * k + m * n)
         # Tensor cores work on no fewer than sixteen rows.
         return max(2 * max(m, 16) * n * k / (self.flops * efficiency), self.stream_seconds(moved))
 
     def stream_seconds(self, moved: float) -> float:
-        """Seconds of moving so many bytes at the usual fraction of the memory's bandwidth."""
+        """Return the seconds of moving so many bytes at the usual part of the memory's
+        bandwidth."""
         return moved / (0.92 * self.bandwidth)
 
 
@@ -39,10 +41,10 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class CpuModel(DeviceModel):
-    """Of torch's operators on a CPU's threads; each tuple is for float64, float32, bfloat16 and
-    float16. gemm: operations a second of large products. thin: of products with a dimension of
-    sixteen. decode: seconds per weight. operator: seconds of starting one. dropout: seconds per
-    element of a mask."""
+    """Torch's operators on a CPU's threads; each tuple is for float64, float32, bfloat16 and
+    float16. gemm: operations per second of large products. thin: the same of products with a
+    dimension of sixteen. decode: seconds per weight. operator: seconds of starting an operator.
+    dropout: seconds per element of a mask."""
 
     gemm: tuple[float, ...]
     thin: tuple[float, ...]
@@ -52,7 +54,8 @@ class CpuModel(DeviceModel):
 
     @classmethod
     def from_json(cls, figures: Mapping[str, Any]) -> CpuModel:
-        """Of what `dataclasses.asdict` and JSON made of one; raises TypeError for other fields."""
+        """Return the model that `dataclasses.asdict` and JSON have written; raise TypeError for
+        other fields."""
         parts: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in figures.items()
@@ -60,16 +63,16 @@ class CpuModel(DeviceModel):
         return cls(**parts)
 
     def of(self, figures: tuple[float, ...], dtype: torch.dtype) -> float:
-        """The one of `figures` for `dtype`."""
+        """Return the figure for `dtype`."""
         return figures[_DTYPES.index(dtype)]
 
     def move_seconds(self, moved: float) -> float:
-        """Seconds of an operator that moves so many bytes."""
+        """Return the seconds of an operator that moves so many bytes."""
         return moved / self.bandwidth + self.operator
 
 
 LAUNCH_SECONDS = 4e-6
-"""Of one kernel between others."""
+"""The seconds that starting one of many kernels takes."""
 
 DEVICE_MODELS = (
     DeviceModel("A100", "sm_80", 312e12, 2.04e12, 0.80, 108),
@@ -104,7 +107,8 @@ CPU = CpuModel(
 
 @functools.cache
 def device_model(device: str, target: str) -> DeviceModel:
-    """The card's model, or that of another card of its target, or of the nearest generation."""
+    """Return the card's model, or that of another card of its target, or of the nearest
+    generation."""
     # A device that is only assumed has no name.
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     for model in DEVICE_MODELS:
@@ -114,7 +118,8 @@ def device_model(device: str, target: str) -> DeviceModel:
 
 
 def model_of_target(target: str) -> DeviceModel:
-    """The first card listed for `target`, else for the nearest generation of the same vendor."""
+    """Return the first card listed for `target`, else for the nearest generation of the same
+    vendor."""
     vendor, number = target[:3], int(target.lstrip("smgfx_"), 16)
 
     def distance(model: DeviceModel) -> tuple[bool, int]:

@@ -22,14 +22,14 @@ _SIGN_BITS = -0x7FFF8000
 """The top bit of both 16-bit halves of an int32."""
 
 _CHUNK = 1 << 16
-"""Counters handled at a time: five int64 buffers of this length bound the scratch memory, and are
-long enough to hide what starting an operator costs."""
+"""Counters handled at a time. Five int64 buffers of this length bound the scratch memory, and are
+long enough to hide the cost of starting an operator."""
 
 
 def philox4x32(
     words: Sequence[Tensor | int], key: Tensor | int, rounds: int = ROUNDS
 ) -> list[Tensor | int]:
-    """The four output words of the counters `words`, low word first.
+    """Return the four output words of the counters `words`, low word first.
 
     words: four values below 2**32, ints or int64 tensors of one shape, which are overwritten;
     key: 64 bits, an int or an int64 tensor of that shape. Only the low 32 bits of the output words
@@ -48,7 +48,7 @@ def philox4x32(
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of `value` modulo 2**64."""
+    """Return the int64 with the bits of `value` modulo 2**64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -60,11 +60,11 @@ def _product(word: Tensor | int, multiplier: int) -> Tensor | int:
 def _mixed(
     product: Tensor | int, low: Tensor | int, key: Tensor | int, spare: list[Tensor]
 ) -> Tensor | int:
-    """High half of `product` xor low half of `low` xor `key`, below 2**32.
+    """Return the high half of `product` xor the low half of `low` xor `key`, below 2**32.
 
-    Words that are still ints, as the constant ones of a counter are for a round or two, cost
-    nothing; buffers nobody needs any longer go to `spare`, because fresh memory costs more than
-    the arithmetic.
+    Words that are still ints, such as a counter's constant words in the first rounds, cost nothing.
+    Buffers that are no longer needed go to `spare`, because fresh memory costs more than the
+    arithmetic.
     """
     if not isinstance(product, Tensor):
         if not isinstance(low, Tensor):
@@ -81,7 +81,7 @@ def _mixed(
 
 
 def dropout_threshold(probability: float) -> int:
-    """Lanes below it are dropped."""
+    """Return the number below which lanes are dropped."""
     return round(probability * 65536)
 
 
@@ -93,9 +93,10 @@ def keep_mask(
     k: int,
     dtype: torch.dtype = torch.bool,
 ) -> Tensor:
-    """[rows[1] - rows[0], k] of `dtype`: 1 where rows `rows` of a [M, k] input are kept, else 0.
+    """Return the mask of rows `rows` of a [M, k] input: [rows[1] - rows[0], k] of `dtype`, 1 for
+    kept elements, else 0.
 
-    seed: int64 [1]. The same for every way of cutting the input into rows.
+    seed: int64 [1]. The mask is the same for every way of cutting the input into rows.
     """
     shape = (rows[1] - rows[0], k)
     threshold = dropout_threshold(probability)
@@ -120,7 +121,7 @@ def keep_mask(
             bits[:, position] = word
         begin = end
     # Flipping the sign bit turns the comparison of unsigned lanes into one of int16, which torch
-    # vectorises; so does it the result in int16 or `dtype`, and not the one in bool.
+    # vectorises if the result is in int16 or `dtype`, but not in bool.
     lanes = lanes.view(torch.int32).bitwise_xor_(_SIGN_BITS).view(torch.int16).view(-1)
     lanes = lanes[first - start * LANES : last - start * LANES].view(shape)
     if dtype == torch.bool:

@@ -1,8 +1,8 @@
 """Cross-entropy of an output head straight from its input, without the logits of all rows.
 
 At a vocabulary of 128 000 the logits, their float32 copy and their gradient are by far the largest
-tensors of a training step. Here they exist for a few rows at a time, and the gradients are taken
-while they do; the backward only scales them (as Liger Kernel's fused linear cross-entropy).
+tensors of a training step. Here they exist for a few rows at a time, in which the gradients are
+computed too; the backward only scales these (as in Liger Kernel's fused linear cross-entropy).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     vocabulary_chunk: int | None = None,
 ) -> Tensor:
-    """`cross_entropy(f(hidden weightᵀ + bias + scaling * hidden lora_aᵀ lora_bᵀ), labels)`, with
-    f(z) = logit_scale * z, or softcap * tanh(logit_scale * z / softcap).
+    """Return `cross_entropy(f(hidden weightᵀ + bias + scaling * hidden lora_aᵀ lora_bᵀ), labels)`,
+    with f(z) = logit_scale * z, or softcap * tanh(logit_scale * z / softcap).
 
     hidden: [M, K]; weight: [V, K], packed or not; labels: int64 [M], each in [0, V) or
     `ignore_index`; bias: [V]; lora_a: [R, K]; lora_b: [V, R]. The base product runs in hidden's
-    dtype, or in autocast's where that is on, everything else in float32 (float64 for float64),
-    which is the dtype of the loss []. Gradients, of whichever tensors require one, come in their
-    tensors' dtypes. If all labels are ignored, the mean is NaN, as torch's, and gradients are 0.
+    dtype, or in autocast's if that is on; everything else runs in float32 (float64 for float64),
+    which is the dtype of the loss []. Tensors that require a gradient get it in their own dtypes.
+    If all labels are ignored, the mean is NaN, as in torch, and gradients are 0.
 
-    chunk, vocabulary_chunk: rows, and entries of the vocabulary, whose logits exist at a time;
-    where None, so many that a chunk is no larger than `hidden`. The vocabulary is split only if the
+    chunk, vocabulary_chunk: how many rows, and entries of the vocabulary, have logits at a time;
+    None for so many that a chunk is no larger than `hidden`. The vocabulary is split only if the
     weight has to be decoded or cast for the product; then every product is computed twice.
 
     Raises OptionError for an unknown reduction and LabelRangeError for a label out of range (on a
@@ -80,7 +80,7 @@ def chunked_cross_entropy(
 def _check_labels(labels: Tensor, size: int, ignore_index: int) -> None:
     kept = labels.masked_fill(labels == ignore_index, 0)
     if labels.device.type != "cpu":
-        # Fails on the device; to look from here would wait for it.
+        # This fails on the device; a check on the host would wait for the device.
         torch.zeros(1, device=labels.device).expand(size).index_select(0, kept)
         return
     wrong = labels[(kept < 0) | (kept >= size)]

@@ -1,4 +1,4 @@
-"""The logits of an output head, a few rows and entries at a time: their loss and its gradients."""
+"""Computes the loss and its gradients from a head's logits, a few rows and entries at a time."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
+from qlora_compile.kernels.cpu.instructions import product_dtype
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.kernels.workspace import workspace
 
 SMALLEST_BUDGET = 1 << 22
-"""Logits of a chunk, however few rows there are: fewer would read the weight for too few rows."""
+"""The least number of logits of a chunk: with fewer the weight would be read for too few rows."""
+
+WEIGHT_BLOCK = 1 << 20
+"""Entries of a weight that are cast at a time, in the cache, where the gradient of the logits
+overwrites them."""
 
 IN_PLACE = 4
-"""How many times as many logits a chunk has where their gradient overwrites them: no float32 copies
-are made of them then, so that they need no more memory."""
+"""A chunk has this many times as many logits if their gradient overwrites them: without float32
+copies they need no more memory."""
 
 
 @dataclass(frozen=True)
 class HeadSettings:
     """The constants of one call, as `chunked_cross_entropy` explains them.
 
-    packed: the weight, where it is packed. size: V. compute: dtype of the base product. mean: else
-    the sum. differentiates: whether gradients are wanted at all.
+    packed: the weight if it is packed, else None. size: V. compute: the dtype of the base product.
+    mean: whether the loss is the mean; if not, the sum. differentiates: whether gradients are
+    wanted.
     """
 
     packed: PackedWeight | None
@@ -63,13 +70,16 @@ class Sweep:
         self.hidden, self.labels, self.settings = hidden, labels, settings
         self.valid = labels != settings.ignore_index
         self.wide = wide = torch.promote_types(torch.float32, settings.compute)
+        on_cpu = hidden.device.type == "cpu" and target_of("cpu") is None
+        self.compute = product_dtype(settings.compute) if on_cpu else settings.compute
         self.bias = None if bias is None else bias.to(wide)
         self.lora_a = None if lora_a is None else lora_a.to(wide)
         self.lora_b = None if lora_b is None else lora_b.to(wide)
+        # A 16-bit product that writes some columns of a wide result takes far longer.
         self.in_place = (
-            softmax.available(hidden.device, settings.compute)
+            softmax.available(hidden.device, self.compute)
             and self.weight is not None
-            and self.weight.dtype == settings.compute
+            and self.compute in (self.weight.dtype, torch.float32)
             and settings.vocabulary_chunk is None
             and settings.softcap is None
             and bias is None
@@ -96,36 +106,39 @@ class Sweep:
         self.differentiates = any(needs)
 
     def _partition(self) -> tuple[list[slice], list[slice]]:
-        """Rows of `hidden`, and of the weight, that are taken at a time."""
+        """Return how many rows of `hidden`, and of the weight, to take at a time."""
         rows, width = self.hidden.shape
         settings = self.settings
         budget = max(self.hidden.numel(), SMALLEST_BUDGET) * (IN_PLACE if self.in_place else 1)
-        converted = self.weight is None or self.weight.dtype != settings.compute
+        converted = self.weight is None or self.weight.dtype != self.compute
         block = settings.vocabulary_chunk
         if block is None:
-            block = budget // max(width, 1) if converted else settings.size
+            entries = WEIGHT_BLOCK if self.in_place else budget
+            block = entries // max(width, 1) if converted else settings.size
         if settings.packed is not None:
             unit = format_named(settings.packed.format).row_alignment(settings.packed.layout)
             block = max(block // unit, 1) * unit
         block = max(min(block, settings.size), 1)
-        count = -(-rows // (settings.chunk or max(budget // block, 1)))
+        columns = settings.size if self.in_place else block
+        count = -(-rows // (settings.chunk or max(budget // columns, 1)))
         chunk = -(-rows // max(count, 1))
         return slices(rows, chunk), slices(settings.size, block)
 
     def run(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of the losses of all rows that count, and the gradients of it: of hidden, weight,
-        bias, lora_a, lora_b, None where none is needed."""
+        """Return the sum of the losses of all rows that count, and its gradients with respect to
+        hidden, weight, bias, lora_a and lora_b, None for those that are not needed."""
         settings = self.settings
         if self.lora_a is not None:
             for rows in self.rows:
                 part = self.hidden[rows].to(self.wide) @ self.lora_a.t()
                 self.low_rank[rows] = part.mul_(settings.scaling)
+        if self.in_place:
+            for rows in self.rows:
+                self._run_in_place(rows)
+            return self._results()
         once = len(self.blocks) == 1
         for weight, block in self._weights():
             for rows in self.rows:
-                if self.in_place:
-                    self._run_in_place(rows, weight, block)
-                    continue
                 logits = self._logits(rows, weight, block)
                 self._count(rows, logits, block)
                 if once and self.differentiates:
@@ -138,6 +151,11 @@ class Sweep:
                     self._differentiate(rows, logits, weight, block)
                     del logits
         self._through_adapter()
+        return self._results()
+
+    def _results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """What `run` returns."""
+        settings = self.settings
         smoothing = settings.label_smoothing
         losses = self.log_sum - (1.0 - smoothing) * self.target
         if smoothing:
@@ -149,8 +167,8 @@ class Sweep:
         return losses.masked_fill_(~self.valid, 0.0).sum(), gradients
 
     def _weights(self) -> Iterator[tuple[Tensor, slice]]:
-        """Each block of the weight [block, K] in the product's dtype, and where it is."""
-        packed, dtype = self.settings.packed, self.settings.compute
+        """Yield each block of the weight [block, K] in the product's dtype, and its place."""
+        packed, dtype = self.settings.packed, self.compute
         for block in self.blocks:
             if packed is not None:
                 rows = (block.start, block.stop)
@@ -159,9 +177,9 @@ class Sweep:
                 yield self.weight[block].to(dtype), block
 
     def _logits(self, rows: slice, weight: Tensor, block: slice) -> Tensor:
-        """[rows, block]."""
+        """Return the logits [rows, block]."""
         settings = self.settings
-        logits = (self.hidden[rows].to(settings.compute) @ weight.t()).to(self.wide)
+        logits = (self.hidden[rows].to(self.compute) @ weight.t()).to(self.wide)
         if self.bias is not None:
             logits += self.bias[block]
         if self.lora_b is not None:
@@ -171,12 +189,14 @@ class Sweep:
             return logits.mul_(factor).tanh_().mul_(settings.softcap)
         return logits.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else logits
 
-    def _run_in_place(self, rows: slice, weight: Tensor, block: slice) -> None:
-        """All of `rows` where nothing but the weight makes their logits."""
+    def _run_in_place(self, rows: slice) -> None:
+        """Do all of `rows` in place, if only the weight makes their logits."""
         settings = self.settings
-        hidden = self.hidden[rows].to(settings.compute)
-        logits = workspace(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-        torch.mm(hidden, weight.t(), out=logits)
+        hidden = self.hidden[rows].to(self.compute)
+        shape = (len(hidden), settings.size)
+        logits = workspace(*shape, dtype=hidden.dtype, device=hidden.device)
+        for weight, block in self._weights():
+            torch.mm(hidden, weight.t(), out=logits[:, block])
         softmax.cross_entropy_rows(
             logits,
             self.labels[rows].contiguous(),
@@ -187,16 +207,17 @@ class Sweep:
             differentiates=self.differentiates,
         )
         if self.differentiates:
-            self._through_weight(rows, logits, weight, block)
+            for weight, block in self._weights():
+                self._through_weight(rows, logits[:, block], weight, block)
 
     def _targets(self, rows: slice, block: slice) -> tuple[Tensor, Tensor]:
-        """Each row's label as a column of the block [rows, 1], and whether it is one."""
+        """Return each row's label as a column of the block, [rows, 1], and whether it is in it."""
         local = self.labels[rows] - block.start
         inside = self.valid[rows] & (local >= 0) & (local < block.stop - block.start)
         return local.clamp(0, block.stop - block.start - 1).unsqueeze(1), inside.unsqueeze(1)
 
     def _count(self, rows: slice, logits: Tensor, block: slice) -> None:
-        """Adds the block to the rows' log-sum-exp, their label's logit and their logits' sum."""
+        """Add the block to the rows' log-sum-exp, label's logit and sum of logits."""
         column, inside = self._targets(rows, block)
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], logits.logsumexp(1))
         # Not a product with `inside`: the infinite logit of another label would be NaN.
@@ -205,7 +226,7 @@ class Sweep:
             self.total[rows] += logits.sum(1)
 
     def _differentiate(self, rows: slice, logits: Tensor, weight: Tensor, block: slice) -> None:
-        """Adds the block's part to every gradient; overwrites `logits`."""
+        """Add the block's part to every gradient; overwrite `logits`."""
         settings = self.settings
         slope = None
         if settings.softcap is not None:
@@ -230,22 +251,21 @@ class Sweep:
         self._through_weight(rows, grad, weight, block)
 
     def _through_weight(self, rows: slice, grad: Tensor, weight: Tensor, block: slice) -> None:
-        """From the gradient of the base product's logits to those of `hidden` and the weight."""
-        settings = self.settings
+        """Add to the gradients of `hidden` and the weight, given that of the base product."""
         if self.grad_hidden is not None:
-            target, narrow = self.grad_hidden[rows], grad.to(settings.compute)
+            target, narrow = self.grad_hidden[rows], grad.to(self.compute)
             if target.dtype == narrow.dtype:
                 torch.addmm(target, narrow, weight, out=target)
             else:
                 target += narrow @ weight
         if self.grad_weight is not None:
             # Not yet divided by the number of rows, this sum could be too large for float16.
-            half = settings.compute == torch.float16
-            dtype = self.wide if half else settings.compute
+            half = self.compute == torch.float16
+            dtype = self.wide if half else self.compute
             self.grad_weight[block] += grad.t().to(dtype) @ self.hidden[rows].to(dtype)
 
     def _through_adapter(self) -> None:
-        """From the gradient of the low-rank product to those of lora_a and `hidden`."""
+        """Add to the gradients of lora_a and `hidden`, given that of the low-rank product."""
         if self.lora_a is None or not self.differentiates:
             return
         for rows in self.rows:

@@ -1,4 +1,4 @@
-"""Layout: how a frozen weight is stored, as a value that graphs, files and records can carry."""
+"""Layout: how a frozen weight is stored, as a value for graphs, files and records."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _VERSION = 1
 
 
 def _number(text: str) -> int | str:
-    """The whole number that `text` is, or else the word."""
+    """Return the whole number that `text` stands for, else `text` itself."""
     return int(text) if text.isdecimal() else text
 
 
 def slices(size: int, step: int) -> list[slice]:
-    """0 … `size` in runs of `step`, the last of which may be shorter."""
+    """Return slices of 0 … `size` in runs of `step`, the last of which may be shorter."""
     step = max(step, 1)
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 class OfLayout:
-    """What has the `layout` of one weight, and so its shape."""
+    """A value with the `layout` of one weight, and so with its shape."""
 
     layout: Layout
 
@@ -58,12 +58,12 @@ class Plane:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that is known of a stored weight but its tensors.
+    """All that is known of a stored weight, except its tensors.
 
     format: the name of a QuantFormat, or "none" for a weight kept in its own floating-point dtype.
     shape: the logical [N, K]; weights of experts [E, N, K] are stored as [E * N, K].
-    parameters: what that format lets one choose, such as a block size, as sorted pairs of a name
-    and a whole number or a word. The format checks them and derives the planes from them.
+    parameters: the options of the format, such as a block size, as sorted pairs of a name and a
+    whole number or a word. The format checks them and derives the planes from them.
     """
 
     format: str
@@ -72,7 +72,7 @@ class Layout:
 
     @classmethod
     def of(cls, format: str, shape: tuple[int, int], **parameters: int | str) -> Layout:
-        """The Layout with `parameters` by name."""
+        """Return the Layout with `parameters`, given by name."""
         return cls(format, shape, tuple(sorted(parameters.items())))
 
     @property
@@ -86,11 +86,11 @@ class Layout:
         return dict(self.parameters)
 
     def with_rows(self, rows: int) -> Layout:
-        """The Layout of a weight with so many rows, stored in the same way."""
+        """Return the Layout of a weight with so many rows, stored in the same way."""
         return replace(self, shape=(rows, self.shape[1]))
 
     def __str__(self) -> str:
-        """Such as "nf4[576x1536] block_size=64 double_quantize=1"; `parse` reads it back."""
+        """Return text such as "nf4[576x1536] block_size=64 double_quantize=1", for `parse`."""
         rows, columns = self.shape
         listed = "".join(f" {name}={value}" for name, value in self.parameters)
         return f"{self.format}[{rows}x{columns}]{listed}"
@@ -98,7 +98,7 @@ class Layout:
     @staticmethod
     @functools.cache
     def parse(text: str) -> Layout:
-        """The Layout that `str` wrote. Raises LayoutTextError."""
+        """Return the Layout whose `str` is `text`. Raises LayoutTextError."""
         found = _TEXT.fullmatch(text)
         if found is None:
             raise LayoutTextError(value=text)
@@ -107,13 +107,13 @@ class Layout:
         return Layout(found["format"], (int(found["rows"]), int(found["columns"])), parameters)
 
     def to_tensor(self) -> Tensor:
-        """The text as uint8 with a version before it: module state and safetensors hold tensors
-        alone. `from_tensor` reads it back."""
+        """Return a version and the text as uint8, because module state and safetensors hold only
+        tensors; `from_tensor` reads it back."""
         return torch.tensor([_VERSION, *str(self).encode()], dtype=torch.uint8, device="cpu")
 
     @staticmethod
     def from_tensor(stored: Tensor) -> Layout:
-        """The Layout that `to_tensor` wrote. Raises LayoutVersionError and LayoutTextError."""
+        """Read what `to_tensor` has written. Raises LayoutVersionError and LayoutTextError."""
         version, *text = stored.tolist() or [0]
         if version != _VERSION:
             raise LayoutVersionError(value=version, known=_VERSION)

@@ -1,9 +1,9 @@
-"""The library of the package's ops, and how each is registered.
+"""The library of the package's ops, and their registration.
 
-Every op with a kernel takes (x, tensors, seed, call), its backward (grads, x, tensors, seed, call),
-where `call` is a text. They are registered by hand and not as a `custom_op`, whose wrapper takes
-longer than small products do. The autograd kernel hands every tensor to torch.autograd.Function by
-itself: in a list it would be overlooked.
+Every op takes (x, tensors, seed, call), its backward (grads, x, tensors, seed, call), where `call`
+is a text. Ops are registered by hand and not as a `custom_op`, whose wrapper takes longer than
+small products do. The autograd kernel passes each tensor to torch.autograd.Function as an argument
+of its own, because tensors in a list would be overlooked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LIBRARY = torch.library.Library("qlora_compile", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Registered:
-    """What an op was registered with. operands: as in its schema."""
+    """The functions that an op was registered with. operands: as in its schema."""
 
     operands: str
     compute: Callable[..., list[Tensor]]
@@ -37,8 +37,8 @@ def register(
     fake: Callable[..., list[Tensor]],
     gradients: type[OpFunction] | None = None,
 ) -> Any:
-    """Defines an op and returns it as it appears in a graph. gradients: what differentiates it;
-    without, it is the backward of another op."""
+    """Define an op and return it as it appears in a graph. gradients: what differentiates it; None
+    for the backward of another op."""
     operands = "Tensor x, Tensor[] tensors, Tensor? seed, str call"
     operands = f"Tensor[] grads, {operands}" if gradients is None else operands
     LIBRARY.define(f"{name}({operands}) -> Tensor[]")
@@ -73,6 +73,6 @@ class OpFunction(torch.autograd.Function):
 
 
 def _below_autograd(op: Any, keys: Any, *arguments: Any) -> list[Tensor]:
-    """What the kernels of `op` below autograd return; keys: of the dispatcher."""
+    """Return the result of the kernels of `op` below autograd; keys: the dispatcher's."""
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)

@@ -28,16 +28,18 @@ class TensorIndices:
     scaling: int | None
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Any]:
-        """The tensors of this Linear out of `tensors`, by name."""
+        """Return the tensors of this Linear, out of `tensors`, by name."""
         return {name: None if at is None else tensors[at] for name, at in vars(self).items()}
 
 
 @functools.lru_cache(maxsize=4096)
 def tensor_indices(call: Call) -> tuple[TensorIndices, ...]:
-    """Of each Linear: its planes, its bias if it has one, and if it has an adapter lora_a [R, K],
-    lora_b [N, R] and scaling (float32, one element), in this order. Before the planes of experts
-    come their offsets. S [M, sum of ranks] comes after the tensors of the last Linear where a
-    backward is given it."""
+    """Return for each Linear the indices of its planes, of its bias if it has one, and, if it has
+    an adapter, of lora_a [R, K], lora_b [N, R] and scaling (float32, one element), in this order.
+
+    Experts have their offsets before the planes. A backward that gets S [M, sum of ranks] has it
+    after the tensors of the last Linear.
+    """
     found = []
     end = 1 if call.experts else 0
     for linear in call.linears:
@@ -54,7 +56,7 @@ def tensor_indices(call: Call) -> tuple[TensorIndices, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def specs(call: Call) -> tuple[LinearSpec, ...]:
-    """The constants of each Linear of `call` as variants take them."""
+    """Return the constants of each Linear of `call`, as variants take them."""
     dtypes = (call.compute_dtype, call.lora_dtype, call.out_dtype)
     return tuple(
         LinearSpec(linear.layout, call.dropout, linear.stream, *dtypes) for linear in call.linears
@@ -68,8 +70,9 @@ def bound(
     seed: Tensor | None,
     low_rank: Tensor | None = None,
 ) -> Group:
-    """The Linears of `call` with their `tensors`, which are in the order of `tensor_indices`.
-    low_rank: S of all adapters in one [M, sum of ranks], of which each adapter has its columns."""
+    """Return the Linears of `call` with their `tensors`, which are in the order of
+    `tensor_indices`. low_rank: S of all adapters in one tensor [M, sum of ranks]; each adapter gets
+    its columns."""
     group: list[Linear] = []
     column = 0
     for linear, indices, spec in zip(call.linears, tensor_indices(call), specs(call), strict=True):
@@ -87,7 +90,7 @@ def bound(
 
 
 def problem_of(call: Call, direction: Direction, rows: int, x: Tensor) -> Problem:
-    """The Problem of `call` in one direction, for `rows` rows of x's dtype on x's device."""
+    """Return the Problem of `call` in one direction, for `rows` rows of x's dtype on x's device."""
     return _problem(call, direction, bucket_rows(rows), x.dtype, str(x.device))
 
 

@@ -18,13 +18,13 @@ from qlora_compile.kernels.selector import select, selector_named
 
 
 def hinted_rows(x: Tensor, k: int) -> int:
-    """Rows of x [..., k]; a dynamic dimension stands for many, what it was at capture is one."""
+    """Return the rows of x [..., k], with dynamic dimensions as they were at capture."""
     rows: Any = x.numel() // k if k else 0
     return rows if isinstance(rows, int) else rows.node.hint or 0
 
 
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
-    """Every y [..., N] of the Call, and last, if the Call saves it, S [M, sum of ranks].
+    """Return every y [..., N] of the Call, and last, if the Call saves it, S [M, sum of ranks].
 
     x [..., K]; tensors in the order of `tensor_indices`; seed: int64 [1] if there is dropout.
     """
@@ -46,15 +46,15 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
 def _backward(
     grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """The gradients that the Call needs: of x, then of each Linear those of its bias, lora_a and
-    lora_b. grads: of every y. tensors: the forward's, then S if the Call saves it."""
+    """Return the gradients that the Call needs: of x, then each Linear's of bias, lora_a and
+    lora_b. grads: those of every y. tensors: the forward's, then S if the Call saves it."""
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = tensors[-1] if call.save_low_rank else None
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
     problem = problem_of(call, "backward", rows.shape[0], x)
-    # Fewer gradients than are measured take less time, which would contradict a right record.
+    # Fewer gradients than measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
     with torch.autocast(x.device.type, enabled=False):
         choice = select(problem, call.records)
@@ -69,8 +69,8 @@ def _backward(
 
 
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """`rows` in another shape, and no view of them: autograd lets nobody write to a view that an
-    op made, as a model may to a Linear's output (`hidden += residual`)."""
+    """Return `rows` in another shape, but not as a view: autograd forbids writing to a view that an
+    op made, and models may write to a Linear's output (`hidden += residual`)."""
     return torch.ops.aten._unsafe_view(rows, shape)
 
 
@@ -81,7 +81,7 @@ def _needing(call: Call, needs: NeedsGradient) -> Call:
 
 @functools.lru_cache(maxsize=4096)
 def differentiated(call: Call) -> tuple[int, ...]:
-    """The indices of the tensors whose gradients a backward returns, in that order."""
+    """Return the indices of the tensors whose gradients a backward returns, in that order."""
     found = []
     for each in tensor_indices(call):
         found += [each.bias] * call.needs.bias
@@ -90,8 +90,8 @@ def differentiated(call: Call) -> tuple[int, ...]:
 
 
 def register_fused(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
-    """Registers `forward` as the op `name` and `backward` as the op of its gradients, which is
-    called `name`_backward; returns the former as it appears in a graph.
+    """Register `forward` as the op `name`, and `backward` as the op `name`_backward of its
+    gradients; return the former as it appears in a graph.
 
     forward (x, tensors, seed, text) -> every y, and S if the Call `text` saves it; backward
     (grads, x, tensors, seed, text) -> the needed gradients, in the order of `differentiated` and
@@ -103,7 +103,7 @@ def register_fused(name: str, forward: Callable[..., Any], backward: Callable[..
 
 
 _BACKWARD: dict[Any, Any] = {}
-"""The op of the gradients of each fused op."""
+"""The ops of gradients, by the fused op."""
 
 
 def _fake_forward(
@@ -126,8 +126,8 @@ def _fake_backward(
 
 
 class _Fused(OpFunction):
-    """Saves x, handles to the packed weights, the small adapters and perhaps S [M, ranks]: nothing
-    else of [M, K], [M, N] or [N, K]."""
+    """Saves x, references to the packed weights, the small adapters and perhaps S [M, ranks], but
+    no other tensor of [M, K], [M, N] or [N, K]."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,7 +140,7 @@ class _Fused(OpFunction):
             ctx.mark_non_differentiable(output[-1])
             saved.append(output[-1])
         ctx.set_materialize_grads(False)
-        # x is for the adapters alone: without any the model may write to it afterwards.
+        # Only the adapters need x; without adapters the model may write to x afterwards.
         ctx.save_for_backward(x if ctx.call.rank else None, seed, *saved)
 
     @staticmethod
@@ -189,11 +189,11 @@ def quantized_linear(
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] @ dequant(planes)ᵀ + bias for a weight [N, K] stored as the
-    Layout that `layout` is the text of.
+    """Return y [..., N] = x [..., K] @ dequant(planes)ᵀ + bias for a weight [N, K] whose Layout has
+    the text `layout`.
 
-    Without dtypes it runs and returns in x's dtype, or in autocast's where that is on, as
-    `torch.nn.functional.linear` would.
+    Without dtypes, it runs and returns in x's dtype, or in autocast's if that is on, like
+    `torch.nn.functional.linear`.
     """
     device = x.device.type
     # Autocast leaves float64 alone.
@@ -208,7 +208,7 @@ def quantized_linear(
 # Dynamo traces neither caches nor JSON; the text depends on nothing but constants.
 @torch.compiler.assume_constant_result
 def text_of_one(*constants: Any) -> str:
-    """The text of the Call that `_cached_text` makes of `constants`."""
+    """Return the text of the Call with `constants`, from a cache."""
     return _cached_text(*constants)
 
 

@@ -14,20 +14,20 @@ from qlora_compile.kernels.layout import Layout, Plane
 
 
 def as_bytes(plane: Tensor) -> Tensor:
-    """`plane`, or if it holds floating-point numbers its memory as uint8 [bytes], which no cast of
-    a module and no policy of mixed precision changes."""
+    """Return `plane`, or if it is floating-point its memory as uint8 [bytes], which neither a
+    module's cast nor a policy of mixed precision changes."""
     return plane.reshape(-1).view(torch.uint8) if plane.is_floating_point() else plane
 
 
 def of_bytes(plane: Tensor, dtype: torch.dtype) -> Tensor:
-    """`plane`, or if it holds what `as_bytes` made of numbers of another `dtype`, those numbers."""
+    """Return `plane`, or the numbers of `dtype` of which `as_bytes` has made it."""
     return plane.view(dtype) if plane.dtype == torch.uint8 and dtype != torch.uint8 else plane
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A frozen weight of logical shape [N, K]: its Layout, and its tensors by the names that the
-    layout's format declares. `QuantFormat.packed` makes one of tensors and checks them."""
+    layout's format declares. `QuantFormat.packed` makes one from tensors and checks them."""
 
     layout: Layout
     planes: Mapping[str, Tensor]
@@ -36,9 +36,8 @@ class PackedWeight:
     def checked(
         cls, layout: Layout, declared: Sequence[Plane], tensors: Sequence[Tensor]
     ) -> PackedWeight:
-        """The PackedWeight of `tensors`, which come in the order of the `declared` planes, in any
-        shape of the right number of elements or as `as_bytes` makes them. Raises
-        PackedWeightError."""
+        """Return the PackedWeight of `tensors`, in the order of the `declared` planes, of any shape
+        with the right number of elements, or as `as_bytes` makes them. Raises PackedWeightError."""
         problem = None
         if len(tensors) != len(declared):
             names = ", ".join(plane.name for plane in declared)

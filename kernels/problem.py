@@ -1,4 +1,4 @@
-"""Problem: the key of one fused linear, by which implementations are chosen and compared."""
+"""Problem: the key of one fused linear, by which variants are chosen and compared."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Direction = Literal["forward", "backward"]
 
 
 def bucket_rows(rows: int) -> int:
-    """The smallest power of two >= `rows`, so that near row counts share one choice."""
+    """Return the least power of two >= `rows`, so that near row counts share one choice."""
     return 1 << max(rows - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """What may differ among Linears that share their input."""
+    """The properties in which Linears that share their input may differ."""
 
     n: int
     rank: int
@@ -32,12 +32,12 @@ class Sibling:
 class Problem(OfLayout):
     """One direction of y[M, N] = x[M, K] @ dequant(W)[N, K]ᵀ + bias + scaling * drop(x) Aᵀ Bᵀ.
 
-    `m` is bucketed (`bucket_rows`), everything else is exact; `layout` tells how W is stored, and
-    its shape; `rank` is 0 without an adapter. `keeps_low_rank`: the forward returns
-    scaling * drop(x) Aᵀ [M, rank] too, and the backward is given it.
+    `m` is bucketed (`bucket_rows`), everything else is exact. `layout`: how W is stored, and its
+    shape. `rank`: 0 without an adapter. `keeps_low_rank`: whether the forward also returns
+    scaling * drop(x) Aᵀ [M, rank], and the backward is given it.
 
-    `siblings` are the Linears of a group that share x, in order, and empty for a single one; then
-    the layout's N and `rank` are their sums and `bias` tells whether any has one.
+    `siblings`: the Linears of a group that share x, in order; empty for a single Linear. In a group
+    the layout's N and `rank` are sums, and `bias` says whether any Linear has one.
     """
 
     direction: Direction
@@ -56,8 +56,9 @@ class Problem(OfLayout):
 
     @classmethod
     def of_group(cls, parts: Sequence[Problem]) -> Problem:
-        """The Problem of Linears that share their input: of `parts`, which are single and differ
-        in what a Sibling has alone; a Linear without adapter takes the others' adapter dtype."""
+        """Return the Problem of Linears that share their input, given their own Problems `parts`,
+        which differ only in what a Sibling holds, or in the adapter dtype of a Linear without
+        adapter, which is then the others'."""
         if len(parts) == 1:
             return parts[0]
         adapted = next((part for part in parts if part.rank), parts[0])
@@ -72,7 +73,7 @@ class Problem(OfLayout):
 
     @property
     def parts(self) -> tuple[Problem, ...]:
-        """Each sibling's own Problem; itself where it has none."""
+        """Each sibling's own Problem; for a single Linear, this Problem."""
         if not self.siblings:
             return (self,)
         return tuple(
@@ -90,18 +91,19 @@ class Problem(OfLayout):
 
     @property
     def columns(self) -> str:
-        """N as people read it: "576+192+192" of siblings."""
+        """N for people: "576+192+192" for siblings."""
         return "+".join(str(part.n) for part in self.parts)
 
     @property
     def ranks(self) -> str:
-        """The ranks, written like `columns`; one number where all agree."""
+        """The ranks, written like `columns`; one number if all are equal."""
         ranks = dict.fromkeys(part.rank for part in self.parts)
         listed = ranks if len(ranks) == 1 else (part.rank for part in self.parts)
         return "+".join(map(str, listed))
 
     def __str__(self) -> str:
-        """Such as "forward 512x1536x576 rank 16, nf4/64 double, bfloat16, adapter float32, cpu"."""
+        """Return text such as "forward 512x1536x576 rank 16, nf4/64 double, bfloat16, adapter
+        float32, cpu"."""
 
         def short(dtype: torch.dtype) -> str:
             return str(dtype).removeprefix("torch.")

@@ -1,6 +1,5 @@
-"""Choosing a variant for a Problem: functions of their arguments alone, without any state.
-
-`kernels/selector.py` holds what was measured.
+"""Chooses a variant for a Problem, by functions without state; `kernels/selector.py` holds the
+measurements.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from qlora_compile.kernels.variants.base import Config, Variant
 BASELINE = "dense"
 
 HANDFUL = 5
-"""Candidates measured for a problem: the cost model is right within 15 % or so."""
+"""How many candidates to measure for a problem; the cost model is right within about 15 %."""
 
 _OF_ONE_VARIANT = 3
-"""Candidates of one variant that are measured: the cost model tells its configs apart less well
-than it tells variants apart."""
+"""How many candidates of one variant to measure: the cost model ranks configs of a variant less
+well than it ranks variants."""
 
 _HOPELESS = 2.0
-"""A candidate modelled to take this many times as long as the standard *dense* is not measured: the
-cost model would have to be wrong by that factor."""
+"""A candidate modelled to take this many times as long as the standard *dense* is not measured, as
+the cost model would have to be wrong by that factor."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a choice. gain: how many times as fast as the standard *dense* it is.
-    margin: the same beside the second fastest, `runner_up`. None where the other one gave wrong
-    results."""
+    """The measurement of a choice. gain: how many times as fast as the standard *dense* it is.
+    margin: how many times as fast as the second fastest, `runner_up`. None if that other candidate
+    gave wrong results."""
 
     gain: float | None
     runner_up: str | None
@@ -64,10 +63,10 @@ def choose(
     model: DeviceModel,
     excluded: Collection[str] = (),
 ) -> Choice:
-    """The recorded choice for `problem`, else the one with the least modelled cost, unless its name
-    is `excluded`.
+    """Return the recorded choice for `problem`, else the choice of least modelled cost whose name
+    is not `excluded`.
 
-    A pure function of its arguments. Raises NoVariantError as `candidates` does.
+    A pure function of its arguments. Raises NoVariantError like `candidates`.
     """
     if problem in records:
         return records[problem]
@@ -76,9 +75,9 @@ def choose(
 
 
 def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
-    """Every config of every variant that does not reject `problem`, by modelled cost.
+    """Return every config of every variant that does not reject `problem`, by modelled cost.
 
-    Raises NoVariantError as `able` does.
+    Raises NoVariantError like `able`.
     """
     choices = (
         Choice(variant, config, variant.cost(problem, config, model))
@@ -89,8 +88,8 @@ def candidates(problem: Problem, model: DeviceModel) -> list[Choice]:
 
 
 def able(variants: Sequence[Any], problem: Problem) -> list[Any]:
-    """Those of `variants` that do not reject `problem`. Raises NoVariantError, with every variant's
-    reasons, when all reject it."""
+    """Return those of `variants` that do not reject `problem`. Raises NoVariantError, with every
+    variant's reasons, if all reject it."""
     reasons = {variant.name: variant.rejects(problem) for variant in variants}
     found = [variant for variant in variants if not reasons[variant.name]]
     if not found:
@@ -100,9 +99,11 @@ def able(variants: Sequence[Any], problem: Problem) -> list[Any]:
 
 
 def shortlist(ranked: Sequence[Choice], problem: Problem, limit: int = HANDFUL) -> list[Choice]:
-    """The candidates worth measuring out of those `ranked` by modelled cost: the best `limit`, but
-    only a few of each variant and none that is modelled much slower than the standard *dense*.
-    The standard is always among them, because gains are stated relative to it."""
+    """Return the candidates worth measuring, out of those `ranked` by modelled cost.
+
+    These are the best `limit`, but only a few of each variant, and none that is modelled much
+    slower than the standard *dense*, which is always among them because gains are relative to it.
+    """
     count: Counter[str] = Counter()
     listed = []
     standard = next((choice for choice in ranked if is_standard(choice, problem)), None)
@@ -122,19 +123,19 @@ def is_standard(choice: Choice, problem: Problem) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def modelled(problem: Problem, model: DeviceModel, excluded: frozenset[str]) -> Choice:
-    """`choose` without records, remembered."""
+    """Do as `choose` without records, and remember the result."""
     return choose(problem, {}, model, excluded)
 
 
 def model_for(device: str, cpu: CpuModel) -> DeviceModel:
-    """The cost model's figures of a torch device; `cpu` where Triton has no target for it."""
+    """Return the cost model's figures of a torch device: `cpu` if Triton has no target for it."""
     target = target_of(device)
     return cpu if target is None else device_model(device, target)
 
 
 def saving_is_faster(problems: Sequence[Problem], seconds: Sequence[float]) -> bool:
-    """Whether a call is faster if its forward saves S for the backward; seconds: of the choice for
-    each of the call's `problems`."""
+    """Whether a call is faster if its forward saves S for the backward. seconds: those of the
+    choice for each of the call's `problems`."""
     total = {True: 0.0, False: 0.0}
     for problem, each in zip(problems, seconds, strict=True):
         total[problem.keeps_low_rank] += each
@@ -142,8 +143,8 @@ def saving_is_faster(problems: Sequence[Problem], seconds: Sequence[float]) -> b
 
 
 def problems_of_call(forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
-    """The Problems of one call, given that of its forward: both directions if it `trains`, each
-    with S saved and without if it has adapters."""
+    """Return the Problems of one call, given its forward's: both directions if it `trains`, each
+    with and without S saved if it has adapters."""
     directions: tuple[Direction, ...] = ("forward", "backward") if trains else ("forward",)
     saving = (False, True) if trains and forward.rank else (False,)
     return tuple(

@@ -1,4 +1,4 @@
-"""Selector: answers which variant solves a Problem, by what was measured or else by the cost model.
+"""Selector: answers which variant solves a Problem, by measurements or else by the cost model.
 
 A Call carries the name of its selector, so that models with different records run side by side.
 """
@@ -26,38 +26,38 @@ from qlora_compile.kernels.selection import (
 )
 
 MODELLED = ""
-"""The name in a Call whose variants the cost model chooses."""
+"""The name, in a Call, for variants that the cost model chooses."""
 
 _Key = tuple[Problem, int]
 _UNTIMED: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class ModelledSelector:
-    """Chooses by the cost model alone, and so the same on every run: it has no state."""
+    """Chooses by the cost model alone; without state, and so the same on every run."""
 
     name = MODELLED
 
     def select(self, problem: Problem) -> Choice:
-        """The choice for `problem` of a call that is about to run."""
+        """Return the choice for `problem`, for a call that is about to run."""
         return self.look_up(problem)
 
     def look_up(self, problem: Problem) -> Choice:
-        """Like `select`, without recording a miss."""
+        """Do as `select`, without recording a miss."""
         return self.recorded(problem) or self._modelled(problem)
 
     def recorded(self, problem: Problem) -> Choice | None:
-        """The measured choice; None without one."""
+        """Return the measured choice; None without one."""
         return None
 
     def timing(
         self, problem: Problem, choice: Choice, rows: int | None
     ) -> contextlib.AbstractContextManager[None]:
-        """What to run `choice` in: now and then it times the run. rows: those of the call; None if
-        the run computes less than was measured."""
+        """Return a context to run `choice` in, which sometimes times the run. rows: the call's;
+        None if the run computes less than was measured."""
         return _UNTIMED
 
     def unmeasured(self, problem: Problem) -> str | None:
-        """Why no measurement of `problem` counts; None if none was tried, or one counts."""
+        """Return why no measurement of `problem` counts; None if none was tried, or one counts."""
         return None
 
     def saves_low_rank(self, forward: Problem) -> bool:
@@ -65,7 +65,7 @@ class ModelledSelector:
         return self.prefers_saving(forward)
 
     def prefers_saving(self, forward: Problem) -> bool:
-        """Like `saves_low_rank`, but the answer binds no later call."""
+        """Do as `saves_low_rank`, without binding later calls to the answer."""
         if not forward.rank:
             return False
         problems = problems_of_call(forward, trains=True)
@@ -82,14 +82,14 @@ class ModelledSelector:
 class Selector(ModelledSelector):
     """Chooses what was recorded for a problem, else by the cost model.
 
-    It owns the records, the problems that have none (misses), the candidates that gave wrong
-    results (exclusions), the decisions about S and the times of real calls. Its tuner owns it, and
-    Calls find it by `name` as long as it lives. generation: a number that moves whenever a choice
+    It owns the records, the problems without a record (misses), the candidates that gave wrong
+    results (exclusions), the decisions about S, and the times of real calls. Its tuner owns it, and
+    Calls find it by `name` as long as it lives. generation: a number that changes whenever a choice
     may have changed.
     """
 
     def __init__(self, name: str) -> None:
-        """Takes `name`, or name-2, name-3, … where living selectors have it."""
+        """Take `name`, or name-2, name-3, … if a living selector has it."""
         self.generation = 0
         self.cpu = CPU
         self._records: dict[_Key, Choice] = {}
@@ -114,7 +114,7 @@ class Selector(ModelledSelector):
         return self._records.get(_key(problem))
 
     def saves_low_rank(self, forward: Problem) -> bool:
-        """The first answer stays: a checkpoint's recomputation must save what its forward saved."""
+        """Answer once for all: a checkpoint's recomputation must save what its forward saved."""
         decided = self.prefers_saving(forward)
         return self._saves_low_rank.setdefault(_without_decision(forward), decided)
 
@@ -123,9 +123,8 @@ class Selector(ModelledSelector):
         return super().prefers_saving(forward) if decided is None else decided
 
     def problems_to_measure(self, forward: Problem, *, trains: bool) -> tuple[Problem, ...]:
-        """The Problems of a call that a measurement decides between. Where, by the cost model, no
-        forward is faster for not saving S, only those that save it: the backward then spares a
-        product."""
+        """Return the Problems of a call to measure. If, by the cost model, no forward is faster for
+        not saving S, these are only the ones that save S, which spares the backward a product."""
         problems = problems_of_call(forward, trains=trains)
         saving = tuple(each for each in problems if each.keeps_low_rank)
         if saving and self._modelled(saving[0]).seconds <= self._modelled(problems[0]).seconds:
@@ -135,55 +134,55 @@ class Selector(ModelledSelector):
     def timing(
         self, problem: Problem, choice: Choice, rows: int | None
     ) -> contextlib.AbstractContextManager[None]:
-        # Timing a GPU's calls would mean to wait for it.
+        # Timing calls on a GPU would mean waiting for it.
         if rows is None or problem.device != "cpu" or not self._times.is_due():
             return _UNTIMED
         return self._times.timing(problem, choice, rows)
 
     def take_contradictions(self) -> dict[Problem, Contradiction]:
-        """The problems whose records several real calls in a row contradicted, each once."""
+        """Return the problems whose records several real calls in a row contradicted, each once."""
         found = self._times.contradictions
         if found:
             self._times.contradictions = {}
         return found
 
     def forget(self, problem: Problem) -> None:
-        """Drops the record of one problem."""
+        """Drop the record of one problem."""
         self._records.pop(_key(problem), None)
         self._moved()
 
     def remember(self, problem: Problem, choice: Choice) -> None:
-        """Makes `choice` the answer for `problem`."""
+        """Make `choice` the answer for `problem`."""
         self._records[_key(problem)] = choice
         self._unmeasured.pop(_key(problem), None)
         self._misses.pop(problem, None)
         self._moved()
 
     def note_unmeasured(self, problem: Problem, reason: str) -> None:
-        """Keeps the reason why no measurement of `problem` counts, for reports."""
+        """Keep the reason why no measurement of `problem` counts, for reports."""
         self._unmeasured[_key(problem)] = reason
 
     def unmeasured(self, problem: Problem) -> str | None:
         return self._unmeasured.get(_key(problem))
 
     def exclude(self, problem: Problem, names: Collection[str]) -> None:
-        """Keeps the cost model from choosing the candidates of these names for `problem`."""
+        """Keep the cost model from choosing the candidates of these names for `problem`."""
         self._exclusions[_key(problem)] = frozenset(names)
         self._moved()
 
     def use_cpu(self, model: CpuModel) -> None:
-        """Has the cost model use these figures of the CPU from now on."""
+        """Have the cost model use these figures of the CPU from now on."""
         if model != self.cpu:
             self.cpu = model
             self._moved()
 
     def take_misses(self) -> list[Problem]:
-        """The problems that `select` was asked for and has no record of, each once."""
+        """Return the problems that `select` was asked for and has no record of, each once."""
         misses, self._misses = self._misses, {}
         return list(misses)
 
     def forget_records(self) -> None:
-        """Drops records and misses; what was decided about S stays."""
+        """Drop records and misses, but not the decisions about S."""
         self._records, self._misses, self._unmeasured = {}, {}, {}
         self._moved()
 
@@ -197,7 +196,7 @@ class Selector(ModelledSelector):
 
 
 def _key(problem: Problem) -> _Key:
-    """A CPU's choice holds for the number of threads it was measured with."""
+    """Return the key of a choice; on a CPU it includes the number of threads."""
     return problem, torch.get_num_threads() if problem.device == "cpu" else 0
 
 
@@ -216,11 +215,11 @@ def is_known(name: str) -> bool:
 
 
 def selector_named(name: str) -> ModelledSelector:
-    """The selector of that name. The cost model answers for an unknown one: a graph that another
-    process compiled, or whose tuner is gone, runs all the same."""
+    """Return the selector of that name; the cost model for an unknown name, so that a graph which
+    another process compiled, or whose tuner is gone, runs all the same."""
     return _selectors.get(name, _MODELLED)
 
 
 def select(problem: Problem, records_name: str = MODELLED) -> Choice:
-    """The choice for `problem` of the selector named `records_name`."""
+    """Return the choice for `problem` of the selector named `records_name`."""
     return selector_named(records_name).select(problem)

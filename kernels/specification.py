@@ -1,5 +1,5 @@
-"""Our ops as their formats specify them: by plain products of the decoded weight, and by none of
-the kernels that are to be checked."""
+"""Specification of our ops: plain products of the decoded weight, without the kernels that are to
+be checked."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def linear_reference(
     keep: Tensor | None = None,
     product: Callable[[Tensor, Any, Tensor | None], Tensor] = torch.nn.functional.linear,
 ) -> Tensor:
-    """y = x Wᵀ + bias + scaling * (keep ⊙ x / (1 - dropout)) Aᵀ Bᵀ  (LoRA, Hu et al. 2021).
+    """Return y = x Wᵀ + bias + scaling * (keep ⊙ x / (1 - dropout)) Aᵀ Bᵀ (LoRA, Hu et al. 2021).
 
     x [..., K], weight [N, K] (dequantised), lora_a [R, K], lora_b [N, R], keep bool [..., K]. Every
-    product runs in the dtype of its weights and the sum in the wider one, as in PEFT: pass float64
-    for a reference, low precisions for the plain computation whose error bounds a variant's.
-    product: how `weight`, whatever it is then, is multiplied with.
+    product runs in the dtype of its weights, and the sum in the wider dtype, as in PEFT: pass
+    float64 for a reference, low precisions for the plain computation whose error bounds a
+    variant's. product: how x is multiplied by `weight`, which may then be of any type.
     """
     y = product(x, weight, bias)
     if lora_a is None or lora_b is None:
@@ -49,7 +49,7 @@ def linear_reference(
 def specified_linears(
     wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """`qlora_linear` by its specification, in its own dtypes or `wide`."""
+    """Compute `qlora_linear` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
     results, low_ranks = [], []
     with torch.autocast(x.device.type, enabled=False):
@@ -78,7 +78,7 @@ def specified_linears(
 
 
 def dropped_out(x: Tensor, seed: Tensor, stream: int, probability: float) -> Tensor:
-    """x [..., K] with the mask of a fused op; seed: int64 [1]."""
+    """Return x [..., K] with the mask of a fused op; seed: int64 [1]."""
     return _dropped(x, _keep(x, seed, stream, probability), probability)
 
 
@@ -96,7 +96,7 @@ def _product(x: Tensor, decode: Any, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """y = x @ Wᵀ + bias. W, which `decode` gives, lives while it is multiplied with."""
+    """y = x @ Wᵀ + bias, where W is the result of `decode` and exists only during products."""
 
     @staticmethod
     def forward(ctx, x, bias, decode):
@@ -112,7 +112,7 @@ class _Linear(torch.autograd.Function):
 def specified_experts(
     wide: torch.dtype | None, x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """`qlora_experts` by its specification, in its own dtypes or `wide`."""
+    """Compute `qlora_experts` by its specification, in its own dtypes or `wide`."""
     call = Call.parse(text)
     own, spec = bound_experts(call, x, tensors)
     dtype = wide or spec.compute_dtype
@@ -167,7 +167,7 @@ def _decoded(
     declared = quant_format.planes(layout)
     stored = [each.to(plane.dtype) for each, plane in zip(planes, declared, strict=True)]
     packed = quant_format.packed(layout, stored)
-    # To float64 without another rounding: a value is computed in float32.
+    # A value is computed in float32, so that float64 adds no rounding.
     exact = torch.float32 if dtype == torch.float64 else dtype
     return quant_format.dequantize(packed, exact).to(dtype).view(shape)
 
@@ -180,7 +180,7 @@ def specified_attention(
     mask: Tensor | None,
     text: str,
 ) -> Tensor:
-    """`attention` by its specification, in its own dtype or `wide`."""
+    """Compute `attention` by its specification, in its own dtype or `wide`."""
     is_causal, scale = read_attention_call(text)
     query, key, value = (each.to(wide or each.dtype) for each in (query, key, value))
     if mask is not None and mask.is_floating_point():
@@ -195,4 +195,4 @@ SPECIFIED: dict[Any, Callable[..., Any]] = {
     QLORA_EXPERTS: specified_experts,
     ATTENTION: specified_attention,
 }
-"""What a graph may hold of ours, and what stands for it in a check."""
+"""Our ops that a graph may hold, and what replaces them in a check."""

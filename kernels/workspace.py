@@ -1,4 +1,4 @@
-"""Scratch memory that a decoded weight passes through: one buffer per device and stream.
+"""Scratch memory for decoded weights: one buffer per device and stream.
 
 All layers share it, nothing in it outlives the op that asked for it, and it is never saved for the
 backward.
@@ -33,7 +33,7 @@ _buffers = _Buffers()
 
 
 def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of `shape`, contiguous, valid until this thread asks again.
+    """Return uninitialised memory of `shape`, contiguous, valid until this thread asks again.
 
     Every call returns the same memory, which grows to the largest request and stays.
     """
@@ -65,14 +65,14 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             view = _buffers.views[key] = buffer[:size].view(dtype).view(shape)
     poisoned = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     if poisoned and torch.are_deterministic_algorithms_enabled():
-        # What torch.empty would hold in this mode.
+        # In this mode torch.empty fills memory with NaN.
         view.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
     return view
 
 
 @contextmanager
 def fresh_workspaces() -> Iterator[None]:
-    """Inside, every call of this thread gets memory of its own, as a plan needs it."""
+    """Give every call of this thread memory of its own inside the context, as plans need it."""
     before, _buffers.fresh = _buffers.fresh, True
     try:
         yield
@@ -81,12 +81,12 @@ def fresh_workspaces() -> Iterator[None]:
 
 
 def release() -> None:
-    """Frees this thread's workspaces, until it asks for one again."""
+    """Free this thread's workspaces, until it asks for one again."""
     _buffers.by_stream.clear()
     _buffers.views.clear()
 
 
 def poison() -> None:
-    """Overwrites this thread's workspaces with NaN, so that nothing can be read that was left."""
+    """Overwrite this thread's workspaces with NaN, so that stale contents show."""
     for buffer in _buffers.by_stream.values():
         buffer.fill_(0xFF)

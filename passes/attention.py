@@ -43,7 +43,7 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
     if query is None or key is None or value is None or call["dropout_p"]:
         return False
     if isinstance(call["is_causal"], Node) or isinstance(call["scale"], Node):
-        return False  # The model computes it, from a length that varies.
+        return False  # The model computes the scale, from a length that varies.
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     if not trains or (mask is not None and mask.requires_grad):
         return False

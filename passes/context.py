@@ -1,4 +1,4 @@
-"""PassContext: what passes know besides the graph, and where they record their results."""
+"""PassContext: what passes know beside the graph, and where they record their results."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def match_adapters(graph_module: GraphModule, context: PassContext) -> int:
 
     @functools.cache
     def seed_on(device: torch.device) -> Node:
-        # All dropouts of a graph share one draw from torch's generator. So `torch.manual_seed`
-        # reproduces the masks, and so does activation checkpointing, which restores its state.
+        # All dropouts of a graph share one draw from torch's generator, so that masks are the same
+        # after `torch.manual_seed`, and in a checkpoint, which restores the generator.
         options = {"dtype": torch.int64, "device": device}
         return _insert_first(graph, torch.randint, 0, _SEED_LIMIT, (1,), **options)
 
@@ -213,10 +213,10 @@ def _match_branch(add: Node) -> _Branch | None:
 
 
 def _must_stay_apart(branch: _Branch, add: Node) -> bool:
-    """Check whether base and adapter must not be computed in one place.
+    """Whether base and adapter must not be computed in one place.
 
-    A node in between may write to x or to a copy of x, so that they read different values; or
-    autograd may be on for only one of them.
+    A node in between may write to x or to a copy of x, so that the two read different values, or
+    autograd may be on for only one of the two.
     """
     copies = [
         copy
@@ -237,7 +237,7 @@ def _nodes_between(x: Node, node: Any) -> Iterator[Node]:
 def _shared_input(base_x: Any, adapter_x: Any) -> Node | None:
     """Return the input that base and adapter share behind casts; None if they share none.
 
-    Where the adapter's input is cast from the base's input, the result is the base's input: then no
+    If the adapter's input is cast from the base's input, the base's input is returned, so that no
     wider copy is kept for the backward.
     """
     behind = adapter_x

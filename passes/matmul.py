@@ -52,7 +52,7 @@ def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
         if weight is None:
             weight = insert_before(node, torch.t, (factor,))
         linear = torch.nn.functional.linear
-        # In the place of the product, not of the sum: a node in between may write to x.
+        # At the product's place, not the sum's: a node in between may write to x.
         replace_node(last, insert_before(node, linear, (x, weight, bias)))
         rewritten += 1
     return rewritten

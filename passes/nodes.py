@@ -1,4 +1,4 @@
-"""Helpers to read and edit Dynamo's torch-level graphs: casts, linears, writes, fake tensors."""
+"""Reads and edits Dynamo's torch-level graphs: casts, linears, writes, fake tensors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def strip_casts(node: Any) -> Any:
 
 
 def transposed(node: Any) -> Node | None:
-    """Return the matrix that `node` transposes, None if it is no transpose of a matrix."""
+    """Return the matrix that `node` transposes, None if it is not a transpose of a matrix."""
     if not isinstance(node, Node) or not node.args:
         return None
     source, *rest = node.args
@@ -107,7 +107,7 @@ def is_written(node: Node) -> bool:
 def written_by(node: Node) -> list[Node]:
     """Return the inputs that `node` changes in place."""
     if node.target is triton_kernel_wrapper_mutation:
-        return node.all_input_nodes  # All of them: only the kernel's code shows which it writes.
+        return node.all_input_nodes  # only the kernel's code shows which it writes
     written = [node.kwargs.get("out")]
     # A call that does not name an overload has the schema of the default one.
     schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
@@ -137,8 +137,8 @@ def _writes_first(node: Node) -> bool:
 def is_barred(first: Node, last: Node, reads: Iterable[Node]) -> bool:
     """Check whether a node that reads `reads` must not be moved between `first` and `last`.
 
-    It must not if a node from there to there may write to their memory, or switches autograd on or
-    off. `last` itself does not count, nor does `first`.
+    This holds if a node between `first` and `last`, both excluded, may write to the memory of
+    `reads`, or switches autograd on or off.
     """
     storages = {_storage(node) for node in reads}
     node = first.next
@@ -205,7 +205,7 @@ def is_private(node: Node) -> bool:
 def replace_node(old: Node, new: Node) -> None:
     """Let `new` take the place of `old`, and erase the nodes that only `old` needed.
 
-    Raises AssertionError where shape or dtype differ: a pass that changes either is wrong.
+    Raises AssertionError if shape or dtype differ, because a pass must not change either.
     """
     before, after = example(old), example(new)
     assert before is not None

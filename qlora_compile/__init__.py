@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qlora_compile.report import Report
     from qlora_compile.trainers import optimize_trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MergeReport",
     "QloraCompileConfig",

@@ -5,7 +5,7 @@ from qlora_compile.errors import QloraCompileError
 
 class AdapterMethodError(QloraCompileError, ValueError):
     template = (
-        "{site}: its weight is packed, and PEFT's method {method!r} does not work over packed "
+        "{site}: the weight is packed, and PEFT's method {method!r} does not work over packed "
         "weights; use one of {known}, or optimise without quantize"
     )
 

@@ -48,10 +48,11 @@ def check(
     options: Mapping[str, Any],
     strict: bool,
 ) -> list[LinearEntry]:
-    """The Linears and Conv1Ds to pack. Raises the error of everything `adopt` would stumble over;
-    changes nothing. options: those of the format `quantize`."""
+    """Return the Linears and Conv1Ds to pack, and change nothing.
+
+    options: those of the format `quantize`. Raises whatever error `adopt` would run into."""
     if quantize is not None:
-        # What is wrong whatever the weight.
+        # Errors that do not depend on any weight.
         format_named(quantize).layout((1, 1), **options)
     model = type(inventory.model).__name__
     sites = inventory.linears or inventory.foreign
@@ -110,9 +111,10 @@ def adopt(
     quantize: str | None,
     options: Mapping[str, Any],
 ) -> Inventory:
-    """Quantises the Linears `packed` in place, one after another, lets PEFT attach `lora` and
-    quantises experts; returns the inventory of the PeftModel if one was made, else the same.
-    options: those of the format `quantize`."""
+    """Quantise the Linears `packed` in place, one by one, let PEFT attach `lora`, quantise experts.
+
+    options: those of the format `quantize`. Returns the inventory of the PeftModel if one was
+    made, else the given inventory."""
     keep_trained = lora is not None or inventory.is_partly_frozen
     bound = bound_forwards(inventory.modules.values())
     _repack(inventory)
@@ -143,8 +145,8 @@ def adopt(
 
 
 def _repack(inventory: Inventory) -> None:
-    """Put a QuantizedLinear in the place of every layer that another library has quantised, and
-    that cannot be adopted where it stands. Raises RepackError."""
+    """Replace every layer that another library has quantised, and that cannot be adopted in place,
+    by a QuantizedLinear. Raises RepackError."""
     replaced: set[RepackedBase] = set()
     for name, entry in inventory.linears.items():
         base = entry.base
@@ -171,9 +173,10 @@ def format_options(
     double_quantize: bool,
     **others: Any,
 ) -> dict[str, Any]:
-    """The options to give the format `quantize`, unchecked; a format without double quantisation
-    does without. Raises UnknownFormatError, and OptionWithoutFormatError if there are `others` but
-    no format."""
+    """Return the options to give the format `quantize`, unchecked.
+
+    A format without double quantisation gets no such option. Raises UnknownFormatError, and
+    OptionWithoutFormatError if there are `others` but no format."""
     if quantize is None:
         for option, value in others.items():
             raise OptionWithoutFormatError(option=option, value=value)
@@ -184,14 +187,14 @@ def format_options(
 
 
 def raise_left(sites: Iterable[tuple[str, str | None]]) -> None:
-    """Raises StrictError if any of the `sites`, each with a reason, has one to be left alone."""
+    """Raise StrictError if one of the `sites` is left alone for the reason given with it."""
     left = [f"  {name}: {reason}" for name, reason in sites if reason is not None]
     if left:
         raise StrictError(count=len(left), reasons="\n".join(left))
 
 
 def _raise_unreadable(inventory: Inventory, quantize: str) -> None:
-    """Raises NothingToPackError if there are Linears that another library has quantised."""
+    """Raise NothingToPackError if there are Linears that another library has quantised."""
     reasons = {name: foreign.reason(layer) for name, layer in inventory.foreign.items()}
     reasons |= {n: e.obstacle for n, e in inventory.linears.items() if e.obstacle is not None}
     for site, reason in reasons.items():

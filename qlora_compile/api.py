@@ -28,6 +28,7 @@ from qlora_compile.kernels.plans import native as plans
 from qlora_compile.report import Report, build_report, regions_of
 from qlora_compile.sites import Inventory
 from qlora_compile.tuning.modes import check_mode
+from qlora_compile.verify.head import HeadVerifier
 from qlora_compile.verify.verifier import Verifier, Verify, check_option
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def optimize(
 
     quantize: the format to pack the weights of plain Linears and of experts in, layer by layer;
     output heads, tied weights and fully trained modules are not packed. None keeps the weights, and
-    adopts those that another library has quantised. Packing freezes a weight. If `lora` is given,
-    PEFT decides which other parameters are trained. Without it, in a model that has adapters or any
+    adopts those that another library has quantised. Packing freezes a weight. With `lora`, PEFT
+    decides which other parameters are trained. Without `lora`, in a model that has adapters or any
     frozen parameter, weights that require a gradient are not packed, and a warning names their
     number and size.
 
@@ -99,19 +100,20 @@ def optimize(
     strict: raise StrictError, with all reasons, if a quantised or adapted Linear or a weight of
     experts is not fused.
 
-    verify: check outputs and all gradients of each rewritten graph against a float64 evaluation of
-    the captured graph, on the first real inputs and on random ones. Errors are judged by those that
-    the captured graph makes in its own dtypes. A graph that passes gets a certificate, in the
-    report and in the cache folder. On a mismatch the captured graph runs and the report says so; if
-    strict, VerificationError is raised. "once" skips the check if a certificate is stored for the
-    same graph, kernels and versions.
+    verify: check outputs and all gradients of each rewritten graph, and of what Inductor makes of
+    the graph, against a float64 evaluation of the captured graph, on the first real inputs and on
+    random ones; with logits_free_loss the loss, too. Errors are judged by those that the captured
+    graph makes in its own dtypes. A graph that passes gets a certificate, in the report and in the
+    cache folder. On a mismatch the captured graph runs and the report says so; if strict,
+    VerificationError is raised. "once" skips the check if a certificate is stored for the same
+    graph, kernels and versions.
 
     scope: compile each repeated block, or the whole model as one region.
 
-    tune: what chooses the implementation of every fused op. "auto": records of earlier measurements
-    in the cache folder; problems without a record are measured on first use, for about a minute in
-    all, and recorded. "off": the same records, without measuring. "model": the cost model. A path:
-    the records of that file or folder. The cost model chooses wherever there is no record.
+    tune: what chooses the variant of every fused op. "auto": records of earlier measurements in the
+    cache folder; problems without a record are measured on first use, for about a minute in all,
+    and recorded. "off": the same records, without measuring. "model": the cost model. A path: the
+    records of that file or folder. The cost model chooses wherever there is no record.
 
     logits_free_loss: compute a causal LM's loss in training without its logits, the largest tensors
     of a step. A call in training mode with labels=, and without logits_to_keep, then returns the
@@ -124,7 +126,7 @@ def optimize(
 
     checkpoint: a folder or Hub name to load the weights of `model` from, which then is a
     transformers model on the meta device. Each weight is packed as soon as it is read, so that the
-    model is never there unpacked. With it an error about adapters leaves the model loaded.
+    whole model is never in memory unpacked. Here an error about adapters leaves the model loaded.
 
     format_options: the other options of the format, such as group_size=128 of 4-bit integers.
 
@@ -134,7 +136,7 @@ def optimize(
     default, they attend to one another.
 
     A model that has been optimised may be optimised again when it has changed since, or to attach
-    or quantise what is not yet; AlreadyOptimizedError is raised if there is nothing to do.
+    adapters or quantise weights later; AlreadyOptimizedError is raised if there is nothing to do.
 
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
@@ -173,7 +175,11 @@ def optimize(
         uninstall(region.module)
     inventory = adopt.adopt(inventory, lora, packed=packed, **options)
     model = inventory.model
-    hooks = head_loss.LogitsFreeLoss(model) if logits_free_loss else None
+    hooks = None
+    if logits_free_loss:
+        name = f"the loss of {type(adapters.base_model(model)).__name__}"
+        verifier = HeadVerifier(name, strict, verify == "once") if verify else None
+        hooks = head_loss.LogitsFreeLoss(model, verifier)
     plans.start()
     regions = _install_regions(inventory, strict=strict, verify=verify, scope=scope, tune=tune)
     cache_hook = skip_unused_cache(model, inventory.modules)
@@ -221,8 +227,8 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
 
 
 def _planned(inventory: Inventory, scope: str) -> dict[str, tuple[frozenset[str], dict[str, str]]]:
-    """Return the modules to compile by name, each with its sites and those among them to leave
-    alone, by their names inside the module."""
+    """Return the modules to compile by name, each with its sites, and with the sites to leave alone
+    (reasons by names inside the module)."""
     modules = inventory.modules
     base = adapters.base_model(inventory.model)
     root = next(name for name, module in modules.items() if module is base)

@@ -32,7 +32,7 @@ class BuiltKernel:
     """One compiled kernel.
 
     key: the key in Triton's cache. variants: the variants that need the kernel. seconds: the time
-    to compile it, nearly 0 if the folder held it already. size: of its files, in bytes.
+    to compile it, nearly 0 if the folder held it already. size: the bytes of its files.
     """
 
     key: str
@@ -56,8 +56,8 @@ def build(
     arch: such as "sm_90" or "gfx942". output: a folder that is created, in the form of Triton's
     cache, for a machine with the same Triton and the same qlora_compile; kernels that it holds
     already are not compiled again. limit: the number of candidates for each problem, None for all;
-    by default those that the tuner would measure. jobs: the number of processes. on_kernel: called
-    with the number of kernels done and the number of all.
+    by default as many as the tuner would measure. jobs: the number of processes. on_kernel: called
+    with the numbers of kernels done and of all kernels.
 
     Raises:
         ArchitectureError, TritonMissingError, OutputDirectoryError, NoKernelsError: nothing can be
@@ -121,7 +121,7 @@ def _build_kernel(kernel: NeededKernel, arch: str, folder: Path) -> BuiltKernel:
     start = time.perf_counter()
     with knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = str(folder)
-        # The earlier stages of compilation are most of the bytes, and no launch reads them.
+        # Most bytes belong to earlier stages of compilation, which no launch reads.
         knobs.compilation.store_binary_only = True
         compiled = compile_launch(kernel.launch(arch), TARGETS[arch])
     assert compiled.hash == kernel.key

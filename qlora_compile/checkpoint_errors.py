@@ -9,23 +9,24 @@ class CheckpointError(QloraCompileError, ValueError):
 
 class CheckpointMethodError(QloraCompileError, ValueError):
     template = (
-        "{file}: quantization_config has quant_method {value!r}, which cannot be read; known are "
-        "{known}; load the model with the package that wrote it, or pass the unquantised model"
+        "{file}: quantization_config has quant_method {value!r}, which is none of those that are "
+        "read ({known}); load the model with the package that wrote it, or pass the unquantised "
+        "model"
     )
 
 
 class CheckpointHeadError(QloraCompileError, ValueError):
     template = (
-        "{file}: a checkpoint quantised by {value!r} is read as a causal language model, and the "
-        "objective needs a classification head; pass the unquantised model, and a format"
+        "{file}: a checkpoint quantised by {value!r} is read as a causal language model, but the "
+        "objective needs a classification head; pass the unquantised model and a format"
     )
 
 
 class StoredWeightError(QloraCompileError, ValueError):
     """Tensors of one weight do not fit together, or are stored in a way that no format holds.
 
-    tensor: the role of the tensor at fault, such as "scales". Whoever knows the file or the module
-    catches this error and names it.
+    tensor: the role of the tensor at fault, such as "scales". The caller, which knows the file or
+    the module, catches this error and raises one that names it.
     """
 
     template = "{tensor}: {problem}; {remedy}"
@@ -37,6 +38,6 @@ class RepackError(QloraCompileError, ValueError):
 
 class QuantisedModelError(QloraCompileError, ValueError):
     template = (
-        "{model!r} is quantised already; leave out --format {value}, and its weights stay as they "
+        "{model!r} is quantised already; leave out --format {value} to keep its weights as they "
         "are, or pass the unquantised model"
     )

@@ -1,4 +1,4 @@
-"""Chosen: the implementation of one direction of a fused site, for reports."""
+"""Chosen: the variant that computes one direction of a fused site, for reports."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qlora_compile.kernels.selector import ModelledSelector
 
 @dataclass(frozen=True)
 class Chosen:
-    """The implementation of one direction of a fused site, for about `rows` rows.
+    """The variant that computes one direction of a fused site, for about `rows` rows.
 
     n, rank: those of the site and of the siblings computed with it ("576+192+192", "16"). measured:
-    whether it was timed on this device against others; if not, the cost model chose it, `seconds`
-    is modelled, and the rest is None. seconds: the median. gain: how many times as fast as *dense*
-    in its standard config. runner_up: the second best. margin: how many times as fast as that.
-    unmeasured: why no measurement of it counts, where one was tried.
+    whether the variant was timed on this device against others; if not, the cost model chose it,
+    `seconds` is modelled, and the rest is None. seconds: the median. gain: how many times as fast
+    as *dense* in its standard config. runner_up: the second best variant. margin: how many times as
+    fast as the runner-up. unmeasured: if a measurement was tried, why none counts.
     """
 
     rows: int

@@ -15,8 +15,9 @@ class DataRowError(QloraCompileError, ValueError):
 
 class DataColumnsError(QloraCompileError, ValueError):
     template = (
-        "{site} has the columns {columns}, which are no kind of row; give it the columns of one of "
-        "{known}, or rename its own: --columns NAME=OWN (columns={{'NAME': 'OWN'}} in Python)"
+        "{site} has the columns {columns}, which make no known kind of row; give it the columns of "
+        "one of {known}, or rename its own: --columns NAME=OWN (columns={{'NAME': 'OWN'}} in "
+        "Python)"
     )
 
 
@@ -26,7 +27,7 @@ class ColumnNameError(QloraCompileError, ValueError):
 
 class ObjectiveRowsError(QloraCompileError, ValueError):
     template = (
-        "{site} has rows of the kind {kind!r}, and the objective {objective!r} trains on {known}; "
+        "{site} has rows of the kind {kind!r}, but the objective {objective!r} trains on {known}; "
         "{remedy}"
     )
 
@@ -36,14 +37,15 @@ class ObjectiveNameError(QloraCompileError, ValueError):
 
 
 class ChatTemplateError(QloraCompileError, ValueError):
-    template = "{site} has turns of a chat, and {problem}; {remedy}"
+    template = "{site} has turns of a chat, but {problem}; {remedy}"
 
 
 class SplitNameError(QloraCompileError, ValueError):
-    template = "{site} has the splits {value}, and none is named train; pass one of them"
+    template = "{site} has the splits {value}, none of them named train; pass one of them"
 
 
 class NothingLearntError(QloraCompileError, ValueError):
     template = (
-        "{site}: no row has anything to learn within max_length={value} tokens; pass a larger one"
+        "{site}: no row has anything to learn within max_length={value} tokens; pass a larger "
+        "max_length"
     )

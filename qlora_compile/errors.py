@@ -53,17 +53,20 @@ class WeightShapeError(QloraCompileError, ValueError):
 
 
 class LayoutTextError(QloraCompileError):
-    template = '{value!r} is no layout; write "nf4[576x1536] block_size=64 double_quantize=1"'
+    template = '{value!r} is not a layout; write "nf4[576x1536] block_size=64 double_quantize=1"'
 
 
 class LayoutVersionError(QloraCompileError):
-    template = "a stored layout has version {value}, not {known}; use the release that wrote it"
+    template = (
+        "a stored layout has version {value}, and this release reads version {known}; use the "
+        "release of qlora_compile that wrote the checkpoint"
+    )
 
 
 class StoredLayoutError(QloraCompileError, ValueError):
     template = (
         "{site}: the state dict's weight is stored as {value}, the model's as {expected}; quantise "
-        "the model with the options of the saved one before loading"
+        "the model with the options of the saved model before loading"
     )
 
 
@@ -88,7 +91,7 @@ class AdaptersPresentError(QloraCompileError, ValueError):
 class QuantizationBitsError(QloraCompileError, ValueError):
     template = (
         "quantization_bits={value!r}: pass 4 (NF4) or 8 (INT8); "
-        "qlora_compile.optimize(model, quantize=...) knows the other formats"
+        "qlora_compile.optimize(model, quantize=...) takes the other formats"
     )
 
 
@@ -123,7 +126,7 @@ class TokenizerMissingError(QloraCompileError, ValueError):
 
 class TokenizerVocabularyError(QloraCompileError, ValueError):
     template = (
-        "{site} holds token id {value}, and the model knows ids 0 to {largest}; "
+        "{site} holds token id {value}, but the model knows ids 0 to {largest}; "
         "use the tokenizer that belongs to the model"
     )
 
@@ -141,8 +144,8 @@ class EmptyDatasetError(QloraCompileError, ValueError):
 
 class MissingLabelsError(QloraCompileError, ValueError):
     template = (
-        "{model} was called without labels: it is no causal language model, and the dataset has "
-        "{columns}; add {expected}"
+        "{model} was called without labels, which only a causal language model can do without; the "
+        "dataset has {columns}; add {expected}"
     )
 
 
@@ -203,8 +206,8 @@ class LabelRangeError(QloraCompileError, IndexError):
 
 class RowRangeError(QloraCompileError, ValueError):
     template = (
-        "rows {start} to {stop} of a packed weight with {rows} rows: needs 0 <= start <= stop <= "
-        "{rows} and start a multiple of {alignment}"
+        "rows {start} to {stop} of a packed weight with {rows} rows cannot be taken; pass "
+        "0 <= start <= stop <= {rows}, start a multiple of {alignment}"
     )
 
 
@@ -229,7 +232,7 @@ class OptionError(QloraCompileError, ValueError):
 
 
 class NoLinearError(QloraCompileError, ValueError):
-    template = "{model} has no nn.Linear inside to optimise; pass the model that contains them"
+    template = "{model} has no nn.Linear inside to optimise; pass a model that has some"
 
 
 class MetaDeviceError(QloraCompileError, ValueError):
@@ -261,7 +264,7 @@ class LogitsFreeLossError(QloraCompileError, ValueError):
 
 class NoExampleInputsError(QloraCompileError, ValueError):
     template = (
-        "strict=True must call {model} once, and only a PreTrainedModel knows inputs of its own; "
+        "strict=True calls {model} once, and only a PreTrainedModel has dummy inputs for this; "
         "pass example_inputs={{'name': tensor, …}}"
     )
 
@@ -271,7 +274,9 @@ class AdapterConfigError(QloraCompileError, ValueError):
 
 
 class AdapterTargetError(QloraCompileError, ValueError):
-    template = "target_modules: {rule!r} matches no module of the model; its linears are {known}"
+    template = (
+        "target_modules: {rule!r} matches no module of the model; name some of its linears: {known}"
+    )
 
 
 class OffloadedWeightError(QloraCompileError, ValueError):
@@ -292,8 +297,8 @@ class ShardedWeightError(QloraCompileError, ValueError):
 
 class InterpretedKernelError(QloraCompileError):
     template = (
-        "{site} cannot be compiled: TRITON_INTERPRET is {value!r} and must be unset before the "
-        "kernels are imported"
+        "{site} cannot be compiled: TRITON_INTERPRET is {value!r}; unset it before the kernels are "
+        "imported"
     )
 
 

@@ -9,7 +9,7 @@ from qlora_compile.errors import QloraCompileError
 
 class FrozenExpertsError(QloraCompileError):
     template = (
-        "{site} requires a gradient, but since optimize its op takes it for frozen; call "
+        "{site} requires a gradient, but was frozen when optimize compiled it; call "
         "requires_grad_(False) on it or, to train it, requires_grad_(True) before optimize"
     )
 

@@ -1,4 +1,4 @@
-"""merge: writes a model with its adapters merged, and measures how far it is from the trained."""
+"""merge: writes a model with its adapters merged, and measures how far it is from the original."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _SEQUENCES, _LENGTH = 8, 256
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` has written and measured.
+    """What `merge` has written and measured; None stands for what was not asked for.
 
-    tokens: of the text that was measured on, 0 if nothing was. trained_loss: of the model that was
-    merged, in nats per token. base, merged, repacked: the Distance of the model without adapters,
-    of the written one and of that packed again. repacking: ‖packed - merged‖ / ‖merged - base‖ of
-    the weights that the adapters changed. None is what was not asked for.
+    tokens: how many tokens were measured on, 0 for none. trained_loss: the loss of the trained
+    model, in nats per token. base, merged, repacked: the Distance from the trained model of the
+    model without adapters, of the written one, and of the written one packed again. repacking:
+    ‖packed - merged‖ / ‖merged - base‖ of the weights that the adapters changed.
     """
 
     output: Path
@@ -84,29 +84,33 @@ def merge(
     texts: Iterable[str] | None = None,
     format: str | None = None,
     max_shard_size: int | str = USUAL_SIZE,
+    origin: Mapping[str, str | None] | None = None,
     **format_options: Any,
 ) -> MergeReport:
     """Write `model` with its adapters merged as plain safetensors that stock transformers loads.
 
-    Adapters are merged onto the base that they were trained on, that is the dequantised one: not
-    onto the weights that it was quantised from. Each weight is merged in float32 and rounded to
-    `dtype` once. One weight is made at a time and one shard held; the model itself does not change.
+    Adapters are merged into the base that they were trained on: the dequantised weights, not those
+    from before quantisation. Each weight is merged in float32 and rounded to `dtype` once. One
+    weight is made at a time and one shard held in memory; the model itself does not change.
     The folder is replaced as a whole, as by `qlora_compile.save`.
 
-    model: a PeftModel over a transformers model, packed or not, optimised or not. Without adapters
-    it is written dequantised.
+    model: a PeftModel over a transformers model, packed or not, optimised or not. A model without
+    adapters is written dequantised.
 
-    adapters: the name of an adapter, or several with their weights, which factor their scalings;
-    None for the active ones, each in full.
+    adapters: the name of an adapter, or several names with weights, by which their scalings are
+    multiplied; None for the active adapters, each in full.
 
-    tokenizer: written beside the model; with it the distance between the written model and the
-    trained one is measured, on `texts` or else on docstrings of Python's standard library, 2,048
-    tokens. For that the written model is loaded whole.
+    tokenizer: written beside the model. If given, the distance of the written model from the
+    trained one is measured, on 2,048 tokens of `texts` or else of docstrings of Python's standard
+    library. For this the written model is loaded whole.
 
     format: a format to pack the written model in, in memory, with its `format_options`, to measure
-    what that costs: relative to what the adapters changed, and with a tokenizer in loss.
+    the error of packing: relative to what the adapters changed and, with a tokenizer, in loss.
 
-    max_shard_size: of each file, in bytes or as text such as "5GB".
+    max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
+
+    origin: written to merged_from.json, by which `qlora-compile verify --merged` finds what to
+    compare the merged model with: the path of the adapter's folder from `output`, as "adapter".
 
     Raises, before anything is written:
         SavedModelTypeError, MergedWeightsError, MissingTensorError: the model cannot be written.
@@ -126,7 +130,8 @@ def merge(
         sequences = _sequences(model, tokenizer, texts)
     elif texts is not None:
         raise TokenizerMissingError(site="texts")
-    chosen = {"dtype": dtype, "weights": weights, "max_shard_size": max_shard_size}
+    chosen: Any = {"dtype": dtype, "weights": weights, "origin": origin}
+    chosen["max_shard_size"] = max_shard_size
     tensors = write_merged(model, path, tokenizer=tokenizer, **chosen)
     report: dict[str, Any] = {"output": path, "dtype": dtype}
     device = next(model.parameters()).device

@@ -58,7 +58,7 @@ def writable_directory(path: Path) -> Path:
 def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
     """Return the Trainer's newest whole checkpoint of a step `up_to` this one, None without one.
 
-    Passed over are checkpoints that were not written to their end, or of which a file is damaged.
+    Checkpoints with a missing, cut or changed file are passed over.
     """
     steps = {folder: folder.name.rpartition("-")[2] for folder in directory.glob("checkpoint-*")}
     numbered = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
@@ -69,8 +69,8 @@ def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """Return which file of a Trainer's checkpoint is missing, cut or changed, None if it is whole.
 
-    The Trainer writes its state last. Of the others, files of tensors and of JSON tell their end.
-    Then all are compared with the digests, unless the run was killed before it wrote those.
+    The Trainer writes its state last. Other files of tensors or JSON show whether they are cut. All
+    are then compared with their digests, unless the run was killed before it wrote the digests.
     """
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
@@ -131,7 +131,7 @@ def _is_whole_safetensors(file: Path) -> bool:
     return file.stat().st_size == 8 + size + max(ends, default=0)
 
 
-# What torch.save writes are ZIP archives, whose directory stands at their end.
+# torch.save writes ZIP archives, whose directory is at the end.
 _IS_WHOLE: dict[str, Callable[[Path], bool]] = {
     ".json": _is_whole_json,
     ".safetensors": _is_whole_safetensors,
@@ -140,7 +140,7 @@ _IS_WHOLE: dict[str, Callable[[Path], bool]] = {
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file such that a reader never sees a part of it, also if this process is killed.
+    """Write a file so that a reader never sees a part of it, even if this process is killed.
 
     Raises:
         OSError: the file cannot be written; what was there before is unchanged.

@@ -32,7 +32,7 @@ class QuantizedLoRA:
         QuantizationBitsError: neither 4 nor 8 bits.
         UnknownFormatError: no format has that name.
         OutOfRangeError: rank, alpha or dropout cannot be used.
-        ModelTypeError: the model is no transformers model.
+        ModelTypeError: the model is not a transformers model.
         AdaptersPresentError: the model has adapters already.
         AlreadyQuantizedError: another library has quantised the model.
         ModelNotFoundError: there is no model at the path.
@@ -114,21 +114,21 @@ class QuantizedLoRA:
 
         objective: the name of one in `hf/trainer/objectives`: "sft", the default, "dpo", "kto",
         "orpo", "grpo", "reward" or "classification". eval_dataset: evaluated after each epoch,
-        unless options say otherwise. max_length: where to cut rows, in tokens; None for 1,024, or
+        unless options say otherwise. max_length: the tokens to cut rows at; None for 1,024, or
         fewer if the model has fewer positions. columns: our names of columns to the dataset's.
-        reward: the reward function, or a list of them, of "grpo". options: for the objective's
-        configuration, such as `trl.SFTConfig`, and thus for `transformers.TrainingArguments`;
-        without an output_dir nothing is saved. `hf.training.DEFAULTS` has the values of those that
-        are not given.
+        reward: the reward function of "grpo", or a list of them. options: for the objective's
+        configuration, such as `trl.SFTConfig`, a subclass of `transformers.TrainingArguments`;
+        without an output_dir nothing is saved. `hf.training.DEFAULTS` has the values of options
+        that are not given.
 
         Ctrl-C ends the training after the present step, saves a checkpoint there if there is an
-        output_dir, and raises a KeyboardInterrupt that says how to go on. A second one stops at
+        output_dir, and raises a KeyboardInterrupt that says how to go on. A second Ctrl-C stops at
         once.
 
         Raises, always before anything is trained (rows of a stream are checked when they come):
             TrainingOptionError: the configuration has no such option.
             OutOfRangeError: max_length is below 1.
-            DatasetTypeError: the dataset is of no kind that can be trained on.
+            DatasetTypeError: datasets of this type cannot be trained on.
             EmptyDatasetError: the dataset holds no examples.
             TokenizerMissingError: the dataset holds text, and there is no tokenizer.
             NoLossError: the model takes no labels.
@@ -152,7 +152,7 @@ class QuantizedLoRA:
         ).train()
 
     def generate(self, prompt: str | list[dict[str, str]], **options: Any) -> str:
-        """Return what the model writes after `prompt`.
+        """Return the text that the model writes after `prompt`.
 
         prompt: text, or the turns of a chat, [{"role": "user", "content": …}, …], which the
         tokenizer's chat template renders. options: for transformers' `generate`, by default at
@@ -188,12 +188,16 @@ class QuantizedLoRA:
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
 
+        The folder is replaced as a whole, and other files in it stay: whatever interrupts saving
+        leaves the old folder or the new one.
+
         Raises:
             OutputDirectoryError: the path cannot be written.
+            UnfinishedSaveError: writing has failed; what was there before is unchanged.
         """
-        from qlora_compile.outputs import writable_directory
+        from qlora_compile.hf.saving.replacement import replaced
 
-        folder = writable_directory(Path(path))
-        self.model.save_pretrained(str(folder))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+        with replaced(Path(path), lambda _: True) as fresh:
+            self.model.save_pretrained(str(fresh))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(fresh))

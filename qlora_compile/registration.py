@@ -1,4 +1,4 @@
-"""Registration of our quantizer with transformers, once transformers' registry is there.
+"""Registers our quantizer with transformers, once transformers' registry is there.
 
 `import qlora_compile` must not import transformers, which takes seconds. If transformers has been
 imported, the quantizer is registered at once, otherwise right after transformers' registry.
@@ -24,7 +24,10 @@ def register() -> None:
 
 
 class _AwaitedRegistry(MetaPathFinder):
-    """Finds transformers' registry as the finders after this one do, and registers after it."""
+    """An import finder that registers the quantizer once transformers' registry is loaded.
+
+    It finds only that module, by asking the finders after itself.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != _REGISTRY:
@@ -37,7 +40,7 @@ class _AwaitedRegistry(MetaPathFinder):
 
 
 class _ThenRegister(Loader):
-    """Loads a module by another loader, then registers the quantizer."""
+    """A loader that lets another loader load a module, then registers the quantizer."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

@@ -26,11 +26,11 @@ class Site:
     """One Linear, Conv1D or weight of experts, with a weight [n, k].
 
     format: how the weight is stored: its dtype if it is not quantised, another library's class if
-    only that reads it. rank: of the adapter, 0 for none. reason: why the site is not `fused`.
+    only that class reads it. rank: the adapter's, 0 for none. reason: why the site is not `fused`.
     forward, backward: what computes a fused site, and in training its gradients. keeps_low_rank:
     whether the forward keeps S = x Aᵀ for the backward.
-    experts: how many [n, k] a weight of experts holds, 0 for a Linear. origin: where a quantised
-    weight comes from: "quantised here", another library's layer, or a checkpoint.
+    experts: how many matrices [n, k] a weight of experts holds, 0 for a Linear. origin: where a
+    quantised weight comes from: "quantised here", another library's layer, or a checkpoint.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Report:
         summary += [f"{count} left: {reason}" for reason, count in left.most_common()]
         summary += [f"{name} left to PEFT: {why}" for name, why in self.others.items()]
         summary += [
-            f"the records {name!r} are not of this process: the cost model chooses for their calls"
+            f"this process has no records {name!r}: the cost model chooses for their calls"
             for name in self.unknown_records
         ]
         summary += self.python_launches
@@ -201,7 +201,7 @@ def build_report(inventory: Inventory) -> Report:
             local, region = found
             fused = region.fused().get(local)
             chosen = _chosen(fused, selector_named(region.records_name)) if fused else {}
-            reason = None if fused else region.unfused().get(local, "the block has not run yet")
+            reason = None if fused else region.unfused().get(local, "its block has not run yet")
             if region.graphs is None and entry.read_by_parent:
                 reason = READ_PAST_THE_LAYER
         stays = entry.kept or entry.base or entry.read_by_parent
@@ -221,7 +221,8 @@ def build_report(inventory: Inventory) -> Report:
     others = adapters.other_modules(inventory.modules, listed).items()
     kinds = {id(region.kind): region.kind for region in regions.values()}.values()
     names = {region.records_name for region in regions.values()}
-    verifiers = [kind.verifier for kind in kinds if kind.verifier is not None]
+    checks = [*(kind.verifier for kind in kinds), head_loss.check_of(inventory.model)]
+    verifiers = [verifier for verifier in checks if verifier is not None]
     return Report(
         (*sites, *weights),
         {name: why for name, why in others if name not in modules},
@@ -240,7 +241,7 @@ def _expert_sites(inventory: Inventory, regions: dict[str, Region]) -> Iterator[
         if (found := _enclosing(name, regions)) is not None:
             local, region = found
             fused = region.experts().get(local)
-            reason = None if fused else region.unfused().get(local, "the block has not run yet")
+            reason = None if fused else region.unfused().get(local, "its block has not run yet")
         if fused is None and name in inventory.trained:
             reason = TRAINED_IN_FULL
         chosen = {}

@@ -6,9 +6,7 @@ from qlora_compile.errors import QloraCompileError
 
 
 class RowColumnsError(QloraCompileError, ValueError):
-    template = (
-        "row {row} {problem} {column}; give all rows the same columns, or none of them this one"
-    )
+    template = "row {row} {problem} {column}; give this column to all rows, or to none"
 
 
 class RowTypeError(QloraCompileError, TypeError):
@@ -16,19 +14,19 @@ class RowTypeError(QloraCompileError, TypeError):
 
 
 class EmptyRowError(QloraCompileError, ValueError):
-    template = "row {row}: {column} is {value}, without a token; leave the row out"
+    template = "row {row}: {column} is {value} and holds no token; leave the row out"
 
 
 class RowLengthError(QloraCompileError, ValueError):
     template = (
-        "row {row}: {column} holds {value} tokens, and {model} has {limit} positions; "
-        "cut the row, or make several of it"
+        "row {row}: {column} holds {value} tokens, but {model} has {limit} positions; "
+        "cut the row, or split it into several"
     )
 
 
 class RowTokenError(QloraCompileError, ValueError):
     template = (
-        "row {row}: {column} holds token id {value}, and {model} knows ids 0 to {largest}; "
+        "row {row}: {column} holds token id {value}, but {model} knows ids 0 to {largest}; "
         "use the tokenizer that belongs to the model"
     )
 
@@ -39,6 +37,6 @@ class ColumnLengthError(QloraCompileError, ValueError):
 
 class RowLabelError(QloraCompileError, ValueError):
     template = (
-        "row {row}: {column} holds {value}, and {model} knows labels 0 to {largest}; "
+        "row {row}: {column} holds {value}, but {model} knows labels 0 to {largest}; "
         "use these, and -100 where there is nothing to learn"
     )

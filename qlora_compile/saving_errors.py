@@ -1,61 +1,77 @@
-"""Errors of saving, merging and loading packed models, as in errors.py."""
+"""Errors of saving, merging and loading packed models; their base class is in errors.py."""
 
 from qlora_compile.errors import QloraCompileError
 
 
 class SavedModelTypeError(QloraCompileError, TypeError):
     template = (
-        "model is a {value}; a folder is written of a transformers PreTrainedModel, or of a "
-        "PeftModel over one; save the state_dict() of any other module"
+        "model is a {value}, but only a transformers PreTrainedModel, or a PeftModel over one, is "
+        "written as a folder; save the state_dict() of any other module"
     )
 
 
 class RivalWeightsError(QloraCompileError, ValueError):
     template = (
-        "{value!r} holds {file}, weights of another kind, which a reader would load in place of "
-        "the new ones; choose an empty folder, or remove the file"
+        "{value!r} holds {file}, which a reader would load in place of the new weights; choose an "
+        "empty folder, or remove the file"
     )
 
 
 class UnfinishedSaveError(QloraCompileError, OSError):
     template = (
-        "cannot write {value!r}: {problem}; what was there before is unchanged: free some space, "
+        "cannot write {value!r}: {problem}; what was there before is unchanged; free some space, "
         "or choose another folder"
     )
 
 
 class ShardSizeError(QloraCompileError, ValueError):
-    template = 'max_shard_size={value!r} is no size; pass bytes, or a text such as "5GB"'
+    template = 'max_shard_size={value!r} is not a size; pass bytes, or a text such as "5GB"'
 
 
 class MergedWeightsError(QloraCompileError, ValueError):
     template = (
-        "{site}: the adapter {adapter!r} is merged into the packed weight, rounded with it; call "
-        "unmerge_adapter() before saving"
+        "{site}: the adapter {adapter!r} is merged into the packed weight; call unmerge_adapter() "
+        "before saving"
     )
 
 
 class SaveOptionError(QloraCompileError, TypeError):
-    template = "save_pretrained({option}=…) has no meaning for a packed model; leave {option} out"
+    template = (
+        "{option}=… has no meaning where a packed model is saved or pushed; leave {option} out"
+    )
 
 
 class PackedFolderVersionError(QloraCompileError, ValueError):
     template = (
-        "the folder is of version {value!r} of the packed format, not {known}; use the release "
-        "that wrote it"
+        "the folder has version {value!r} of the packed format, and this release reads version "
+        "{known}; use the release of qlora_compile that wrote the folder"
+    )
+
+
+class OldTransformersError(QloraCompileError, RuntimeError):
+    template = (
+        "transformers {value} cannot open a packed folder by from_pretrained, which needs 5.18 or "
+        "newer; call qlora_compile.load(folder)"
+    )
+
+
+class DiskOffloadError(QloraCompileError, ValueError):
+    template = (
+        "device_map puts {site} on disk, and packed weights have to be in memory; leave it on "
+        "'cpu' or a device, or raise max_memory"
     )
 
 
 class MissingTensorError(QloraCompileError, ValueError):
     template = (
-        "{site}: {model} saves this tensor, and the optimised model has {problem}; save the base "
+        "{site}: {model} saves this tensor, but the optimised model has {problem}; save the base "
         "model's state_dict() and report the model's class"
     )
 
 
 class NothingPackedError(QloraCompileError, ValueError):
     template = (
-        "{model} has no packed weights; save it by its own save_pretrained, or pack it first by "
+        "{model} has no packed weights; save it by its own save_pretrained, or pack them first by "
         "qlora_compile.optimize(model, quantize=...)"
     )
 
@@ -67,11 +83,19 @@ class FolderFormatError(QloraCompileError, ValueError):
 
 
 class UnmergeableError(QloraCompileError, ValueError):
-    template = "{site} cannot be merged: {reason}; serve the adapter beside its base instead"
+    template = "{site} cannot be merged: {reason}; serve base and adapter side by side instead"
+
+
+class UnmergePlaceError(QloraCompileError, OSError):
+    template = (
+        "QLORA_COMPILE_UNMERGE={value!r}: the weight from before merging cannot be written there "
+        "({problem}); name a folder with space, 'memory' or 'nothing'; unmerge_adapter() takes "
+        "back what is merged so far"
+    )
 
 
 class UnknownAdapterError(QloraCompileError, ValueError):
-    template = "the model has no adapter {value!r}; it has {known}"
+    template = "the model has no adapter {value!r}; choose one of {known}"
 
 
 class DtypeError(QloraCompileError, ValueError):
@@ -79,11 +103,11 @@ class DtypeError(QloraCompileError, ValueError):
 
 
 class BaseFolderError(QloraCompileError, ValueError):
-    template = "{value!r} is the folder that the base model came from; choose another output"
+    template = "{value!r} is the folder that the base model came from; choose another folder"
 
 
 class SkeletonError(QloraCompileError, ValueError):
     template = (
         "checkpoint= cannot fill this {model}: {problem}; make the model under "
-        "torch.device('meta'), in the class that its configuration names"
+        "torch.device('meta'), of the class that its configuration names"
     )

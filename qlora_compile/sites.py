@@ -20,10 +20,11 @@ from qlora_compile.weight_reads import read_by_parent
 class LinearEntry:
     """One Linear or Conv1D. name: its own name, or that of the adapter layer around it.
 
-    method: that of PEFT's adapter around the layer, None without one. kept: why the layer is never
-    quantised and, unless it is adapted, not fused; else None. full_precision: whether transformers
-    keeps it in float32. read_by_parent: whether the module around it computes with its weight. The
-    properties read `module`, since quantising and adopting change it.
+    method: the method of PEFT's adapter around the layer, None without one. kept: why the layer is
+    never quantised and, unless it is adapted, not fused; None for other layers. full_precision:
+    whether transformers keeps the layer in float32. read_by_parent: whether the module around the
+    layer computes with its weight. The properties read `module`, as quantising and adopting
+    replace it.
     """
 
     name: str
@@ -44,7 +45,7 @@ class LinearEntry:
 
     @property
     def obstacle(self) -> str | None:
-        """Why the weight cannot be read: another library has quantised it; None if it can."""
+        """Why a weight that another library has quantised cannot be read; None if it can."""
         if isinstance(self.module, QuantizedLinear):
             return None
         return (
@@ -71,7 +72,7 @@ class LinearEntry:
 
     @property
     def left_alone(self) -> str | None:
-        """Why the site is not fused; None if it shall be."""
+        """Why the site is not to be fused; None if it is."""
         return self.obstacle or self.other_method or (None if self.adapted else self.kept)
 
     @property
@@ -111,8 +112,8 @@ class Inventory:
 
     modules: every module by its first name. linears, experts: the sites. foreign: other layers that
     act as Linears. trained: the sites that are trained in full; empty unless the model
-    `is_partly_frozen`, as in a model that has just been loaded all weights require a gradient and
-    nobody has chosen so.
+    `is_partly_frozen`, because in a model that has just been loaded all weights require a gradient
+    without anybody's choice.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,7 +149,7 @@ class Inventory:
     def quantizable(self) -> list[LinearEntry]:
         """Return the Linears and Conv1Ds that can be quantised.
 
-        These are all plain ones but heads, tied weights, layers kept in float32, layers whose
+        These are all plain ones except heads, tied weights, layers kept in float32, layers whose
         weight the model reads itself, and layers that PEFT trains in full.
         """
         return [entry for entry in self.linears.values() if entry.is_quantizable]
@@ -156,7 +157,7 @@ class Inventory:
     def replace(self, entry: LinearEntry, packed: QuantizedLinear) -> None:
         """Replace the entry's layer by `packed`, in the model and here.
 
-        Called layer by layer: never do two layers exist in both forms at once.
+        Call this layer by layer, so that only one layer at a time exists in both forms.
         """
         place = adapters.replace_base(self.model, entry.name, packed)
         self.modules[place] = entry.module = packed

@@ -1,4 +1,4 @@
-"""Tables as plain lines, which suit a pipe, a log and a narrow terminal alike."""
+"""Tables as plain lines, for pipes, logs and narrow terminals."""
 
 from __future__ import annotations
 

@@ -12,14 +12,14 @@ from qlora_compile.errors import AlreadyOptimizedError
 def optimize_trainer(trainer: Any, **options: Any) -> Any:
     """Optimise the model of `trainer` in place, and return the trainer.
 
-    trainer: transformers' Trainer or a subclass, such as TRL's, whose model has its adapters; a
-    trainer takes them as peft_config. It may have been made before or after `optimize`, and may
-    have trained already. The model is optimised now if there is one, and again when training begins
-    if it has changed since, or if `model_init` makes another. options: of
-    `qlora_compile.optimize`, except lora.
+    trainer: transformers' Trainer or a subclass, such as TRL's, whose model has its adapters; TRL's
+    trainers attach adapters by peft_config. The trainer may have been made before or after
+    `optimize`, and may have trained already. The model is optimised now if there is one, and again
+    when training begins if the model has changed since, or if `model_init` makes another. options:
+    those of `qlora_compile.optimize`, except lora.
 
-    logits_free_loss is of no use with those of TRL's trainers that compute the loss from the head's
-    input themselves: SFT, DPO, KTO and GRPO.
+    logits_free_loss changes nothing for TRL's trainers that compute the loss from the head's input
+    themselves: SFT, DPO, KTO and GRPO.
 
     Raises a QloraCompileError for every bad option, before anything is changed.
     """

@@ -8,7 +8,7 @@ from qlora_compile.errors import QloraCompileError
 class NotFiniteError(QloraCompileError, ArithmeticError):
     template = (
         "step {step}: {site} {problem}; check the rows of this step or lower the learning rate; "
-        "on_nan='skip' (--on-nan skip) goes on without such a batch"
+        "on_nan='skip' (--on-nan skip) leaves such batches out and goes on"
     )
 
 
@@ -24,6 +24,6 @@ class CheckpointWriteError(QloraCompileError, OSError):
 
 class ContextParallelError(QloraCompileError, ValueError):
     template = (
-        "parallelism_config has cp_size={value}: compiled blocks would attend to the tokens of "
+        "{value} splits rows among processes, and compiled blocks would attend to the tokens of "
         "their own process only; use cp_size=1, and shorter rows or gradient checkpointing"
     )

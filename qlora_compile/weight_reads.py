@@ -56,7 +56,7 @@ def _read_on_instance(module: nn.Module) -> set[str]:
 def _read_by(function: FunctionType, owner: str | None = "self") -> set[str]:
     """Return every NAME in `owner.NAME.weight`, unless only dtype, shape or the like are read.
 
-    owner: the variable; None for whatever stands before NAME.
+    owner: the name of a variable; None for any expression before NAME.
     """
     names = [
         step.argval if step.opname in ("LOAD_FAST", "LOAD_ATTR", "LOAD_METHOD") else None

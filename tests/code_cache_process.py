@@ -1,4 +1,4 @@
-"""Trains a block under settings of torch, one after another, and prints each one's error:
+"""Trains a block under settings of torch, one after another, and prints the error of each:
 `python -m tests.code_cache_process NAME…`."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_compile.capture.regions import region_of, uninstall
 
 
 class Block(nn.Module):
-    """Gated, with attention: what a decoder layer makes of its Linears."""
+    """Computes like a decoder layer: gated, with attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def without_flash_attention() -> Iterator[None]:
 
 
 def halve_tanh(graph_module: Any, _: Any) -> Any:
-    """A pass over the joint graph that changes what is computed."""
+    """Change results, as a pass over the joint graph: halve tanh."""
     graph = graph_module.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
         with graph.inserting_after(node):
@@ -76,7 +76,8 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def error(name: str) -> float:
-    """Of the output and of gradients taken twice through one graph, relative to eager's."""
+    """Return the error, relative to eager's, of the output and of gradients taken twice through one
+    graph."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["up", "gate", "down"], init_lora_weights=False)
     model = qlora_compile.optimize(Block(), config, quantize="nf4", scope="model", tune="model")

@@ -1,4 +1,4 @@
-"""What every test gets: no network, the same seeds, NaN in fresh memory, a clean Dynamo."""
+"""The surroundings of every test: no network, the same seeds, NaN in fresh memory, clean Dynamo."""
 
 import os
 
@@ -105,8 +105,8 @@ hypothesis.register_random(_torch_random)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Keep the variables that a test sets from the next: where PEFT's BOFT finds no CUDA, it leaves
-    CXX=gcc, with which no later process could load the C++ that it compiles."""
+    """Restore the environment after each test: without CUDA, PEFT's BOFT leaves CXX=gcc, with which
+    later processes could not load the C++ that they compile."""
     before = dict(os.environ)
     try:
         return (yield)

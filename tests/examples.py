@@ -1,4 +1,4 @@
-"""How many examples a slow test draws: a part of its range in `make test`, all in
+"""The number of examples that a slow test draws: a part of its range in `make test`, all in
 `make test-long`."""
 
 import os
@@ -8,5 +8,5 @@ PART = 3
 
 
 def examples(count: int, part: int = PART) -> int:
-    """`count`, or a third of it; a smaller part where many tests draw from one range."""
+    """Return `count`, or a third of it, or a smaller part if many tests draw from one range."""
     return count if LONG else max(1, count // part)

@@ -15,7 +15,7 @@ from qlora_compile.kernels.formats.formats import format_named
 
 @st.composite
 def drawn_options(draw: st.DrawFn, quant_format: QuantFormat) -> dict[str, Any]:
-    """Any options that the format takes together."""
+    """Draw options that the format takes together."""
     options = {each.name: draw(st.sampled_from(each.values)) for each in quant_format.options}
     try:
         quant_format.layout((1, 1), **options)
@@ -29,8 +29,8 @@ def fitting(
     block_size: int | str = 64,
     double_quantize: bool = False,
 ) -> dict[str, Any]:
-    """`block_size` and `double_quantize` as options of a format in blocks. For another format, some
-    options of its own: the defaults in place of a block size of 64, else others for every size."""
+    """Return `block_size` and `double_quantize` for a format in blocks. Another format gets options
+    of its own: the defaults for a block size of 64, else others for each size."""
     if isinstance(quant_format, str):
         quant_format = format_named(quant_format)
     known = [option.name for option in quant_format.options]

@@ -1,4 +1,4 @@
-"""Ranges thinned so that every two values that may meet do."""
+"""Thins ranges so that every two compatible values still meet."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Row = TypeVar("Row")
 
 
 def pairwise(rows: Sequence[Row], *factors: Callable[[Row], Mapping[str, Hashable]]) -> list[Row]:
-    """Some of `rows`, in their order. Values of two factors that one of `rows` has together, one of
-    these has together, too.
+    """Return some of `rows`, in their order, such that any values of two factors which a row has
+    together are together in one of these, too.
 
     factors: functions from a row to values by name; only values of the same function are to meet.
-    Takes greedily what has most pairs that are still wanted, the earliest of equals.
+    Takes greedily the row with most pairs still wanted, the earliest of equals.
     """
     pairs = [
         {pair for each in factors for pair in itertools.combinations(each(row).items(), 2)}

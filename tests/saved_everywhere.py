@@ -1,14 +1,15 @@
-"""Run in a process of its own: reads a folder, with us or without, and prints its logits.
+"""Run in a process of its own: reads folders, with us or without, and writes their logits.
 
-Arguments: "with" or "without", the folder, an adapter's folder or "", and the file for the logits.
+Arguments: "with" or "without" us, a file for the logits, and for each model: "load" by ours or
+"stock" by transformers, the model's folder, and that of an adapter or "".
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import Any
 
-MODE, FOLDER, ADAPTER, OUTPUT = sys.argv[1:]
+MODE, OUTPUT, *MODELS = sys.argv[1:]
 
 if MODE == "with":
     import qlora_compile
@@ -18,15 +19,20 @@ if MODE == "with":
     assert "transformers" not in sys.modules
 
 import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-model = AutoModelForCausalLM.from_pretrained(Path(FOLDER))
-if ADAPTER:
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(model, ADAPTER)
-with torch.no_grad():
-    logits = model.eval()(torch.arange(3, 35).view(2, 16)).logits
+logits = {}
+for reader, folder, adapter in zip(*[iter(MODELS)] * 3, strict=True):
+    if reader == "load":
+        model: Any = sys.modules["qlora_compile"].load(folder, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        found = model.eval()(torch.arange(3, 35).view(2, 16)).logits
+    logits[f"{reader} {folder} {adapter}"] = found
 assert MODE == "with" or not any(name.startswith("qlora_compile") for name in sys.modules)
-save_file({"logits": logits}, OUTPUT)
+save_file(logits, OUTPUT)

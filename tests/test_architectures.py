@@ -58,7 +58,7 @@ def test_trains_under_trainer_with_every_target_fused(architecture: str, tmp_pat
 
 
 def with_decoded_weights(stock: nn.Module, ours: nn.Module) -> None:
-    """Gives `stock` the values that `ours` decodes."""
+    """Give `stock` the values that `ours` decodes."""
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             stock.get_submodule(name).weight.data = module.dequantize()

@@ -41,7 +41,7 @@ def _offloaded() -> nn.Module:
 
 
 def _tensor_parallel() -> nn.Module:
-    """Sharded as transformers' tp_plan does, over one process."""
+    """Return a model sharded as by transformers' tp_plan, over one process."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = toy()

@@ -1,4 +1,4 @@
-"""Code that torch keeps on disk serves no run that has other settings."""
+"""Code that torch keeps on disk does not serve runs with other settings."""
 
 from __future__ import annotations
 

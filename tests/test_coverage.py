@@ -1,4 +1,4 @@
-"""The sweep over transformers' model types: a sample of it, and its parts that only compute."""
+"""The sweep over transformers' model types: a sample of it, and its pure functions."""
 
 from __future__ import annotations
 
@@ -138,14 +138,14 @@ def test_summary() -> None:
     assert summary(ROWS) == [
         "4 model types; stock transformers + PEFT trains 3 of them",
         "1 of these 3 train equally through qlora_compile",
-        "7 of 8 adapted linears fused; 2 adapted modules are no linears",
+        "7 of 8 adapted linears fused; 2 adapted modules are not linears",
         "1 of 2 adapted weights of experts fused",
         "together 99.5% of the elements of adapted weights",
         "1 types are equal with all adapted linears fused and no graph break",
         "1 types have graph breaks inside blocks",
         "adapted linears left alone: 1 in 1 types: odd | reason (b)",
         "adapted weights of experts left alone: 1 in 1 types: odd (b)",
-        "adapted modules that are no linears: 2 in 1 types: Conv1D (b)",
+        "adapted modules that are not linears: 2 in 1 types: Conv1D (b)",
         "graph breaks: 3 in 1 types: set_ (b)",
         "not equal: b: unequal: loss 1.0e-03; most at w",
         "not equal: d: RuntimeError: ours",

@@ -86,7 +86,7 @@ def lora(dropout: float = 0.0, **options: Any) -> LoraConfig:
 def build(
     base: str, dtype: torch.dtype, dropout: float, bias: bool, layers: int = 2, **options: Any
 ) -> list[Any]:
-    """A stock PeftModel, and the optimised one with the same weights."""
+    """Return a stock PeftModel, and the optimised one with the same weights."""
     models: list[Any] = []
     sizes = {"num_hidden_layers": layers, "attention_bias": bias, "mlp_bias": bias}
     for optimized in (False, True):
@@ -113,7 +113,7 @@ def build(
 
 
 def _round_trip(model: nn.Module, format: str) -> None:
-    """Gives the stock model the values the packed one decodes."""
+    """Give the stock model the values the packed one decodes."""
     double = format_named(format).has_double_quantize
     for name, linear in model.named_modules():
         if isinstance(linear, nn.Linear) and "lm_head" not in name:
@@ -159,7 +159,7 @@ class ReplayDropout(nn.Module):
 
 
 def replay(stock: Any, optimized: Any, masks: dict[int, Tensor], p: float) -> None:
-    """Makes the stock model drop exactly what the optimised one dropped."""
+    """Make the stock model drop exactly what the optimised one dropped."""
     layers = dict(stock.named_modules())
     replayed = 0
     for name, layer in optimized.named_modules():

@@ -1,4 +1,4 @@
-"""Formats are known to kernels/formats alone: read from the sources."""
+"""Only kernels/formats names formats, as read from the sources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT = "qlora_compile/training/model_choice.py"
 
 
 def _sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
-    """Path below the repository and syntax tree."""
+    """Yield path below the repository and syntax tree."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
@@ -70,7 +70,7 @@ def test_no_source_counts_planes() -> None:
 
 
 def _lists(tree: ast.AST) -> Iterator[ast.expr]:
-    """Displays whose members are constants, and the keys of dicts."""
+    """Yield lists and the like whose members are constants, and the keys of dicts."""
     for node in ast.walk(tree):
         members: list[ast.expr | None] = []
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):

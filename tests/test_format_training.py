@@ -41,7 +41,8 @@ def test_loss_and_gradients_equal_those_over_the_decoded_weight() -> None:
 
 
 def stored_ways() -> list[tuple[str, dict[str, Any]]]:
-    """Every format with its options, so that every two values that it takes together meet."""
+    """Return every format with its options, so that every two values that it takes together
+    meet."""
     found = []
     for each in FORMATS:
         names = [option.name for option in each.options]

@@ -38,7 +38,8 @@ FORMAT_NAMES = [each.name for each in FORMATS]
 
 
 def model_of(kind: str) -> Any:
-    """A model of one layer: what is trained differs between layers, and so would their graphs."""
+    """Return a model of one layer: what is trained differs between layers, and so would their
+    graphs."""
     if kind == "linear":
         return toy("Llama", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
     model = gpt2() if kind == "conv1d" else kinds.built(kinds.KINDS[kind])
@@ -70,7 +71,7 @@ def lora(kind: str, **options: Any) -> LoraConfig:
 
 
 def decode_into(stock: nn.Module, ours: nn.Module) -> None:
-    """Gives `stock` the weights that `ours` decodes."""
+    """Give `stock` the weights that `ours` decodes."""
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             target, weight = stock.get_submodule(name), module.dequantize()
@@ -98,19 +99,19 @@ def gradients(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimized(model: Any, kept: dict[str, Tensor], **options: Any) -> Any:
-    """The model, after one warning that counts the `kept` weights, if there are any."""
+    """Return the model, after one warning that counts the `kept` weights, if there are any."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = qlora_compile.optimize(model, tune="model", **options)
     told = [str(each.message) for each in caught if each.category is TrainedInFullWarning]
     assert len(told) == bool(kept)
     size = sum(weight.nbytes for weight in kept.values())
-    assert not told or told[0].startswith(f"{len(kept)} weights ({size:,} bytes) are trained")
+    assert not told or told[0].startswith(f"{len(kept)} weights ({size:,} bytes) stay unq")
     return model
 
 
 def kept_by_quantize(model: Any) -> dict[str, Tensor]:
-    """Sites that could be packed but for what is trained, and their weights."""
+    """Return sites that could be packed but for what is trained, and their weights."""
     base: Any = adapters.base_model(model)
     head = base.get_output_embeddings()
     kept: dict[str, Any] = {
@@ -211,7 +212,7 @@ def test_an_experts_bias_that_begins_to_train_is_refused() -> None:
     inputs = inputs_of("gpt_oss", ours)
     site = next(iter(Inventory(ours).experts.values()))
     getattr(site.module, f"{site.parameter}_bias").requires_grad_(True)
-    with pytest.raises(Exception, match="takes it for frozen") as caught:
+    with pytest.raises(Exception, match="was frozen when optimize") as caught:
         ours(**inputs)
     errors = [caught.value, caught.value.__cause__]
     assert any(isinstance(e, FrozenExpertsError) or "FrozenExperts" in str(e) for e in errors)

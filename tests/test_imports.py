@@ -44,7 +44,7 @@ KERNELS_OF_PASSES = (
 
 
 def _layers() -> dict[str, tuple[str, ...]]:
-    """What each layer may import of ours."""
+    """Return what each layer may import of ours."""
     below: tuple[str, ...] = ()
     layers = {}
     for level in ORDER:
@@ -59,7 +59,7 @@ HUGGING_FACE = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers"
 
 
 def _sources() -> dict[str, Path]:
-    """Module name below qlora_compile -> file; kernels and passes where they really lie."""
+    """Return module name below qlora_compile -> file; kernels and passes where they really lie."""
     modules = {}
     for folder in (ROOT / PACKAGE, ROOT / "kernels", ROOT / "passes"):
         base = folder if folder.name == PACKAGE else ROOT
@@ -78,7 +78,8 @@ def _within(module: str, layer: str) -> bool:
 
 
 def _imports(module: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything `module` imports at run time, inside functions too."""
+    """Yield line and absolute name of everything `module` imports at run time, inside functions
+    too."""
     path = SOURCES[module]
     package = [PACKAGE, *module.split(".")]
     if path.stem != "__init__":
@@ -108,7 +109,7 @@ TRITON_FILES = {module for module, _, name in IMPORTS if _within(name, "triton")
 
 
 def _ours(name: str) -> str | None:
-    """The name below qlora_compile ("" for the package itself); None for someone else's."""
+    """Return the name below qlora_compile ("" for the package itself); None for someone else's."""
     return name[len(PACKAGE) + 1 :] if _within(name, PACKAGE) else None
 
 

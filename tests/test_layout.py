@@ -1,4 +1,4 @@
-"""The layout that keeps the folder `kernels` from passing for Hugging Face's package `kernels`."""
+"""The layout by which the folder `kernels` is not taken for Hugging Face's package `kernels`."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What users do with a model besides training it goes on working, and agrees with stock PEFT."""
+"""What users do with a model beside training goes on working, and agrees with stock PEFT."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def compiled_by_regions(model: Any) -> Any:
 
 
 def results(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """Of a training step, by the names of the model inside."""
+    """Return the results of a training step, by the names of the model inside."""
     named = training_step(model, ids)
     return {name.replace("_orig_mod.", ""): value for name, value in named.items()}
 

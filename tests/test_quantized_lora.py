@@ -56,7 +56,7 @@ def text_table(**columns: list[Any]) -> datasets.Dataset:
 
 @pytest.fixture
 def stock(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Adapters by PEFT, nothing quantised or compiled: what is under test is around that."""
+    """Adapters by PEFT, nothing quantised or compiled: these tests are about the rest."""
     calls: list[dict[str, Any]] = []
 
     def optimize(model: Any, lora: Any, **options: Any) -> Any:

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
 
 from qlora_compile import QloraCompileConfig, optimize
 from qlora_compile.errors import BlockSizeError, UnknownFormatError
 from qlora_compile.kernels.formats.errors import FormatOptionError
 from qlora_compile.modules.packed import PackedModule
-from qlora_compile.saving_errors import SkeletonError
+from qlora_compile.saving_errors import DiskOffloadError, SkeletonError
 from tests.hf.saving.test_save import assert_same
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import toy as experts_toy
@@ -49,6 +50,32 @@ def test_equal_to_packing_afterwards(case: str, tmp_path: Path) -> None:
     assert any(isinstance(module, PackedModule) for module in loaded.modules())
     assert torch.isfinite(loaded(tokens()).logits).all()
     assert loaded.num_parameters() == model.num_parameters()
+
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize("stored", ["plain", "packed"])
+def test_a_device_map_in_parts_loads_the_same_and_disk_is_refused(
+    stored: str, tmp_path: Path
+) -> None:
+    model, config = toy(), QloraCompileConfig("int8")
+    options: dict[str, Any] = {"quantization_config": config}
+    if stored == "packed":
+        if not hasattr(HfQuantizer, "update_attn_implementation"):
+            pytest.skip("transformers before 5.18 does not open packed folders")
+        optimize(model, quantize="int8")
+        options = {}
+    model.save_pretrained(tmp_path)
+    parts: dict[str, Any] = {**dict.fromkeys(PARTS, "cpu"), "model.rotary_emb": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=parts, **options)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert_same(loaded.state_dict(), whole.state_dict())
+    ids = tokens()
+    assert torch.equal(loaded(ids).logits, whole(ids).logits)
+    parts["model.layers.1"] = "disk"
+    with pytest.raises(DiskOffloadError, match=r"model\.layers\.1 on disk"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=parts, **options)
 
 
 @pytest.mark.parametrize("stored", ["plain", "packed"])

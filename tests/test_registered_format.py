@@ -1,4 +1,4 @@
-"""A format that only the tests have is tuned, built and reported as the shipped ones are.
+"""A format that only the tests have is tuned, built and reported like the shipped ones.
 
 The property suites of tests/kernels range over it because conftest.py registers it.
 """

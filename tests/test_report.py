@@ -1,4 +1,5 @@
-"""The report: every Linear once, in words and as data; quantising holds one layer twice at most."""
+"""The report lists every Linear once, as text and data; quantising holds at most one layer
+twice."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def test_what_is_trained_in_full_is_listed_and_not_quantised() -> None:
         ({"trainable_token_indices": [3, 5]}, True, "rows of its weight", "Embedding: rows of its"),
         ({"modules_to_save": ["embed_tokens"]}, False, "output head", "Embedding: it is trained"),
         ({"modules_to_save": ["lm_head"]}, False, "trained in full", None),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "tied to", "Embedding: it is no L"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "tied to", "Embedding: it is not a"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, False, "output head", "Embedding: it is"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What quantising makes can be saved: every tensor of a state dict owns the memory it lies in."""
+"""Quantised models can be saved: every tensor of a state dict owns its memory."""
 
 from __future__ import annotations
 

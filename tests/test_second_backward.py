@@ -24,7 +24,7 @@ def parameters(model: Any) -> dict[str, Any]:
 
 
 def accumulated(model: Any, losses: list[Tensor]) -> Gradients:
-    """The gradients after a backward of each of the `losses`, all through one graph."""
+    """Return the gradients after a backward of each of the `losses`, all through one graph."""
     for loss in losses[:-1]:
         loss.backward(retain_graph=True)
     losses[-1].backward()

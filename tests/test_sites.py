@@ -1,4 +1,4 @@
-"""The inventory: one walk through a model's modules for an `optimize`, and true at each stop."""
+"""The inventory: one walk through a model's modules per `optimize`, and true at each stop."""
 
 from __future__ import annotations
 

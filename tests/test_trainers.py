@@ -1,5 +1,5 @@
-"""optimize_trainer: the trainer's model is optimised, whenever that is asked for, and adapters have
-the dtype that stock gives them."""
+"""optimize_trainer optimises the trainer's model, at any time, and adapters have the dtype that
+stock gives them."""
 
 from __future__ import annotations
 

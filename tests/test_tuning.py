@@ -240,7 +240,7 @@ def test_the_report_names_records_that_this_process_does_not_have(cache: Path) -
             graph.records_name = "of another process"
     report = qlora_compile.explain(model)
     assert report.unknown_records == ("of another process",)
-    assert "the records 'of another process' are not of this process" in str(report)
+    assert "this process has no records 'of another process'" in str(report)
     assert report.to_dict()["unknown_records"] == ["of another process"]
     for site in report.sites:
         for chosen in (site.forward, site.backward):
@@ -324,7 +324,7 @@ def test_copies_and_pickles_go_on_with_the_same_records(cache: Path) -> None:
 def test_a_bad_mode_is_an_error_before_anything_changed(bad: Any) -> None:
     model = toy()
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(TuneModeError, match=r"tune=.*'auto', 'off' or 'model' nor the path"):
+    with pytest.raises(TuneModeError, match=r"tune=.*'auto', 'off', 'model', or the path"):
         qlora_compile.optimize(model, lora(), quantize="nf4", tune=bad)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -374,9 +374,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ((), "neither given; pass one of --model and --shapes"),
+            ((), "neither given; pass either --model or --shapes"),
             (("--shapes", "1x2x3"), "'1x2x3' is not four whole numbers"),
-            (("--shapes", "1x2x3x4", "--budget", "soon"), "--budget 'soon' is no time"),
+            (("--shapes", "1x2x3x4", "--budget", "soon"), "--budget 'soon' is not a time"),
             (("--shapes", "1x2x3x4", "--dtype", "bf16"), "--dtype 'bf16' is unknown"),
             (("--shapes", "1x2x3x4", "--format", "nf3"), "nf3"),
         ],

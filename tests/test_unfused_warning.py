@@ -52,7 +52,7 @@ def untraceable(model: Any) -> dict[str, Any]:
 LEFT: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "a backward hook": (hooked, "backward hook"),
     "a cache": (lambda _: {"use_cache": True}, "key-value cache"),
-    "an untraceable hook": (untraceable, "Dynamo does not trace"),
+    "an untraceable hook": (untraceable, "Dynamo cannot trace"),
 }
 
 

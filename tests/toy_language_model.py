@@ -18,7 +18,7 @@ LONGEST = 64
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per ASCII character, and an end of text."""
+    """Return one token per ASCII character, and an end of text."""
     printable = [symbol for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()) if symbol <= "~"]
     space, newline = "\u0120", "\u010a"  # how the byte-level alphabet writes them
     symbols = [*printable, space, newline, END]
@@ -32,7 +32,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy tokenizer with SmolLM2's chat template and that template's two tokens."""
+    """Return the toy tokenizer with SmolLM2's chat template and that template's two tokens."""
     tokenizer = toy_tokenizer()
     tokenizer.add_special_tokens(
         {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}  # pyright: ignore[reportArgumentType]

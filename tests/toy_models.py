@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The architecture with two layers of width 64, seeded weights."""
+    """Return the architecture with two layers of width 64, seeded weights."""
     recipe = dict(ARCHITECTURES[architecture])
     model_class = recipe.pop("class", f"{architecture}ForCausalLM")
     config_class = recipe.pop("config", f"{architecture}Config")
@@ -62,7 +62,7 @@ def toy(architecture: str = "Llama", dtype: torch.dtype = torch.float32, **optio
 
 
 def with_bitsandbytes(model: Any, bits: int) -> Any:
-    """The Linears of a model, but for its head, as bitsandbytes' 4- or 8-bit ones."""
+    """Return the Linears of a model, but for its head, as bitsandbytes' 4- or 8-bit ones."""
     return stock.without_repacking(stock.with_bitsandbytes(model, bits))
 
 

@@ -1,4 +1,4 @@
-"""Which of transformers' model types train through qlora_compile as they do through stock PEFT.
+"""Tells which of transformers' model types train through qlora_compile as through stock PEFT.
 
 Every causal language model of transformers, and some encoders, sequence-to-sequence, vision and
 multimodal models, built at toy size with LoRA on all linears: two training steps each, losses and
@@ -27,8 +27,10 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Types; all by default.")] = None,
-    inductor: Annotated[bool, typer.Option(help="Compile to the end, not to AOTAutograd.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Model types; all by default.")] = None,
+    inductor: Annotated[
+        bool, typer.Option(help="Compile by Inductor too, not only AOTAutograd.")
+    ] = False,
     limit: Annotated[float, typer.Option(help="Seconds for one type.")] = 120.0,
 ) -> None:
     file = RESULTS / "coverage.json"

@@ -28,13 +28,13 @@ from qlora_compile.sites import Inventory
 STEPS, LEARNING_RATE = 2, 0.01
 TOLERANCE = 2e-5
 EXACT_TOLERANCE = 1e-7
-"""Of a run in float64: what is the same mathematics agrees to 1e-12, to 1e-8 where a model computes
-parts in float32, and a toy gradient that float32 gets wrong in the fourth digit (Gemma 4) shows
-nothing else."""
+"""The tolerance of a run in float64. The same mathematics agrees to 1e-12, or to 1e-8 if a model
+computes parts in float32; a toy gradient that float32 gets wrong in the fourth digit (Gemma 4) is
+no worse."""
 
 FACTOR = 2.0
-"""Where there is no float64 run, ours may differ from stock this much more than stock differs from
-itself with every parameter changed by one rounding."""
+"""Without a run in float64, ours may differ from stock this many times as much as stock differs
+from itself with every parameter changed by one rounding."""
 
 EXCLUDED = {
     # PEFT refuses it, for their kernels read the weight past the module.
@@ -43,7 +43,7 @@ EXCLUDED = {
     **dict.fromkeys(("llama4", "llama4_text", "phimoe"), "router"),
     "deepseek_v4": "o_a_proj",
 }
-"""By model type, what stock PEFT cannot adapt though "all-linear" names it."""
+"""By model type, modules that "all-linear" names and stock PEFT cannot adapt."""
 
 
 def compared(kind: Kind, *, inductor: bool = False) -> Row:
@@ -102,8 +102,8 @@ def _stock(kind: Kind, row: Row) -> tuple[Any, dict[str, Tensor]]:
 
 @contextmanager
 def _without_inductor() -> Iterator[None]:
-    """Rewritten graphs run through AOTAutograd alone: the same operators, in a tenth of the time,
-    as tests/test_equality.py has it."""
+    """Run rewritten graphs through AOTAutograd alone: the same operators, in a tenth of the time,
+    as in tests/test_equality.py."""
     from torch._dynamo.backends.debugging import aot_eager
 
     real = backend.compile_inner
@@ -115,8 +115,8 @@ def _without_inductor() -> Iterator[None]:
 
 
 def trained(model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Loss and adapter gradients of every step; the generator starts each step alike, for models
-    that draw from it (hashes, jitter)."""
+    """Return loss and adapter gradients of every step. The random generator starts each step alike,
+    for models that draw from it (hashes, jitter)."""
     steps = []
     for step in range(STEPS):
         torch.manual_seed(step)
@@ -157,7 +157,8 @@ def _compare(
     model: Any,
     inputs: dict[str, Tensor],
 ) -> None:
-    """`model`: stock before its first step, to tell rounding from another result."""
+    """Compare ours with stock. model: stock before its first step, to tell rounding from another
+    result."""
     if actual[-1].keys() != expected[-1].keys():
         missing = sorted(actual[-1].keys() ^ expected[-1].keys())
         row.ours, row.worst = UNEQUAL, f"only one has a gradient: {missing[0]}"
@@ -175,7 +176,7 @@ def _compare(
 
 
 def largest(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Per group (loss, lora_A, lora_B), the largest relative distance of any step."""
+    """Return the largest relative distance of any step per group: loss, lora_A, lora_B."""
     found: dict[str, float] = {}
     for left, right in zip(one, other, strict=True):
         for group, error in distance(left, right).items():
@@ -196,7 +197,7 @@ def _worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 
 def _in_float64(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Ours against stock, both in float64; empty where the model has no such run."""
+    """Compare ours and stock in float64; return nothing if the model does not run in float64."""
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
@@ -213,7 +214,8 @@ def _in_float64(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
 def _after_one_rounding(
     model: Any, expected: list[dict[str, Tensor]], inputs: dict[str, Tensor]
 ) -> dict[str, float]:
-    """How far stock is from stock with every parameter one rounding up or down; of three such."""
+    """Return how far stock is from stock with every parameter rounded up or down; the largest of
+    three trials."""
     found: dict[str, float] = {}
     for seed in range(3):
         changed = copy.deepcopy(model)

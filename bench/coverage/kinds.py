@@ -16,14 +16,14 @@ from bench.coverage.shrink import shrunk
 
 BATCH, LENGTH = 2, 12
 FIRST_TOKEN, LAST_TOKEN = 3, 100
-"""Below are padding and the like, above are the tokens that stand for images."""
+"""Token ids for text: below are padding and the like, above the tokens that stand for images."""
 
 WITH_IMAGES = ("clip", "gemma3", "git", "got_ocr2", "llava", "qwen2_vl", "siglip", "vit")
-"""Model types that get pictures; other multimodal ones get text alone, which trains them too."""
+"""Model types that get pictures; other multimodal types get text alone, which trains them too."""
 
 WITHOUT_CACHE = ("blt", "hrm_text", "recurrent_gemma", "xlstm")
-"""Model types that cannot build the cache of their own default; others' batches do not mention it,
-as a user's do not."""
+"""Model types that cannot build their default cache. Batches of other types do not mention the
+cache, like a user's."""
 
 _CODEBOOKS = ("musicgen_decoder", "musicgen_melody_decoder")
 
@@ -132,7 +132,7 @@ def _labels(model: Any, made: dict[str, Any], tokens: Callable[..., Tensor]) -> 
 
 
 def _image(model: Any, made: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """Pictures for a vision model, and their tokens put into the text's place."""
+    """Return pictures for a vision model, and replace a part of the text by their tokens."""
     config = model.config
     if config.model_type not in WITH_IMAGES:
         return {}
@@ -156,7 +156,7 @@ def _image(model: Any, made: dict[str, Any], generator: torch.Generator) -> dict
 
 
 def _audio(config: Any, made: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """Sound for the models that take it beside text, and its tokens put into the text's place."""
+    """Return sound for models that take it, and replace a part of the text by its tokens."""
     if config.model_type == "phi4_multimodal":
         audio = config.audio_config
         made["input_ids"][:, 2] = audio.audio_token_id

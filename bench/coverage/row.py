@@ -1,4 +1,4 @@
-"""One row of the table: what became of one model type."""
+"""Row: the result for one model type."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _LONGEST = 240
 
 @dataclass
 class Row:
-    """What became of one model type.
+    """The result for one model type.
 
     stock: "ok", or why stock PEFT cannot train it. ours: "equal", "unequal", or the exception;
-    empty where stock fails.
-    errors: per group of results, ours against stock; where these are large also exact: the same in
-    float64, and floor: stock against stock with its parameters one rounding off. worst: the
-    parameter whose gradients differ most in the first step.
-    sites: all Linears; targets: those stock adapts; fused, fused_targets: of these, fused. left,
-    left_targets: why the others were left alone, with their number; examples: of each of these
-    reasons, the first site. expert_targets, fused_experts, left_experts: the same of the adapted
-    weights of experts. target_parameters, fused_parameters: of both, by their weights' elements.
-    other_targets: what else stock adapts.
-    breaks: graph breaks inside blocks by reason. kinds: block classes that are compiled; graphs:
-    what Dynamo captured of them in all.
+    empty if stock fails.
+    errors: the distance of ours from stock, per group of results. exact, floor: if these are large,
+    the same in float64, and stock's distance from stock with its parameters one rounding off.
+    worst: the parameter whose gradients differ most in the first step.
+    sites: all Linears; targets: those that stock adapts; fused, fused_targets: how many of these
+    are fused. left, left_targets: why the others were left alone, with their number; examples: the
+    first site for each of these reasons. expert_targets, fused_experts, left_experts: the same for
+    adapted weights of experts. target_parameters, fused_parameters: the elements of the weights of
+    both. other_targets: what else stock adapts.
+    breaks: graph breaks inside blocks, by reason. kinds: the number of block classes that are
+    compiled; graphs: the number of graphs that Dynamo captured of them.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Row:
 
 
 def first_line(error: BaseException) -> str:
-    """The exception's type and first line that says something."""
+    """Return the exception's type and its first line that is not blank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:_LONGEST]
 
 
 def target_kind(class_name: str) -> str:
-    """What an adapted module that is no Linear is, by its class."""
+    """Return the kind of an adapted module that is not a Linear, by its class."""
     for ending, kind in (("Experts", "fused experts"), ("outer", "router"), ("Gate", "router")):
         if class_name.endswith(ending):
             return kind
@@ -72,8 +72,8 @@ def target_kind(class_name: str) -> str:
 
 
 def without_names(reason: str) -> str:
-    """A reason with what is particular to one module or call taken out, so that equal reasons of
-    different models group; of Dynamo's reasons, without its hints."""
+    """Return a reason without names of single modules or calls, and without Dynamo's hints, so that
+    equal reasons of different models are grouped."""
     text = " ".join(reason.split())
     text = re.split(r" (?:Hint|Developer debug context):", text)[0].replace(" Explanation:", ":")
     text = re.sub(r"\binto \d+ graphs", "into several graphs", text)

@@ -1,4 +1,4 @@
-"""Shrinking: a configuration's defaults with every size small and all sizes consistent."""
+"""Shrinks a configuration's defaults: every size is small, and all sizes are consistent."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1}
 
 
 def shrunk(config_class: type[PretrainedConfig], **given: Any) -> Any:
-    """A configuration of `config_class` at toy size: of its defaults, what `smaller` changes, the
-    corrections of its type, and `given`."""
+    """Return a configuration of `config_class` at toy size: its defaults with the changes of
+    `smaller`, the corrections of its type, and `given`."""
     own = CORRECTIONS.get(config_class.model_type, {})
     start = {name: own[name] for name in own.get("_start", ())}
     default = config_class(**start)
@@ -30,11 +30,11 @@ def shrunk(config_class: type[PretrainedConfig], **given: Any) -> Any:
 
 
 def smaller(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `values` that change, with their toy values.
+    """Return the fields of `values` that change, with their toy values.
 
-    Sizes never grow, switches and what a default leaves out stay. Random parts (dropout, noise) go,
-    for two runs are to be compared. Lists with one entry per layer keep the layers that
-    `layers_kept` says, and the number of layers follows.
+    Sizes never grow; switches and missing values stay. Random parts (dropout, noise) are switched
+    off, because two runs are compared. Lists with one entry per layer keep the layers of
+    `layers_kept`, and the number of layers follows.
     """
     changed: dict[str, Any] = {}
     for name, value in values.items():
@@ -60,8 +60,8 @@ def smaller(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layers_kept(lists: list[list[Any]]) -> list[int]:
-    """Which layers represent all: the first of every kind, kinds being told apart by all the
-    `lists` together, and as many more as make two; no more than four."""
+    """Return which layers represent all: the first of every kind, as distinguished by all the
+    `lists` together; at least two and at most four."""
     kinds = [repr(kind) for kind in zip(*lists, strict=True)]
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:_MOST_LAYERS]
     rest = (index for index in range(len(kinds)) if index not in first)
@@ -75,7 +75,7 @@ def _attention_heads(values: Mapping[str, Any]) -> Any:
 
 
 def _per_layer(values: Mapping[str, Any]) -> list[str]:
-    """The fields that list something for every layer: as long as there are layers."""
+    """Return the fields with one entry per layer: lists as long as there are layers."""
     count = next((values[name] for name in LAYER_COUNTS if name in values), None)
     return [
         name
@@ -91,7 +91,7 @@ def _is_random(name: str) -> bool:
 
 
 def _token(name: str, value: Any) -> Any:
-    """A token id inside the toy vocabulary; special tokens apart from those of a batch."""
+    """Return a token id inside the toy vocabulary, different from a batch's for special tokens."""
     if isinstance(value, list | tuple):
         return type(value)([_token(name, value[0])]) if value else value
     for part, token in _SPECIAL.items():

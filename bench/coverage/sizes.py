@@ -1,4 +1,4 @@
-"""Toy values of configuration fields by name, and what single types need beside them."""
+"""Toy values of configuration fields by name, and corrections for single model types."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SMALL: dict[str, int] = {
     )
     for name in names.split()
 }
-"""What a field of this name becomes where its default is larger."""
+"""The toy value of a field of this name whose default is larger."""
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 

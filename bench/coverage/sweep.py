@@ -15,15 +15,16 @@ from typing import IO
 from bench.coverage.row import TRAINS, Row
 
 TYPES_PER_WORKER = 12
-"""Importing takes as long as two types; what a process keeps of each adds up to gigabytes."""
+"""Types per process: importing takes as long as two types, but memory kept of each adds up to
+gigabytes."""
 
 _ROOT = Path(__file__).parents[2]
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def sweep(names: list[str], limit: float, *, inductor: bool = False) -> Iterator[Row]:
-    """A row for each of `names`, in order. A type that takes its process down, or longer than
-    `limit` seconds, gets a row that says so, and another process goes on after it."""
+    """Yield a row for each of `names`, in order. A type that crashes its process, or takes longer
+    than `limit` seconds, gets a row that says so, and another process goes on after it."""
     waiting = list(names)
     while waiting:
         done = 0
@@ -34,7 +35,7 @@ def sweep(names: list[str], limit: float, *, inductor: bool = False) -> Iterator
 
 
 def _worker(names: list[str], limit: float, inductor: bool) -> Iterator[Row]:
-    """The rows of one process, the last of them for what ended it before it was through."""
+    """Yield the rows of one process, the last of them for the type that ended it early, if any."""
     command = [sys.executable, "-m", "bench.coverage.worker", *names]
     command += ["--inductor"] if inductor else []
     with subprocess.Popen(
@@ -64,13 +65,13 @@ def _worker(names: list[str], limit: float, inductor: bool) -> Iterator[Row]:
 
 
 def _read(stream: IO[str], lines: queue.Queue[str]) -> None:
-    """Every line, and an empty one at the end."""
+    """Pass on every line, and an empty one at the end."""
     for line in stream:
         lines.put(line)
     lines.put("")
 
 
 def lost(name: str, problem: str) -> Row:
-    """The row of a type whose process gave none: whose fault it was is not known, ours is assumed
-    until somebody has looked."""
+    """Return the row of a type whose process gave none. The fault is unknown; ours is assumed until
+    somebody has looked."""
     return Row(name, "", stock=TRAINS, ours=problem)

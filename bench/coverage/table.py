@@ -9,7 +9,7 @@ from bench.coverage.row import EQUAL, TRAINS, Row
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Lines with the figures that matter, then what falls short, grouped by its reason."""
+    """Return lines with the main figures, then with what falls short, grouped by reason."""
     trained = [row for row in rows if row.stock == TRAINS]
     equal = [row for row in trained if row.ours == EQUAL]
     rounded = [row for row in equal if row.floor]
@@ -26,7 +26,7 @@ def summary(rows: list[Row]) -> list[str]:
         f"{len(equal)} of these {len(trained)} train equally through qlora_compile"
         + (f"; {len(rounded)} of them only as far as rounding allows" if rounded else ""),
         f"{sum(row.fused_targets for row in trained)} of {targets} adapted linears fused; "
-        f"{others} adapted modules are no linears",
+        f"{others} adapted modules are not linears",
         f"{fused_experts} of {experts} adapted weights of experts fused",
         f"together {fused_parameters / max(parameters, 1):.1%} of the elements of adapted weights",
         f"{len(whole)} types are equal with all adapted linears fused and no graph break",
@@ -35,7 +35,7 @@ def summary(rows: list[Row]) -> list[str]:
     for title, column in (
         ("adapted linears left alone", "left_targets"),
         ("adapted weights of experts left alone", "left_experts"),
-        ("adapted modules that are no linears", "other_targets"),
+        ("adapted modules that are not linears", "other_targets"),
         ("graph breaks", "breaks"),
     ):
         lines += [f"{title}: {line}" for line in _grouped(trained, column)]
@@ -45,7 +45,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def _grouped(rows: Iterable[Row], column: str) -> list[str]:
-    """One line per reason: how many, and in which types; what most types have first."""
+    """Return one line per reason: how many, and in which types; the most common reason first."""
     count: Counter[str] = Counter()
     where: dict[str, list[str]] = {}
     for row in rows:
@@ -106,5 +106,5 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` on one line, without what would end a cell or become a tag."""
+    """Return `text` on one line, without characters that would end a cell or become a tag."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import asdict
 
 MEMORY = 12 << 30
-"""Bytes of address space; a model that wants more fails alone, not the machine."""
+"""Bytes of address space, so that a model which wants more fails alone, not the machine."""
 
 
 def main(arguments: list[str]) -> None:

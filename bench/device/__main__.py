@@ -1,4 +1,4 @@
-"""`python -m bench.device`, see `command`: what a machine may lack is put on the path first."""
+"""`python -m bench.device`, see `command`; first puts packages that may be missing on the path."""
 
 from __future__ import annotations
 

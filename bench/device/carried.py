@@ -1,6 +1,6 @@
-"""What a machine with a GPU may lack and cannot download: where it lies, and what it is.
+"""Packages that a machine with a GPU may lack and cannot download: what they are, and where.
 
-Only the standard library is imported here: this runs before anything else can be.
+This module imports only the standard library, as it runs before anything else can be imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ does not load with torch 2.11, and Unsloth then takes torch's attention."""
 
 
 def add_shared() -> None:
-    """Puts the shared packages on the path of this process and of those it starts, unless they are
+    """Put the shared packages on the path of this process and of those it starts, unless they are
     installed."""
     names = (package.partition("==")[0] for package in PACKAGES[SHARED])
     if all(importlib.util.find_spec(name) for name in names):

@@ -1,7 +1,8 @@
-"""Ours, stock and Unsloth on this machine's GPU, the most valuable first, within a budget.
+"""Measures ours, stock and Unsloth on this machine's GPU, the most valuable parts first, in a
+budget.
 
-Prints a section for each part as it ends and all of them at last, and merges the results into
-bench/results/device.{md,json}. Without an agreement of the losses no speed is told.
+Prints a section for each part as it ends and all of them at the end, and merges the results into
+bench/results/device.{md,json}. If the losses do not agree, no speed is reported.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ def command(
         bool,
         typer.Option(
             "--dry",
-            help="On the CPU, at toy size, untimed: fails if anything does; nothing is kept.",
+            help="On the CPU, at toy size, untimed; fails if any part does, keeps nothing.",
         ),
     ] = False,
-    commit: Annotated[str | None, typer.Option(help="What is measured, without git.")] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="The commit that is measured, without git.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="The folder of device.{md,json}.")] = RESULTS,
     merge: Annotated[
         Path | None, typer.Option(help="Measure nothing: add the results in this device.json.")

@@ -1,4 +1,4 @@
-"""A part of the tests that need a device, for as long as there is time."""
+"""Runs a part of the tests that need a device, while there is time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", 
 
 
 def correctness(until: float, fifth: int) -> dict[str, Any]:
-    """Outcomes of a fifth of `pytest -m gpu`. until: by time.monotonic, when pytest is stopped;
-    the tests that ended before count."""
+    """Return the outcomes of a fifth of `pytest -m gpu`. until: the time, by time.monotonic, at
+    which pytest is stopped; tests that ended before count."""
     command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider"]
     command += ["-p", "bench.device.fifth", f"--fifth={fifth}", "-m", "gpu"]
     # A file that needs a package which is missing here must not keep the others from running.
@@ -35,7 +35,7 @@ def correctness(until: float, fifth: int) -> dict[str, Any]:
 
 
 def outcomes(output: str, code: int | None) -> dict[str, Any]:
-    """Of pytest's output. code: None where it was stopped."""
+    """Return the outcomes in pytest's output. code: None if pytest was stopped."""
     found = _OUTCOME.findall(output)
     counted = {
         name: sum(outcome == name.upper() for _, outcome in found)
@@ -48,7 +48,7 @@ def outcomes(output: str, code: int | None) -> dict[str, Any]:
 
 
 def told(found: dict[str, Any]) -> list[str]:
-    """`correctness` as lines of Markdown."""
+    """Return the result of `correctness` as lines of Markdown."""
     counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "error", "skipped"))
     ended = "; stopped there, out of time" if found["stopped"] else ""
     lines = [f"{counts}{ended}.", *(f"- {test}" for test in found["bad"])]

@@ -1,4 +1,4 @@
-"""A pytest plugin that runs every fifth of the chosen tests: what a few minutes allow."""
+"""A pytest plugin that runs every fifth of the chosen tests, which takes a few minutes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The process that measures the fused op alone: every variant beside what users run today.
 
 Candidates of one layer run in turn, over rotated inputs that do not fit the second-level cache, and
-are timed by events, without the time that launching them takes. A line of JSON with a problem is
-answered with the median of each. On a CPU every candidate runs, and none is timed. Unsloth is not
-among them: to import it changes what the others run.
+are timed by events, without the time of launching. A line of JSON with a problem is answered with
+the median of each candidate. On a CPU every candidate runs, and none is timed. Unsloth is not among
+them, because importing it changes what the others run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_compile.tuning.measure import device_seconds
 BASELINE = "dequantise + vendor GEMM + LoRA"
 RANK, FORMAT, REPEATS = 16, "nf4", 30
 ROTATED_BYTES = 512 * 2**20
-"""More than any second-level cache: each run finds its operands in memory."""
+"""Bytes, more than any second-level cache, so that each run finds its operands in memory."""
 
 Run = Callable[[], Any]
 
@@ -94,7 +94,7 @@ def ours(layer: Layer, direction: Direction) -> Iterator[tuple[str, Run]]:
 
 
 def autograd(run: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer, direction: str) -> Run:
-    """`run(x, lora_a, lora_b)`, or its backward alone."""
+    """Return a function that calls `run(x, lora_a, lora_b)`, or does only its backward."""
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.lora_a, layer.lora_b)]
     if direction == "forward":
         return lambda: run(*leaves)
@@ -103,7 +103,7 @@ def autograd(run: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer, dire
 
 
 def plain_lora(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """PEFT's branch: in the adapters' dtype."""
+    """Compute PEFT's branch, in the adapters' dtype."""
     return (x.to(a.dtype) @ a.t() @ b.t()) * 2.0
 
 
@@ -139,7 +139,7 @@ PEERS: tuple[tuple[str, str | None, Callable[[Layer, str], Run]], ...] = (
 
 
 def milliseconds(candidates: dict[str, list[Run]], repeats: int) -> dict[str, float]:
-    """The median of `repeats` timings of each; one of each in turn, over its rotated inputs."""
+    """Return the median of `repeats` timings of each candidate, in turn, over rotated inputs."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for runs in candidates.values():
         for run in runs[:2]:
@@ -152,7 +152,7 @@ def milliseconds(candidates: dict[str, list[Run]], repeats: int) -> dict[str, fl
 
 
 def measured(m: int, n: int, k: int, direction: Direction, device: str) -> dict[str, float | None]:
-    """Milliseconds of every candidate, by name; None each on a CPU, where they only run."""
+    """Return the milliseconds of every candidate by name; None on a CPU, where they only run."""
     rotated = max(2, min(8, ROTATED_BYTES // (2 * m * (n + k) + n * k)))
     copies = [layer(m, n, k, device) for _ in range(rotated if device == "cuda" else 1)]
     candidates: dict[str, list[Run]] = {

@@ -1,4 +1,4 @@
-"""What `make device` runs, the most valuable first, each for as long as it may take."""
+"""The parts of `make device`, the most valuable first, each with its share of the time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bench.peers.settings import EXPERTS, LLAMA_1B, LLAMA_8B, Setting
 
 
 class Part(ABC):
-    """least, share: of the seconds that are left it may take `share`, but `least` where there are
-    as many."""
+    """A part of the measurements. share: of the seconds left, which it may take; but at least
+    `least` seconds, if that many are left."""
 
     least: ClassVar[float]
     share: ClassVar[float]
@@ -29,7 +29,8 @@ class Part(ABC):
 
     @abstractmethod
     def run(self, until: float, folder: Path) -> dict[str, Any]:
-        """What was measured, for JSON. until: by time.monotonic. folder: of caches."""
+        """Return the measurements, for JSON. until: a time by time.monotonic. folder: for
+        caches."""
 
     def limit(self, left: float) -> float:
         return min(max(self.least, self.share * left), left)
@@ -37,7 +38,7 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class Correctness(Part):
-    """fifth: which one, from 0 to 4."""
+    """Tests that need a device. fifth: which fifth of them, from 0 to 4."""
 
     fifth: int = 0
     least = 20.0
@@ -53,7 +54,7 @@ class Correctness(Part):
 
 @dataclass(frozen=True)
 class Race(Part):
-    """timed: whether speeds are told."""
+    """A comparison of contenders. timed: whether speeds are reported."""
 
     setting: Setting
     names: tuple[str, ...]
@@ -77,7 +78,7 @@ def _answers(
     process: Process, questions: Sequence[dict[str, Any]], device: str, until: float
 ) -> tuple[list[dict[str, Any]], str]:
     """Ask a process one question after another, and end it. Return each question with its answer,
-    and why there are no more; no reason if only the time ran out after the first."""
+    and why there are no further answers: no reason if time ran out after the first."""
     results: list[dict[str, Any]] = []
     failed = ""
     try:
@@ -95,7 +96,7 @@ def _answers(
 
 @dataclass(frozen=True)
 class Op(Part):
-    """problems: rows of x, N and K."""
+    """The fused op alone. problems: rows of x, N and K."""
 
     problems: tuple[tuple[int, int, int], ...]
     device: str = "cuda"
@@ -119,7 +120,7 @@ class Op(Part):
 
 @dataclass(frozen=True)
 class Plans(Part):
-    """formats: of the weights, one after another."""
+    """Plans beside launches from Python. formats: of the weights, one after another."""
 
     formats: tuple[str, ...] = ("nf4", "int8")
     device: str = "cuda"
@@ -156,7 +157,7 @@ PARTS: tuple[Part, ...] = (
 
 
 def toy(part: Part) -> Part:
-    """The same on a CPU, small and not timed. Of one model all batches become the same."""
+    """Return the same part for a CPU: small, not timed, and with one batch size per model."""
     if isinstance(part, Race):
         hidden = 512 if part.setting.model == EXPERTS else 128
         size = {"layers": 2, "hidden": hidden, "vocabulary": 512, "batch_size": 2, "length": 16}

@@ -1,8 +1,8 @@
 """The process that compares plans with launches from Python: bits, and the host's time.
 
-A line of JSON with a format is answered with the calls of that format whose results differ, with
-the number of plans that were replayed, and with the microseconds of one call, forward and backward,
-either way. On a CPU, where there are no plans, both ways are the same, and none is timed.
+A line of JSON with a format is answered with the calls of that format whose results differ, the
+number of replayed plans, and the microseconds of one call, forward and backward, either way. On a
+CPU, which has no plans, both ways are the same, and none is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPE: dict[str, tuple[int, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class FusedCall:
-    """One fused call. tensors: as of its op; leaves: those whose gradients are computed."""
+    """One fused call. tensors: the op's; leaves: those whose gradients are computed."""
 
     name: str
     op: Any
@@ -48,7 +48,7 @@ class FusedCall:
     seed: Tensor | None = None
 
     def run(self) -> list[Tensor]:
-        """Every y and every gradient."""
+        """Return every y and every gradient."""
         results = self.op(self.x, self.tensors, self.seed, str(self.call))
         ys = results[: len(self.call.linears)]
         grads = torch.autograd.grad(ys, self.leaves, [torch.ones_like(y) for y in ys])
@@ -56,7 +56,7 @@ class FusedCall:
 
 
 def fused_calls(format: str, device: str) -> Iterator[FusedCall]:
-    """Of one Linear and of siblings, with dropout and without, then of experts."""
+    """Yield calls of one Linear and of siblings, with and without dropout, then of experts."""
     k, widths = SHAPE[device]
     for rows in ROWS[device]:
         for columns in (widths, widths[:1]):
@@ -134,7 +134,7 @@ def compared(format: str, device: str) -> dict[str, Any]:
 
 
 def _microseconds(call: FusedCall, *, plans: bool) -> float:
-    """Of the wall clock, by call; what the device takes at least is in it."""
+    """Return microseconds of the wall clock per call, at least the device's."""
     with nullcontext() if plans else native.off():
         for _ in range(3):
             call.run()

@@ -1,4 +1,4 @@
-"""A comparison that ends in time: contenders are made together, then take steps in turn."""
+"""Compares contenders until a given time: they are made together, then take steps in turn."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from bench.peers.race import Process, Run, take_turns
 from bench.peers.settings import Setting
 
 STEPPING = 0.2
-"""The part of the time that is kept for steps. Who is not ready by then is left out."""
+"""The part of the time that is kept for steps. Contenders not ready by then are left out."""
 
 
 def race(
     setting: Setting, names: tuple[str, ...], steps: int, until: float, folder: Path
 ) -> list[Run]:
-    """What was measured of each contender. until: by time.monotonic. folder: of their caches, which
-    the next comparison finds.
+    """Return the measurements of each contender. until: a time by time.monotonic. folder: for their
+    caches, which the next comparison finds.
 
     All train on one batch over and over: the losses fall, so wrong gradients show in them. The
-    processes start and make their models together. Ours takes its first step alone, for it tunes,
-    then the others take theirs together; from there on only one computes at a time.
+    processes start and make their models together. Ours takes its first step alone, because it
+    tunes, then the others take theirs together; after that only one computes at a time.
     """
     runs = {name: Run(name) for name in names}
     processes: dict[str, Process] = {}
     ready = until - STEPPING * (until - time.monotonic())
 
     def answers(ask: Callable[[Process], dict[str, Any]], *, ours: bool | None = None) -> Iterator:
-        """Each run with what `ask` returns of its process. ours: ours alone, or all others."""
+        """Yield each run with the result of `ask` for its process. ours: only ours, or all
+        others."""
         for name, run in runs.items():
             if not run.failed and ours in (None, name == OURS):
                 try:

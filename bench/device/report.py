@@ -1,4 +1,4 @@
-"""The results as Markdown: what was measured, and what went wrong."""
+"""Writes the results as Markdown: measurements and failures."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ _KINDS: dict[str, Callable[[Entry], list[str]]] = {
 
 
 def told(title: str, found: Entry) -> list[str]:
-    """One part."""
+    """Return one part as lines of Markdown."""
     note = [found["note"], ""] if "note" in found else []
     body = "\n".join([*note, *_KINDS[found["kind"]](found)])
     return [f"## {title}", "", *body.strip().splitlines(), ""]
 
 
 def failures(found: Entry) -> list[str]:
-    """What keeps a dry run from being a proof."""
+    """Return what went wrong in a dry run."""
     match found["kind"]:
         case "correctness":
             stopped = ["pytest: out of time"] * found["stopped"]

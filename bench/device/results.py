@@ -1,4 +1,4 @@
-"""The results of all cards in one file. A run replaces its own parts alone."""
+"""Keeps the results of all cards in one file, in which a run replaces only its own parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEAD = (
 
 
 def where(commit: str | None) -> dict[str, Any]:
-    """The card, the versions and the commit that results are of. commit: instead of git's."""
+    """Return the card, versions and commit of results. commit: to use instead of git's."""
     known = measured_on()
     path = [*map(str, CARRIED.glob("*")), *sys.path]
     versions = known["versions"]
@@ -50,7 +50,7 @@ def _commit() -> str:
 
 
 def merged(known: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """`known` and the parts of `record`, which take the place of the same parts of the same card,
+    """Return `known` with the parts of `record`, which replace the same parts of the same card,
     versions and commit."""
     same = [one for one in known if all(one[key] == record[key] for key in _KEY)]
     parts = {title: found for one in [*same, record] for title, found in one["parts"].items()}
@@ -58,7 +58,7 @@ def merged(known: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str
 
 
 def keep(record: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Merges `record` into the folder's device.json, and writes device.md from that."""
+    """Merge `record` into the folder's device.json, and write device.md from it."""
     file = folder / "device.json"
     records = merged(json.loads(file.read_text()) if file.exists() else [], record)
     file.write_text(json.dumps(records, indent=1) + "\n")

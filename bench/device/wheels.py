@@ -1,4 +1,4 @@
-"""Downloads what `carried` lists, strips it and unpacks it, for Linux on x86-64 and Python 3.12.
+"""Downloads, strips and unpacks the packages of `carried`, for Linux on x86-64 and Python 3.12.
 
 `make device-wheels` runs it where there is a network.
 """
@@ -36,7 +36,7 @@ UNNEEDED = (
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """All but what is not needed."""
+    """Unpack a wheel, except for files that are not needed."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             if not any(fnmatch.fnmatch(name, pattern) for pattern in UNNEEDED):

@@ -1,1 +1,1 @@
-"""How far each format is from the weights it stores, and how fast it trains."""
+"""Measures how far each format is from the weights it stores, and how fast it trains."""

@@ -1,7 +1,7 @@
-"""The error of every format: on Gaussian weights, and on those of two small models.
+"""Measures the error of every format on Gaussian weights, and on those of two small models.
 
-The error is the root of the mean square of what a weight differs by after it was packed, over that
-of the weights themselves. Writes bench/results/format_error.{md,json,png}.
+The error is the root mean square of the differences between packed and original weights, divided by
+that of the weights. Writes bench/results/format_error.{md,json,png}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRID = (
 
 @dataclass(frozen=True)
 class Error:
-    """Of a format on the matrices of a source."""
+    """The error of a format on the matrices of a source."""
 
     format: str
     source: str
@@ -38,7 +38,7 @@ class Error:
 
 
 def error_of(case: FormatCase, matrices: Sequence[Tensor]) -> tuple[float, float]:
-    """Bits that a weight is stored in, and the relative error."""
+    """Return the bits in which a weight is stored, and the relative error."""
     quant_format = format_named(case.format)
     stored = count = 0
     squares = torch.zeros(2, dtype=torch.float64)
@@ -82,8 +82,8 @@ def markdown(errors: Sequence[Error], told: Sequence[tuple[str, str, float]]) ->
 
 
 def plot(errors: Sequence[Error], names: Sequence[str], file: Path) -> None:
-    """A line for each format, the least error on the first source at the top, with a mark for each
-    source."""
+    """Draw a line for each format, with the least error on the first source at the top, and a mark
+    for each source."""
     import matplotlib as mpl
 
     mpl.use("Agg")

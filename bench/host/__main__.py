@@ -1,7 +1,7 @@
-"""The host's part of a GPU step, measured without a GPU: writes bench/results/host.{md,json}.
+"""Measures the host's part of a GPU step without a GPU; writes bench/results/host.{md,json}.
 
-Every contender trains a tiny model in a process of its own, in turn; what a launch costs in the
-driver is added for each, ours and torch's alike.
+Every contender trains a tiny model in a process of its own, in turn. The driver's cost of a launch
+is added for each launch, ours and torch's alike.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main(
 
 
 def measured(model: str, layers: int, rounds: int, steps: int) -> dict[str, Any]:
-    """By contender: `launches` of a step, and `seconds` of the fastest step of each round."""
+    """Return by contender the `launches` of a step, and the `seconds` of each round's fastest
+    step."""
     runs: dict[str, Any] = {}
     processes: dict[str, Process] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +68,7 @@ def measured(model: str, layers: int, rounds: int, steps: int) -> dict[str, Any]
 
 
 def _told(name: str, found: dict[str, Any]) -> list[str]:
-    """One model's results as Markdown."""
+    """Return one model's results as Markdown."""
     runs = found["runs"]
     lines = section(name, found["layers"], runs)
     if name == LLAMA.name:
@@ -77,7 +78,7 @@ def _told(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _write(name: str, found: dict[str, Any]) -> None:
-    """Put one model's results beside those of the others that lie there."""
+    """Write one model's results, keeping those of other models."""
     path = RESULTS / "host.json"
     models = json.loads(path.read_text()) if path.exists() else {}
     models[name] = found

@@ -1,4 +1,4 @@
-"""The host's time of each fused call of a Llama block, split by layer of software."""
+"""Measures the host's time of each fused call of a Llama block, split by layer of software."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ CALLS: dict[str, tuple[int, tuple[int, ...]]] = {
 """K and the N of each sibling."""
 
 LAYERS = ("dispatcher, autograd", "call, choice", "variant, torch", "launches", "rest")
-"""What a call's microseconds are split into; launches: key, Triton's launcher, the driver."""
+"""The parts of a call's microseconds; launches: key, Triton's launcher, the driver."""
 
 
 @dataclass(frozen=True)
 class FusedCall:
-    """One fused call with its operands. tensors: as of `tensor_indices`; grads: of every y."""
+    """One fused call. tensors: in the order of `tensor_indices`; grads: those of every y."""
 
     call: Call
     x: Tensor
@@ -70,16 +70,16 @@ class FusedCall:
         return cls(call, x, tensors, [torch.randn(ROWS, n, dtype=bf16) for n in columns])
 
     def backward(self) -> FusedCall:
-        """The call that gives every gradient; its last tensor is S."""
+        """Return the call that computes every gradient; its last tensor is S."""
         low = torch.randn(ROWS, self.call.rank)
         needs = replace(self.call, needs=NeedsGradient(x=True, adapter=True))
         return replace(self, call=needs, tensors=[*self.tensors, low])
 
 
 def measured_calls(repeats: int, names: Iterable[str] = CALLS) -> list[dict[str, Any]]:
-    """Each call in both directions, without plans: its launches, ours and torch's, and the
-    microseconds of the whole and of each of `LAYERS`. The least of `repeats` timings. Launches of
-    torch's are charged here, Triton's by the device."""
+    """Return, for each call in both directions without plans, its launches, ours and torch's, and
+    the microseconds of the whole and of each of `LAYERS`: the least of `repeats` timings. The cost
+    of torch's launches is added here, of Triton's by the device."""
     selector = Selector("host")
     found = []
     for name in names:
@@ -96,7 +96,7 @@ def measured_calls(repeats: int, names: Iterable[str] = CALLS) -> list[dict[str,
 
 
 def _run(fused: FusedCall, direction: Direction) -> Callable[[], Any]:
-    """The op, as compiled code calls it in a step that trains."""
+    """Call the op as compiled code does in a training step."""
     text = str(fused.call)
     if direction == "forward":
         return lambda: op.QLORA_LINEAR(fused.x, fused.tensors, None, text)
@@ -151,7 +151,7 @@ def _split(fused: FusedCall, direction: Direction, repeats: int) -> dict[str, An
 
 
 def least(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The least CPU time of each, in microseconds; in turn, for other work disturbs in bursts."""
+    """Return the least CPU time of each in microseconds, in turn, as other work comes in bursts."""
     batch = 20
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(1 + repeats):

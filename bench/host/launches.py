@@ -1,4 +1,4 @@
-"""How many kernels torch would launch on a GPU, counted where it runs on a CPU."""
+"""Counts on a CPU how many kernels torch would launch on a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _STARTS_NOTHING = frozenset(
         *("resolve_conj", "resolve_neg", "stride", "can_cast", "promote_types", "real", "dropout"),
     )
 )
-"""Operators that only look at memory in another way, allocate it or read it on the host; or that
-call no other operator where there is nothing to do."""
+"""Operators that only make views, allocate memory or read it on the host, or that call no other
+operator if there is nothing to do."""
 
 
 def torch_launches(run: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
-    """(outside, inside of qlora_compile's ops): how often `run` calls each operator that is a
-    kernel on a GPU. One of Inductor's kernels, and of bitsandbytes' operators, counts as one."""
+    """Return how often `run` calls each operator that is a kernel on a GPU: (outside, inside of
+    qlora_compile's ops). A kernel of Inductor's, or an operator of bitsandbytes', counts as one."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
     outside: Counter[str] = Counter()
@@ -39,7 +39,8 @@ def torch_launches(run: Callable[[], Any]) -> tuple[Counter[str], Counter[str]]:
 
 
 def _count(event: Any, here: Counter[str], inside: Counter[str]) -> bool:
-    """Counts the innermost operators at or below `event` that start something; whether any does."""
+    """Count the innermost operators at or below `event` that start something; return whether any
+    does."""
     here = inside if event.name.startswith("qlora_compile::") else here
     started = [_count(child, here, inside) for child in event.cpu_children]
     operator = event.name.startswith(("aten::", "bitsandbytes::")) or "cpp_fused" in event.name

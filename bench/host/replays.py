@@ -1,4 +1,4 @@
-"""A replayed call beside a call of an op in C++ that does nothing, with as many tensors."""
+"""Times a replayed call beside a call of an op in C++ that does nothing, with as many tensors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _empty(direction: str) -> Any:
 
 @torch.no_grad()
 def measured_replays(repeats: int, names: Iterable[str] = CALLS) -> list[dict[str, Any]]:
-    """Of each call in both directions, as compiled code makes it: the microseconds of its replay
-    and of the empty op, in turn. Launches are to be charged nothing."""
+    """Return, for each call in both directions as compiled code makes it, the microseconds of its
+    replay and of the empty op, in turn. The driver must be set to charge launches nothing."""
     selector = Selector("replays")
     found = []
     for name in names:

@@ -1,4 +1,4 @@
-"""What is trained to measure the host: models so small that computing takes next to nothing."""
+"""The models that are trained to measure the host, so small that computing takes no time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TinyModel:
     experts: tuple[str, ...] = ()
 
     def build(self, layers: int) -> Any:
-        """In bfloat16 with random weights."""
+        """Return the model in bfloat16 with random weights."""
         config = self.config(**_SIZES, num_hidden_layers=layers)
         if self.experts:
             # What transformers takes on a GPU; on a CPU it would go from expert to expert.

@@ -1,4 +1,4 @@
-"""What the host takes, as Markdown."""
+"""Writes the host's times as Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAUNCHES_TARGET = 60
 
 
 def section(model: str, layers: int, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One model's steps. runs: by contender, `seconds` a round and `launches`."""
+    """Return one model's steps. runs: by contender, `seconds` of each round and `launches`."""
     lines = [
         *(f"## {model}, {layers} layers", ""),
         "| | ms a step | launches: ours | torch's in our ops | torch's elsewhere |",
@@ -52,7 +52,7 @@ def _per_layer(ours: Mapping[str, Any], layers: int) -> tuple[float, float]:
 
 
 def ratios(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> list[float]:
-    """Of each round's seconds."""
+    """Return the ratios of each round's seconds."""
     return [a / b for a, b in zip(ours["seconds"], peer["seconds"], strict=True)]
 
 
@@ -76,7 +76,7 @@ def _few(model: str, each: float) -> str:
 
 
 def calls_section(calls: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fused calls of a Llama block, in microseconds."""
+    """Return the fused calls of a Llama block, in microseconds."""
     header = ["", "ours", "torch's", "µs", *LAYERS]
     lines = ["## Fused calls of a Llama block, without plans", "", _line(header)]
     lines.append(_line(["---", *["---:"] * (len(header) - 1)]))
@@ -89,7 +89,7 @@ def calls_section(calls: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def replays_section(replays: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The same calls with plans, launches charged nothing."""
+    """Return the same calls with plans, without a cost of launches."""
     lines = [
         *("## Fused calls replayed, beside an op in C++ that does nothing", ""),
         *(_line(["", "replayed µs", "empty µs", "ratio"]), _line(["---", *["---:"] * 3])),

@@ -1,4 +1,5 @@
-"""*tail* for every fused call, which real sizes get; the cost model would choose for tiny ones."""
+"""Chooses *tail* for every fused call, as for real sizes; for tiny ones the cost model would
+not."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ SPLITS = 8
 
 
 def tail_choice(problem: Problem) -> Choice:
-    """*tail* in its first config."""
+    """Return *tail* in its first config."""
     variant = Tail()
     return Choice(variant, variant.configs(problem)[0], 0.0)
 
 
 def choose_tail(selector: Selector) -> None:
-    """Makes *tail* the answer for every problem that `selector` was asked for without a record."""
+    """Make *tail* the answer for every problem that `selector` was asked for without a record."""
     for problem in selector.take_misses():
         selector.remember(problem, tail_choice(problem))

@@ -1,7 +1,7 @@
 """The process of one contender: trains a tiny model, for the host's time of each step.
 
-Our own runs on a GPU that is not there: its Triton kernels are compiled, launched by whatever
-launches them, and not run. All contenders' torch operators run on tiny tensors on the CPU.
+Ours runs on an imaginary GPU: its Triton kernels are compiled and launched as usual, but do not
+run. All contenders' torch operators run on tiny tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ CONTENDERS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Trainee:
-    """One contender in training; forward and backward count, and no optimiser's step, which is
-    torch's alone and the same for all."""
+    """One contender in training. Forward and backward count; the optimiser's step does not, as it
+    is torch's and the same for all."""
 
     def __init__(self, contender: str, tiny: TinyModel, layers: int) -> None:
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ class Trainee:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def step(self) -> tuple[float, float]:
-        """CPU seconds of this thread in forward and backward."""
+        """Return the CPU seconds of this thread in forward and backward."""
         start = time.thread_time()
         loss = self.model(input_ids=self.ids, labels=self.ids).loss
         between = time.thread_time()
@@ -82,7 +82,8 @@ class Trainee:
 
 
 def launches(trainee: Trainee, device: FakeDevice | None) -> dict[str, Any]:
-    """Of one step: Triton's, and torch's inside and outside of our ops, by operator."""
+    """Return the launches of one step: Triton's, and torch's inside and outside of our ops, by
+    operator."""
     outside, inside = torch_launches(trainee.step)
     triton = 0
     if device is not None:
@@ -93,7 +94,7 @@ def launches(trainee: Trainee, device: FakeDevice | None) -> dict[str, Any]:
 
 
 def main(order: dict[str, Any]) -> None:
-    """Answers {"steps": n} with the seconds of n steps, {"calls": n} with those of fused calls."""
+    """Answer {"steps": n} with the seconds of n steps, {"calls": n} with those of fused calls."""
     results = answers()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -1,10 +1,10 @@
-"""qlora_compile beside what users would train with instead, in the same run.
+"""Compares qlora_compile with what users would train with instead, in the same run.
 
-The same model, data, seed, rank, dtype and batch; every contender in a process of its own, taking
-steps in turn. Beside them runs the floor: the products, attention and head of the step alone, on
-dense weights. Everything runs on the CPU; `make device` is for GPUs. Prints the figures and writes
-bench/results/peers.{md,json,png}; settings that did not run keep what they had, and so do results
-of processors with other instructions. Without an agreement of the losses no speed is told.
+Contenders have the same model, data, seed, rank, dtype and batch, each a process of its own, and
+take steps in turn. Beside them runs the floor: only the products, attention and head of the step,
+on dense weights. Everything runs on the CPU; `make device` is for GPUs. Prints the figures and
+writes bench/results/peers.{md,json,png}; settings that did not run keep their results, and so do
+processors with other instructions. If the losses do not agree, no speed is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(
     setting: Annotated[
         list[int] | None, typer.Option(help="By number, from 0; all by default.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="A commit to compare ours with, too.")] = None,
+    base: Annotated[str | None, typer.Option(help="A commit to compare ours with as well.")] = None,
 ) -> None:
     """Compare step time, memory and losses with the peers'."""
     known = [name for name in CONTENDERS if name not in NEEDS_GPU]
@@ -65,8 +65,8 @@ def main(
 
 
 def keep(results: list[tuple[Setting, list[Run]]]) -> None:
-    """Write the results, each with what it was measured on, in place of earlier ones of its setting
-    on processors with the same instructions."""
+    """Write the results, each with the machine and versions, in place of earlier ones of its
+    setting on processors with the same instructions."""
     file = RESULTS / "peers.json"
     known = json.loads(file.read_text()) if file.exists() else []
     entries = {(_instructions(each), Setting(**each["setting"])): each for each in known}

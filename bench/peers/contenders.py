@@ -33,11 +33,11 @@ NEEDS_GPU = (UNSLOTH, UNSLOTH_GRAPHS)
 
 @dataclass(frozen=True)
 class Contender:
-    """build: of the plain model. family: losses of one family, which share the base weights'
-    rounding, have to agree. needs: a package that has to be installed, or to lie in one of
-    `folders`, which only this contender has on its path. module, environment: what its process
-    runs, and with which variables. without_target: no target names it, so that where memory is
-    short, its process ends first."""
+    """One way to train. build: makes the contender from the plain model. family: losses in a
+    family, which have the same rounding of the base weights, must agree. needs: a package that must
+    be installed, or be in one of `folders`, which only this contender has on its path. module,
+    environment: what its process runs, and with which variables. without_target: whether no target
+    names it, so that its process is ended first if memory is short."""
 
     name: str
     build: Callable[[Any, Setting], Any]

@@ -1,8 +1,8 @@
-"""The floor: a step's own products, attention and head alone, on weights that are decoded already.
+"""The floor: only the products, attention and head of a step, on weights that are already decoded.
 
-What is left out is all that a faster implementation could hope to hide: decoding, norms,
-activations, rotations, residuals, casts, autograd's bookkeeping and the optimiser. Attention and
-head are torch's, or the faster of torch's and ours.
+All that a faster implementation could hide is left out: decoding, norms, activations, rotations,
+residuals, casts, autograd's bookkeeping and the optimiser. Attention and head are torch's, or the
+faster of torch's and ours.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _Products:
 
 
 class Floor:
-    """Of a Llama-like model; to call it is to run one step. ours: whether our attention and head
-    are taken where they are faster than torch's."""
+    """The floor of a Llama-like model; calling it runs one step. ours: whether to take our
+    attention and head if they are faster than torch's."""
 
     def __init__(self, model: Any, setting: Setting, *, ours: bool = False) -> None:
         config = model.config
@@ -123,7 +123,7 @@ class Floor:
 
 
 def _faster(*ways: Callable[[], None]) -> Callable[[], None]:
-    """Return what takes the least time, of three runs each after one that compiles."""
+    """Return the function with the least time of three runs, after one run that compiles."""
     for way in ways:
         way()
     seconds = {way: float("inf") for way in ways}

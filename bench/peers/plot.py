@@ -1,4 +1,4 @@
-"""Step time and memory of every contender, side by side."""
+"""Draws step time and memory of every contender, side by side."""
 
 from __future__ import annotations
 

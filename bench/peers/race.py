@@ -1,4 +1,4 @@
-"""The comparison: every contender in a process of its own, taking steps in turn."""
+"""Compares contenders, each in a process of its own, taking steps in turn."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class OutOfTimeError(RuntimeError):
 
 @dataclass
 class Run:
-    """What was measured of one contender. build, first: seconds of making the model and of its
-    first step, with empty caches. stored: bytes of its parameters and buffers. peak, saved: bytes
-    that a step holds at most, and from its forward to its backward, beyond these and the
-    optimiser's. launched: operators that ran without calling others, or a GPU's kernels.
-    device_seconds, allocated: of a GPU, what a step's kernels and copies take, and all bytes that
-    it holds at most. failed: what went wrong, else empty."""
+    """The measurements of one contender. build, first: seconds of making the model and of its first
+    step, with empty caches. stored: bytes of its parameters and buffers. peak, saved: bytes that a
+    step holds at most, and from its forward to its backward, beyond `stored` and the optimiser's.
+    launched: the number of operators that called no others, or of a GPU's kernels. device_seconds,
+    allocated: on a GPU, the seconds of a step's kernels and copies, and all bytes held at most.
+    failed: what went wrong, or empty."""
 
     name: str
     build: float = 0.0
@@ -51,14 +51,14 @@ class Run:
     failed: str = ""
 
     def describe(self, found: dict[str, Any]) -> None:
-        """Takes over what a contender's process says of a step."""
+        """Take over what a contender's process reports of a step."""
         for what in ("peak", "saved", "launched", "device_seconds", "allocated"):
             setattr(self, what, found.get(what, 0))
 
 
 class Process:
-    """Python running a module, which answers a line of JSON with a line of JSON. folder: for its
-    log and its caches. folders: of packages that it alone has. root: of the working tree."""
+    """A Python process that answers each line of JSON with a line of JSON. folder: for its log and
+    caches. folders: those of packages that only this process has. root: the working tree."""
 
     def __init__(
         self,
@@ -94,14 +94,14 @@ class Process:
     def of(
         cls, name: str, setting: Setting, batches: int, folder: Path, root: Path = ROOT
     ) -> Process:
-        """A contender's. Its first answer says how long making the model took."""
+        """Start a contender's process. Its first answer says how long making the model took."""
         contender = CONTENDERS[name]
         process = cls(contender.module, folder, contender.folders, contender.environment, root)
         process.send({"contender": name, "setting": asdict(setting), "batches": batches})
         return process
 
     def ask(self, order: Any, until: float = math.inf) -> dict[str, Any]:
-        """The answer to `order`."""
+        """Return the answer to `order`."""
         self.send(order)
         return self.receive(until)
 
@@ -112,8 +112,8 @@ class Process:
             stdin.flush()
 
     def receive(self, until: float = math.inf) -> dict[str, Any]:
-        """The next answer. Raises RuntimeError without one: with the signal that killed the
-        process, or else the error in its log. until: by time.monotonic, when it is too late."""
+        """Return the next answer. Raises RuntimeError if none comes, with the signal that killed
+        the process or the error in its log. until: when to give up, by time.monotonic."""
         stdout = _pipe(self.process.stdout)
         # There is one answer to an order, so no line waits in a buffer that select does not see.
         wait = None if until == math.inf else max(until - time.monotonic(), 0.0)
@@ -134,8 +134,8 @@ class Process:
 
 
 def error_in(log: str) -> str:
-    """The line of the last exception, which advice and quotations may follow; without one, the last
-    line of all."""
+    """Return the line of the last exception, which advice and quotations may follow; without one,
+    the last line."""
     lines = log.strip().splitlines() or ["ended without a word"]
     named = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Unsupported|Interrupt|Exit)\b")
     return next((line for line in reversed(lines) if named.match(line)), lines[-1])
@@ -147,9 +147,9 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def race(setting: Setting, names: list[str], steps: int, base: Path | None = None) -> list[Run]:
-    """`steps` steps of each contender, in turn, in an order that moves on by one each time; the
-    first, which compiles and tunes, is told apart. base: another commit's working tree, whose
-    qlora_compile takes part too."""
+    """Take `steps` steps of each contender, in turn, in an order that rotates by one each time. The
+    first step, which compiles and tunes, is reported separately. base: another commit's working
+    tree, whose qlora_compile takes part too."""
     runs: dict[str, Run] = {}
     processes: dict[str, Process] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -183,8 +183,8 @@ def race(setting: Setting, names: list[str], steps: int, base: Path | None = Non
 def take_turns(
     runs: dict[str, Run], processes: dict[str, Process], steps: int, until: float = math.inf
 ) -> None:
-    """The steps after the first, of every contender that has not failed. until: by time.monotonic,
-    when they end."""
+    """Take the steps after the first of every contender that has not failed. until: when to end, by
+    time.monotonic."""
     racing = [name for name, run in runs.items() if not run.failed]
     for step in range(1, steps):
         turn = step % max(len(racing), 1)

@@ -1,4 +1,4 @@
-"""What is trained in a comparison, in bfloat16: the models, and the settings of `make bench`."""
+"""The models that a comparison trains, in bfloat16, and the settings of `make bench`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _EXPERT_SIZE = 768
 
 @dataclass(frozen=True)
 class Setting:
-    """layers, hidden, vocabulary, rank: of a model with random weights; without `hidden` and
-    `vocabulary` it has its own.
-    autocast: to bfloat16, as the HF Trainer does with `bf16=True`."""
+    """What a comparison trains. layers, hidden, vocabulary, rank: sizes of a model with random
+    weights, which keeps its own without `hidden` and `vocabulary`. autocast: whether to autocast
+    to bfloat16, as the HF Trainer does with `bf16=True`."""
 
     model: str
     batch_size: int
@@ -63,7 +63,7 @@ SETTINGS = tuple(
 
 
 def base_model(setting: Setting) -> Any:
-    """The model in bfloat16, the same in every process."""
+    """Return the model in bfloat16, the same in every process."""
     if setting.model == SMOLLM2:
         return loading.load_model(demo_model_file(), dtype=torch.bfloat16).to(setting.device)
     model = random_model(_config(setting), setting.device)
@@ -92,7 +92,8 @@ def _vocabulary(setting: Setting) -> int:
 
 
 def data(setting: Setting, count: int) -> list[Tensor]:
-    """`count` batches, int64 [batch_size, length]: text for a pretrained model, else random."""
+    """Return `count` batches, int64 [batch_size, length]: text for a pretrained model, else
+    random."""
     if setting.model == SMOLLM2:
         texts, _ = batches(count, setting.batch_size, setting.length)
         return [ids.to(setting.device) for ids in texts]

@@ -1,4 +1,4 @@
-"""The figures of a comparison as Markdown."""
+"""Writes the figures of a comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bench.peers.race import Run
 from bench.peers.settings import Setting
 
 AGREEMENT = {"nf4": 0.02, "none": 0.1, "int8": 0.1, "hqq": 0.1}
-"""How far from stock's the losses of a family may be, relative, on the mean over the steps: of the
-same rounded weights what 16-bit arithmetic leaves, of others what another rounding does."""
+"""The largest relative distance of a family's losses from stock's, on the mean over the steps. With
+the same rounded weights it is due to 16-bit arithmetic, with others to the other rounding."""
 
 TIME_TARGETS = {FLOOR: 1.15, TORCH_FLOOR: 1.0, STOCK: 0.72, STOCK_COMPILED: 0.80, UNQUANTISED: 1.0}
 PEAK_TARGET, FIRST_TARGET = 0.6, 0.35
@@ -33,7 +33,7 @@ HEADER = (
 
 
 def disagreement(runs: Iterable[Run]) -> list[str]:
-    """What forbids to compare speeds: contenders whose losses are not stock's."""
+    """Return why speeds must not be compared: contenders whose losses are not stock's."""
     by_name = {run.name: run for run in runs if run.losses and not run.failed}
     if STOCK not in by_name:
         return [f"{STOCK} did not train: there is nothing for losses to agree with"]
@@ -48,7 +48,7 @@ def disagreement(runs: Iterable[Run]) -> list[str]:
 
 
 def ratios(runs: list[Run], other: str) -> list[float]:
-    """Seconds of ours over another contender's, step by step; empty where one of them failed."""
+    """Return seconds of ours over another contender's, step by step; empty if one has failed."""
     by_name = {run.name: run for run in runs if not run.failed}
     if not {OURS, other} <= by_name.keys():
         return []
@@ -56,8 +56,8 @@ def ratios(runs: list[Run], other: str) -> list[float]:
 
 
 def section(setting: Setting, runs: list[Run], *, timed: bool = True) -> list[str]:
-    """Lines of one setting: without speeds where the losses disagree, or where the steps were not
-    `timed`. Columns that nothing stands in are left out."""
+    """Return the lines of one setting, without speeds if the losses disagree or the steps were not
+    `timed`, and without empty columns."""
     problems = disagreement(runs)
     lines = [f"## {setting}", "", *(f"- {problem}: no speed is told" for problem in problems)]
     told = timed and not problems
@@ -99,7 +99,7 @@ def _cells(setting: Setting, runs: list[Run], run: Run, *, told: bool) -> list[s
 
 
 def verdicts(runs: list[Run]) -> list[str]:
-    """The targets, each met or not."""
+    """Return the targets, each with whether it is met."""
     by_name = {run.name: run for run in runs if not run.failed}
     if OURS not in by_name:
         return []

@@ -1,7 +1,7 @@
 """The process of Unsloth: like the others', but Unsloth is imported first.
 
-It changes what transformers, PEFT and torch define, and asks to come before them. While it is
-imported it prints.
+Unsloth changes what transformers, PEFT and torch define, and asks to be imported before them. Its
+import prints.
 """
 
 from __future__ import annotations

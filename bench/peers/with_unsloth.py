@@ -1,4 +1,4 @@
-"""Unsloth as published: it loads the model from a folder, in its own way."""
+"""Unsloth as published, which loads the model from a folder by its own code."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def unsloth(model: Any, setting: Setting) -> Any:
-    """`model` through a folder, quantised and given adapters by Unsloth. Its own checkpointing,
-    where the setting asks for one."""
+    """Pass `model` through a folder to Unsloth, which quantises it, adds adapters and, if the
+    setting asks for it, its own checkpointing."""
     from unsloth import FastLanguageModel  # pyright: ignore
 
     checkpointing = "unsloth" if setting.checkpointing else False
@@ -47,7 +47,7 @@ def unsloth(model: Any, setting: Setting) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """`model` with a tokenizer of three words, which loaders ask for and nothing here uses."""
+    """Save `model` with a tokenizer of three words, which loaders require and nothing here uses."""
     model.save_pretrained(folder)
     words = models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
     tokenizer = Tokenizer(words)

@@ -1,4 +1,4 @@
-"""The process of one contender: builds it, then does what it is told, a JSON line for each."""
+"""The process of one contender: builds it, then obeys orders, a JSON line each."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Trainee:
         return float(loss.detach())
 
     def describe(self) -> dict[str, float]:
-        """Bytes of a step, beyond weights, adapters and the optimiser's state, and its operators;
-        on a GPU its kernels, their seconds, and all bytes allocated. The scratch memory that
-        qlora_compile keeps from step to step counts as the step's."""
+        """Return the bytes of a step, beyond weights, adapters and the optimiser's state, and its
+        operators; on a GPU its kernels, their seconds, and all bytes allocated. The scratch memory
+        that qlora_compile keeps from step to step counts as the step's."""
         gc.collect()
         # The first step has made what is made once.
         if self.setting.device == "cpu":
@@ -74,14 +74,14 @@ class Trainee:
 
     @property
     def kept_bytes(self) -> int:
-        """Of weights, adapters and the optimiser's state."""
+        """Return the bytes of weights, adapters and the optimiser's state."""
         states = self.optimizer.state.values()
         kept = [t for state in states for t in state.values() if isinstance(t, Tensor)]
         return stored_bytes(self.model) + sum(t.nbytes for t in kept)
 
 
 def _leaves(events: Any) -> int:
-    """How many operators of torch or of others ran that called no other."""
+    """Return how many operators, torch's or others, ran without calling another."""
     count = 0
     for event in events:
         inner = _leaves(event.children)
@@ -90,21 +90,21 @@ def _leaves(events: Any) -> int:
 
 
 def stored_bytes(model: Any) -> int:
-    """Of all parameters and buffers, each memory once."""
+    """Return the bytes of all parameters and buffers, each memory once."""
     tensors = [part for t in (*model.parameters(), *model.buffers()) for part in _plain(t)]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """What a tensor subclass, such as torchao's, holds."""
+    """Return the tensors that a tensor subclass, such as torchao's, holds."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [t for name in tensor.__tensor_flatten__()[0] for t in _plain(getattr(tensor, name))]
 
 
 def main(results: IO[str]) -> None:
-    """Answers orders until there are no more."""
+    """Answer orders until there are no more."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     order = json.loads(sys.stdin.readline())

@@ -1,7 +1,8 @@
-"""How qlora_compile's training step scales: with tokens, rank, depth and width, beside stock's.
+"""Measures how qlora_compile's training step scales with tokens, rank, depth and width, beside
+stock's.
 
-A point is a model of one size: every contender in a process of its own, with empty caches, taking
-steps in turn. Prints the figures and writes bench/results/scaling.{md,json,png}.
+A point is a model of one size. Every contender has a process of its own, with empty caches; steps
+are taken in turn. Prints the figures and writes bench/results/scaling.{md,json,png}.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(
 
 
 def _point(setting: Setting, runs: list[Run]) -> str:
-    """A point in one line."""
+    """Return a point in one line."""
     found = problems(runs) or [
         f"{run.name}: step {STEP.of(run):.4f} s, peak {run.peak / 1e6:.0f} MB, "
         f"build {run.build:.1f} s, first {run.first:.1f} s"

@@ -1,4 +1,4 @@
-"""The axes: along each, one size of the training step grows and all others stay."""
+"""The axes: along each, one size of the training step grows while all others stay."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bench.scaling.quantities import FIRST, PEAK, SAVED, STEP, TUNE, Quantity
 
 BASE = Setting(STACK, 2, 256, layers=2, hidden=1024, rank=16)
 SMALL = Setting(STACK, 2, 64, layers=2, hidden=512, rank=16)
-"""Where depth is to be seen in the first step: steps themselves are quick there."""
+"""Sizes at which depth shows in the first step, because steps themselves are quick."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """size: what grows, a name of Setting's. panels: what is fitted, by panel of the plot."""
+    """One axis. size: what grows, a field of Setting. panels: what to fit, by panel of the plot."""
 
     name: str
     size: str
@@ -30,7 +30,7 @@ class Axis:
 
     @property
     def fixed(self) -> str:
-        """What stays the same along it."""
+        """What stays the same along the axis."""
         first = self.settings[0]
         parts = parts_of(first)
         del parts[self.size]
@@ -40,7 +40,7 @@ class Axis:
 
 
 def parts_of(setting: Setting) -> dict[str, str]:
-    """Every size in words, by its name in Setting."""
+    """Return every size in words, by its name in Setting."""
     return {
         "tokens": f"{setting.batch_size} x {setting.length} tokens",
         "layers": f"{setting.layers} layers",
@@ -60,5 +60,5 @@ FIRST_STEP = Axis(
 AXES = {axis.name: axis for axis in (TOKENS, RANK, DEPTH, WIDTH, FIRST_STEP)}
 
 COMPILED_LAYERS = (2, 8)
-"""Of FIRST_STEP: where stock under torch.compile is measured, too, if asked for. It compiles every
-layer anew, so that the deeper ones would take longer than all the rest."""
+"""The depths of FIRST_STEP at which stock under torch.compile is measured too, if asked for. It
+compiles every layer anew, so that deeper models would take longer than everything else."""

@@ -24,7 +24,8 @@ class Fit:
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> Fit:
-    """By least squares of log y over log x; at least three points, all positive, x ascending."""
+    """Fit by least squares of log y over log x: at least three points, all positive, x
+    ascending."""
     if len(xs) < 3:
         raise ValueError(f"a law and its error need three points, not {len(xs)}")
     log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -39,5 +40,5 @@ def fit(xs: Sequence[float], ys: Sequence[float]) -> Fit:
 
 
 def two_digits(exponent: float) -> str:
-    """Without the sign that rounding leaves to a zero."""
+    """Return the number with two digits, and no sign before a zero."""
     return f"{round(exponent, 2) + 0.0:.2f}"

@@ -1,4 +1,4 @@
-"""The curves, on logarithmic axes."""
+"""Draws the curves, on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.scaling.quantities import Quantity
 
 COLOURS = {OURS: "C0", STOCK: "C7"}
 MARKS = (("o", "-"), ("s", "--"))
-"""Of a panel's first quantity and of its second."""
+"""The styles of a panel's first and second quantity."""
 
 
 def plot(points: Points, file: Path) -> None:
-    """A row for each axis; points, and the fitted laws as lines."""
+    """Draw a row for each axis, with points, and fitted laws as lines."""
     import matplotlib as mpl
 
     mpl.use("Agg")

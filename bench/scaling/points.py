@@ -1,4 +1,4 @@
-"""What was measured along an axis, and the curves in it."""
+"""The measurements along an axis, and the curves in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Points = Mapping[Setting, list[Run]]
 
 
 def problems(runs: list[Run]) -> list[str]:
-    """Why a point has no part in any curve: contenders that failed, losses that are not stock's."""
+    """Return why a point belongs to no curve: contenders that failed, losses unlike stock's."""
     failed = [f"{run.name} failed: {run.failed}" for run in runs if run.failed]
     return failed or disagreement(runs)
 
@@ -24,7 +24,7 @@ def problems(runs: list[Run]) -> list[str]:
 def curve(
     axis: Axis, quantity: Quantity, name: str, points: Points
 ) -> tuple[list[int], list[float]]:
-    """x and the quantity, of the contender `name`, where there is a logarithm of it."""
+    """Return x and the quantity of the contender `name`, at points where it has a logarithm."""
     xs, ys = [], []
     for setting in axis.settings:
         runs = points.get(setting, [])
@@ -38,6 +38,6 @@ def curve(
 
 
 def law(axis: Axis, quantity: Quantity, name: str, points: Points) -> Fit | None:
-    """None with fewer than three points."""
+    """Return the law through the points, None for fewer than three."""
     xs, ys = curve(axis, quantity, name, points)
     return fit(xs, ys) if len(xs) >= 3 else None

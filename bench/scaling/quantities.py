@@ -1,4 +1,4 @@
-"""What is read off one contender's run, to be fitted over an axis."""
+"""Quantities of one contender's run, to be fitted over an axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.peers.race import Run
 
 @dataclass(frozen=True)
 class Quantity:
-    """of: its value, in `unit`, from a run that did not fail."""
+    """One quantity. of: returns its value, in `unit`, from a run that did not fail."""
 
     name: str
     unit: str

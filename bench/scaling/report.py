@@ -1,4 +1,4 @@
-"""Curves and their exponents, as Markdown."""
+"""Writes curves and their exponents as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.scaling.points import Points, curve, law, problems
 from bench.scaling.quantities import FIRST, PEAK, SAVED, STEP, Quantity
 
 FLAT_FROM, FLAT_TO, FLAT_TARGET = 8, 64, 1.3
-"""Layers, and how much longer than at the first the compiling may take at the second."""
+"""Two depths, and how much longer compiling may take at the second than at the first."""
 
 COLUMNS = (
     *(
@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def section(axis: Axis, points: Points) -> list[str]:
-    """Lines of one axis: the table, then a line for every curve."""
+    """Return the lines of one axis: the table, then a line for every curve."""
     header = [f"{who} {column}" for column, _ in COLUMNS for who in ("ours", "stock")]
     lines = [f"## {axis.name}", "", f"{axis.fixed}.", "", _line([axis.size, *header])]
     lines.append(_line(["---:"] * (1 + len(header))))
@@ -57,7 +57,7 @@ def told(axis: Axis, quantity: Quantity, points: Points) -> str:
 
 
 def flatness(points: Points) -> list[str]:
-    """Whether deep models are compiled as fast as shallow ones; nothing if not measured at both."""
+    """Return whether deep models compile as fast as shallow ones; nothing without measurements."""
     found = dict(zip(*curve(FIRST_STEP, FIRST, OURS, points), strict=True))
     if FLAT_FROM not in found or FLAT_TO not in found:
         return []
@@ -69,7 +69,7 @@ def flatness(points: Points) -> list[str]:
 
 
 def compiled(points: Points) -> list[str]:
-    """Of stock under torch.compile, where it was measured."""
+    """Return lines about stock under torch.compile, if it was measured."""
     found = zip(*curve(FIRST_STEP, FIRST, STOCK_COMPILED, points), strict=True)
     return [f"{STOCK_COMPILED}, {layers} layers: {FIRST.name} {y:.2f} s" for layers, y in found]
 

@@ -1,4 +1,4 @@
-"""The same figures from AMD's assembly text: the compiler's own metadata, and the opcodes."""
+"""Reads a kernel's figures off AMD's assembly text: the compiler's metadata, and the opcodes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AssemblyError(RuntimeError):
 
 
 def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
-    """Registers, spills and accesses of the one kernel in `text`.
+    """Return registers, spills and accesses of the one kernel in `text`.
 
-    Scratch counts as spilling: a kernel of ours has no other use for it. Raises AssemblyError.
+    Scratch counts as spilling, as our kernels do not use it otherwise. Raises AssemblyError.
     """
     metadata = {name: int(value) for name, value in _METADATA.findall(text)}
     missing = [name for name in _NEEDED if name not in metadata]
@@ -65,7 +65,7 @@ def amdgcn_resources(text: str, *, shared_bytes: int, warps: int) -> Resources:
 
 
 def _bits(opcode: str, suffix: str) -> int:
-    """Bits per lane: the widest size that the suffix names (ubyte_d16, lds_dwordx4, add_f32)."""
+    """Return bits per lane, the widest size in the suffix (ubyte_d16, lds_dwordx4, add_f32)."""
     for part in suffix.split("_"):
         for name, bits in _BITS.items():
             if part in (name, f"u{name}", f"s{name}"):

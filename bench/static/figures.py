@@ -1,4 +1,4 @@
-"""What is counted in the binary of one launch."""
+"""Counts figures in the binary of one launch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qlora_compile.kernels.gpu.launch import Launch
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one launch on one architecture. ctas: how many fit on an SM. traffic: of a kernel that
-    streams; None on AMD, and where a loop runs as often as the binary does not say."""
+    """The figures of one launch on one architecture. ctas: how many fit on an SM. traffic: that of
+    a kernel that streams; None on AMD, and for a loop whose count the binary does not tell."""
 
     resources: Resources
     ctas: int
@@ -26,7 +26,8 @@ class Figures:
 def figures(launch: Launch, arch: str, *, streams: bool = False) -> Figures:
     """Compile `launch` for `arch`, a key of TARGETS, and read the binary.
 
-    streams: reads codes and writes weights, each once, so that its bytes can be counted."""
+    streams: whether it reads codes and writes weights once each, so that its bytes can be
+    counted."""
     compiled = compile_launch(launch, TARGETS[arch])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if TARGETS[arch].backend == "hip":

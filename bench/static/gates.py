@@ -1,4 +1,4 @@
-"""What the binaries of all shipped launches have to hold, and whether they do."""
+"""Gates: the conditions on the binaries of all shipped launches, and whether they are met."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bench.static.shipped import STREAMS, Row
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 
 EXCESS = 0.01
-"""Of the bytes moved, over those of all tensors."""
+"""How far the bytes moved may be from those of all tensors, as a part of the latter."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """problem: what is wrong with a launch that compiled, or ""; None: only that it compiles.
-    kernels: which it is about; empty: every kernel."""
+    """One condition. problem: returns what is wrong with a compiled launch, or ""; None for a gate
+    that a launch compiles. kernels: those it applies to; empty for every kernel."""
 
     name: str
     problem: Callable[[Row, Figures], str] | None
@@ -26,7 +26,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Result:
-    """A gate on an architecture. launches: how many were judged; at least one has to be.
+    """The result of a gate on an architecture. launches: how many were judged, at least one.
     problems: by the launch's name."""
 
     gate: str
@@ -82,7 +82,7 @@ def _lacks_tensor_cores(row: Row, found: Figures) -> str:
 
 
 def _wastes_bandwidth(row: Row, found: Figures) -> str:
-    """Accesses narrower than they could be; on NVIDIA also bytes moved more than once."""
+    """Return accesses narrower than possible and, on NVIDIA, bytes moved more than once."""
     taken, moved = found.resources, found.traffic
     wide = WIDE in taken.loads and set(taken.stores) == {WIDE}
     problems = []

@@ -1,6 +1,6 @@
-"""Every launch that the configs give, to be compiled ahead of time.
+"""Lists every launch of the shipped configs, to be compiled ahead of time.
 
-Launches are recorded over meta tensors of a typical layer, through the same code that runs them.
+Launches are recorded over meta tensors of a typical layer, by the code that runs them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FEW_ROWS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of the kernels. options: of the format, by name. note: what is unusual
+    """One specialisation of the kernels. options: the format's, by name. note: what is unusual
     about the launch."""
 
     format: str = "nf4"
@@ -92,8 +92,8 @@ class Case:
 
 @dataclass(frozen=True)
 class ShippedLaunch:
-    """kernel: such as "fused_forward". config: its label. multiplies: whether it has products to do
-    on tensor cores."""
+    """A launch of a shipped config. kernel: such as "fused_forward". config: its label. multiplies:
+    whether it has products for tensor cores."""
 
     kernel: str
     case: Case
@@ -104,7 +104,7 @@ class ShippedLaunch:
 
     @property
     def name(self) -> str:
-        """What tells this launch from the others of its target."""
+        """A text that distinguishes this launch from the others of its target."""
         case = self.case
         parts = (
             *(self.kernel, case.format_name, str(case.dtype).removeprefix("torch.")),
@@ -227,7 +227,7 @@ def _dequantisations(target: str) -> Iterator[ShippedLaunch]:
 
 
 def _thin_products() -> Iterator[ShippedLaunch]:
-    """Of one Linear, and of three that share them."""
+    """Yield the thin products of one Linear, and of three that share a launch."""
     for dtype, lora_dtype, rank, dropout in _THIN_CASES:
         for parts in (1, 3):
             yield from _thin_products_of(dtype, lora_dtype, rank, dropout, parts)

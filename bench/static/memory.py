@@ -1,7 +1,7 @@
-"""The bytes that a kernel without a loop moves, counted in its instructions.
+"""Counts the bytes that a kernel without a loop moves, in its instructions.
 
-Every 128-bit access of every lane counts, and every store. Narrower loads (scales, tables) are many
-lanes asking for the same few bytes, which the first-level cache answers: each byte counts once.
+Every 128-bit access of every lane counts, and every store. In narrower loads (scales, tables) many
+lanes ask for the same few bytes, which the first-level cache serves, so each byte counts once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ LANES = 32
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a whole launch. minimum: of all tensors, each once. moved: by the instructions.
-    wide: whether the codes are loaded and the output is stored 128 bits at a time."""
+    """Bytes of a whole launch. minimum: those of all tensors, each once. moved: those that the
+    instructions move. wide: whether codes are loaded and the output stored 128 bits at a time."""
 
     minimum: int
     moved: int
@@ -35,7 +35,7 @@ class Traffic:
 
 
 def traffic(taken: Resources, launch: Launch) -> Traffic:
-    """Count the traffic of `launch`, of which every program runs each instruction once."""
+    """Count the traffic of `launch`, whose programs run each instruction once."""
     lanes = math.prod(launch.grid) * LANES * taken.warps
     loaded = taken.loads.get(WIDE, 0) * WIDE // 8 * lanes
     stored = sum(bits // 8 * count for bits, count in taken.stores.items()) * lanes

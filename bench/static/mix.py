@@ -43,7 +43,7 @@ _TCGEN05 = re.compile(r"UTC[A-Z]*MMA")
 
 
 def instruction_class(opcode: str) -> str:
-    """One of CLASSES, or "tcgen05" (the tensor core of sm_100), "uniform", "alu"."""
+    """Return one of CLASSES, or "tcgen05" (the tensor core of sm_100), "uniform", "alu"."""
     base = opcode.partition(".")[0]
     if base in _CLASS_OF:
         return _CLASS_OF[base]
@@ -53,7 +53,7 @@ def instruction_class(opcode: str) -> str:
 
 
 def access_bits(instruction: Instruction) -> int:
-    """Bits per lane that a memory access moves (32 where the opcode names no width)."""
+    """Return the bits per lane that a memory access moves (32 if the opcode names no width)."""
     if instruction.base in ("LDSM", "STSM"):
         return {"4": 128, "2": 64}.get(instruction.modifiers[-1], 32)
     widths = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}

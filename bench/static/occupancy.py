@@ -1,4 +1,4 @@
-"""How many CTAs fit on one SM (or compute unit) at a time."""
+"""Computes how many CTAs fit on one SM (or compute unit) at a time."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ COMPUTE_UNITS = {"gfx942": ComputeUnit(64 << 10), "gfx950": ComputeUnit(160 << 1
 
 
 def ctas_per_sm(resources: Resources, arch: str) -> int:
-    """The number that registers, shared memory and warp slots allow; 0 if not even one fits."""
+    """Return how many CTAs registers, shared memory and warp slots allow, perhaps 0."""
     return min(limits(resources, arch).values())
 
 
 def limits(resources: Resources, arch: str) -> dict[str, int]:
-    """What each resource alone would allow."""
+    """Return how many CTAs each resource alone would allow."""
     per_lane = -(-resources.registers // _REGISTER_GRANULE) * _REGISTER_GRANULE
     if arch in COMPUTE_UNITS:
         unit = COMPUTE_UNITS[arch]

@@ -1,4 +1,4 @@
-"""The binary of one launch on one architecture, on the screen: for tuning a kernel.
+"""Prints figures of the binary of one launch on one architecture, for tuning a kernel.
 
     python -m bench.static.probe MODULE:FUNCTION --arch sm_90
 
@@ -22,7 +22,7 @@ def main(
     source: Annotated[str, typer.Argument(help="MODULE:FUNCTION, which returns launches")],
     arch: Annotated[list[str], typer.Option(help="sm_80 … gfx950; may be given again")],
 ) -> None:
-    """Compile and print; nothing is written."""
+    """Compile and print; write nothing."""
     module, _, function = source.partition(":")
     launches: Any = getattr(importlib.import_module(module), function)()
     if not isinstance(launches, Iterable):

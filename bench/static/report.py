@@ -1,4 +1,4 @@
-"""The report, static.md: the gates, and a line for each kernel and target."""
+"""Writes the report, static.md: the gates, and a line for each kernel and target."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIX_SHARE = 0.05
 
 
 def markdown(rows: Sequence[Row], results: Sequence[Result]) -> str:
-    """The report; targets in the order of `rows`."""
+    """Return the report, with targets in the order of `rows`."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.arch), []).append(row)
@@ -47,7 +47,7 @@ def markdown(rows: Sequence[Row], results: Sequence[Result]) -> str:
 
 
 def describe(found: Figures, arch: str) -> str:
-    """The figures of one launch in a paragraph."""
+    """Return the figures of one launch as a paragraph."""
     taken, moved = found.resources, found.traffic
     parts = [
         f"registers {taken.registers}, spills {taken.spills}, stack {taken.stack_bytes} B,"
@@ -66,7 +66,7 @@ def describe(found: Figures, arch: str) -> str:
 
 
 def _gates(results: Sequence[Result]) -> str:
-    """A line per gate with a column per target, and what is behind each gate that is not met."""
+    """Return a line per gate with a column per target, and the problems of gates not met."""
     archs = list(dict.fromkeys(result.arch for result in results))
     cells = {(result.gate, result.arch): _cell(result) for result in results}
     names = dict.fromkeys(result.gate for result in results)
@@ -87,7 +87,7 @@ def _cell(result: Result) -> str:
 
 
 def _line(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The cells of all launches of a kernel on a target."""
+    """Return the cells for all launches of a kernel on a target."""
     found = [row.figures for row in rows if row.figures]
     if not found:
         return (str(len(rows)), *[""] * 8)
@@ -112,7 +112,7 @@ def _mix(mix: Mapping[str, int]) -> str:
 
 
 def _widths(accesses: Mapping[int, int]) -> str:
-    """Widths in bits, each with its number of accesses unless that is 0."""
+    """Return widths in bits, each with its number of accesses unless that is 0."""
     return " ".join(
         f"{bits or 'tile'}{f'×{count}' if count else ''}"
         for bits, count in sorted(accesses.items(), reverse=True)

@@ -1,4 +1,4 @@
-"""What a kernel takes and which instructions it has, counted in the binary."""
+"""Counts a kernel's resources and instructions in the binary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ WIDE = 128
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread: registers, stack_bytes, and how many instructions spill. Per CTA: shared_bytes,
-    warps. loads, stores: global accesses by bits per lane, asynchronous copies being loads and
-    tensor-descriptor copies (which have no lanes) counted as 0 bits. tensor: tensor-core
-    instructions by opcode. mix: all instructions by the unit that runs them. Of AMD alone:
-    accumulators, its AGPRs; scalars, its SGPRs; parked_scalars, those kept in lanes of vector
-    registers: moves, but no memory, so no spills.
+    """A kernel's resources.
+
+    Per thread: registers, stack_bytes, and how many instructions spill. Per CTA: shared_bytes,
+    warps. loads, stores: global accesses by bits per lane, where asynchronous copies count as
+    loads, and tensor-descriptor copies, which have no lanes, as 0 bits. tensor: tensor-core
+    instructions by opcode. mix: all instructions by the unit that runs them. On AMD only:
+    accumulators, its AGPRs; scalars, its SGPRs; parked_scalars, scalars kept in lanes of vector
+    registers, which are no spills because they use no memory.
     """
 
     registers: int
@@ -44,7 +46,7 @@ class Resources:
 def sass_resources(
     code: Sequence[Instruction], usage: dict[str, int], *, shared_bytes: int, warps: int
 ) -> Resources:
-    """From the instructions and cuobjdump's usage line (see `sass.resource_usage`)."""
+    """Return the resources, from instructions and cuobjdump's usage (`sass.resource_usage`)."""
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     tensor: Counter[str] = Counter()

@@ -1,6 +1,7 @@
-"""The ahead-of-time gate: compiles every shipped launch for every target, reads, reports, judges.
+"""The ahead-of-time gate: compiles every shipped launch for every target, reads and judges
+binaries.
 
-Needs no device. Exits with 1 if a gate is not met.
+It needs no device, and exits with 1 if a gate is not met.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
 ) -> None:
-    """Write bench/results/static.md; of a part asked for, only print the figures."""
+    """Write bench/results/static.md; if only a part is asked for, print its figures instead."""
     archs = arch or list(TARGETS)
     unknown = [name for name in archs if name not in TARGETS]
     if unknown:
@@ -55,7 +56,7 @@ def main(
 
 
 def _print(results: list[Result], *, whole: bool) -> int:
-    """Print every gate that is not met; return how many those are."""
+    """Print every gate that is not met, and return their number."""
     console = Console(soft_wrap=True)
     failed = [result for result in results if not result.passed]
     for result in failed:

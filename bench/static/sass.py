@@ -41,13 +41,13 @@ class DisassemblyError(RuntimeError):
 
 
 def disassemble(cubin: bytes) -> str:
-    """The SASS as text. Raises DisassemblyError if cuobjdump fails."""
+    """Return the SASS as text. Raises DisassemblyError if cuobjdump fails."""
     return _cuobjdump(cubin, "-sass")
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """`REG` (registers per thread), `STACK` and `LOCAL` (bytes per thread) and the other entries
-    of cuobjdump's resource line. Raises DisassemblyError."""
+    """Return the entries of cuobjdump's resource line, such as `REG` (registers per thread),
+    `STACK` and `LOCAL` (bytes per thread). Raises DisassemblyError."""
     text = _cuobjdump(cubin, "-res-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     if usage.keys() != {"REG", "STACK", "LOCAL"}:
@@ -71,7 +71,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of cuobjdump's text, in order of address.
+    """Return the instructions in cuobjdump's text, in order of address.
 
     Raises DisassemblyError if there are none.
     """
@@ -82,7 +82,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def has_loop(code: Sequence[Instruction]) -> bool:
-    """Whether a branch goes back. One to itself, which ends every kernel, is no loop."""
+    """Whether a branch goes back. A branch to itself, which ends every kernel, is not a loop."""
     for instruction in code:
         target = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
         if target and int(target.group(1), 16) < instruction.address:

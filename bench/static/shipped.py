@@ -1,4 +1,4 @@
-"""Every shipped launch, compiled and read: one row each, over as many processes as asked for."""
+"""Compiles and reads every shipped launch, one row each, in any number of processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STREAMS = ("dequantize",)
 
 @dataclass(frozen=True)
 class Row:
-    """One shipped launch on one architecture. name: what tells it from the others there.
-    multiplies: whether it has products to do on tensor cores. error: why there are no figures."""
+    """One shipped launch on one architecture. name: distinguishes it from the others there.
+    multiplies: whether it has products for tensor cores. error: why there are no figures."""
 
     arch: str
     kernel: str
@@ -32,7 +32,7 @@ class Row:
 
 @cache
 def launches(arch: str) -> tuple[ShippedLaunch, ...]:
-    """The launches of `arch`, in the same order in every process."""
+    """Return the launches of `arch`, in the same order in every process."""
     return tuple(shipped_launches(arch))
 
 
@@ -50,7 +50,7 @@ def _row(arch: str, shipped: ShippedLaunch, found: Figures | None, error: str = 
 def measure_all(
     archs: Sequence[str], kernels: Sequence[str] | None, jobs: int
 ) -> tuple[int, Iterator[Row]]:
-    """How many rows there will be, and the rows in the order of launches; `kernels`: None for all.
+    """Return the number of rows, and the rows in the order of launches. kernels: None for all.
 
     A launch that does not compile becomes a row with its error. Raises InterpretedKernelError if
     TRITON_INTERPRET is set: the kernels are then imported for the interpreter.

@@ -1,7 +1,7 @@
-"""How well the cost model ranks the CPU's candidates: every one of them measured, none left out.
+"""Measures all of the CPU's candidates, to see how well the cost model ranks them.
 
 Writes the medians and the CPU's figures to bench/results/ranking.json; a test ranks them again and
-asks that the fastest be among the model's first three. Takes some minutes.
+requires that the fastest is among the model's first three. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048), (5632,
 
 
 def problem_set() -> Iterator[Problem]:
-    """96 problems: both directions, few rows and many, float32 and bfloat16, dropout or not."""
+    """Yield 96 problems: both directions, few and many rows, float32 and bfloat16, with and without
+    dropout."""
     directions: tuple[Direction, ...] = ("forward", "backward")
     axes = (directions, (64, 1024), SHAPES, ("float32", "bfloat16"), (False, True))
     for direction, m, (n, k), dtype, dropout in itertools.product(*axes):
@@ -55,8 +56,8 @@ def problem_set() -> Iterator[Problem]:
 
 @dataclass(frozen=True)
 class Ranked:
-    """position: of the fastest in the model's order. regret: how many times as long the best of
-    the model's first three takes as the fastest."""
+    """The model's ranking of a problem. position: the place of the fastest in the model's order.
+    regret: how many times as long as the fastest the best of the model's first three takes."""
 
     problem: str
     position: int
@@ -64,7 +65,7 @@ class Ranked:
 
 
 def ranked(problem: Problem, cpu: CpuModel, seconds: Mapping[str, float]) -> Ranked:
-    """Where the fastest of the measured `seconds` stands in the model's order."""
+    """Return how the model ranks the candidates with the measured `seconds`."""
     order = [choice.name for choice in candidates(problem, cpu) if choice.name in seconds]
     fastest = min(seconds, key=lambda name: seconds[name])
     best = min(seconds[name] for name in order[:LOOKED_AT])

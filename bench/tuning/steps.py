@@ -1,8 +1,8 @@
-"""Training steps of the demo model by the chosen variants and by *dense* alone, in turn.
+"""Times training steps of the demo model by the chosen variants and by *dense* alone, in turn.
 
 For each setting the model is tuned into an empty cache folder, and once more by a new process,
-which must measure nothing. Then steps of both models on the same batch take turns: the ratio of
-each pair, its median and the interval that holds the median of such pairs with 95 % confidence.
+which must measure nothing. Then steps of both models on the same batch take turns. Reported are the
+median ratio of pairs, and the interval that holds the median with 95 % confidence.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Setting:
-    """dtype: of the model; its adapters are float32."""
+    """One setting. dtype: the model's; its adapters are float32."""
 
     dtype: str
     batch_size: int
@@ -60,7 +60,8 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """ratios: seconds of a step by the chosen variants over one by *dense*, pair by pair."""
+    """One comparison. ratios: seconds of a step by the chosen variants over one by *dense*, in
+    pairs."""
 
     setting: str
     measured: int
@@ -102,7 +103,7 @@ def optimized(base: Any, setting: Setting, tune: str) -> Any:
 
 
 def step(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of one forward and backward."""
+    """Return the seconds of one forward and backward."""
     model.zero_grad()
     start = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
@@ -110,14 +111,14 @@ def step(model: Any, ids: torch.Tensor) -> float:
 
 
 def measured_by_a_new_process(setting: Setting) -> int:
-    """How many problems it measures in its first step, with the present cache folder."""
+    """Return how many problems a new process measures in its first step, with the present cache."""
     command = [sys.executable, "-m", "bench.tuning.steps", "--count", json.dumps(asdict(setting))]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(result.stdout.split()[-1])
 
 
 def tuned(setting: Setting, base: Any) -> tuple[Any, int, float]:
-    """The model after its first step, how many problems that measured, and for how long."""
+    """Return the model after its first step, how many problems the step measured, and how long."""
     model = optimized(base, setting, "auto")
     tuner = tuner_of("auto")
     assert tuner is not None
@@ -128,7 +129,7 @@ def tuned(setting: Setting, base: Any) -> tuple[Any, int, float]:
 
 
 def dense_alone(path: Path) -> Path:
-    """A file of the cache's records in which nothing but *dense* in its standard config is left."""
+    """Return a file of the cache's records that keeps only *dense* in its standard config."""
     records = RecordStore(cache_folder()).read().values()
     lines = [to_line(replace(r, timings=(r.baseline,))) for r in records if r.baseline is not None]
     path.write_text("\n".join(lines) + "\n")
@@ -154,7 +155,7 @@ def main(
     pairs: Annotated[int, typer.Option(help="Pairs of steps per setting.")] = 16,
     count: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Compare the chosen variants with dense alone; writes bench/results/tuning.json."""
+    """Compare the chosen variants with dense alone; write bench/results/tuning.json."""
     if count is not None:
         setting = Setting(**json.loads(count))
         typer.echo(tuned(setting, load(setting))[1])

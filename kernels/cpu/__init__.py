@@ -1,2 +1,2 @@
-"""What torch's operators do on a CPU in many passes, in one: C++ that Inductor's toolchain builds,
-and caches, for the processor it runs on."""
+"""One-pass C++ for what torch's operators do in many passes on a CPU. Inductor's toolchain builds
+and caches it for the processor at hand."""

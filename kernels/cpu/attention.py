@@ -1,5 +1,5 @@
-"""The gradients of scaled dot-product attention on CPUs with AVX-512, from bfloat16 operands and
-block by block, by AMX's tiles where the CPU has them. torch's own take several times as long."""
+"""Gradients of scaled dot-product attention in bfloat16 on CPUs with AVX-512, block by block, by
+AMX's tiles where the CPU has them. Torch's own take several times as long."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ start = _KERNEL.start
 
 
 def available(*operands: Tensor) -> bool:
-    """Whether `gradients` takes such operands."""
+    """Whether `gradients` takes these operands."""
     return expected(*operands) and _KERNEL.function() is not None
 
 
 def expected(*operands: Tensor) -> bool:
-    """Whether they are `available`, unless the kernel turns out not to build."""
+    """Whether gradients are `available`, provided that the kernel can be built."""
     kind = {(each.device.type, each.dtype) for each in operands}
     # Where CPUs count as a GPU, they stand for one here too.
     return kind == {("cpu", torch.bfloat16)} and target_of("cpu") is None and _KERNEL.expected()
@@ -52,8 +52,8 @@ def gradients(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, in their dtypes and strides. All operands but `grad`
-    have contiguous rows.
+    """Return the gradients of query, key and value, in their dtypes and strides. All operands but
+    `grad` have contiguous rows.
 
     query, grad, out: bfloat16 [B, H, M, D]. key, value: bfloat16 [B, G, N, D], each for
     H / G heads. log_sum: float32 [B, H, M], of every query's scores, scaled and masked. attn_mask:

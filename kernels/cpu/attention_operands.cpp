@@ -11,7 +11,7 @@ struct Steps {
   int64_t of(int64_t b, int64_t h) const { return b * batch + h * head; }
 };
 
-// 2^x within 4e-6 of it; 0 where that is no normal number, as arithmetic with the others is slow;
+// 2^x within 4e-6; 0 where the result would be subnormal, as arithmetic with such numbers is slow;
 // NaN stays NaN.
 static inline __m512 exponential(__m512 x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);

@@ -1,4 +1,4 @@
-"""What can be wrong with the instructions that a user asks for."""
+"""Errors about the instructions that a user asks for."""
 
 from __future__ import annotations
 

@@ -20,19 +20,20 @@ _one_at_a_time = threading.Lock()
 class NativeKernel:
     """A C++ function `kernel`.
 
-    sources: levels of instructions, the best first, and for each the names of the files that, one
-    behind the other, are its source. arguments: as `compiled` takes them.
+    sources: levels of instructions, the best first, each with the names of the files that make up
+    its source. arguments: as `compiled` takes them. prefix: C++ that comes before the files.
     """
 
     sources: tuple[tuple[str, tuple[str, ...]], ...]
     arguments: tuple[str, ...]
+    prefix: str = ""
 
     def start(self) -> None:
-        """Have the function built while this thread goes on."""
+        """Have the function built in another thread."""
         threading.Thread(target=self.function).start()
 
     def expected(self) -> bool:
-        """Whether there is a `function`, unless the compiler builds none of the sources."""
+        """Whether there is a `function`, provided that the compiler builds one of the sources."""
         known = {name for name, _ in self.sources}
         return has_compiler() and not known.isdisjoint(instructions.levels())
 
@@ -59,7 +60,7 @@ def _built(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] 
     for level, files in kernel.sources:
         if level not in levels:
             continue
-        texts = [(folder / f"{each}.cpp").read_text() for each in files]
+        texts = [kernel.prefix, *((folder / f"{each}.cpp").read_text() for each in files)]
         try:
             return compiled("".join([VECTORISED, BFLOAT16, *texts]), kernel.arguments)
         except CppCompileError as error:

@@ -20,7 +20,7 @@ VECTORISED = r"""
 #endif
 #endif
 """
-"""C++, to come first: has the compiler vectorise the loops that `omp simd` marks."""
+"""C++ for the beginning of a source: has the compiler vectorise loops marked by `omp simd`."""
 
 BFLOAT16 = r"""
 #include <cstdint>
@@ -48,8 +48,8 @@ _LIMITS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "avx2": (("-mno-avx512f",), {"cpp.simdlen": 256}),
     "avx512": (("-mno-avx512bf16",), {}),
 }
-"""The compiler's flags, and Inductor's settings, that keep C++ from what is above a level: without
-them Inductor's flags give it all that the processor has."""
+"""The compiler's flags, and Inductor's settings, that keep C++ from instructions above a level; by
+Inductor's own flags C++ gets all that the processor has."""
 
 
 def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
@@ -70,10 +70,11 @@ def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Cal
 
 @functools.cache
 def choose_instructions() -> None:
-    """Has Inductor take the largest set of vector instructions that the processor names, if the
-    compiler builds one function with it. Inductor itself builds two for every set there is, one
-    after another, which on a new machine takes a quarter of compiling four blocks. Before that,
-    removes what is torn in Inductor's cache."""
+    """Have Inductor take the largest set of vector instructions that the processor names, if the
+    compiler builds one function with this set. Inductor itself builds two functions for every set,
+    one after another, which on a new machine takes a quarter of the time of compiling four blocks.
+    Before that, remove what is torn in Inductor's cache.
+    """
     from torch._inductor import config, cpu_vec_isa, exc
 
     remove_torn_files()

@@ -1,4 +1,4 @@
-"""What an implementation of the experts' grouped linear is, and the key it is chosen by."""
+"""ExpertsVariant: one way to compute the experts' grouped linear; ExpertsProblem: its key."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.variants.base import LinearGradients, LinearSpec, LinearTensors
 
 PACKED_EXPERTS = "_packed"
-"""What follows a weight's name in the name of the module that holds it packed, where the weight is
-one of experts, a Parameter of no module of its own."""
+"""What follows the name of a weight of experts in the name of the module that holds it packed; the
+weight is a Parameter without a module of its own."""
 
 
 class _OfExperts(OfLayout):
-    """What has the `layout` of the weights of `experts`, all as one [E * N, K]."""
+    """A value with the `layout` of the weights of `experts`, all as one [E * N, K]."""
 
     experts: int
 
@@ -35,7 +35,7 @@ class ExpertsProblem(_OfExperts, Problem):
     """One direction of y[s] = x[s] @ W[e]ᵀ + bias[e] + scaling * x[s] A[e]ᵀ B[e]ᵀ for every row s
     of expert e.
 
-    `m`: rows of all experts together, bucketed. `rank`: of each expert. The adapter runs in
+    `m`: the rows of all experts together, bucketed. `rank`: each expert's. The adapter runs in
     `compute_dtype`; nothing is dropped out or saved.
     """
 
@@ -53,15 +53,17 @@ class ExpertsSpec(_OfExperts, LinearSpec):
 class ExpertsTensors(LinearTensors):
     """x [S, K], its rows sorted by expert; offsets int32 [E], the end of each expert's rows.
 
-    planes: of one PackedWeight of shape [E * N, K], expert e in the rows from e * N, or one plain
-    weight [E, N, K] of any strides. bias [E, N]; lora_a [E, R, K] and lora_b [E, N, R], of any
-    strides; scaling, one float32 element, where lora_a and lora_b are. No seed and no low_rank.
+    planes: those of one PackedWeight [E * N, K], with expert e in the rows from e * N on, or one
+    plain weight [E, N, K] of any strides. bias: [E, N]. lora_a, lora_b: [E, R, K] and [E, N, R], of
+    any strides. scaling: one float32 element, present with lora_a and lora_b. There is no seed and
+    no low_rank.
     """
 
     offsets: Tensor = field(kw_only=True)
 
     def groups(self) -> Iterator[tuple[int, slice]]:
-        """Pairs (expert, its rows) of the experts that have any; reads `offsets` on the host."""
+        """Yield pairs (expert, its rows) of the experts that have any; reads `offsets` on the
+        host."""
         start = 0
         for expert, end in enumerate(self.offsets.tolist()):
             if end > start:
@@ -70,25 +72,25 @@ class ExpertsTensors(LinearTensors):
 
 
 class ExpertsVariant(ABC):
-    """One implementation. Stateless; the registry's tuple lists them."""
+    """One way to compute the experts' grouped linear; stateless, listed in the registry."""
 
     name: str
 
     @abstractmethod
     def rejects(self, problem: ExpertsProblem) -> list[str]:
-        """Why it cannot solve `problem`; empty when it can."""
+        """Return why this variant cannot solve `problem`; empty if it can."""
 
     @abstractmethod
     def cost(self, problem: ExpertsProblem, device: DeviceModel) -> float:
-        """Modelled seconds, rows spread evenly over the experts."""
+        """Return modelled seconds, with rows spread evenly over the experts."""
 
     @abstractmethod
     def forward(self, tensors: ExpertsTensors, spec: ExpertsSpec) -> Tensor:
-        """y [S, N] in `spec.out_dtype`; zero in the rows past the last offset."""
+        """Return y [S, N] in `spec.out_dtype`; zero in the rows past the last offset."""
 
     @abstractmethod
     def backward(
         self, grad: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, needs: NeedsGradient
     ) -> LinearGradients:
-        """Gradients for `grad` [S, N], zero for experts without rows and rows past the last
+        """Return gradients for `grad` [S, N], zero for experts without rows and rows past the last
         offset; weight and bias are frozen."""

@@ -31,19 +31,19 @@ from qlora_compile.kernels.variants.base import LinearGradients
 from qlora_compile.kernels.variants.decoding import decoder_names
 
 _TALLEST = {"sm_80": 64, "sm_89": 64}
-"""Rows of a tile with which decoders of 8-bit codes and of groups do not spill registers, where
-there is a limit."""
+"""The most rows of a tile with which decoders of 8-bit codes and of groups do not spill registers,
+for targets with a limit."""
 
 _UTILIZATION = FUSED_UTILIZATION | {"sm_90": 0.5}
-"""As `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
+"""Like `FUSED_UTILIZATION`; on sm_90 these kernels' registers leave room for one CTA."""
 
 _ROWS_DECODING_COSTS = 64
 """Decoding a weight takes about as long as the products of so many rows with it."""
 
 
 def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layout) -> GemmConfig:
-    """For `rows` of all experts together: the host does not know whose they are. target: one that
-    `tuned_target` knows."""
+    """Return the config for `rows` of all experts together, as the host does not know whose rows
+    they are. target: one that `tuned_target` knows."""
     tuned = tuned_target(target)
     assert tuned is not None
     quant_format = format_of(layout)
@@ -60,12 +60,12 @@ def grouped_config(target: str, rows: int, experts: int, rank: int, layout: Layo
     config = next((config for config in configs if config.block_m >= average), configs[-1])
     if quant_format is None or config.decoder in decoder_names(layout, target, torch.bfloat16):
         return config
-    # A format without that decoder has one that runs everywhere.
+    # A format without this decoder has one that runs on every target.
     return replace(config, decoder=quant_format.device_decoders()[0].name)
 
 
 def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceModel) -> float:
-    """Modelled seconds of one launch for all experts, rows spread evenly over them."""
+    """Return modelled seconds of one launch for all experts, with rows spread evenly over them."""
     active, tiles = _tiles(problem, config.block_m)
     n, k = problem.n, problem.k
     packed = problem.layout.quantized
@@ -80,20 +80,20 @@ def grouped_cost(problem: ExpertsProblem, config: GemmConfig, device: DeviceMode
 
 
 def _tiles(problem: ExpertsProblem, block_m: int) -> tuple[int, int]:
-    """(experts with rows, tiles of rows)."""
+    """Return (experts with rows, tiles of rows)."""
     active = max(min(problem.experts, problem.m), 1)
     return active, active * -(-problem.m // (active * block_m))
 
 
 def _weight_bytes(problem: ExpertsProblem) -> float:
-    """Of one weight, its part of the scales included."""
+    """Return the bytes of one weight, including its part of the scales."""
     if not problem.layout.quantized:
         return 2
     return format_named(problem.layout.format).bytes_per_weight(problem.layout)
 
 
 def adapter_seconds(problem: ExpertsProblem, device: DeviceModel) -> float:
-    """Of the thin products: each reads a tall operand once, and all factors."""
+    """Return the seconds of the thin products: each reads a tall operand once, and all factors."""
     if not problem.rank:
         return 0.0
     x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n
@@ -113,11 +113,11 @@ class GroupedExperts(ExpertsVariant):
         reasons = []
         if tuned_target(target) is None:
             reasons.append(f"{target} has no tensor cores for bfloat16")
-        for role, dtype in (("products", problem.compute_dtype), ("output", problem.out_dtype)):
+        for role, dtype in (("product", problem.compute_dtype), ("output", problem.out_dtype)):
             if dtype not in (torch.bfloat16, torch.float16):
-                reasons.append(f"{role} in {dtype}, not bfloat16 or float16")
+                reasons.append(f"the {role} is in {dtype}, not bfloat16 or float16")
         if problem.x_dtype == torch.float64:
-            reasons.append(f"x in {problem.x_dtype}")
+            reasons.append(f"x is in {problem.x_dtype}")
         quant_format = format_of(problem.layout)
         if quant_format is not None:
             if problem.k % 8:

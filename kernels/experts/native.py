@@ -1,4 +1,4 @@
-"""native: one expert after the other in torch's own operators, decoded into the workspace."""
+"""native: torch's own operators, one expert after another, decoded into the workspace."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qlora_compile.kernels.variants.native_adapter import native_dtypes
 from qlora_compile.kernels.workspace import workspace
 
 _OPERATORS = 12
-"""Started for one expert, the decoding's included."""
+"""How many operators one expert starts, including those of decoding."""
 
 _SYNCHRONIZATION_SECONDS = 50e-6
-"""Of a device, to read the offsets on the host."""
+"""The seconds of a device to bring the offsets to the host."""
 
 
 class NativeExperts(ExpertsVariant):
@@ -113,13 +113,13 @@ def _gemm_dtype(x: Tensor, spec: ExpertsSpec) -> torch.dtype:
 
 
 def _decoded(tensors: ExpertsTensors, spec: ExpertsSpec, expert: int, dtype: torch.dtype) -> Tensor:
-    """W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
+    """Return W[expert] [N, K] in `dtype`, valid until the next one is asked for."""
     quant_format = format_of(spec.layout)
     if quant_format is None:
         return tensors.planes[0][expert].to(dtype)
     packed = quant_format.packed(spec.layout, tensors.planes)
     first = expert * spec.n
-    # Where decoding cannot begin with this expert, from the last row on where it can.
+    # If decoding cannot begin at this expert, begin at the last row before where it can.
     start = first - first % quant_format.row_alignment(spec.layout)
     stop = first + spec.n
     out = workspace(stop - start, spec.k, dtype=dtype, device=tensors.x.device)

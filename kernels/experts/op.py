@@ -1,5 +1,5 @@
-"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op of the form
-that `qlora_linear` has."""
+"""`qlora_compile::qlora_experts`: the linear of all experts, with their LoRA, as one op with the
+arguments of `qlora_linear`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from qlora_compile.kernels.problem import Direction
 def bound_experts(
     call: Call, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[ExpertsTensors, ExpertsSpec]:
-    """The tensors of an experts' Call by their names, and its constants. tensors: the offsets come
-    first, then the others in the order of `tensor_indices`."""
+    """Return the tensors of an experts' Call by their names, and its constants. tensors: the
+    offsets come first, then the others in the order of `tensor_indices`."""
     ((own, spec),) = bound(call, x, tensors, None)
     return (
         ExpertsTensors(**vars(own), offsets=tensors[0]),
@@ -30,12 +30,13 @@ def bound_experts(
 
 
 def experts_problem(call: Call, direction: Direction, rows: int, x: Tensor) -> ExpertsProblem:
-    """The Problem of an experts' Call in one direction, for `rows` rows of all experts together."""
+    """Return the Problem of an experts' Call in one direction, for `rows` rows of all experts
+    together."""
     return ExpertsProblem(**vars(problem_of(call, direction, rows, x)), experts=call.experts)
 
 
 def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str) -> list[Tensor]:
-    """[y] of shape [S, N]: for the rows of expert e, which end at offsets[e],
+    """Return [y], y of shape [S, N]: for the rows of expert e, which end at offsets[e],
     y = x @ dequant(W)[e]ᵀ + bias[e] + scaling * x lora_a[e]ᵀ lora_b[e]ᵀ; zero past the last offset.
 
     Shapes as in `ExpertsTensors`. Products run in the compute dtype; casts happen inside. W and
@@ -50,7 +51,7 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
 def _backward(
     grads: Sequence[Tensor], x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: str
 ) -> list[Tensor]:
-    """The needed ones of [grad x, grad lora_a, grad lora_b], in that order, contiguous."""
+    """Return those of [grad x, grad lora_a, grad lora_b] that are needed, contiguous."""
     call = Call.parse(text)
     with torch.autocast(x.device.type, enabled=False):
         choice = choose(experts_problem(call, "backward", x.shape[0], x))
@@ -72,7 +73,8 @@ def experts_linear(
     adapter: tuple[Tensor, Tensor, Tensor] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y [S, N] of x [S, K] in `dtype`, whose rows are sorted by expert and end at `offsets` [E].
+    """Return y [S, N] of x [S, K] in `dtype`, whose rows are sorted by expert and end at `offsets`
+    [E].
 
     layout: the text of the Layout of all experts' weights, [E * N, K]. adapter: lora_a, lora_b and
     scaling.

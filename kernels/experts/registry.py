@@ -1,4 +1,4 @@
-"""The literal tuple of implementations of the experts' grouped linear, and the choice of one."""
+"""The literal tuple of variants of the experts' grouped linear, and the choice of one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ EXPERTS_VARIANTS: tuple[ExpertsVariant, ...] = (NativeExperts(), GroupedExperts(
 
 @dataclass(frozen=True)
 class ExpertsChoice:
-    """An implementation, and the seconds the cost model gives it."""
+    """A variant, and the seconds that the cost model gives it."""
 
     variant: ExpertsVariant
     seconds: float
 
 
 def choose(problem: ExpertsProblem) -> ExpertsChoice:
-    """Like `cheapest`, on the problem's own device."""
-    # On CPU the same on every run: not by figures that were measured.
+    """Do as `cheapest`, on the problem's own device."""
+    # On CPU, not by measured figures, so that the choice is the same on every run.
     return cheapest(problem, model_for(problem.device, CPU))
 
 
 @functools.lru_cache(maxsize=4096)
 def cheapest(problem: ExpertsProblem, model: DeviceModel) -> ExpertsChoice:
-    """The implementation with the least modelled cost of those that do not reject `problem`.
+    """Return the variant with the least modelled cost of those that do not reject `problem`.
 
-    Raises NoVariantError, with every reason, when all reject it.
+    Raises NoVariantError, with every reason, if all reject it.
     """
     variants = able(EXPERTS_VARIANTS, problem)
     costs = [ExpertsChoice(variant, variant.cost(problem, model)) for variant in variants]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora_compile.kernels.gpu.decoders import Decoder, Side
 
 BlockSize = int | Literal["row"]
-"""Weights of a row-major run that share a scale; "row": those of one row."""
+"""How many weights of a row-major run share a scale; "row" for those of one row."""
 
 USUAL_BLOCK_SIZE = 64
 SMALLEST_BLOCK_SIZE = 32
@@ -28,15 +28,15 @@ LARGEST_BLOCK_SIZE = 4096
 class QuantFormat(ABC):
     """One storage format of a frozen weight; without state, its parameters are in a Layout.
 
-    A format declares its planes, the tensors that it stores a weight in, and is alone in knowing
-    what they mean: the rest of the package hands them through in the declared order. The first
-    plane holds the codes, `bits` of each weight in the row-major order of the weight.
+    A format declares its planes, the tensors in which it stores a weight. Only the format knows
+    what they mean; the rest of the package passes them on in the declared order. The first plane
+    holds the codes, `bits` for each weight, in the row-major order of the weight.
     """
 
     name: ClassVar[str]
     bits: ClassVar[int]
     options: ClassVar[tuple[Option, ...]] = ()
-    """What may be chosen for a weight, beside its shape."""
+    """The values of the options that may be chosen for a weight."""
 
     @property
     def has_double_quantize(self) -> bool:
@@ -44,36 +44,38 @@ class QuantFormat(ABC):
         return any(option.name == DOUBLE for option in self.options)
 
     def layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        """The Layout of a weight of `shape` with these `options`, the others at their defaults.
+        """Return the Layout of a weight of `shape` with these `options`, the others at their
+        defaults.
 
-        A false `double_quantize` may be given to every format. Raises FormatOptionError of what is
-        no option, and what an Option raises of its value.
+        A false `double_quantize` may be given to every format. Raises FormatOptionError for a name
+        that is no option, and what an Option raises for its value.
         """
         return self._layout(shape, **self._chosen(options, stored=True))
 
     def _chosen(self, options: Mapping[str, Any], *, stored: bool) -> dict[str, Any]:
-        """All options that are stored in a Layout, or all that are not."""
+        """Return all options that are stored in a Layout, or all that are not."""
         chosen = checked(self.name, self.options, options)
         return {each.name: chosen[each.name] for each in self.options if each.stored == stored}
 
     @abstractmethod
     def _layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        """`layout` of every option that a Layout stores, checked."""
+        """Return `layout`, given every option that a Layout stores, checked."""
 
     def usual_layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        """The Layout that `optimize` uses where nothing but these `options` is asked for."""
+        """Return the Layout that `optimize` uses if only these `options` are given."""
         return self.layout(shape, **({DOUBLE: self.has_double_quantize} | options))
 
     @abstractmethod
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
-        """The tensors that a weight of `layout` is stored in, the codes first."""
+        """Return the tensors that a weight of `layout` is stored in, the codes first."""
 
     def packed(self, layout: Layout, tensors: Sequence[Tensor]) -> PackedWeight:
-        """The weight stored in `tensors`, in the order of `planes`. Raises PackedWeightError."""
+        """Return the weight stored in `tensors`, in the order of `planes`. Raises
+        PackedWeightError."""
         return PackedWeight.checked(layout, self.planes(layout), tensors)
 
     def quantize(self, weight: Tensor, *, site: str = "weight", **options: Any) -> PackedWeight:
-        """`pack` with these `options`, and with their Layout."""
+        """Pack `weight` by these `options`, as `pack` with their Layout."""
         _check_weight(weight, site)
         rows, columns = weight.shape
         layout = self.layout((rows, columns), **options)
@@ -82,10 +84,10 @@ class QuantFormat(ABC):
     def pack(
         self, weight: Tensor, layout: Layout, site: str = "weight", **options: Any
     ) -> PackedWeight:
-        """Quantises `weight`, [N, K] of any floating-point dtype and strides, N, K >= 1, on its own
+        """Quantise `weight`, [N, K] of any floating-point dtype and strides, N, K >= 1, on its own
         device. site: the name that errors give. options: those that no Layout stores.
 
-        Raises WeightShapeError, WeightValueError (NaN or infinity), and what a format raises of
+        Raises WeightShapeError, WeightValueError (NaN or infinity), and what a format raises for
         values that it cannot store.
         """
         _check_weight(weight, site)
@@ -97,11 +99,11 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
-        """The planes of `weight`, each with storage of its own. options: those that no Layout
-        stores."""
+        """Return the planes of `weight`, each with storage of its own. options: those that no
+        Layout stores."""
 
     def stacked(self, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """The weight [N1 + N2 + …, K] of `weights`, [N1, K], [N2, K], …, one below another.
+        """Return the weight [N1 + N2 + …, K] of `weights`, [N1, K], [N2, K], …, one below another.
 
         No value changes. Raises PackedWeightError if the weights differ in anything but their rows,
         or cannot be put together as they are stored.
@@ -115,10 +117,10 @@ class QuantFormat(ABC):
         return self._stacked(first.with_rows(rows), weights)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """`stacked` of weights that are stored alike.
+        """Return `stacked` of weights that are stored alike.
 
-        Here each row has a part of a plane, or the plane is one for all rows, as an order of
-        columns is; it must then be the same for all weights.
+        Here each row has a part of a plane, or one plane, such as an order of columns, serves all
+        rows and must be the same for all weights.
         """
         planes = []
         for plane, own in zip(self.planes(layout), self.planes(weights[0].layout), strict=True):
@@ -135,7 +137,7 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        """The weight as [N, K] of `dtype`: the specification that everything else is held to.
+        """Return the weight as [N, K] of `dtype`; this is the specification of the format.
 
         Every value is computed in float32 and then rounded once to `dtype`. Raises
         PackedWeightError if `packed` is of another format.
@@ -149,7 +151,8 @@ class QuantFormat(ABC):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Rows `start` … `stop` of the weight: [stop - start, K] of `dtype`, written to `out`.
+        """Return rows `start` … `stop` of the weight: [stop - start, K] of `dtype`, written to
+        `out`.
 
         Equal bit for bit to `dequantize(packed, dtype)[start:stop]`. `out`: contiguous, of that
         shape and dtype, on the weight's device; made when None. Raises RowRangeError unless
@@ -169,7 +172,7 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def _write_rows(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-        """`dequantize_rows` to `out`, with everything checked."""
+        """Do as `dequantize_rows`, to `out`, with checked arguments."""
 
     def decoded(
         self,
@@ -178,8 +181,8 @@ class QuantFormat(ABC):
         rows: int,
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Pairs (n, W[n] in `dtype`) that go through the weight once, about so many `rows` at a
-        time. memory: where so many rows are decoded to, None for memory of their own."""
+        """Yield pairs (n, W[n] in `dtype`) that go through the weight once, about `rows` rows at a
+        time. memory: what the rows are decoded to, None for fresh memory."""
         total, alignment = packed.shape[0], self.row_alignment(packed.layout)
         step = total if rows >= total else max(rows // alignment, 1) * alignment
         for n in slices(total, step):
@@ -188,46 +191,48 @@ class QuantFormat(ABC):
 
     @abstractmethod
     def row_alignment(self, layout: Layout) -> int:
-        """The least r >= 1 such that decoding may begin at every r-th row."""
+        """Return the least r >= 1 such that decoding may begin at every r-th row."""
 
     def check_format(self, packed: PackedWeight) -> None:
-        """Raises PackedWeightError if `packed` is of another format."""
+        """Raise PackedWeightError if `packed` is of another format."""
         if packed.format != self.name:
             problem = f"cannot be read as {self.name!r}"
             raise PackedWeightError(format=packed.format, shape=packed.shape, problem=problem)
 
     def label(self, layout: Layout) -> str:
-        """The format and its parameters as people read them."""
+        """Return a readable name of the format with its parameters."""
         return " ".join([self.name, *(f"{name} {value}" for name, value in layout.parameters)])
 
     def bytes_per_weight(self, layout: Layout) -> float:
-        """What a product reads for each weight, for cost models."""
+        """Return how many bytes a product reads for each weight, for cost models."""
         sizes = (plane.dtype.itemsize * _count(plane) for plane in self.planes(layout))
         return sum(sizes) / (layout.shape[0] * layout.shape[1])
 
     @abstractmethod
     def device_decoders(self) -> tuple[Decoder, ...]:
-        """How a Triton kernel may decode it, the one that runs everywhere first. Imports Triton."""
+        """Return the ways in which Triton kernels may decode it, first the one that runs on every
+        target. Imports Triton."""
 
     def device_tables(self, device: torch.device) -> Tensor | None:
-        """What a GPU's decoders read besides the packed weight: float32, shared, on `device`; made
-        when it is first asked for."""
+        """Return what a GPU's decoders read besides the packed weight: float32 on `device`, shared,
+        and made on first use."""
         return None
 
     @abstractmethod
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
-        """What the decoders read beside the codes, of the planes `tensors`, for tiles with so many
-        columns of W. Imports Triton."""
+        """Return what the decoders read of the planes `tensors` beside the codes, for tiles with so
+        many columns of W. Imports Triton."""
 
     def prepared(
         self, layout: Layout, tensors: Sequence[Tensor]
     ) -> tuple[Layout, Sequence[Tensor]]:
-        """The Layout and the planes of the same weight in a form that decodes faster, for kernels
-        that read each plane many times; computed on the device if the format has such a form."""
+        """Return the Layout and the planes of the same weight in a form that decodes faster, for
+        kernels that read each plane many times; computed on the device if the format has such a
+        form."""
         return layout, tensors
 
     def device_obstacle(self, layout: Layout) -> str | None:
-        """Why no Triton kernel can decode a weight of `layout`; None if the decoders can."""
+        """Return why no Triton kernel can decode a weight of `layout`; None if the decoders can."""
         return None
 
 
@@ -241,7 +246,7 @@ def _check_weight(weight: Tensor, site: str) -> None:
 
 
 def checked_block_size(block_size: object) -> int:
-    """`block_size`, if it is a power of two that is allowed. Raises BlockSizeError."""
+    """Return `block_size`, if it is a power of two that is allowed. Raises BlockSizeError."""
     problem = None
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         problem = "is not an integer"

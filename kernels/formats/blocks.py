@@ -27,11 +27,11 @@ _LARGEST_BLOCK_COUNT = 2**31
 """Kernels number blocks in 32 bits."""
 
 _QUANTIZE_CHUNK = 1 << 18
-"""Elements quantised at a time: the temporaries then stay far below one copy of a layer."""
+"""Elements quantised at a time, so that temporaries stay far below one copy of a layer."""
 
 _CPU_CHUNK = 1 << 19
-"""Elements dequantised at a time on CPU: few enough that the temporaries stay in its caches, and
-enough to hide what starting an operator on all threads costs."""
+"""Elements dequantised at a time on CPU: few enough for the temporaries to stay in caches, enough
+to hide the cost of starting an operator on all threads."""
 
 _DEVICE_CHUNK = 1 << 22
 """The same on an accelerator, where only the temporaries' memory (12 bytes each) matters."""
@@ -41,7 +41,7 @@ class _BlockSizeOption(Option):
     """A power of two from 32 to 4096, or "row" for one absmax a row; `values` are examples."""
 
     def check(self, format: str, value: object) -> Any:
-        """Raises BlockSizeError."""
+        """Raise BlockSizeError."""
         return value if value == "row" else checked_block_size(value)
 
 
@@ -62,8 +62,8 @@ class BlockFormat(QuantFormat):
       [ceil(blocks / 256)], `nested_offset`: float32 [], and
       absmax[b] = nested_codebook[absmax[b]] * nested_absmax[b // 256] + nested_offset.
 
-    A subclass gives the class variables and the abstract methods, which see runs of whole blocks;
-    geometry, checks and double quantisation live here.
+    A subclass defines the class variables and the abstract methods, which get runs of whole blocks;
+    this class does geometry, checks and double quantisation.
     """
 
     options: ClassVar[tuple[Option, ...]] = (BLOCK_SIZE,)
@@ -83,7 +83,8 @@ class BlockFormat(QuantFormat):
         return f"{self.name}/{layout.named['block_size']}{double}"
 
     def bytes_per_weight(self, layout: Layout) -> float:
-        """Of codes and absmax, the latter taken for float32, as `prepared` gives it."""
+        """Return the bytes of codes and absmax, counting absmax as float32, as `prepared` has
+        it."""
         return self.bits / 8 + 4 / layout.named["block_size"]
 
     def _encoded(self, weight: Tensor, layout: Layout, site: str, **options: Any) -> list[Tensor]:
@@ -98,8 +99,8 @@ class BlockFormat(QuantFormat):
         return [codes, *nested]
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-        """Each value is float32(code's value) * float32(absmax of its block), rounded to float32
-        and then once to `dtype`."""
+        """Compute each value as float32(code's value) * float32(absmax of its block), rounded to
+        float32 and then once to `dtype`."""
         self.check_format(packed)
         rows, columns = packed.shape
         absmax = block_absmax(packed, 0, packed.planes["absmax"].numel())
@@ -108,7 +109,7 @@ class BlockFormat(QuantFormat):
         return (values * scales[: rows * columns]).to(dtype).view(rows, columns)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """A doubly quantised absmax is decoded: each weight has an offset of its own."""
+        """Decode a doubly quantised absmax, as each weight has an offset of its own."""
         size = layout.named["block_size"]
         for weight in weights[:-1]:
             if weight.shape[0] % self.row_alignment(weight.layout):
@@ -120,7 +121,8 @@ class BlockFormat(QuantFormat):
         return self.packed(layout, [codes, torch.cat(absmax)])
 
     def row_alignment(self, layout: Layout) -> int:
-        """The least r >= 1 such that every r-th row begins at a byte and at an absmax block."""
+        """Return the least r >= 1 such that every r-th row begins at a byte and at an absmax
+        block."""
         unit = math.lcm(layout.named["block_size"], 8 // math.gcd(8, self.bits))
         return unit // math.gcd(unit, layout.shape[1])
 
@@ -149,14 +151,16 @@ class BlockFormat(QuantFormat):
         return torch.cat(parts), absmax
 
     def _dequantize_flat(self, packed: PackedWeight, first: int, last: int, out: Tensor) -> None:
-        """Elements `first` … `last` to `out` [last - first]; `first` begins a byte and a block."""
+        """Decode elements `first` … `last` to `out` [last - first]; a byte and a block begin at
+        `first`."""
         block_size = packed.layout.named["block_size"]
         if decode.writes(out, block_size):
             whole = (last - first) // block_size * block_size
-            if self._write_blocks(packed, first // block_size, out[:whole]):
-                first, out = first + whole, out[whole:]
-                if first == last:
+            blocks = out if whole == last - first else out[:whole]
+            if self._write_blocks(packed, first // block_size, blocks):
+                if blocks is out:
                     return
+                first, out = first + whole, out[whole:]
         first_block = first // block_size
         scales = self.scales(block_absmax(packed, first_block, -(-last // block_size)))
         codes = packed.codes.reshape(-1)
@@ -182,20 +186,20 @@ class BlockFormat(QuantFormat):
 
     @abstractmethod
     def _encode(self, blocks: Tensor, absmax: Tensor, *, partial: bool) -> Tensor:
-        """Codes of float32 `blocks` [b, s] as they are stored. `partial`: the weight's last block,
+        """Return codes of float32 `blocks` [b, s] as stored. `partial`: the weight's last block,
         cut short; a format may then adjust its `absmax` [1] in place."""
 
     @abstractmethod
     def _code_values(self, codes: Tensor) -> Tensor:
-        """float32 value of every stored code, in the order of the elements."""
+        """Return the float32 value of every stored code, in the order of the elements."""
 
     @abstractmethod
     def _write_code_values(self, codes: Tensor, out: Tensor) -> None:
-        """Like `_code_values`, written to `out`, float32 [elements] and contiguous; fast."""
+        """Do as `_code_values`, but fast, and write to `out`, float32 [elements] and contiguous."""
 
     def _write_blocks(self, packed: PackedWeight, first: int, out: Tensor) -> bool:
-        """Writes blocks `first` … to `out` on CPU, float32 or bfloat16, contiguous and of whole
-        blocks; False where nothing is faster than the methods above."""
+        """Write blocks from `first` on to `out` on CPU, float32 or bfloat16, contiguous and of
+        whole blocks; return False, having written nothing, if the methods above are as fast."""
         return False
 
     def device_side(self, layout: Layout, tensors: Sequence[Tensor], tile_columns: int) -> Side:
@@ -209,7 +213,7 @@ class BlockFormat(QuantFormat):
     def prepared(
         self, layout: Layout, tensors: Sequence[Tensor]
     ) -> tuple[Layout, Sequence[Tensor]]:
-        """Doubly quantised absmax is decoded."""
+        """Decode a doubly quantised absmax."""
         if not layout.named.get("double_quantize"):
             return layout, tensors
         from qlora_compile.kernels.formats.gpu.absmax import decoded_absmax
@@ -226,12 +230,12 @@ class BlockFormat(QuantFormat):
         return f"{blocks} blocks of absmax, more than {_LARGEST_BLOCK_COUNT - 1}"
 
     def scales(self, absmax: Tensor) -> Tensor:
-        """What a code's value is multiplied with; float32, same shape."""
+        """Return the factors of the codes' values; float32, of the same shape."""
         return absmax if self.absmax_divisor == 1.0 else absmax / self.absmax_divisor
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block_size: int) -> None:
-    """Multiplies each block of `values` in place; the last one may be cut short."""
+    """Multiply each block of `values` in place; the last one may be cut short."""
     full = values.numel() // block_size
     whole = values[: full * block_size].view(full, block_size)
     whole.mul_(scales[:full].unsqueeze(1))
@@ -261,6 +265,6 @@ def _planes(layout: Layout, bits: int, code_dtype: torch.dtype) -> tuple[Plane, 
 def block_layout(
     format: str, shape: tuple[int, int], block_size: int, double_quantized: bool
 ) -> Layout:
-    """The Layout of a weight in blocks of any size, which a checkpoint may have chosen."""
+    """Return the Layout of a weight in blocks of any size, which a checkpoint may have chosen."""
     nested = {"double_quantize": 1} if double_quantized else {}
     return Layout.of(format, shape, block_size=block_size, **nested)

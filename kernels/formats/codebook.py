@@ -37,7 +37,7 @@ class CodebookFormat(BlockFormat):
     """Value of each code 0 … 15; several codes may share one."""
 
     def codebook_on(self, device: torch.device) -> Tensor:
-        """`codebook` as a shared float32 [16] tensor on `device`; not to be written to."""
+        """Return `codebook` as a shared float32 [16] tensor on `device`, not to be written to."""
         return _codebook(self.codebook, device)
 
     def device_decoders(self) -> tuple[Decoder, ...]:
@@ -98,7 +98,7 @@ def _codebook(codebook: tuple[float, ...], device: torch.device) -> Tensor:
 
 @functools.cache
 def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
-    """The two float32 values of every byte, as one 8-byte element each: int64 [256]."""
+    """Return the two float32 values of every byte, as one 8-byte element each: int64 [256]."""
     with torch.inference_mode(False):
         values = torch.tensor(codebook, dtype=torch.float32, device="cpu")
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
@@ -107,7 +107,7 @@ def _pairs(codebook: tuple[float, ...], device: torch.device) -> Tensor:
 
 @functools.cache
 def _decision(codebook: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(boundaries float32 [15], codes uint8 [16] in ascending order of value).
+    """Return (boundaries float32 [15], codes uint8 [16] in ascending order of value).
 
     A value equal to a boundary belongs to the lower code.
     """

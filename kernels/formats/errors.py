@@ -1,4 +1,4 @@
-"""What can be wrong with a format's options, and with values that it stores."""
+"""Errors about a format's options, and about values that it cannot store."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class AbsmaxOverflowError(QloraCompileError, ValueError):
 
 class FormatOptionError(QloraCompileError, TypeError):
     template = (
-        "{option}={value!r}: neither optimize nor the format {format!r} has such an option; the "
-        "format's are: {known}"
+        "{option}={value!r}: neither optimize nor the format {format!r} has such an option; use "
+        "one of the format's: {known}"
     )
 
 
 class FormatOptionValueError(QloraCompileError, ValueError):
-    template = "{option}={value!r} cannot be had with format {format!r}; use {known}"
+    template = "{option}={value!r} is not possible with format {format!r}; use {known}"
 
 
 class FormatTextError(QloraCompileError, ValueError):
-    template = "{value!r}: {pair!r} is no option=value; write a format as int4:group_size=128"
+    template = "{value!r}: {pair!r} is not option=value; write a format like int4:group_size=128"
 
 
 class OptionWithoutFormatError(QloraCompileError, TypeError):
     template = (
-        "{option}={value!r}: optimize itself has no such option, and quantize= names no format "
-        "that might; correct the name or name a format"
+        "{option}={value!r}: optimize has no such option, and without quantize= there is no format "
+        "whose option it could be; correct the name, or pass quantize="
     )
 
 

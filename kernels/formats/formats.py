@@ -21,19 +21,19 @@ from qlora_compile.kernels.layout import UNQUANTIZED as UNQUANTIZED
 from qlora_compile.kernels.layout import Layout, Plane
 
 FORMATS: list[QuantFormat] = [NF4, FP4, INT8, INT4, UINT8, FP8_E4M3, FP8_E5M2, MXFP4, NVFP4]
-"""Every format there is; the first one with so many bits is the usual one of them."""
+"""All formats; the first one of a number of bits is the usual one for that number."""
 
 
 def register(quant_format: QuantFormat) -> None:
-    """Adds a format from outside of the package, which is then as good as those that ship.
+    """Add a format from outside the package, to be used like those that ship.
 
-    A process that another one starts has to register it, too.
+    Every process that uses the format has to register it.
     """
     FORMATS.append(quant_format)
 
 
 def format_named(name: str) -> QuantFormat:
-    """The format whose `name` is `name`. Raises UnknownFormatError."""
+    """Return the format whose `name` is `name`. Raises UnknownFormatError."""
     for quant_format in FORMATS:
         if quant_format.name == name:
             return quant_format
@@ -42,8 +42,9 @@ def format_named(name: str) -> QuantFormat:
 
 
 def format_written(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options of a format written as "int4:group_size=128,zeros=float", the name
-    unchecked if it is none of a format. Raises FormatTextError, or what the options raise."""
+    """Return the name and the options of a format written as "int4:group_size=128,zeros=float".
+
+    An unknown name is returned unchecked. Raises FormatTextError, or what the options raise."""
     name, _, listed = text.partition(":")
     found = next((each for each in FORMATS if each.name == name), None)
     options: dict[str, Any] = {}
@@ -59,13 +60,13 @@ def format_written(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_of(layout: Layout) -> QuantFormat | None:
-    """The format of a weight of `layout`; None where it is kept in its own dtype."""
+    """Return the format of a weight of `layout`; None where it is kept in its own dtype."""
     return format_named(layout.format) if layout.quantized else None
 
 
 def planes_of(layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Plane, ...]:
-    """The tensors that a weight of `layout` is stored in; of one kept in its own dtype, it is
-    itself the only one, of `dtype`."""
+    """Return the tensors in which a weight of `layout` is stored; for a weight kept in its own
+    dtype, `dtype`, that is the weight itself."""
     quant_format = format_of(layout)
     if quant_format is None:
         return (Plane("weight", dtype, layout.shape),)
@@ -73,20 +74,20 @@ def planes_of(layout: Layout, dtype: torch.dtype = torch.float32) -> tuple[Plane
 
 
 def plane_count(layout: Layout) -> int:
-    """How many tensors a weight of `layout` is stored in."""
+    """Return how many tensors a weight of `layout` is stored in."""
     return len(planes_of(layout))
 
 
 @functools.lru_cache(maxsize=4096)
 def plane_dtypes(layout: Layout) -> tuple[torch.dtype, ...]:
-    """The dtypes of these tensors; empty for a weight kept in its own dtype."""
+    """Return the dtypes of a stored weight's tensors; empty for a weight kept in its own dtype."""
     if layout.format == UNQUANTIZED:
         return ()
     return tuple(plane.dtype for plane in planes_of(layout))
 
 
 def meta_tensors(layout: Layout, dtype: torch.dtype) -> list[Tensor]:
-    """The planes of `planes_of` without data."""
+    """Return the planes of `planes_of` without data."""
     return [
         torch.empty(plane.shape, dtype=plane.dtype, device="meta")
         for plane in planes_of(layout, dtype)

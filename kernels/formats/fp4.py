@@ -12,7 +12,7 @@ _MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 class Fp4Format(CodebookFormat):
     """Magnitudes over 12 in bitsandbytes' order of bit patterns.
 
-    Code 8 is -0.0, as in bitsandbytes' scalar code; its AVX-512 and its torch code have +0.0.
+    Code 8 is -0.0, as in bitsandbytes' scalar code; its AVX-512 code and its torch code have +0.0.
     """
 
     name: ClassVar[str] = "fp4"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _BLOCK = 128
 _BLOCK_SHIFT = 7
 _ROW_SHIFTS = {"row": 0, "group": 0, "tensor": 31, "block": _BLOCK_SHIFT}
-"""2 to this power rows share scales."""
+"""2 to this power is the number of rows that share scales."""
 
 
 class Fp8Format(GroupFormat):
@@ -75,8 +75,8 @@ class Fp8Format(GroupFormat):
         return group_decode.Factors(packed.planes["scales"], row_shift=shift)
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """Scales of tensors become those of rows; and those of blocks, where one would reach into
-        the weight below, become those of groups."""
+        """Turn scales of tensors into scales of rows, and scales of blocks, if a block would reach
+        into the weight below, into scales of groups."""
         per = layout.named["scale_per"]
         cut = any(weight.shape[0] % _BLOCK for weight in weights[:-1])
         if per in ("row", "group") or (per == "block" and not cut):

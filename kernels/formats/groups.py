@@ -30,17 +30,17 @@ _CHUNK = 1 << 17
 class GroupFormat(QuantFormat):
     """value = (v(code) - zero) * scale in float32, rounded once to the dtype asked for.
 
-    The first plane is `codes`, uint8 [N, ceil(K * bits / 8)]: a row begins with a byte, and of
-    4-bit codes the first of two is in the low half of one, as GPTQ, MXFP4 and NVFP4 pack them. The
-    spare half byte of an odd K is zero. A row begins with a group; its last one may be shorter.
+    The first plane is `codes`, uint8 [N, ceil(K * bits / 8)]: a row begins with a byte, and the
+    first of two 4-bit codes is in the low half of a byte, as GPTQ, MXFP4 and NVFP4 pack them. The
+    spare half byte of an odd K is zero. A row begins with a group; its last group may be shorter.
 
-    A subclass gives the other planes, the size of a group, the factors of rows and v.
+    A subclass defines the other planes, the size of a group, the factors of rows, and v.
     """
 
     symmetric_zero: ClassVar[float] = 0.0
-    """The zero where no plane has any."""
+    """The zero of formats without a plane of zeros."""
     cpu_kind: ClassVar[str]
-    """What codes are to the decoder for CPUs."""
+    """The kind of codes for the decoder for CPUs."""
 
     def planes(self, layout: Layout) -> tuple[Plane, ...]:
         rows, columns = layout.shape
@@ -49,31 +49,31 @@ class GroupFormat(QuantFormat):
 
     @abstractmethod
     def _side_planes(self, layout: Layout) -> tuple[Plane, ...]:
-        """The planes after the codes."""
+        """Return the planes after the codes."""
 
     @abstractmethod
     def group_size(self, layout: Layout) -> int:
-        """How many columns share a factor; at least K where those of a row do."""
+        """Return how many columns share a factor; at least K if all columns of a row do."""
 
     @abstractmethod
     def factors(self, packed: PackedWeight, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start, groups],
-        contiguous; no zeros where all are `symmetric_zero`."""
+        """Return scales and zeros of the groups of rows `start` … `stop`: float32 [stop - start,
+        groups], contiguous; None for zeros if all are `symmetric_zero`."""
 
     @abstractmethod
     def stored_factors(self, packed: PackedWeight) -> group_decode.Factors:
-        """Scales and zeros of all groups as the decoder for CPUs reads them."""
+        """Return scales and zeros of all groups, as the decoder for CPUs reads them."""
 
     @abstractmethod
     def code_values(self, codes: Tensor) -> Tensor:
-        """float32 v of every code, uint8 of any shape."""
+        """Return the float32 v of every code, uint8 of any shape."""
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype) -> Tensor:
         self.check_format(packed)
         return self._rows(packed, 0, packed.shape[0], dtype)
 
     def _rows(self, packed: PackedWeight, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows `start` … `stop` by torch's operators."""
+        """Decode rows `start` … `stop` by torch's operators."""
         values = self.code_values(self._codes(packed, start, stop))
         scales, zeros = self.factors(packed, start, stop)
         shifts = self.symmetric_zero if zeros is None else self.by_column(packed, zeros)
@@ -86,13 +86,13 @@ class GroupFormat(QuantFormat):
         return False
 
     def by_column(self, packed: PackedWeight, factors: Tensor) -> Tensor:
-        """`factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
+        """Return `factors` of groups, [rows, groups], repeated for their columns: [rows, K]."""
         columns = packed.shape[1]
         size = min(self.group_size(packed.layout), columns)
         return factors.repeat_interleave(size, dim=1)[:, :columns]
 
     def _codes(self, packed: PackedWeight, start: int, stop: int) -> Tensor:
-        """The codes of rows `start` … `stop`, uint8 [stop - start, K]."""
+        """Return the codes of rows `start` … `stop`, uint8 [stop - start, K]."""
         rows, columns = packed.shape
         stored = packed.codes.reshape(rows, -1)[start:stop]
         if self.bits == 8:
@@ -110,21 +110,21 @@ class GroupFormat(QuantFormat):
             out[first - start : last - start] = self._rows(packed, first, last, out.dtype)
 
     def _write_compiled(self, packed: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-        """`_write_rows` to an `out` that compiled code writes."""
+        """Do as `_write_rows`, by compiled code."""
         group_decode.write_rows(
             *(packed.codes, self.cpu_values(), self.stored_factors(packed)),
             *(self.group_size(packed.layout), self.cpu_kind, start, out),
         )
 
     def cpu_values(self) -> Tensor:
-        """v of all codes: float32 [2 ** bits] on a CPU, shared; not to be written to."""
+        """Return v of all codes: float32 [2 ** bits] on a CPU, shared, not to be written to."""
         return _code_values(self)
 
     def row_alignment(self, layout: Layout) -> int:
         return 1
 
     def _check_finite(self, weight: Tensor, site: str) -> None:
-        """Raises WeightValueError if `weight` holds NaN or infinity."""
+        """Raise WeightValueError if `weight` holds NaN or infinity."""
         invalid = weight.numel() - int(weight.isfinite().sum())
         if invalid:
             raise WeightValueError(site=site, count=invalid)
@@ -132,15 +132,15 @@ class GroupFormat(QuantFormat):
     def _by_rows(
         self, weight: Tensor, encode: Callable[..., Sequence[Tensor]], *others: Tensor
     ) -> list[Tensor]:
-        """What `encode` makes of some rows in float32 at a time, and of those rows of the `others`,
-        put together."""
+        """Return the joined results of `encode` for some rows in float32 at a time, with the same
+        rows of the `others`."""
         step = max(1, _CHUNK // weight.shape[1])
         parts = zip(*(tensor.split(step) for tensor in (weight, *others)), strict=True)
         made = [encode(part.float(), *rest) for part, *rest in parts]
         return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
     def stored_codes(self, codes: Tensor) -> Tensor:
-        """`codes`, uint8 [rows, K], as the plane has them."""
+        """Return `codes`, uint8 [rows, K], in the form of the plane."""
         if self.bits == 8:
             return codes.contiguous()
         codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
@@ -175,7 +175,7 @@ def _code_values(quant_format: GroupFormat) -> Tensor:
 
 
 def padded_groups(weight: Tensor, size: int) -> Tensor:
-    """`weight` [rows, K] as [rows, groups, size], the last group filled up with zeros."""
+    """Return `weight` [rows, K] as [rows, groups, size], the last group filled up with zeros."""
     rows, columns = weight.shape
     size = min(size, columns)
     return torch.nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)

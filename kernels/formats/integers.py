@@ -1,7 +1,7 @@
 """INT4 and UINT8: unsigned integers in groups of a row, with or without zero points.
 
-What GPTQ (Frantar et al. 2023), AWQ (Lin et al. 2024) and HQQ (Badri and Shaji 2023) store; here
-codes are found by rounding to the nearest.
+GPTQ (Frantar et al. 2023), AWQ (Lin et al. 2024) and HQQ (Badri and Shaji 2023) store such
+integers; here codes are found by rounding to the nearest.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ _DTYPES = {each: getattr(torch, each) for each in ("bfloat16", "float16", "float
 class IntegerFormat(GroupFormat):
     """Codes 0 … 2**bits - 1, value = (code - zero) * scale.
 
-    Options: `group_size`, columns that share a scale; `zeros`, "integer" for uint8 ones, "float"
-    for ones in the scales' dtype, "none" for 2**(bits - 1) everywhere, or "minimum", where value =
-    code * scale + minimum, as in GGUF's Q4_1; `scales`, their dtype and that of minima;
-    `grouping`, "consecutive" for groups of neighbouring columns, or "indexed", where a plane tells
-    the group of each, as GPTQ's act-order needs (its g_idx); packing then groups columns by their
-    largest weights; `refine`, not stored: HQQ's search for the zeros, which needs those to be
-    "float".
+    Options:
+
+    - `group_size`: columns that share a scale.
+    - `zeros`: "integer" for uint8 zeros, "float" for zeros in the scales' dtype, "none" for
+      2**(bits - 1) everywhere, or "minimum" for value = code * scale + minimum, as in GGUF's Q4_1.
+    - `scales`: the dtype of scales, float zeros and minima.
+    - `grouping`: "consecutive" for groups of neighbouring columns, or "indexed" for a plane that
+      gives the group of each column, as GPTQ's act-order needs (its g_idx); packing then groups
+      columns by their largest weights.
+    - `refine`, not stored: HQQ's search for the zeros, which must be "float".
 
     The planes after the codes, with groups = ceil(K / group_size): `scales` [N, groups], `zeros`
-    [N, groups] unless there are none, or `minima` [N, groups], and `group_index` int32 [K] where
+    [N, groups] unless there are none, or `minima` [N, groups], and `group_index` int32 [K] if
     columns are indexed.
     """
 
@@ -58,7 +61,7 @@ class IntegerFormat(GroupFormat):
         return 2**self.bits - 1
 
     def layout(self, shape: tuple[int, int], **options: Any) -> Layout:
-        """Raises FormatOptionValueError, too, if `refine` is asked for without float zeros."""
+        """Return the Layout; also raise FormatOptionValueError for `refine` without float zeros."""
         layout = super().layout(shape, **options)
         self._check_refine(layout, options.get("refine", False))
         return layout
@@ -148,7 +151,7 @@ class IntegerFormat(GroupFormat):
         refine: bool,
         order: Tensor | None = None,
     ) -> list[Tensor]:
-        """Codes, scales and zeros of some rows. order: the columns, group by group."""
+        """Return codes, scales and zeros of some rows. order: the columns, group by group."""
         columns, zeros = weight.shape[1], layout.named["zeros"]
         weight = weight if order is None else weight[:, order]
         groups = padded_groups(weight, layout.named["group_size"])

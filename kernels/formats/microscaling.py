@@ -32,8 +32,8 @@ _E4M3 = torch.float8_e4m3fn
 
 _UP = (0.75, 1.75, 3.5)
 _DOWN = (0.25, 1.25, 2.5, 5.0)
-"""Halfway between two magnitudes: from where on the upper one is nearest, being even, and up to
-where the lower one is."""
+"""Boundaries halfway between two magnitudes: those from which on the upper one, being even, is
+nearest, and those up to which the lower one is."""
 
 
 class E2m1Format(GroupFormat):
@@ -53,7 +53,8 @@ class E2m1Format(GroupFormat):
         return _values(codes.device)[codes.to(torch.int32)]
 
     def _codes_of(self, groups: Tensor, scales: Tensor, columns: int) -> Tensor:
-        """The nearest codes of `groups`, float32 [rows, groups, size], ties to even, as stored."""
+        """Return the nearest codes of `groups`, float32 [rows, groups, size], ties to even, as
+        stored."""
         divisors = torch.where(scales > 0, scales, torch.inf)
         scaled = (groups / divisors.unsqueeze(2)).flatten(1)[:, :columns]
         size = scaled.abs()
@@ -102,8 +103,8 @@ class Nvfp4Format(E2m1Format):
     """The planes after the codes: `scales`, uint8 [N, ceil(K / 16)], bits of e4m3; `global_scale`,
     float32 []. A group's scale is the product of the two, rounded to float32.
 
-    Option `global_scale_per`: "tensor", or "row" for `global_scale` [N], which experts need that
-    have one each.
+    Option `global_scale_per`: "tensor", or "row" for `global_scale` [N], as experts with a global
+    scale each need it.
     """
 
     name: ClassVar[str] = "nvfp4"
@@ -123,7 +124,7 @@ class Nvfp4Format(E2m1Format):
         return stored.view(_E4M3).float() * whole, None
 
     def _stacked(self, layout: Layout, weights: Sequence[PackedWeight]) -> PackedWeight:
-        """Global scales of tensors become those of rows."""
+        """Turn global scales of tensors into those of rows."""
         if layout.named["global_scale_per"] == "row":
             return super()._stacked(layout, weights)
         by_row = []
@@ -174,8 +175,8 @@ class Nvfp4Format(E2m1Format):
 
 
 def _powers(scales: Tensor) -> Tensor:
-    """float32 of e8m0 bytes: the byte is the exponent's bits, but for the subnormal 2**-127 and for
-    NaN."""
+    """Return the float32 of e8m0 bytes: a byte is the exponent's bits, except for the subnormal
+    2**-127 and NaN."""
     bits = scales.to(torch.int32) << 23
     bits = torch.where(scales == 0, 0x00400000, bits)
     return torch.where(scales == 255, 0x7FC00000, bits).view(torch.float32)

@@ -19,12 +19,12 @@ NESTED_BLOCK_SIZE = 256
 """Absmax values per second-level block of double quantisation (QLoRA, Dettmers et al. 2023)."""
 
 _GRID = 65535
-"""bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it
-looks up the nearest code, so a few values next to a decision boundary take the farther one."""
+"""bitsandbytes' CPU code snaps a normalised value to this many steps over [-1, 1] before it looks
+up the nearest code, so that a few values next to a decision boundary get the farther code."""
 
 
 def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map, float32 [256] on CPU, ascending.
+    """Return the signed 8-bit dynamic map, float32 [256] on CPU, ascending.
 
     Seven decades 10^-6 … 1, decade i holding 2^i evenly spaced fractions per sign, each the middle
     of its cell of [0.1, 1]; then 0 and 1.
@@ -41,7 +41,7 @@ def dynamic_map() -> Tensor:
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(dynamic map float32 [256], code of each grid step uint8 [65536]) on `device`."""
+    """Return (dynamic map float32 [256], code of each grid step uint8 [65536]) on `device`."""
     with torch.inference_mode(False):
         codebook = dynamic_map()
         boundaries = (codebook[:-1] + codebook[1:]) * 0.5
@@ -52,10 +52,10 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Second-level quantisation of `absmax`, float32 [blocks] and finite.
+    """Quantise `absmax`, float32 [blocks] and finite, at the second level.
 
     Returns `(codes, nested_codebook, nested_absmax, nested_offset)`: uint8 [blocks], float32
-    [256], float32 [ceil(blocks / 256)], float32 []. Bit for bit bitsandbytes' CPU result.
+    [256], float32 [ceil(blocks / 256)], float32 [], bit for bit as bitsandbytes on a CPU.
     """
     codebook, nearest = _tables(absmax.device)
     offset = absmax.mean()
@@ -70,12 +70,12 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     steps = (fraction * _GRID + 0.5).float().nan_to_num_(nan=0.0)
     codes = nearest[steps.to(torch.int64)]
     codes.masked_fill_((nested_absmax == 0).unsqueeze(1), 0)
-    # Cloned: a part of the padded codes is no tensor that safetensors would save.
+    # Cloned: a part of the padded codes is not a tensor that safetensors would save.
     return codes.view(-1)[:blocks].clone(), codebook.clone(), nested_absmax, offset
 
 
 def block_absmax(packed: PackedWeight, start: int, stop: int) -> Tensor:
-    """First-level absmax of blocks `start` … `stop`, float32 [stop - start]."""
+    """Return the first-level absmax of blocks `start` … `stop`, float32 [stop - start]."""
     absmax, *nested = (plane.reshape(-1) for plane in packed.tensors[1:])
     if not nested:
         return absmax[start:stop]

@@ -1,4 +1,4 @@
-"""Options: what a format lets one choose when a weight is packed."""
+"""Options: what one may choose of a format when a weight is packed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ DOUBLE = "double_quantize"
 class Option:
     """One choice: a keyword `name`, the `values` it may have, and the `default` among them.
 
-    stored: whether it decides how the weight is stored, and so stands in a Layout. One that is not
-    decides how codes are found.
+    stored: whether the option decides how the weight is stored, and so is part of a Layout; if not,
+    it decides how codes are found.
     """
 
     name: str
@@ -26,25 +26,25 @@ class Option:
     stored: bool = True
 
     def check(self, format: str, value: object) -> Any:
-        """`value`, if it is one of `values`. Raises FormatOptionValueError."""
-        # 64.0 and True equal whole numbers and are none.
+        """Return `value`, if it is one of `values`. Raises FormatOptionValueError."""
+        # 64.0 and True are equal to whole numbers, but are not allowed.
         if any(type(value) is type(each) and value == each for each in self.values):
             return value
         known = " or ".join(repr(each) for each in self.values)
         raise FormatOptionValueError(format=format, option=self.name, value=value, known=known)
 
     def read(self, text: str) -> Any:
-        """The value that `text` writes, unchecked; `text` itself if it is none."""
+        """Return the value that `text` stands for, unchecked; else `text` itself."""
         if text.isdecimal():
             return int(text)
         return {str(each).lower(): each for each in self.values}.get(text.lower(), text)
 
 
 def checked(format: str, options: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of every one of `options`, those `given` and else the defaults.
+    """Return the value of every one of `options`: the `given` one, else the default.
 
-    Raises FormatOptionError if something is given that is no option, DoubleQuantizeError if that is
-    a `double_quantize` which is not false, and FormatOptionValueError.
+    Raises FormatOptionError for a name that is none of the options, DoubleQuantizeError if that
+    name is `double_quantize` and its value is not false, FormatOptionValueError for a bad value.
     """
     known = {option.name: option for option in options}
     for name, value in given.items():

@@ -20,8 +20,8 @@ def adapter_gradient_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     # fmt: on
-    """out [SPLITS, C, rank], or [SPLITS, rank, C] if TRANSPOSED, float32: parts of
-    drop(z) [M, C]ᵀ @ low [M, rank].
+    """Write parts of drop(z) [M, C]ᵀ @ low [M, rank] to float32 out [SPLITS, C, rank], or
+    [SPLITS, rank, C] if TRANSPOSED.
 
     All but M and rank are tuples of PARTS, bits None without dropout; out_strides: of the last
     dimension but one. A part has BLOCKS programs for its ranks. The product runs in LORA; float32
@@ -43,7 +43,7 @@ def adapter_gradient_kernel(
     share = tl.cdiv(steps, SPLITS)
     last = tl.minimum(split * share + share, steps)
     if PARTS > 1:
-        # Of a part with fewer columns than another.
+        # This part has fewer columns than another.
         last = tl.where(c0 < C, last, 0)
     for step in range(split * share, last):
         m0 = step * BM
@@ -83,7 +83,7 @@ def add_up_kernel(
     planes, splits, outs, counts, PARTS: tl.constexpr, SIZE: tl.constexpr,
 ):
     # fmt: on
-    """out [count] = the sum of planes [splits, count], float32, in their order, cast.
+    """Write the sum of planes [splits, count], float32, in their order, cast, to out [count].
 
     All four are tuples of PARTS; outs of one dtype.
     """

@@ -1,5 +1,5 @@
-"""The thin factors of an adapter as tensor cores take them: 16-bit, no less accurate than the
-result."""
+"""Makes the thin factors of an adapter 16-bit, as tensor cores take them, and no less accurate than
+the result."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -18,8 +18,8 @@ def _operand(
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """Rows tile * ROWS … of out [rows, width], from the sum of SPLITS `planes`, times `factor` and
-    the number at `scaling` unless that is None."""
+    """Write rows tile * ROWS … of out [rows, width]: the sum of SPLITS `planes` times `factor` and,
+    unless `scaling` is None, times the number at `scaling`."""
     at = tile * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, BRANK)
     inside = (at < rows)[:, None] & (ranks < rank)[None, :]
@@ -59,15 +59,15 @@ def adapter_operand_kernel(
     ROWS: tl.constexpr, BRANK: tl.constexpr,
 ):
     # fmt: on
-    """low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank],
+    """Write low_out [rows, width] of OUT, from the sum of SPLITS planes of low, each [rows, rank],
     times the number at `scaling` and `factor`; and up_out [columns, width] from up [columns, rank].
 
-    What has a plural name is a tuple of PARTS, or None. With scales [rows] and [columns], float32,
-    rows are divided by their largest magnitude, which goes there, so that float16 holds 11 bits of
-    every element that counts. TERMS 1: width is the rank padded with zeros. TERMS 3:
-    [high | low | high] and, of up, [high | high | low], so that the product of the two has the
-    three largest of the four products of their halves. total [rows, rank], of any dtype: the scaled
-    sum, where it is wanted.
+    Arguments with plural names are tuples of PARTS, or None. With scales [rows] and [columns],
+    float32, rows are divided by their largest magnitude, which is written to the scales, so that
+    float16 holds 11 bits of every element that matters. TERMS 1: width is the rank padded with
+    zeros. TERMS 3: low_out is [high | low | high] and up_out [high | high | low], so that their
+    product has the three largest of the four products of their halves. total [rows, rank], of any
+    dtype: receives the scaled sum, or None.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)

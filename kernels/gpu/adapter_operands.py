@@ -1,4 +1,4 @@
-"""Launches that make an adapter's thin factors operands of tensor cores."""
+"""Launches that turn an adapter's thin factors into operands of tensor cores."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from qlora_compile.kernels.gpu.parts import all_or_none, launched_together
 
 @dataclass(frozen=True)
 class AdapterFactors:
-    """low [planes, M, rank], whose sum is meant, and up [C, rank], any strides.
+    """low [planes, M, rank], of which the sum counts, and up [C, rank], of any strides.
 
     scaling: one float32 element that multiplies the sum. total: [M, rank] with contiguous rows, of
-    any dtype, to which the scaled sum is written. bits: as of AdapterStart.
+    any dtype, to which the scaled sum is written. bits: as in AdapterStart.
     """
 
     low: Tensor
@@ -31,8 +31,8 @@ class AdapterFactors:
 
 @dataclass(frozen=True)
 class AdapterOperand:
-    """A thin factor for tensor cores: values [rows, width], 16-bit, width a multiple of 16, and the
-    float32 scale [rows] its rows were divided by, if they were."""
+    """A thin factor for tensor cores: 16-bit values [rows, width], width a multiple of 16, and the
+    float32 scale [rows] by which rows were divided, if any."""
 
     values: Tensor
     scale: Tensor | None
@@ -40,8 +40,8 @@ class AdapterOperand:
 
 @dataclass(frozen=True)
 class AdapterStart:
-    """What an accumulator starts at: low [M, rank] times up [C, rank], transposed, where `bits`, a
-    packed dropout mask of that output, keeps it."""
+    """The start of an accumulator: low [M, rank] times the transpose of up [C, rank], where `bits`,
+    a packed dropout mask of that output, keeps it."""
 
     low: AdapterOperand
     up: AdapterOperand
@@ -54,11 +54,11 @@ def adapter_operands(
     result: torch.dtype,
     factor: float = 1.0,
 ) -> list[AdapterStart]:
-    """The start that each of `factors` gives. factor: multiplies all sums of `low`.
+    """Return the start for each of `factors`. factor: multiplies all sums of `low`.
 
-    dtype: of the adapter's product. A float32 one becomes float16 relative to each row's largest
-    element: 11 bits where the `result` is rounded to bfloat16's 8; to float16's 11, a second half
-    as well.
+    dtype: the dtype of the adapter's product. Float32 factors become float16 relative to each row's
+    largest element: one half with 11 bits for a `result` in bfloat16, which has 8, and a second
+    half as well for a `result` in float16, which has 11.
     """
     return launched_together(
         factors, _operand_key, lambda alike: _operands(alike, dtype, result, factor)

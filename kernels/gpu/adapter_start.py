@@ -1,4 +1,4 @@
-"""Where the accumulator starts: the adapter's product, before the loop over W."""
+"""The start of the accumulator: the adapter's product, before the loop over W."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -17,8 +17,8 @@ def adapter_start(
     WEIGHT_LEFT: tl.constexpr, EVEN_C: tl.constexpr,
 ):
     # fmt: on
-    """float32 (low [M, width] @ up [C, width]ᵀ) ⊙ (low_scale [M] up_scale [C]ᵀ), zero where dropout
-    took the element: its tile [BM, BC], or that tile's transpose with WEIGHT_LEFT.
+    """Return a tile [BM, BC], with WEIGHT_LEFT its transpose, of the float32 product
+    (low [M, width] @ up [C, width]ᵀ) ⊙ (low_scale [M] up_scale [C]ᵀ), zero where dropout drops.
 
     low, up: 16-bit, as `adapter_operand_kernel` writes them; scales: float32, or both None. width:
     a multiple of BWIDTH, CHUNKS times.

@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation: a Launch and a target give a real binary, on any machine.
+"""Ahead-of-time compilation: makes a real binary of a Launch for a target, on any machine.
 
-Signature, constants and attributes come from Triton's own argument binder, the one that its JIT
-asks at launch, so the binary is the one that a device of that target would be given, under the
-key by which its JIT would look for it.
+Signature, constants and attributes come from Triton's own argument binder, which its JIT uses at
+launch. So the binary is the one that a device of the target would run, stored under the key by
+which Triton's JIT would look for it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-"""By the names that `target_of` gives devices."""
+"""The targets, by the names that `target_of` returns."""
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Triton's CompiledKernel, from its cache where that knows it.
+    """Return Triton's CompiledKernel, from Triton's cache if it is there.
 
-    Raises InterpretedKernelError where TRITON_INTERPRET was set when the kernel was decorated,
-    CompilationError where LLVM printed an error, and what Triton itself raises.
+    Raises InterpretedKernelError if TRITON_INTERPRET was set when the kernel was decorated,
+    CompilationError if LLVM printed an error, and what Triton itself raises.
     """
     source, options = _bind(launch, target)
     with _diagnostics() as diagnostics, knobs.compilation.scope():
@@ -62,7 +62,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
 
 
 def cache_key(launch: Launch, target: GPUTarget) -> str:
-    """The `hash` of what `compile_launch` returns, without compiling; raises as it does."""
+    """Return the `hash` of `compile_launch`'s result without compiling; raise as it does."""
     source, options = _bind(launch, target)
     backend = make_backend(target)
     environment = get_cache_invalidating_env_vars()
@@ -71,7 +71,7 @@ def cache_key(launch: Launch, target: GPUTarget) -> str:
 
 
 def _bind(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-    """What the JIT makes of the arguments: the source to compile and the full options."""
+    """Return the source to compile and the full options, as the JIT derives them."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise InterpretedKernelError(
@@ -90,7 +90,7 @@ def _bind(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]
 
 @contextmanager
 def _diagnostics() -> Iterator[list[str]]:
-    """Collects the lines that native code prints to standard error, and passes them on."""
+    """Collect the lines that native code prints to standard error, and pass them on."""
     lines: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)

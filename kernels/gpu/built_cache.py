@@ -1,8 +1,8 @@
 """A folder that `qlora-compile build` wrote, as Triton's cache on another machine.
 
-Triton notes where the files of a kernel lie by absolute path, and takes the kernel for unknown
-where nothing is left there. Here the names alone count, so that a folder may be moved, mounted
-read-only, or shared by many processes; rewriting the notes would need a command after every move.
+Triton stores absolute paths of a kernel's files, and treats the kernel as unknown if they are gone.
+Here only the names count, so that a folder may be moved, mounted read-only, or shared by many
+processes; rewriting the paths would need a command after every move.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class BuiltCache(FileCacheManager):
-    """Triton's file cache, but a kernel's files are those that lie together, wherever that is."""
+    """Triton's file cache, in which the files of a kernel are those in one folder, wherever it
+    is."""
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         noted = self.get_file(f"__grp__{filename}")
@@ -31,14 +32,14 @@ class BuiltCache(FileCacheManager):
         try:
             names = list(parsed_json(Path(noted).read_text())["child_paths"])
             found = {name: self.get_file(name) for name in names}
-        except (ValueError, LookupError, TypeError):  # cut off when it was copied: compile again
+        except (ValueError, LookupError, TypeError):  # cut off while it was copied: compile again
             return None
         complete = {name: path for name, path in found.items() if path is not None}
         return complete if len(complete) == len(found) else None
 
 
 def builder() -> dict[str, str]:
-    """Digests of what kernels are compiled by and from: Triton knows them under no other."""
+    """Return digests of what kernels are compiled by and from; Triton's keys depend on them."""
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
@@ -49,10 +50,10 @@ def builder() -> dict[str, str]:
 
 
 def use_built_cache() -> None:
-    """Makes Triton find the kernels in its cache folder where `qlora-compile build` wrote that.
+    """Make Triton find the kernels in its cache folder, if `qlora-compile build` has written it.
 
-    Elsewhere, and where another cache manager is set, nothing changes. Logs a warning where the
-    kernels were built with other versions: Triton does not find them, then.
+    Nothing changes for other folders, or if another cache manager is set. Logs a warning if the
+    kernels were built with other versions, as Triton does not find them then.
     """
     manifest = Path(knobs.cache.dir) / MANIFEST
     if knobs.cache.manager_class is not None or not manifest.is_file():

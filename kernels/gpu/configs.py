@@ -1,4 +1,5 @@
-"""Configs: how a Triton kernel is tiled and compiled. Data only, no Triton here."""
+"""Configs: how a Triton kernel is tiled and compiled. This module holds data and needs no
+Triton."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ class GemmConfig(Config):
     block_m: rows of x; block_c: columns of the output; block_r: the reduction. decoder: how W is
     decoded in the loop, None for a dense W. loop_stages: software pipelining of the loads in the
     loop, None for Triton's own choice. weight_left: W is the product's left operand. descriptor: x
-    comes by tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
-    registers. inline: planes are read in the loop as they are stored, else the format may prepare
-    them once before it. splits: programs that share one reduction. direction, largest_width, masks:
-    in the other direction, beyond that width of the adapter's operands, or where the output is
-    masked (backward with dropout), the config would spill registers or overlap less.
+    is loaded by a tensor descriptor. prefetch: packed words are loaded two iterations ahead, to
+    registers. inline: planes are read in the loop as stored; if not, the format may prepare them
+    once before the loop. splits: programs that share one reduction. direction, largest_width,
+    masks: the limits of the config. In the other direction, beyond that width of the adapter's
+    operands, or with a masked output (backward with dropout), it would spill registers or overlap
+    less.
     """
 
     block_m: int
@@ -130,7 +132,7 @@ GROUPED: dict[str, tuple[GemmConfig, ...]] = {
         ("gfx942", "gfx950"), (replace(_FEW, decoder="plain"), replace(_PLAIN, block_m=64), _PLAIN)
     ),
 }
-"""Of experts' packed weights: for a few rows an expert, for some, for many."""
+"""Configs for experts' packed weights: for few, some and many rows per expert."""
 
 _DENSE_FEW = GemmConfig(16, 64, 128, 4, 3, weight_left=True)
 _DENSE = GemmConfig(128, 128, 64, 8, 3)
@@ -144,22 +146,22 @@ GROUPED_DENSE: dict[str, tuple[GemmConfig, ...]] = {
         tuple(replace(c, num_stages=2) for c in (_DENSE_FEW, replace(_DENSE, block_m=64), _DENSE)),
     ),
 }
-"""Of experts' weights in their own dtype."""
+"""Configs for experts' weights in their own dtype."""
 
 
 def adapter_terms(lora_dtype: torch.dtype, result: torch.dtype) -> int:
-    """How many 16-bit halves stand for an adapter's factor: one, or three products' worth of two
-    where float32 must not be rounded to float16's own bits."""
+    """Return how many 16-bit products stand for an adapter's: one, or three products of two halves
+    if float32 must not be rounded to float16's bits."""
     return 3 if lora_dtype == torch.float32 and result != torch.bfloat16 else 1
 
 
 def adapter_width(rank: int, lora_dtype: torch.dtype, result: torch.dtype) -> int:
-    """Columns of an adapter's operands: padded to what a tensor core takes."""
+    """Return the columns of an adapter's operands, padded to what a tensor core takes."""
     return -(-adapter_terms(lora_dtype, result) * rank // 16) * 16
 
 
 def padded(rank: int) -> int:
-    """The tensor cores' 16, or the next power of two."""
+    """Return 16, the least that tensor cores take, or the next power of two."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
@@ -173,10 +175,10 @@ FUSED_UTILIZATION = {
     "gfx942": 0.3,
     "gfx950": 0.3,
 }
-"""Tensor utilisation of the fused main loop against the vendor's, as the cost model takes it. On
-consumer cards it is what a simulation of their binaries gave. On sm_80 and sm_90 that model
-(0.96 and 0.83, and 0.54 and 0.49 without a second CTA to overlap with) is taken halfway down, where
-it reproduces the published switch-over points; an H200's 8192 rows give 0.68 (device.json). sm_100
-and gfx, not modelled, are guesses."""
+"""Tensor utilisation of the fused main loop, relative to the vendor's, for the cost model. On
+consumer cards it is what a simulation of the binaries gave. On sm_80 and sm_90 the simulation gave
+0.96 and 0.83 (0.54 and 0.49 without a second CTA to overlap with); about halfway between lies the
+value that reproduces the published switch-over points. An H200 measured 0.68 at 8192 rows
+(device.json). The values for sm_100 and gfx are guesses."""
 
 TAIL_UTILIZATION = 0.98

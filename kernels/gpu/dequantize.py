@@ -1,4 +1,4 @@
-"""The frozen weight, decoded to memory once: alone, or followed by the scaled adapter."""
+"""Decodes the frozen weight to memory, alone or followed by the scaled adapter."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -19,7 +19,7 @@ def dequantize_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """out [N, K] = W, of DTYPE, or out [N, K + rank] = [W | s * up] with up [N, rank] and
+    """Write W to out [N, K] of DTYPE, or [W | s * up] to out [N, K + rank], with up [N, rank] and
     the number s at `scaling`.
 
     side, PREPARE … SIDE: as `packed_operand` gives them.

@@ -1,5 +1,5 @@
-"""The GEMM of the fused linear: W decoded in the loop or dense, the adapter's product in the
-accumulator's start, forward or input gradient."""
+"""The GEMM of the fused linear, for the forward or the input gradient: W is dense or decoded in the
+loop, and the accumulator starts at the adapter's product."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -12,7 +12,7 @@ from qlora_compile.kernels.gpu.weight import edge, load_dense, load_words
 
 @triton.jit
 def weight_tile(n_first, c0, step, BR: tl.constexpr, BACKWARD: tl.constexpr):
-    """Row and column of W at which the tile of output columns c0 … and step `step` begins."""
+    """Return row and column of W where the tile of output columns c0 … and step `step` begins."""
     if BACKWARD:
         n0, k0 = n_first + step * BR, c0
     else:
@@ -27,7 +27,7 @@ def load_x(
     BR: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN_R: tl.constexpr,
 ):
     # fmt: on
-    """[BM, BR] of x, zero past the end of the reduction."""
+    """Return a tile [BM, BR] of x, zero past the end of the reduction."""
     if DESCRIPTOR:
         xs = x.load([m0, step * BR])
     elif EVEN_R:
@@ -40,7 +40,7 @@ def load_x(
 
 @triton.jit
 def add_product(acc, xs, tile, BACKWARD: tl.constexpr, WEIGHT_LEFT: tl.constexpr):
-    """acc plus the product of x's tile and W's: transposed with WEIGHT_LEFT."""
+    """Return acc plus the product of x's tile and W's, transposed with WEIGHT_LEFT."""
     if WEIGHT_LEFT:
         acc = tl.dot(tile.T, xs.T, acc) if BACKWARD else tl.dot(tile, xs.T, acc)
     else:
@@ -55,7 +55,7 @@ def output_tile(
     BM: tl.constexpr, BC: tl.constexpr, EVEN_C: tl.constexpr,
 ):
     # fmt: on
-    """Pointers [BM, BC] to a tile of the output, and which of its elements are stored."""
+    """Return pointers [BM, BC] to a tile of the output, and the mask of elements to store."""
     cs = tl.arange(0, BC)
     target = out + tl.cast(m0, tl.int64) * out_stride + c0
     target = target + (tl.arange(0, BM)[:, None] * out_stride + cs[None, :])
@@ -82,17 +82,17 @@ def gemm_kernel(
     AHEAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Forward: out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward: out [M, K] = x [M, N] W +
-    mask ⊙ low upᵀ, the scales in low and up.
+    """Write, forward, out [M, N] = x [M, K] Wᵀ + bias + low upᵀ; backward, out [M, K] = x [M, N] W
+    + mask ⊙ low upᵀ, with the scales in low and up.
 
-    weight: int32 words of the packed codes, or W itself where DECODE is None. side, PREPARE … SIDE:
-    as `packed_operand` gives them. low … up_scale: as
-    `adapter_start` takes them, C the output's columns. x: a tensor with row stride, or with
-    DESCRIPTOR a tensor descriptor of tiles [BM, BR]. With SPLITS > 1 each of SPLITS programs sums a
-    part of the reduction into its own float32 plane of out. ACCUMULATE: out's own values are added.
+    weight: int32 words of the packed codes, or W itself if DECODE is None. side, PREPARE … SIDE: as
+    `packed_operand` returns them. low … up_scale: as `adapter_start` takes them, with C the
+    output's columns. x: a tensor with row stride, or with DESCRIPTOR a tensor descriptor of tiles
+    [BM, BR]. With SPLITS > 1 each of SPLITS programs sums a part of the reduction into its own
+    float32 plane of out. ACCUMULATE: out's own values are added.
 
     The decoded tile is carried: tile k + 1 is decoded after the product with tile k was issued, so
-    that the two overlap; with PREFETCH its words were loaded one iteration earlier still.
+    that the two overlap; with PREFETCH the tile's words are loaded yet another iteration earlier.
     """
     if BACKWARD:
         columns, reduction = K, N

@@ -1,4 +1,4 @@
-"""Launches of the product with a weight: outputs, grids and arguments for either direction."""
+"""Launches of the product with a weight, in either direction: outputs, grids and arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_compile.kernels.gpu.packed_operand import WeightOperand, dense_operan
 from qlora_compile.kernels.variants.base import LinearSpec
 
 GROUP_M = 8
-"""Rows of tiles whose programs run together."""
+"""How many rows of tiles have programs that run together."""
 
 _LARGEST_WIDTH_BLOCK = 64
 
@@ -35,10 +35,10 @@ def gemm(
     adapter: AdapterStart | None = None,
     accumulate: bool = False,
 ) -> None:
-    """out = x Wᵀ + bias + adapter, or backward out = x W + adapter; added to out to `accumulate`.
+    """Write out = x Wᵀ + bias + adapter, or backward out = x W + adapter; `accumulate` adds to out.
 
-    x: [M, R], R = K forward and N backward, contiguous rows. planes: the packed weight's, or
-    [W] where the config has no decoder. out: [M, C], contiguous rows.
+    x: [M, R], R = K forward and N backward, contiguous rows. planes: the packed weight's, or [W] if
+    the config has no decoder. out: [M, C], contiguous rows.
     """
     rows, columns = out.shape
     if not rows:
@@ -74,7 +74,7 @@ def gemm(
 def weight_operand(
     planes: Sequence[Tensor], spec: LinearSpec, config: GemmConfig, backward: bool
 ) -> WeightOperand:
-    """The weight stored in `planes` as the config's kernels take it in that direction."""
+    """Return the weight stored in `planes` as the config's kernels take it in the direction."""
     if config.decoder is None:
         return dense_operand(planes[0])
     tile_columns = config.block_c if backward else config.block_r
@@ -99,10 +99,10 @@ def launch_product(
     arguments: dict[str, Any],
     constexprs: dict[str, Any],
 ) -> None:
-    """Launches the product of x and a weight of `shape` (N, K), in `dtype`: `gemm_kernel` or
-    `grouped_gemm_kernel`.
+    """Launch `gemm_kernel` or `grouped_gemm_kernel` for x and a weight of `shape` (N, K), in
+    `dtype`.
 
-    width: columns of the adapter's operands. arguments, constexprs: what only this kernel takes.
+    width: columns of the adapter's operands. arguments, constexprs: those of this kernel only.
     """
     n, k = shape
     tile_rows = config.block_r if backward else config.block_c
@@ -152,8 +152,8 @@ def launch_product(
 def _x_operand(
     x: Tensor, config: GemmConfig, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | TensorDescriptor]:
-    """x [M, R] with contiguous rows, and what a kernel whose products are in `dtype` gets for it:
-    itself, or a descriptor of its tiles where the config wants one and x can have it."""
+    """Return x [M, R] with contiguous rows, and the kernel's argument for it: x itself, or a
+    descriptor of its tiles if the config wants one and x, in `dtype`, can have one."""
     x = with_contiguous_rows(x)
     if not config.descriptor or x.dtype != dtype or x.shape[1] % 8:
         return x, x

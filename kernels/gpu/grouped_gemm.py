@@ -1,5 +1,5 @@
-"""The products of experts, whose rows lie side by side: with their weights, decoded in the loop or
-dense, and of their rows with each other. Programs find their expert on the device."""
+"""Products of experts, whose rows lie one expert after another: with the weights, dense or decoded
+in the loop, and of rows with rows. Programs find their expert on the device."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false, reportIndexIssue=false
@@ -13,11 +13,12 @@ from qlora_compile.kernels.gpu.weight import edge, load_words
 
 @triton.jit
 def rows_of_tile(offsets, tile, experts, S, BM: tl.constexpr, BE: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of tile 0 … S // BM + experts; the first row is
-    not below the end where there is nothing to do. Expert `experts` has the rows past all others'.
+    """Return (expert, first row, end of the expert's rows) of a tile from 0 … S // BM + experts.
 
-    Expert e, whose rows begin at s, has the tiles from s // BM + e: no fewer than it needs, and
-    known without the tiles of the others. BE: a power of two above `experts`.
+    A tile without work has a first row that is not below the end. Rows past all experts' belong to
+    the expert number `experts`. Expert e, whose rows begin at s, has the tiles from s // BM + e on:
+    no fewer than it needs, and computed without the tiles of other experts. BE: a power of two
+    above `experts`.
     """
     es = tl.arange(0, BE)
     starts = tl.load(offsets + es - 1, mask=(es > 0) & (es <= experts), other=0)
@@ -46,15 +47,15 @@ def grouped_gemm_kernel(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr,
 ):
     # fmt: on
-    """For the rows of each expert e, forward: out [S, N] = x [S, K] W[e]ᵀ + bias[e] + low up[e]ᵀ;
-    backward: out [S, K] = x [S, N] W[e] + low up[e]ᵀ; times the number at `scaling` if not None.
-    Rows past the last offset become zero.
+    """Write, for the rows of each expert e, forward, out [S, N] = x [S, K] W[e]ᵀ + bias[e] +
+    low up[e]ᵀ; backward, out [S, K] = x [S, N] W[e] + low up[e]ᵀ; times the number at `scaling` if
+    not None. Rows past the last offset become zero.
 
     offsets: int32 [experts], the end of each expert's rows. weight: int32 words of packed codes of
-    W [experts * N, K], or W [experts, N, K] where DECODE is None. side, PREPARE … SIDE: as
-    `packed_operand` gives them. low: [S, width] and up
-    [experts, C, width], of DTYPE, C the output's columns, width a multiple of BWIDTH. tiles: of
-    rows, as `rows_of_tile` counts them.
+    W [experts * N, K], or W [experts, N, K] if DECODE is None. side, PREPARE … SIDE: as
+    `packed_operand` returns them. low, up: [S, width] and [experts, C, width] of DTYPE, with C the
+    output's columns and width a multiple of BWIDTH. tiles: the number of tiles of rows, as
+    `rows_of_tile` counts them.
 
     x: a tensor with row stride, or with DESCRIPTOR a tensor descriptor of tiles [BM, BR].
 
@@ -170,8 +171,8 @@ def grouped_gradient_kernel(
     BM: tl.constexpr, BC: tl.constexpr, BRANK: tl.constexpr, EVEN_C: tl.constexpr,
 ):
     # fmt: on
-    """out [experts, C, rank] by its strides: z [S, C]ᵀ @ low [S, rank] over each expert's rows,
-    zero where it has none. The product runs in low's dtype, sums are float32."""
+    """Write z [S, C]ᵀ @ low [S, rank] over each expert's rows to out [experts, C, rank] of any
+    strides, zero for experts without rows. The product runs in low's dtype, sums are float32."""
     expert = tl.program_id(0)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     ranks = tl.program_id(2) * BRANK + tl.arange(0, BRANK)

@@ -21,9 +21,9 @@ _THIN = GemmConfig(64, 64, 64, 4, 3)
 
 
 def grouped_forward(tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConfig) -> Tensor:
-    """y [S, N] in `spec.out_dtype`, zero in the rows past the last offset.
+    """Return y [S, N] in `spec.out_dtype`, zero in the rows past the last offset.
 
-    config: its decoder is one of the format's, None for a plain weight; `splits` is not looked at.
+    config: its decoder is one of the format's, None for a plain weight; `splits` is ignored.
     Products run in `spec.compute_dtype`, of 16 bits.
     """
     x = tensors.x
@@ -46,7 +46,8 @@ def grouped_backward(
     config: GemmConfig,
     needs: NeedsGradient,
 ) -> LinearGradients:
-    """Gradients for `grad` [S, N], as `ExpertsVariant.backward`; config as of `grouped_forward`."""
+    """Return gradients for `grad` [S, N], as `ExpertsVariant.backward`; config as of
+    `grouped_forward`."""
     x, a, b, offsets = tensors.x, tensors.lora_a, tensors.lora_b, tensors.offsets
     adapter = grad_x = grad_a = grad_b = None
     if a is not None and b is not None:
@@ -69,8 +70,8 @@ def grouped_backward(
 
 
 def _padded(factor: Tensor, dimension: int, spec: ExpertsSpec) -> Tensor:
-    """factor [E, …] of any strides, its rank at `dimension`, contiguous in the compute dtype and
-    padded with zeros."""
+    """Return factor [E, …] of any strides, its rank at `dimension`, contiguous in the compute dtype
+    and padded with zeros."""
     shape = list(factor.shape)
     rank = shape[dimension]
     shape[dimension] = adapter_width(rank, spec.compute_dtype, spec.compute_dtype)
@@ -84,7 +85,7 @@ def _padded(factor: Tensor, dimension: int, spec: ExpertsSpec) -> Tensor:
 def _thin(
     x: Tensor, factor: Tensor, tensors: ExpertsTensors, spec: ExpertsSpec, config: GemmConfig
 ) -> Tensor:
-    """scaling * x [S, R] @ factor[e] [width, R]ᵀ, [S, width] in the compute dtype."""
+    """Return scaling * x [S, R] @ factor[e] [width, R]ᵀ, [S, width] in the compute dtype."""
     width = factor.shape[1]
     block_c = min(1 << (width - 1).bit_length(), _THIN.block_c)
     thin = replace(_THIN, block_m=min(config.block_m, _THIN.block_m), block_c=block_c)
@@ -109,9 +110,9 @@ def _gemm(
     adapter: tuple[Tensor, Tensor] | None = None,
     scaling: Tensor | None = None,
 ) -> None:
-    """One launch. weight: packed, or [E, N, K]; shape: (N, K). adapter: low [S, width] and up
-    [E, C, width], whose product low upᵀ is added; both contiguous, in the compute dtype, and padded
-    with zeros to what a tensor core takes."""
+    """Launch one product. weight: packed, or [E, N, K]; shape: (N, K). adapter: low [S, width] and
+    up [E, C, width], whose product low upᵀ is added; both contiguous, in the compute dtype, and
+    padded with zeros to what a tensor core takes."""
     (rows, columns), experts = out.shape, offsets.shape[0]
     if not rows:
         return
@@ -141,8 +142,8 @@ def _gemm(
 
 
 def _gradient(z: Tensor, low: Tensor, offsets: Tensor, out: Tensor) -> None:
-    """out [E, C, rank], any strides and dtype: z [S, C]ᵀ @ low [S, width] over each expert's rows,
-    without the padding."""
+    """Write z [S, C]ᵀ @ low [S, width] over each expert's rows, without the padding, to out
+    [E, C, rank] of any strides and dtype."""
     z = with_contiguous_rows(z)
     columns, rank = out.shape[1:]
     block_m, block_c = 32, 64

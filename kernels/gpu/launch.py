@@ -27,7 +27,7 @@ class Launch:
     """`kernel[grid](**arguments, **constexprs)` with its compile options.
 
     arguments: tensors, ints, floats, tensor descriptors, None, and tuples of these, by parameter
-    name; the tensors may be on the meta device where the launch is only compiled.
+    name; the tensors may be on the meta device if the launch is only compiled.
     """
 
     kernel: Any
@@ -40,7 +40,7 @@ class Launch:
 
     @property
     def compile_options(self) -> dict[str, Any]:
-        """All that the compiler is told beside the arguments."""
+        """The compiler's options, that is, all that it gets beside the arguments."""
         # Contracting a product and a sum to one rounding changes decoded weights; Triton's default
         # differs between its versions.
         counts = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -63,8 +63,8 @@ class Launch:
             _recorder.plan.launched(self, compiled)
 
     def _started(self, device: torch.device) -> Any:
-        """Launches on the current device; what Triton compiled is returned. Triton's JIT looks for
-        that by the text of all options and by every parameter, which takes longer than many of
+        """Launch on the current device, and return what Triton has compiled. Triton's JIT looks
+        this up by the text of all options and by every parameter, which takes longer than many of
         these kernels run."""
         key = (
             *(id(self.kernel), device, self.num_warps, self.num_stages, *self.options.items()),
@@ -82,14 +82,14 @@ class Launch:
         compiled = self.kernel[self.grid](
             **self.arguments, **self.constexprs, **self.compile_options
         )
-        # Nothing from the interpreter. On AMD a tensor's size, too, decides what is compiled.
+        # The interpreter returns nothing. On AMD a tensor's size, too, decides what is compiled.
         if compiled is not None and torch.version.hip is None:
             _compiled[key] = compiled, tuple(self.kernel.arg_names)
         return compiled
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """Those of a launch's arguments that are tensors, or lie in tuples."""
+    """Yield the tensors among a launch's arguments, also those in tuples."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
@@ -98,11 +98,11 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
-"""Triton's CompiledKernel, and its parameters' names, by all that it was compiled for."""
+"""Triton's CompiledKernels, with their parameters' names, by all that they were compiled for."""
 
 
 def _specialisation(argument: Any) -> Any:
-    """The properties of an argument, no constexpr, for which Triton compiles a kernel anew."""
+    """Return the properties of an argument, not a constexpr, that make Triton compile anew."""
     if isinstance(argument, tuple):
         return type(argument), *map(_specialisation, argument)
     if argument is None or isinstance(argument, float):
@@ -115,7 +115,7 @@ def _specialisation(argument: Any) -> Any:
 
 
 class _Recorder(threading.local):
-    """Who notes the launches of one thread: instead of running them, or for a plan beside that."""
+    """Who records the launches of one thread, instead of running them or, for a plan, as well."""
 
     launches: list[Launch] | None = None
     plan: Recorder | None = None
@@ -126,7 +126,7 @@ _recorder = _Recorder()
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects the launches that this thread makes inside, instead of running them."""
+    """Collect the launches that this thread makes inside the context, instead of running them."""
     before, launches = _recorder.launches, []
     _recorder.launches = launches
     try:
@@ -137,7 +137,7 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextmanager
 def recording_plan(recorder: Recorder) -> Iterator[None]:
-    """Tells `recorder` of each launch that this thread makes inside."""
+    """Tell `recorder` of each launch that this thread makes inside the context."""
     before, _recorder.plan = _recorder.plan, recorder
     try:
         yield
@@ -146,5 +146,5 @@ def recording_plan(recorder: Recorder) -> Iterator[None]:
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
-    """x itself, or a copy where elements of a row do not lie side by side or rows overlap."""
+    """Return x itself, or a copy if the elements of a row are not adjacent, or rows overlap."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

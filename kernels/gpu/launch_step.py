@@ -1,4 +1,4 @@
-"""A launch as a step of a plan: the parameters of the compiled kernel as Triton's own launcher
+"""Turns a launch into a step of a plan: the compiled kernel's parameters as Triton's own launcher
 passes them, with the places of the pointers."""
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _UNTOLD = (
     ("launch_cooperative_grid", False, "a cooperative launch"),
     ("launch_pdl", False, "a programmatic dependent launch"),
 )
-"""What Triton's launcher would be told besides: attribute, its value where there is nothing to
-tell, and what it is about."""
+"""What a plan cannot tell a launch: an attribute of the kernel, its value for nothing to tell, and
+its name for people."""
 
 _MOST_SHARED = 228 * 1024
-"""Bytes of shared memory, beyond which Triton's launcher adds an attribute."""
+"""The bytes of shared memory beyond which Triton's launcher sets an attribute."""
 
 
 def is_hooked() -> bool:
-    """Whether somebody, such as Triton's profiler, wants to be called at each launch: by Triton's
-    launcher alone."""
+    """Whether somebody, such as Triton's profiler, is to be called at each launch, which only
+    Triton's launcher does."""
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 def launch_step(launch: Launch, compiled: Any, place: Placed) -> Step:
-    """The step that starts `compiled`, which Triton made of `launch`, a CUDA kernel.
+    """Return the step that starts `compiled`, the CUDA kernel that Triton has made of `launch`.
 
-    Raises UnplannableError where a plan cannot hold what Triton's launcher would do.
+    Raises UnplannableError if a plan cannot hold what Triton's launcher would do.
     """
     metadata = compiled.metadata
     for attribute, nothing, wanted in _UNTOLD:
@@ -63,7 +63,7 @@ def launch_step(launch: Launch, compiled: Any, place: Placed) -> Step:
 
 
 def _parameters(launch: Launch, compiled: Any, place: Placed) -> Iterator[Sequence[int | Source]]:
-    """[kind, bytes, …] of each parameter in the kernel's order."""
+    """Yield [kind, bytes, …] of each parameter in the kernel's order."""
     given = launch.arguments | launch.constexprs
     descriptors = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     for name, annotated in compiled.src.signature.items():
@@ -78,12 +78,12 @@ def _parameters(launch: Launch, compiled: Any, place: Placed) -> Iterator[Sequen
                 yield [_CONSTANT, _BYTES[kind], int(value)]
             else:
                 raise UnplannableError(f"{compiled.metadata.name} takes a number of type {kind}")
-    # The scratch memories, which it has none of.
+    # The pointers to two scratch memories, which this kernel does not have.
     yield from ([_CONSTANT, 8, 0], [_CONSTANT, 8, 0])
 
 
 def _flat(annotated: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """Pairs of Triton's type and a value, without constexprs, tuples taken apart."""
+    """Yield pairs of Triton's type and a value, without constexprs, from tuples one by one."""
     if isinstance(annotated, tuple):
         for part, each in zip(annotated, value, strict=True):
             yield from _flat(part, each)
@@ -94,11 +94,11 @@ def _flat(annotated: Any, value: Any) -> Iterator[tuple[str, Any]]:
 def _descriptor(
     descriptor: Any, meta: dict[str, Any] | None, place: Placed
 ) -> Iterator[Sequence[int | Source]]:
-    """A tensor map, and the shape and strides that follow it."""
+    """Yield a tensor map, and the shape and strides that follow it."""
     if meta is None or meta["fp4_padded"] or meta.get("is_im2col", False):
-        raise UnplannableError("a tensor descriptor that is no plain tensor map")
+        raise UnplannableError("it uses a tensor descriptor that is not a plain tensor map")
     if getattr(descriptor, "round_f32_to_tf32", False):
-        raise UnplannableError("a tensor descriptor that rounds")
+        raise UnplannableError("it uses a tensor descriptor that rounds to tf32")
     numbers: list[int | Source] = [_MAP, _MAP_BYTES, *place(descriptor.base)]
     numbers += [TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["swizzle"]]
     numbers += [int(descriptor.padding == "nan"), meta["elem_size"], len(descriptor.shape)]

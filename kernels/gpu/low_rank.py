@@ -20,7 +20,7 @@ def low_rank_kernel(
     BLOCKS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """out [SPLITS, M, PARTS * rank], float32: parts of drop(x) [M, K] @ factor [rank, K]ᵀ.
+    """Write parts of drop(x) [M, K] @ factor [rank, K]ᵀ to float32 out [SPLITS, M, PARTS * rank].
 
     xs, x_strides, factors, bits, Ks: tuples of PARTS, bits None without dropout. A part has BLOCKS
     programs for its ranks. The product runs in LORA; float32 keeps every bit of the factor against

@@ -1,4 +1,4 @@
-"""Every Triton kernel that a Problem can need on a target, found without compiling any.
+"""Finds every Triton kernel that a Problem can need on a target, without compiling any.
 
 Launches are recorded over meta tensors, through the variants' own forward and backward.
 """
@@ -34,22 +34,23 @@ from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
 
 _ROW_BLOCK = 64
-"""What is launched depends on how many such blocks of rows there are; of the remaining rows only
-their divisors matter."""
+"""Rows of a block. The number of such blocks decides what is launched; of the remaining rows only
+the divisors matter."""
 
-# Numbers that no kernel is compiled for.
+# No kernel is specialised for these numbers.
 _FREE: dict[str, Any] = {"dropout": 0.1, "stream": 2}
 
 _RESTS = (0, 8, 4, 2, 1)
-"""Subtracted from a multiple of 64, they give row counts that are divisible by 64, 8, 4, 2 and 1:
-Triton's JIT compiles anew if 16 divides an integer argument, and some are multiples of the rows."""
+"""Subtracted from a multiple of 64, these give row counts that are divisible by 64, 8, 4, 2 and 1.
+Triton's JIT compiles anew if 16 divides an integer argument, and some arguments are multiples of
+the rows."""
 
 
 @dataclass(frozen=True)
 class VariantCall:
     """One call of a variant over meta tensors, for `rows` rows out of the problem's bucket.
-    factor_dtype, bias_dtype: what a Problem leaves open, the dtypes of the adapter's factors and of
-    the bias."""
+    factor_dtype, bias_dtype: the dtypes of the adapter's factors and of the bias, which a Problem
+    leaves open."""
 
     variant: Variant
     config: Config
@@ -93,8 +94,8 @@ class VariantCall:
 
 @dataclass(frozen=True)
 class NeededKernel:
-    """A kernel by the key Triton caches it under: the launch number `position` of `call`, which is
-    one of those that need it; `variants` are all that do."""
+    """A kernel, by its key in Triton's cache. It is the launch number `position` of `call`, one of
+    the calls that need it; `variants` are all that need it."""
 
     key: str
     name: str
@@ -109,10 +110,10 @@ class NeededKernel:
 def needed_kernels(
     problems: Iterable[Problem], target: str, limit: int | None
 ) -> list[NeededKernel]:
-    """What the best `limit` candidates for each problem on `target` launch, each kernel once.
+    """Return the kernels that the best candidates for each problem on `target` launch, each once.
 
-    target: a key of `ahead_of_time.TARGETS`. limit: of a problem's candidates by the cost model of
-    every card of the target; None for all. Raises as `ahead_of_time.cache_key`.
+    target: a key of `ahead_of_time.TARGETS`. limit: how many candidates of a problem to take, by
+    the cost model of every card of the target; None for all. Raises as `ahead_of_time.cache_key`.
     """
     found: dict[str, NeededKernel] = {}
     for problem in dict.fromkeys(replace(problem, device="meta") for problem in problems):
@@ -148,9 +149,10 @@ def _launches_triton(choice: Choice) -> bool:
 def _calls(
     variant: Variant, config: Config, problem: Problem, target: str
 ) -> Iterator[VariantCall]:
-    """Calls that launch all that any number of rows in the problem's bucket does."""
-    # A float32 adapter's product is of float32 factors; a narrower one may be of either, as PEFT
-    # keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
+    """Yield calls that together launch every kernel which any number of rows in the problem's
+    bucket launches."""
+    # A float32 product of an adapter has float32 factors; a narrower product may have either, as
+    # PEFT keeps factors in float32 unless told otherwise. Biases are in the model's dtype.
     factors = dict.fromkeys((problem.lora_dtype, torch.float32)) if problem.rank else ()
     biases = dict.fromkeys((problem.x_dtype, problem.compute_dtype)) if problem.bias else ()
     unused = (problem.compute_dtype,)
@@ -167,10 +169,10 @@ def _calls(
 
 
 def _distinct_blocks(call: VariantCall, target: str, first: int, last: int) -> list[int]:
-    """Numbers of row blocks from `first` to `last` that differ in what they launch.
+    """Return numbers of row blocks from `first` to `last` that differ in what they launch.
 
-    Into how many parts a reduction is cut rises or falls with the rows, never both, so that
-    between two that launch the same kernels nothing else is launched.
+    The number of parts of a reduction only rises or only falls with the rows, so that between two
+    numbers that launch the same kernels no other kernels are launched.
     """
 
     @functools.cache
@@ -189,7 +191,7 @@ def _distinct_blocks(call: VariantCall, target: str, first: int, last: int) -> l
 
 
 def _keys(call: VariantCall, target: str) -> list[tuple[str, str]]:
-    """Key and name of every launch of a call, in order."""
+    """Return key and name of every launch of a call, in order."""
     return [
         (cache_key(launch, TARGETS[target]), launch.kernel.__name__)
         for launch in call.launches(target)

@@ -1,4 +1,4 @@
-"""A packed weight as a kernel takes it: words of codes, the side, and how to decode them."""
+"""A weight as a kernel takes it: words of codes, the side, and how to decode them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qlora_compile.kernels.layout import Layout
 
 @dataclass(frozen=True)
 class WeightOperand:
-    """weight: int32 words of codes, or a weight in its own dtype. arguments, constexprs: what else
-    a kernel is given for the weight. looks_up: as in `Side`."""
+    """A kernel's arguments for a weight. weight: int32 words of codes, or a weight in its own
+    dtype. arguments, constexprs: the others. looks_up: as in `Side`."""
 
     weight: Tensor
     arguments: dict[str, Any]
@@ -33,10 +33,10 @@ def packed_operand(
     *,
     prepares: bool = False,
 ) -> WeightOperand:
-    """The operand of a packed weight, whose planes `tensors` a kernel decodes to `dtype`.
+    """Return the operand of a packed weight, whose planes `tensors` a kernel decodes to `dtype`.
 
-    K is a multiple of 8. tile_columns: columns of W in a tile, a power of two. prepares: the format
-    may compute planes that are read many times into a faster form first.
+    K is a multiple of 8. tile_columns: columns of W in a tile, a power of two. prepares: whether
+    the format may first bring planes that are read many times into a faster form.
     """
     quant_format = format_named(layout.format)
     decoder = next(d for d in quant_format.device_decoders() if d.name == decoder_name)
@@ -60,7 +60,7 @@ def packed_operand(
 
 
 def dense_operand(weight: Tensor) -> WeightOperand:
-    """The operand of a weight that is kept in its own dtype."""
+    """Return the operand of a weight that is kept in its own dtype."""
     functions = dict.fromkeys(("PREPARE", "LOAD", "SCALE", "DECODE"))
     return WeightOperand(
         weight,

@@ -1,4 +1,4 @@
-"""Parts: equal work for several Linears in one launch, each with operands of its own."""
+"""Parts: equal work for several Linears in one launch, each with its own operands."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -16,10 +16,10 @@ Part = TypeVar("Part")
 
 @triton.jit
 def pick(values, part, PARTS: tl.constexpr):
-    """values[part], of a tuple of PARTS pointers of one type, or of integers."""
+    """Return values[part] of a tuple of PARTS pointers of one type, or of integers."""
     value = values[0]
     for i in tl.static_range(1, PARTS):
-        # Alignment that all of them have stays known.
+        # Keeps the alignment that all pointers share known to the compiler.
         value = tl.where(part == i, values[i], value)
     return value
 
@@ -29,7 +29,7 @@ def launched_together(
     key: Callable[[Part], Hashable],
     launch: Callable[[Sequence[Part]], Sequence[Any]],
 ) -> list[Any]:
-    """What `launch` returns for each of `parts`: one launch for all that have the same `key`."""
+    """Return the results of `launch` for `parts`, launched together if they have the same `key`."""
     alike: dict[Hashable, list[int]] = {}
     for index, part in enumerate(parts):
         alike.setdefault(key(part), []).append(index)
@@ -42,6 +42,6 @@ def launched_together(
 
 
 def all_or_none(tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...] | None:
-    """A kernel's argument: a tensor of each part, or None where they have none."""
+    """Return a kernel's argument: a tensor of each part, or None if no part has one."""
     found = tuple(tensor for tensor in tensors if tensor is not None)
     return found or None

@@ -1,8 +1,7 @@
-"""The dropout mask of `kernels/dropout.py` on the device, bit for bit: eight elements a byte.
+"""The dropout mask of `kernels/dropout.py` on the device, bit for bit, eight elements per byte.
 
-A mask lives as long as one direction of one op. A kernel that wants tiles of it reads one bit per
-element in whatever layout it holds; drawing the counters in place took registers the accumulator
-needs.
+A mask lives as long as one direction of one op. A kernel reads one bit per element for its tiles;
+drawing the counters in place took registers that the accumulator needs.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
@@ -20,7 +19,7 @@ def _bit(word, SHIFT: tl.constexpr, threshold, LANE: tl.constexpr):
 def keep_bits_kernel(
     seed, subsequence, threshold, bits, count, SIZE: tl.constexpr, ROUNDS: tl.constexpr
 ):
-    """bits: uint8 [count]; bit j of byte i is 1 where element 8 i + j of the input is kept.
+    """Write bits, uint8 [count]: bit j of byte i is 1 if element 8 i + j of the input is kept.
 
     seed: int64 [1]. Philox4x32 with counter (i, subsequence) and the seed as key; a lane below
     `threshold` drops its element.
@@ -55,9 +54,9 @@ def keep_bits_kernel(
 
 @triton.jit
 def is_kept(bits, m0, rows, columns, K, inside):
-    """Whether elements (m0 + rows, columns) of a [M, K] input are kept; K is a multiple of 8.
+    """Return which elements (m0 + rows, columns) of a [M, K] input are kept; K is a multiple of 8.
 
-    rows, columns: int32, broadcastable; inside: which of them exist, the others are dropped.
+    rows, columns: int32, broadcastable. inside: which elements exist; the others are dropped.
     """
     base = bits + tl.cast(m0, tl.int64) * (K // 8)
     byte = tl.load(base + (rows * (K // 8) + (columns >> 3)), mask=inside, other=0)

@@ -17,7 +17,7 @@ from qlora_compile.kernels.workspace import workspace
 
 
 def keep_bits(seed: Tensor, spec: LinearSpec, rows: int) -> Tensor:
-    """The dropout mask of the adapter's input [rows, K], packed: uint8 [rows * K / 8]."""
+    """Return the dropout mask of the adapter's input [rows, K], packed: uint8 [rows * K / 8]."""
     count, size = rows * spec.k // LANES, 1024
     bits = torch.empty(count, dtype=torch.uint8, device=seed.device)
     arguments = {
@@ -41,8 +41,8 @@ def dequantize(
     up: Tensor | None = None,
     scaling: Tensor | None = None,
 ) -> Tensor:
-    """W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank] and scaling one
-    float32 element; in the workspace."""
+    """Return W [N, K] in `dtype`, or [W | scaling * up] [N, K + rank] with up [N, rank] and scaling
+    one float32 element; in the workspace."""
     tile_rows, tile_columns = 32, 256
     rank = 0 if up is None else up.shape[1]
     packed = packed_operand(spec.layout, planes, decoder, dtype, tile_columns)

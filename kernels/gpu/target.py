@@ -1,4 +1,4 @@
-"""Which compile target a device is; no Triton here."""
+"""Targets: what Triton compiles for on each device. This module needs no Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class _Assumed(threading.local):
-    """The kind of torch device that one thread takes for a device of a target; None for none."""
+    """The kind of torch device that one thread treats as a device of a target, or None."""
 
     device: tuple[str, str] | None = None
 
@@ -22,8 +22,8 @@ _assumed = _Assumed()
 
 @contextmanager
 def assuming(target: str, kind: str = "meta") -> Iterator[None]:
-    """Inside, and in this thread, torch devices of this kind count as a device of `target`, so that
-    what would be launched there can be recorded without one."""
+    """Let torch devices of a kind count as devices of `target` inside the context, in this thread,
+    so that launches can be recorded without such a device."""
     before, _assumed.device = _assumed.device, (kind, target)
     try:
         yield
@@ -32,7 +32,7 @@ def assuming(target: str, kind: str = "meta") -> Iterator[None]:
 
 
 def target_of(device: str) -> str | None:
-    """ "sm_90", "gfx942", … of a torch device's name; None where Triton has no target for it."""
+    """Return the target of a torch device, such as "sm_90"; None if Triton has none for it."""
     if _assumed.device is not None and torch.device(device).type == _assumed.device[0]:
         return _assumed.device[1]
     return _present_target(device)
@@ -50,14 +50,14 @@ def _present_target(device: str) -> str | None:
 
 
 def why_no_target(device: str) -> str:
-    """The reason where `target_of` finds none."""
+    """Return why `target_of` finds no target."""
     missing = importlib.util.find_spec("triton") is None
     return "Triton is not installed" if missing else f"no Triton on {device}"
 
 
 def tuned_target(target: str) -> str | None:
-    """The target whose configs serve `target`: itself, or the nearest of its kind; None if its
-    tensor cores lack bfloat16."""
+    """Return the target whose configs serve `target`: itself, or the nearest of its kind; None if
+    the tensor cores lack bfloat16."""
     if not target.startswith("sm_"):
         return "gfx950" if target == "gfx950" else "gfx942" if target.startswith("gfx9") else None
     capability = int(target.removeprefix("sm_"))

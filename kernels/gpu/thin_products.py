@@ -1,4 +1,4 @@
-"""Launches of the adapters' thin products, each for all Linears of a call that can share it."""
+"""Launches of the adapters' thin products, each for all Linears of a call that can share one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qlora_compile.kernels.gpu.low_rank import low_rank_kernel
 from qlora_compile.kernels.gpu.parts import all_or_none, launched_together
 
 _PROGRAMS = 256
-"""Programs that fill any of today's cards about twice over."""
+"""The number of programs that fill any of today's cards about twice."""
 
 
 @dataclass(frozen=True)
 class ThinProduct:
-    """drop(x) [M, K] @ factor [rank, K]ᵀ. bits: the packed dropout mask of x; dropout only sets
-    elements to zero here: the division by the probability of keeping one is left to the caller."""
+    """The product drop(x) [M, K] @ factor [rank, K]ᵀ. bits: the packed dropout mask of x. Dropout
+    only sets elements to zero; the caller divides by the probability of keeping one."""
 
     x: Tensor
     factor: Tensor
@@ -29,14 +29,14 @@ class ThinProduct:
 
 
 def low_ranks(products: Sequence[ThinProduct], dtype: torch.dtype) -> list[Tensor]:
-    """Each product in `dtype`, of equally many rows M, as float32 planes [splits, M, rank] to be
-    added up: parts of one sum."""
+    """Compute products of equally many rows M in `dtype`. Return each as float32 planes [splits, M,
+    rank], the parts of a sum."""
     contiguous = [ThinProduct(with_contiguous_rows(p.x), p.factor, p.bits) for p in products]
     return launched_together(contiguous, _low_rank_key, lambda alike: _low_ranks(alike, dtype))
 
 
 def low_rank(x: Tensor, factor: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
-    """`low_ranks` of one product."""
+    """Do as `low_ranks` for one product."""
     return low_ranks([ThinProduct(x, factor, bits)], dtype)[0]
 
 
@@ -82,14 +82,14 @@ def _low_ranks(products: Sequence[ThinProduct], dtype: torch.dtype) -> list[Tens
 
 
 def added_up(planes: Tensor) -> Tensor:
-    """The sum of the first dimension, in a fixed order, without a launch where it has one plane."""
+    """Return the sum over the first dimension, in a fixed order; one plane needs no launch."""
     return planes[0] if planes.shape[0] == 1 else planes.sum(0)
 
 
 @dataclass(frozen=True)
 class AdapterGradient:
-    """out [C, rank], contiguous or the transpose of what is, of any dtype, = drop(z) [M, C]ᵀ @
-    low [M, rank]. bits: the packed dropout mask of z."""
+    """The gradient out [C, rank] = drop(z) [M, C]ᵀ @ low [M, rank]. out: contiguous, or the
+    transpose of a contiguous tensor, of any dtype. bits: the packed dropout mask of z."""
 
     z: Tensor
     low: Tensor
@@ -102,9 +102,9 @@ class AdapterGradient:
 
 
 def adapter_gradients(gradients: Sequence[AdapterGradient], dtype: torch.dtype) -> None:
-    """Fills `out` of each, of equally many rows M, by products in `dtype`.
+    """Fill `out` of each gradient, all with equally many rows M, by products in `dtype`.
 
-    Partial sums are float32 and added in a fixed order: the same bits every time.
+    Partial sums are float32 and added in a fixed order, so that the bits are the same every time.
     """
     rows = [
         AdapterGradient(with_contiguous_rows(g.z), with_contiguous_rows(g.low), g.out, g.bits)
@@ -123,7 +123,8 @@ def _gradient_key(gradient: AdapterGradient) -> Hashable:
 
 
 def _gradients(gradients: Sequence[AdapterGradient], dtype: torch.dtype) -> list[Tensor | None]:
-    """Float32 planes [splits, C, rank], or transposed, of each; None if its `out` is written."""
+    """Return float32 planes [splits, C, rank], perhaps transposed, of each; None if `out` is
+    already written."""
     z, rank = gradients[0].z, gradients[0].low.shape[1]
     transposed = gradients[0].transposed
     rows, most = z.shape[0], max(each.z.shape[1] for each in gradients)
@@ -165,7 +166,7 @@ def _gradients(gradients: Sequence[AdapterGradient], dtype: torch.dtype) -> list
 
 
 def _add_up(parts: Sequence[tuple[Tensor, Tensor]]) -> list[None]:
-    """Writes the sum of each first one's planes to the second."""
+    """Write the sum of the first tensor's planes of each pair to the second tensor."""
     size, counts = 1024, [out.numel() for _, out in parts]
     arguments = {
         "planes": tuple(planes for planes, _ in parts),
@@ -180,15 +181,15 @@ def _add_up(parts: Sequence[tuple[Tensor, Tensor]]) -> list[None]:
 
 
 def _rank_block(rank: int, x_dtype: torch.dtype) -> int:
-    """Ranks a program takes: with more, the halves of a float32 factor, and of a float16 x, spill
-    registers."""
+    """Return how many ranks a program takes: with more, the halves of a float32 factor, or of a
+    float16 x, would spill registers."""
     return min(16 if x_dtype == torch.float16 else 32, padded(rank))
 
 
 def splits_of(programs: int, steps: int) -> int:
-    """Into how many parts a reduction of `steps` is cut so that the programs fill a card.
+    """Return the number of parts to cut a reduction of `steps` into so that programs fill a card.
 
-    A power of two, as the kernels are compiled for each: row counts of one bucket need one or two.
+    It is a power of two, as a kernel is compiled for each: rows of one bucket need one or two.
     """
     most = max(1, min(_PROGRAMS // max(programs, 1), steps // 4))
     return 1 << (most.bit_length() - 1)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def edge(start, limit, SIZE: tl.constexpr, EVEN: tl.constexpr):
-    """0 … SIZE, kept below limit - start unless EVEN."""
+    """Return 0 … SIZE, kept below limit - start unless EVEN."""
     offsets = tl.arange(0, SIZE)
     if not EVEN:
         offsets = tl.minimum(offsets, limit - 1 - start)
@@ -27,7 +27,7 @@ def load_words(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """int32 [ROWS, COLUMNS / PER_WORD]."""
+    """Return int32 words [ROWS, COLUMNS / PER_WORD] of packed codes."""
     w0 = k0 // PER_WORD
     rows = edge(n0, N, ROWS, EVEN_N)
     columns = edge(w0, row_words, COLUMNS // PER_WORD, EVEN_K)
@@ -45,7 +45,7 @@ def load_dense(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """[ROWS, COLUMNS] of a weight kept in its own dtype."""
+    """Return a tile [ROWS, COLUMNS] of a weight kept in its own dtype."""
     rows = edge(n0, N, ROWS, EVEN_N)
     columns = edge(k0, K, COLUMNS, EVEN_K)
     base = weight + (tl.cast(n0, tl.int64) * weight_stride + k0)

@@ -1,4 +1,4 @@
-"""Products on tensor cores whose float32 operands keep more than the tensor core's own bits."""
+"""Products on tensor cores with float32 operands that keep more bits than tensor cores do."""
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportGeneralTypeIssues=false
@@ -8,14 +8,15 @@ import triton.language as tl
 
 @triton.jit
 def _bf16_term(value):
-    """The leading 8 bits of float32 `value`, and the rest."""
+    """Return the leading 8 bits of float32 `value`, and the rest."""
     term = value.to(tl.bfloat16)
     return term, value - term.to(tl.float32)
 
 
 @triton.jit
 def dot_float32_right(left, right, acc):
-    """acc + left @ right, left [M, K] of bf16 or fp16, right [K, N] float32, all 24 bits of it.
+    """Return acc + left @ right, with left [M, K] of bf16 or fp16, and all 24 bits of float32 right
+    [K, N].
 
     A float32 is the sum of three bf16, a float16 of two, and products of two bf16 are exact in the
     float32 accumulator.

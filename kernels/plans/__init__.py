@@ -1,1 +1,1 @@
-"""Plans: what a fused call starts on a GPU, recorded once and replayed from C++."""
+"""Plans: the launches of a fused call on a GPU, recorded once and replayed from C++."""

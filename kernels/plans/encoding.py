@@ -1,4 +1,4 @@
-"""A recording as the numbers and names that plan.cpp reads a plan from."""
+"""Encodes a recording as the numbers and names from which plan.cpp reads a plan."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SLAB = Source("memory", -1)
 def encoded(
     call: str, recorder: Recorder, inputs: int, results: Sequence[Tensor]
 ) -> tuple[list[int], list[str]]:
-    """The numbers and the names of the plan that `recorder` recorded. call: what errors name;
-    inputs: how many tensors the call has.
+    """Return the numbers and the names of the plan that `recorder` has recorded.
 
-    Raises UnplannableError where a result has no storage of its own.
+    call: the name for errors. inputs: how many tensors the call has. Raises UnplannableError if a
+    result has no storage of its own.
     """
     returned = [recorder.result(each) for each in results]
     if len(set(returned)) < len(returned):
@@ -52,7 +52,7 @@ def encoded(
                 moved = inside.get(each, 0)
                 found.append(number_of[SLAB if each in inside else each])
             else:
-                # What follows a source in memory is an offset.
+                # The number after a source is the offset in its memory.
                 found.append(int(each) + moved)
                 moved = 0
         return found

@@ -1,4 +1,4 @@
-"""Recording a plan at the second use of its key, and comparing what its replay returns."""
+"""Records a plan at the second use of its key, and compares its first replay."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from qlora_compile.kernels.workspace import fresh_workspaces, release
 _ops = torch.ops.qlora_plans
 
 _kept: dict[int, Any] = {}
-"""The compiled kernels of all plans by their function: a kernel that Python forgets is unloaded.
-There are as many as Triton's own caches hold."""
+"""The compiled kernels of all plans, by function, kept because a kernel without references is
+unloaded. Triton's own caches hold as many."""
 
 
 def recorded(
     name: str, compute: Callable[..., list[Tensor]], compares: bool
 ) -> Callable[..., list[Tensor]]:
-    """What computes the op `name` as `compute` does, and makes a plan of that for the key that C++
-    looked up in this thread."""
+    """Return a function that computes the op `name` as `compute` does, and makes a plan of this for
+    the key that C++ has looked up in this thread."""
 
     def run(*arguments: Any) -> list[Tensor]:
         inputs = _tensors(arguments)
         if is_hooked() or _ops.is_capturing(inputs[0].device):
             return compute(*arguments)
         told = _told(name, arguments)
-        # With storages of their own, so that each pointer belongs to one of them.
+        # Copies with storages of their own, so that each pointer belongs to one tensor.
         apart = [_ops.alias(each) for each in inputs]
         recorder = Recorder(apart)
         with recording_plan(recorder), fresh_workspaces(), recorder:
@@ -62,10 +62,10 @@ def recorded(
 def _compare(told: str, inputs: list[Tensor], results: list[Tensor], slab: int) -> None:
     """Replay the plan that was made just now, and compare all bits but those of NaNs.
 
-    Takes the memory of the results and of the slab once more; nothing is compared where there is
-    less than that, or where the process has a memory limit.
+    This takes the memory of the results and of the slab once more; with less memory than that, or
+    if the process has a memory limit, nothing is compared.
 
-    Raises UnplannableError where bits differ, after a warning.
+    Raises UnplannableError, after a warning, if bits differ.
     """
     if not _fits(inputs[0].device, slab + sum(each.nbytes for each in results)):
         return
@@ -75,9 +75,9 @@ def _compare(told: str, inputs: list[Tensor], results: list[Tensor], slab: int) 
         return
     if all(map(_same, replayed, results)):
         return
-    message = f"{told}: a replay of its launches gave other bits than Python's"
-    warnings.warn(f"{message}, which goes on computing it; please report this", stacklevel=2)
-    raise UnplannableError("its replay gave other bits")
+    message = f"{told}: replaying the launches gave other bits than Python's launches"
+    warnings.warn(f"{message}; Python goes on launching; please report this", stacklevel=2)
+    raise UnplannableError("the replay gave other bits")
 
 
 def _fits(device: torch.device, size: int) -> bool:
@@ -101,7 +101,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _told(name: str, arguments: Sequence[Any]) -> str:
-    """The call as people read it."""
+    """Describe the call for people."""
     call, x = Call.parse(arguments[-1]), arguments[-4]
     layout, columns = call.linears[0].layout, "+".join(map(str, call.columns))
     stored = layout.format if layout.quantized else "plain"
@@ -119,7 +119,7 @@ def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _replaced(arguments: Sequence[Any], tensors: Any) -> list[Any]:
-    """The arguments with other tensors in the places of theirs, in the order of `_tensors`."""
+    """Return the arguments with other tensors in place of theirs, in the order of `_tensors`."""
     replaced: list[Any] = []
     for each in arguments:
         if isinstance(each, Tensor):

@@ -1,8 +1,8 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
 the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
 
-Nothing prebuilt is shipped: torch's stable ABI knows no redispatching below autograd, and makes a
-handle on the heap of every tensor of a call.
+No prebuilt C++ is shipped, because torch's stable ABI has no redispatching below autograd, and
+allocates a handle on the heap for every tensor of a call.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PLANNED = (
     *("qlora_linear", "qlora_linear_backward"),
     *("qlora_experts", "qlora_experts_backward"),
 )
-"""The ops that plans are made of."""
+"""The ops that plans are made for."""
 
 _SOURCES = ("plan.cpp", "table.cpp")
 
-_SLOW = "Python starts all kernels, which small batches wait for"
+_SLOW = "Python starts all kernels, which makes small batches wait"
 
 
 class _State:
-    """What became of the C++ in this process. obstacle: why it is not used where it could be."""
+    """The state of the C++ in this process. obstacle: why the C++ is not used, though it could."""
 
     started = False
     built = False
@@ -46,7 +46,7 @@ _state = _State()
 
 
 def start() -> None:
-    """Have the C++ built while this thread goes on, where there is a GPU that plans are for."""
+    """Have the C++ built in another thread if there is an NVIDIA GPU, which plans are for."""
     if _state.started or not torch.version.cuda or not torch.cuda.is_available():
         return
     _state.started = True
@@ -60,9 +60,11 @@ def start() -> None:
 
 
 def heed() -> None:
-    """Installs what has been built meanwhile, and leaves launches to Triton's own launcher as long
-    as somebody hooks into that. To be called before a block runs: the kernels of an op must not be
-    replaced while it is called, so nothing is installed during a backward."""
+    """Install the C++ once it is built, and switch it off while something hooks Triton's launcher.
+
+    Call this before a block runs. Nothing is installed during a backward, as the kernels of an op
+    must not be replaced while the op is called.
+    """
     if not _state.installed:
         if not _state.built or torch._C._current_graph_task_id() != -1:
             return
@@ -75,8 +77,10 @@ def heed() -> None:
 
 
 def install(key: str, *, compares: bool = True) -> None:
-    """Installs plans for the devices of a dispatch key, once, having the C++ built if need be.
-    compares: whether what a plan's first replay returns is compared with what Python computed."""
+    """Install plans for the devices of a dispatch key, once, building the C++ if necessary.
+
+    compares: whether a plan's first replay is compared with the results of Python's launches.
+    """
     import qlora_compile.kernels.experts.op
     import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
     from qlora_compile.kernels.plans.first_use import recorded
@@ -98,14 +102,14 @@ def install(key: str, *, compares: bool = True) -> None:
 
 
 def forget() -> None:
-    """Drops all plans: what a variant was chosen by may have changed."""
+    """Drop all plans, because the choice of variants may have changed."""
     if _state.installed:
         torch.ops.qlora_plans.clear()
 
 
 @contextmanager
 def off() -> Iterator[None]:
-    """Inside, Python starts all kernels."""
+    """Have Python start all kernels inside the context."""
     before = not _state.installed or torch.ops.qlora_plans.enable(False)
     try:
         yield
@@ -115,7 +119,7 @@ def off() -> Iterator[None]:
 
 
 def report() -> list[str]:
-    """Why Python starts kernels, for people; empty where it starts none, or none are started."""
+    """Return why Python starts kernels instead of plans, for people; empty if plans start all."""
     found = [] if _state.obstacle is None else [_state.obstacle]
     if _state.hooked:
         found.append(f"{_SLOW}: something hooks into Triton's launcher")
@@ -138,7 +142,7 @@ def _build() -> None:
 
 @functools.cache
 def _twins() -> torch.library.Library:
-    """The library of the ops that C++ calls in Python."""
+    """Return the library of the ops in Python that C++ calls."""
     return torch.library.Library("qlora_plans", "FRAGMENT")
 
 

@@ -1,4 +1,5 @@
-"""Recorder: what a run of a variant starts, allocates and returns, with the places of pointers."""
+"""Recorder: notes what a run of a variant starts, allocates and returns, and where pointers
+point."""
 
 from __future__ import annotations
 
@@ -24,21 +25,21 @@ _EMPTY = {
 
 @dataclass(frozen=True)
 class _Root:
-    """What a storage is: a source, and the address that its places are counted from."""
+    """The source that a storage is, and the address from which places in it are counted."""
 
     source: Source
     address: int
 
 
 class Recorder(TorchDispatchMode):
-    """Collects the steps of what runs inside, in one thread; everything runs as it would.
+    """Collects the steps of what runs inside the context, in one thread, without changing it.
 
-    inputs: the tensors of the call, each with storage of its own. obstacle: why what ran cannot be
-    replayed, None if it can. memory: the bytes of each piece that was allocated, `Source("memory",
-    …)`; values: how many results of operators there are. kernels: the compiled ones.
+    inputs: the tensors of the call, each with storage of its own. obstacle: why the run cannot be
+    replayed, None if it can. memory: the bytes of each allocated piece, `Source("memory", …)`.
+    values: how many results of operators there are. kernels: the compiled kernels.
 
-    Storages are told apart by identity while they live. Memory that a run has freed may come back
-    as another storage: only one that was allocated inside, and thus noted anew.
+    Storages are distinguished by identity while they live. Memory that a run has freed can come
+    back only as a storage that is allocated inside the context, and is then noted anew.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -56,7 +57,7 @@ class Recorder(TorchDispatchMode):
             self._add(tensor, Source("input", index))
 
     def launched(self, launch: Launch, compiled: Any) -> None:
-        """Notes a launch that was made just now; compiled: Triton's CompiledKernel."""
+        """Note a launch that was made just now; compiled: Triton's CompiledKernel."""
         try:
             if self._current_stream() != self._stream:
                 raise UnplannableError("it uses a second stream")
@@ -77,8 +78,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def place(self, tensor: Tensor) -> tuple[Source, int]:
-        """Where the first element of `tensor` lies. A storage that was neither given nor allocated
-        inside is a constant, which the plan keeps alive."""
+        """Return where the first element of `tensor` lies. A storage that was neither given nor
+        allocated inside is a constant, which the plan keeps alive."""
         root = self._roots.get(_storage(tensor))
         if root is None:
             if tensor.device != self.device:
@@ -88,9 +89,9 @@ class Recorder(TorchDispatchMode):
         return root.source, tensor.data_ptr() - root.address
 
     def result(self, tensor: Tensor) -> Source:
-        """The memory or the value that `tensor`, a result, is the whole of.
+        """Return the memory or the value whose whole content is `tensor`, a result.
 
-        Raises UnplannableError where it has no contiguous storage of its own.
+        Raises UnplannableError if the tensor has no contiguous storage of its own.
         """
         root = self._roots.get(_storage(tensor))
         if (
@@ -118,10 +119,10 @@ class Recorder(TorchDispatchMode):
         if made and not writes and not any(fresh):
             return  # a view
         if func is _aten.lift_fresh.default or torch.Tag.nondeterministic_seeded in func.tags:
-            raise UnplannableError(f"{func} gives other values in every call")
+            raise UnplannableError(f"{func} gives other values at every call")
         returned = result if isinstance(result, tuple) else (result,)
         if not all(isinstance(each, Tensor) for each in returned):
-            raise UnplannableError(f"{func} returns no tensor: the host would wait for a value")
+            raise UnplannableError(f"{func} returns a value that the host would wait for")
         results: list[int | None] = []
         places = self.place
         first = self.values

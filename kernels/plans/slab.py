@@ -1,4 +1,4 @@
-"""Where pieces of scratch memory lie in one slab: those that are never needed at once share it."""
+"""Places pieces of scratch memory in one slab; pieces that are never needed at once overlap."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 256
-"""Of every piece in bytes, as large as what torch's allocators give kernels at least."""
+"""The alignment of every piece in bytes, the least that torch's allocators give kernels."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """size: in bytes. first, last: the steps that touch the piece, and all between them."""
+    """A piece of scratch memory. size: in bytes. first, last: the steps between which it is
+    used."""
 
     size: int
     first: int
@@ -19,10 +20,10 @@ class Piece:
 
 
 def packed(pieces: Sequence[Piece]) -> tuple[list[int], int]:
-    """The offset of each piece in bytes, and the bytes of the slab.
+    """Return the offset of each piece in bytes, and the bytes of the slab.
 
-    Greedy by size, as of the planners that Pisarchyk and Lee compare ("Efficient memory management
-    for deep neural net inference", 2020): the largest piece goes first, each to the lowest place.
+    The largest piece is placed first, each at the lowest free place: "greedy by size" in Pisarchyk
+    and Lee's comparison ("Efficient memory management for deep neural net inference", 2020).
     """
     offsets: dict[int, int] = {}
     for index in sorted(range(len(pieces)), key=lambda index: -pieces[index].size):

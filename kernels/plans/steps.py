@@ -1,4 +1,4 @@
-"""Steps of a plan, as the numbers that C++ reads them from; plan.cpp has the same order."""
+"""Steps of a plan as numbers, which plan.cpp reads in the same order."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Kind = Literal["input", "constant", "memory", "value"]
 
 
 class UnplannableError(Exception):
-    """What is being recorded cannot be replayed; the message says why."""
+    """A recorded run cannot be replayed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a pointer is counted from: the start of a tensor that the call is given, of one that is
-    the same in every call, of memory that the call allocates, or of an operator's own result."""
+    """The origin that a pointer is counted from: a tensor that the call is given, a tensor that is
+    the same in every call, memory that the call allocates, or an operator's own result."""
 
     kind: Kind
     index: int
@@ -58,8 +58,8 @@ def operator_step(
     place: Placed,
     device: torch.device,
 ) -> Step:
-    """A call of `operator`, a torch.ops.….overload. results: the values that its results become,
-    None for a tensor that it wrote to.
+    """Return the step that calls `operator`, a torch.ops.….overload. results: the values that its
+    results become, None for a tensor that it wrote to.
 
     Raises UnplannableError for an argument of a kind that plans do not hold.
     """
@@ -101,7 +101,7 @@ def _argument(value: Any, type_name: str, place: Placed, device: torch.device) -
     elif isinstance(value, list | tuple) and all(type(each) is int for each in value):
         yield from (_INTS, len(value), *value)
     else:
-        raise UnplannableError(f"an operator is given {value!r}")
+        raise UnplannableError(f"an operator takes {value!r}")
 
 
 def _view(tensor: Tensor, place: Placed) -> Iterator[int | Source]:
@@ -123,5 +123,5 @@ def _code(value: torch.dtype | torch.layout | torch.memory_format) -> int:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The number of a dtype in C++."""
+    """Return the number of a dtype in C++."""
     return _code(dtype)

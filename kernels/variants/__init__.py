@@ -1,1 +1,1 @@
-"""Implementations of the fused linear: one file per variant, listed in the registry."""
+"""Variants of the fused linear: one file each, listed in the registry."""

@@ -1,4 +1,4 @@
-"""What a variant is: one way to compute the fused linear and its gradients."""
+"""Variant: one way to compute the fused linear and its gradients."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qlora_compile.kernels.layout import Layout, OfLayout, slices
 from qlora_compile.kernels.problem import Problem
 
 ROW_BLOCK = 512
-"""Rows of x that torch's own operators convert or drop out at a time on CPU, so that no [M, K] or
-[M, N] copy is made."""
+"""How many rows of x torch's own operators convert or drop out at a time on CPU, so that no [M, K]
+or [M, N] copy is made."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class LinearSpec(OfLayout):
     """The constants of one fused linear.
 
     Shapes: x [..., K], weight [N, K], bias [N], lora_a [R, K], lora_b [N, R]. The base product runs
-    in `compute_dtype`, the adapter's in `lora_dtype`, the sum is returned in `out_dtype`. `stream`
-    numbers the dropout of a graph's linears so that they share one seed yet draw apart.
+    in `compute_dtype`, the adapter's in `lora_dtype`; the sum is returned in `out_dtype`. `stream`
+    numbers the Linears of a graph so that dropout with one seed draws a mask of its own for each.
     """
 
     layout: Layout
@@ -38,13 +38,13 @@ class LinearSpec(OfLayout):
 
     @classmethod
     def of(cls, problem: Problem, *, dropout: float, stream: int) -> LinearSpec:
-        """The constants that `problem` fixes, with those it leaves open. dropout: the probability,
-        used if the Problem has dropout at all."""
+        """Return the constants that `problem` fixes, and those given. dropout: the probability,
+        used if the Problem has dropout."""
         dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype)
         return cls(problem.layout, dropout if problem.dropout else 0.0, stream, *dtypes)
 
     def dequantize(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The whole weight [N, K] in `dtype`."""
+        """Return the whole weight [N, K] in `dtype`."""
         ((_, weight),) = self.decoded(planes, dtype, self.n)
         return weight
 
@@ -55,7 +55,7 @@ class LinearSpec(OfLayout):
         rows: int,
         memory: Callable[[int], Tensor | None] = lambda rows: None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Like `QuantFormat.decoded`, and for a weight in its own dtype too."""
+        """Do as `QuantFormat.decoded`, also for a weight in its own dtype."""
         quant_format = format_of(self.layout)
         if quant_format is None:
             yield from ((n, planes[0][n].to(dtype)) for n in slices(self.n, rows))
@@ -66,12 +66,12 @@ class LinearSpec(OfLayout):
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """The tensors of one call; `x` is [M, K], `planes` are what the weight is stored in, one alone
-    if it is kept in its own dtype.
+    """The tensors of one call. x: [M, K]. planes: those of the weight; the weight itself if it is
+    kept in its own dtype.
 
-    scaling: what the adapter's product is multiplied with, one float32 element; there where lora_a
-    and lora_b are. low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's
-    `lora_dtype`. A forward that is given one writes it, a backward reads it instead of computing it
+    scaling: the factor of the adapter's product, one float32 element, present with lora_a and
+    lora_b. low_rank: `scaling / (1 - dropout) * drop(x) lora_aᵀ` [M, R] in the spec's `lora_dtype`.
+    A forward that is given this tensor writes it; a backward reads it instead of computing it
     again.
     """
 
@@ -87,7 +87,7 @@ class LinearTensors:
 
 @dataclass(frozen=True)
 class LinearGradients:
-    """Gradients of one call, None where none was asked for; dtypes are their tensors' own."""
+    """Gradients of one call, each in its tensor's dtype; None for those not asked for."""
 
     x: Tensor | None = None
     lora_a: Tensor | None = None
@@ -103,11 +103,11 @@ Group = Sequence[Linear]
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a variant. This class itself is for variants that have none."""
+    """The settings of a variant. This class itself is for variants without settings."""
 
     @property
     def label(self) -> str:
-        """Short, and unique among a variant's configs."""
+        """A short text, unique among a variant's configs."""
         return "-"
 
 
@@ -115,35 +115,35 @@ NO_CONFIG = Config()
 
 
 class Variant(ABC):
-    """One implementation. Stateless; tests and selection iterate the registry's tuple."""
+    """One way to compute the fused linear; stateless, listed in the registry's tuple."""
 
     name: str
 
     isolated: bool = False
-    """Whether a bug in it could crash the process: it is then measured in a process of its own."""
+    """Whether a bug in it could crash the process; if so, it is measured in a separate process."""
 
     @abstractmethod
     def rejects(self, problem: Problem) -> list[str]:
-        """Why this variant cannot solve `problem`; empty when it can."""
+        """Return why this variant cannot solve `problem`; empty if it can."""
 
     def configs(self, problem: Problem) -> Sequence[Config]:
-        """The configs to choose from, at least one, for a problem that it does not reject."""
+        """Return the configs to choose from, at least one, for a problem that is not rejected."""
         return (NO_CONFIG,)
 
     @abstractmethod
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
-        """Modelled seconds, never measured ones: good for ranking variants and configs."""
+        """Return modelled seconds, not measured ones, for ranking variants and configs."""
 
     @abstractmethod
     def forward_group(self, group: Group, config: Config) -> list[Tensor]:
-        """y [M, N] of each Linear in `out_dtype`."""
+        """Return y [M, N] of each Linear in `out_dtype`."""
 
     @abstractmethod
     def backward_group(
         self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
     ) -> tuple[Tensor | None, list[LinearGradients]]:
-        """For `grads` [M, N] of each: the gradient of the shared x, and each Linear's others. The
-        base weights are frozen and get none."""
+        """Return, for `grads` [M, N] of each Linear, the gradient of the shared x and each Linear's
+        other gradients. The base weights are frozen and get none."""
 
 
 class SeparateVariant(Variant):
@@ -151,17 +151,17 @@ class SeparateVariant(Variant):
 
     @abstractmethod
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
-        """`cost` of a single Linear's problem."""
+        """Return the `cost` of a single Linear's problem."""
 
     @abstractmethod
     def single_forward(self, tensors: LinearTensors, spec: LinearSpec, config: Config) -> Tensor:
-        """y of a single Linear."""
+        """Return y of a single Linear."""
 
     @abstractmethod
     def single_backward(
         self, grad: Tensor, linear: Linear, needs: NeedsGradient, config: Config
     ) -> LinearGradients:
-        """Gradients of a single Linear, that of x among them."""
+        """Return the gradients of a single Linear, including that of x."""
 
     def cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         return sum(self.single_cost(part, config, device) for part in problem.parts)
@@ -183,32 +183,32 @@ class SeparateVariant(Variant):
 
 
 def adapter_scaling(tensors: LinearTensors, spec: LinearSpec) -> float | Tensor:
-    """Scaling times the factor 1 / (1 - p) of what dropout keeps: one multiplication of [M, r]
-    instead of one of [M, K]. A number on a CPU; elsewhere a tensor."""
+    """Return scaling times 1 / (1 - p), the factor of elements that dropout keeps, so that [M, r]
+    is multiplied and not [M, K]. The result is a number on a CPU, elsewhere a tensor."""
     assert tensors.scaling is not None
     return known_scaling(tensors.scaling) * dropout_factor(tensors, spec)
 
 
 def known_scaling(scaling: Tensor | None) -> float | Tensor:
-    """`scaling`, one element, as a number on a CPU; elsewhere the tensor itself, as reading its
-    value would wait for the device. 1 where there is no adapter."""
+    """Return `scaling`, one element, as a number on a CPU; elsewhere as the tensor itself, because
+    reading its value would wait for the device. Return 1 without an adapter."""
     if scaling is None:
         return 1.0
     return scaling.item() if scaling.device.type == "cpu" else scaling
 
 
 def dropout_factor(tensors: LinearTensors, spec: LinearSpec) -> float:
-    """What dropout multiplies the elements it keeps with."""
+    """Return the factor of the elements that dropout keeps."""
     return 1.0 if tensors.seed is None else 1.0 / (1.0 - spec.dropout)
 
 
 def bias_gradient(grad: Tensor, bias: Tensor | None, needs: NeedsGradient) -> Tensor | None:
-    """The sum of `grad` [M, N] over its rows, in at least float32, as `bias`'s dtype; None where
-    there is no bias or nobody needs its gradient."""
+    """Return the sum of `grad` [M, N] over its rows, added in at least float32, in `bias`'s dtype;
+    None if there is no bias or its gradient is not needed."""
     if bias is None or not needs.bias:
         return None
     wide = torch.promote_types(torch.float32, grad.dtype)
-    # On CPU torch sums in another dtype by way of a copy of the whole.
+    # On CPU, torch copies the whole tensor to sum in another dtype.
     copies = grad.device.type == "cpu" and grad.dtype != wide
     total = grad.new_zeros(grad.shape[1], dtype=wide)
     for part in grad.split(ROW_BLOCK if copies else max(grad.shape[0], 1)):

@@ -1,4 +1,4 @@
-"""Modelled seconds of the native variants on a CPU, by the operators they call."""
+"""Models the seconds of the native variants on a CPU by the operators they call."""
 
 from __future__ import annotations
 
@@ -8,29 +8,37 @@ import torch
 
 from qlora_compile.kernels.device_model import CpuModel
 from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.variants.base import ROW_BLOCK
 
 _DECODE_OPERATORS = 5
-"""Operators that decode a block: widen, look up, scale, round, double quantisation."""
+"""How many operators decode a block: widen, look up, scale, round, double quantisation."""
+
+AUGMENTED_BLOCK = 1 << 17
+"""Weights that `augmented_native` decodes at a time, in cache, before they are put into its
+workspace's longer rows."""
 
 
 def dense_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, weight_block: int | None, merged: bool
 ) -> float:
-    """Modelled seconds of `dense`, which decodes W `weight_block` weights at a time and multiplies
-    in `dtype`."""
+    """Return modelled seconds of `dense`, which decodes `weight_block` weights at a time and
+    multiplies in `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     blocks = 1 if weight_block is None else math.ceil(n * k / weight_block)
     backward = problem.direction == "backward"
-    seconds = _decode_seconds(problem, cpu, dtype, blocks) + _product_seconds(problem, cpu, dtype)
-    # Every block converts its operands anew; those of the gradient add to the same sum.
-    seconds += blocks * _cast_seconds(problem, cpu, dtype) + blocks * cpu.operator
+    # Where operands are converted, blocks of W are decoded for each block of rows.
+    converts = {problem.x_dtype, problem.out_dtype} != {dtype}
+    passes = math.ceil(m / ROW_BLOCK) if converts and blocks > 1 else 1
+    seconds = passes * _decode_seconds(problem, cpu, dtype, blocks)
+    seconds += _product_seconds(problem, cpu, dtype) + passes * blocks * cpu.operator
+    seconds += _cast_seconds(problem, cpu, dtype)
     if backward:
         seconds += (blocks - 1) * cpu.move_seconds(2 * m * k * dtype.itemsize)
     if not rank:
         return seconds
     if merged:
-        seconds += 2 * n * k * rank / cpu.of(cpu.thin, dtype)
-        seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
+        seconds += passes * 2 * n * k * rank / cpu.of(cpu.thin, dtype)
+        seconds += passes * cpu.move_seconds(2 * n * k * dtype.itemsize)
     else:
         columns = k if backward else n
         seconds += _thin_seconds(problem, cpu, dtype, columns)
@@ -39,10 +47,12 @@ def dense_seconds(
 
 
 def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
-    """Modelled seconds of `augmented_native`, which multiplies with W and B side by side in one
-    matrix of `dtype`."""
+    """Return modelled seconds of `augmented_native`, which multiplies by W and B side by side in
+    one matrix of `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
-    seconds = _decode_seconds(problem, cpu, dtype, 1) + _product_seconds(problem, cpu, dtype)
+    blocks = math.ceil(n * k / AUGMENTED_BLOCK)
+    seconds = _decode_seconds(problem, cpu, dtype, blocks) + blocks * cpu.operator
+    seconds += _product_seconds(problem, cpu, dtype) + _cast_seconds(problem, cpu, dtype)
     # W goes through a buffer, x or dX through rows of K + rank.
     seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
     seconds += 2 * cpu.move_seconds(2 * m * (k + rank) * dtype.itemsize)
@@ -57,14 +67,14 @@ def _decode_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, blocks:
         return 0.0 if same else cpu.move_seconds(6 * problem.n * problem.k)
     decode = problem.n * problem.k * cpu.of(cpu.decode, dtype)
     if blocks == 1:
-        # What leaves the cache has to come back for the product.
+        # Weights that have left the cache are read again for the product.
         outside = max(problem.n * problem.k * dtype.itemsize - _CACHE_BYTES, 0)
         decode += 2 * outside / cpu.bandwidth
     return decode + blocks * _DECODE_OPERATORS * cpu.operator
 
 
 _CACHE_BYTES = 16 << 20
-"""Of a last-level cache, of which torch does not tell the size."""
+"""An assumed size of the last-level cache, which torch does not tell."""
 
 
 def _product_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
@@ -88,7 +98,7 @@ def _cast_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> float:
 
 
 def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: int) -> float:
-    """Seconds of one product [M, columns] with [columns, rank], in the adapter's dtype."""
+    """Return seconds of one product [M, columns] with [columns, rank], in the adapter's dtype."""
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     rate = cpu.of(cpu.thin, wide)
     return 2 * problem.m * columns * problem.rank / rate + cpu.operator
@@ -97,7 +107,7 @@ def _thin_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype, columns: 
 def _adapter_seconds(
     problem: Problem, cpu: CpuModel, dtype: torch.dtype, *, needs_low: bool
 ) -> float:
-    """Seconds of what all variants do: S, the gradients of A and B, conversions and masks."""
+    """Return the seconds of what all variants do: S, gradients of A and B, conversions, masks."""
     m, n, k = problem.m, problem.n, problem.k
     wide = max((dtype, problem.lora_dtype), key=lambda each: each.itemsize)
     seconds = 0.0

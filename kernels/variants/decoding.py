@@ -1,4 +1,4 @@
-"""Decoding a packed weight by Triton: what it needs, and what it costs."""
+"""Decoding of a packed weight by Triton: its conditions and its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_PACKED = "the weight is not packed"
 
 
 def decode_reasons(target: str, problem: Problem) -> list[str]:
-    """Why Triton cannot decode the weight of `problem` on `target`."""
+    """Return why Triton cannot decode the weight of `problem` on `target`."""
     reasons = []
     if tuned_target(target) is None:
         reasons.append(f"{target} has no tensor cores for bfloat16")
@@ -28,37 +28,39 @@ def decode_reasons(target: str, problem: Problem) -> list[str]:
 
 
 def decoder_names(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
-    """The decoders of a packed weight's format that give `dtype` on `target`. Imports Triton."""
+    """Return which decoders of the format give `dtype` on `target`. Imports Triton."""
     decoders = format_named(layout.format).device_decoders()
     return [decoder.name for decoder in decoders if not decoder.rejects(target, dtype, layout)]
 
 
 def decoder_rejections(layout: Layout, target: str, dtype: torch.dtype) -> list[str]:
-    """Why decoders of the format do not give `dtype` on `target`. Imports Triton."""
+    """Return why other decoders of the format do not give `dtype` on `target`. Imports Triton."""
     decoders = format_named(layout.format).device_decoders()
     return [reason for each in decoders for reason in each.rejects(target, dtype, layout)]
 
 
 def dequantize_decoder(layout: Layout, target: str | None, dtype: torch.dtype) -> str:
-    """The decoder to take for the standalone dequantisation to `dtype`. target: None where there is
-    no device, that is, in Triton's interpreter."""
+    """Return the decoder for the standalone dequantisation to `dtype`.
+
+    target: None in Triton's interpreter, which has no device.
+    """
     first = format_named(layout.format).device_decoders()[0].name
     names = [] if target is None else decoder_names(layout, target, dtype)
     return _DEQUANTIZES if _DEQUANTIZES in names else first
 
 
 _DEQUANTIZES = "prmt"
-"""The decoder by which a weight is decoded to memory fastest, of formats that have it."""
+"""The decoder that writes decoded weights to memory fastest, in formats that have it."""
 
 
 def packed_bytes(problem: Problem) -> float:
-    """How many bytes of the packed W a product reads."""
+    """Return how many bytes of the packed W a product reads."""
     bytes_each = format_named(problem.layout.format).bytes_per_weight(problem.layout)
     return problem.n * problem.k * bytes_each
 
 
 def dequantize_seconds(problem: Problem, device: DeviceModel) -> float:
-    """Modelled seconds of decoding W to memory once; 0 where W is not packed."""
+    """Return modelled seconds of decoding W to memory once; 0 if W is not packed."""
     if not problem.layout.quantized:
         return 0.0
     moved = packed_bytes(problem) + problem.compute_dtype.itemsize * problem.n * problem.k

@@ -37,7 +37,7 @@ class Fused(GemmVariant):
         )
 
     def moving_seconds(self, problem: Problem, config: GemmConfig, device: DeviceModel) -> float:
-        """Of W, x and y through memory."""
+        """Return the seconds of moving W, x and y through memory."""
         m, n, k = problem.m, problem.n, problem.k
         columns = n if problem.direction == "forward" else k
         programs = -(-m // config.block_m) * -(-columns // config.block_c) * config.splits
@@ -51,7 +51,7 @@ class Fused(GemmVariant):
 
 
 class Skinny(Fused):
-    """fused for a few rows: sixteen rows of x a tile, and programs that share a reduction."""
+    """fused for few rows: tiles of sixteen rows of x, and programs that share a reduction."""
 
     name = "skinny"
 

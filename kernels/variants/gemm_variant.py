@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 class GemmVariant(TritonVariant):
     """y = x Wᵀ + bias + low Bᵀ with low = s drop(x) Aᵀ, and the gradients, all in Triton; a
-    subclass says how W enters the product."""
+    subclass defines how W enters the product."""
 
     @abstractmethod
     def shipped(self, target: str) -> Sequence[GemmConfig]:
-        """Configs for `tuned_target(target)`."""
+        """Return configs for `tuned_target(target)`."""
 
     @abstractmethod
     def weight(self, tensors: LinearTensors, spec: LinearSpec) -> Sequence[Tensor]:
-        """What the GEMM takes for W: its planes, or W alone where the configs have no decoder."""
+        """Return what the GEMM takes for W: its planes, or W itself if configs have no decoder."""
 
     def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
         tuned = tuned_target(target)
@@ -131,7 +131,7 @@ class _Adapted:
 
     @classmethod
     def of(cls, tensors: LinearTensors, spec: LinearSpec, grad: Tensor) -> _Adapted | None:
-        """Of a Linear, with its dropout mask drawn; None if it has no adapter."""
+        """Return the object for a Linear, with its dropout mask drawn; None without an adapter."""
         if tensors.lora_a is None or tensors.lora_b is None:
             return None
         return cls(tensors, spec, tensors.lora_a, tensors.lora_b, grad, _mask(tensors, spec))
@@ -144,7 +144,7 @@ def _mask(tensors: LinearTensors, spec: LinearSpec) -> Tensor | None:
 
 
 def _forward_starts(group: Group) -> list[AdapterStart | None]:
-    """Where the accumulator of each Linear starts; S is written to what the forward keeps. One
+    """Return the start of each Linear's accumulator, and write S if the forward keeps it. One
     launch of each kind serves all Linears."""
     from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
     from qlora_compile.kernels.gpu.thin_products import ThinProduct, low_ranks
@@ -171,7 +171,7 @@ def _forward_starts(group: Group) -> list[AdapterStart | None]:
 
 
 def _compute_gradients_of_low(adapters: Sequence[_Adapted], needs: NeedsGradient) -> None:
-    """Fills in `start` if x needs its gradient, and `grad_low` if the adapters need theirs."""
+    """Fill in `start` if x needs its gradient, and `grad_low` if the adapters need theirs."""
     from qlora_compile.kernels.gpu.adapter_operands import AdapterFactors, adapter_operands
     from qlora_compile.kernels.gpu.thin_products import ThinProduct, added_up, low_ranks
 
@@ -201,7 +201,7 @@ def _compute_gradients_of_low(adapters: Sequence[_Adapted], needs: NeedsGradient
 
 
 def _compute_adapter_gradients(adapters: Sequence[_Adapted]) -> None:
-    """Fills in `grad_a` and `grad_b`, from `grad_low`."""
+    """Fill in `grad_a` and `grad_b`, from `grad_low`."""
     from qlora_compile.kernels.gpu.thin_products import AdapterGradient, adapter_gradients
 
     if not adapters:
@@ -219,7 +219,7 @@ def _compute_adapter_gradients(adapters: Sequence[_Adapted]) -> None:
 
 
 def _scaled_lows(adapters: Sequence[_Adapted]) -> list[Tensor]:
-    """S [M, rank] of each, in `lora_dtype`: as the forward kept it, or computed again."""
+    """Return S [M, rank] of each, in `lora_dtype`, as the forward kept it, or computed again."""
     from qlora_compile.kernels.gpu.thin_products import ThinProduct, added_up, low_ranks
 
     kept = [each.tensors.low_rank for each in adapters]

@@ -1,5 +1,5 @@
-"""The adapter's thin products and gradients in torch's own operators, over blocks of rows, or on a
-CPU that has the instructions for it in one pass."""
+"""The adapter's thin products and gradients: in torch's own operators, over blocks of rows, or in
+one pass on a CPU with the instructions for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu.instructions import multiplies, product_dtype
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.variants.base import (
@@ -22,28 +23,26 @@ from qlora_compile.kernels.variants.base import (
 )
 
 DEVICE_ROW_BLOCKS = 8
-"""CPU row blocks in one of another device, where each costs a dozen kernel launches."""
+"""How many CPU blocks of rows make one on another device, where a block costs a dozen launches."""
 
 
 def native_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
-    """The dtypes in which a CPU can multiply operands of `dtype` without losing accuracy, the one
-    to prefer first: without native support torch multiplies 16-bit operands several times slower
-    than float32 ones."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return [dtype]
-    native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [dtype, torch.float32] if native else [torch.float32, dtype]
+    """Return the dtypes in which a CPU can multiply operands of `dtype` without losing accuracy,
+    the preferred one first. A dtype that the CPU has no instructions for is left out: to measure it
+    once takes seconds."""
+    narrow = dtype in (torch.bfloat16, torch.float16) and multiplies(dtype)
+    return [dtype, torch.float32] if narrow else [product_dtype(dtype)]
 
 
 def row_blocks(x: Tensor, whole: bool) -> list[slice]:
-    """The rows of x [M, …] in blocks, or all at once if `whole`."""
+    """Return the rows of x [M, …] in blocks, or all at once if `whole`."""
     block = ROW_BLOCK if x.device.type == "cpu" else ROW_BLOCK * DEVICE_ROW_BLOCKS
     return slices(x.shape[0], x.shape[0] if whole else block)
 
 
 def cut(tensor: Tensor, *parts: slice) -> Tensor:
-    """tensor[parts]. Returns `tensor` itself where the parts take all of it: making a view takes as
-    long as a small product."""
+    """Return tensor[parts], or `tensor` itself if the parts take all of it, because making a view
+    takes as long as a small product."""
     whole = all(
         part.start == 0 and part.stop == size
         for part, size in zip(parts, tensor.shape, strict=False)
@@ -55,8 +54,8 @@ def cut(tensor: Tensor, *parts: slice) -> Tensor:
 class NativeAdapter:
     """The adapter of one Linear of a group, its factors in the dtype that its products run in.
 
-    scaling: alpha / rank, and 1 / (1 - p) of what dropout keeps. columns: of the group's S that
-    are this adapter's.
+    scaling: alpha / rank times dropout's factor 1 / (1 - p). columns: this adapter's columns of the
+    group's S.
     """
 
     tensors: LinearTensors
@@ -67,7 +66,7 @@ class NativeAdapter:
     columns: slice
 
     def mask(self, rows: slice) -> Tensor | None:
-        """The dropout mask of `rows` of x, in the factors' dtype; None without dropout."""
+        """Return the dropout mask of `rows` of x, in the factors' dtype; None without dropout."""
         if self.tensors.seed is None:
             return None
         spec, bounds = self.spec, (rows.start, rows.stop)
@@ -86,7 +85,8 @@ class NativeAdapters:
 
     @classmethod
     def of(cls, group: Group, gemm_dtype: torch.dtype) -> NativeAdapters | None:
-        """None without an adapter. Where the base product runs wider, so does the adapters'."""
+        """Return the adapters of a group, None without any. If the base product runs in a wider
+        dtype, so do the adapters'."""
         first, spec = group[0]
         wider = gemm_dtype.itemsize > spec.lora_dtype.itemsize
         dtype = gemm_dtype if wider else spec.lora_dtype
@@ -105,7 +105,7 @@ class NativeAdapters:
 
     @functools.cached_property
     def stacked(self) -> Tensor:
-        """All A's in one [rank, K]."""
+        """All A's in one tensor [rank, K]."""
         factors = [member.a for member in self.members.values()]
         return factors[0] if len(factors) == 1 else torch.cat(factors)
 
@@ -124,7 +124,7 @@ class NativeAdapters:
         return not self.masked and thin.available(rows, self.dtype)
 
     def low_ranks(self) -> dict[int, Tensor]:
-        """S of each member, scaling * drop(x) aᵀ [M, R] in `dtype`, which is also written where the
+        """Return S of each member, scaling * drop(x) aᵀ [M, R] in `dtype`, and write it if the
         forward has to return it."""
         x = self.x
         if self.is_thin(x):
@@ -146,7 +146,7 @@ class NativeAdapters:
         return lows
 
     def _low_rank(self) -> Tensor:
-        """S of all members in one [M, rank]."""
+        """Return S of all members in one [M, rank]."""
         x = self.x
         low = x.new_empty(x.shape[0], self.rank, dtype=self.dtype)
         for m in row_blocks(x, whole=self.plain):
@@ -162,15 +162,15 @@ class NativeAdapters:
         return low
 
     def stored(self) -> dict[int, Tensor] | None:
-        """S of each member as the forward stored it; None where it did not."""
+        """Return S of each member as the forward stored it, None if it did not."""
         parts = {i: member.tensors.low_rank for i, member in self.members.items()}
         saved = {i: part.to(self.dtype) for i, part in parts.items() if part is not None}
         return saved if len(saved) == len(parts) else None
 
 
 class NativeGradients:
-    """Sums up the gradients of a group's adapters over blocks of rows, and adds the adapters' share
-    to the gradient of x. needs: `needs.x` is set if that share is to be added here."""
+    """Sums up the gradients of a group's adapters over blocks of rows, and adds the adapters' part
+    of the gradient of x. needs: `needs.x` is set if that part is to be added here."""
 
     def __init__(self, adapters: NativeAdapters, needs: NeedsGradient) -> None:
         self.adapters = adapters
@@ -186,7 +186,7 @@ class NativeGradients:
         self._b: dict[int, Tensor] = {}
 
     def take(self, position: int, rows: slice, grad: Tensor, product: Tensor | None = None) -> None:
-        """Takes the rows `rows` of one Linear's gradient [m, N]. product: these rows times lora_b,
+        """Take the rows `rows` of one Linear's gradient [m, N]. product: these rows times lora_b,
         if the caller has computed it."""
         member = self.adapters.members[position]
         grad_low = cut(self.grad_low, rows, member.columns)
@@ -207,19 +207,20 @@ class NativeGradients:
             _accumulate(self._sum_b(position), low, grad)
 
     def _sum_b(self, position: int) -> Tensor:
-        """What is summed up for the transpose of one Linear's B."""
+        """Return the sum for the transpose of one Linear's B."""
         if position not in self._b:
             n, rank = self.adapters.members[position].b.shape
             self._b[position] = self._a.new_zeros(rank, n)
         return self._b[position]
 
     def finish(self, grad_x: Tensor | None) -> None:
-        """Adds what the taken rows give to the gradients of all A's, and to `grad_x` [M, K] if
+        """Add the parts of the taken rows to the gradients of all A's, and to `grad_x` [M, K] if
         `needs.x`."""
         adapters = self.adapters
         x = adapters.x
         total = grad_x if self.needs.x else None
         whole = total is None or total.dtype == x.dtype
+        # `total` is contiguous, so that the product is added in place.
         if adapters.is_thin(x) and whole:
             if total is not None:
                 add_product(total, self.grad_low, adapters.stacked)
@@ -244,7 +245,8 @@ class NativeGradients:
         mask: Tensor | None,
         target: Tensor | None,
     ) -> None:
-        """Adds what `rows` give to the gradient of x in `target`, and to that of the factor `a`."""
+        """Add the part of `rows` to the gradient of x in `target`, and to that of the factor
+        `a`."""
         grad_low = self.grad_low[rows, columns]
         if target is not None:
             if mask is None:
@@ -259,25 +261,25 @@ class NativeGradients:
             _accumulate(self._a[columns], grad_low, x if mask is None else mask.mul_(x))
 
     def of(self, position: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of lora_a and lora_b of one Linear, in their own dtypes."""
+        """Return the gradients of lora_a and lora_b of one Linear, in their own dtypes."""
         member = self.adapters.members.get(position)
         if member is None or not self.needs.adapter:
             return None, None
         a, b = member.tensors.lora_a, member.tensors.lora_b
         assert a is not None
         assert b is not None
-        # Of a member its own memory: an op returns no two views of one tensor.
+        # Each member has memory of its own, because an op must not return two views of one tensor.
         grad_a = self._a[member.columns].to(a.dtype, copy=len(self.adapters.members) > 1)
         return grad_a, self._sum_b(position).t().to(b.dtype).contiguous()
 
 
 def _contiguous_rows(rows: Tensor) -> Tensor:
-    """`rows`, each of them contiguous."""
+    """Return `rows`, each of them contiguous."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right."""
+    """Add leftᵀ right to total."""
     if total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     else:
@@ -290,23 +292,24 @@ def adds_in_place(total: torch.dtype, factors: torch.dtype) -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right: in place where `adds_in_place`, else a new tensor."""
+    """Return total + left @ right: in place where `adds_in_place`, or on a CPU with instructions
+    for it; else a new tensor."""
+    if thin.available(total, left.dtype) and total.stride(1) == 1:
+        thin.add_product(total, left, right)
+        return total
     if not adds_in_place(total.dtype, left.dtype):
         return torch.add(total, left @ right)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
-    if thin.available(total, left.dtype) and total.stride(1) == 1:
-        thin.add_product(total, left, right)
-        return total
     return total.addmm_(*_in_three(left, right))
 
 
 def _in_three(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors in bfloat16 whose product is left @ right of float32 but for 2^-16 of its terms: each
-    is the sum of two bfloat16 numbers, and of the four products of these the smallest is left out.
+    """Return bfloat16 factors whose product is float32's left @ right within 2^-16 of its terms:
+    each float32 is the sum of two bfloat16, of whose four products the smallest is left out.
 
-    One pass over a bfloat16 sum, where a float32 product takes three. (Henry, Tang and Heinecke
-    2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+    This takes one pass over a bfloat16 sum, a float32 product takes three. (Henry, Tang and
+    Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
     Computations".)
     """
     left_high, right_high = left.bfloat16(), right.bfloat16()

@@ -20,7 +20,7 @@ from qlora_compile.kernels.variants.base import (
     SeparateVariant,
     bias_gradient,
 )
-from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
+from qlora_compile.kernels.variants.cpu_cost import AUGMENTED_BLOCK, augmented_seconds
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
@@ -31,9 +31,6 @@ from qlora_compile.kernels.variants.native_adapter import (
 )
 from qlora_compile.kernels.workspace import workspace
 
-_DECODED = 1 << 17
-"""Weights decoded at a time, in cache, before they are put into the workspace's longer rows."""
-
 
 class NativeAugmented(SeparateVariant):
     """y = [x | S] [W | B]ᵀ with S = s drop(x) Aᵀ; backward dY [W | B] gives dX and dS / s."""
@@ -43,11 +40,11 @@ class NativeAugmented(SeparateVariant):
     def rejects(self, problem: Problem) -> list[str]:
         reasons = []
         if target_of(problem.device) is not None:
-            reasons.append("augmented does it with Triton's decoders")
+            reasons.append("the variant augmented does this with Triton's decoders")
         if not all(part.rank for part in problem.parts):
             reasons.append("there is no adapter to put beside W")
         elif not self.configs(problem):
-            reasons.append(f"the adapter's {problem.lora_dtype} is more than the GEMM's dtype")
+            reasons.append(f"the adapter's {problem.lora_dtype} is wider than the GEMM's dtype")
         return reasons
 
     def configs(self, problem: Problem) -> Sequence[DenseConfig]:
@@ -59,16 +56,16 @@ class NativeAugmented(SeparateVariant):
 
     def single_cost(self, problem: Problem, config: Config, device: DeviceModel) -> float:
         assert isinstance(config, DenseConfig)
-        assert isinstance(device, CpuModel)  # what there is where it does not reject
+        assert isinstance(device, CpuModel)  # present, unless the variant rejects the problem
         return augmented_seconds(problem, device, config.gemm_dtype)
 
     def _weight(self, adapter: NativeAdapter, dtype: torch.dtype) -> Tensor:
-        """[W | B] as [N, K + rank]."""
+        """Return [W | B] as [N, K + rank]."""
         tensors, spec = adapter.tensors, adapter.spec
         k, device = spec.k, tensors.planes[0].device
         wide = workspace(spec.n, k + adapter.b.shape[1], dtype=dtype, device=device)
         wide[:, k:] = adapter.b
-        for n, block in spec.decoded(tensors.planes, dtype, _DECODED // k):
+        for n, block in spec.decoded(tensors.planes, dtype, AUGMENTED_BLOCK // k):
             wide[n, :k] = block
         return wide
 

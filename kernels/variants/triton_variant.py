@@ -1,4 +1,4 @@
-"""What the Triton variants share: what they need of a target, and the cost of the adapter's thin
+"""Base of the Triton variants: the demands on a target, and the cost of the adapter's thin
 products."""
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from qlora_compile.kernels.variants.decoding import NOT_PACKED, decode_reasons, 
 
 
 class TritonVariant(Variant):
-    """What needs a Triton target. Modules that import Triton are imported once a kernel is needed,
-    so that those without it can still ask."""
+    """A variant that needs a Triton target.
+
+    Modules that import Triton are imported once a kernel is needed, so that a process without
+    Triton can still ask for reasons.
+    """
 
     takes_unquantized = False
     isolated = True
@@ -34,7 +37,7 @@ class TritonVariant(Variant):
         return reasons
 
     def rejects_on(self, target: str, problem: Problem) -> list[str]:
-        """Why it cannot solve `problem` on `target`, wherever the problem's own device is."""
+        """Return why this variant cannot solve `problem` on `target`, whatever its own device."""
         reasons = decode_reasons(target, problem)
         if not problem.layout.quantized and self.takes_unquantized:
             reasons.remove(NOT_PACKED)
@@ -47,7 +50,7 @@ class TritonVariant(Variant):
         ):
             reasons.append(f"the adapter's product is in {problem.lora_dtype}")
         if problem.rank and problem.lora_dtype == problem.x_dtype == torch.float32:
-            reasons.append("a float32 adapter over float32 activations")
+            reasons.append("adapter and activations are both in float32")
         return reasons
 
     def configs(self, problem: Problem) -> Sequence[Config]:
@@ -55,11 +58,11 @@ class TritonVariant(Variant):
         return () if target is None else self.configs_on(target, problem)
 
     def configs_on(self, target: str, problem: Problem) -> Sequence[Config]:
-        """The shipped configs that fit `problem` on `target`."""
+        """Return the shipped configs that fit `problem` on `target`."""
         return (NO_CONFIG,)
 
     def adapter_cost(self, problem: Problem, device: DeviceModel) -> float:
-        """Modelled seconds of the thin products: each reads a tall operand once."""
+        """Return modelled seconds of the thin products: each reads a tall operand once."""
         if not problem.rank:
             return 0.0
         x, y = 2 * problem.m * problem.k, 2 * problem.m * problem.n

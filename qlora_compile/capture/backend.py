@@ -18,6 +18,7 @@ from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.verify.check import captured_inputs
+from qlora_compile.verify.graph_forms import drops_out, fused_masks, with_masks
 from qlora_compile.verify.verifier import Verifier
 
 
@@ -68,7 +69,7 @@ GraphCall = tuple[RegionGraph, list[int]]
 class _Running(threading.local):
     """The regions whose calls are under way in this thread, the innermost last.
 
-    One list per thread, as autograd's threads recompute several checkpointed regions at a time.
+    Each thread has its list, as autograd's threads recompute several checkpointed regions at once.
     """
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ _running = _Running()
 
 @contextmanager
 def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Make `region` the running one of this thread; yields a list that its call fills with graphs.
+    """Make `region` the running one of this thread; yield a list that its call fills with graphs.
 
     The backend learns from this which region it compiles for.
     """
@@ -93,7 +94,7 @@ def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
 
 
 def running_region() -> RunningRegion:
-    """The region whose call this thread is in, the innermost one."""
+    """Return the innermost region whose call this thread is in."""
     region, _ = _running.regions[-1]
     return region
 
@@ -120,12 +121,19 @@ def make_backend(
         graph = _rewrite(graph_module, region, names, selector)
         if inductor:
             _tune(graph_module, graph, selector, tuner)
+            compiled, rewritten = None, graph_module
             if verifier is not None:
                 rewritten = copy.deepcopy(graph_module)
-                fused = (*graph.fused.values(), *graph.experts.values())
-                verify = verifier.checks(captured, rewritten, inputs, fused, selector)
-                graph.unchecked = captured, verify
+                # Compiled code draws other masks than the graph. Of a graph that drops out, a copy
+                # with fixed masks is compiled, and checked in its place.
+                if drops_out(rewritten):
+                    masked = with_masks(rewritten, fused_masks(rewritten))
+                    compiled = compile_inner(masked, list(example_inputs))
             graph.run = compile_inner(graph_module, list(example_inputs))
+            if verifier is not None:
+                graphs = captured, rewritten, compiled or graph.run
+                fused = (*graph.fused.values(), *graph.experts.values())
+                graph.unchecked = captured, verifier.checks(*graphs, inputs, fused, selector)
         return graph
 
     return qlora_compile_backend
@@ -137,7 +145,7 @@ def _rewrite(
     names: Mapping[int, Sequence[str]],
     selector: ModelledSelector,
 ) -> RegionGraph:
-    """Run the passes; the returned graph is rewritten but not compiled.
+    """Run the passes and return the rewritten graph, which is not compiled.
 
     names: the names of the region's parameters and buffers, by `id`.
     """

@@ -12,7 +12,7 @@ from torch._dynamo import config
 _SETTINGS = {
     # A number such as a dropout probability becomes a constant of each layer's graph, not an input.
     "specialize_float": True,
-    # Else torch 2.11 does not notice that a parameter begins to train.
+    # Without this, torch 2.11 does not notice that a parameter begins to train.
     "skip_tensor_guards_with_matching_dict_tags": False,
     # Past the limit Dynamo silently stops compiling; one class may serve many kinds of layer.
     "recompile_limit": 64,
@@ -21,7 +21,7 @@ _SETTINGS = {
 
 @contextmanager
 def dynamo_settings(further: Mapping[str, Any]) -> Iterator[None]:
-    """Have Dynamo use these settings, and the `further` ones, inside."""
+    """Have Dynamo use these settings, and the `further` ones, inside the context."""
     revert = _change(tuple(further.items()))()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The input of the first trained block of a model, which requires no gradient by itself."""
+"""The first trained block of a model: its input requires no gradient by itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def with_gradient(
 ) -> tuple[tuple, dict]:
     """Return the inputs of the block `module`, the first floating-point one requiring a gradient.
 
-    Otherwise that of the first trained block would require none, and Dynamo would compile that
-    block separately, which costs more than the unneeded gradient. A block where nothing is trained
-    keeps its inputs: if none requires a gradient, nothing of the block is differentiated.
+    Otherwise no input of the first trained block would require a gradient, and Dynamo would compile
+    that block separately, which costs more than the unneeded gradient. A block where nothing is
+    trained keeps its inputs: if none requires a gradient, nothing of the block is differentiated.
     """
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(key, str) and key != "hidden_states":

@@ -1,9 +1,9 @@
 """Guards: which of Dynamo's checks a compiled block repeats in every call.
 
-Dynamo checks everything that it read while it traced a block, about a thousand things, each time it
-runs the block. Kept are inputs, shapes, modes, modules and their attributes, parameters, adapters,
-and the functions of Python that the block calls. Left out is what nothing changes between two
-calls, and what is checked otherwise.
+Each time it runs a block, Dynamo checks everything that it read while it traced the block, about a
+thousand things. The checks of inputs, shapes, modes, modules and their attributes, parameters,
+adapters, and the Python functions that the block calls are kept. Checks of what does not change
+between two calls, or is checked otherwise, are left out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import nn
 from qlora_compile.modules.packed import PackedModule
 
 _GLOBAL_HOOKS = re.compile(r"\._global_(forward|backward)_(pre_)?hooks\b")
-"""Whoever calls a block looks for hooks first: `hooks.has_hooks`."""
+"""The caller of a block looks for hooks first, by `hooks.has_hooks`."""
 
 _MODULE_DICTIONARY = re.compile(r"\._(modules|parameters|buffers)$")
-"""Of an nn.Module, always a dict. What is in it is checked by itself."""
+"""Always a dict in an nn.Module, whose entries have checks of their own."""
 
 _DEFAULTS = re.compile(r"\.__(kw)?defaults__\b")
-"""Of a function; Dynamo elsewhere assumes, too, that they stay (assume_dunder_attributes_...)."""
+"""Defaults of a function; elsewhere, too, Dynamo assumes that these stay the same
+(assume_dunder_attributes_...)."""
 
 
 def kept_guards(module: nn.Module, entries: Sequence[Any]) -> list[bool]:
@@ -37,8 +38,8 @@ def kept_guards(module: nn.Module, entries: Sequence[Any]) -> list[bool]:
 
 
 def _side_planes(modules: Iterable[nn.Module]) -> Iterable[object]:
-    """Planes whose dtypes and shapes follow from a Layout, and that move only with the codes. Both,
-    Layout and codes, are checked."""
+    """Yield the planes that need no check: their dtypes and shapes follow from the Layout, they
+    move only with the codes, and both Layout and codes are checked."""
     for module in modules:
         if isinstance(module, PackedModule):
             yield from module.tensors[1:]
@@ -51,10 +52,10 @@ def _is_kept(entry: Any, planes: set[int]) -> bool:
     if not entry.is_global:
         return kind != "TYPE_MATCH" or not _MODULE_DICTIONARY.search(name)
     if isinstance(entry.value, ModuleType) or name.startswith("G['__builtins_dict"):
-        # What is read from a module is checked by itself.
+        # Whatever is read from a module has a check of its own.
         return False
     if ".os.environ" in name:
         return kind.startswith("DICT")
-    # Of torch's functions those that others replace are in nn.functional.
+    # The functions of torch that other libraries replace are in nn.functional.
     own = ".torch." in name and ".functional." not in name
     return not (own or _GLOBAL_HOOKS.search(name) or _DEFAULTS.search(name))

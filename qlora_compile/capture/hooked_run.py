@@ -1,5 +1,4 @@
-"""Blocks whose modules have hooks, or forwards of their own: how they are compiled, or why they run
-uncompiled."""
+"""Says how blocks whose modules have hooks or replaced forwards are compiled, or why not."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ REFUSALS = (Unsupported, FailOnRecompileLimitHit, TorchRuntimeError, UserError)
 """Errors that Dynamo raises, before anything has run, if it cannot trace a block as one graph."""
 
 RECOMPILE_LIMIT = 8
-"""Most graphs for blocks with the same hooks; torch's own default.
+"""How many graphs blocks with the same hooks may have; torch's own default.
 
 A hook may change what the guards of its next call check, for example by appending to a list.
 Without a limit Dynamo would then compile at every call.
@@ -48,8 +47,8 @@ class HookedRun:
     @classmethod
     def of(cls, block: nn.Module, hooks: Sequence[Hook]) -> HookedRun:
         if starts_collecting(block):
-            # The block is a whole model. A graph break costs a part of it, running it uncompiled
-            # costs all of it.
+            # The block is a whole model. With graph breaks a part of it runs uncompiled; otherwise
+            # all of it would.
             return cls(_identities(hooks), None, whole=False)
         keys = {hook: captured_key(hook.function) for hook in hooks}
         others = [hook for hook in hooks if keys[hook] is None]
@@ -58,7 +57,7 @@ class HookedRun:
 
     @property
     def is_watched(self) -> bool:
-        """Whether there are hooks in the narrow sense, which see what the modules are given."""
+        """Whether there are hooks proper, not only replaced forwards; they see modules' inputs."""
         return any(kind != FORWARD for kind, _, _ in self.hooks)
 
     @property
@@ -72,8 +71,8 @@ class HookedRun:
     def prepared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return `forward`, wrapped to return the `captured` outputs too if there are any.
 
-        Where the block's own forward is replaced, the result takes the replacement in the place of
-        the module.
+        If the block's own forward is replaced, the result takes the replacement as its first
+        argument, in place of the module.
         """
         if any(kind == FORWARD and not path for kind, path, _ in self.hooks):
             forward = _call
@@ -81,7 +80,7 @@ class HookedRun:
 
 
 def obstacle(block: nn.Module, hooks: Sequence[Hook]) -> str | None:
-    """Return why `block` cannot be compiled with `hooks`, as far as is known without trying."""
+    """Return why `block` cannot be compiled with `hooks`; None if only trying can tell."""
     backward = [hook for hook in hooks if hook.is_backward]
     if backward:
         return f"its block ran uncompiled, because compiled code cannot call {hook_names(backward)}"
@@ -94,7 +93,7 @@ def obstacle(block: nn.Module, hooks: Sequence[Hook]) -> str | None:
         # that value at another place than an uncompiled one, and other hooks have run by then.
         return (
             "its block ran uncompiled, because a checkpoint that recomputes compiled code "
-            f"would not run {hook_names(own)} as often as it has to"
+            f"would run {hook_names(own)} too seldom"
         )
     return None
 
@@ -102,7 +101,7 @@ def obstacle(block: nn.Module, hooks: Sequence[Hook]) -> str | None:
 def untraced(hooks: Sequence[Hook]) -> str:
     """Return the reason for a block that Dynamo refused to trace as one graph."""
     names = hook_names(hooks)
-    return f"its block ran uncompiled, because Dynamo does not trace it whole with {names}"
+    return f"its block ran uncompiled, because Dynamo cannot trace it as one graph with {names}"
 
 
 def hook_names(hooks: Sequence[Hook], most: int = 3) -> str:
@@ -120,5 +119,5 @@ def _identities(hooks: Sequence[Hook]) -> tuple[tuple[str, str, object], ...]:
 
 
 def _saves_by_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as those of a checkpoint around the block."""
+    """Whether saved-tensor hooks are active, such as those of a checkpoint around the block."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None

@@ -90,7 +90,7 @@ def has_hooks(block: nn.Module) -> bool:
         if FORWARD in state and called_forward(module) is not None:
             return True
         if children := state["_modules"]:
-            modules += children.values()  # the loop goes on through what is appended
+            modules += children.values()  # the loop also visits what is appended
     return False
 
 

@@ -23,10 +23,10 @@ from qlora_compile.passes.nodes import example, is_linear, linear_operands
 logger = logging.getLogger(__name__)
 
 _NOT_PLAIN = "its adapter's computation is not plain LoRA; the base product alone is fused"
-_OWN_WAY = "its layer multiplies by its weight in a way of its own, and not by a linear"
+_OWN_WAY = "its layer multiplies by its weight with other operators than a linear"
 _ONE_OF_SEVERAL = (
-    "one of its adapters is fused with the base product; another active one runs separately: "
-    "one of them has dropout, and so its own mask, or is not plain LoRA, or has another dtype"
+    "one of its adapters is fused with the base product; another active one runs separately, "
+    "because one of the two has dropout (a mask of its own) or another dtype, or is not plain LoRA"
 )
 
 
@@ -64,7 +64,7 @@ def _sites(graph_module: GraphModule, context: PassContext) -> set[str]:
 
 
 def _record(graph_module: GraphModule, context: PassContext) -> None:
-    """Record what became of each site, by the rewritten graph and not by what the passes say."""
+    """Record what became of each site, as seen in the rewritten graph, whatever the passes say."""
     adapted: set[str] = set()
     for node in graph_module.graph.nodes:
         if not is_fused(node):
@@ -105,9 +105,9 @@ def _record(graph_module: GraphModule, context: PassContext) -> None:
 def settle_calls(graph_module: GraphModule, selector: ModelledSelector) -> None:
     """Write the selector's name and one decision of the selector into every fused call.
 
-    The decision is whether the forward saves S = x Aᵀ for the backward. Tables that a GPU decodes
-    weights by are made now: the first call may be captured in a CUDA graph, where nothing is copied
-    from the host.
+    The decision is whether the forward saves S = x Aᵀ for the backward. The tables for decoding
+    weights on a GPU are made now: the first call may be captured in a CUDA graph, during which
+    nothing can be copied from the host.
     """
     for node in filter(is_fused, graph_module.graph.nodes):
         fused = read(node)

@@ -1,4 +1,4 @@
-"""RegionKind: what the regions of one class of modules share, their compiled code above all."""
+"""RegionKind: what the regions of one class of modules share, above all their compiled code."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RegionKind:
 
     @functools.cached_property
     def tuner(self) -> Tuner | None:
-        """Cached for as long as the kind lives: compiled calls name this tuner's selector."""
+        """The kind's tuner, the same while the kind lives: compiled calls name its selector."""
         return tuner_of(self.tune)
 
     @property
@@ -52,7 +52,8 @@ class RegionKind:
         return own_forward(self.module_class)
 
     def compiled(self, hooked: HookedRun | None) -> Callable[..., Any]:
-        """Return `forward(module, *args, **kwargs)` compiled, or only rewritten while probing.
+        """Return a function of (module, *args, **kwargs): `forward` compiled, or while probing only
+        rewritten.
         hooked: None if no module inside the block has hooks."""
         key = (self.probing, hooked)
         if key not in self._compiled:
@@ -72,7 +73,7 @@ class RegionKind:
 
 
 def _kept(entries: Sequence[Any]) -> list[bool]:
-    """`kept_guards` of the region whose call is compiled."""
+    """Return `kept_guards` of the region whose call is compiled."""
     return kept_guards(running_region().module, entries)
 
 

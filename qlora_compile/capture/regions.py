@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
 from qlora_compile.capture.backend import GraphCall, RegionGraph, running
+from qlora_compile.capture.context_parallel import refuse_context_parallel
 from qlora_compile.capture.dynamo_settings import dynamo_settings
 from qlora_compile.capture.first_block import with_gradient
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
@@ -49,10 +50,10 @@ from qlora_compile.passes.context import (
 )
 
 _OUTER_COMPILE = (
-    "qlora_compile compiles this block; a torch.compile around the model leaves the block to it by "
-    "a graph break, so call that torch.compile without fullgraph=True"
+    "qlora_compile compiles this block, so a torch.compile around the model breaks its graph here; "
+    "call that torch.compile without fullgraph=True"
 )
-_GIVEN_UP = "its block ran uncompiled, Dynamo gave up on it"
+_GIVEN_UP = "its block ran uncompiled, because Dynamo gave up on it"
 _TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
@@ -61,8 +62,8 @@ class Region(CompiledForward):
     """The forward of one compiled module.
 
     kept: sites to leave alone, with the reason. idle: whether no other site is left. graphs: as
-    `_named_graphs` returns those of the last call; empty if it ran uncompiled, for the reason
-    `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
+    `_named_graphs` returns those of the last call; empty if that call ran uncompiled, for the
+    reason `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
     captured: the keys of inner outputs that the last forward collected.
     """
 
@@ -137,6 +138,7 @@ class Region(CompiledForward):
         if hooked in self.kind.refused:
             self._leave_uncompiled(self.kind.refused[hooked])
             return (self.replaced or partial(self.kind.forward, self.module))(*args, **kwargs)
+        refuse_context_parallel()
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
@@ -174,7 +176,7 @@ class Region(CompiledForward):
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:
         hooked = HookedRun.of(self.module, hooks)
         if torch._C._current_graph_task_id() != -1:
-            # A checkpoint recomputes the block during the backward: by the graph of the forward.
+            # In the backward a checkpoint recomputes the block, by the forward's graph.
             return replace(hooked, captured=self.captured)
         self.captured = hooked.captured
         return hooked
@@ -216,10 +218,11 @@ class Region(CompiledForward):
 
     @property
     def displaced(self) -> str | None:
-        """The reason why the module's calls run no more through this region, None if they do."""
+        """Why the module's calls no longer run through this region, None if they do."""
         if any(each is self for each in reached(self.module)):
             return None
-        return f"its block runs uncompiled: {Hook(FORWARD, '', self.module.forward)} came later"
+        hook = Hook(FORWARD, "", self.module.forward)
+        return f"its block runs uncompiled, because {hook} has replaced the compiled forward"
 
     def fused(self) -> dict[str, FusedSite]:
         """Return the Linears that the last call computed by a fused op."""
@@ -238,7 +241,7 @@ class Region(CompiledForward):
         return found
 
     def unfused(self) -> dict[str, str]:
-        """Return all other sites, with the reason."""
+        """Return the sites that the last call did not fuse, each with the reason."""
         if (displaced := self.displaced) is not None:
             return dict.fromkeys(self.sites, displaced) | self.kept
         if self.graphs is None:
@@ -255,7 +258,7 @@ class Region(CompiledForward):
 
 
 _REGION = "_qlora_compile_region"
-"""The attribute of a module that holds its region, whatever becomes of the module's forward."""
+"""The attribute of a module that holds its region, even after its forward has been replaced."""
 
 
 def install(
@@ -270,7 +273,7 @@ def install(
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give `module` the forward back that it had before, unless another one has come since."""
+    """Give `module` back its earlier forward, unless somebody has replaced the region's since."""
     region, place = module.__dict__.pop(_REGION), forward_place(module)
     if region.gathered is not None:
         gather_apart(module, region.gathered)

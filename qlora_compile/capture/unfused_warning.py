@@ -1,4 +1,4 @@
-"""Warns once, after a model's first step in training, of sites that could be fused and are not."""
+"""Warns once, after a model's first training step, of sites that could be fused and are not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class UnfusedWarning(UserWarning):
-    """Blocks in training left sites to stock code that the fused op could compute."""
+    """Blocks in training left sites, which the fused op could compute, to stock code."""
 
 
 class _Region(Protocol):
@@ -57,6 +57,6 @@ class FirstStep:
             listed = "; ".join(f"{count}: {why}" for why, count in reasons.most_common(3))
             message = (
                 f"{reasons.total()} of {total} linears and weights of experts that could be fused "
-                f"are not ({listed}); qlora_compile.explain(model) lists each"
+                f"are not ({listed}); see each with qlora_compile.explain(model)"
             )
             warnings.warn(message, UnfusedWarning, stacklevel=2)

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO-3: blocks whose weights it gathers whole, as compiled code needs them.
+"""DeepSpeed's ZeRO-3: has it gather all weights of a block at once, as compiled code needs them.
 
-By itself ZeRO-3 gathers the weights of each inner module by hooks on that module, which compiled
-code does not run. Of a *leaf module* it gathers all weights before the module's forward.
+By default ZeRO-3 gathers the weights of each inner module by hooks on that module, which compiled
+code does not run. Before the forward of a *leaf module* it gathers all weights inside the module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ script may import after `optimize` only."""
 
 
 def gather_whole(block: nn.Module) -> RemovableHandle:
-    """Let ZeRO-3, if it takes the model, gather all weights of `block` at once."""
+    """Have ZeRO-3, if it manages the model, gather all weights of `block` at once."""
     setattr(block, _LEAF, True)
     return block.register_forward_pre_hook(_with_gradient, with_kwargs=True)
 
@@ -34,8 +34,8 @@ def gather_apart(block: nn.Module, handle: RemovableHandle) -> None:
 def _with_gradient(block: nn.Module, args: Any, kwargs: Any) -> Any:
     """Let an input of a gathered block require a gradient.
 
-    Else DeepSpeed releases the weights when the gradients of the outputs are known, before those of
-    the weights have been added up.
+    Otherwise DeepSpeed releases the weights once the gradients of the outputs are known, before
+    the gradients of the weights have been added up.
     """
     if "ds_id" in block.__dict__ and torch.is_grad_enabled():
         return with_gradient(block, args, kwargs)

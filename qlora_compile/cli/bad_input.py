@@ -1,4 +1,4 @@
-"""Bad input: the command line answers it with one line on stderr and no traceback."""
+"""Bad input: the command line answers with one line on stderr, without a traceback."""
 
 from __future__ import annotations
 

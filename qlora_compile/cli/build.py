@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    arch: Annotated[str, typer.Option("--arch", help="sm_90, gfx942, …: what to compile for.")],
+    arch: Annotated[str, typer.Option("--arch", help="The GPU to compile for: sm_90, gfx942, …")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the kernels.")],
     model: ModelChoiceOption = None,
     shapes: ShapesOption = None,
@@ -44,13 +44,12 @@ def build(
     rows: RowsOption = None,
     candidates: Annotated[
         int | None,
-        typer.Option(
-            "--candidates", min=1, help="How many ways of computing each layer to build. [5]"
-        ),
+        typer.Option("--candidates", min=1, help="How many variants of each layer to build. [5]"),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
-    """Compile the kernels a GPU will need, on any machine: its first step then compiles none."""
+    """Compile the kernels that a GPU will need, on any machine, so that its first step compiles
+    none."""
     with bad_input_in_one_line():
         require_model_or_shapes(model, shapes)
         if format is not None:

@@ -18,10 +18,10 @@ def chat(
     model: AdapterModelOption = None,
     format: AdapterFormatOption = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Ask this and end. May be repeated.")
+        list[str] | None, typer.Option("--prompt", help="Ask this, then end. May be repeated.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer without the adapter.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of one answer.")] = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="0 for the most probable words.")
     ] = 0.0,

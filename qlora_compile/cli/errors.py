@@ -6,7 +6,7 @@ from qlora_compile.errors import QloraCompileError
 
 
 class BudgetError(QloraCompileError, ValueError):
-    template = "--budget {value!r} is no time; write seconds or minutes, such as 120s or 5m"
+    template = "--budget {value!r} is not a time; write seconds or minutes, such as 120s or 5m"
 
 
 class DtypeChoiceError(QloraCompileError, ValueError):
@@ -14,7 +14,7 @@ class DtypeChoiceError(QloraCompileError, ValueError):
 
 
 class ModelOrShapesError(QloraCompileError, ValueError):
-    template = "{value} given; pass one of --model and --shapes"
+    template = "{value} given; pass either --model or --shapes"
 
 
 class ShapeError(QloraCompileError, ValueError):
@@ -22,7 +22,7 @@ class ShapeError(QloraCompileError, ValueError):
 
 
 class NamedValueError(QloraCompileError, ValueError):
-    template = "{option}: {value!r} is no NAME=VALUE"
+    template = "{option}: {value!r} is not of the form NAME=VALUE; write it so"
 
 
 class MissingOptionError(QloraCompileError, ValueError):

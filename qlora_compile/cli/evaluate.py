@@ -1,4 +1,4 @@
-"""The command line's `eval`: loss and perplexity of a file, with an adapter and without."""
+"""The command line's `eval`: loss and perplexity of a file, with and without an adapter."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="Tokens of a row. [as in training]")
     ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Of the file. [all]")] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="How many rows to take. [all]")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Compute loss and perplexity of a file with the base model, and with the adapter beside it."""
+    """Compute loss and perplexity of a file, with the base model alone and with the adapter."""
     with bad_input_in_one_line():
         from qlora_compile.training.adapted import adapter_settings
 

@@ -22,14 +22,14 @@ def merge(
     model: AdapterModelOption = None,
     base_format: Annotated[
         str | None,
-        typer.Option("--base-format", help="In place of the format it was trained in."),
+        typer.Option("--base-format", help="A format in place of the one it was trained in."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")
+        str, typer.Option("--dtype", help="The weights': bfloat16, float16 or float32.")
     ] = _DTYPES[0],
     format: Annotated[
         str | None,
-        typer.Option("--format", help="Measure what packing the merged model in it costs."),
+        typer.Option("--format", help="Measure what packing the result in it would cost."),
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="A file or folder of text to measure on, or: demo.")
@@ -50,6 +50,7 @@ def merge(
         be_quiet()
         import torch
 
+        from qlora_compile.hf.merging.write import origin_of_run
         from qlora_compile.hf.trainer.preparation import texts
         from qlora_compile.kernels.formats.formats import format_written
         from qlora_compile.merging import merge as merge_model
@@ -66,6 +67,7 @@ def merge(
             tokenizer=tokenizer,
             texts=None if data == DEMO else texts(Path(data), tokenizer, _MEASURED_TOKENS),
             max_shard_size=max_shard_size,
+            origin=origin_of_run(adapter, output, model=model, format=base_format),
             **packing,
         )
     typer.echo(str(report))

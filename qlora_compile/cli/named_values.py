@@ -14,7 +14,7 @@ from qlora_compile.training.settings import plain
 def named_values(option: str, text: str | Sequence[str] | None) -> dict[str, Any] | None:
     """Return names with their values, which are read as YAML; None for None.
 
-    text: "NAME=VALUE,NAME=VALUE", or a list with one in each part, whose values may have commas.
+    text: "NAME=VALUE,NAME=VALUE", or a list of single "NAME=VALUE", whose values may have commas.
 
     Raises:
         NamedValueError: a part has no name or no value.

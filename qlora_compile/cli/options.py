@@ -13,20 +13,20 @@ TRAINED_ROWS = 512
 """The rows of a step of `qlora-compile train`: four sequences of 128 tokens."""
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A model's folder, .gguf file or Hub name, or: demo.")
+    str, typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo.")
 ]
 ModelChoiceOption = Annotated[
     str | None, typer.Option("--model", help="A model's folder, .gguf file, Hub name, or: demo.")
 ]
 ShapesOption = Annotated[
     str | None,
-    typer.Option("--shapes", help="Instead of --model: MxNxKxR, …; N+N for siblings."),
+    typer.Option("--shapes", help="In place of --model: MxNxKxR, …; N+N for siblings."),
 ]
 FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="A format to store the weights in, as nf4 or int4:group_size=128, or: none. "
+        help="The format to store weights in, such as nf4 or int4:group_size=128, or: none. "
         "[nf4; a quantised checkpoint stays as it is]",
     ),
 ]
@@ -36,21 +36,21 @@ AlphaOption = Annotated[
 ]
 DropoutOption = Annotated[float, typer.Option("--dropout", help="Dropout before the adapters.")]
 AdapterOption = Annotated[
-    Path, typer.Option("--adapter", help="Folder of the adapter, the --output of a run.")
+    Path, typer.Option("--adapter", help="The adapter's folder, a run's --output.")
 ]
 AdapterModelOption = Annotated[
-    str | None, typer.Option("--model", help="In place of the model it was trained for.")
+    str | None, typer.Option("--model", help="A base in place of the one it was trained on.")
 ]
 AdapterFormatOption = Annotated[
-    str | None, typer.Option("--format", help="In place of the format it was trained in.")
+    str | None, typer.Option("--format", help="A format in place of the one it was trained in.")
 ]
 RowsOption = Annotated[
     list[int] | None,
-    typer.Option("--rows", min=1, help="Tokens of a model's step; may be repeated. [512]"),
+    typer.Option("--rows", min=1, help="Tokens of a model's step. May be repeated. [512]"),
 ]
 TuneOption = Annotated[
     str,
-    typer.Option("--tune", help="What chooses kernels: auto, off, model, or a path of records."),
+    typer.Option("--tune", help="What chooses variants: auto, off, model, or a path of records."),
 ]
 
 

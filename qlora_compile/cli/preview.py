@@ -16,7 +16,7 @@ LEARNT, GIVEN = "bold green", "dim"
 
 
 def show(run: TrainingRun, count: int) -> None:
-    """Print `count` rows of a run, what is learnt in colour; without colours, between ⟦ and ⟧.
+    """Print `count` rows of a run, with what is learnt in colour or, without colours, in ⟦ and ⟧.
 
     Raises:
         QloraCompileError: as the run would.

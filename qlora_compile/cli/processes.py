@@ -1,4 +1,4 @@
-"""Several processes of one training: starts them, as torchrun does, and says how they ended."""
+"""Training in several processes: starts them, as torchrun does, and says how they ended."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def is_one_of_several() -> bool:
 
 
 def end_by_signal() -> None:
-    """Let Ctrl-C and SIGTERM end this process at once: the one that started it says so for all."""
+    """Let Ctrl-C and SIGTERM end this process at once; the process that started it says so."""
     for each in _ENDS_BY:
         signal.signal(each, signal.SIG_DFL)
 
 
 def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> NoReturn:
-    """Train in `settings.processes` processes and exit as they do, with one message if one fails.
+    """Train in `settings.processes` processes and exit with their status; report a failure once.
 
-    The first one writes to the terminal and into the output directory. If a process fails, or this
-    one gets Ctrl-C or SIGTERM, all are ended.
+    The first process writes to the terminal and into the output directory. If a process fails, or
+    this one gets Ctrl-C or SIGTERM, all are ended.
 
     Raises:
         typer.Exit: always, with the exit status.
@@ -62,12 +62,12 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
             monitor_interval=0.5,
             logs_specs=DefaultLogsSpecs(folder, {rank: Std.ALL for rank in range(1, count)}),
         )
-        # What torch says of failures is said below, in one message.
+        # Failures are reported below, in one message.
         logging.disable(logging.CRITICAL)
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except SignalException as error:
-            typer.echo(f"stopped: {_saved(settings)}", err=True)
+            typer.echo(f"stopped: {what_is_saved(Path(settings.output))}", err=True)
             raise typer.Exit(128 + error.sigval) from error
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -76,7 +76,8 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
                 status = 2
             else:
                 _show_last_lines(Path(folder), failure.local_rank)
-                message, status = f"{_end(failure.exitcode)}; {_saved(settings)}", 1
+                saved = what_is_saved(Path(settings.output))
+                message, status = f"{_end(failure.exitcode)}; {saved}", 1
             typer.echo(f"error: rank {rank} (process {failure.pid}): {message}", err=True)
             raise typer.Exit(status) from error
         finally:
@@ -92,7 +93,7 @@ def record_error(error: Exception) -> None:
 
 
 def _show_last_lines(folder: Path, rank: int) -> None:
-    """Print the end of what a rank wrote to stderr; the first one writes to the terminal."""
+    """Print the last lines that a rank wrote to stderr; rank 0 writes to the terminal itself."""
     for written in folder.rglob(f"{rank}/stderr.log"):
         lines = written.read_text(encoding="utf-8", errors="replace").splitlines()
         typer.echo("\n".join(lines[-_LINES:]), err=True)
@@ -104,8 +105,9 @@ def _end(status: int) -> str:
     return f"ended with status {status}, and the others were ended"
 
 
-def _saved(settings: RunSettings) -> str:
-    saved = last_checkpoint(Path(settings.output))
+def what_is_saved(output: Path) -> str:
+    """Say what a training that has ended early leaves in `output`."""
+    saved = last_checkpoint(output)
     if saved is None:
         return "nothing was saved"
     return f"{saved} holds adapter and training state; --resume goes on from there"

@@ -24,12 +24,12 @@ records = typer.Typer(
 )
 
 _KEY_DIGITS = 8
-_COLUMNS = ("key", "fits", "ms", "× dense", "× second", "fastest", "problem")
+_COLUMNS = ("key", "valid", "ms", "× dense", "× second", "fastest", "problem")
 
 
 @records.command("list")
 def list_records() -> None:
-    """Show every record, and whether it is of this machine as it is now."""
+    """Show every record, and whether it is valid on this machine as it is now."""
     with bad_input_in_one_line():
         store = _store()
         found = store.read()
@@ -43,7 +43,7 @@ def list_records() -> None:
         ordered = sorted(found.items(), key=lambda item: str(item[1].problem))
         rows = [(key_digest(key)[:_KEY_DIGITS], *_cells(r, here)) for key, r in ordered]
     typer.echo("\n".join(text_table(_COLUMNS, rows)))
-    typer.echo(f"\n{len(rows)} records in {store.folder}; those that fit are of this machine now")
+    typer.echo(f"\n{len(rows)} records in {store.folder}; valid: on this machine as it is now")
 
 
 @records.command()
@@ -60,7 +60,7 @@ def show(
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Files that `export` wrote.")],
 ) -> None:
-    """Take over the records of other files; of two with one key the one measured later."""
+    """Take over the records of other files; of two with one key, keep the one measured later."""
     with bad_input_in_one_line():
         store = _store()
         count = store.merge(files)
@@ -73,7 +73,7 @@ def export(
     all: Annotated[bool, typer.Option("--all", help="Other machines' records too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write the records of this machine as it is now to one file that can be shipped."""
+    """Write this machine's records that are still valid to one file that can be shipped."""
     with bad_input_in_one_line():
         count = _store().export(file, None if all else _fingerprints(), overwrite=overwrite)
     typer.echo(f"{count} records in {file}")
@@ -92,7 +92,7 @@ def prune() -> None:
 def check(
     budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
 ) -> None:
-    """Measure again what has a record of this machine as it is now, and say what changed."""
+    """Measure this machine's records that are still valid again, and say what changed."""
     with bad_input_in_one_line():
         seconds = parse_budget(budget)
         store = _store()
@@ -103,9 +103,12 @@ def check(
 
         figures = checked_cpu(store.folder, CAREFUL)
         if figures.busy:
-            typer.echo("the CPU's figures: not measured, the machine was busy")
+            typer.echo("the CPU's figures: not measured, because the machine was busy")
         elif figures.model is not None:
-            changed = [f"{name} {factor:.2g} times" for name, factor in figures.changed.items()]
+            changed = [
+                f"{name} now {factor:.2g} times as large"
+                for name, factor in figures.changed.items()
+            ]
             typer.echo(f"the CPU's figures: {', '.join(changed) or 'the same'}")
         rechecked = recheck(
             store,
@@ -133,7 +136,7 @@ def as_text(record: Record) -> str:
         if part is record.fingerprint:
             facts["kernels"] = ", ".join(map(" ".join, record.fingerprint.kernels))
         lines += [f"  {name}: {value}" for name, value in facts.items()]
-    lines.append("load: what else had the machine")
+    lines.append("load: other work on the machine")
     load = {field.name: getattr(record.load, field.name) for field in fields(record.load)}
     lines += [f"  {name}: {_number(value)}" for name, value in load.items()]
     lines.append("timings: median, interquartile range")
@@ -196,8 +199,8 @@ def _chosen(store: RecordStore, prefix: str) -> tuple[str, Record]:
     digests = {key_digest(key): record for key, record in store.read().items()}
     matching = [digest for digest in digests if digest.startswith(prefix.lower())]
     if not matching:
-        raise RecordKeyError(value=prefix, problem="no key starts with that")
+        raise RecordKeyError(value=prefix, problem="no key starts with these digits")
     if len(matching) > 1:
-        problem = f"{len(matching)} keys start with that, pass more digits"
+        problem = f"{len(matching)} keys start with these digits; pass more of them"
         raise RecordKeyError(value=prefix, problem=problem)
     return matching[0], digests[matching[0]]

@@ -9,7 +9,7 @@ Shape = tuple[int, tuple[int, ...], int, int]
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Parse a list such as "4096x4096+1024+1024x4096x16,512x1024x4096x0"; rank 0 is no adapter.
+    """Parse a list such as "4096x4096+1024+1024x4096x16,512x1024x4096x0"; rank 0 means no adapter.
 
     Raises:
         ShapeError: an item is not four whole numbers, or a dimension is zero.

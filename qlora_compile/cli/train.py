@@ -15,8 +15,12 @@ from rich.table import Table
 
 from qlora_compile.cli.bad_input import bad_input_in_one_line
 from qlora_compile.cli.named_values import named_values
-from qlora_compile.cli.processes import end_by_signal, is_one_of_several, start_processes
-from qlora_compile.outputs import last_checkpoint
+from qlora_compile.cli.processes import (
+    end_by_signal,
+    is_one_of_several,
+    start_processes,
+    what_is_saved,
+)
 from qlora_compile.training.model_choice import be_quiet
 from qlora_compile.training.settings import settings_from
 
@@ -29,7 +33,7 @@ def _option(name: str, help: str, panel: str) -> Any:
 
 def train(
     model: Annotated[
-        str | None, _option("--model", "A folder, .gguf file or Hub name, or: demo.", ADAPTERS)
+        str | None, _option("--model", "A folder, .gguf file, Hub name, or: demo.", ADAPTERS)
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -49,12 +53,12 @@ def train(
         int | None, _option("--max-length", "Tokens of a row or of packed rows. [1024]", DATA)
     ] = None,
     packing: Annotated[
-        bool | None, _option("--packing/--no-packing", "Put several rows into one.", DATA)
+        bool | None, _option("--packing/--no-packing", "Pack several rows into one.", DATA)
     ] = None,
-    preview: Annotated[int, _option("--preview", "Show so many rows, and do not train.", DATA)] = 0,
+    preview: Annotated[int, _option("--preview", "Show so many rows, without training.", DATA)] = 0,
     format: Annotated[
         str | None,
-        _option("--format", "To store weights in: nf4, int4:group_size=128, …", ADAPTERS),
+        _option("--format", "Store weights in: nf4, int4:group_size=128, …", ADAPTERS),
     ] = None,
     block_size: Annotated[
         int | None, _option("--block-size", "Weights that share a scale. [64]", ADAPTERS)
@@ -64,7 +68,7 @@ def train(
     ] = None,
     rank: Annotated[int | None, _option("--rank", "Rank of the adapters. [16]", ADAPTERS)] = None,
     alpha: Annotated[
-        float | None, _option("--alpha", "Their scale, times 1/rank. [2 * rank]", ADAPTERS)
+        float | None, _option("--alpha", "Scale of adapters, times 1/rank. [2 * rank]", ADAPTERS)
     ] = None,
     dropout: Annotated[
         float | None, _option("--dropout", "Dropout before the adapters. [0]", ADAPTERS)
@@ -80,15 +84,13 @@ def train(
         str | None, _option("--rank-pattern", "Other ranks, by name: q_proj=32,…", ADAPTERS)
     ] = None,
     tune: Annotated[
-        str | None, _option("--tune", "What chooses kernels: auto, off, model, a path.", ADAPTERS)
+        str | None, _option("--tune", "What chooses variants: auto, off, model, a path.", ADAPTERS)
     ] = None,
     logits_free_loss: Annotated[
         bool | None,
         _option("--logits-free-loss", "For trainers without a chunked loss.", ADAPTERS),
     ] = None,
-    epochs: Annotated[
-        float | None, _option("--epochs", "Times through the data. [1]", STEPS)
-    ] = None,
+    epochs: Annotated[float | None, _option("--epochs", "Passes over the data. [1]", STEPS)] = None,
     steps: Annotated[
         int | None, _option("--steps", "Optimiser steps, in place of epochs.", STEPS)
     ] = None,
@@ -109,14 +111,14 @@ def train(
         float | None, _option("--warmup", "Steps, or a part of all if below 1. [0.1]", STEPS)
     ] = None,
     weight_decay: Annotated[
-        float | None, _option("--weight-decay", "Of the optimiser. [0]", STEPS)
+        float | None, _option("--weight-decay", "The optimiser's weight decay. [0]", STEPS)
     ] = None,
     optimizer: Annotated[
         str | None,
         _option("--optimizer", "adamw_torch, adamw_8bit, paged_adamw_8bit, lion_32bit, …", STEPS),
     ] = None,
     seed: Annotated[
-        int | None, _option("--seed", "For adapters, order and split. [0]", STEPS)
+        int | None, _option("--seed", "Seeds adapters, order and split. [0]", STEPS)
     ] = None,
     on_nan: Annotated[
         str | None,
@@ -129,10 +131,10 @@ def train(
         int | None, _option("--eval-every", "Steps between evaluations.", CHECKS)
     ] = None,
     best_checkpoint: Annotated[
-        bool | None, _option("--best-checkpoint", "End with the lowest evaluation loss.", CHECKS)
+        bool | None, _option("--best-checkpoint", "Keep the one of lowest evaluation loss.", CHECKS)
     ] = None,
     early_stopping: Annotated[
-        int | None, _option("--early-stopping", "End after so many without a better one.", CHECKS)
+        int | None, _option("--early-stopping", "Stop after so many no better evaluations.", CHECKS)
     ] = None,
     checkpoint_every: Annotated[
         int | None, _option("--checkpoint-every", "Steps between checkpoints. [100]", CHECKS)
@@ -141,7 +143,7 @@ def train(
         str | None, _option("--report-to", "wandb, tensorboard, … [none]", CHECKS)
     ] = None,
     output: Annotated[
-        str | None, _option("--output", "Directory for everything. [qlora-output]", CHECKS)
+        str | None, _option("--output", "Folder for all results. [qlora-output]", CHECKS)
     ] = None,
     resume: Annotated[
         bool, _option("--resume", "Go on from the last checkpoint in --output.", CHECKS)
@@ -153,15 +155,15 @@ def train(
         Path | None, _option("--config", "A file of settings, such as a run's run.yaml.", CHECKS)
     ] = None,
     processes: Annotated[
-        int | None, _option("--processes", "Train in so many, one a GPU. [1]", STEPS)
+        int | None, _option("--processes", "How many processes train, one per GPU. [1]", STEPS)
     ] = None,
     set: Annotated[
         list[str] | None,
-        _option("--set", "NAME=VALUE of the trainer's configuration. Repeatable.", STEPS),
+        _option("--set", "NAME=VALUE for the trainer. May be repeated.", STEPS),
     ] = None,
 ) -> None:
-    """Fine-tune a model on a file of chats, completions or text; write adapter, loss curve, report
-    and figures."""
+    """Fine-tune a model on chats, completions or text; write adapter, loss curve, report and
+    figures."""
     given = dict(locals())
     for name in ("preview", "resume", "overwrite", "config", "set"):
         del given[name]
@@ -205,13 +207,7 @@ def _interruption_in_one_line(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        saved = last_checkpoint(output)
-        text = (
-            f"{saved} holds adapter and training state; --resume goes on from there"
-            if saved
-            else "nothing was saved"
-        )
-        typer.echo(f"stopped: {text}", err=True)
+        typer.echo(f"stopped: {what_is_saved(output)}", err=True)
         raise typer.Exit(128 + getattr(error, "signal", signal.SIGINT)) from error
 
 

@@ -46,9 +46,11 @@ def tune(
     dropout: DropoutOption = 0.0,
     rows: RowsOption = None,
     budget: Annotated[str, typer.Option("--budget", help="Time to spend: 120s, 5m.")] = "120s",
-    again: Annotated[bool, typer.Option("--again", help="Also measure what has a record.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also measure problems with a record.")
+    ] = False,
 ) -> None:
-    """Measure the ways of computing each layer on this machine, and remember the fastest."""
+    """Measure the variants of each layer on this machine, and record the fastest."""
     with bad_input_in_one_line():
         require_model_or_shapes(model, shapes)
         if format is not None:
@@ -82,7 +84,7 @@ def parse_budget(text: str) -> float:
     """Parse a time such as "120s", "120" or "2m"; return seconds.
 
     Raises:
-        BudgetError: the text is no such time, or the time is zero.
+        BudgetError: the text is not such a time, or the time is zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|)", text.strip())
     seconds = 0.0 if match is None else float(match[1]) * (60 if match[2] == "m" else 1)

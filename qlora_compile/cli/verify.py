@@ -1,9 +1,12 @@
-"""The command line's `verify`: runs one training step on real text, checking every graph, or checks
-what has come of a training."""
+"""The command line's `verify`: checks every graph in one training step on real text, or checks a
+trained adapter and a merged model."""
 
 from __future__ import annotations
 
+import functools
 import json as json_format
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,9 +38,8 @@ def verify(
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="Check a trained adapter, a run's --output.")
     ] = None,
-    merged: Annotated[
-        Path | None, typer.Option("--merged", help="With --adapter: check a merged model, too.")
-    ] = None,
+    merged: Annotated[Path | None, typer.Option("--merged", help="Check a merged model.")] = None,
+    packed: Annotated[Path | None, typer.Option("--packed", help="Check a packed model.")] = None,
     data: Annotated[
         str, typer.Option("--data", help="A file or folder of text or chats, or: demo.")
     ] = DEMO,
@@ -50,23 +52,29 @@ def verify(
     ] = 128,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences.")] = 4,
     tune: TuneOption = "auto",
+    logits_free_loss: Annotated[
+        bool,
+        typer.Option("--logits-free-loss", help="Check the loss without logits, too."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
     """Check outputs and gradients of every compiled block against float64; exit with 1 if one is
-    wrong. With --adapter, and --merged, check what trained and merged folders compute."""
+    wrong. With --adapter, --packed or --merged, check the logits of these folders."""
     with bad_input_in_one_line():
         if data != DEMO:
             check_paths(Path(data))
-        if adapter is None and (merged is not None or model is None):
-            option = "--model" if merged is None else "--adapter"
-            raise MissingOptionError(option=option)
-        if adapter is not None:
-            stages = _stages(adapter, model, merged, data, sequence_length, batch_size)
+        sequences = functools.partial(
+            _sequences, data=data, length=sequence_length, count=batch_size
+        )
+        if adapter or packed or merged:
+            stages = _stages(adapter, packed, merged, model, format, sequences)
             _tell(stages, json)
             raise typer.Exit(0 if all(stage.passes for stage in stages) else 1)
-        assert model is not None
+        if model is None:
+            raise MissingOptionError(option="--model")
         choice = quiet_choice(model, format, rank, alpha, dropout, tune)
-        report = _checked(choice, data, sequence_length, batch_size)
+        choice = replace(choice, logits_free_loss=logits_free_loss)
+        report = _checked(choice, sequences)
     verified = bool(report.certificates) and not report.mismatches
     if json:
         results = {name: report.to_dict()[name] for name in ("certificates", "mismatches")}
@@ -77,18 +85,39 @@ def verify(
 
 
 def _stages(
-    adapter: Path, model: str | None, merged: Path | None, data: str, length: int, batch_size: int
+    adapter: Path | None,
+    packed: Path | None,
+    merged: Path | None,
+    model: str | None,
+    format: str | None,
+    sequences: Callable[..., list[list[int]]],
 ) -> list[Stage]:
-    from qlora_compile.training.adapted import adapted_model, adapter_settings
+    """Return the stages of the folders that are given, of which there is at least one."""
+    from qlora_compile.training.adapted import (
+        adapted_model,
+        adapter_settings,
+        merged_from,
+        packed_model,
+    )
 
-    settings = adapter_settings(adapter, model, None)
+    if adapter is None and merged is not None:
+        adapter, was_model, was_format = merged_from(merged)
+        model, format = model or was_model, format or was_format
+    settings = None if adapter is None else adapter_settings(adapter, model, format)
     be_quiet()
     from qlora_compile.verify.stages import check_stages
 
-    trained, tokenizer = adapted_model(adapter, settings)
-    named = {"tokenizer": tokenizer, "config": trained.config, "data": data}
-    sequences = _sequences(length=length, count=batch_size, model=settings.model, **named)
-    return check_stages(trained, sequences, merged)
+    stages: dict[str, Any]
+    if adapter is None or settings is None:
+        assert packed is not None
+        trained, tokenizer, within = packed_model(packed, model)
+        shown, stages = str(packed), {"name": "packed", "adapter": within}
+    else:
+        trained, tokenizer = adapted_model(adapter, settings)
+        shown = settings.model
+        stages = {"adapter": adapter, "packed": packed, "merged": merged}
+    named = {"tokenizer": tokenizer, "config": trained.config, "model": shown}
+    return check_stages(trained, sequences(**named), **stages)
 
 
 def _tell(stages: list[Stage], json: bool) -> None:
@@ -104,10 +133,10 @@ def _tell(stages: list[Stage], json: bool) -> None:
     typer.echo("\n".join(text_table(("stage", "ratio", "error", "plain", "allowed"), rows)))
     for stage in stages:
         if not stage.passes:
-            typer.echo(f"mismatch in {stage.name}: its logits are not those of base and adapter")
+            typer.echo(f"mismatch in {stage.name}: the logits are not those of base and adapter")
 
 
-def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Report:
+def _checked(choice: ModelChoice, sequences: Callable[..., list[list[int]]]) -> Report:
     config = choice.check()
     import torch
 
@@ -115,12 +144,11 @@ def _checked(choice: ModelChoice, data: str, length: int, batch_size: int) -> Re
     from qlora_compile.hf import loading
 
     tokenizer = loading.load_tokenizer(choice.source)
-    named = {"tokenizer": tokenizer, "config": config, "data": data}
-    sequences = _sequences(length=length, count=batch_size, model=choice.model, **named)
+    tokens = sequences(tokenizer=tokenizer, config=config, model=choice.model)
     torch.manual_seed(0)  # for the adapters' initial weights
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train
     model: Any = choice.optimized(config, verify=True).to(device).train()
-    ids = torch.tensor(sequences, device=device)
+    ids = torch.tensor(tokens, device=device)
     model(input_ids=ids, labels=ids).loss.backward()
     return api.explain(model)
 

@@ -1,1 +1,1 @@
-"""The edge to transformers, PEFT and datasets: only this folder imports them."""
+"""The edge to transformers, PEFT and datasets, which only this folder imports."""

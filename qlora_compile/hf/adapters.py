@@ -1,4 +1,4 @@
-"""PEFT: which Linears are adapted, attaching LoRA, and merging into a packed weight."""
+"""PEFT: finds the adapted Linears, attaches LoRA, and merges into packed weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from qlora_compile.modules.linear import QuantizedLinear
 
 
 class QuantizedLoraLinear(MergesInPlace, DoraLinear):
-    """PEFT's LoRA layer over a QuantizedLinear: merging unpacks and packs the base weight again,
-    as PEFT does for bitsandbytes' layers, and unmerging gives back what was there before."""
+    """PEFT's LoRA layer over a QuantizedLinear. Merging unpacks the base weight and packs it again,
+    as PEFT does for bitsandbytes' layers; unmerging restores the earlier packed weight."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self._base()
@@ -54,14 +54,14 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
 
 
 class SlottedLinear(SlottedLayer, LoraLinear):  # type: ignore[misc]
-    """PEFT's LoRA layer over a Conv1D, or a Linear that multiplies in a way of its own."""
+    """PEFT's LoRA layer over a Conv1D, or over a Linear with a product of its own."""
 
 
 def linear_sites(
     modules: Mapping[str, nn.Module], is_site: Callable[[nn.Module], bool] = foreign.is_linear
 ) -> dict[str, Any]:
-    """Every Linear or Conv1D of `modules` by its name: an adapted one under its adapter layer's
-    name, the adapters' own and PEFT's trained copies not counted."""
+    """Return every Linear or Conv1D of `modules` by its name, an adapted one by its adapter layer's
+    name, without the adapters' own Linears and PEFT's trained copies."""
     sites: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in modules.items():
@@ -81,13 +81,13 @@ def linear_sites(
 
 
 def method_at(model: nn.Module, site: str) -> str | None:
-    """The method of PEFT's that adapts a site, None if none does."""
+    """Return the PEFT method that adapts a site, None if none does."""
     return methods.method_of(_wrapper(model, site))
 
 
 def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
-    """The module at a site's name; None inside what PEFT trains in full, where PEFT's own names
-    come between."""
+    """Return the module at a site's name; None inside a module that PEFT trains in full, where
+    names have parts of PEFT's own."""
     try:
         return model.get_submodule(site)
     except AttributeError:
@@ -95,7 +95,7 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
 
 
 class SlottedAdapters:
-    """The adapter layers at the `sites` inside `block`, whatever stands there at the time."""
+    """The adapter layers that are at the `sites` inside `block` at the time of each call."""
 
     def __init__(self, block: nn.Module, sites: Iterable[str]) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
@@ -110,7 +110,7 @@ class SlottedAdapters:
                 self._places += [] if place in self._places else [place]
 
     def refresh(self, *, by_slots: bool) -> None:
-        """Brings their slots up to date; without `by_slots`, PEFT's own forward is compiled."""
+        """Update the slots; without `by_slots`, have PEFT's own forward compiled instead."""
         modules = [children.get(leaf) for children, leaf in self._places]
         for module in (*self._block, *modules):
             while isinstance(module, SlottedLayer):
@@ -124,7 +124,7 @@ class SlottedAdapters:
 
 
 def active_rank(model: nn.Module, site: str) -> int:
-    """The rank of the site's active adapter, summed where several are active; 0 without one."""
+    """Return the summed rank of the site's active adapters; 0 without one."""
     module = _wrapper(model, site)
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return 0
@@ -132,8 +132,8 @@ def active_rank(model: nn.Module, site: str) -> int:
 
 
 def trained_copies(modules: Mapping[str, nn.Module], sites: Iterable[str]) -> dict[str, str]:
-    """Those of the `sites` that PEFT trains, in full or some rows, beside the adapters: name →
-    reason to leave them alone."""
+    """Return the sites of which PEFT trains the weight or some of its rows, beside the adapters:
+    name → reason to leave the site alone."""
     wrappers = {
         name: _trained(module)
         for name, module in modules.items()
@@ -154,8 +154,8 @@ def _trained(wrapper: AuxiliaryTrainingWrapper) -> str:
 
 
 def other_modules(modules: Mapping[str, nn.Module], sites: Collection[str]) -> dict[str, str]:
-    """What PEFT adapts or trains that is none of the `sites`, such as an Embedding: name → why it
-    is left alone."""
+    """Return modules that PEFT adapts or trains and that are not sites, such as an Embedding:
+    name → reason to leave the module alone."""
     found: dict[str, str] = {}
     for name, module in modules.items():
         if name in sites or any(is_inside(name, outer) for outer in found):
@@ -163,12 +163,12 @@ def other_modules(modules: Mapping[str, nn.Module], sites: Collection[str]) -> d
         if isinstance(module, AuxiliaryTrainingWrapper):
             found[name] = f"{type(module.original_module).__name__}: {_trained(module)}"
         elif isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] != "token_adapter":
-            found[name] = f"{type(module.get_base_layer()).__name__}: it is no Linear"
+            found[name] = f"{type(module.get_base_layer()).__name__}: it is not a Linear"
     return found
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside a PeftModel, else the model itself."""
+    """Return the model inside a PeftModel, else the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -179,11 +179,11 @@ def has_adapters(modules: Mapping[str, nn.Module]) -> bool:
 def check_lora_config(
     model: nn.Module, modules: Mapping[str, nn.Module], config: object, *, quantize: bool
 ) -> set[str]:
-    """The sites that PEFT will train beside the adapters of `config`, in full or a few rows.
-    modules: of `model`, by name.
+    """Return the sites that PEFT will train beside the adapters of `config`, in full or a few rows.
+    modules: those of `model`, by name.
 
-    Raises AdapterConfigError, AdapterTargetError or PEFT's own error where attaching `config`
-    would fail after it had begun to change the model.
+    Raises AdapterConfigError, AdapterTargetError or PEFT's own error if attaching `config` would
+    fail after it had begun to change the model.
     """
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise AdapterConfigError(
@@ -200,14 +200,14 @@ def check_lora_config(
         raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
     targets = config.target_modules
     if targets is not None and targets != "all-linear":
-        # As PEFT: names that this architecture lacks are passed over where others match.
+        # As in PEFT, names that match nothing are ignored if others match.
         probe = LoraConfig(target_modules=targets)
         if not any(check_target_module_exists(probe, name) for name in modules if name):
             leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
             rule = targets if isinstance(targets, str) else sorted(targets)
             raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
-    # The adapters' initialisation must find the random state as the user left it.
+    # The adapters' initialisation must find the user's random state.
     with torch.random.fork_rng():
         copied = copy.deepcopy(model, _without_data(modules.values()))
         attached = dict(base_model(attach(copied, config)).named_modules())
@@ -217,9 +217,9 @@ def check_lora_config(
 
 
 def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
-    """The memo of a deep copy on the meta device, with plain Linears for layers that are to be
-    packed anew, that shares what bitsandbytes has packed: its
-    Parameters carry their own state, and moving them would move the model's."""
+    """Return the memo for a deep copy on the meta device, with plain Linears in place of layers
+    that are to be packed anew. The copy shares what bitsandbytes has packed: these Parameters
+    carry state, and moving the copy's would move the model's."""
     memo: dict[int, object] = {}
     for module in modules:
         if isinstance(base_of(module), RepackedBase):
@@ -240,16 +240,16 @@ def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:
 
 
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """The PeftModel PEFT makes of `model`, with our layer where the base is packed."""
+    """Return the PeftModel that PEFT makes of `model`, with our layers over packed bases."""
     config = copy.deepcopy(config)
-    # The hook below would do, but PEFT would first warn of a Conv1D's fan_in_fan_out.
+    # The hook below would suffice, but PEFT would first warn of a Conv1D's fan_in_fan_out.
     config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     return get_peft_model(model, config)
 
 
 def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
-    """Gives an adapter layer its class when PEFT, which knows no packed Linear unless a config
-    names it, makes the layer over one: before the adapter is made, and whoever attaches it."""
+    """Give an adapter layer that PEFT makes over a packed Linear its class, before the adapter is
+    made and whoever attaches it: PEFT knows no packed Linear unless a config names it."""
     if name == "model" and isinstance(layer, BaseTuner) and base is not None:
         methods.check_first(layer, base)
     if name == "base_layer" and isinstance(layer, BaseTunerLayer) and hasattr(type(base), "packed"):
@@ -262,8 +262,8 @@ register_module_module_registration_hook(_adopt_new)
 
 
 def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
-    """Puts `linear` where the site's Linear is, under its adapter if it has one; returns the name
-    of that place."""
+    """Put `linear` in the place of the site's Linear, under its adapter if it has one; return the
+    name of that place."""
     module = model.get_submodule(site)
     wrapper: Any = module
     move_hook(getattr(wrapper, "base_layer", wrapper), linear)
@@ -277,9 +277,9 @@ def replace_base(model: nn.Module, site: str, linear: QuantizedLinear) -> str:
 
 
 def adopt_adapter_layer(module: nn.Module) -> None:
-    """Gives a stock LoRA layer of a Linear the class by which compiled code reads its adapters by
-    slots, DoRA is written as plain LoRA, and merging packs a packed base anew. A packed weight is
-    never [K, N], whatever the layer's config says of it (fan_in_fan_out), ours included."""
+    """Give a stock LoRA layer of a Linear our class, by which compiled code reads adapters by
+    slots, DoRA is computed as plain LoRA, and merging packs a packed base anew. A packed weight is
+    never [K, N], whatever the layer's config says (fan_in_fan_out)."""
     if isinstance(module, LoraLayer):
         _give_own_class(module, module.get_base_layer())
         if isinstance(module, QuantizedLoraLinear):
@@ -299,8 +299,8 @@ def _give_own_class(layer: nn.Module, linear: nn.Module | None) -> None:
 
 
 def _own_class(layer: Any, linear: Any) -> type[nn.Module] | None:
-    """The class of ours that stands for a stock adapter layer over `linear`; None where the layer
-    stays as it is: ours already, or over something else than a Linear."""
+    """Return our class for a stock adapter layer over `linear`; None if the layer keeps its class
+    because it is ours already, or not over a Linear."""
     if type(layer) is LoraLinear:
         if isinstance(linear, QuantizedLinear):
             return QuantizedLoraLinear

@@ -1,4 +1,4 @@
-"""Batches in which each row is given its adapter, by PEFT's adapter_names or by aLoRA."""
+"""Batches whose rows each have their own adapter, by PEFT's adapter_names or by aLoRA."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _OF_ROWS = {"adapter_names", "alora_offsets"}
 
 
 def is_given_by_row(functions: Iterable[object], kwargs: Mapping[str, Any]) -> bool:
-    """Whether each row of a call is given its adapter: by one of the hooks `functions`, as PEFT
-    tells it to the layers inside a block, or by the block's own `kwargs`."""
+    """Whether each row of a call has its own adapter, given by one of the hooks `functions`, which
+    PEFT puts on layers inside a block, or by the block's own `kwargs`."""
     return not _OF_ROWS.isdisjoint(kwargs) or any(map(_is_pefts, functions))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
@@ -14,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
-    """Return the forward of a module's class without transformers' checkpointing around it."""
+    """Return the forward of a module's class, without transformers' checkpointing around it."""
     forward: Any = module_class.forward
     # Older versions of transformers checkpoint in __call__, not around the forward.
     while getattr(forward, "__code__", None) and (
@@ -25,7 +26,7 @@ def own_forward(module_class: type[nn.Module]) -> Callable[..., Any]:
 
 
 def checkpoints(module: nn.Module) -> bool:
-    """Whether the forward of the block's class would now checkpoint; `own_forward` never does."""
+    """Whether the forward of the block's class would checkpoint now; `own_forward` never does."""
     return (
         isinstance(module, GradientCheckpointingLayer)
         and module.gradient_checkpointing
@@ -45,10 +46,12 @@ def is_inside(name: str, outer: str) -> bool:
 
 
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of the blocks that a model repeats, empty if there are none.
+    """Return the names of the blocks that a model repeats; empty if there are none.
 
-    These are transformers' checkpointing layers, only outermost ones; if there are none, the
-    children of the longest ModuleList whose children are all of one class.
+    The blocks are transformers' outermost checkpointing layers; else the classes that a model of
+    diffusers declares; else the modules of the class that the longest list consists of, wherever
+    they stand in such lists. A list is a ModuleList or Sequential of modules of one class; lists
+    that hold Linears come first.
     """
     blocks: list[str] = []
     for name, module in modules.items():
@@ -57,14 +60,28 @@ def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
             blocks.append(name)
     if blocks:
         return blocks
+    declared = {
+        n for each in modules.values() for n in getattr(each, "_repeated_blocks", None) or ()
+    }
+    if declared:
+        return [name for name, module in modules.items() if type(module).__name__ in declared]
     lists = [
         list(module)
         for module in modules.values()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in module}) == 1
+        and not isinstance(module[0], nn.Linear | BaseTunerLayer)
     ]
-    longest = max(lists, key=len, default=[])
+    with_linears = [
+        each for each in lists if any(isinstance(inner, nn.Linear) for inner in each[0].modules())
+    ]
+    longest = max(with_linears or lists, key=len, default=[])
+    if len(longest) < 2:
+        return []
     names = {id(module): name for name, module in modules.items()}
-    return [names[id(child)] for child in longest] if len(longest) > 1 else []
+    return [
+        names[id(child)] for each in lists if type(each[0]) is type(longest[0]) for child in each
+    ]
 
 
 def kept_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -100,7 +117,7 @@ def _site(name: str) -> str:
 
 
 def full_precision_linears(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Return the sites of Linears that transformers keeps in float32 whatever the model's dtype."""
+    """Return the sites of Linears that transformers always keeps in float32."""
     found = set()
     for prefix, inner in _pretrained(modules).items():
         kept = {*(inner._keep_in_fp32_modules or ()), *(inner._keep_in_fp32_modules_strict or ())}
@@ -115,11 +132,11 @@ def full_precision_linears(modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> RemovableHandle | None:
-    """Hook `model` so that calls without use for a key-value cache build none; return the hook.
+    """Hook `model` so that calls in training mode or with labels build no key-value cache.
 
-    These are calls in training mode or with labels. transformers' decoders build a cache by
-    default, in training too, and blocks do not run compiled with one. A caller's own `use_cache` is
-    respected. Returns None if the model takes no `use_cache`, or has the hook.
+    transformers' decoders build a cache by default, even in training, and blocks do not run
+    compiled with one. A caller's own `use_cache` is respected. Returns the hook; None if the model
+    takes no `use_cache`, or has the hook already.
     """
     pretrained = _pretrained(modules)
     if not pretrained:
@@ -139,7 +156,7 @@ def skip_unused_cache(model: nn.Module, modules: Mapping[str, nn.Module]) -> Rem
 def _takes_use_cache(models: list[PreTrainedModel]) -> bool:
     """Whether the first model takes `use_cache`, by name or by passing keywords to an inner model.
 
-    `models`: a model and those inside it. LLaVA and GraniteMoE no longer have it by name.
+    `models`: a model and those inside it. LLaVA and GraniteMoE no longer take it by name.
     """
     outer, *inner = (inspect.signature(type(each).forward).parameters for each in models)
     hands_on = any(p.kind is p.VAR_KEYWORD for p in outer.values())
@@ -155,7 +172,7 @@ def _without_cache(
 
 
 def example_call(model: nn.Module) -> dict[str, Any] | None:
-    """Return small inputs to call the model with, None if `model` is no PreTrainedModel."""
+    """Return small inputs to call the model with, None if `model` is not a PreTrainedModel."""
     if not isinstance(model, PreTrainedModel):
         return None
     inputs = dict(model.dummy_inputs)

@@ -1,9 +1,9 @@
 """Inner outputs (attentions, router logits, …), which transformers collects by forward hooks.
 
-transformers puts such a hook on a module once, for good. A model's call may have a collector, a
+transformers puts a hook on each module, once and for good. A model's call may have a collector, a
 dictionary of lists by key. The hook appends the module's output to the list of its key, if the
-collector has that key. The collector is held by a ContextVar, which Dynamo cannot read. Compiled
-code therefore fills a collector of its own and returns the collector beside its result.
+collector has that key. The collector is in a ContextVar, which Dynamo cannot read. Compiled code
+therefore fills a collector of its own and returns it beside its result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import _active_collector, install_outpu
 
 
 def _capturing_code() -> object:
-    """Return the code object that all of transformers' hooks share, from a hook made for this."""
+    """Return the code object that all of transformers' hooks share, read from a hook made here."""
     module = nn.Module()
     install_output_capuring_hook(module, "", 0)
     (hook,) = module._forward_hooks.values()
@@ -40,7 +40,7 @@ def captured_key(function: Any) -> str | None:
 
 
 def collected_keys(keys: Iterable[str]) -> tuple[str, ...]:
-    """Return those `keys` that the call under way collects, sorted."""
+    """Return, sorted, those `keys` that the call under way collects."""
     collector = _active_collector.get() or {}
     return tuple(sorted(set(keys) & collector.keys()))
 
@@ -62,8 +62,8 @@ def collecting(forward: Callable[..., Any], keys: Iterable[str]) -> Callable[...
 def append_collected(collected: Mapping[str, list[Any]]) -> None:
     """Append the outputs that a block has collected to the collector of the call under way.
 
-    While a checkpoint recomputes the block there is no such collector, and nothing to append: the
-    forward has done so before.
+    While a checkpoint recomputes the block there is no collector and nothing to append: the
+    forward has appended the outputs before.
     """
     collector = _active_collector.get()
     if collector is not None:

@@ -34,9 +34,9 @@ from qlora_compile.row_errors import RowColumnsError, RowTypeError
 class Batching:
     """Turns a list of token dicts into one batch, padded on the right.
 
-    With `add_labels` the labels are the inputs. Padding is recognised by its position and not by
-    its token: in many models the pad token is also the end-of-text token, and that must stay a
-    label where it ends a text. With `float_labels` labels are no classes.
+    With `add_labels` the labels are the inputs. Padding is recognised by position and not by token:
+    in many models the pad token is also the end-of-text token, which must stay a label at the end
+    of a text. With `float_labels` labels are numbers, not classes.
     """
 
     pad_token: int
@@ -71,7 +71,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """Turns rows of text into token dicts. limit: where to cut texts, in tokens; None: nowhere."""
+    """Turns rows of text into token dicts. limit: the tokens to cut texts at, None to cut none."""
 
     tokenizer: Any
     limit: int | None
@@ -83,8 +83,8 @@ class Tokenizing:
 
         Raises:
             TokenizerMissingError: there is no tokenizer.
-            DatasetTypeError, RowColumnsError: a row is no text.
-            RowTypeError: a text is no string.
+            DatasetTypeError, RowColumnsError: a row is not text.
+            RowTypeError: a text is not a string.
             EmptyDatasetError: all texts are blank.
         """
         if self.tokenizer is None:
@@ -110,7 +110,7 @@ class Tokenizing:
 
 
 class _CheckedStream(IterableDataset):
-    """Checks each row of a stream when it comes."""
+    """Checks each row of a stream when it arrives."""
 
     def __init__(self, stream: Any, rules: RowRules) -> None:
         self.stream, self.rules = stream, rules
@@ -138,7 +138,7 @@ def prepare(
     Raises:
         OutOfRangeError: max_length is below 1.
         SequenceLengthError: max_length is more than the model can take.
-        DatasetTypeError: the dataset is of no kind that can be trained on.
+        DatasetTypeError: datasets of this type cannot be trained on.
         EmptyDatasetError: the dataset holds no examples.
         TokenizerMissingError: the dataset holds text, and there is no tokenizer.
         NoLossError: the model takes no labels.
@@ -232,8 +232,8 @@ def label_names(model: Any) -> list[str]:
 
 
 def _library_class(library: str, name: str) -> Any:
-    """Return a class of a library that is optional here, None if nobody has imported it: then no
-    dataset is of that class."""
+    """Return a class of an optional library; None if the library is not imported, as then no
+    dataset has that class."""
     return getattr(sys.modules.get(library), name, None)
 
 

@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024) in a form that the passes match as LoRA: y = m / ‖W + sBA‖ ⊙ (W + sBA) x.
 
-PEFT still does parameters, files, merging and switching; only the product is written differently.
-The norm of each row is a constant to autograd, as in the paper (section 4.3). It is computed
-without a [N, K] tensor:
+Parameters, files, merging and switching are PEFT's; only the product is computed differently. The
+norm of each row is a constant to autograd, as in the paper (section 4.3), and is computed without
+an [N, K] tensor:
 
     ‖W + sBA‖² = ‖W‖² + 2s (B ⊙ W Aᵀ) 1 + s² (B (A Aᵀ) ⊙ B) 1
 """
@@ -53,7 +53,7 @@ class FactoredDora(DoraLinearVariant):
 
 
 class DoraLayer(SlottedLayer):
-    """Mixin, put before a PEFT adapter layer among the bases, that runs DoRA by its factors.
+    """Mixin, listed before a PEFT adapter layer among the bases, that runs DoRA by its factors.
 
     `base_squared_norms`: ‖W‖² of each row, [N], float32 or wider, a buffer that is not saved. It is
     computed again after everything that changes the base weight: merging, loading, a cast.
@@ -116,8 +116,8 @@ class DoraLayer(SlottedLayer):
     def _adapted(self: Any, adapter: str, x: Tensor) -> Tensor:
         """Return the layer's output as one LoRA product without bias, scaled, plus the bias.
 
-        With dropout, PEFT scales W drop(x) and not W x. Here too, and W (x - drop(x)), which is
-        then missing from the base's product, is added.
+        With dropout, PEFT scales W drop(x) and not W x. So does this, and adds W (x - drop(x)),
+        which is then missing from the base's product.
         """
         base = self.get_base_layer()
         dropped = self.lora_dropout[adapter](x)

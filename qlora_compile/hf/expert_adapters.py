@@ -20,10 +20,10 @@ from qlora_compile.modules.experts import PackedExperts
 
 # PEFT recognises its wrapper by this very name when a further adapter is added.
 class ParamWrapper(MergesInPlace, SlottedLayer, PeftParamWrapper):
-    """PEFT's wrapper without a parametrization, which would break graphs.
+    """PEFT's wrapper, without its parametrization, which would break graphs.
 
     If our op computes the wrapped experts, the base layer is called with the low-rank factors. Any
-    other base layer is called with the adapted parameter in place of its own, during the call only.
+    other base layer has the adapted parameter in place of its own during the call.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,7 +110,7 @@ class ParamWrapper(MergesInPlace, SlottedLayer, PeftParamWrapper):
 
     @contextmanager
     def _unpacked(self, packed: PackedExperts) -> Iterator[nn.Parameter]:
-        """Give the base layer its unpacked parameter inside, and yield that."""
+        """Give the base layer its unpacked parameter inside the context, and yield it."""
         base, name = self.get_base_layer(), self.parameter_name
         displace(base, name)
         parameter = packed.parameter()
@@ -132,7 +132,7 @@ def adopt(module: nn.Module) -> None:
 
 
 def _adopt_new(layer: nn.Module, name: str, base: nn.Module | None) -> None:
-    """Adopt a wrapper of PEFT's that is made over experts that our op computes.
+    """Adopt a PEFT wrapper that is being made over experts that our op computes.
 
     The wrapper reads its parameter, which may be packed, only after it has registered its base.
     """

@@ -1,8 +1,8 @@
 """Experts: makes transformers' mixture-of-experts layers compute with our op.
 
-Their 3-D weights are no Linears. A class decorated with `use_experts_implementation` dispatches by
-its config to an implementation registered with transformers; ours is one. Llama 4's class has no
-such hook, so its modules become instances of a subclass.
+The 3-D weights of these layers are not Linears. A class decorated with `use_experts_implementation`
+calls the implementation, registered with transformers, that its config names; ours is one. Llama
+4's class has no such hook, so its modules become instances of a subclass.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ExpertSite:
 
     @property
     def obstacle(self) -> str | None:
-        """Why our op cannot compute with the weight, and transformers does; None if it can."""
+        """Why transformers computes with the weight, and not our op; None if our op does."""
         if self.copied:
             return "it is trained in full (modules_to_save)"
         reason = _obstacle(self.module)
@@ -85,7 +85,7 @@ def sites(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSite]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             copies.append(f"{path}.modules_to_save.")
             copied.append(f"{path}.original_module")
-        # In all model types transformers names its classes that hold experts' weights so.
+        # transformers' classes with experts' weights have such names in all model types.
         is_named = "Expert" in type(module).__name__ and not isinstance(module, PackedExperts)
         if not is_named or path.startswith(tuple(copies)):
             continue
@@ -153,8 +153,8 @@ def pack(
 ) -> None:
     """Pack the weights of all experts that our op can compute, one at a time.
 
-    keep_trained: whether to leave experts alone that have a trained parameter; if not, these are
-    packed too, and frozen with their biases. options: those of the format.
+    keep_trained: whether to leave experts with a trained parameter alone; if not, they are packed
+    too, and frozen with their biases. options: those of the format.
     """
     for name, site in packable(sites, keep_trained=keep_trained).items():
         packed = PackedExperts.from_parameter(
@@ -169,7 +169,7 @@ def pack(
 
 
 def settle(module: nn.Module, name: str, packed: PackedExperts) -> None:
-    """`place` a packed weight for good: PEFT finds it under its name, and nothing is trained."""
+    """`place` a packed weight for good: PEFT finds it by its name, and it is frozen."""
     place(module, name, packed)
     # PEFT finds the parameters that it adapts by this method of the module that has them.
     named: Any = partial(_parameters, module)
@@ -181,16 +181,16 @@ def settle(module: nn.Module, name: str, packed: PackedExperts) -> None:
 def place(module: nn.Module, name: str, packed: PackedExperts) -> None:
     """Let the attribute `name` of an experts module be a packed weight.
 
-    The weight is registered by another name: `target_modules` of PEFT may name Linears of the same
-    name elsewhere, and PEFT raises if a module that matches is none that it can adapt.
+    The packed module is registered by another name, because PEFT's `target_modules` may name
+    Linears of the same name elsewhere, and PEFT raises if it cannot adapt a module that matches.
     """
     module.add_module(name + PACKED_EXPERTS, packed)
-    # Past nn.Module's own way, which would register the weight by this name too.
+    # Not by setattr, with which nn.Module would register the weight by this name too.
     module.__dict__[name] = packed
 
 
 def displace(module: nn.Module, name: str) -> None:
-    """Take a packed weight away that `place` has put there."""
+    """Remove a packed weight that `place` has put there."""
     del module.__dict__[name]
     delattr(module, name + PACKED_EXPERTS)
 
@@ -198,8 +198,8 @@ def displace(module: nn.Module, name: str) -> None:
 def _parameters(
     module: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of `module` as its class does, and packed weights by their own names, in
-    the order that they had as parameters: PEFT wraps the module once for each."""
+    """Yield the parameters of `module`, and its packed weights by their own names, in the order
+    that they had as parameters: PEFT wraps the module once for each."""
     yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
     # FSDP2 asks for duplicates, and would move the weight to this name.
     if not recurse and remove_duplicate:
@@ -215,7 +215,7 @@ def packable(sites: Mapping[str, ExpertSite], *, keep_trained: bool) -> dict[str
 
 
 def adopt(sites: Iterable[ExpertSite]) -> None:
-    """Let our op compute all experts but those with an obstacle."""
+    """Have our op compute all experts without an obstacle."""
     own_configs: dict[int, Any] = {}
     for site in sites:
         module: Any = site.module
@@ -250,9 +250,9 @@ def experts_forward(
     """Compute the experts of a layer; this is the implementation registered with transformers.
 
     hidden_states: [T, H]. top_k_index, top_k_weights: [T, top_k], the experts of each token and
-    their weights. factors: those of the adapters, by the weight's name. Returns [T, H]. An index
+    their weights. factors: the adapters' factors, by the weight's name. Returns [T, H]. An index
     past the last expert contributes nothing. No control flow or shape depends on data, so Dynamo
-    captures this without a graph break.
+    captures this function without a graph break.
     """
     tokens, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1))
@@ -280,7 +280,7 @@ class FusedLlama4Experts(Llama4TextExperts):
     def forward(
         self, hidden_states: Tensor, factors: Mapping[str, Factors] | None = None
     ) -> Tensor:
-        """Compute the experts of hidden_states [E * T, H], sorted by expert; returns that shape."""
+        """Compute the experts of hidden_states [E * T, H], sorted by expert; return [E * T, H]."""
         rows = hidden_states.shape[0] // self.num_experts
         device = hidden_states.device
         offsets = torch.arange(1, self.num_experts + 1, device=device, dtype=torch.int32) * rows
@@ -293,7 +293,7 @@ def _linear(
 ) -> Tensor:
     """Multiply x with the weight `name` of each expert, and add bias and adapter.
 
-    All products run in the weight's dtype, with autocast or without, as in transformers'
+    All products run in the weight's dtype, with or without autocast, as in transformers'
     grouped_mm. offsets: the end of each expert's rows in x. Raises FrozenExpertsError if the weight
     or the bias requires a gradient.
     """

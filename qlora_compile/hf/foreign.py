@@ -13,7 +13,7 @@ _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def obstacle(linear: LinearSite) -> str | None:
-    """Return why the weight of a Linear is no matrix of numbers, None if it is one."""
+    """Return why the weight of a Linear is not a matrix of numbers, None if it is one."""
     weight = linear.weight
     if not _is_plain(weight):
         return f"its weight is a {_name(weight)}, which only that class's code reads"
@@ -28,14 +28,14 @@ def stored_as(weight: Tensor) -> str:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether torch computes with the memory of `weight`, and no subclass of Tensor intervenes."""
+    """Whether torch itself computes with the memory of `weight`, without a subclass of Tensor."""
     own, plain = (getattr(each, "__torch_dispatch__") for each in (type(weight), Tensor))  # noqa: B009
     return own is plain and not _intervenes(type(weight))
 
 
 def _intervenes(cls: type[Tensor]) -> bool:
-    """Whether a class handles torch's functions itself. Modes, which the class does not know of,
-    do not count: transformers makes models inside one."""
+    """Whether a class handles torch's functions itself. Modes, which are not the class's, do not
+    count: transformers makes models inside one."""
     own: Any = cls.__torch_function__
     plain: Any = Tensor.__torch_function__
     return (
@@ -50,8 +50,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def acts_as_linear(module: nn.Module) -> bool:
-    """Whether `module` is none, but holds tensors and has a Linear's sizes or name, as the layers
-    of HQQ, GPTQ and AWQ do."""
+    """Whether `module` is not `is_linear`, but holds tensors and has a Linear's sizes or name, as
+    the layers of HQQ, GPTQ and AWQ do."""
     if is_linear(module) or not any(t is not None for t in _own_tensors(module)):
         return False
     return sizes(module) != (0, 0) or type(module).__name__.endswith("Linear")
@@ -62,7 +62,7 @@ def _own_tensors(module: nn.Module) -> tuple[Tensor | None, ...]:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Return (N, K) of a module that is or acts as a Linear, zeros where it does not tell them."""
+    """Return (N, K) of a module that is or acts as a Linear, with zeros for unknown sizes."""
     if isinstance(module, LinearSite):
         return features(module)
     for n, k in (("out_features", "in_features"), ("outfeatures", "infeatures")):

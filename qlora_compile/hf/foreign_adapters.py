@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers of its own for other libraries' Linears, once such a Linear is packed anew."""
+"""PEFT's LoRA layers for other libraries' Linears, after such a Linear has been packed anew."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 _PLACES = tuple(f"peft.tuners.lora.{name}" for name in ("awq", "gptq", "hqq", "torchao"))
 _ALIAS = "quant_linear_module"
-"""A second name that PEFT gives the layer below."""
+"""PEFT's second name for the layer below."""
 
 
 def is_of_library(layer: object) -> bool:
@@ -15,7 +15,7 @@ def is_of_library(layer: object) -> bool:
 
 
 def settle(layer: Any) -> None:
-    """Give `layer`, whose class is to be one of a plain Linear's, what such a layer has, and take
-    the replaced Linear out of it."""
+    """Give `layer`, which is to get the class for plain Linears, the attributes of that class, and
+    remove the replaced Linear from it."""
     layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
     layer._modules.pop(_ALIAS, None)

@@ -23,19 +23,19 @@ class TrainedInFullWarning(UserWarning):
 def is_partly_frozen(modules: Mapping[str, nn.Module]) -> bool:
     """Whether the model of these `modules` has adapters, or a parameter that is not trained.
 
-    If it has neither, nobody has chosen what to train: in a model that has just been loaded all
-    weights require a gradient.
+    If it has neither, nobody has chosen what to train: all weights of a model that has just been
+    loaded require a gradient.
     """
     parameters = (p for module in modules.values() for p in module.parameters(recurse=False))
     return adapters.has_adapters(modules) or not all(p.requires_grad for p in parameters)
 
 
 def warn(weights: Collection[Any]) -> None:
-    """Warn of the `weights` that `quantize` leaves alone."""
+    """Warn of the `weights` that `quantize` does not pack."""
     size = sum(weight.nbytes for weight in weights)
     message = (
-        f"{len(weights)} weights ({size:,} bytes) are trained in full, or belong to a layer of "
-        "experts that has such weights, and stay unquantised; to have them packed, call "
+        f"{len(weights)} weights ({size:,} bytes) stay unquantised, because they, or other weights "
+        "of the same layer of experts, are trained in full; to pack them, call "
         "requires_grad_(False) on their layers before optimize()"
     )
     warnings.warn(message, TrainedInFullWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""Writes text with a model: the answer to a prompt or to a chat."""
+"""Generates text with a model: the answer to a prompt or to a chat."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def streamed(
     without_adapter: bool,
     **options: Any,
 ) -> str:
-    """Return the answer to a chat, and write it to standard output while it comes.
+    """Return the answer to a chat, and write it to standard output as it is generated.
 
     without_adapter: let the base model answer. Otherwise as `written`.
     """

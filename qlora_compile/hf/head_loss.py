@@ -7,7 +7,7 @@ In a training call with labels the hooks give the head no rows, and replace its 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,11 +22,10 @@ from transformers.utils import ModelOutput
 from qlora_compile.errors import LogitsFreeLossError
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.blocks import example_call
-from qlora_compile.hf.head_operands import head_operands
+from qlora_compile.hf.head_operands import HeadLoss, head_operands
 from qlora_compile.hf.lazy_logits import LazyLogits
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.hf.replaced_forward import plain_function, qualified_name, replaced_forward
-from qlora_compile.kernels.head_loss import chunked_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _LOW_PRECISION_TOLERANCE = 2e-2  # the two ways round logits before the softcap or after it
@@ -48,8 +47,8 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
     """Raise LogitsFreeLossError unless the loss of `model` can be computed without its logits.
 
     whole: whether the model is to be compiled as one region. example_inputs: keyword arguments of
-    the model, None for inputs of the model's own. The model is called twice, with its logits and
-    without, to compare the losses, and is left as it was.
+    the model, None for its dummy inputs. The model is called twice, with its logits and without,
+    to compare the losses, and is left as it was.
     """
     base: Any = base_model(model)
     name = type(base).__name__
@@ -58,20 +57,20 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
         return LogitsFreeLossError(model=name, problem=problem)
 
     if not isinstance(base, PreTrainedModel):
-        raise refuse("is no transformers model")
+        raise refuse("is not a transformers model")
     head = base.get_output_embeddings()
     if head is None:
         raise refuse("has no output head")
     if base.loss_function is not ForCausalLMLoss:
-        raise refuse("has a loss of its own, not transformers' ForCausalLMLoss")
+        raise refuse("computes its loss by other code than transformers' ForCausalLMLoss")
     if "labels" not in inspect.signature(type(base).forward).parameters:
         raise refuse("takes no labels")
     if whole:
-        raise refuse("would be compiled as a whole, its head included")
+        raise refuse("would be compiled as a whole, including its head")
     if (forward := replaced_forward(head)) is not None:
-        raise refuse(f"has a head whose forward is {qualified_name(forward)}")
+        raise refuse(f"has a head whose forward is replaced by {qualified_name(forward)}")
     if head_operands(head) is None:
-        raise refuse(f"has a head that is not known, a {type(head).__name__}")
+        raise refuse(f"has a head of an unknown class, {type(head).__name__}")
     inputs = dict(example_inputs or example_call(base) or {})
     ids = inputs.get("input_ids")
     if inputs.get("labels") is None:
@@ -88,7 +87,9 @@ def check(model: nn.Module, *, whole: bool, example_inputs: Mapping[str, Any] | 
         raise refuse("makes its logits without calling its head")
     tolerance = _TOLERANCE.get(base.dtype, _LOW_PRECISION_TOLERANCE)
     if not torch.allclose(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise refuse(f"has a loss of {float(plain):.6g}, which would become {float(ours):.6g}")
+        raise refuse(
+            f"has a loss of {float(plain):.6g}, which would be {float(ours):.6g} without logits"
+        )
 
 
 def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
@@ -102,36 +103,48 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 def described(model: nn.Module) -> str | None:
-    """Say what computes the loss in training, None without the hooks of `LogitsFreeLoss`."""
+    """Return what computes the loss in training; None without the hooks of `LogitsFreeLoss`."""
     base: Any = base_model(model)
-    if not isinstance(base.__dict__.get("_loss_function"), _Loss):
+    loss = base.__dict__.get("_loss_function")
+    if not isinstance(loss, _Loss):
         return None
+    if loss.mismatch is not None:
+        return f"computed from the logits, because without them {loss.mismatch}"
     forward = replaced_forward(base)
     if forward is None:
         return "computed without logits"
-    # TRL's trainers, for example, compute it from the head's input and weight by themselves. The
-    # name of their forward is the model's own.
+    # For example, TRL's trainers compute the loss from the head's input and weight themselves.
+    # Their forward bears the name of the model's own.
     module = getattr(plain_function(forward), "__module__", None)
     module = getattr(plain_function(forward), "__globals__", {}).get("__name__", module)
     return f"left to the forward that {module} has put in place of the model's"
 
 
+def check_of(model: nn.Module) -> Any:
+    """Return the `check` that LogitsFreeLoss was given, None without one."""
+    return getattr(base_model(model).__dict__.get("_loss_function"), "check", None)
+
+
 class LogitsFreeLoss:
-    """The hooks of one model. model: the module that users call, perhaps a PeftModel.
+    """The hooks of one model. model: the module that users call, perhaps a PeftModel. check: is
+    shown every loss before it is computed, and returns what is wrong with computing it without
+    logits, or None.
 
     Raises LogitsFreeLossError if an adapter on the head is of a kind that `head_operands` does not
     know.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, check: Callable[[HeadLoss], str | None] | None = None
+    ) -> None:
         base: Any = base_model(model)
         head: Any = base.get_output_embeddings()
         self.model = base
         self.name = type(base).__name__
         if head_operands(head) is None:
-            problem = f"has an adapter on its head that is not known, a {type(head).__name__}"
+            problem = f"has an adapter of an unknown class on its head, {type(head).__name__}"
             raise LogitsFreeLossError(model=self.name, problem=problem)
-        base.loss_function = _Loss(base.loss_function)
+        base.loss_function = _Loss(base.loss_function, check)
         # Not on `base`: a PeftModel calls the forward of the model inside directly, and the hooks
         # there would not run.
         self.handles: list[RemovableHandle] = [
@@ -150,7 +163,7 @@ class LogitsFreeLoss:
         wants_loss = module.training and kwargs.get("labels") is not None
         kept = kwargs.get("logits_to_keep")
         keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
-        # Set in every call, so that nothing remains of an earlier one that was interrupted.
+        # Set in every call, so that nothing remains of an interrupted call.
         logits_free = wants_loss and keeps_all and not torch.compiler.is_compiling()
         _CALL.set(_Call(self.name) if logits_free else None)
 
@@ -191,16 +204,23 @@ def _without_logits(output: Any) -> Any:
 class _Loss:
     """Stands for the model's `loss_function`, and is `plain` unless the logits are LazyLogits."""
 
-    def __init__(self, plain: Any) -> None:
-        self.plain = plain
+    def __init__(self, plain: Any, check: Callable[[HeadLoss], str | None] | None) -> None:
+        self.plain, self.check = plain, check
+        self.mismatch: str | None = None
 
     def __call__(self, logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(logits, LazyLogits):
             return self.plain(logits, labels, *args, **kwargs)
-        return _causal_loss(logits, labels, *args, **kwargs)
+        return _causal_loss(self._computed, logits, labels, *args, **kwargs)
+
+    def _computed(self, loss: HeadLoss) -> Tensor:
+        if self.check is not None:
+            self.mismatch = self.check(loss)
+        return loss.without_logits() if self.mismatch is None else loss.with_logits()
 
 
 def _causal_loss(
+    computed: Callable[[HeadLoss], Tensor],
     logits: LazyLogits,
     labels: Tensor,
     vocab_size: int,
@@ -209,7 +229,10 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute transformers' ForCausalLMLoss, with the same arguments, from the head's input."""
+    """Compute transformers' ForCausalLMLoss, with the same arguments, from the head's input.
+
+    computed: returns the loss of a HeadLoss.
+    """
     if vocab_size != logits.shape[-1]:
         problem = f"has {logits.shape[-1]} logits for {vocab_size} words"
         raise LogitsFreeLossError(model=logits.model, problem=problem)
@@ -219,19 +242,16 @@ def _causal_loss(
     assert operands is not None
     # accelerate moves what the head is given to the head's device.
     hidden = logits.hidden.to(logits.device)
-    loss = chunked_cross_entropy(
+    head_loss = HeadLoss(
         hidden.reshape(-1, hidden.shape[-1]),
-        operands.weight,
         shift_labels.reshape(-1).to(logits.device),
-        bias=operands.bias,
-        lora_a=operands.lora_a,
-        lora_b=operands.lora_b,
-        scaling=operands.scaling,
+        operands,
         softcap=logits.softcap,
         logit_scale=logits.logit_scale,
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )
+    loss = computed(head_loss)
     if num_items_in_batch is None:
         return loss
     if isinstance(num_items_in_batch, Tensor):

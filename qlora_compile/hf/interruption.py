@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: end it after a whole step, from where a checkpoint goes on."""
+"""Ctrl-C and SIGTERM end a training after a whole step, with a checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Interruption(TrainerCallback):
         Raises:
             TrainingInterrupt: one of them came.
         """
-        # Elsewhere than in the main thread, or with a handler of the user's, a signal is not ours.
+        # Leave signals alone outside the main thread, and if the user has a handler.
         alone = threading.current_thread() is threading.main_thread()
         before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         ours = [each for each, usual in before.items() if alone and signal.getsignal(each) is usual]
@@ -91,8 +91,8 @@ class Interruption(TrainerCallback):
         folder = self.output_dir and last_checkpoint(Path(self.output_dir), state.global_step)
         if not folder:
             return (
-                f"{done}, and nothing was saved; the model has the adapters as trained so far, "
-                "and save(path) writes them"
+                f"{done}, and nothing was saved; the model has the adapters as trained so far; "
+                "save(path) writes them"
             )
         return (
             f"{done}; {folder} holds adapter and training state; to go on from there, train with "

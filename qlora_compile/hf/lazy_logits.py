@@ -1,4 +1,4 @@
-"""LazyLogits: a placeholder for logits that are never made; it records what is done to them."""
+"""LazyLogits: a placeholder for logits that are never made; it records operations on them."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class LazyLogits:
 
     def __truediv__(self, divisor: Any) -> LazyLogits:
         if type(divisor) not in (int, float):
-            raise self._unknown(f"a quotient by a {type(divisor).__name__}")
+            raise self._unknown(f"a division by a {type(divisor).__name__}")
         return self * (1.0 / divisor)
 
     def __rtruediv__(self, dividend: Any) -> Any:
-        raise self._unknown("a quotient by them")
+        raise self._unknown("a division by the logits")
 
     def __add__(self, other: Any) -> Any:
         raise self._unknown("a sum")
@@ -96,7 +96,7 @@ class LazyLogits:
         raise self._unknown("indexing")
 
     def _unknown(self, operation: str) -> LogitsFreeLossError:
-        problem = f"does to its logits what is not supported: {operation}"
+        problem = f"applies to its logits an operation that is not supported: {operation}"
         return LogitsFreeLossError(model=self.model, problem=problem)
 
     @classmethod

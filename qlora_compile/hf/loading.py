@@ -29,6 +29,7 @@ from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.side_files import add_settings_beside, generation_config
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
+from qlora_compile.kernels.cpu.instructions import product_dtype
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,11 +47,10 @@ def compute_dtype() -> torch.dtype:
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return product_dtype(torch.bfloat16)
 
 
-# What transformers raises for a damaged config.json, by what is damaged.
+# What transformers raises for a damaged config.json, depending on the damage.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _UNREADABLE += (StrictDataclassError,)
 
@@ -59,7 +59,7 @@ def load_config(source: str | Path) -> Any:
     """Read a model's configuration, without its weights.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it is no model.
+        ModelNotFoundError: nothing is there, or it is not a model.
         CheckpointError: it is a GGUF file that cannot be read, or modelopt's settings cannot.
     """
     folder, options = _location(source)
@@ -91,11 +91,11 @@ def load_model(
 
     head: "causal" for that class, "score" for one number for each text, "classes" for logits of
     `labels`; both with a new head unless the checkpoint has one. device: where the weights of a
-    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed where a format
-    holds their blocks; else all are decoded.
+    quantised checkpoint go. keeps_blocks: whether weights of a GGUF file stay packed if a format
+    holds their blocks; if not, all are decoded.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it is no model.
+        ModelNotFoundError: nothing is there, or it is not a model.
         CheckpointMethodError: nothing here reads quantised checkpoints of this kind.
         CheckpointHeadError: a quantised checkpoint has no head of that kind.
         CheckpointError: a file of a quantised checkpoint cannot be read.
@@ -187,7 +187,7 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a configuration is that of a quantised checkpoint, which keeps its weights packed."""
+    """Whether a configuration belongs to a quantised checkpoint, whose weights stay packed."""
     return quantization_settings(config) is not None
 
 

@@ -21,7 +21,7 @@ def require_plain_model(model: object) -> None:
     """Check that a model is a transformers model that has no adapters yet.
 
     Raises:
-        ModelTypeError: it is no transformers model.
+        ModelTypeError: it is not a transformers model.
         AdaptersPresentError: it is a PeftModel.
     """
     if isinstance(model, PeftModel):

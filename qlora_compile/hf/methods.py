@@ -1,4 +1,4 @@
-"""PEFT's methods: which of them work over a packed weight, and the refusal of the others."""
+"""PEFT's methods: knows which work over a packed weight, and refuses the others."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _STOCK: tuple[type[nn.Module], ...] = (
     *(tuners.randlora.layer.Linear, tuners.road.layer.Linear, tuners.vblora.layer.Linear),
     *(tuners.vera.layer.Linear, tuners.waveft.layer.WaveFTLinear),
 )
-"""PEFT's adapter layers that read the base weight, and its dtype, only while they merge."""
+"""PEFT's adapter layers that read the base weight and its dtype only while they merge."""
 
 
 class Repacked(MergesInPlace):
-    """Mixin, put before an adapter layer of PEFT's over a QuantizedLinear among the bases: merging
-    unpacks the base weight and packs it again, unmerging gives back what was there before."""
+    """Mixin, listed before PEFT's adapter layer over a QuantizedLinear among the bases: merging
+    unpacks the base weight and packs it again, unmerging restores the earlier packed weight."""
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         base = self.get_base_layer()
@@ -76,8 +76,8 @@ def check(layer: nn.Module, base: QuantizedLinear) -> None:
 
 
 def check_first(tuner: BaseTuner, model: nn.Module) -> None:
-    """Make `tuner` refuse a config of a method that `model`'s packed weights rule out, before the
-    tuner changes the model."""
+    """Make `tuner`, before it changes the model, refuse a config whose method does not work over
+    the packed weights of `model`."""
     packed = (isinstance(module, QuantizedLinear) for module in model.modules())
     if method_of(tuner) != "lora" and any(packed):
         # The two methods that PEFT calls first, with a new tuner and with one more adapter.
@@ -106,7 +106,7 @@ def _check_config(tuner: Any, config: Any) -> None:
 
 
 def refuse(site: str, method: str | None) -> None:
-    """Raise AdapterMethodError if the adapter of `method` at a `site` rules out packing."""
+    """Raise AdapterMethodError if an adapter of `method`, at a `site`, prevents packing."""
     if method is not None and method not in WORKING:
         raise _error(site, method)
 

@@ -21,7 +21,7 @@ class Packing:
     """The weights of a skeleton that are packed in `format` with its `options`.
 
     Linears become packed modules without data at once, as transformers looks for the places of the
-    planes. Experts do so when their weight has come, since it comes by its own name.
+    planes. Experts become packed once their weight, which has a name of its own, has been read.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class Packing:
         return name in self._linears or name in self._experts
 
     def bytes_per_element(self, name: str, parameter: Tensor) -> float:
-        """Return what an element takes packed, of experts; a packed Linear's planes as they are."""
+        """Return the bytes of an element: of experts as packed, of a packed Linear's planes as
+        stored."""
         return self._format.bits / 8 if name in self._experts else parameter.element_size()
 
     def pack(self, name: str, weight: Tensor) -> dict[str, Tensor]:

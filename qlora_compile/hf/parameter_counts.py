@@ -1,9 +1,8 @@
-"""Counts of parameters by PEFT and transformers, in which a packed weight counts its elements.
+"""Corrects PEFT's and transformers' counts of parameters for packed weights.
 
-Both add up `numel()` of each Parameter, which for a packed weight counts stored codes, half of the
-weights of a 4-bit format, and the bytes of its scales. A Parameter that said otherwise would
-mislead whoever asks for its size to move, shard or store it, so the models' own methods are put
-right instead.
+Both add up `numel()` of each Parameter, which for a packed weight counts stored codes (half as many
+as weights in a 4-bit format) and the bytes of its scales. A Parameter with another `numel()` would
+mislead code that moves, shards or stores it, so the models' own methods are replaced instead.
 """
 
 from __future__ import annotations
@@ -54,12 +53,11 @@ class Parameters(_Count):
 
 
 _MARK = "_counts_packed_elements"
-"""The attribute of a quantised model by which a PeftModel that is made of it later is known."""
+"""The attribute of a quantised model by which a PeftModel made of it later is recognised."""
 
 
 def count_elements(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Let `model`, and all models among its `modules`, count elements of packed weights from now
-    on."""
+    """Have `model`, and all models among its `modules`, count the elements of packed weights."""
     setattr(base_model(model), _MARK, True)
     for module in modules:
         for count in (TrainableParameters, Parameters):
@@ -68,8 +66,8 @@ def count_elements(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def _count_attached(outer: nn.Module, name: str, model: nn.Module | None) -> None:
-    """Do so for a PeftModel that is made of a quantised model, by whomever."""
-    # PEFT's tuner, which is the model here, hands on the attributes of the model inside.
+    """Do so for a PeftModel that anybody makes of a quantised model."""
+    # The model here is PEFT's tuner, which passes on the attributes of the model inside.
     if hasattr(type(outer), TrainableParameters.method) and hasattr(model, _MARK):
         setattr(outer, TrainableParameters.method, TrainableParameters(outer))
 
@@ -80,7 +78,7 @@ register_module_module_registration_hook(_count_attached)
 def _elements_beyond_stored(model: nn.Module) -> int:
     """Return how many more elements the model's packed weights have than their Parameters."""
     packed = (module for module in model.modules() if isinstance(module, PackedModule))
-    # Not those whose weight is the decoded one, inside of `unpacked`; shared weights once.
+    # Skip modules whose weight is decoded, inside `unpacked`; count shared weights once.
     layouts = {
         id(module.weight): Layout.parse(module.layout)
         for module in packed

@@ -1,4 +1,4 @@
-"""left_as_found: runs a model without changing its state."""
+"""left_as_found: lets a model run without changing its state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """transformers' quantizer of our formats: packs a model while it is loaded, and loads packed ones.
 
 `from_pretrained(path, quantization_config=QloraCompileConfig("nf4"))` packs each weight as soon as
-it is read, merged and cast: never is more than one weight there in 16 bits. Folders that
+it is read, merged and cast, so that only one weight at a time exists in 16 bits. Folders that
 `qlora_compile.save` has written are loaded as they are.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,7 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_compile.kernels.formats.formats import format_named
-from qlora_compile.saving_errors import PackedFolderVersionError
+from qlora_compile.saving_errors import (
+    DiskOffloadError,
+    OldTransformersError,
+    PackedFolderVersionError,
+)
 
 METHOD = "qlora_compile"
 VERSION = 1
@@ -27,11 +32,11 @@ VERSION = 1
 
 
 class QloraCompileConfig(QuantizationConfigMixin):
-    """What `from_pretrained` packs a model in.
+    """The format in which `from_pretrained` packs a model.
 
-    format, options: as `quantize` and the options of its format in `qlora_compile.optimize`, such
-    as block_size=64, double_quantize=True or group_size=128. version: of a packed folder, in its
-    config.json; the folder says itself how its weights are stored.
+    format, options: as `quantize` and the format's options in `qlora_compile.optimize`, such as
+    block_size=64, double_quantize=True or group_size=128. version: the version of a packed folder,
+    in its config.json; the folder itself says how its weights are stored.
 
     Raises:
         UnknownFormatError, FormatOptionError, FormatOptionValueError, BlockSizeError,
@@ -76,15 +81,30 @@ class PackingQuantizer(HfQuantizer):
     def is_trainable(self) -> Any:
         return True
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot be loaded: called before files are looked for, and once more with the
+        final device map.
+
+        Raises:
+            OldTransformersError: a packed folder, and this transformers cannot be told its files.
+            DiskOffloadError: weights are to stay on disk.
+        """
+        if self.pre_quantized and not hasattr(HfQuantizer, "update_attn_implementation"):
+            raise OldTransformersError(value=transformers.__version__)
+        places = device_map if isinstance(device_map, Mapping) else {}
+        for site, place in places.items():
+            if str(place) == "disk":
+                raise DiskOffloadError(site=site or "the model")
+
     def is_serializable(self) -> Any:
-        """Return False: transformers' own saving would write codes under the names of weights.
+        """Return False, because transformers' own saving would write codes as if they were weights.
 
         The model's `save_pretrained` is `qlora_compile.save`.
         """
         return False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        # The only one of transformers' hooks that sees the config before files are looked for.
+        # transformers' only hook that gets the config before files are looked for.
         if self.pre_quantized:
             config.transformers_weights = f"{METHOD}.safetensors.index.json"
         return config

@@ -1,6 +1,6 @@
-"""Forwards that stand on a module's instance, before that of its class.
+"""Forwards on a module's instance, which replace the forward of its class.
 
-Trainers and other libraries put them there. accelerate's hooks do so too: they keep the forward
+Trainers and other libraries put them there, and so do accelerate's hooks, which keep the forward
 that they call in `_old_forward`.
 """
 
@@ -32,7 +32,7 @@ def qualified_name(function: Any) -> str:
 
 
 def _hook_code() -> object:
-    """Return the code object that all of accelerate's forwards share, from one made for this."""
+    """Return the code object that all of accelerate's forwards share, read from one made here."""
     return plain_function(add_hook_to_module(nn.Module(), ModelHook()).forward).__code__
 
 
@@ -44,7 +44,7 @@ def _is_of_accelerate(forward: object) -> bool:
 
 
 class PlacedHook(AlignDevicesHook):
-    """The hook of a module that lies on one device with its whole block: nothing is to be moved.
+    """The hook of a module that is on one device with its whole block, so that nothing is moved.
 
     Dynamo cannot trace accelerate's moving. Compiled code does without it.
     """
@@ -59,8 +59,8 @@ class PlacedHook(AlignDevicesHook):
 
 
 def place_hooks(block: nn.Module) -> None:
-    """Let compiled code run through accelerate's hooks inside `block` where these have nothing to
-    do: the block's own hook has moved the inputs to the only device that it and they know."""
+    """Let compiled code run through those of accelerate's hooks inside `block` that have nothing to
+    do: the block's own hook has moved the inputs to the one device of all of them."""
     own = {_device(hook) for hook in _hooks(block) if _places(hook)}
     devices = {tensor.device for tensor in (*block.parameters(), *block.buffers())} if own else own
     if not own or devices != own:
@@ -71,7 +71,7 @@ def place_hooks(block: nn.Module) -> None:
         placed = _places(hook) and devices == {_device(hook)} and _is_of_accelerate(forward)
         if placed and module is not block:
             hook.__class__ = PlacedHook
-            # Dynamo would compile each layer for itself: it knows partial objects by their id.
+            # Dynamo would compile each layer separately, because it identifies partials by id.
             module.__dict__["forward"] = MethodType(plain_function(forward), module)
 
 
@@ -94,22 +94,22 @@ def _hooks(module: nn.Module) -> Iterable[ModelHook]:
 
 
 def move_hook(module: nn.Module, successor: nn.Module) -> None:
-    """Give `successor` the hook of accelerate's that `module` has."""
+    """Give `successor` accelerate's hook of `module`."""
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         add_hook_to_module(successor, hook)
 
 
 class CompiledForward:
-    """What stands in the place of a forward and computes the same. replaced: the forward that stood
-    on the instance before, if any."""
+    """A forward on the instance that computes the same as the one it replaces. replaced: the
+    earlier forward on the instance, if any."""
 
     replaced: Callable[..., Any] | None = None
 
 
 def forward_place(module: nn.Module) -> str:
-    """Return the attribute that holds the forward which accelerate's hook calls, if there is one,
-    else that which a call of the module runs."""
+    """Return the attribute that holds the forward to replace: the one that accelerate's hook calls,
+    if there is a hook, else the one that a call of the module runs."""
     return "_old_forward" if _is_of_accelerate(module.__dict__.get("forward")) else "forward"
 
 

@@ -96,6 +96,6 @@ def _array(row: Any) -> np.ndarray:
         row = (row.float() if row.dtype == torch.bfloat16 else row).numpy()
     try:
         array = np.asarray(row)
-    except ValueError:  # its parts have different lengths
+    except ValueError:  # parts of the row have different lengths
         array = np.asarray(row, dtype=object)
     return array if array.size else array.astype(np.int64)

@@ -1,4 +1,4 @@
-"""RowRules: what a right row of token ids and labels is for a model."""
+"""RowRules: what a row of token ids and labels must be for a model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BESIDE_TOKENS = ("attention_mask", "token_type_ids", "position_ids")
 _AT_ONCE = 1000  # rows
 
 Fault = tuple[str, Found | None, type[QloraCompileError], dict[str, Any]]
-"""A column, its first row that breaks a rule, and the error of the rule with its fields."""
+"""A column, its first row that breaks a rule, and the rule's error with its fields."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LabelRule:
     """What the labels of a row must be.
 
     per: what has a label. "sequence": the row has a second sequence of tokens, which are its
-    labels. classes: labels are whole numbers below this; None if they are numbers of any kind, as
-    in regression. count: how many labels a row has that is labelled as a whole.
+    labels. classes: labels are whole numbers below this; None for numbers of any kind, as in
+    regression. count: how many labels a row has if it is labelled as a whole.
     """
 
     per: Literal["token", "sequence", "row"]
@@ -56,9 +56,9 @@ class RowRules:
     """What the rows of one dataset must be for one model.
 
     accepted: the columns that the model takes. columns: those of them that the dataset's first row
-    has, so that all others must have them. vocabulary, positions: how many token ids and positions
-    the model has, None if that is unknown. labels: the name of the column of labels, and the rule
-    for it; None if there is none.
+    has, and all others must have. vocabulary, positions: how many token ids and positions the model
+    has, None if unknown. labels: the name of the column of labels, and the rule for it; None if
+    there is none.
     """
 
     model: str
@@ -86,7 +86,7 @@ class RowRules:
 
     @property
     def checked(self) -> frozenset[str]:
-        """The columns that hold something for each token, or labels; not images, for example."""
+        """The columns of labels and of one item per token; images, for example, are not checked."""
         return self.columns.intersection((*_TOKEN_IDS, *_BESIDE_TOKENS, *LABELS))
 
     @property
@@ -94,10 +94,10 @@ class RowRules:
         return self.labels is not None and self.labels[1].classes is None
 
     def check_rows(self, rows: Iterable[Any], numbers: Iterable[int]) -> None:
-        """Check `rows`, which errors call by their `numbers`.
+        """Check `rows`; errors name them by their `numbers`.
 
         Raises:
-            DatasetTypeError: a row is no token dict.
+            DatasetTypeError: a row is not a token dict.
             RowColumnsError, RowTypeError, EmptyRowError, RowLengthError, RowTokenError,
             ColumnLengthError, RowLabelError: a row cannot be trained on.
         """
@@ -195,8 +195,8 @@ def _length_faults(name: str, column: Column, ids: Column) -> Iterator[Fault]:
 
 
 def label_rule(base: Any, label: Any) -> LabelRule | None:
-    """Return the rule by which transformers' losses read labels such as `label`; None for models
-    whose labels are of other kinds."""
+    """Return the rule of transformers' losses for labels like `label`; None for models with labels
+    of other kinds."""
     name, config = type(base).__name__, base.config
     if name.endswith("ForSequenceClassification"):
         problem = config.problem_type

@@ -28,12 +28,12 @@ def fill(
     The weights get the dtype of the skeleton. format: None for weights as they are stored.
 
     Raises:
-        SkeletonError: the model is no transformers model on the meta device, or the checkpoint is
-            of another class; then it is unchanged.
+        SkeletonError: the model is not a transformers model on the meta device, or the checkpoint
+            is of another class; the model is unchanged.
         What `from_pretrained` and `qlora_compile.load` raise.
     """
     if not isinstance(model, PreTrainedModel):
-        raise SkeletonError(model=type(model).__name__, problem="it is no transformers model")
+        raise SkeletonError(model=type(model).__name__, problem="it is not a transformers model")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta":
             problem = f"{name} is on {parameter.device}, not on the meta device"

@@ -147,7 +147,7 @@ class FineTuning:
         """
         if self._resume is not None and is_finished(self.trainer, self._resume):
             return load_finished(self.trainer, self._resume)
-        # Of several processes each would stop after another step.
+        # Several processes would each stop after another step.
         alone = self.trainer.args.world_size == 1
         watching = self.interruption.watching(self.trainer) if alone else nullcontext()
         with watching, failures_named(self.trainer):
@@ -229,7 +229,7 @@ def _trl_trainer(
     )
     if isinstance(trainer.train_dataset, Sized) and len(trainer.train_dataset) == 0:
         raise NothingLearntError(site=rows.origin.name, value=args.max_length)
-    # What is saved has the template that it came with.
+    # The saved tokenizer has the template that it came with.
     trainer.processing_class = preparation.with_template(tokenizer, path)
     return trainer
 
@@ -274,7 +274,7 @@ def quiet() -> None:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # PEFT reads an attribute that transformers is renaming; a user can do nothing about that.
+    # PEFT reads an attribute that transformers is renaming; users cannot change that.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT looks for a config.json to see if embeddings were resized. A GGUF file has none beside
     # it, and none were resized.

@@ -15,9 +15,9 @@ from qlora_compile.modules.packed import PackedModule
 class PackedExperts(PackedModule):
     """Takes the place of an experts module's Parameter, [E, N, K] or, if `transposed`, [E, K, N].
 
-    The weight is one PackedWeight [E * N, K], expert e in the rows from e * N on: blocks run along
-    K whatever the Parameter's layout was. `dtype`, `shape` and `device` are those of the Parameter.
-    Products run in that dtype, and a cast of the module changes it.
+    The weight is one PackedWeight [E * N, K], with expert e in the rows from e * N on, so that
+    blocks run along K whatever the Parameter's layout was. `dtype`, `shape` and `device` are those
+    of the Parameter. Products run in `dtype`, which a cast of the module changes.
     """
 
     requires_grad = False

@@ -64,7 +64,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
 
     @contextmanager
     def repacked(self) -> Iterator[None]:
-        """Do as `unpacked`, then pack what `weight` has become, unless the body raises."""
+        """Do as `unpacked`, then pack the changed `weight`, unless the body raises."""
         nested = self.weight.is_floating_point()
         with self.unpacked():
             yield

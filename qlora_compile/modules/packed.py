@@ -22,18 +22,18 @@ LAYOUT = "packed_layout"
 
 
 def _stored_layout(stored: Tensor) -> Layout:
-    """The Layout in `stored`, of which each rank may hold a part."""
+    """Return the Layout in `stored`, of which each rank may hold a part."""
     return Layout.from_tensor(stored.full_tensor() if isinstance(stored, DTensor) else stored)
 
 
 class PackedModule(nn.Module):
     """Holds one PackedWeight of shape `packed_shape`.
 
-    All planes are frozen Parameters of integers: `weight` the codes, the others under their own
-    names, floating-point ones by their bytes (`as_bytes`), and the Layout in a last one. So
-    whatever shards, gathers, moves or saves Parameters does so with all of them, and nothing casts
-    them. `weight_dtype` is the dtype of the weight that was packed. `origin` says where the packed
-    weight comes from, for reports.
+    All planes are frozen Parameters of integers: `weight` holds the codes, the others have their
+    own names, floating-point planes are stored by their bytes (`as_bytes`), and a last Parameter
+    holds the Layout. So all of them are sharded, gathered, moved and saved like any Parameter, and
+    nothing casts them. `weight_dtype` is the dtype of the weight that was packed. `origin` says
+    where the packed weight comes from, for reports.
     """
 
     weight: Any
@@ -61,7 +61,7 @@ class PackedModule(nn.Module):
 
     @staticmethod
     def stored_elements(layout: Layout) -> int:
-        """How many elements the Parameters of a weight of `layout` have together."""
+        """Return how many elements the Parameters of a weight of `layout` have together."""
         planes = meta_tensors(layout, torch.float32)
         return sum(as_bytes(plane).numel() for plane in planes) + layout.to_tensor().numel()
 
@@ -85,8 +85,8 @@ class PackedModule(nn.Module):
     def requantize(self, weight: Tensor) -> None:
         """Replace the weight by `weight` [rows, columns], packed in the present Layout.
 
-        Does nothing if `weight` equals what the present one decodes to: packing a decoded weight
-        would round once more.
+        Does nothing if `weight` equals the decoded present weight, which packing would round once
+        more.
         """
         if torch.equal(weight, self.dequantize(weight.dtype)):
             return
@@ -104,8 +104,8 @@ class PackedModule(nn.Module):
     ) -> None:
         """Load this module's tensors.
 
-        Raises StoredLayoutError, before any of them changes, if the state dict's weight has another
-        Layout. State dicts of older versions have no Layout, and none is missed, or floating-point
+        Raises StoredLayoutError, before any tensor changes, if the state dict's weight has another
+        Layout. State dicts of older versions are accepted: they have no Layout, or floating-point
         planes in their own dtypes.
         """
         key = prefix + LAYOUT

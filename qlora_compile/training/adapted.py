@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qlora_compile.json_text import parsed_json
-from qlora_compile.training.errors import AdapterFolderError
+from qlora_compile.training.errors import AdapterFolderError, MergedFromError
 from qlora_compile.training.settings import FILE, RunSettings, settings_from
 
 
 def adapter_settings(folder: Path, model: str | None, format: str | None) -> RunSettings:
     """Return the settings of the run that wrote the adapter in `folder`.
 
-    Adapters of others have no settings; their configuration names the model. model, format: in
-    place of those found; without any the format is the usual one.
+    Adapters from elsewhere have no settings; their configuration names the model. model, format:
+    replace those found; if there is no format at all, it is the usual one.
 
     Raises:
         AdapterFolderError: the folder holds no adapter, or names no model.
@@ -36,6 +37,29 @@ def adapter_settings(folder: Path, model: str | None, format: str | None) -> Run
     return replace(found, model=model or found.model, format=format or found.format)
 
 
+def merged_from(folder: Path) -> tuple[Path, str | None, str | None]:
+    """Return the folder of the adapter that was merged into the model in `folder`, and the model
+    and the format that were given in place of the adapter's own.
+
+    Raises:
+        MergedFromError: the folder does not say so, or the adapter is not there.
+    """
+    from qlora_compile.hf.merging.write import ORIGIN
+
+    try:
+        found = parsed_json((folder / ORIGIN).read_text(encoding="utf-8"))
+        adapter = folder.resolve() / found["adapter"]
+    except FileNotFoundError as error:
+        raise MergedFromError(value=str(folder), problem=f"it has no {ORIGIN}") from error
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        problem = f"{ORIGIN} cannot be read ({error})"
+        raise MergedFromError(value=str(folder), problem=problem) from error
+    if not adapter.is_dir():
+        problem = f"the adapter is no longer in {os.path.normpath(adapter)!r}"
+        raise MergedFromError(value=str(folder), problem=problem)
+    return adapter.resolve(), found.get("model"), found.get("format")
+
+
 def _base_model(config: Path) -> str | None:
     """Return the name of the model that an adapter's configuration names, None if it names none."""
     try:
@@ -47,6 +71,26 @@ def _base_model(config: Path) -> str | None:
         ) from error
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     return base if isinstance(base, str) else None
+
+
+def packed_model(folder: Path, tokenizer: str | None) -> tuple[Any, Any, Path | None]:
+    """Return the optimised model of a packed folder, a tokenizer, and the folder of the adapter
+    that was saved with the model, if one was.
+
+    tokenizer: where it is, None for the folder itself.
+
+    Raises:
+        What `load_model` and `load_tokenizer` raise.
+    """
+    from qlora_compile import api
+    from qlora_compile.hf import loading
+    from qlora_compile.hf.saving.save import ADAPTERS
+
+    model = loading.load_model(folder)
+    adapter = folder / ADAPTERS
+    found = adapter if (adapter / "adapter_config.json").is_file() else None
+    model = api.optimize(model if found is None else loading.with_adapter(model, found))
+    return model.eval(), loading.load_tokenizer(tokenizer or folder), found
 
 
 def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The demo's model and text, both on the machine once the `demo` extra is installed."""
+"""The demo's model and text, both on the machine once the extra `demo` is installed."""
 
 import ast
 import sysconfig
@@ -22,7 +22,7 @@ _SKIPPED_FOLDERS = frozenset(
 def demo_model_file() -> Path:
     """Return the GGUF file of SmolLM2-135M-Instruct.
 
-    The package is only located. Importing it would need the program that it is a plugin for.
+    The package is located and not imported: it is a plugin, and importing needs its host program.
 
     Raises:
         DemoModelMissingError: the package is not installed.
@@ -38,8 +38,8 @@ def demo_model_file() -> Path:
 def docstring_documents(root: Path | None = None) -> list[Document]:
     """Return the longer docstrings of Python's standard library, one document per source file.
 
-    Documents are ordered by path. A docstring that several files share is kept in the first one
-    only, so that holding out a file holds out its text.
+    Documents are ordered by path. A docstring that several files share is kept only in the first
+    of them, so that holding out a file holds out its text.
 
     Raises:
         DemoTextMissingError: there are no sources under `root`.
@@ -54,7 +54,7 @@ def docstring_documents(root: Path | None = None) -> list[Document]:
 def demo_chats(
     held_out: float, seed: int, root: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return chats to train on and to hold out, about different source files of Python's standard
+    """Return chats to train on and chats to hold out, about different files of Python's standard
     library: a question about a module, class or function, and the beginning of its docstring.
 
     held_out, seed: as `documents.split` takes them.
@@ -81,8 +81,8 @@ def _chat(kind: str, name: str, docstring: str) -> dict[str, Any]:
 
 
 def _fresh_docstrings(root: Path | None) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Return for each source file, in the order of paths, kind, name and text of its docstrings
-    without those that an earlier one has."""
+    """Return kind, name and text of each source file's docstrings, in the order of paths, without
+    docstrings that an earlier file has."""
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     seen: set[str] = set()
     files = []

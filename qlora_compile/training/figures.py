@@ -39,8 +39,8 @@ def training_figures(
 ) -> dict[str, Any]:
     """Return the loss of each step, and the speed without the first step, which compiles.
 
-    history: the Trainer's log of each step; TRL's counts the tokens so far, without padding, as
-    num_tokens. The speed is None where there is no such count.
+    history: the Trainer's log of each step; TRL's log has the number of tokens so far, without
+    padding, as num_tokens. The speed is None if that number is missing.
     """
     later = step_seconds[1:]
     counts = [entry["num_tokens"] for entry in history if "num_tokens" in entry and "loss" in entry]

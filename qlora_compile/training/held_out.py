@@ -12,10 +12,11 @@ MOST = 64
 
 
 def with_held_out(rows: Any, fraction: float, seed: int) -> Any:
-    """Return the TrainingRows with a part of them held out, or their own held-out split cut to the
-    same number; a stream that has none stays without.
+    """Return the TrainingRows with a part of them held out, or with their own held-out split cut to
+    the same number; a stream without such a split stays as it is.
 
-    fraction: of the rows, at least one unless it is 0. The same seed draws the same rows.
+    fraction: the part of the rows to hold out, at least one row unless it is 0. The same seed draws
+    the same rows.
 
     Raises:
         TooLittleTextError: holding out would leave nothing to train on.

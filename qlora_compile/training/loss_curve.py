@@ -20,8 +20,8 @@ def require_matplotlib() -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return centred running means, over fewer values towards either end: those of a straight line
-    are the line, and do not lag behind it."""
+    """Return centred running means, over fewer values towards either end, so that the means of a
+    straight line are the line itself, without lag."""
     means = []
     for place in range(len(values)):
         reach = min(_REACH, place, len(values) - 1 - place)

@@ -20,8 +20,8 @@ DEFAULT_FORMAT = "nf4"
 
 
 def check_format(text: str | None) -> None:
-    """Check the name of a format, which options may follow as in int4:group_size=128; None is not
-    yet chosen.
+    """Check the text of a format, with or without options (int4:group_size=128); None, for no
+    choice yet, passes.
 
     Raises:
         FormatChoiceError: there is no such format; the nearest names are suggested.
@@ -51,8 +51,8 @@ class ModelChoice:
     for "nf4", or for "none" if the model is a quantised checkpoint. alpha: None for 2 * rank. tune,
     block_size, logits_free_loss: as `optimize` takes them. targets: names of Linears, or
     "all-linear" alone. lora_options: other arguments of PEFT's LoraConfig.
-    dtype: torch's name of the one to compute in, None for the machine's best. head: what the model
-    computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
+    dtype: torch's name of the dtype to compute in, None for the machine's best. head: what the
+    model computes, as `hf.trainer.objectives.base.Head`; labels: the names of classes.
     """
 
     model: str
@@ -94,7 +94,7 @@ class ModelChoice:
         return config
 
     def with_format(self, config: Any) -> ModelChoice:
-        """This choice with a format. config: as `check` returns it."""
+        """Return this choice with its format settled. config: as `check` returns it."""
         if self.format is not None:
             return self
         from qlora_compile.hf import loading
@@ -103,7 +103,7 @@ class ModelChoice:
         return replace(self, format=UNQUANTIZED if loading.is_quantised(config) else DEFAULT_FORMAT)
 
     def stored(self, config: Any) -> tuple[str, dict[str, Any]]:
-        """The name and the options of the format that weights are stored in."""
+        """Return the name and the options of the format that weights are stored in."""
         from qlora_compile.kernels.formats.formats import format_written
 
         name, options = format_written(str(self.with_format(config).format))
@@ -161,7 +161,7 @@ def quiet_choice(
     dropout: float,
     tune: str = "auto",
 ) -> ModelChoice:
-    """Return a choice for the command line, and silence what the libraries would print.
+    """Return a choice for the command line, and silence the libraries.
 
     Raises:
         What `check_format` raises.
@@ -185,7 +185,7 @@ def check_model_path(model: str) -> None:
 
 
 def be_quiet() -> None:
-    """Silence what the libraries would print."""
+    """Keep the libraries from printing."""
     # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # When imported, bitsandbytes recommends another package, which nothing here would use.

@@ -1,4 +1,4 @@
-"""Reward functions, named on the command line."""
+"""Finds the reward functions that the command line names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qlora_compile.training.errors import RewardFunctionError
 def reward_functions(text: str | None, objective: Any) -> list[Callable[..., Any]] | None:
     """Return the functions that `text` names, None if the objective needs none.
 
-    text: FILE.py:FUNCTION or MODULE:FUNCTION, or several with a comma between them. A function
+    text: FILE.py:FUNCTION or MODULE:FUNCTION, or several separated by commas. A function
     takes TRL's arguments, prompts, completions and the other columns, and returns a number for each
     completion.
 
     Raises:
-        RewardFunctionError: there is no such function, or one is needed, or none is.
+        RewardFunctionError: a function does not exist, or is missing, or the objective takes none.
     """
     if (text is not None) != objective.needs_reward:
         problem = "is needed for" if objective.needs_reward else "is not used by"

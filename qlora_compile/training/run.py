@@ -49,14 +49,14 @@ class TrainingRun:
         self.settings, self.resume, self.overwrite = settings, resume, overwrite
         self.output = Path(settings.output)
         self.is_demo = settings.data == (DEMO,)
-        # Of several processes the first one writes. The name is that of torchrun.
+        # Only the first of several processes writes. torchrun sets the variable.
         self._is_first = int(os.environ.get("RANK", "0")) == 0
 
     def check_quickly(self) -> None:
-        """Check what needs none of the libraries that take seconds to import, and the format last.
+        """Check all that needs no library which takes seconds to import, and the format last.
 
         Raises:
-            QloraCompileError: a setting, a path or an earlier run is in the way.
+            QloraCompileError: a setting, a path or an earlier run prevents this run.
         """
         settings = self.settings
         settings.check_ranges()
@@ -117,7 +117,7 @@ class TrainingRun:
                 remedy=f"pass --steps above {done}",
             )
         file = self.output / FILE
-        # Read as a --config is, so that a damaged one is refused in the same words.
+        # Read like a --config file, so that a damaged one gives the same error.
         earlier = settings_from({}, file).written() if file.is_file() else {}
         now = self.settings.written()
         for name in sorted({*now, *earlier} - _MAY_CHANGE if earlier else ()):
@@ -147,8 +147,8 @@ class TrainingRun:
         return with_held_out(rows, self.settings.held_out, seed)
 
     def checked(self) -> tuple[ModelChoice, Any, Any, Any]:
-        """Check what `check_quickly` does not, without reading weights; return model choice,
-        configuration, tokenizer and rows.
+        """Check the rest, without reading weights; return model choice, configuration, tokenizer
+        and rows.
 
         Raises:
             QloraCompileError: something cannot be used; the class says what.
@@ -182,7 +182,7 @@ class TrainingRun:
     ) -> Any:
         """Return the FineTuning of a model on rows, with the settings of this run.
 
-        output: a folder in place of the run's.
+        output: a folder to use in place of the run's.
         """
         from qlora_compile.hf.training import FineTuning
 

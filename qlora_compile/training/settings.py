@@ -1,4 +1,4 @@
-"""RunSettings: all settings of one run of the command line, and the file that holds them."""
+"""RunSettings: all settings of one training run of the command line, and the file for them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ TRAINER_OPTIONS = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of `qlora-compile train`, named as its options.
+    """The settings of `qlora-compile train`, named like its options.
 
-    None leaves a setting at the value that every training has, from Python too:
-    `hf.training.DEFAULTS`, or the trainer's own. options: of `--set`, by their names in the
-    trainer's configuration. data: paths or a Hub name, or "demo".
+    None leaves a setting at its default, the same as in Python: that of `hf.training.DEFAULTS`, or
+    the trainer's own. options: those given by `--set`, by their names in the trainer's
+    configuration. data: paths or a Hub name, or "demo".
     """
 
     model: str
@@ -111,7 +111,7 @@ class RunSettings:
         )
 
     def check_ranges(self) -> None:
-        """Raise OutOfRangeError for a setting that can never be used."""
+        """Raise OutOfRangeError for a setting outside its range."""
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every"), 1),
             **dict.fromkeys(("early_stopping", "checkpoint_every", "processes"), 1),
@@ -139,7 +139,7 @@ class RunSettings:
             raise OutOfRangeError(name="--dtype", value=self.dtype, allowed=" or ".join(DTYPES))
 
     def trainer_options(self) -> dict[str, Any]:
-        """Return what was set for the trainer's configuration, by its names."""
+        """Return the settings given for the trainer's configuration, by its names for them."""
         mapped = {own: getattr(self, name) for name, own in TRAINER_OPTIONS.items()}
         chosen = {own: value for own, value in mapped.items() if value is not None}
         if self.batch_size is not None:
@@ -164,13 +164,13 @@ class RunSettings:
         return self.best_checkpoint or self.early_stopping is not None
 
     def written(self) -> dict[str, Any]:
-        """Return the settings as the file of a run has them: all that are not None."""
+        """Return the settings that are not None, as a run's file has them."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 
 def write_settings(settings: RunSettings, file: Path) -> None:
-    """Write settings as `settings_from` reads them; the file is there whole or not at all.
+    """Write settings as `settings_from` reads them; the file appears whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
@@ -179,10 +179,10 @@ def write_settings(settings: RunSettings, file: Path) -> None:
 
 
 def settings_from(given: Mapping[str, Any], file: Path | None) -> RunSettings:
-    """Return the settings of a file, with those in `given` that are not None in their place.
+    """Return the settings of a file, overridden by those in `given` that are not None.
 
     Raises:
-        SettingsFileError: the file cannot be read, or holds something else than settings.
+        SettingsFileError: the file cannot be read, or holds anything but settings.
         MissingSettingError: neither has the model or the data.
     """
     values = {} if file is None else _read(file)
@@ -215,7 +215,7 @@ def _read(file: Path) -> dict[str, Any]:
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(str(name), types, n=2, cutoff=0.5)
-            raise refuse(f"{name!r} is no setting; the nearest is {' or '.join(near) or 'none'}")
+            raise refuse(f"{name!r} is not a setting; the nearest is {' or '.join(near) or 'none'}")
         try:
             values[name] = _typed(value, types[name])
         except (TypeError, ValueError) as error:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 class Caution:
     """The limits beyond which a measurement does not count.
 
-    others, stolen, preemptions, spread, drift: of the fields of `Load`; preemptions say little and
-    count only where the system does not tell of others. surprise: a gain over the standard *dense*
-    for which the cost model would have to be wrong by more than this factor is measured twice.
-    reversal: the same for the gain over the cost model's own choice. runs: how often one problem is
-    measured at most until a measurement counts.
+    others, stolen, preemptions, spread, drift: the largest values of these fields of `Load`;
+    preemptions say little, and matter only where the system does not report `others`. surprise: a
+    gain over the standard *dense* is measured twice if the cost model would have to be wrong by
+    more than this factor. reversal: the same for the gain over the cost model's own choice. runs:
+    how often one problem is measured at most until a measurement counts.
     """
 
     others: float = 0.25
@@ -30,4 +30,4 @@ class Caution:
 CAREFUL = Caution()
 
 TRUSTING = Caution(*[math.inf] * 7, runs=1)
-"""Counts every measurement: for a machine whose load does not matter."""
+"""No limits: every measurement counts, for a machine whose load does not matter."""

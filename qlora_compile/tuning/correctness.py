@@ -12,18 +12,18 @@ from qlora_compile.kernels.selection import Choice
 from qlora_compile.tuning.operands import Operands
 
 FACTOR = 2.0
-"""How many times the error of the plain computation in the same dtypes a candidate may have."""
+"""A candidate's error may be this many times that of the plain computation in the same dtypes."""
 
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 
 WRONG = "wrong result"
-"""The beginning of the reason why a candidate with wrong numbers is rejected."""
+"""The beginning of the reason for rejecting a candidate with wrong numbers."""
 
 
 class Correctness:
-    """The expected results for `operands`; `allowed` holds the largest error of each, relative to
-    its Euclidean norm."""
+    """The expected results for `operands`; `allowed` holds the largest error that each result may
+    have, relative to its Euclidean norm."""
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -33,8 +33,8 @@ class Correctness:
         problem = operands.problem
         dtypes = (problem.compute_dtype, problem.lora_dtype, problem.out_dtype, problem.x_dtype)
         lowest = max(torch.finfo(dtype).eps for dtype in dtypes)
-        # The order of a sum and the last rounding are a matter of luck: their differences are
-        # allowed on top. In float64 the exact results themselves are no better.
+        # The order of a sum and the last rounding are a matter of luck, so their differences are
+        # allowed on top. In float64 the exact results have such errors themselves.
         luck = 64 * lowest if lowest < _FLOAT32 else 2 * _FLOAT32
         self.allowed = {
             name: FACTOR * max(_error(plain[name], exact), lowest / 4) + luck
@@ -42,7 +42,7 @@ class Correctness:
         }
 
     def problem_with(self, choice: Choice) -> str | None:
-        """Run the choice; return which result is wrong and by how much, None if all are right."""
+        """Run the choice; return which result is wrong and by how much, or None."""
         # Otherwise right results that an earlier candidate left in memory would be accepted.
         workspace.poison()
         for tensors, _ in self.operands.group:

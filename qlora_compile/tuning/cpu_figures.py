@@ -1,4 +1,4 @@
-"""CPU figures: what the cost model needs of this machine's CPU, measured once in about a second."""
+"""CPU figures: what the cost model must know of this CPU, measured once in about a second."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
@@ -32,12 +33,15 @@ from qlora_compile.tuning.warning import warn_of_folder
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
+_FEW_ROWS, _SMALL_WIDTH = 32, 128
+"""For products that the CPU has no instructions for: larger ones would take seconds each."""
+
 _FEWEST_RUNS, _SECONDS = 3, 0.01
-"""Least number and least total seconds of the runs for each figure: where other work has the
-machine too, only some of the short runs are undisturbed."""
+"""The least number of runs for each figure, and their least total seconds: on a machine with other
+work, only some of the short runs are undisturbed."""
 
 _ATTEMPTS = 2
-"""On a busy machine each takes many times the usual fraction of a second."""
+"""The most runs: on a busy machine each takes many times the usual fraction of a second."""
 
 
 def measure_cpu() -> CpuModel:
@@ -49,14 +53,15 @@ def measure_cpu() -> CpuModel:
     quant_format = FORMATS[0]
     _compile(packed)
     for dtype in _DTYPES:
-        x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu"), weight.to(dtype)
+        fast = multiplies(dtype)
+        rows, width = (_ROWS, _WIDTH) if fast else (_FEW_ROWS, _SMALL_WIDTH)
+        w = weight[:width, :width].to(dtype, memory_format=torch.contiguous_format)
+        x = torch.ones(rows, width, dtype=dtype, device="cpu")
         out, low = x @ w, x[:, :_RANK].contiguous()
         a = w[:_RANK]
-        gemm.append(
-            2 * _ROWS * _WIDTH**2 / _best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out))
-        )
+        gemm.append(2 * rows * width**2 / _best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out)))
         seconds = _best(lambda x=x, a=a: x @ a.t()) + _best(lambda x=x, low=low: low.t() @ x)
-        thin.append(4 * _ROWS * _WIDTH * _RANK / seconds)
+        thin.append(4 * rows * width * _RANK / seconds)
         decoded = torch.empty(_WIDTH, _WIDTH, dtype=dtype, device="cpu")
         seconds = _best(
             lambda dtype=dtype, decoded=decoded: quant_format.dequantize_rows(
@@ -96,9 +101,10 @@ def _compile(packed: PackedWeight) -> None:
     """Compile the C++ for decoding and for adapters, in parallel: each compiler uses one core."""
     decode = format_named(packed.format).dequantize_rows
     dtypes = (torch.float32, torch.bfloat16)
-    compiled = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
+    decoded = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
+    built = partial(thin.is_built, torch.bfloat16)
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(each) for each in (thin.is_built, *compiled)]:
+        for done in [pool.submit(each) for each in (built, *decoded)]:
             done.result()
 
 
@@ -128,8 +134,8 @@ def measured_cpu(
     """Return this machine's figures.
 
     They are read from `folder` if stored there; else measured, if `measures` is true, and stored
-    there. Returns None if they are neither stored nor to be measured, or if the machine was busy,
-    by the limits of `caution`: then this process does not measure them again.
+    there. Returns None if they are neither stored nor to be measured, or if the machine was busy by
+    the limits of `caution`; in the latter case this process does not measure them again.
     """
     key = (folder, torch.get_num_threads())
     if key in _known:
@@ -146,7 +152,7 @@ def measured_cpu(
 
 
 def quiet_figures(caution: Caution) -> CpuModel | None:
-    """Measure this CPU; None if the machine was busy, and when it was tried once more as well."""
+    """Measure this CPU, if necessary twice; None if the machine was busy both times."""
     with plain_mode("cpu"):
         _compile(_packed())
         for _ in range(_ATTEMPTS):
@@ -159,9 +165,12 @@ def quiet_figures(caution: Caution) -> CpuModel | None:
 
 @dataclass(frozen=True)
 class CheckedFigures:
-    """The stored figures beside new ones. model: those to use from now on; None if there were none
-    to check, or if the machine was busy. changed: for each figure that was off by OFF or more, how
-    many times as large it is now. busy: whether the machine was busy."""
+    """What a check of the stored figures has found.
+
+    model: the figures to use from now on; None if there were none to check, or if the machine was
+    busy. changed: for each figure that was off by OFF or more, how many times as large it is now.
+    busy: whether the machine was busy.
+    """
 
     model: CpuModel | None
     changed: dict[str, float]

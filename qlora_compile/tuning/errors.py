@@ -10,7 +10,7 @@ class InvalidRecordError(QloraCompileError, ValueError):
 
 
 class RecordLineError(QloraCompileError, ValueError):
-    template = "no record that this version reads: {problem}"
+    template = "not a record that this version reads: {problem}"
 
 
 class RecordFileError(QloraCompileError, ValueError):
@@ -22,7 +22,7 @@ class RecordKeyError(QloraCompileError, ValueError):
 
 
 class FingerprintError(QloraCompileError):
-    template = "{device!r} has no fingerprint: {problem}; nothing measured on it can be kept"
+    template = "{device!r} has no fingerprint: {problem}; no measurement on it can be kept"
 
 
 class NoCorrectVariantError(QloraCompileError):
@@ -32,14 +32,14 @@ class NoCorrectVariantError(QloraCompileError):
 class TuningProcessError(QloraCompileError):
     template = (
         "the process that measures kernels ended before it ran one: {problem}; its message is "
-        "above; optimize(..., tune='model') measures nothing"
+        "above; to measure nothing, pass tune='model' to optimize"
     )
 
 
 class TuneModeError(QloraCompileError, ValueError):
     template = (
-        "tune={value!r} is neither 'auto', 'off' or 'model' nor the path of an existing file or "
-        "folder of records"
+        "tune={value!r} cannot be used; pass 'auto', 'off', 'model', or the path of an existing "
+        "file or folder of records"
     )
 
 

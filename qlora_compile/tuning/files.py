@@ -1,4 +1,4 @@
-"""Files of records: reads their lines, and replaces a file such that no crash leaves it torn."""
+"""Files of records: reads their lines, and replaces files so that no crash leaves one torn."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def records_of(lines: Iterable[Line]) -> Iterator[Record]:
 def replace_file(path: Path, lines: Sequence[bytes], temporary: str) -> None:
     """Replace the content of `path` by `lines`, atomically.
 
-    A reader sees the old file or the new one, also if this process dies. `temporary` is the
-    beginning of the name of the file that is written first, beside `path`.
+    A reader sees the old file or the new one, even if this process dies. `temporary` begins the
+    name of the file that is written first, beside `path`.
 
     Raises:
         OSError: the file cannot be written; `path` is unchanged.

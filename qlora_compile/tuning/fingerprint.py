@@ -146,7 +146,7 @@ def _triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        # ROCm's and Windows' builds come in packages of other names. This search takes 0.3 s.
+        # Builds for ROCm and Windows are in packages of other names. This search takes 0.3 s.
         packages = sorted(set(importlib.metadata.packages_distributions().get("triton", ())))
     if not packages:
         raise UnestablishedError("triton is there, and no installed package says which version")

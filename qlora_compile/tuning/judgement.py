@@ -18,8 +18,8 @@ from qlora_compile.tuning.timings import Advantage, Timing, Timings
 @dataclass
 class Measurement:
     """The result of measuring. seconds: every timing of each correct candidate, by its index in the
-    cost model's order. rejected: the reasons against the other candidates, by index. load: what
-    else had the machine."""
+    cost model's order. rejected: the reasons against the other candidates, by index. load: the
+    other work on the machine."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     rejected: dict[int, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Trial:
     """A measurement of `problem`, in which at least one candidate was timed.
 
     tried: the candidates that `result` numbers, in the cost model's order, with modelled seconds.
-    rejected: reasons by the candidates' names, also of candidates that were tried before these.
+    rejected: reasons by the candidates' names, including candidates that were tried before.
     """
 
     problem: Problem
@@ -65,8 +65,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Doubt:
-    """Why a measurement does not count. busy: because other work had the machine. claimed: the name
-    of the choice whose gain another measurement has to confirm."""
+    """Why a measurement does not count. busy: whether because of other work on the machine.
+    claimed: the name of the choice whose gain another measurement has to confirm."""
 
     reason: str
     busy: bool
@@ -110,7 +110,7 @@ def _chosen(tried: Sequence[Choice], result: Measurement) -> tuple[int, Advantag
 
 
 def _surprise(trial: Trial, chosen: int, caution: Caution) -> str | None:
-    """Return what the cost model would have to be very wrong for; None if there is no such gain."""
+    """Return in words a gain so large that the cost model would have to be very wrong, or None."""
     tried, result = trial.tried, trial.result
 
     def gain_and_error(other: int) -> tuple[float, float]:

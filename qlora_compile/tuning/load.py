@@ -1,4 +1,4 @@
-"""Load: what else had the machine while something was measured."""
+"""Load: the other work on the machine during a measurement."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ except ImportError:  # Windows
 
 PROC_STAT = Path("/proc/stat")
 _TICKS = 3
-"""The kernel counts CPU time in ticks; so many may belong to the time before or after."""
+"""The kernel counts CPU time in ticks; this many may belong to the time before or after."""
 
 _FEW = 3
-"""Preemptions that happen in any run and say nothing of a short one."""
+"""This many preemptions happen in any run, and say nothing about a short one."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What else had the machine during a measurement; None where the system does not tell.
+    """The other work on the machine during a measurement; None where the system does not tell.
 
     spread: interquartile range of the rounds' speeds, as a part of their median; a round's speed is
     that of the candidates that took part to the end. drift: how many times as slow the second half
     of the rounds was as the first, or the inverse, whichever is above 1. others: CPUs that other
-    processes had, beyond those that torch's threads leave free. stolen: the part of the CPUs' time
+    processes used, beyond those that torch's threads leave free. stolen: the part of the CPUs' time
     that the hypervisor gave to other guests. preemptions: involuntary context switches per second
-    of this process's CPU time; None too where torch has more threads than CPUs, which then preempt
+    of this process's CPU time; also None if torch has more threads than CPUs, as these then preempt
     each other. On a GPU the last three are None.
     """
 
@@ -48,15 +48,15 @@ class Load:
     def disturbance(self, caution: Caution) -> str | None:
         """Return which limit of `caution` is exceeded and by what; None if none is."""
         if self.others is not None and self.others > caution.others:
-            return f"other processes had {self.others:.1f} CPUs"
+            return f"other processes used {self.others:.1f} CPUs"
         if self.stolen is not None and self.stolen > caution.stolen:
             return f"the hypervisor took {self.stolen:.0%} of the CPUs"
-        # Where the system tells of others, preemptions beside them are by this process's threads.
+        # If the system tells of others, any preemptions beside those are by our own threads.
         unknown = self.others is None
         if unknown and self.preemptions is not None and self.preemptions > caution.preemptions:
             return f"this process was preempted {self.preemptions:.0f} times a second"
         if self.drift > caution.drift:
-            return f"its speed changed {self.drift:.1f} times"
+            return f"its speed changed by a factor of {self.drift:.1f}"
         if self.spread > caution.spread:
             return f"its speed varied by {self.spread:.0%}"
         return None
@@ -66,9 +66,9 @@ class Load:
 class Counters:
     """The system's counters at one moment, all in seconds but for `preemptions`.
 
-    busy, stolen: CPU time of everybody, and what the hypervisor took, on the `cpus` that this
-    process may use; None without Linux's /proc/stat. own: CPU time of this process and of its
-    children that have ended, such as compilers.
+    busy, stolen: the CPU time that all processes used and that the hypervisor took, on the `cpus`
+    that this process may use; None without Linux's /proc/stat. own: the CPU time of this process
+    and of its children that have ended, such as compilers.
     """
 
     wall: float

@@ -22,8 +22,8 @@ from qlora_compile.tuning.rounds import run_rounds
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _LARGEST_ROTATION = 8
-"""Timed runs rotate among copies of the operands, so that caches are cold. There are as many copies
-as fill _ROTATED_BYTES, but at most this many: making more would take longer than the timing."""
+"""Timed runs rotate among copies of the operands, so that caches are cold. There are enough copies
+to fill _ROTATED_BYTES, but at most this many: making more would take longer than the timing."""
 
 _SPIN_CYCLES = 4_000_000
 """About two milliseconds, more than any call takes to launch."""

@@ -14,15 +14,15 @@ from qlora_compile.tuning.warning import RecordWarning
 
 AUTO, MODEL, OFF = "auto", "model", "off"
 SHIPPED = "shipped"
-"""The name of selectors for the records of a path. The path is not part of it: compiled code holds
-the name, and compile caches would be valid on this machine alone."""
+"""The name of selectors for the records of a path. The path is not part of the name: compiled code
+holds the name, and with the path compile caches would be valid on this machine alone."""
 
 
 def check_mode(tune: str | os.PathLike[str]) -> str:
     """Return `tune` in the form that regions hold: a mode, or the absolute path of records.
 
-    Also gives the mode's tuner its full budget again, and lets it read records that may have
-    changed. Raises TuneModeError for any other value, RecordFileError for an unreadable file.
+    Also give the mode's tuner its full budget again, and have it read changed records. Raises
+    TuneModeError for any other value, RecordFileError for an unreadable file.
     """
     if tune in (AUTO, OFF, MODEL):
         mode = str(tune)

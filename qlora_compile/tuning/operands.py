@@ -25,8 +25,8 @@ from qlora_compile.kernels.variants.base import (
 DROPOUT = 0.1
 _SCALING = 2.0
 _QUANTIZED = 1 << 18
-"""How many elements of a weight are quantised. The rest of its planes repeats theirs, which costs
-less and decodes as fast."""
+"""How many elements of a weight are quantised. The rest of the planes repeats them, which is
+cheaper to make and decodes as fast."""
 
 _CHECKED_ROWS = 64
 _CHUNK = 512
@@ -84,7 +84,7 @@ class Operands:
 
     @property
     def checked(self) -> Tensor:
-        """The indices of the rows of y and grad x that are compared, from the first to the last."""
+        """Return the indices of the rows of y and grad x to compare, from the first to the last."""
         rows = self.problem.m
         count = min(rows, _CHECKED_ROWS)
         rows = [round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)]
@@ -93,7 +93,7 @@ class Operands:
     def expected(self, *, exact: bool) -> dict[str, Tensor]:
         """Return what `run` must return, with only the `checked` rows of y and grad x.
 
-        exact: whether to compute in float64; else plainly in the problem's dtypes.
+        exact: whether to compute in float64; if not, plainly in the problem's dtypes.
         """
         p = self.problem
         compute = torch.float64 if exact else p.compute_dtype

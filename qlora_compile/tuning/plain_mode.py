@@ -1,4 +1,4 @@
-"""plain_mode: measures under the modes in which an op runs, whatever the caller has switched on."""
+"""plain_mode: the modes to measure an op in, whatever modes the caller has switched on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recheck: measures again what has a record, and says what changed."""
+"""Recheck: measures problems with a record again, and says what changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_BUDGET = "the budget was spent; give more --budget"
 
 @dataclass(frozen=True)
 class Rechecked:
-    """A record and the one that replaced it, or the reason why none did."""
+    """A record, and the record that replaced it or the reason why none did."""
 
     before: Record
     after: Record | None
@@ -43,10 +43,10 @@ def recheck(
     budget: float,
     on_record: Callable[[Rechecked], None] = lambda rechecked: None,
 ) -> list[Rechecked]:
-    """Measure the records of this machine as it is now again, for `budget` seconds in all.
+    """Measure again what has a valid record on this machine, for `budget` seconds in all.
 
-    A measurement that counts replaces its record; where none does, the record stays. on_record:
-    called with the result of each record.
+    A measurement that counts replaces the record; otherwise the record stays. on_record: called
+    with the result for each record.
     """
     records: dict[Problem, Record] = {}
     for record in store.read().values():

@@ -1,7 +1,7 @@
 """Record: what was measured for one problem on one machine, and the JSON line that stores it.
 
 A line is data, never code, and is read strictly: a line that differs in one byte from what
-`to_line` writes is no record.
+`to_line` writes is not taken for a record.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def _decoded(kind: Any, value: Any, site: str) -> Any:
-    """Invert `_plain` for a value of type `kind`. Raises RecordLineError if `value` is no such."""
+    """Invert `_plain` for a value of type `kind`. Raises RecordLineError if it is none."""
     if kind is Layout and isinstance(value, str):
         try:
             return Layout.parse(value)

@@ -1,4 +1,4 @@
-"""RefutedRecords: which of the records that real calls contradict are to be dropped."""
+"""RefutedRecords: decides which of the records that real calls contradict to drop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qlora_compile.tuning.load import Counters
 class RefutedRecords:
     """Judges contradictions between real calls and the records of one tuner.
 
-    Each problem's record is refuted once at most: where its next measurement says the same again,
-    calls and measurements differ for a reason that no further measurement removes.
+    Each problem's record is refuted at most once: if the next measurement says the same again,
+    calls and measurements differ for a reason that further measurements do not remove.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class RefutedRecords:
     ) -> Iterator[tuple[Problem, Contradiction]]:
         """Yield those of the contradictions that refute a record.
 
-        Calls that are faster than recorded do so at once, as other work only ever adds time. Calls
-        that are slower have to be so once more, while no other work has the machine.
+        Faster calls than recorded refute it at once, as other work only ever adds time. Slower
+        calls must occur once more, while there is no other work on the machine.
         """
         for problem, contradiction in found.items():
             if problem in self._refuted:

@@ -1,4 +1,4 @@
-"""Rounds: candidates timed in turn, until the time is up and it is known which is the faster."""
+"""Rounds: times candidates in turn, until the time is up and the fastest is known."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 FEWEST_TIMINGS, ENOUGH_TIMINGS, MOST_TIMINGS = 3, 40, 400
 _WATCHED = 0.1
-"""Short candidates are timed ENOUGH_TIMINGS times, and on for so many seconds in all if these are
-given: in less time the system's counters do not tell whether other work had the machine."""
+"""Short candidates are timed ENOUGH_TIMINGS times, and, if the limit allows, for this many seconds
+in all: in less time the system's counters do not show other work on the machine."""
 
 _PATIENCE = 3
-"""Rounds may take this many times the given seconds, until every candidate has FEWEST_TIMINGS that
-nothing disturbed."""
+"""Rounds may take this many times the given seconds, until every candidate has FEWEST_TIMINGS
+undisturbed timings."""
 
 _DISTURBED = 2.0
 """A timing is disturbed if it exceeds this many times the least one."""
 
 _WORSE = {2: 2.0, 3: 1.25, 6: 1.0}
 """By number of timings: a candidate is dropped if its best timing exceeds this many times the
-median of the fastest candidate. The best of six timings of an equally fast one does so once in 64
-times."""
+median of the fastest candidate. For an equally fast one the best of six timings does so once in 64
+cases."""
 
 CONFIDENCE = 0.99
 FEWEST_PAIRS = 8
@@ -30,9 +30,9 @@ FEWEST_PAIRS = 8
 
 
 def undisturbed(seconds: Sequence[float]) -> list[float]:
-    """Return a candidate's timings without those in which other work had the machine.
+    """Return a candidate's timings without those that other work disturbed.
 
-    Other work only ever adds time, on a busy CPU many times the time that is measured.
+    Other work only ever adds time: on a busy CPU, many times the time that is measured.
     """
     limit = _DISTURBED * min(seconds)
     return [taken for taken in seconds if taken <= limit]
@@ -46,7 +46,7 @@ def usual(seconds: Sequence[float]) -> float:
 def ratios(seconds: Mapping[int, Sequence[float]], index: int, over: int) -> list[float]:
     """Return how many times as fast candidate `index` was as `over`, in each round of both.
 
-    A candidate's first timing is left out: it is that of the check, before the rounds.
+    A candidate's first timing is left out: it belongs to the check, before the rounds.
     """
     pairs = zip(seconds[over][1:], seconds[index][1:], strict=False)
     return [theirs / mine for theirs, mine in pairs]
@@ -55,7 +55,8 @@ def ratios(seconds: Mapping[int, Sequence[float]], index: int, over: int) -> lis
 def interval_of_median(
     values: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """Return what holds the median of such values with `confidence`; None for too few values.
+    """Return an interval that holds the median of such values with `confidence`, or None for too
+    few values.
 
     Order statistics bound it (a sign test inverted), so no shape of the noise is assumed.
     """
@@ -77,9 +78,9 @@ def run_rounds(
     """Time the candidates in turn, for about `limit` seconds, and append to their `seconds`.
 
     The candidates' indices are in the cost model's order; on entry each has its timing of the
-    check. time_one: returns the seconds of one run, given a candidate and a round. Those that are
-    clearly slower are dropped on the way. The model's choice stays, because the others have to
-    show that they are faster; once the time is up, only those go on that may still show it.
+    check. time_one: returns the seconds of one run, given a candidate and a round. Clearly slower
+    candidates are dropped on the way. The model's choice stays, because the others have to prove
+    faster than it; once the time is up, only those go on that may still do so.
     """
     alive = list(seconds)
     reference = min(alive, default=-1)
@@ -107,7 +108,7 @@ def run_rounds(
 
 
 def _undefeated(seconds: Mapping[int, Sequence[float]], index: int, reference: int) -> bool:
-    """Whether `index` may still show that it is faster: it has won each of the few rounds, or there
-    were enough to tell."""
+    """Whether `index` may still prove faster: it has won every round so far, or there have been
+    enough rounds to tell."""
     won = ratios(seconds, index, reference)
     return len(won) > FEWEST_PAIRS or all(ratio > 1 for ratio in won)

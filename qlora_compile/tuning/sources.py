@@ -37,7 +37,7 @@ def sources_digest(variant: type) -> str:
     import, directly or not, and the C++ files in the folders of those.
 
     Raises:
-        UnestablishedError: a source file is missing, or is no Python.
+        UnestablishedError: a source file is missing, or is not Python.
     """
     bases = [each for each in variant.__mro__ if each not in (object, ABC)]
     unread = {each.__module__: _source_of(each) for each in bases}
@@ -80,7 +80,7 @@ def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
     try:
         tree = ast.parse(_content(path))
     except (SyntaxError, ValueError) as error:
-        raise UnestablishedError(f"{path} is no Python: {error}") from error
+        raise UnestablishedError(f"{path} is not Python: {error}") from error
     is_package = path.name == "__init__.py"
     package = module if is_package else module.rpartition(".")[0]
     imported: dict[str, Path] = {}

@@ -36,11 +36,11 @@ from qlora_compile.tuning.warning import error_text, warn_of_folder
 OWN_FILE = "records.jsonl"
 _LOCK_FILE = "records.lock"
 _KEY_LOCKS = "locks"
-# The names of temporary files begin so. Whoever holds the lock removes those for writing, left by a
-# holder that died. Exports are written without the lock, so theirs have another name.
+# Beginnings of temporary files' names. The holder of the lock removes files for writing that a dead
+# holder has left. Exports are written without the lock, so their files have another name.
 _WRITING = "writing-"
 _EXPORTING = "exporting-"
-# A write takes milliseconds. A longer wait means that the holder was stopped: go on without.
+# A write takes milliseconds. A longer wait means that the lock's holder was stopped: do without.
 LOCK_SECONDS = 10.0
 
 # The errors of a folder that cannot be used. filelock's Timeout is an OSError; its older versions
@@ -87,8 +87,8 @@ class RecordStore:
     def append(self, record: Record) -> None:
         """Write `record` to records.jsonl, in place of the one with the same key.
 
-        If the folder cannot be written, this warns, once per process. Then only this store finds
-        the record, until a later `append` can write it.
+        If the folder cannot be written, this warns once per process, and only this store finds the
+        record until a later `append` can write it.
         """
         with self._writers:
             self._unwritten[record.key] = record
@@ -125,9 +125,9 @@ class RecordStore:
         """Hold the lock for measuring one key, which one process has until it leaves or dies.
 
         Yields whether the lock was free within `timeout` seconds (0: do not wait, -1: wait
-        forever). Look for the record again once you have the lock: another process may have
-        measured it. If the folder is unusable, this warns, once per process, and yields True, as it
-        is better to measure twice than never.
+        forever). Look for the record again once you have the lock: another process may have made
+        it. If the folder is unusable, this warns once per process and yields True, because
+        measuring twice is better than never.
         """
         name = key_digest((portable(problem), fingerprint))
         with contextlib.ExitStack() as held:
@@ -204,10 +204,10 @@ class RecordStore:
         """Remove outdated records and unreadable lines; return the number of lines removed.
 
         This covers every *.jsonl file of the folder. A record stays if one of `current` has the
-        sources of its variants, its torch and its Triton; records of other devices, drivers and
-        thread counts stay. Every line that holds no record is removed, whether it is corrupted, of
-        another version, or something else. `current` must hold the fingerprints of this machine:
-        with an empty one every line is removed.
+        same sources of its variants, torch and Triton, whatever its device, driver and thread
+        count. Every line that holds no record is removed, whether it is corrupted, of another
+        version, or something else. `current` must hold the fingerprints of this machine: if it is
+        empty, every line is removed.
 
         Raises:
             RecordFileError: the folder cannot be read or written; no file is half pruned.
@@ -234,7 +234,7 @@ class RecordStore:
 
     @contextlib.contextmanager
     def _must_write(self) -> Iterator[None]:
-        """Do as `_exclusive_writer`, but raise RecordFileError: for what a person asked for."""
+        """Do as `_exclusive_writer`, but raise RecordFileError, for what a person asked for."""
         try:
             with self._exclusive_writer():
                 yield

@@ -40,11 +40,11 @@ class Advantage:
 class Timings:
     """What was measured for a problem.
 
-    timings: those of the candidates with right results, at least one: first that of the choice,
-    then the others, fastest first. baseline: that of the variant *dense* in its standard config, in
-    the same run; None if that was not timed. rejected: (candidate, reason) of the others.
-    advantage: of the choice over that of the cost model; None where the latter stays the choice.
-    load: what else had the machine.
+    timings: those of the candidates with right results, at least one: the choice's first, then the
+    others', fastest first. baseline: the timing of the variant *dense* in its standard config in
+    the same run; None if it was not timed. rejected: (candidate, reason) of the others.
+    advantage: the advantage of the choice over the cost model's choice; None if they are the same.
+    load: the other work on the machine.
     """
 
     timings: tuple[Timing, ...]
@@ -76,6 +76,6 @@ class Timings:
 
     @property
     def margin(self) -> float | None:
-        """How many times as fast the choice is as the second; None without one. Below 1 where the
-        second seemed faster and did not show it in enough rounds."""
+        """How many times as fast the choice is as the runner-up; None without one. Below 1 if the
+        runner-up seemed faster but did not prove so in enough rounds."""
         return None if self.runner_up is None else self.runner_up.seconds / self.winner.seconds

@@ -36,10 +36,10 @@ class Trials:
     def run(self, problem: Problem, seconds: float, limit: float, *, lone: bool) -> Trial | None:
         """Time a handful of candidates, and further ones only while none gives right results.
 
-        seconds: of timing, about. limit: the seconds after which a candidate that may hang is given
-        up. lone: whether to time a candidate that is the only one. Returns None if there is only
-        one and `lone` is false, or if none could run. Raises NoCorrectVariantError if all ran and
-        all gave wrong results.
+        seconds: how long to time, about. limit: the seconds after which a candidate that may hang
+        is given up. lone: whether to time a candidate that is the only one. Returns None if there
+        is only one and `lone` is false, or if none could run. Raises NoCorrectVariantError if all
+        ran and all gave wrong results.
         """
         ranked = selection.candidates(problem, model_for(problem.device, self._selector.cpu))
         rejected: dict[str, str] = {}

@@ -31,7 +31,7 @@ from qlora_compile.tuning.warning import RecordWarning, warn_of_unmeasured
 logger = logging.getLogger(__name__)
 
 AUTO_BUDGET = 60.0
-"""Seconds that measuring one model's problems may take if nobody asked for it explicitly."""
+"""Seconds to spend on measuring one model's problems, unless a budget was asked for."""
 
 _SECONDS_EACH = 0.3
 """Seconds of timing one problem, unless the budget leaves less."""
@@ -42,18 +42,18 @@ budget, which for this are clamped to these bounds."""
 
 
 _APART = 0.25
-"""The fewest seconds between two measurements of one problem: a burst of other work may pass, and
-what has misled the first does not mislead the second as well."""
+"""The fewest seconds between two measurements of one problem: a burst of other work may pass, so
+that it does not mislead the second one too."""
 
 _GIVE_UP = 8
-"""After so many disturbed measurements in a row the machine counts as busy for as long as `ensure`
-runs, unless a budget was asked for explicitly."""
+"""After this many disturbed measurements in a row the machine counts as busy while `ensure` runs,
+unless a budget was asked for."""
 
 
 @dataclass(frozen=True)
 class _Doubted:
-    """Why the last of so many `runs` of a problem's measurement does not count. claimed: as in
-    Doubt. ended: the time of the monotonic clock."""
+    """Why a problem's last measurement does not count. runs: how many there were. claimed: as in
+    Doubt. ended: when the last one ended, by the monotonic clock."""
 
     reason: str
     claimed: str | None
@@ -72,10 +72,10 @@ class Tuner:
 
     name: the name of the selector. store: where records are found and, if it is a RecordStore,
     written. budget: the seconds to spend on measuring in all; 0 measures nothing. each: the seconds
-    of timing one problem, and problems with a single candidate are not timed; None times every
-    problem for its share of the budget. again: whether to measure problems that have a record too.
-    `measurements` counts the problems whose measurement counts by the limits of `caution`; the cost
-    model chooses for the others, and `selector.unmeasured` holds the reasons.
+    of timing one problem, where problems with a single candidate are not timed; None times every
+    problem for its share of the budget. again: whether also to measure problems that have a record.
+    `measurements` is the number of problems with a measurement within the limits of `caution`; the
+    cost model chooses for the others, and `selector.unmeasured` holds the reasons.
     """
 
     caution: Caution = CAREFUL
@@ -97,7 +97,7 @@ class Tuner:
         self.measurements = 0
         self._modelled: set[Problem] = set()
         self._busy: list[str] = []
-        # A tuner that never measures leaves its store alone.
+        # A tuner that never measures does not write to its store.
         self._writes = self._checks_cpu = budget > 0
         self._dropped: set[tuple[Key, str]] = set()
         self._refuted_records = RefutedRecords()
@@ -112,7 +112,7 @@ class Tuner:
         """Find or measure a choice for each problem, in order, while the budget lasts.
 
         A problem whose measurement was disturbed, or seems too good, is measured again after the
-        others. The cost model chooses for the problems that are not reached. on_record: called with
+        others. For problems that are not reached the cost model chooses. on_record: called with
         each problem and its recorded choice, or None.
 
         Raises NoCorrectVariantError if no candidate gives right results for a problem.
@@ -154,7 +154,7 @@ class Tuner:
         )
 
     def refresh(self, budget: float) -> None:
-        """Set a new budget, and try problems again that an earlier budget did not reach."""
+        """Set a new budget, and retry problems that an earlier budget did not reach."""
         self.budget = budget
         self._modelled.clear()
 
@@ -183,7 +183,7 @@ class Tuner:
             here = fingerprint(problem.device)
             record = None if here is None else self.store.find(problem, here)
             self.selector.forget(problem)
-            # Another process may have replaced the record that this one goes by.
+            # Another process may have replaced the record that this process uses.
             if record is not None and record.winner.seconds == contradiction.choice.seconds:
                 self._dropped.add((record.key, record.measured_at))
                 if self._writes and isinstance(self.store, RecordStore):
@@ -194,15 +194,15 @@ class Tuner:
             )
             warnings.warn(message, RecordWarning, stacklevel=3)
         if refuted and self._checks_cpu and isinstance(self.store, RecordStore):
-            # What has spoilt a record may have spoilt the figures of the CPU as well.
+            # The cause of a wrong record may have spoilt the figures of the CPU too.
             self._checks_cpu = False
             model = checked_cpu(self.store.folder, self.caution).model
             if model is not None:
                 self.selector.use_cpu(model)
 
     def _ensure(self, problem: Problem, share: int, earlier: _Doubted | None) -> _Doubted | None:
-        """Find or measure the choice for `problem`, for a part of the budget: one divided by
-        `share`. Return why its last measurement does not count; `earlier` if there was no more."""
+        """Find or measure the choice for `problem`, for 1 / `share` of the budget. Return why its
+        last measurement does not count; `earlier` if there was no further one."""
         here = fingerprint(problem.device)
         choice = self._found(problem, here)
         doubt = earlier
@@ -211,7 +211,7 @@ class Tuner:
             start = time.monotonic()
             if earlier is not None:
                 time.sleep(max(0.0, earlier.ended + _APART - start))
-            # Where the problems share the whole budget, one more share is left for repetitions.
+            # If the problems share the whole budget, one more share is left for repetitions.
             seconds = self.budget / (share if self.each is not None else share + 1)
             with self._turn(problem, here) as mine:
                 if not self.again:
@@ -256,7 +256,7 @@ class Tuner:
     def _turn(self, problem: Problem, here: Fingerprint | None) -> Iterator[bool]:
         """Yield whether this process may measure.
 
-        The ranks of a job take turns; all but the first then find what the first has measured.
+        The ranks of a job take turns; all but the first then find the first one's measurements.
         """
         if here is None or not isinstance(self.store, RecordStore):
             yield True

@@ -1,4 +1,4 @@
-"""What tuning warns of: records that cannot be read or kept, and problems without a measurement."""
+"""Warnings of tuning: records that cannot be read or kept, and problems without a measurement."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checking rewritten graphs against what they were captured from."""
+"""Checks rewritten graphs against the captured ones."""

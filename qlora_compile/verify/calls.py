@@ -1,7 +1,7 @@
 """CallInterpreter: compares each fused call of a graph with its specification, on its own inputs.
 
-The errors of a whole block hide the error of a single kernel. Those of one call are a rounding or
-two, so that a wrong kernel shows.
+The errors of a whole block hide the error of a single kernel. The errors of one call are a rounding
+or two, so that a wrong kernel shows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from qlora_compile.verify.graph_results import Results, outputs_and_gradients
 
 
 class CallInterpreter(Interpreter):
-    """Runs a rewritten graph and passes `on_call` three results of each call of one of our ops.
+    """Runs a rewritten graph, and passes `on_call` three results of every call of one of our ops.
 
-    These are the results of the specification in the call's dtypes, of the specification in
+    The results are those of the specification in the call's dtypes, of the specification in
     float64, and of the op itself. names: the names of the graph's placeholders, in order.
     """
 
@@ -59,7 +59,7 @@ class CallInterpreter(Interpreter):
             weights = base_weights(n) if is_fused(n) else [experts_weight(n)]
             sites = [self._site(weight) for weight in weights]
             names = [f"the input of {', '.join(sites)}"]
-            # The plain names are taken by the gradients of the whole block.
+            # The gradients of the whole block have the plain names.
             names += [f"{self._name(each)} in its own call" for each in others]
         results = outputs_and_gradients(
             lambda *values: compute(*tree_unflatten(values, structure)), names, args, wide
@@ -68,7 +68,7 @@ class CallInterpreter(Interpreter):
         return {renamed.get(name, name): value for name, value in results.items()}
 
     def _name(self, value: Any) -> str:
-        """Return the name of the placeholder that `value` is, or is a cast or a view of."""
+        """Return the name of the placeholder that `value` is, or of which it is a cast or view."""
         return self._names.get(stored_weight(value), str(value))
 
     def _site(self, weight: Node) -> str:

@@ -15,7 +15,7 @@ import qlora_compile
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.record import read_line, written_line
 
-VERSION = 2
+VERSION = 3
 _VERSION_KEY = "qlora_compile_certificate"
 
 
@@ -23,10 +23,11 @@ _VERSION_KEY = "qlora_compile_certificate"
 class Comparison:
     """The errors of one output or gradient of a region, or of a fused call in the region.
 
-    inputs: "real", "random", "random, dropped out" or "random, in float32". An error is the
+    inputs: "real", "random", "random, dropped out" or "random, in float32" for the rewritten
+    graph; for the code that was compiled of it these followed by ", compiled". An error is the
     Euclidean norm of the difference from the reference, divided by the norm of the reference:
-    `error` of the rewritten graph, `plain_error` of the captured one in the same dtypes. allowed:
-    the largest `error` that passes.
+    `error` of the rewritten graph or its code, `plain_error` of the captured graph in the same
+    dtypes. allowed: the largest `error` that passes.
     """
 
     inputs: str
@@ -69,10 +70,10 @@ class Certificate:
     """A rewritten graph that passed; `comparisons` holds every output and gradient.
 
     pattern: digest of the graph, as in `graph_pattern`. region: the class of the block. kernels:
-    the chosen implementations, each with its direction. versions: None if they cannot be
+    the chosen variants, each with its direction. versions: None if they cannot be
     established. reference: the dtype of the evaluation that errors are measured against, and the
     reason if that is not float64. factor: how many times the plain error a whole region was
-    allowed.
+    allowed. uncompared: why the compiled code was not compared, None if it was.
     """
 
     pattern: str
@@ -84,6 +85,7 @@ class Certificate:
     reference: str
     factor: float
     comparisons: tuple[Comparison, ...]
+    uncompared: str | None = None
 
     @property
     def worst(self) -> Comparison:
@@ -101,7 +103,7 @@ class Certificate:
 
     @property
     def key(self) -> Key | None:
-        """The key in a store; None if the versions are unknown, and then it is not stored."""
+        """The key in a store; None, for a certificate not to be stored, without versions."""
         return self.versions and (self.pattern, self.kernels, self.versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,9 +117,10 @@ class Certificate:
         worst, last = self.worst, self.inputs[-1]
         ratio = "unknown" if worst.ratio is None else f"{worst.ratio:.2f}"
         inputs = f"{'; '.join(self.inputs[:-1])} and {last}" if len(self.inputs) > 1 else last
+        without = f"; without its compiled code: {self.uncompared}" if self.uncompared else ""
         return (
             f"{self.region} verified: worst ratio {ratio} ({worst.tensor}, {worst.inputs}); "
-            f"on {inputs} inputs"
+            f"on {inputs} inputs{without}"
         )
 
 

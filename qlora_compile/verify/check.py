@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from qlora_compile.verify.calls import CallInterpreter
 from qlora_compile.verify.certificate import Comparison
+from qlora_compile.verify.comparing import CALL_FACTOR, FACTOR, NOISE, Comparing, dtype_name
 from qlora_compile.verify.graph_forms import (
     Masks,
     fused_masks,
@@ -24,34 +25,16 @@ from qlora_compile.verify.graph_forms import (
     widened,
     with_masks,
 )
-from qlora_compile.verify.graph_results import Results, outputs_and_gradients
-
-FACTOR = 4.0
-"""How many times the error of the plain computation in the same dtypes is allowed. Among hundreds
-of gradients there are some whose plain error is, by luck, a third of the usual one."""
-
-CALL_FACTOR = 2.0
-"""The same for a single fused call, where few roundings add up."""
-
-LOST_FACTOR = 10.0
-"""The same where the plain computation has no correct digit, as for gradients that cancel out."""
-
-_LOST = 0.5
-"""A plain error from which on no digit is correct."""
-
-NOISE = {
-    torch.float64: 64 * torch.finfo(torch.float64).eps,
-    torch.float32: 64 * torch.finfo(torch.float32).eps,
-    torch.float16: torch.finfo(torch.float16).eps / 4,
-    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 4,
-}
-"""The least plain error to judge by: one rounding or another order of a sum makes as much. In
-float64 the reference itself is no better."""
-
-_OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The allowed error where the captured graph runs only in its own dtypes and is the reference."""
+from qlora_compile.verify.graph_results import (
+    Results,
+    outputs_and_gradients,
+    placed_as,
+    random_states,
+)
 
 _OWN_DTYPES = "its own dtypes"
+
+_DRAWS = "the graph draws random numbers of its own"
 
 _SEED = 1
 """The seed of random inputs."""
@@ -63,18 +46,19 @@ _MODULE = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of a check. reference: as in Certificate. dtype: the lowest precision that the
-    graph computes in. mismatch: the first failure, in words, or None."""
+    """The result of a check. reference, uncompared: as in Certificate. dtype: the lowest precision
+    that the graph computes in. mismatch: the first failure, in words, or None."""
 
     comparisons: tuple[Comparison, ...]
     reference: str
     dtype: torch.dtype
     mismatch: str | None
+    uncompared: str | None = None
 
 
 @dataclass(frozen=True)
 class CapturedInput:
-    """A placeholder: its name for people, and whether it is a parameter or buffer of the block."""
+    """A placeholder: a readable name, and whether it is a parameter or buffer of the block."""
 
     name: str
     stored: bool
@@ -83,7 +67,7 @@ class CapturedInput:
 def captured_inputs(
     graph_module: GraphModule, names: Mapping[int, Sequence[str]]
 ) -> list[CapturedInput]:
-    """Describe the inputs of a graph that Dynamo has just captured; later it has forgotten them.
+    """Describe the inputs of a graph that Dynamo has just captured; later Dynamo forgets them.
 
     names: of the block's parameters and buffers, by their `id`. Compiled code reads the tensors of
     an adapter from slots, not by name.
@@ -95,7 +79,7 @@ def captured_inputs(
         path = ".".join(_MODULE.findall(source.name)) if source is not None else ""
         known = names.get(id(getattr(argument, "example", None)), ())
         name = path if path in known or not known else known[0]
-        # A slot's scaling is an attribute of a module, but none of its parameters and buffers.
+        # A slot's scaling is an attribute of a module, but neither a parameter nor a buffer.
         is_named = bool(known) or not (names and path)
         found.append(CapturedInput(name if name and is_named else node.name, bool(name)))
     return found
@@ -104,161 +88,130 @@ def captured_inputs(
 def check(
     original: GraphModule,
     rewritten: GraphModule,
+    compiled: Callable[..., Any],
     inputs: Sequence[CapturedInput],
     args: Sequence[Any],
 ) -> Checked:
-    """Compare both graphs on up to four sets of inputs; stop at the first one with a mismatch.
+    """Compare both graphs, and compiled code, on up to four sets of inputs, up to a mismatch.
 
     "real": `args`, dropout off. "random": random activations and trained parameters of the same
     shapes and dtypes. "random, dropped out": these with the fused op's masks in both graphs, if
     fused ops have dropout. "random, in float32": these in float32, whose small errors hide no wrong
     rewrite, if the graphs compute in 16 bits. In the graphs' own dtypes each fused call is compared
     by itself too: the small errors of one call hide no wrong kernel.
+
+    compiled: what was compiled of the rewritten graph, or of that graph with the masks of the check
+    if the graph drops out. It is not compared if the graph draws other random numbers.
     """
     # A checkpoint that is under way would count the tensors saved here.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        return _check(original, rewritten, inputs, args)
+        return _check(original, rewritten, compiled, inputs, args)
 
 
 def _check(
     original: GraphModule,
     rewritten: GraphModule,
+    compiled: Callable[..., Any],
     inputs: Sequence[CapturedInput],
     args: Sequence[Any],
 ) -> Checked:
-    masks, lowest = fused_masks(rewritten), _lowest_precision(_computed_with(rewritten, args))
+    masks, lowest = fused_masks(rewritten), lowest_precision(_computed_with(rewritten, args))
     random = _randomized(inputs, args)
-    names = [each.name for each in inputs]
-    cases = [_Case("real", names, args, {}, lowest), _Case("random", names, random, {}, lowest)]
+    given: Any = {"names": [each.name for each in inputs], "lowest": lowest}
+    shown = {**given, "args": random}
+    cases = [
+        _Case(inputs="real", args=args, masks={}, **given),
+        _Case(inputs="random", masks={}, **shown),
+    ]
     if masks:
-        cases.append(_Case("random, dropped out", names, random, masks, lowest))
+        cases.append(_Case(inputs="random, dropped out", masks=masks, **shown))
     if torch.finfo(lowest).bits < 32:
-        cases.append(_Case(IN_FLOAT32, names, random, masks, torch.float32, torch.float32))
+        in_float32 = {**shown, "lowest": torch.float32, "wide": torch.float32}
+        cases.append(_Case(inputs=IN_FLOAT32, masks=masks, **in_float32))
     lost = lost_dropout(original, rewritten, masks)
     if lost is not None:
         placeholders = original.graph.find_nodes(op="placeholder")
-        called = dict(zip((node.name for node in placeholders), names, strict=True))
+        called = dict(zip((node.name for node in placeholders), given["names"], strict=True))
         return Checked((), "", lowest, f"the dropout before {called[lost]} is not the original's")
     comparisons: list[Comparison] = []
+    uncompared = None
     for case in cases:
         if case.wide is not None and cases[0].reference.startswith(_OWN_DTYPES):
             break
-        case.run(original, rewritten)
+        fits = case.masks == masks and case.wide is None
+        case.run(original, rewritten, compiled if fits else None)
         comparisons += case.comparisons
+        uncompared = _DRAWS if fits and case.draws else uncompared
         if case.mismatch is not None:
             break
     mismatch = next((case.mismatch for case in cases if case.mismatch is not None), None)
-    # All cases that ran share the first one's reference: they differ in nothing it depends on.
-    return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch)
+    # All cases share the first one's kind of reference, which does not depend on the case.
+    return Checked(tuple(comparisons), cases[0].reference, lowest, mismatch, uncompared)
 
 
-@dataclass
-class _Case:
-    """One set of inputs and its comparisons. inputs: the kind, as in Comparison. lowest: the lowest
-    precision computed in. wide: the dtype that both graphs are converted to, None for their own."""
+@dataclass(kw_only=True)
+class _Case(Comparing):
+    """One set of inputs. wide: the dtype that both graphs are converted to, None for their own.
+    draws: whether the rewritten graph drew random numbers, once it has run."""
 
-    inputs: str
     names: list[str]
     args: Sequence[Any]
     masks: Masks
-    lowest: torch.dtype
     wide: torch.dtype | None = None
-    comparisons: list[Comparison] = field(default_factory=list)
     reference: str = "float64"
-    mismatch: str | None = None
+    draws: bool = False
 
-    def run(self, original: GraphModule, rewritten: GraphModule) -> None:
+    def run(
+        self,
+        original: GraphModule,
+        rewritten: GraphModule,
+        compiled: Callable[..., Any] | None,
+    ) -> None:
         captured = with_masks(original, self.masks)
         plain = self._results(specified(captured, self.wide), self.wide)
         exact = self._exact(captured)
         rewritten = with_masks(rewritten, self.masks)
         if self.wide is None:
             calls = CallInterpreter(rewritten, self.names, self._compare_call)
-            actual = self._results(calls.run, None)
+            actual = self._results(lambda *args: self._watched(calls.run, args), None)
         else:
             actual = self._results(widened(rewritten, self.wide), self.wide)
-        self._compare_all(plain, exact, actual, FACTOR)
+        self.compare_all(plain, exact, actual, FACTOR)
+        if compiled is not None and not self.draws:
+            self.inputs = f"{self.inputs}, compiled"
+            self.compare_all(plain, exact, self._results(compiled, None), FACTOR)
+
+    def _watched(self, graph: Callable[..., Any], args: Sequence[Any]) -> Any:
+        before = random_states(args)
+        outputs = graph(*args)
+        self.draws = not all(map(torch.equal, before, random_states(args)))
+        return outputs
 
     def _compare_call(self, plain: Results, exact: Results, actual: Results) -> None:
-        self._compare_all(plain, exact, actual, CALL_FACTOR)
-
-    def _compare_all(
-        self, plain: Results, exact: Results | None, actual: Results, factor: float
-    ) -> None:
-        for name in dict.fromkeys([*plain, *actual]):
-            self.mismatch = self.mismatch or self._compare(name, plain, exact, actual, factor)
+        self.compare_all(plain, exact, actual, CALL_FACTOR)
 
     def _exact(self, captured: GraphModule) -> Results | None:
         """Return the results in float64, or in float32 if float64 does not run; None if neither."""
         reasons = []
         for dtype in (torch.float64, torch.float32):
-            self.reference = "; ".join([_name(dtype), *reasons])
+            self.reference = "; ".join([dtype_name(dtype), *reasons])
             try:
                 return self._results(specified(captured, dtype), dtype)
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 line = (str(error).splitlines() or [type(error).__name__])[0]
-                reasons.append(f"in {_name(dtype)} it does not run: {line:.200}")
+                reasons.append(f"in {dtype_name(dtype)} it does not run: {line:.200}")
         self.reference = "; ".join([_OWN_DTYPES, *reasons])
         return None
 
     def _results(self, graph: Callable[..., Any], wide: torch.dtype | None) -> Results:
         return outputs_and_gradients(graph, self.names, self.args, wide)
 
-    def _compare(
-        self,
-        name: str,
-        plains: Results,
-        exacts: Results | None,
-        actuals: Results,
-        factor: float,
-    ) -> str | None:
-        """Record one comparison; return what is wrong, None if it passes."""
-        plain, actual = plains.get(name), actuals.get(name)
-        exact = plain if exacts is None else exacts.get(name)
-        subject = f"{name} (inputs: {self.inputs})"
-        if plain is None and actual is None:
-            return None
-        if plain is None or exact is None or actual is None:
-            side = "the rewritten" if actual is None else "the original"
-            return f"{subject} is missing from {side} graph"
-        if (actual.shape, actual.dtype) != (plain.shape, plain.dtype):
-            was = f"{_name(plain.dtype)} {list(plain.shape)}"
-            return f"{subject} is {_name(actual.dtype)} {list(actual.shape)}, not {was}"
-        if not plain.is_floating_point():
-            return None if torch.equal(plain, actual) else f"{subject} differs"
-        # Elements that overflow or divide by zero in the plain computation are not compared.
-        defined = plain.isfinite() & exact.isfinite()
-        if plain.numel() and not defined.any():
-            return f"{subject} cannot be compared: the original computes no finite value of it"
-        invalid = int((~actual.isfinite() & defined).sum())
-        if invalid:
-            return f"{subject} holds {invalid} NaN or infinite values that the original does not"
-        exact = torch.where(defined, exact, 0.0).double()
-        error = _error(torch.where(defined, actual, 0.0), exact)
-        plain_error = _error(torch.where(defined, plain, 0.0), exact)
-        factor = factor if plain_error < _LOST else LOST_FACTOR
-        allowed = factor * max(plain_error, NOISE[self.lowest])
-        if exacts is None:
-            allowed = _OWN[self.lowest]
-        result = Comparison(self.inputs, name, error, plain_error, allowed)
-        self.comparisons.append(result)
-        if result.passes:
-            return None
-        return (
-            f"{subject} is off by {error:.1e} of its norm, allowed {allowed:.1e} "
-            f"(the original's own error is {plain_error:.1e})"
-        )
-
-
-def _error(value: Tensor, exact: Tensor) -> float:
-    """Return |value - exact| / |exact| by Euclidean norms, or |value| if `exact` is zero."""
-    return float((value.double() - exact).norm()) / (float(exact.norm()) or 1.0)
-
 
 def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[Any]:
-    """Return `args` with normal numbers for activations, with their mean and deviation, and for
-    trained matrices, with variance 1 / columns, as an adapter's B is all zeros at first. Trained
-    vectors get noise of deviation 0.1."""
+    """Return `args` with random normal numbers in place of activations and trained parameters.
+
+    Activations keep their mean and deviation. Trained matrices get variance 1 / columns, because an
+    adapter's B is all zeros at first. Trained vectors get added noise of deviation 0.1."""
     generator = torch.Generator().manual_seed(_SEED)
     values = []
     for each, arg in zip(inputs, args, strict=True):
@@ -270,7 +223,7 @@ def _randomized(inputs: Sequence[CapturedInput], args: Sequence[Any]) -> list[An
                 value = real.mean() + value * real.std()
             else:
                 value = value / arg.shape[-1] ** 0.5 if arg.dim() > 1 else real + value / 10
-            value = value.to(arg.dtype).requires_grad_(arg.requires_grad)
+            value = placed_as(arg, value.to(arg.dtype)).requires_grad_(arg.requires_grad)
         values.append(value)
     return values
 
@@ -285,20 +238,17 @@ def _is_random(captured: CapturedInput, arg: Tensor) -> bool:
 
 
 def _computed_with(graph_module: GraphModule, args: Sequence[Any]) -> list[Any]:
-    """Return the inputs of the graph but for the planes of packed weights, in whose dtypes nothing
+    """Return the inputs of the graph except the planes of packed weights, in whose dtypes nothing
     is computed."""
     packed = packed_inputs(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     return [arg for node, arg in zip(placeholders, args, strict=True) if node.name not in packed]
 
 
-def _lowest_precision(args: Sequence[Any]) -> torch.dtype:
+def lowest_precision(args: Sequence[Any]) -> torch.dtype:
+    """Return the coarsest of the tensors' dtypes, or of autocast's where that is on."""
     dtypes = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
     for device in {a.device.type for a in args if isinstance(a, Tensor)}:
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
     return max((d for d in dtypes if d in NOISE), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,5 +1,5 @@
-"""Forms of a graph that its check compares: without dropout, with the masks of the fused op, and
-computed by the specification, in its own dtypes or in wider ones.
+"""Forms of a graph for its check: without dropout, with the masks of the fused op, and computed by
+the specification, in its own dtypes or in wider ones.
 
 Each form is a copy of the graph. Parameters are inputs of the graph, so no copy holds any.
 """
@@ -58,22 +58,37 @@ def fused_masks(rewritten: GraphModule) -> Masks:
     }
 
 
+def drops_out(graph_module: GraphModule) -> bool:
+    """Whether a rewritten graph draws masks, in fused ops or by torch's dropout."""
+    return bool(fused_masks(graph_module)) or any(
+        dropout_probability(node) or _dropout_of_attention(node)
+        for node in graph_module.graph.nodes
+    )
+
+
+def _dropout_of_attention(node: Node) -> Any:
+    if node.target is not _ATTENTION:
+        return 0.0
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+
+
 def _fused_calls(graph_module: GraphModule) -> list[FusedCall]:
     return [read(node) for node in graph_module.graph.nodes if is_fused(node)]
 
 
 def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) -> str | None:
-    """Return the placeholder of a fused adapter's A whose dropout differs between the graphs.
+    """Return the placeholder of a fused adapter's A whose dropout differs between the graphs, or
+    None.
 
-    That is, whose input `original` drops out with another probability than `rewritten`, whose masks
-    are `masks`. None if there is none. No comparison of numbers would show the difference.
+    It differs if `original` drops out its input with another probability than `rewritten`, which
+    has the masks `masks`. No comparison of numbers would show the difference.
     """
     dropouts = [node for node in original.graph.nodes if node.target is _DROPOUT]
     expected = {
         name: dropout_probability(node) for node in dropouts for name in _weights_after(node)
     }
     for fused in _fused_calls(rewritten):
-        # Where the base product reads the dropped-out x too, as in DoRA, the dropout stays a node.
+        # If the base product reads the dropped-out x too, as in DoRA, the dropout stays a node.
         before = dropout_probability(strip_casts(fused.x)) or 0.0
         for nodes in fused.linears:
             if nodes.lora_a is None:
@@ -88,8 +103,8 @@ def lost_dropout(original: GraphModule, rewritten: GraphModule, masks: Masks) ->
 def with_masks(graph_module: GraphModule, masks: Masks) -> GraphModule:
     """Return a copy of the captured or the rewritten graph whose dropout is reproducible.
 
-    masks: all of `fused_masks`; these are drawn from SEED, and every other dropout is off. Empty:
-    all dropout is off.
+    masks: the result of `fused_masks`, whose masks are drawn from SEED, while every other dropout
+    is off; or empty, for no dropout at all.
     """
     graph_module = copy.deepcopy(graph_module)
     for node in graph_module.graph.nodes:
@@ -138,7 +153,7 @@ def _operand(dropout: Node) -> Any:
 
 
 def _weights_after(dropout: Node) -> list[str]:
-    """Return the placeholders of the weights that multiply a dropout's result: mostly a LoRA A."""
+    """Return the placeholders of weights that multiply a dropout's result, mostly a LoRA A."""
     users, weights = list(dropout.users), []
     while users:
         user = users.pop()
@@ -152,8 +167,8 @@ def _weights_after(dropout: Node) -> list[str]:
 def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
     """Return the captured graph with our ops replaced by their specification.
 
-    That decodes packed weights as the formats specify, and uses none of the kernels that are to be
-    checked. wide: the dtype to compute in, as `widened` does; None for the graph's own dtypes.
+    The specification decodes packed weights as the formats specify, and uses none of the kernels to
+    be checked. wide: the dtype to compute in, as `widened` does; None for the graph's own dtypes.
     """
     graph_module = copy.deepcopy(captured) if wide is None else widened(captured, wide)
     for part in _parts(graph_module):
@@ -166,7 +181,7 @@ def specified(captured: GraphModule, wide: torch.dtype | None) -> GraphModule:
 
 
 def widened(graph_module: GraphModule, wide: torch.dtype) -> GraphModule:
-    """Return a copy with `wide` for every floating-point dtype it names, and without autocast.
+    """Return a copy in which `wide` replaces every floating-point dtype, without autocast.
 
     The planes of packed weights, widened with all the other inputs, are cast back without loss.
     """
@@ -234,9 +249,9 @@ def _parts(graph_module: GraphModule) -> list[GraphModule]:
 
 
 def widened_call(call: Call, wide: torch.dtype) -> Call:
-    """Return `call` in the dtype `wide`, its variant chosen by the cost model.
+    """Return `call` in the dtype `wide`, with its variant chosen by the cost model.
 
-    No model runs in these dtypes: records need not be looked up for them, nor measured later.
+    No model runs in these dtypes, so no records are looked up or measured for them.
     """
     return replace(call, compute_dtype=wide, lora_dtype=wide, out_dtype=wide, records=MODELLED)
 

@@ -26,7 +26,7 @@ def graph_pattern(
 
     They cover the ops of `graph_module`, their connections and constants (formats among them), and
     the dtypes, devices and shapes of the inputs `args`. All dimensions of an activation but the
-    last are rounded up as `Problem` rounds rows, also where they are constants in the graph.
+    last are rounded up as `Problem` rounds rows, even if they are constants in the graph.
     """
     rows = {
         size

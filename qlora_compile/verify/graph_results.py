@@ -1,4 +1,4 @@
-"""Results of a graph: runs it and returns its outputs and the gradients of its inputs."""
+"""Runs a graph and returns its results: outputs, and the gradients of its inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 Results = dict[str, Tensor | None]
-"""Outputs and gradients by their names for people; None for a gradient that autograd left out."""
+"""Outputs and gradients by readable names; None for a gradient that autograd left out."""
 
 
 def outputs_and_gradients(
@@ -35,7 +35,7 @@ def outputs_and_gradients(
             if arg.requires_grad:
                 leaves[f"gradient of {name}"] = value.requires_grad_()
             # A clone of the leaf, or of the model's tensor: the graph may write to its inputs.
-            value = value if _is_frozen(arg) else value.clone()
+            value = value if _is_frozen(arg) else placed_as(arg, value.clone())
         values.append(value)
     with _undisturbed(args, wide):
         outputs = [o for o in tree_flatten(graph(*values))[0] if isinstance(o, Tensor)]
@@ -61,6 +61,28 @@ def outputs_and_gradients(
     return results
 
 
+def placed_as(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return `value`, of the shape of `tensor`, with the strides of `tensor`.
+
+    Compiled code takes them for granted. Where `tensor` is expanded, one element is repeated.
+    """
+    if value.stride() == tensor.stride():
+        return value
+    strides = tensor.stride()
+    for dim, (size, stride) in enumerate(zip(tensor.shape, strides, strict=True)):
+        if stride == 0 and size > 1:
+            value = value.narrow(dim, 0, 1)
+    placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return placed.copy_(value).expand(tensor.shape)
+
+
+def random_states(args: Sequence[Any]) -> list[Tensor]:
+    """Return the states of the generators of the CPU and of the devices of `args`."""
+    devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.device.type == "cuda"}
+    on = sorted(devices, key=str)
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in on)]
+
+
 def _converted(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
     return tensor.to(wide) if wide is not None and tensor.is_floating_point() else tensor
 
@@ -73,7 +95,7 @@ def _is_frozen(arg: Tensor) -> bool:
 def _undisturbed(
     args: Sequence[Any], wide: torch.dtype | None, autocast: bool = True
 ) -> Iterator[None]:
-    """Restore the random state afterwards, which is seeded inside.
+    """Seed the random state inside the context, and restore it afterwards.
 
     Autocast is off inside if `wide` is given or `autocast` is False, as for gradients.
     """

@@ -1,7 +1,7 @@
-"""What the binaries of the toy kernels hold, as JSON on standard output.
+"""Prints what the binaries of the toy kernels hold as JSON.
 
-A process of its own, because the tests' process may have its kernels decorated for Triton's
-interpreter, and then nothing can be compiled in it.
+It runs in a separate process, because the tests' process may have its kernels decorated for
+Triton's interpreter, and then cannot compile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments` with TRITON_INTERPRET unset unless it is given."""
+    """Run `python -m module arguments` with TRITON_INTERPRET unset unless it is given."""
     inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
@@ -34,9 +34,9 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def records(module: str, *arguments: str, session: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The JSON that the module prints; its standard error in the failure if it fails.
+    """Return the JSON that the module prints; a failure has its standard error.
 
-    Once per test session: its processes share what the first of them got.
+    The module runs once per test session, whose processes share the result.
     """
     folder = session.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,4 +1,4 @@
-"""A contender's process that computes nothing: it answers, or does what its name says."""
+"""A contender's process that computes nothing: it answers, or fails as its name says."""
 
 from __future__ import annotations
 

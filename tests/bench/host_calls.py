@@ -1,6 +1,7 @@
-"""One fused call measured on a GPU that is not there, as JSON on standard output.
+"""Measures one fused call on an imaginary GPU, and prints JSON.
 
-A process of its own: the tests' may have its kernels decorated for Triton's interpreter.
+It runs in a separate process, as the tests' may have its kernels decorated for Triton's
+interpreter.
 """
 
 from __future__ import annotations

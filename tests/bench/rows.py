@@ -1,4 +1,4 @@
-"""Rows made by hand that hold every gate, to be changed by tests."""
+"""Rows made by hand that meet every gate, for tests to change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STREAM = Traffic(1000, 1000, wide=True)
 
 
 def changed(row: Row = PRODUCT, *, ctas: int = 2, traffic: Any = ..., **taken: Any) -> Row:
-    """`row` as "bad", with other figures."""
+    """Return `row` as "bad", with other figures."""
     assert row.figures is not None
     figures = dataclasses.replace(
         row.figures,
@@ -43,5 +43,5 @@ def stream(arch: str = "sm_90") -> Row:
 
 
 def full(arch: str = "sm_90") -> list[Row]:
-    """Rows that hold every gate on `arch`."""
+    """Return rows that meet every gate on `arch`."""
     return [dataclasses.replace(PRODUCT, arch=arch), stream(arch)]

@@ -8,6 +8,6 @@ BYTES = 16
 
 
 def program(*lines: str) -> list[Instruction]:
-    """One instruction per line, such as "FADD R1, R2, R3", at 0x00, 0x10, …"""
+    """Return one instruction per line, such as "FADD R1, R2, R3", at 0x00, 0x10, …"""
     split = (line.partition(" ") for line in lines)
     return [Instruction(n * BYTES, opcode, rest) for n, (opcode, _, rest) in enumerate(split)]

@@ -1,4 +1,4 @@
-"""The figures of one shipped launch of every kernel on one target, as JSON on standard output.
+"""Prints the figures of one shipped launch of every kernel on one target as JSON.
 
 python -m tests.bench.shipped_subset sm_90
 """
@@ -38,7 +38,7 @@ RANK = 16
 
 
 def usual(arch: str) -> list[ShippedLaunch]:
-    """A launch of each of KERNELS, of the usual kind where there is one, and one of a format in
+    """Return a launch of each of KERNELS, of the usual kind if there is one, and one of a format in
     groups."""
     chosen: dict[str, ShippedLaunch] = {}
     for shipped in launches(arch):
@@ -54,14 +54,15 @@ def usual(arch: str) -> list[ShippedLaunch]:
 
 
 def _usual(shipped: ShippedLaunch) -> int:
-    """How many of the properties it has that a QLoRA layer usually has."""
+    """Return how many of the properties of a usual QLoRA layer the launch has."""
     case = shipped.case
     siblings = "siblings" in case.note
     return sum((case.dtype == torch.bfloat16, case.format == "nf4", case.rank == RANK, siblings))
 
 
 def experts(arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every kernel of the experts, and their products from other formats and for fewer rows."""
+    """Yield every kernel of the experts, and their products from other formats and for fewer
+    rows."""
     products = ("forward", "backward")
     yield from _experts(arch, 128, "nf4", EXPERTS)
     yield from _experts(arch, 128, UNQUANTIZED, products)
@@ -72,7 +73,7 @@ def experts(arch: str) -> Iterator[tuple[str, Launch]]:
 def _experts(
     arch: str, rows: int, format: str, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Launch]]:
-    """Those of `names` with `rows` for each expert."""
+    """Yield those of `names` with `rows` for each expert."""
     bf16 = torch.bfloat16
 
     def meta(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:

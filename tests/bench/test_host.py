@@ -1,4 +1,4 @@
-"""The host's part of a step: what counts as a launch, a tiny run, and what is said of results."""
+"""The host's part of a step: what counts as a launch, a tiny run, and the report of results."""
 
 from __future__ import annotations
 

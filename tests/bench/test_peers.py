@@ -1,4 +1,4 @@
-"""The comparison with the peers: its floor, and when it tells no speed."""
+"""The comparison with the peers: its floor, and when it reports no speed."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_ctas_per_sm() -> None:
 
 
 def streaming(load: str, store: str, stores: int) -> Traffic:
-    """Of int8 codes to float16, 512 elements by the 32 lanes of one warp."""
+    """Return a program that turns int8 codes to float16, 512 elements by the 32 lanes of a warp."""
     size = 1 << 20
     tensors = {
         "codes": torch.empty(size, dtype=torch.int8, device="meta"),

@@ -1,4 +1,4 @@
-"""The scaling curves: their fits, what is said of them, and what the command writes."""
+"""The scaling curves: their fits, their report, and what the command writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ APP.command()(command.main)
 
 
 def run(setting: Setting, name: str, exponent: float, loss: float = 8.0) -> Run:
-    """A step of tokens**exponent / 1000 seconds; the first takes 10 more and a tenth per layer."""
+    """Return a step of tokens**exponent / 1000 seconds; the first takes 10 more and a tenth per
+    layer."""
     step = setting.tokens**exponent / 1000
     found = Run(name, build=1.0, first=step + 10 + setting.layers / 10)
     found.peak, found.saved = 2_000_000 * setting.tokens, 1_000_000 * setting.tokens

@@ -1,5 +1,5 @@
-"""One shipped launch of every kernel and the experts', compiled: a part of `make bench-static`,
-and what it does not have."""
+"""One shipped launch of every kernel and the experts', compiled: a part of `make bench-static`, and
+checks that it lacks."""
 
 from typing import Any
 

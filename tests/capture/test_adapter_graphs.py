@@ -32,7 +32,7 @@ def graphs() -> int:
 
 
 def pair(base: str, adapters: int = 1, **options: Any) -> list[Any]:
-    """Stock and ours with the same adapters "default", "1", "2", …."""
+    """Return stock and ours with the same adapters "default", "1", "2", …."""
     counters.clear()
     models = build(base, torch.float32, 0.0, False)
     for model in models:

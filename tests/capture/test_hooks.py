@@ -1,4 +1,4 @@
-"""Hooks inside a block count as in stock PEFT: whatever they see or change, whenever they come."""
+"""Hooks inside a block work as in stock PEFT, whatever they see or change, whenever they come."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def replaces_input(module: nn.Module, seen: Seen) -> Any:
 
 
 def keeps(module: nn.Module, seen: Seen) -> Any:
-    """What it sees, to be differentiated too: in one place, written anew at every call."""
+    """Return what it sees, to be differentiated too: in one place, written anew at every call."""
     seen.append(torch.zeros(()))
 
     def hook(m: nn.Module, args: Any, y: Any) -> None:
@@ -161,7 +161,7 @@ class Pair(NamedTuple):
         return stock
 
     def reasons(self, layer: int) -> set[str]:
-        """Why sites of the optimised model's layer are not fused."""
+        """Return why sites of the optimised model's layer are not fused."""
         sites = qlora_compile.explain(self.ours).sites
         return {str(s.reason) for s in sites if f"layers.{layer}." in s.name and not s.fused}
 
@@ -176,7 +176,7 @@ def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @pytest.mark.usefixtures("as_rewritten")
 def test_hooks_that_dynamo_traces_are_compiled() -> None:
-    """Late ones, on one layer, which a graph without hooks serves until then; and removed again."""
+    """Late hooks on one layer, which has a graph without hooks before and after."""
     both, ids = pair(), tokens()
     plain = both.assert_agree(ids)
     for i, path in enumerate(MODULES):
@@ -251,7 +251,7 @@ def test_a_hook_that_keeps_everything_makes_few_graphs(monkeypatch: pytest.Monke
         for _ in range(5):
             both.assert_agree(ids, seen)
         assert len(seen[1]) == 5
-        assert "Dynamo does not trace it whole" in both.reasons(0).pop()
+        assert "Dynamo cannot trace it as one graph" in both.reasons(0).pop()
     assert counters["stats"]["unique_graphs"] <= 3
 
 
@@ -413,7 +413,7 @@ class Halves(ModelHook):
 @pytest.mark.usefixtures("as_rewritten")
 @pytest.mark.parametrize("path", ["", "mlp", "self_attn.q_proj"])
 def test_hooks_of_accelerate(path: str) -> None:
-    """They are forwards of their own, put before the module's."""
+    """These hooks are forwards that replace the module's."""
     both, ids = pair(), tokens()
     both.assert_agree(ids)
     for model in both:
@@ -442,7 +442,7 @@ CAPTURED = {
 
 
 def captured_step(model: Any, ids: Tensor, name: str) -> dict[str, Tensor]:
-    """Loss, what was captured, and gradients of a loss that what was captured is part of."""
+    """Return loss, captured outputs, and gradients of a loss that includes the captured outputs."""
     model.zero_grad()
     output = model(input_ids=ids, labels=ids, **{f"output_{name}": True})
     loss, results = output.loss, {"loss": output.loss.detach()[None]}
@@ -471,8 +471,8 @@ def captured_step(model: Any, ids: Tensor, name: str) -> dict[str, Tensor]:
 def test_what_transformers_captures_agrees_and_is_compiled(
     name: str, checkpointing: str | None
 ) -> None:
-    """Asked for after plain calls, too. The router's logits are part of the loss, the auxiliary one
-    for balanced experts."""
+    """Also after plain calls. The router's logits are part of the auxiliary loss for balanced
+    experts."""
     models: list[Any] = []
     for optimized in (False, True):
         base = CAPTURED[name]()
@@ -496,7 +496,7 @@ def test_what_transformers_captures_agrees_and_is_compiled(
 
 
 def test_hooks_through_inductor() -> None:
-    """What a block returns to its hooks, and what they write to, AOTAutograd has to keep."""
+    """AOTAutograd has to keep what a block returns to its hooks, and what they write to."""
     both, ids = Pair(*build("nf4", torch.float32, 0.0, False, layers=1)), tokens()
     with (
         both.hooked(writes, "mlp", 0),

@@ -1,4 +1,4 @@
-"""The report's reasons are true: each is found by a check of the very thing it names."""
+"""The report's reasons are true: a test checks the very thing that each names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def reason(model: Any, adapted: bool, hook: Callable[..., Any] | None = None) ->
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: OwnProduct(8, 8), "in a way of its own"),
+        (lambda: OwnProduct(8, 8), "other operators than a linear"),
         (lambda: Scaled(8, 8), "the weight is computed"),
     ],
 )

@@ -1,5 +1,4 @@
-"""Forwards that someone put on a module's instance: run as in stock PEFT, whoever put them there,
-where and when."""
+"""Forwards on a module's instance run as in stock PEFT, whoever put them there, where and when."""
 
 from __future__ import annotations
 
@@ -16,6 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from peft import get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
 import qlora_compile
 from qlora_compile.capture.regions import region_of
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("as_rewritten")
 
 
 def as_method(module: nn.Module) -> None:
-    """As Liger and TRL do it."""
+    """Replace the forward as Liger and TRL do."""
 
     def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = type(self).forward(self, *args, **kwargs)
@@ -42,7 +42,7 @@ def as_method(module: nn.Module) -> None:
 
 
 def as_closure(module: nn.Module) -> None:
-    """Around the forward that is there."""
+    """Replace the forward by a closure around it."""
     forward = module.forward
 
     def halved(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def adapted() -> Any:
 
 
 def pair(prepare: Callable[[Any], Any] = lambda model: model) -> Pair:
-    """A stock PeftModel and the optimised one, both prepared before that."""
+    """Return a stock PeftModel and the optimised one, both prepared before that."""
     models = [prepare(adapted()) for _ in range(2)]
     models[1] = qlora_compile.optimize(models[1], tune="off")
     return Pair(*(model.train() for model in models))
@@ -170,7 +170,7 @@ def test_a_forward_put_on_a_block_after_optimize_is_run_and_reported() -> None:
         reasons = both.reasons(1)
         assert bool(reasons) == named  # the others call the region
         if named:
-            assert "as_method.<locals>.halved on the block itself came later" in reasons.pop()
+            assert "as_method.<locals>.halved on the block itself has replaced" in reasons.pop()
         del block(both.stock, 1).forward
         ours.forward = region
         both.assert_agree(ids)
@@ -228,8 +228,8 @@ def test_models_that_accelerate_has_dispatched(when: str) -> None:
 
 @pytest.mark.parametrize("where", ["cpu", "disk"][: 1 + LONG])
 def test_offloaded_weights(where: str, tmp_path: Path) -> None:
-    """A model whose weights are taken away between calls is refused; one whose weights are taken
-    away later runs as stock does."""
+    """A model whose weights are offloaded between calls is refused; one whose weights are offloaded
+    later runs as in stock."""
 
     def offloaded(model: Any) -> Any:
         if where == "cpu":
@@ -251,8 +251,20 @@ def test_offloaded_weights(where: str, tmp_path: Path) -> None:
     assert any("accelerate.hooks.add_hook_to_module" in str(reason) for reason in reasons)
 
 
+def test_weights_that_a_device_map_leaves_on_a_disk(tmp_path: Path) -> None:
+    toy().save_pretrained(tmp_path / "model")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    options: Any = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    with pytest.raises(
+        OffloadedWeightError, match=r"^model\.layers\.1\.\S+ is offloaded.*device_map"
+    ):
+        qlora_compile.optimize(model, lora(), quantize="nf4")
+
+
 def test_what_a_forward_on_the_instance_reads_is_not_packed() -> None:
-    """Neither a Linear that has a forward of its own, nor one whose weight its parent's reads."""
+    """Neither a Linear with a replaced forward, nor one whose weight its parent's forward reads."""
     models = [toy(), toy()]
     for model in models:
         mlp: Any = model.model.layers[0].mlp
@@ -278,7 +290,7 @@ def test_what_a_forward_on_the_instance_reads_is_not_packed() -> None:
 
 
 def test_logits_free_loss() -> None:
-    """The outermost forward may be replaced; what one on the head computes is not known."""
+    """The outermost forward may be replaced, but not the head's, whose result is then unknown."""
     models: list[Any] = [toy(), toy()]
     for model in models:
         model.forward = MethodType(type(model).forward, model)

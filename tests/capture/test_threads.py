@@ -22,7 +22,7 @@ THREADS = 2
 
 
 class Meeting:
-    """Where blocks of several threads wait for each other, once there is a barrier."""
+    """A place where blocks of several threads wait for each other, once there is a barrier."""
 
     barrier: threading.Barrier | None = None
     met = 0
@@ -59,7 +59,7 @@ def compiled(block: nn.Module) -> Any:
 
 
 def recomputed(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """The loss of a call that runs again, to its end, in the backward."""
+    """Return the loss of a call that runs again, to its end, in the backward."""
     with set_checkpoint_early_stop(False):
         return checkpoint(model, x, use_reentrant=False).sum()
 

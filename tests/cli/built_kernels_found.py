@@ -1,12 +1,12 @@
-"""Runs the Triton variants through Triton's JIT for a GPU that is not there, and counts which of
-their kernels its cache, $TRITON_CACHE_DIR, knew.
+"""Runs the Triton variants through Triton's JIT for an imaginary GPU, and counts which of their
+kernels its cache, $TRITON_CACHE_DIR, knew.
 
     python -m tests.cli.built_kernels_found sm_90 256x256x512x16 129 256 0.1
 
 The arguments are a target, shapes, the first and the last of the row counts that replace the
 shapes' M, and a dropout probability. Operands are real ones on the CPU. Only what touches a device
-is missing: nothing is loaded, launched or computed. A process of its own, because the tests'
-process may interpret its kernels.
+is missing: nothing is loaded, launched or computed. It runs in a separate process, because the
+tests' process may interpret its kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FakeUtils:
         return {"max_shared_mem": 1 << 20, "warpSize": 32, "multiprocessor_count": 132}
 
     def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills, threads at most."""
+        """Return module, function, registers, spills and most threads."""
         return 1, 2, 32, 0, 1024
 
     def unload_module(self, module: int) -> None:

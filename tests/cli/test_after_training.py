@@ -1,4 +1,4 @@
-"""`train --preview`, `chat` and `eval`: what they show, whole in 80 columns."""
+"""`train --preview`, `chat` and `eval`: what they show; and help that fits 80 columns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_peft(adapter: Path) -> Any:
-    """Model and adapter as stock PEFT loads them, in the dtype that the command takes."""
+    """Return model and adapter as stock PEFT loads them, in the dtype that the command takes."""
     base = AutoModelForCausalLM.from_pretrained(adapter / "model", dtype=compute_dtype())
     return peft.PeftModel.from_pretrained(base, str(adapter / "run")).eval()
 
 
 def answered(model: Any) -> str:
-    """The most probable nine tokens after a question."""
+    """Return the most probable nine tokens after a question."""
     tokenizer: Any = chat_tokenizer()
     asked = tokenizer.apply_chat_template(
         turns("say it"), add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -166,14 +167,23 @@ METRICS: dict[str, Any] = {
     "peak_memory": {"kind": "process memory", "bytes": 2**37},
     "sites": {"fused": 1234, "total": 1234},
 }
-SITES = tuple(
-    Site(f"base_model.model.model.layers.{n}.self_attn.q_proj", False, "nf4", 4096, 4096, 16, why)
-    for n, why in enumerate(["its weight is tied to base_model.model.model.embed_tokens"] * 2)
-)
+TIED = "its weight is tied to base_model.model.model.embed_tokens"
+ORIGINS = ("quantised here", "compressed-tensors checkpoint")
+
+
+def sites(origins: Sequence[str | None]) -> Report:
+    """Equal sites, but for where their weights come from."""
+    name = "base_model.model.model.layers.{}.self_attn.q_proj"
+    shape: Any = (False, "nf4", 4096, 4096, 16, TIED)
+    return Report(
+        tuple(Site(name.format(n), *shape, origin=origin) for n, origin in enumerate(origins))
+    )
+
+
 COMMANDS: Any = getattr(typer.main.get_command(app), "commands")  # noqa: B009
 TABLES = {
     "train": (closing_table(METRICS, Path("a-folder-with-a-long-name")), "12.3456 ± 0.1234"),
-    "explain": (explain.grouped_table(Report(SITES)), "embed_tokens"),
+    "explain": (explain.grouped_table(sites(ORIGINS[1:] * 2)), ORIGINS[1]),
     "eval": (
         evaluate.figures_table(
             {**METRICS["held_out"], "before_perplexity": 1e4, "after_perplexity": 1e4}
@@ -183,13 +193,25 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("command", TABLES)
-def test_tables_are_whole_in_80_columns(command: str) -> None:
-    table, cell = TABLES[command]
+def shown(table: Any) -> str:
     console = Console(width=80, file=io.StringIO())
     with console.capture() as capture:
         console.print(table)
-    text = capture.get()
+    return capture.get()
+
+
+def test_one_line_for_equal_sites_says_where_their_weights_come_from() -> None:
+    text = shown(explain.grouped_table(sites([*ORIGINS[:1] * 30, *ORIGINS[1:] * 2, None])))
+    rows = re.findall(r"^ *(\d+) .*nf4( \(\d\))?  .*not fused \((\d)\)", text, re.M)
+    assert rows == [("30", " (1)", "2"), ("2", " (3)", "2"), ("1", "", "2")]
+    notes = [line.strip() for line in text.splitlines() if line.startswith("(")]
+    assert notes == [f"(1) {ORIGINS[0]}", f"(2) {TIED}", f"(3) {ORIGINS[1]}"]
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_tables_are_whole_in_80_columns(command: str) -> None:
+    table, cell = TABLES[command]
+    text = shown(table)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert cell in text

@@ -1,6 +1,6 @@
-"""`qlora-compile build`: what it compiles is what a GPU's JIT asks for, in a folder that moves.
+"""`qlora-compile build` compiles what a GPU's JIT asks for, into a folder that can be moved.
 
-Everything that compiles runs in processes of its own: this one may interpret its kernels.
+Everything that compiles runs in separate processes, as this one may interpret its kernels.
 """
 
 import json
@@ -27,7 +27,7 @@ SHAPES = "x".join(map(str, SHAPE))
 
 
 def asked(folder: Path) -> dict[str, Any]:
-    """What row counts from 17 to 32 ask of `folder`: see built_kernels_found.py."""
+    """Return what row counts from 17 to 32 ask of `folder`, by built_kernels_found.py."""
     arguments = (ARCH, SHAPES, "17", "32", "0.1")
     found = run("tests.cli.built_kernels_found", *arguments, TRITON_CACHE_DIR=str(folder))
     assert found.returncode == 0, found.stderr
@@ -73,9 +73,9 @@ def test_a_gpu_finds_every_kernel_in_the_moved_folder(tmp_path: Path) -> None:
     [
         (("--arch", "sm_91"), "--arch 'sm_91' is unknown; choose one of sm_80, sm_86, sm_89"),
         (("--shapes", "1x2x3"), "--shapes: '1x2x3' is not four whole numbers; write MxNxKxR"),
-        (("--format", "int4:zeros=no"), "zeros='no' cannot be had with format 'int4'; use"),
+        (("--format", "int4:zeros=no"), "zeros='no' is not possible with format 'int4'; use"),
         (("--format", "nf5"), "--format 'nf5' is unknown; the nearest is nf4 or nvfp4"),
-        (("--model", "demo"), "both given; pass one of --model and --shapes"),
+        (("--model", "demo"), "both given; pass either --model or --shapes"),
         (("--shapes", "16x128x12x0"), "needs no Triton kernel on sm_90"),
         (("--output", __file__), "this is a file"),
     ],
@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, str], message
 def test_neither_model_nor_shapes_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["build", "--arch", ARCH, "--output", str(tmp_path)])
     assert result.exit_code == 2
-    assert result.stderr == "error: neither given; pass one of --model and --shapes\n"
+    assert result.stderr == "error: neither given; pass either --model or --shapes\n"
 
 
 @pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_interpreted_kernels_are_refused_in_one_line(tmp_path: Path) -> None:
     options = ("--arch", ARCH, "--shapes", SHAPES, "--output", str(tmp_path))
     result = CliRunner().invoke(app, ["build", *options])
     assert result.exit_code == 2
-    assert "TRITON_INTERPRET is '1' and must be unset" in result.stderr
+    assert "TRITON_INTERPRET is '1'; unset it" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""`qlora-compile train --processes`: one message whatever ends it, the losses of one process."""
+"""`qlora-compile train --processes`: one message however it ends, and the losses of one process."""
 
 from __future__ import annotations
 

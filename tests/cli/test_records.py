@@ -94,8 +94,8 @@ def test_show_tells_everything(stored: tuple[Record, Record]):
 
 
 def test_show_needs_one_key(stored: tuple[Record, Record]):
-    assert "'xyz': no key starts with that; `qlora-compile records list`" in refused("show", "xyz")
-    assert "2 keys start with that, pass more digits" in refused("show", "")
+    assert "'xyz': no key starts with these digits; `qlora" in refused("show", "xyz")
+    assert "2 keys start with these digits; pass more of them" in refused("show", "")
 
 
 def test_records_go_from_one_machine_to_another(
@@ -156,7 +156,7 @@ class TestCheck:
         before = RecordStore(folder).read()
         with pytest.warns(NotMeasuredWarning, match="machine was busy"):
             text = run("check").stdout
-        assert "not measured: the machine was busy, other processes had 1.5 CPUs" in text
+        assert "not measured: the machine was busy, other processes used 1.5 CPUs" in text
         assert text.splitlines()[-1].endswith(": 0 measured again, 0 changed")
         assert RecordStore(folder).read() == before
 
@@ -169,7 +169,8 @@ class TestCheck:
             CheckedFigures(None, {}, busy=True),
             CheckedFigures(None, {}),
         ]
-        told = ("gemm bfloat16 3 times", "the same", "not measured, the machine was busy", None)
+        busy = "not measured, because the machine was busy"
+        told = ("gemm bfloat16 now 3 times as large", "the same", busy, None)
         for figures, expected in zip(found, told, strict=True):
             monkeypatch.setattr(cpu_figures, "checked_cpu", lambda *_, each=figures: each)
             text = run("check").stdout
@@ -179,7 +180,7 @@ class TestCheck:
                 assert f"the CPU's figures: {expected}\n" in text
 
     def test_a_bad_budget_is_one_line(self, folder: Path):
-        assert "--budget 'soon' is no time" in refused("check", "--budget", "soon")
+        assert "--budget 'soon' is not a time" in refused("check", "--budget", "soon")
 
 
 def test_without_a_fingerprint_nothing_is_pruned_or_exported(

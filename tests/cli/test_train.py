@@ -1,4 +1,4 @@
-"""The command line: what a run leaves behind, resuming, and every bad input in one line."""
+"""`qlora-compile train`: the files of a run, resuming, and every bad input in one line."""
 
 import json
 import re
@@ -43,7 +43,7 @@ class NothingFused:
 
 @pytest.fixture
 def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters by PEFT, nothing quantised or compiled: what is under test is around that."""
+    """Adapters by PEFT, nothing quantised or compiled: these tests are about the rest."""
 
     def optimize(model: Any, lora: Any, **options: Any) -> Any:
         return peft.get_peft_model(model, lora)
@@ -272,7 +272,7 @@ def test_the_written_settings_repeat_the_run(inputs: Path, tmp_path: Path) -> No
 
 
 BAD_SETTINGS = {
-    "rang: 4": "'rang' is no setting; the nearest is rank",
+    "rang: 4": "'rang' is not a setting; the nearest is rank",
     "rank: four": "rank is 'four' and no int",
     "packing: 3": "packing is 3 and no bool | None",
     "- a": "it holds no settings",
@@ -333,9 +333,9 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "one document": ({"data": "{tmp}/one.txt"}, "--held-out (0 for none)"),
     "an unknown ending": ({"data": "{tmp}/text.pdf"}, "'.pdf' is unknown; rename the file to one"),
     "an unknown objective": ({"objective": "sftt"}, "choose one of sft, dpo"),
-    "rows of another objective": ({"objective": "dpo"}, "of the kind 'text', and the objective"),
+    "rows of another objective": ({"objective": "dpo"}, "of the kind 'text', but the objective"),
     "an unknown option": ({"set": "adam_betta1=1"}, "SFTConfig has adam_beta1"),
-    "an option without a value": ({"set": "adam_beta1"}, "--set: 'adam_beta1' is no NAME=VALUE"),
+    "an option without a value": ({"set": "adam_beta1"}, "--set: 'adam_beta1' is not of"),
     "no reward": ({"objective": "grpo", "data": "{tmp}/prompts.jsonl"}, "is needed for grpo"),
     "a reward that is missing": (
         {"objective": "grpo", "data": "{tmp}/prompts.jsonl", "reward": "nothing.py:f"},
@@ -343,7 +343,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "chat without a template": ({"data": "{tmp}/chat.jsonl"}, "has no chat template; take"),
     "a column that is missing": ({"columns": "text=body"}, "has no column 'body'; use one of"),
-    "no column of ours": ({"columns": "txet=text"}, "no kind of row has it; use one of"),
+    "no column of ours": ({"columns": "txet=text"}, "no kind of row has this column; use one of"),
     "missing model": ({"model": "./absent"}, "'./absent': the folder does not exist"),
     "missing gguf": ({"model": "absent.gguf"}, "the file does not exist"),
     "model is a file": ({"model": "{inputs}/text.txt"}, "this is a file"),
@@ -359,7 +359,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "format unlike any": ({"format": "q"}, "the nearest is none;"),
     "another format's option": ({"format": "nf4:group_size=64"}, "group_size='64': neither"),
-    "a format's option without a value": ({"format": "int4:zeros"}, "'zeros' is no option=value"),
+    "a format's option without a value": ({"format": "int4:zeros"}, "'zeros' is not option=value"),
     "a value of a format's option": ({"format": "int4:group_size=48"}, "group_size=48 cannot be"),
     "an option of no format": ({"format": "none:zeros=float"}, "the format 'none' has such"),
     "rank": ({"rank": 0}, "rank=0 is out of range"),

@@ -1,4 +1,4 @@
-"""What is trained in several processes: cases by name, their models and their data."""
+"""Cases of training in several processes by name, with models and data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Case:
 
 
 def model_of(case: Case) -> Any:
-    """The optimised toy model of `case`, the same in every process."""
+    """Return the optimised toy model of `case`, the same in every process."""
     torch.manual_seed(0)
     experts = case.model == "experts"
     model: Any = toy_experts(EXPERTS) if experts else toy_llama()
@@ -53,6 +53,6 @@ def model_of(case: Case) -> Any:
 
 
 def batch(number: int) -> torch.Tensor:
-    """The token ids [ROWS, 16] of one step of all processes together."""
+    """Return the token ids [ROWS, 16] of one step of all processes together."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(0, 100, (ROWS, 16), generator=generator)

@@ -1,4 +1,4 @@
-"""One rank of a job that checks, without training on, what DDP and FSDP2 do with packed models.
+"""One rank of a job that checks, in a step at most, what DDP and FSDP2 do with packed models.
 
 Started by torchrun with the name of a check and its arguments.
 """
@@ -171,7 +171,7 @@ def save(folder: str) -> None:
 
 
 def load(folder: str) -> None:
-    """In any number of ranks."""
+    """Load a saved state in any number of ranks."""
     model = sharded(DENSE)
     before = _loss(model)
     state = get_model_state_dict(model)
@@ -196,7 +196,7 @@ def _step(model: Any) -> None:
 
 
 def memory() -> None:
-    """Between steps a rank holds its part of the planes, and nothing else of them."""
+    """Between steps a rank holds only its own part of the planes."""
     model_of(DENSE)  # whatever is made once in a process, such as tables
     torch.compiler.reset()
     gc.collect()
@@ -214,7 +214,7 @@ def _is_plane(tensor: Tensor) -> bool:
 
 
 def _bytes_of_integers() -> int:
-    """The bytes of all live tensors of bytes, each storage once."""
+    """Return the bytes of all live tensors of bytes, each storage once."""
     storages = {}
     for each in gc.get_objects():
         if isinstance(each, Tensor) and _is_plane(each):

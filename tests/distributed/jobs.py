@@ -12,8 +12,7 @@ LONG = bool(os.environ.get("QLORA_COMPILE_DISTRIBUTED_TESTS"))
 
 
 def start(processes: int, module: str, *arguments: str) -> None:
-    """Run `main(*arguments)` of a module of this folder in so many processes, and fail if one
-    does."""
+    """Run `main(*arguments)` of a module of this folder in several processes; fail if one does."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), "-m", f"tests.distributed.{module}", *arguments),

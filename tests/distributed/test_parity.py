@@ -1,4 +1,4 @@
-"""Trained in several processes, losses and adapters are those of one process over all rows."""
+"""Training in several processes gives the losses and adapters of one process over all rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IMPOSSIBLE = {("fsdp2", "bitsandbytes")}
 
 
 def every_pair() -> list[tuple[int, Case]]:
-    """Cases in which every two values of different properties meet that can."""
+    """Return cases in which every two compatible values of different properties meet."""
     possible = [
         row
         for row in itertools.product(PROCESSES, ENGINES, BASES, MODELS, CHECKPOINTING)
@@ -106,8 +106,8 @@ def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, a
 
 @pytest.mark.usefixtures("group")
 def test_stock_cannot_shard_bitsandbytes() -> None:
-    """fully_shard makes DTensors of the codes, which lose the quant_state of Params4bit. accelerate
-    leaves them whole."""
+    """fully_shard turns the codes into DTensors, without Params4bit's quant_state; accelerate does
+    not shard them."""
     lora = LoraConfig(target_modules=["q_proj"])
     model: Any = get_peft_model(with_bitsandbytes(toy_llama(), 4), lora)
     fully_shard(model.get_base_model().model.layers[0])

@@ -22,7 +22,7 @@ from tests.distributed.cases import LEARNING_RATE, STEPS, Case, batch, model_of
 
 
 def compile_inner(graph: Any, inputs: Any, *_: Any) -> Any:
-    """Compiled code is tested elsewhere; a job would compile it once for each rank."""
+    """Run graphs as they are: other tests compile, and a job would do so once for each rank."""
     return aot_eager(graph, inputs)
 
 
@@ -61,7 +61,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def _adapters(model: Any) -> Iterator[tuple[str, list[float]]]:
-    """The trained tensors in full, flat, by name."""
+    """Yield the trained tensors in full, flat, by name."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = _whole(parameter)
@@ -106,7 +106,7 @@ def _fsdp2(model: Any) -> Any:
 
 
 def _accelerate(model: Any) -> Any:
-    """FSDP2 as accelerate prepares it, which on a CPU it does only when it is called by name."""
+    """Prepare the model by accelerate's FSDP2, which on a CPU has to be called by name."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 

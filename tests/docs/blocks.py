@@ -30,7 +30,8 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of `page`. A comment on the line before one may mark it as not run."""
+    """Yield the fenced blocks of `page`. A comment on the line before one may mark it as not
+    run."""
     lines = page.read_text(encoding="utf-8").splitlines()
     start, opening, reason = 0, None, None
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Every code block that a reader may paste runs, page by page, or says why a test cannot run it."""
+"""Every code block that a reader may paste runs, page by page, or says why no test can run it."""
 
 import ast
 import importlib
@@ -76,7 +76,7 @@ def test_every_block_has_a_known_language_and_reason(page: Path) -> None:
 
 
 def _compiled(block: Block) -> Any:
-    """The code of `block`, of whose imports ours at least are there."""
+    """Return the compiled code of `block`, after a check of its imports of ours."""
     tree = ast.parse(block.text)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_compile"):

@@ -1,4 +1,4 @@
-"""The table of docs/checkpoints.md names every source and library, and tests that are there."""
+"""The table of docs/checkpoints.md names every source and library, and tests that exist."""
 
 import re
 

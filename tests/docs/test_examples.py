@@ -1,4 +1,4 @@
-"""Every example runs, those of several processes in one; Slurm's gives torchrun what it knows."""
+"""Every example runs, those for several processes in one; Slurm's gives torchrun what it knows."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""What pages state about the sources is true of the sources."""
+"""Statements of pages about the sources are true."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,14 @@ SOURCES = "\n".join(
     for path in sorted((ROOT / folder).rglob("*.py"))
 )
 _JOINED = re.compile(r'"\s*\n\s*f?"')
-_LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+_LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)#?([^)\s]*)\)")
+_CODE = re.compile(r"^( *```).*?^\1", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+LINKING = (
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *sorted((ROOT / "bench").rglob("*.md")),
+)
 
 
 def test_every_reason_is_one_that_a_report_can_give() -> None:
@@ -25,11 +32,18 @@ def test_every_reason_is_one_that_a_report_can_give() -> None:
     assert [part for part in parts if part not in sources] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    for link in _LINK.findall(page.read_text(encoding="utf-8")):
-        found = (page.parent / link).resolve()
+    for link, anchor in _LINK.findall(_CODE.sub("", page.read_text(encoding="utf-8"))):
+        found = (page.parent / link).resolve() if link else page
         assert found.exists() or "generated" in found.parts, link
+        assert not anchor or anchor in anchors(found), f"{link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and MyST give the headings of a page."""
+    titles = _HEADING.findall(_CODE.sub("", page.read_text(encoding="utf-8")))
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_readme_is_a_page_long() -> None:

@@ -1,8 +1,9 @@
-"""What the pages of the documentation find in the current folder, at toy size."""
+"""Makes the files that the documentation's pages find in the current folder, at toy size."""
 
 import json
 from pathlib import Path
 
+from tests.docs import toy_vision_language
 from tests.hf.checkpoints.written import KINDS, written
 from tests.hf.test_experts import toy as toy_experts
 from tests.toy_language_model import chat_tokenizer, toy_llama
@@ -11,12 +12,14 @@ WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def fill(folder: Path) -> None:
-    """Write the models my-model, my-mixture and my-fp8-model and some files of rows."""
+    """Write the models my-model, my-mixture, my-vlm and my-fp8-model, and some files of rows."""
     (folder / "my-fp8-model").mkdir()
     written(folder / "my-fp8-model", toy_llama(), KINDS["fp8"])
     toy_llama(longest=512).save_pretrained(folder / "my-model")
-    chat_tokenizer().save_pretrained(folder / "my-model")
+    for name in ("my-model", "my-fp8-model"):
+        chat_tokenizer().save_pretrained(folder / name)
     toy_experts("mixtral").save_pretrained(folder / "my-mixture")
+    toy_vision_language.write(folder / "my-vlm")
     question, answer = {"role": "user", "content": "what jumps?"}, "the fox"
     turns = [question, {"role": "assistant", "content": answer}]
     rows = {

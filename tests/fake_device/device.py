@@ -1,8 +1,8 @@
-"""A GPU that is not there: tensors on the CPU count as tensors on it, Triton compiles for it, and
-what Triton's own launcher hands to the driver is noted, but nothing is launched.
+"""An imaginary GPU: tensors on the CPU count as tensors on it, Triton compiles for it, and what
+Triton's own launcher passes to the driver is recorded, but nothing is launched.
 
-The driver is `libcuda.c`. Results of kernels stay whatever their memory held. One process either
-launches here or interprets kernels, so tests run what they need of it in a process of its own.
+The driver is `libcuda.c`. Results of kernels stay whatever their memory held. A process can either
+launch here or interpret kernels, so tests use this device in separate processes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Recorded(ctypes.Structure):
 
 @dataclass(frozen=True)
 class RecordedLaunch:
-    """What `cuLaunchKernelEx` was given.
+    """The arguments of `cuLaunchKernelEx`.
 
     kernel: its name; function: the handle it was loaded as. grid, block: of CTAs and threads.
     shared: bytes of dynamic shared memory. attributes: how many launch attributes there were.
@@ -91,16 +91,16 @@ class FakeDevice:
         return self._library.stub_loaded()
 
     def charge(self, seconds: float = LAUNCH_SECONDS) -> None:
-        """Have every launch from now on keep its thread busy for so long; 0 charges nothing."""
+        """Have every later launch keep its thread busy for so long; 0 costs nothing."""
         self._library.stub_charge(round(seconds * 1e9))
 
     def fail(self, error: int, after: int = 0) -> None:
-        """Have one launch, after so many more that do not, return a CUDA error such as 719."""
+        """Have one launch, after so many that succeed, return a CUDA error such as 719."""
         self._library.stub_fail(after, error)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Inside, the driver says that every stream is being captured."""
+        """Have the driver say, inside the context, that every stream is being captured."""
         self._library.stub_capture(1)
         try:
             yield
@@ -109,7 +109,7 @@ class FakeDevice:
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedLaunch]]:
-        """Yields a list that, once the body is left, holds its launches, of all threads."""
+        """Yield a list that receives the body's launches, of all threads, once the body ends."""
         launches: list[RecordedLaunch] = []
         self._library.stub_record(1)
         try:
@@ -163,8 +163,8 @@ class FakeDriver(CudaDriver):
 
 @contextmanager
 def fake_device(target: str = "sm_90") -> Iterator[FakeDevice]:
-    """Inside, in this thread, tensors on the CPU count as tensors on a GPU of `target`, one of
-    NVIDIA's; other threads add `assuming(target, kind="cpu")`.
+    """Let tensors on the CPU count as tensors on a GPU of NVIDIA's `target` inside the context, in
+    this thread; other threads add `assuming(target, kind="cpu")`.
 
     Needs a process whose kernels were not decorated for Triton's interpreter.
     """
@@ -183,8 +183,8 @@ def fake_device(target: str = "sm_90") -> Iterator[FakeDevice]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The library, built unless it is there, and loaded: whoever later asks for libcuda.so.1 gets
-    this one, as the loader knows a library by its name."""
+    """Return the library, built if necessary and loaded. Whoever later asks for libcuda.so.1 gets
+    this library, as the loader identifies libraries by name."""
     library = ctypes.CDLL(str(_folder() / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     library.stub_recorded_at.restype = ctypes.POINTER(_Recorded)
     for name in ("stub_launched", "stub_loaded", "stub_recorded"):
@@ -197,7 +197,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _folder() -> Path:
-    """The folder that the library was built into, one for each source and compiler."""
+    """Return the folder that the library was built into, one for each source and compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

@@ -1,6 +1,7 @@
-"""What the fake device notes of a toy kernel's launches, as JSON on standard output.
+"""Prints what the fake device records of a toy kernel's launches as JSON.
 
-A process of its own: the tests' may have its kernels decorated for Triton's interpreter.
+It runs in a separate process, as the tests' may have its kernels decorated for Triton's
+interpreter.
 """
 
 from __future__ import annotations

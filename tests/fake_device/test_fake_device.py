@@ -1,4 +1,4 @@
-"""What the fake device notes of Triton's own launcher, and what it can be told to do."""
+"""The fake device records what Triton's own launcher does, and does what it is told."""
 
 import json
 from typing import Any

@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 def adapted(options: dict[str, Any]) -> Any:
-    """A model of one adapted Linear, the same for the same `options` of LoraConfig."""
+    """Return a model of one adapted Linear, the same for the same `options` of LoraConfig."""
     torch.manual_seed(0)
     base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
     config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(options))

@@ -25,7 +25,7 @@ Way = Callable[[Any, LoraConfig, Path], Any]
 
 
 def saved(config: LoraConfig, folder: Path) -> Path:
-    """The folder with an adapter of `config` for the toy model."""
+    """Return the folder with an adapter of `config` for the toy model."""
     torch.manual_seed(3)
     get_peft_model(toy(), config).save_pretrained(str(folder))
     return folder
@@ -74,7 +74,7 @@ def weight(base: Any) -> torch.Tensor:
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The distance relative to the norm of `expected`."""
+    """Return the distance relative to the norm of `expected`."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 

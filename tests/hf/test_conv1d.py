@@ -157,7 +157,7 @@ def test_inductor_hands_on_the_stored_weight(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def watch(patch: pytest.MonkeyPatch, variant: type, direction: str, seen: set[int]) -> None:
-    """Puts the addresses of the weights that `variant` is given into `seen`."""
+    """Put the addresses of the weights that `variant` is given into `seen`."""
     real = getattr(variant, direction)
 
     def watching(self: Any, *arguments: Any) -> Any:

@@ -73,7 +73,8 @@ class Chain(nn.Module):
 
 
 def build(base: str, dtype: torch.dtype, config: LoraConfig, model: Any) -> list[Any]:
-    """A stock PeftModel of `model` with DoRA, and the optimised one with the same weights."""
+    """Return a stock PeftModel of `model` with DoRA, and the optimised one with the same
+    weights."""
     models: list[Any] = []
     own = base in {each.name for each in FORMATS}
     for optimized in (False, True):
@@ -101,8 +102,8 @@ def build(base: str, dtype: torch.dtype, config: LoraConfig, model: Any) -> list
 
 
 def trained(model: Any, x: Tensor, autocast: bool = False, call: Any = None) -> dict[str, Tensor]:
-    """The output and all gradients of a step in which each model draws the same masks: dropout
-    before both products is torch's own."""
+    """Return the output and all gradients of a step in which each model draws the same masks:
+    dropout before both products is torch's own."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(5)
@@ -188,7 +189,7 @@ class One(nn.Module):
 
 
 def layer(n: int, k: int, quantize: Any = None, **options: Any) -> tuple[Any, Any]:
-    """A PeftModel with DoRA over one Linear, optimised, and its adapter layer."""
+    """Return a PeftModel with DoRA over one Linear, optimised, and its adapter layer."""
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"r": 3, "target_modules": ["linear"], "init_lora_weights": False}
     model = qlora_compile.optimize(

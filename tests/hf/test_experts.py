@@ -1,4 +1,4 @@
-"""Mixtures of experts: optimised, they train, merge and save as stock PEFT's do, by our op."""
+"""Optimised mixtures of experts train, merge and save like stock PEFT's, by our op."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def assert_trains_alike(ours: Any, stock: Any, inputs: dict[str, torch.Tensor]) 
 
 
 def decode_into(stock: nn.Module, ours: nn.Module) -> None:
-    """Gives `stock` the weights that `ours` decodes."""
+    """Give `stock` the weights that `ours` decodes."""
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             stock.get_submodule(name).weight.data = module.dequantize()
@@ -95,7 +95,8 @@ def decode_into(stock: nn.Module, ours: nn.Module) -> None:
 
 
 def quantized(format: Any, name: str = "mixtral", **options: Any) -> tuple[Any, Any]:
-    """The optimised model with packed experts, and stock PEFT's with the weights it decodes."""
+    """Return the optimised model with packed experts, and stock PEFT's with the weights it
+    decodes."""
     model = toy(name)
     torch.manual_seed(1)
     ours = qlora_compile.optimize(
@@ -302,7 +303,7 @@ def test_weights_that_begin_to_train_are_refused() -> None:
     ours(**inputs)
     next(iter(Inventory(ours).experts.values())).weight.requires_grad_(True)
     torch._dynamo.reset()
-    with pytest.raises(FrozenExpertsError, match="takes it for frozen"):
+    with pytest.raises(FrozenExpertsError, match="was frozen when optimize"):
         ours(**inputs)
 
 

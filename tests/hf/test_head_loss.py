@@ -61,7 +61,7 @@ def optimized(
 
 
 def pair(architecture: str = "Llama", config: Any = None, **options: Any) -> list[Any]:
-    """The plain optimised model and the one without logits."""
+    """Return the plain optimised model and the one without logits."""
     return [
         optimized(toy(architecture, **options), config or lora(), free=free)
         for free in (False, True)
@@ -69,7 +69,7 @@ def pair(architecture: str = "Llama", config: Any = None, **options: Any) -> lis
 
 
 def step(model: nn.Module, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
-    """The loss and all gradients."""
+    """Return the loss and all gradients."""
     model.zero_grad()
     loss = model(input_ids=ids, **({"labels": ids} | inputs)).loss
     loss.backward()

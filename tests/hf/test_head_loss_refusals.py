@@ -17,7 +17,7 @@ from tests.test_equality import lora
 
 
 class Sorted(LlamaForCausalLM):
-    """Does to its logits what no head loss knows."""
+    """Applies to its logits an operation that no head loss supports."""
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -62,7 +62,7 @@ def of_class(model_class: type) -> Any:
 )
 def test_logits_that_cannot_be_seen_through_are_refused(model_class: type, why: str) -> None:
     model = of_class(model_class)
-    message = f"logits_free_loss: {model_class.__name__} does to its logits .*({why})"
+    message = f"logits_free_loss: {model_class.__name__} applies to its logits .*({why})"
     assert_refused(model, message)
 
 
@@ -91,22 +91,22 @@ class OtherLoss(LlamaForCausalLM):
 
 
 def test_a_loss_that_would_differ_is_refused() -> None:
-    assert_refused(of_class(OtherLoss), "OtherLoss has a loss of 4.*, which would become 4")
+    assert_refused(of_class(OtherLoss), "OtherLoss has a loss of 4.*, which would be 4")
 
 
 def test_models_of_another_kind_are_refused() -> None:
-    assert_refused(toy("Bert"), "BertForMaskedLM has a loss of its own")
-    assert_refused(nn.Sequential(nn.Linear(4, 4)), "Sequential is no transformers model")
+    assert_refused(toy("Bert"), "BertForMaskedLM computes its loss by other")
+    assert_refused(nn.Sequential(nn.Linear(4, 4)), "Sequential is not a transformers model")
     assert_refused(toy(), "would be compiled as a whole", scope="model")
     own = toy()
     own.loss_function = lambda *args, **kwargs: None
-    with pytest.raises(LogitsFreeLossError, match="has a loss of its own"):
+    with pytest.raises(LogitsFreeLossError, match="computes its loss by other"):
         optimized(own, lora())
 
 
 def test_an_adapted_head_with_dropout_is_refused() -> None:
     config = lora(0.1, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(LogitsFreeLossError, match="has an adapter on its head that is not known"):
+    with pytest.raises(LogitsFreeLossError, match="has an adapter of an unknown class on its"):
         optimized(toy(), config)
 
 

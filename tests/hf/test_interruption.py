@@ -1,4 +1,4 @@
-"""Ctrl-C while training: where it stops, what is saved, what is said, and going on from there."""
+"""Ctrl-C while training: where training stops, what is saved and said, and going on from there."""
 
 import signal
 import threading

@@ -90,7 +90,7 @@ def attach(model: Any, config: PeftConfig) -> Any:
 
 
 def adapted(model: Any, config: PeftConfig) -> Any:
-    """Stock PEFT's model, its adapters no longer as they begin."""
+    """Return stock PEFT's model, its adapters no longer as they begin."""
     model = attach(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -100,7 +100,7 @@ def adapted(model: Any, config: PeftConfig) -> Any:
 
 
 def take(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Gives `model` those tensors of `state` that are not packed in it."""
+    """Give `model` those tensors of `state` that are not packed in it."""
     own = model.state_dict()
     for name, value in state.items():
         if name in own and (own[name].dtype, own[name].shape) == (value.dtype, value.shape):

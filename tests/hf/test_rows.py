@@ -194,7 +194,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "label beyond the known": (BOUNDED, (0, 2**40), _set_label, row_errors.RowLabelError),
     "negative label": (BOUNDED, (-99, -1), _set_label, row_errors.RowLabelError),
-    "label that is no number": (
+    "label that is not a number": (
         ("numbers",),
         (0, 0),
         _replace("labels", lambda row: float("inf"), "inf"),
@@ -222,7 +222,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def prepared(kind: str, rows: list[Row], task: Task) -> tuple[list[Any], Any]:
-    """All rows as the Trainer gets them, and what makes batches of them."""
+    """Return all rows as the Trainer gets them, and what makes batches of them."""
     without_none = [{n: v for n, v in row.items() if v is not None} for row in rows]
     dataset = KINDS[kind](without_none if kind in UNTYPED else rows)
     ready, batching = prepare(dataset, task.model(), toy_tokenizer(), None)

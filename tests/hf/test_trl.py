@@ -124,7 +124,7 @@ def stock(name: str, folder: Path) -> Any:
 
 
 def trained(trainer: Any) -> tuple[list[float], Any]:
-    """The losses of the steps, and the model with its adapter merged."""
+    """Return the losses of the steps, and the model with its adapter merged."""
     generator = torch.Generator().manual_seed(5)
     for module in trainer.model.modules():
         if isinstance(module, LoraLayer):

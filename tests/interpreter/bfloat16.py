@@ -25,12 +25,12 @@ _UPSTREAM = InterpreterBuilder
 
 
 def decode(bits: np.ndarray) -> np.ndarray:
-    """The float32 values of bfloat16 bits (uint16, any shape); exact."""
+    """Return the float32 values of bfloat16 bits (uint16, any shape); exact."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def encode(values: np.ndarray) -> np.ndarray:
-    """The bfloat16 bits (uint16) nearest to `values` (float32 or float64), ties to even."""
+    """Return the bfloat16 bits (uint16) nearest to `values` (float32 or float64), ties to even."""
     if values.dtype == np.float64:
         values = _to_odd_float32(values)
     words = np.ascontiguousarray(values).view(np.uint32)
@@ -43,7 +43,8 @@ def encode(values: np.ndarray) -> np.ndarray:
 
 
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Bits of a × b + c rounded once; all three are bfloat16 bits (uint16) that broadcast."""
+    """Return bits of a × b + c rounded once; all three are bfloat16 bits (uint16) that
+    broadcast."""
     product = decode(a).astype(np.float64) * decode(b)  # exact: 16 digits, exponents within ±266
     addend = np.broadcast_to(decode(c).astype(np.float64), np.broadcast(product, c).shape)
     total = product + addend
@@ -54,12 +55,12 @@ def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def toward_zero(values: np.ndarray, rounded: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """`words`, the bits of `rounded` (`values` to nearest), lowered by one where it grew."""
+    """Return `words`, the bits of `rounded` (`values` to nearest), lowered by one where it grew."""
     return np.where(np.abs(rounded.astype(values.dtype)) > np.abs(values), words - 1, words)
 
 
 def _to_odd_float32(values: np.ndarray) -> np.ndarray:
-    """float64 to float32, inexact results to the neighbour whose last digit is odd.
+    """Convert float64 to float32, inexact results to the neighbour whose last digit is odd.
 
     Rounding that once more to bfloat16 equals rounding `values` once.
     """
@@ -68,7 +69,8 @@ def _to_odd_float32(values: np.ndarray) -> np.ndarray:
 
 
 def _nudge_to_odd(rounded: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """Where `rounded` lost something and ends in an even digit: its neighbour on that side."""
+    """Return `rounded`, moved to its neighbour where it lost something and ends in an even
+    digit."""
     words = rounded.view(np.dtype(f"u{rounded.dtype.itemsize}"))
     inexact = (lost != 0) & ~np.isnan(lost) & ((words & 1) == 0)
     side = np.where(lost > 0, np.inf, -np.inf).astype(rounded.dtype)
@@ -92,7 +94,7 @@ def _cast(builder: Any, source: TensorHandle, target: Any) -> TensorHandle:
 
 
 def _float_to_float(builder: Any, source: TensorHandle, target: Any, rounding: Any) -> TensorHandle:
-    """Between floating types: bf16 <-> fp16, fp8, and casts that ask for a rounding mode."""
+    """Cast between floating types: bf16 <-> fp16, fp8, and casts with a rounding mode."""
     known = (tl.bfloat16, tl.float16, tl.float32, tl.float64)
     if source.dtype.scalar not in known or target.scalar not in known:
         return _UPSTREAM_FLOAT_TO_FLOAT(builder, source, target, rounding)

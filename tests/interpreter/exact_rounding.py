@@ -19,7 +19,7 @@ BFLOAT16 = FloatFormat(8, -133, 128)
 
 
 def nearest(value: Fraction, target: FloatFormat) -> float:
-    """The number of the format nearest to `value`, ties to even; zero comes out as +0."""
+    """Return the number of the format nearest to `value`, ties to even; zero comes out as +0."""
     magnitude = abs(value)
     if not magnitude:
         return 0.0

@@ -22,7 +22,7 @@ _active: MemoryGuard | None = None
 
 
 def check_version(version: str) -> None:
-    """Raises RuntimeError unless `version` is the Triton whose interpreter these modules mend."""
+    """Raise RuntimeError unless `version` is the Triton whose interpreter these modules mend."""
     if version != KNOWN_VERSION:
         raise RuntimeError(
             f"tests.interpreter mends the interpreter of Triton {KNOWN_VERSION}, and this is "

@@ -52,7 +52,7 @@ class _Results:
 
 
 def parse_constraints(constraints: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The widths in bits of the output and of the input registers."""
+    """Return the widths in bits of the output and of the input registers."""
     outputs, inputs = [], []
     for constraint in constraints.split(","):
         match = re.fullmatch(r"\s*(=&?)?([hrlfd])\s*", constraint)
@@ -71,7 +71,7 @@ def elements_per_register(dtype: np.dtype, pack: int) -> int:
 def to_registers(
     handle: TensorHandle, pack: int, widths: Sequence[int], first: int
 ) -> list[np.ndarray]:
-    """The bits of the registers that hold a tensor, each [invocations, 1] (or [1, 32])."""
+    """Return the bits of the registers that hold a tensor, each [invocations, 1] (or [1, 32])."""
     if isinstance(handle, LaneVarying):
         if elements_per_register(handle.lanes.dtype, pack) > 1:
             raise PtxError("lane-varying values below 32 bits cannot share a register")
@@ -102,7 +102,7 @@ def to_registers(
 def from_registers(
     registers: list[np.ndarray], dtype: Any, pack: int, shape: tuple[int, ...], lanes: bool
 ) -> TensorHandle:
-    """A tensor of `shape` from its registers, the inverse of `to_registers`.
+    """Return a tensor of `shape` from its registers, the inverse of `to_registers`.
 
     `lanes` says whether the assembly had only scalars, so that lanes may differ.
     """

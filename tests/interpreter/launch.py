@@ -43,7 +43,7 @@ class IntegerOverflow(RuntimeError):
 
 @functools.cache
 def _language_patches() -> list[tuple[object, dict[str, object]]]:
-    """What upstream replaces in `triton.language` while a kernel runs, by owner."""
+    """Return what upstream replaces in `triton.language` while a kernel runs, by owner."""
     everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     scope = interpreter._patch_lang(everything)
     patches: dict[int, tuple[object, dict[str, object]]] = {}
@@ -56,7 +56,7 @@ def _language_patches() -> list[tuple[object, dict[str, object]]]:
 
 
 def check_overflow(left: Any, right: Any, operation: Callable) -> None:
-    """In place of upstream's check, which computes in int64 and then throws the answer away.
+    """Check for overflow in place of upstream, which computes in int64 and discards the answer.
 
     Unsigned arithmetic, and `tl.add`, … with `sanitize_overflow=False`, may wrap.
     """
@@ -85,7 +85,7 @@ def _extremes(values: np.ndarray) -> tuple[int, int]:
 
 
 def _bounds(name: str, a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """Between which integers all results of an operation on two ranges lie."""
+    """Return the integers between which all results of an operation on two ranges lie."""
     if name == "add":
         return a[0] + b[0], a[1] + b[1]
     if name == "sub":
@@ -102,7 +102,8 @@ class _Arguments:
         self.not_specialized = not_specialized
 
     def convert(self, value: Any, name: str) -> Any:
-        """A Python integer 1 stays one, unless `name` is exempt: compiled, it is a constexpr."""
+        """Convert an argument; a Python 1, when compiled a constexpr, stays unless `name` is
+        exempt."""
         if isinstance(value, float):
             # Upstream leaves a float a Python number, which adapts to any tensor's dtype.
             return tl.tensor(TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
@@ -135,7 +136,7 @@ class _Arguments:
 
 
 def _not_specialized(function: InterpretedFunction) -> set[str]:
-    """Names of the arguments whose values a compiled launch does not look at."""
+    """Return names of the arguments whose values a compiled launch does not look at."""
     exempt = function.kwargs.get("do_not_specialize") or ()
     return {function.arg_names[key] if isinstance(key, int) else key for key in exempt}
 

@@ -20,7 +20,7 @@ RANGE_NAME = "_interpreted_range"
 
 
 def loop_range(start: Any, stop: Any = None, step: Any = None, **options: Any) -> Iterator[Any]:
-    """`range` and `tl.range` inside a kernel; the options only steer the compiler.
+    """Take the place of `range` and `tl.range` inside a kernel; options only steer the compiler.
 
     Bounds are ints or scalar integer tensors. The loop variable is int64 if one of them needs it.
     """

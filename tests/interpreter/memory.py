@@ -69,7 +69,8 @@ class Region:
         return cls(name, start, start + span, run, tuple(reversed(axes)))
 
     def outside(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Which accesses of `size` bytes at `addresses` (uint64) leave this tensor (bool)."""
+        """Return which accesses of `size` bytes at `addresses` (uint64) leave this tensor
+        (bool)."""
         if self.end - self.start < size:
             return np.ones(addresses.shape, np.bool_)
         wrong = (addresses < np.uint64(self.start)) | (addresses > np.uint64(self.end - size))
@@ -113,7 +114,7 @@ class MemoryGuard:
             self._arguments = []
 
     def tagged_address(self, tensor: torch.Tensor, name: str) -> int:
-        """The address of an argument's first element, with its number above bit 48."""
+        """Return the address of an argument's first element, with its number above bit 48."""
         self._arguments.append(Region.of(tensor, name))
         if len(self._arguments) >= _TAG_LIMIT:
             raise ValueError(f"a kernel with more than {_TAG_LIMIT - 1} tensors")
@@ -122,7 +123,8 @@ class MemoryGuard:
     def check(
         self, access: str, addresses: np.ndarray, mask: np.ndarray | None, size: int
     ) -> np.ndarray:
-        """The untagged `addresses` (uint64, any shape), once those under `mask` are known good.
+        """Return the untagged `addresses` (uint64, any shape), once those under `mask` are known
+        good.
 
         Raises `InvalidAccess` if an `access` ("load", …) of `size` bytes leaves its tensor, or is
         not aligned to its size.
@@ -173,7 +175,8 @@ class MemoryGuard:
 
 
 def _poison(dtype: tl.dtype) -> Any:
-    """What a masked-off element of a load without `other` holds: as `torch.empty` in the tests."""
+    """Return what a masked-off element of a load without `other` holds: as `torch.empty` in the
+    tests."""
     numpy_dtype = interpreter._get_np_dtype(dtype)
     if dtype == tl.bfloat16:
         return NAN_BITS

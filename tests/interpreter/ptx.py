@@ -64,7 +64,8 @@ class Program:
 
 @functools.cache
 def parse(assembly: str, output_widths: tuple[int, ...], input_widths: tuple[int, ...]) -> Program:
-    """`$0`, `$1`, … are the outputs and then the inputs, registers of these widths in bits."""
+    """Parse assembly. `$0`, `$1`, … are the outputs, then the inputs, registers of these widths in
+    bits."""
     return _Parser(output_widths, input_widths).parse(assembly)
 
 
@@ -148,7 +149,7 @@ class _Parser:
                 self.declare(one, int(match[1]))
 
     def register(self, name: str, width: int, *, wider: bool = False) -> int:
-        """The number of a declared register of `width` bits, or of more if `wider`."""
+        """Return the number of a declared register of `width` bits, or of more if `wider`."""
         for scope in reversed(self.scopes):
             if name in scope:
                 number = scope[name]
@@ -159,7 +160,7 @@ class _Parser:
         raise PtxError(f"{name} is not declared")
 
     def source(self, name: str, width: int, *, wider: bool = False) -> Callable[[list[Bits]], Bits]:
-        """How to read an operand's `width` bits."""
+        """Return how to read an operand's `width` bits."""
         dtype = unsigned(width)
         if name == "%laneid":
             if width != WARP:

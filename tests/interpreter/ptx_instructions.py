@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
 
 def lop3(a: Values, b: Values, c: Values, table: Values) -> Values:
-    """Any bitwise function of three words: bit 4a + 2b + c of `table` is the result for a, b, c."""
+    """Compute a bitwise function of three words: bit 4a + 2b + c of `table` is its result."""
     result = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
     for index in range(8):
         if int(table.item()) >> index & 1:
@@ -37,7 +37,7 @@ def lop3(a: Values, b: Values, c: Values, table: Values) -> Values:
 
 
 def prmt(a: Values, b: Values, selector: Values) -> Values:
-    """Four bytes of {b, a}, each picked by 3 bits of `selector`; its 4th bit asks for the sign."""
+    """Pick four bytes of {b, a}, each by 3 bits of `selector`; a 4th bit asks for the sign."""
     shape = np.broadcast(a, b, selector).shape
     both = (b.astype(np.uint64) << np.uint64(32)) | a
     if both.size > 1 and selector.size > 1:
@@ -58,7 +58,7 @@ def prmt(a: Values, b: Values, selector: Values) -> Values:
 
 
 def shift(numpy_function: Callable[..., Values], value: Values, amount: Values) -> Values:
-    """PTX clamps the amount (uint32) at the width, where C leaves the result undefined."""
+    """Shift by an amount (uint32), which PTX clamps at the width; in C that is undefined."""
     width = value.dtype.itemsize * 8
     shifted = numpy_function(value, np.minimum(amount, width - 1).astype(value.dtype))
     # Past the width, an arithmetic shift to the right goes on repeating the sign.
@@ -68,14 +68,14 @@ def shift(numpy_function: Callable[..., Values], value: Values, amount: Values) 
 
 
 def bit_field(position: Values, length: Values) -> Values:
-    """Ones in `length` bits from `position` (uint32, low byte of each counts), cut at bit 31."""
+    """Return ones in `length` bits from `position` (low bytes of uint32), cut at bit 31."""
     position, length = position & np.uint32(255), length & np.uint32(255)
     ones = shift(np.left_shift, np.uint32(1) + np.zeros_like(length), length) - np.uint32(1)
     return shift(np.left_shift, ones, position)
 
 
 def bit_field_extract(value: Values, position: Values, length: Values) -> Values:
-    """bfe.u32, or bfe.s32 if `value` is int32."""
+    """Compute bfe.u32, or bfe.s32 if `value` is int32."""
     low = position & np.uint32(255)
     words = value.view(np.uint32)
     field = shift(np.right_shift, words & bit_field(position, length), low)
@@ -120,13 +120,13 @@ def to_float16(values: Values) -> Values:
 
 
 def pair(high: Values, low: Values) -> Values:
-    """Two 16-bit arrays as the halves of uint32 words."""
+    """Return two 16-bit arrays as the halves of uint32 words."""
     high, low = high.view(np.uint16), low.view(np.uint16)
     return (high.astype(np.uint32) << np.uint32(16)) | low
 
 
 def on_halves(compute: Callable[..., Values], half: type) -> Callable[..., Values]:
-    """`compute` on the upper and on the lower halves (dtype `half`) of uint32 words."""
+    """Apply `compute` to the upper and to the lower halves (dtype `half`) of uint32 words."""
 
     def packed(*words: Values) -> Values:
         high = compute(*((word >> np.uint32(16)).astype(np.uint16).view(half) for word in words))

@@ -19,13 +19,13 @@ def unsigned(bits: int) -> np.dtype:
 
 
 def numpy_dtype(ptx_type: str) -> np.dtype:
-    """How an instruction sees an operand; bf16 stays bits."""
+    """Return how an instruction sees an operand; bf16 stays bits."""
     letter, bits = re.fullmatch(r"(bf|b|u|s|f)(\d+)", ptx_type).groups()  # pyright: ignore[reportOptionalMemberAccess]
     return np.dtype({"s": "i", "f": "f"}.get(letter, "u") + str(int(bits) // 8))
 
 
 def shuffle_origins(control: int) -> np.ndarray:
-    """The lane that shfl.idx reads, [wanted lane, own lane], for its operand c."""
+    """Return the lane that shfl.idx reads, [wanted lane, own lane], for its operand c."""
     segments, clamp = control >> 8 & 31, control & 31
     lane, wanted = np.arange(WARP)[None, :], np.arange(WARP)[:, None]
     first = lane & segments
@@ -35,7 +35,7 @@ def shuffle_origins(control: int) -> np.ndarray:
 
 
 def immediate(text: str, width: int) -> int:
-    """A literal's bits; `0f3F800000` and `0d…` are the bits of a float."""
+    """Return a literal's bits; `0f3F800000` and `0d…` are the bits of a float."""
     if match := re.fullmatch(r"0([fFdD])([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})", text):
         if len(match[2]) * 4 == width == {"f": 32, "d": 64}[match[1].lower()]:
             return int(match[2], 16)

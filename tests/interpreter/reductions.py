@@ -73,7 +73,7 @@ def _min_max(self: Any, operand: Any, val_reduce_op: Any, idx_reduce_op: Any = N
 def _scan(
     self: Any, operand: Any, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> list[Any]:
-    """Running combination of bfloat16 along `self.axis`, rounded at each step."""
+    """Combine bfloat16 values along `self.axis`, rounded at each step."""
     steps = np.moveaxis(operand.handle.data.copy(), self.axis, 0)
     for position in range(1, len(steps)):
         running = combine(decode(steps[position - 1]), decode(steps[position]))

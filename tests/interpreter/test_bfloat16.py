@@ -140,7 +140,7 @@ def atomic_kernel(x_ptr, sums_ptr, old_ptr, n, N: tl.constexpr, OP: tl.constexpr
 
 
 def number(x: Tensor, y: Tensor, both: Tensor) -> Tensor:
-    """The operand that is not NaN, or `both` where both are."""
+    """Return the operand that is not NaN, or `both` where both are."""
     return torch.where(x.isnan(), y, torch.where(y.isnan(), x, both))
 
 

@@ -30,7 +30,7 @@ def cast_kernel(x_ptr, out_ptr, N: tl.constexpr, TO: tl.constexpr, ROUNDING: tl.
 
 
 def float32_values() -> Tensor:
-    """Near the middle between bfloat16 neighbours, and every sort of special value."""
+    """Draw values near the middle between bfloat16 neighbours, and special values of all kinds."""
     middles = ALL.view(torch.int16).to(torch.int32) << 16
     around = torch.tensor([0x7FFF, 0x8000, 0x8001, 0xFFFF, 1])
     return (middles[::4, None] | around).to(torch.int32).flatten()[: 1 << 16].view(torch.float32)

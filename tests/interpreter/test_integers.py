@@ -120,7 +120,7 @@ def test_high_half_of_a_product(pairs: list[tuple[int, int]]) -> None:
 
 
 def philox(key: tuple[int, int], counter: tuple[int, ...]) -> tuple[int, ...]:
-    """Philox 4×32 with ten rounds (Salmon et al., 2011) in Python integers."""
+    """Compute Philox 4×32 with ten rounds (Salmon et al., 2011) in Python integers."""
     mask = (1 << 32) - 1
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]

@@ -24,7 +24,7 @@ halves = st.integers(0, 0xFFFF)
 def execute(
     statement: str, *inputs: list[int], outputs: tuple[int, ...] = (32,), width: int = 32
 ) -> list[list[int]]:
-    """Runs one statement on lists of bits; `$0`, … are outputs of `outputs` bits, then inputs."""
+    """Run one statement on lists of bits; `$0`, … are outputs of `outputs` bits, then inputs."""
     widths = (width,) * len(inputs)
     arrays = [np.array(values, f"u{width // 8}")[:, None] for values in inputs]
     with np.errstate(all="ignore"):
@@ -53,7 +53,7 @@ def bfloat16(bits: int) -> float:
 
 
 def bits_of(value: float, target: FloatFormat) -> int:
-    """Of a number of the format; NaN as the hardware writes it."""
+    """Return the bits of a number of the format; NaN as the hardware writes it."""
     if math.isnan(value):
         return {FLOAT32: 0x7FFFFFFF}.get(target, 0x7FFF)
     code = struct.pack("<e" if target is FLOAT16 else "<f", value)
@@ -200,7 +200,7 @@ def test_integer_conversions(a: int) -> None:
 def arithmetic(
     compute: Callable[..., Fraction], target: FloatFormat, *values: float
 ) -> float | None:
-    """Rounded once; None where a value is not finite or the sign of a zero decides."""
+    """Compute with one rounding; None if a value is not finite or a zero's sign decides."""
     if not all(map(math.isfinite, values)):
         return None
     exact = compute(*map(Fraction, values))

@@ -71,7 +71,7 @@ def reduce(x: Tensor, axis: int, operation: str, dtype: torch.dtype) -> Tensor:
 
 
 def halving_sum(x: Tensor) -> Tensor:
-    """Over axis 0; the partial sums are rounded to the dtype of `x`."""
+    """Sum over axis 0, with partial sums rounded to the dtype of `x`."""
     while len(x) > 1:
         x = x[: len(x) // 2] + x[len(x) // 2 :]
     return x[0]

@@ -1,5 +1,5 @@
-"""The interpreter that computes as a GPU does, for the modules that launch kernels; each level of a
-CPU's instructions, for those that call C++."""
+"""Fixtures: the interpreter that computes like a GPU, for modules that launch kernels, and each
+level of a CPU's instructions, for modules that call C++."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def interpreting() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=instructions.levels())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Have C++ kernels use one level of instructions and those below it, each that the processor
-    has in turn."""
+    """Have C++ kernels use one of the processor's levels of instructions, and those below it."""
     here = instructions.levels()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instructions, "level", lambda: request.param)

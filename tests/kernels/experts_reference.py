@@ -1,4 +1,4 @@
-"""The linear of experts by its definition, to hold implementations and specification against."""
+"""The linear of experts by its definition, to compare variants and specification with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def experts_reference(
     *,
     scaling: float = 1.0,
 ) -> Tensor:
-    """y [S, N] of x [S, K], weight [E, N, K], bias [E, N], lora_a [E, R, K], lora_b [E, N, R]:
-    rows offsets[e - 1] … offsets[e] go through expert e, those past the last offset give zero."""
+    """Return y [S, N] of x [S, K], weight [E, N, K], bias [E, N], lora_a [E, R, K], lora_b [E, N,
+    R]: rows offsets[e - 1] … offsets[e] go through expert e, those past the last offset give
+    zero."""
     expert = torch.searchsorted(offsets, torch.arange(x.shape[0]), right=True)
     served = expert < weight.shape[0]
     expert = expert.clamp(max=weight.shape[0] - 1)

@@ -1,4 +1,4 @@
-"""One call of siblings with everything it is held against."""
+"""One call of siblings with everything it is compared with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GroupCall:
 
     @classmethod
     def of(cls, *cases: Case) -> GroupCall:
-        """Cases that differ in n, bias, rank, scaling and seed alone."""
+        """Return cases that differ in n, bias, rank, scaling and seed alone."""
         first, *others = (replace(case, stream=i).build() for i, case in enumerate(cases))
         seed = torch.tensor([987654321]) if first.case.dropout is not None else None
         calls = []
@@ -47,7 +47,7 @@ class GroupCall:
         return self.calls[0].case
 
     def fused_call(self, save_low_rank: bool = False) -> FusedCall:
-        """What the op is told."""
+        """Return the Call for the op."""
         calls = [call.fused_call() for call in self.calls]
         adapted = next((call for call in calls if call.rank), calls[0])
         linears = tuple(linear for call in calls for linear in call.linears)
@@ -60,7 +60,7 @@ class GroupCall:
     def fused(
         self, variant: Variant, config: Config, backward_config: Config, keeps: bool
     ) -> dict[str, Tensor]:
-        """Every y and all gradients through the op, in the names of `reference`."""
+        """Return every y and all gradients through the op, in the names of `reference`."""
 
         def choose(problem: Problem, records: str) -> Choice:
             is_backward = problem.direction == "backward"
@@ -81,7 +81,7 @@ class GroupCall:
         return found | {f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
-        """As `Call.reference`; the gradients of x are added up as autograd does."""
+        """Do as `Call.reference`; the gradients of x are added up as autograd does."""
         results: dict[str, Tensor] = {}
         for i, call in enumerate(self.calls):
             for name, value in call.reference(plain=plain, magnitudes=magnitudes).items():
@@ -94,7 +94,7 @@ class GroupCall:
 
 @st.composite
 def groups(draw: st.DrawFn, case: Case) -> GroupCall:
-    """Two or three siblings of `case`."""
+    """Return two or three siblings of `case`."""
     count = draw(st.integers(2, 3))
     return GroupCall.of(
         *(

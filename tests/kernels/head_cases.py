@@ -1,4 +1,4 @@
-"""One call of the chunked head loss with everything it is held against."""
+"""One call of the chunked head loss with everything it is compared with."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Call:
     labels: Tensor
 
     def chunked(self) -> dict[str, Tensor]:
-        """The loss and all gradients, the loss scaled by 3; as in the others."""
+        """Return the loss, scaled by 3 as in the other methods, and all gradients."""
         case, leaves = self.case, self.leaves()
         weight = leaves["weight"] if self.packed is None else self.packed
         with torch.autocast("cpu", BF16, enabled=case.precision.autocast):
@@ -121,7 +121,8 @@ class Call:
         return _results(loss, leaves)
 
     def plain(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """By all logits at once, in the case's dtypes as a model and PEFT would, or in `dtype`."""
+        """Compute with all logits at once, in the case's dtypes like a model and PEFT, or in
+        `dtype`."""
         leaves = self.leaves(dtype)
         autocast = self.case.precision.autocast and dtype is None
         with torch.autocast("cpu", BF16, enabled=autocast):
@@ -135,8 +136,9 @@ class Call:
         return _results(loss, leaves)
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """What each gradient would be if nothing cancelled, float64: the scale of roundings. That
-        of a logit, which is relative to it, is an absolute one of its probability's logarithm."""
+        """Return what each gradient would be if nothing cancelled, float64: the scale of roundings.
+        That of a logit, which is relative to it, is an absolute one of its probability's
+        logarithm."""
         leaves = self.leaves(F64)
         logits = self.logits(leaves).detach()
         valid = self.labels != -100
@@ -157,14 +159,15 @@ class Call:
         return by_name | {"loss": logits.abs().sum() + len(self.labels)}
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """Fresh copies of the tensors that require gradients, in their own dtypes or in `dtype`."""
+        """Return fresh copies of the tensors that require gradients, in their own dtypes or in
+        `dtype`."""
         return {
             name: tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
             for name, tensor in self.tensors.items()
         }
 
     def logits(self, leaves: dict[str, Any]) -> Tensor:
-        """[M, V], as the model would compute them."""
+        """Return the logits [M, V], as the model computes them."""
         logits = linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
         if "lora_a" in leaves:
             x = leaves["hidden"].to(leaves["lora_a"].dtype)

@@ -1,8 +1,8 @@
-"""How often Triton's JIT is asked for launches of one kernel, and whether those that find it
-compiled pass what the JIT passes, as JSON on standard output.
+"""Prints as JSON how often Triton's JIT is asked for launches of one kernel, and whether launches
+of a compiled kernel pass what the JIT passes.
 
-A process of its own: the tests' may have its kernels decorated for Triton's interpreter. The device
-is not there, see built_kernels_found.py.
+It runs in a separate process, as the tests' may have its kernels decorated for Triton's
+interpreter. The device is imaginary, see built_kernels_found.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def told(argument: Any) -> str:
 
 
 def packed_calls() -> dict[str, Callable[[], Any]]:
-    """Those of a packed weight, whose planes but one are a tuple; some of another kind."""
+    """Return calls with a packed weight, whose planes but one are a tuple, and some others."""
 
     def call(tensors: Sequence[Tensor], layout: Layout) -> Callable[[], Any]:
         spec = LinearSpec(layout, 0.0, 0, *(torch.bfloat16,) * 3)

@@ -1,4 +1,4 @@
-"""One call of the fused linear with everything it is held against."""
+"""One call of the fused linear with everything it is compared with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Of x and grad x, the base product, the adapter's product, y, and lora_a and lora_b."""
+    """The dtypes of x and grad x, the base product, the adapter's product, y, and the factors."""
 
     x: torch.dtype
     compute: torch.dtype
@@ -72,7 +72,8 @@ DTYPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """`rank` 0 is no adapter, `dropout` None no seed; batch, n and k are the shapes' dimensions."""
+    """A call. rank: 0 for no adapter. dropout: None for no seed. batch, n, k: dimensions of
+    shapes."""
 
     batch: tuple[int, ...] = (5,)
     n: int = 24
@@ -154,7 +155,8 @@ class Call:
     keep: Tensor | None
 
     def on(self, device: torch.device | str) -> Call:
-        """The same call with its tensors on `device`; the packed weight and the mask stay."""
+        """Return the same call with its tensors on `device`; the packed weight and the mask
+        stay."""
 
         def moved(tensor: Tensor | None) -> Any:
             if tensor is None:
@@ -169,12 +171,12 @@ class Call:
         return replace(self, planes=[moved(plane) for plane in self.planes], **tensors)
 
     def problem(self, direction: Direction) -> Problem:
-        """The key of the call in one direction."""
+        """Return the key of the call in one direction."""
         return problem_of(self.fused_call(), direction, math.prod(self.case.batch), self.x)
 
     @property
     def low_rank(self) -> Tensor:
-        """S, as a forward would have kept it."""
+        """S, as a forward keeps it."""
         assert self.lora_a is not None
         x = self.x.reshape(-1, self.case.k).to(F64)
         if self.keep is not None:
@@ -187,7 +189,7 @@ class Call:
         return format_named(self.packed.format).dequantize(self.packed, dtype)
 
     def fused_call(self, save_low_rank: bool = False) -> FusedCall:
-        """What the op is told."""
+        """Return the Call for the op."""
         case, d = self.case, self.case.dtypes
         linear = LinearCall(
             case.layout if self.packed is None else self.packed.layout,
@@ -218,23 +220,23 @@ class Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """As the op takes them."""
+        """The tensors, as the op takes them."""
         own = (*self.planes, self.bias, self.lora_a, self.lora_b, self.scaling)
         return [tensor for tensor in own if tensor is not None]
 
     @property
     def linear_tensors(self) -> LinearTensors:
-        """As variants take them."""
+        """The tensors, as variants take them."""
         rows = self.x.reshape(-1, self.case.k)
         ((tensors, _),) = bound(self.fused_call(), rows, self.tensors, self.seed)
         return tensors
 
     def arguments(self, save_low_rank: bool = False) -> tuple[Any, ...]:
-        """Of the op."""
+        """Return the op's arguments."""
         return self.x, self.tensors, self.seed, str(self.fused_call(save_low_rank))
 
     def leaves(self, wanted: tuple[str, ...] | None = None) -> tuple[Call, dict[str, Tensor]]:
-        """The call with those tensors that are `wanted` requiring a gradient, and these."""
+        """Return the call with gradients required of the `wanted` tensors, and these tensors."""
         names = [name for name in _DIFFERENTIABLE if wanted is None or name in wanted]
         leaves = {
             name: getattr(self, name).detach().requires_grad_()
@@ -251,7 +253,7 @@ class Call:
         backward_config: Config | None = None,
         keeps: bool = False,
     ) -> dict[str, Tensor]:
-        """y and the gradients of `wanted` (every tensor that can have one) through the op.
+        """Return y and the gradients of `wanted` (every tensor that can have one) through the op.
 
         config: of both directions, unless backward has its own; the variant's first where None.
         keeps: whether the forward keeps S for the backward.
@@ -268,7 +270,8 @@ class Call:
             return _results(y, leaves, self.grad)
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
-        """y and all gradients by the specification: in float64, or `plain` in the case's dtypes.
+        """Return y and all gradients by the specification: in float64, or `plain` in the case's
+        dtypes.
 
         magnitudes: of the absolute values of all operands, the scale of rounding errors.
         """

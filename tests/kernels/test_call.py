@@ -58,5 +58,5 @@ def test_a_layout_is_read_back_from_its_text(layout: Layout) -> None:
     "text", ["", "nf4", "nf4[3]", "nf4[3x4] block_size", "nf4[3x4]  a=1", "x[3x4]\n"]
 )
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(errors.LayoutTextError, match="is no layout"):
+    with pytest.raises(errors.LayoutTextError, match="is not a layout"):
         Layout.parse(text)

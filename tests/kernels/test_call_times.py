@@ -29,7 +29,7 @@ class Clock:
 
 
 def after(seconds: Sequence[float], choice: Choice = RECORDED, rows: int = PROBLEM.m) -> CallTimes:
-    """The times after calls that took so long."""
+    """Return the times after calls that took so long."""
     clock = Clock()
     times = CallTimes(clock)
     for each in seconds:

@@ -1,4 +1,4 @@
-"""C++ that is built on every processor compiles for one that is no x86."""
+"""C++ that is built on every processor compiles for processors other than x86."""
 
 from __future__ import annotations
 

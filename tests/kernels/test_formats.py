@@ -29,7 +29,7 @@ each_block_format = pytest.mark.parametrize("quant_format", BLOCK_FORMATS, ids=l
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The raw bits: unlike `torch.equal` on floats, tells -0.0 from 0.0."""
+    """Return the raw bits: unlike `torch.equal` on floats, tells -0.0 from 0.0."""
     return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
 
 
@@ -38,7 +38,7 @@ def normal(rows: int, columns: int, seed: int = 0, scale: float = 0.02) -> Tenso
 
 
 def code_values(quant_format: BlockFormat) -> Tensor:
-    """What every code stands for at absmax 1, float64, ascending."""
+    """Return what every code stands for at absmax 1, float64, ascending."""
     codes = torch.arange(256).to(quant_format.code_dtype)
     elements = 256 * 8 // quant_format.bits
     layout = quant_format.layout((1, elements), block_size="row")

@@ -24,7 +24,7 @@ each_fp8 = pytest.mark.parametrize("quant_format", [FP8_E4M3, FP8_E5M2], ids=lam
 
 
 def value_of(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> float:
-    """By the definition of such floats, without NaN and infinity."""
+    """Return the value by the definition of such floats, without NaN and infinity."""
     mantissa = code & (2**mantissa_bits - 1)
     exponent = code >> mantissa_bits & (2**exponent_bits - 1)
     sign = -1.0 if code >> (exponent_bits + mantissa_bits) & 1 else 1.0
@@ -41,7 +41,7 @@ def value_of_fp8(quant_format: Fp8Format, code: int) -> float:
 
 
 def assert_decoded(quant_format: QuantFormat, packed: PackedWeight, expected: Tensor) -> None:
-    """By torch's operators, by the CPU's decoder and by each of Triton's, in each dtype."""
+    """Decode by torch's operators, by the CPU's decoder and by each of Triton's, in each dtype."""
     spec = LinearSpec(packed.layout, 0.0, 0, *(torch.bfloat16,) * 3)
     for dtype in DTYPES:
         rounded = expected.to(dtype)
@@ -86,7 +86,7 @@ E2M1 = torch.tensor([value_of(code, 2, 1, 1) for code in range(16)])
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """The first of two in the low half of a byte."""
+    """Pack codes in bytes, the first of two in the low half."""
     return (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
 
 

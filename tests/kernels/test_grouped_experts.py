@@ -36,7 +36,7 @@ PACKED, DENSE = (
 
 
 def configs(format: str, layout: Layout | None = None) -> list[GemmConfig]:
-    """Those of any target that can decode `format`, and a weight of `layout` if one is given."""
+    """Return the configs of any target that can decode `format`, or a weight of `layout`."""
     if format == UNQUANTIZED:
         return list(DENSE)
     decoders = format_named(format).device_decoders()
@@ -46,7 +46,7 @@ def configs(format: str, layout: Layout | None = None) -> list[GemmConfig]:
 
 @contextmanager
 def configured(config: GemmConfig) -> Iterator[GroupedExperts]:
-    """The implementation, whatever the number of rows, by `config`."""
+    """Have the variant use `config`, whatever the number of rows."""
     with (
         assuming("sm_90", "cpu"),
         mock.patch.object(grouped, "grouped_config", return_value=config),
@@ -183,8 +183,8 @@ def test_without_a_device_it_rejects() -> None:
 
 
 def decoded_first_cost(problem: ExpertsProblem, device: DeviceModel) -> float:
-    """Modelled seconds of decoding all of W to memory, rows or no rows, and the vendor's grouped
-    product after it (`torch.nn.functional.grouped_mm`)."""
+    """Return modelled seconds of decoding all of W to memory, rows or no rows, and the vendor's
+    grouped product after it (`torch.nn.functional.grouped_mm`)."""
     active = min(problem.experts, problem.m)
     tiles = active * -(-problem.m // (active * 128))
     n, k = problem.n, problem.k

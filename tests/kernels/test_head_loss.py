@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,14 +28,6 @@ FLOORS = {F64: 2.0 + FACTOR, F32: 1.0, BF16: 0.5}
 come to, where the gradient is written in place and rounded again when it is scaled. In float64
 nothing more precise is at hand: the plain computation is the reference too and errs by about one
 such rounding, which its distance from itself does not show."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(case: Case) -> None:

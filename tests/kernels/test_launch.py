@@ -11,7 +11,7 @@ from tests.bench.compiled import run
 
 
 class Kernel:
-    """Stands for one of Triton's; tells of its launches."""
+    """Stands for one of Triton's kernels; reports its launches."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""How many launches a Llama layer takes on a GPU, and that none of torch's are among them."""
+"""The number of launches of a Llama layer on a GPU, with none of torch's among them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Operators(TorchDispatchMode):
 
 
 def launches(fused: FusedCall, *, backward: bool) -> list[Launch]:
-    """Of a call of *tail* at its first config; checks that torch starts nothing."""
+    """Return the launches of a call of *tail* in its first config; check that torch starts none."""
     tail, call = Tail(), fused.call
     low = fused.tensors[-1] if backward else torch.empty(fused.x.shape[0], call.rank)
     group = bound(call, fused.x, fused.tensors, None, low)
@@ -64,7 +64,7 @@ def launches(fused: FusedCall, *, backward: bool) -> list[Launch]:
 
 @pytest.fixture(autouse=True)
 def as_at_real_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial sums are added up; and fresh memory is not filled."""
+    """Partial sums are added up, and fresh memory is not filled."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(thin_products, "splits_of", lambda programs, steps: 8)
 

@@ -21,15 +21,6 @@ from qlora_compile.kernels.variants.base import Config, NeedsGradient
 from tests.kernels.linear_cases import DTYPES, Call, Case, Dtypes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second one, very long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("dropout", [None, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d.x}-{d.lora}")
@@ -37,7 +28,7 @@ def one_thread() -> Iterator[None]:
 def test_only_inputs_are_saved(
     format: str, dtypes: Any, dropout: float | None, keeps: bool
 ) -> None:
-    """And x Aᵀ [M, rank], if it is kept."""
+    """Saved are the inputs, and x Aᵀ [M, rank] if it is kept."""
     case = Case((2, 3), format=format, dtypes=dtypes, bias=True, dropout=dropout)
     call, _ = case.build().leaves()
     arguments = call.arguments(keeps)
@@ -58,7 +49,7 @@ def test_only_inputs_are_saved(
 
 
 def runs(call: Call, direction: Direction) -> Iterator[tuple[Config, Callable[[], Any]]]:
-    """One direction of the call by every config of dense."""
+    """Yield one direction of the call by every config of dense."""
     group = [(call.linear_tensors, call.spec)]
     needs = NeedsGradient(True, True, True)
     variant = dense.Dense()

@@ -1,4 +1,4 @@
-"""Every op that the package registers is well formed: by torch's own check, with at most five
+"""Every op that the package registers is well formed by torch's own check, with at most five
 arguments."""
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def linears() -> Iterator[tuple[Any, ...]]:
 
 
 def linears_backward() -> Iterator[tuple[Any, ...]]:
-    """Every choice of gradients, each once: there is none of a bias or an adapter that is not."""
+    """Yield every choice of gradients, each once: there is none of a bias or an adapter that is
+    not."""
     for case in EXAMPLES.values():
         call = case.build()
         adapter, bias = ([True, False] if there else [False] for there in (case.rank, case.bias))

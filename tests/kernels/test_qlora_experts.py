@@ -1,4 +1,4 @@
-"""The experts' op, by every implementation, against the specification in float64."""
+"""The experts' op, by every variant, against the specification in float64."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ class Call:
             return _results(y, leaves, self.grad)
 
     def reference(self, *, plain: bool = False, magnitudes: bool = False) -> dict[str, Tensor]:
-        """In float64, or `plain` in the case's dtypes; `magnitudes`: of absolute values."""
+        """Compute the reference in float64, or `plain` in the case's dtypes. magnitudes: of
+        absolute values."""
         dtype = self.case.dtype if plain else F64
 
         def cast(tensor: Tensor) -> Tensor:

@@ -47,15 +47,6 @@ NATIVE = [variant for variant in VARIANTS if not isinstance(variant, TritonVaria
 by_variant = pytest.mark.parametrize("variant", NATIVE, ids=lambda variant: variant.name)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second one, very long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Bound:
     exact: Tensor
@@ -70,7 +61,7 @@ class Bound:
 
 
 def bounds(call: Call | GroupCall) -> dict[str, Bound]:
-    """Of y and every gradient, from the plain computation."""
+    """Return the error bounds of y and every gradient, from the plain computation."""
     exact, plain = call.reference(), call.reference(plain=True)
     magnitudes = call.reference(magnitudes=True)
     lowest = torch.finfo(call.case.dtypes.lowest).eps
@@ -128,13 +119,13 @@ def small_blocks(data: st.DataObject) -> Iterator[None]:
     with (
         mock.patch.object(native_adapter, "ROW_BLOCK", rows),
         mock.patch.object(dense, "WEIGHT_BLOCKS", weights),
-        mock.patch.object(native_augmented, "_DECODED", 512),
+        mock.patch.object(native_augmented, "AUGMENTED_BLOCK", 512),
     ):
         yield
 
 
 def drawn_configs(data: st.DataObject, variant: Variant, call: Call) -> dict[str, Any]:
-    """A config for each direction, and whether S is kept."""
+    """Return a config for each direction, and whether S is kept."""
     keeps = data.draw(st.booleans())
     names: dict[str, Direction] = {"config": "forward", "backward_config": "backward"}
     problems = {

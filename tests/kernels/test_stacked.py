@@ -1,4 +1,4 @@
-"""Weights put one below another, in every format: no value changes."""
+"""Weights are put one below another, in every format, without changing a value."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ def asked_anew() -> Iterator[None]:
 
 
 def choose() -> int:
-    """How many sets of instructions Inductor believes in afterwards, without asking a compiler."""
+    """Return how many sets of instructions Inductor believes in afterwards, without asking a
+    compiler."""
     toolchain.choose_instructions.__wrapped__()
     return cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
 

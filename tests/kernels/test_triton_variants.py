@@ -96,7 +96,7 @@ def decoding(row: tuple[Any, ...]) -> dict[str, Hashable]:
 
 
 def tiling(row: tuple[Any, ...]) -> dict[str, Hashable]:
-    """What decides where a tile of W and its side lie, and how they enter the product."""
+    """Return what decides where a tile of W and its side lie, and how they enter the product."""
     variant, format, config, size, dtype = row
     return {
         "in blocks": format in IN_BLOCKS,

@@ -1,4 +1,4 @@
-"""Properties of the Triton variants, for whatever computes them: the interpreter or a device."""
+"""Properties of the Triton variants, to be checked in the interpreter or on a device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SIXTEEN_BIT = [d for d in DTYPES if d.compute in (torch.bfloat16, torch.float16)
 
 
 def configs(variant: TritonVariant, format: str, layout: Layout | None = None) -> list[Config]:
-    """Every config of `variant` for any target that can decode `format`, and a weight of `layout`
-    if one is given."""
+    """Return every config of `variant` for any target that can decode `format`, or a weight of
+    `layout`."""
     if not isinstance(variant, GemmVariant):
         return [NO_CONFIG]
     shipped = dict.fromkeys(itertools.chain(*(variant.shipped(target) for target in TARGETS)))
@@ -35,8 +35,8 @@ def configs(variant: TritonVariant, format: str, layout: Layout | None = None) -
 
 
 def takes(variant: TritonVariant, format: str) -> bool:
-    """Whether to test `variant` with `format`. For what decodes a weight once, before its product,
-    two packed formats do: each one's decoder is tested by itself."""
+    """Whether to test `variant` with `format`. For variants that decode a weight once, before the
+    product, two packed formats suffice, as each format's decoder is tested by itself."""
     found = configs(variant, format)
     if format == UNQUANTIZED:
         return bool(found) and variant.takes_unquantized
@@ -50,7 +50,7 @@ PAIR_IDS = [f"{variant.name}-{format}" for variant, format in PAIRS]
 
 @st.composite
 def calls(draw: st.DrawFn, variant: TritonVariant, format: str, target: str = "sm_90") -> Call:
-    """A call `variant` does not reject: ragged rows, N and K off the tiles, every option."""
+    """Return a call `variant` does not reject: ragged rows, N and K off the tiles, every option."""
     case = Case(
         batch=draw(st.sampled_from([(0,), (1,), (3, 1), (2, 5), (16,), (131,)])),
         n=draw(st.sampled_from([1, 13, 72, 136])),

@@ -121,7 +121,8 @@ class ReplaceForward:
 
 
 def hookable(pair: Pair) -> list[str]:
-    """The modules that a forward may call with a tensor: no containers, no rotary embedding."""
+    """Return the modules that a forward may call with a tensor: no containers, no rotary
+    embedding."""
     left = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
     return [
         name

@@ -1,4 +1,4 @@
-"""Operations that do not agree with stock PEFT yet: they are not drawn, and a test demands that
+"""Operations that do not agree with stock PEFT yet. They are not drawn, and a test demands that
 each still fails."""
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Start:
-    """How the two models come into being.
+    """How the two models are made.
 
     targets: the Linears that get an adapter. thawed: a Linear that is trained in full. attached:
     whether `optimize` attaches the adapters or finds them there.
@@ -60,9 +60,9 @@ class Operation(Protocol):
 
 
 class DecodedLinear(nn.Linear):
-    """A stock Linear with the weight that a packed one decodes. What is merged into it is rounded
-    as the packed one rounds: `packed` is quantised from the sum and decoded again. `unmerged`: what
-    it was before."""
+    """A stock Linear with a packed weight's decoded values. A merged weight is rounded like the
+    packed one: `packed` is quantised from the sum and decoded again. `unmerged`: the weight
+    before."""
 
     unmerged: PackedWeight | None = None
 
@@ -155,7 +155,7 @@ class Pair:
     # What operations do.
 
     def both(self, act: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """The results of `act` on stock's model and on ours, from the same random state."""
+        """Return the results of `act` on stock's model and on ours, from the same random state."""
         results = []
         for model in (self.stock, self.ours):
             torch.manual_seed(2)
@@ -163,7 +163,7 @@ class Pair:
         return results[0], results[1]
 
     def both_merging(self, act: Callable[[Any], Any]) -> None:
-        """Does `act`, which may change base weights, to both models."""
+        """Do `act`, which may change base weights, to both models."""
         self.stock_merging(act)
         act(self.ours)
 
@@ -172,13 +172,13 @@ class Pair:
             act(self.stock)
 
     def decode(self) -> None:
-        """Gives stock's Linears the decoded weights anew, in the model's dtype."""
+        """Give stock's Linears the decoded weights anew, in the model's dtype."""
         for module in _decoded(self.stock):
             module.decode(module.weight.dtype)
 
     @torch.no_grad()
     def share_parameters(self) -> None:
-        """Gives our model the values of stock's trained weights and adapters."""
+        """Give our model the values of stock's trained weights and adapters."""
         ours = dict(self.ours.named_parameters())
         for name, parameter in self.stock.named_parameters():
             if ours[name].is_floating_point():
@@ -219,7 +219,7 @@ class Pair:
         self.compare()
 
     def compare(self) -> None:
-        """Asserts that a training step of both models is the same."""
+        """Assert that a training step of both models is the same."""
         expected = self._step(self.stock, self.stock, self.seen[0])
         actual = self._step(
             self.ours, self.ours if self._outer is None else self._outer, self.seen[1]
@@ -306,7 +306,7 @@ class Hooked:
 
 
 def play(start: Start, *operations: Operation, backend: str = "aot_eager") -> Pair:
-    """Repeats a sequence of operations, as a failure prints it."""
+    """Repeat a sequence of operations, as a failure prints it."""
     pair = Pair(start, backend)
     pair.compare()
     for operation in operations:

@@ -34,7 +34,7 @@ def starts(base: str) -> Strategy:
 
 
 def live(data: st.DataObject, base: str, backend: str, operations: Sequence[Any]) -> None:
-    """Draws a start and 3 to 8 operations, and compares after each."""
+    """Draw a start and 3 to 8 operations, and compare after each."""
     torch._dynamo.reset()
     pair = Pair(data.draw(starts(base)), backend)
     try:
@@ -55,7 +55,7 @@ def explore(
     operations: Sequence[Any] = OPERATIONS,
     shrink: bool = True,
 ) -> None:
-    """Plays `count` sequences; raises what the shortest failing one raises. backend: for a
+    """Play `count` sequences; raise what the shortest failing one raises. backend: for a
     compilation around the model."""
     start = SEED if SEED >= 0 else secrets.randbits(32)
 

@@ -1,4 +1,4 @@
-"""The sequences find what used to be wrong: each fault is put back, and they have to fail."""
+"""The sequences find former faults: each is put back, and the sequences have to fail."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_safetensors_hold_the_whole_weight_and_its_layout(quant_format: QuantFor
 
 @each_format
 def test_a_state_dict_without_a_layout_is_loaded(quant_format: QuantFormat) -> None:
-    """Those of earlier versions have the planes alone."""
+    """State dicts of earlier versions hold only the planes."""
     saved, loaded = linear(quant_format), linear(quant_format, seed=1)
     state = saved.state_dict()
     del state["packed_layout"]
@@ -57,7 +57,7 @@ def test_a_state_dict_without_a_layout_is_loaded(quant_format: QuantFormat) -> N
 
 @each_format
 def test_a_weight_that_is_stored_in_another_way_is_refused(quant_format: QuantFormat) -> None:
-    """Also where the planes have the same shapes, and before anything is loaded."""
+    """Also if the planes have the same shapes, and before anything is loaded."""
     others = [f for f in FORMATS if f is not quant_format]
     usual = quant_format.layout((5, 96))
     drawn = [fitting(quant_format, size) for size in (32, 128, "row")]

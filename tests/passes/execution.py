@@ -1,5 +1,5 @@
-"""Runs a captured graph and its rewritten twin on the same values, all arithmetic in float64 and
-with the same dropout masks: then nothing but a wrong rewrite tells them apart."""
+"""Runs a captured graph and its rewritten twin on the same values, in float64 and with the same
+dropout masks, so that only a wrong rewrite makes a difference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SEED = torch.tensor([0x5DEECE66D])
 
 
 def widen(graph_module: GraphModule) -> None:
-    """Turns all floating-point dtypes into float64."""
+    """Turn all floating-point dtypes into float64."""
 
     def wide(argument: Any) -> Any:
         floating = isinstance(argument, torch.dtype) and argument.is_floating_point
@@ -51,10 +51,10 @@ def widen(graph_module: GraphModule) -> None:
 
 
 def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
-    """Gives the dropouts of `original` the masks of the fused calls they became.
+    """Give the dropouts of `original` the masks of the fused calls they became.
 
-    A dropout is known by the B behind it. One that is still in `rewritten` keeps all there and
-    here; where an adapter is fused in some of its calls only, nothing is dropped anywhere."""
+    A dropout is identified by the B behind it. A dropout that is still in `rewritten` keeps all in
+    both graphs; if an adapter is fused in some of its calls only, nothing is dropped anywhere."""
     streams: dict[str, list[int]] = defaultdict(list)
     for node in rewritten.graph.nodes:
         if is_fused(node) and (fused := read(node)).call.dropout:
@@ -83,7 +83,7 @@ def drop_alike(original: GraphModule, rewritten: GraphModule) -> None:
 
 
 def _dropped_factor(node: Node) -> str | None:
-    """The B behind a dropout, by its placeholder's name."""
+    """Return the B behind a dropout, by its placeholder's name."""
     if node.target is not nn.functional.dropout:
         return None
     low_ranks = [user for user in node.users if is_linear(user)]
@@ -100,7 +100,8 @@ def _dropped(x: Tensor, p: float, stream: int) -> Tensor:
 
 
 def inputs_of(program: nn.Module, x: Tensor, *, wide: bool) -> dict[str, Tensor]:
-    """What a program's graph takes, by its sources; planes of packed weights are never widened."""
+    """Return what a program's graph takes, by its sources; planes of packed weights are never
+    widened."""
     named = [
         (source_name(program, n), t) for n, t in program.named_parameters(remove_duplicate=False)
     ]
@@ -114,7 +115,7 @@ def inputs_of(program: nn.Module, x: Tensor, *, wide: bool) -> dict[str, Tensor]
 
 
 def run(graph_module: GraphModule, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The outputs, and the gradients of `tensors`, which are the inputs by their sources."""
+    """Return the outputs, and the gradients of `tensors`, which are the inputs by their sources."""
     leaves = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in tensors.items()}
     # x is no leaf: programs write to it. What is saved for the backward is saved as it was, as in
     # a compiled graph.

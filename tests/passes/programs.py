@@ -1,4 +1,4 @@
-"""Modules that run a drawn program: what models do around, between and to their Linears."""
+"""Modules that run drawn programs of what models do around, between and to their Linears."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLES = (
     *("plain", "scaling first", "branch first", "in place", "cloned"),
     *("leaky", "magnitude", "x written", "base without grad"),
 )
-"""How a site joins its adapter; what stands in the second line is no plain LoRA."""
+"""How a site joins its adapter; the ways in the second line are not plain LoRA."""
 
 
 class SiteSpec(NamedTuple):
@@ -133,13 +133,13 @@ class Program(nn.Module):
 
 
 def _like(values: list[Tensor], value: Tensor, index: int) -> Tensor:
-    """A value as wide as `value`, which is one."""
+    """Return a value as wide as `value`, which is one."""
     same = [each for each in values if each.shape[1] == value.shape[1]]
     return same[index % len(same)]
 
 
 def _wide(values: list[Tensor], width: int, index: int) -> Tensor:
-    """A value `width` wide; halves and doubles one where there is none."""
+    """Return a value `width` wide; halves and doubles one where there is none."""
     same = [each for each in values if each.shape[1] == width]
     if same:
         return same[index % len(same)]
@@ -152,7 +152,7 @@ def linear(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -
 
 
 def siblings(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
-    """All sites that can read the same value; some programs write to it on the way."""
+    """Return all sites that can read the same value; some programs write to it on the way."""
     x = _wide(values, site.spec.k, second).to(m.dtype)
     outputs = []
     for each in m.children():
@@ -175,7 +175,7 @@ def linear_3d(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any
 
 
 def linear_onto(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
-    """h += linear(x): what other linears read before is written to."""
+    """Do h += linear(x), which writes to what other linears have read."""
     h = _wide(values, site.spec.n, second)
     h += site(_wide(values, site.spec.k, second + 1).to(m.dtype))
     return h
@@ -255,7 +255,7 @@ def joined(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -
 
 
 def weight_read(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
-    """A base weight or an adapter's, where no linear reads it."""
+    """Return a base weight or an adapter's, where no linear reads it."""
     spec = site.spec
     if spec.rank and second % 2:
         return left + site.lora_A["d"].weight.mean().to(left.dtype)
@@ -268,7 +268,7 @@ def weight_read(m: Any, values: list[Tensor], left: Tensor, second: int, site: A
 
 
 def adapter_alone(m: Any, values: list[Tensor], left: Tensor, second: int, site: Any) -> Tensor:
-    """The adapter's own product, next to or without its base."""
+    """Return the adapter's own product, next to or without its base."""
     if not site.spec.rank:
         return left
     weight = site.lora_A["d"].weight

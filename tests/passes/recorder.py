@@ -1,8 +1,7 @@
 """The graph that Dynamo would capture of a small module, in a tenth of its time.
 
-A mode that watches torch's functions writes down what runs on fake tensors, in the form Dynamo
-gives it. Python values that depend on a shape are constants; `test_random_programs` compares the
-two captures.
+A mode that watches torch's functions records what runs on fake tensors, in Dynamo's form. Python
+values that depend on a shape are constants; `test_random_programs` compares the two captures.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ class _Recording(TorchFunctionMode):
         self.keep: list[Any] = []
 
     def node(self, value: Any) -> Any:
-        """The node that stands for `value` at present, a placeholder made when first asked for."""
+        """Return the node that stands for `value` at present, a placeholder made when first asked
+        for."""
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.nodes:
@@ -94,7 +94,8 @@ class _Recording(TorchFunctionMode):
 
 
 def record(module: nn.Module, x: Tensor) -> GraphModule:
-    """The torch-level graph of `module(x)`; placeholders are named as Dynamo's sources are."""
+    """Return the torch-level graph of `module(x)`; placeholders are named as Dynamo's sources
+    are."""
     mode = FakeTensorMode()
     # No leaf, so that programs may write to it.
     fake_x = mode.from_tensor(x.detach(), static_shapes=True)
@@ -115,7 +116,7 @@ def record(module: nn.Module, x: Tensor) -> GraphModule:
 
 
 def source_name(module: nn.Module, name: str) -> str:
-    """Dynamo's for the parameter or buffer `name` of the module it traces."""
+    """Return Dynamo's name for the parameter or buffer `name` of the module it traces."""
     *path, leaf = name.split(".")
     kind = "_parameters" if leaf in module.get_submodule(".".join(path))._parameters else "_buffers"
     modules = "".join(f"._modules['{part}']" for part in path)

@@ -13,7 +13,7 @@ from qlora_compile.capture import backend
 
 @pytest.fixture
 def rewritten_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
-    """What the passes made of every graph captured from now on."""
+    """Collect the rewritten form of every graph that is captured from now on."""
     graphs: list[GraphModule] = []
     inner = backend.compile_inner
 

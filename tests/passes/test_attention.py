@@ -1,4 +1,4 @@
-"""Attention whose backward is ours: what is replaced, and what is left to torch."""
+"""Attention with our backward: which calls are replaced, and which are left to torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Attending(nn.Module):
 def replaced(
     body: Body, graphs: list[GraphModule], dtype: torch.dtype = torch.bfloat16, trains: bool = True
 ) -> int:
-    """How many attentions are replaced in a model that computes `body`; it computes the same."""
+    """Return how many attentions are replaced in a model that computes `body`; it computes the
+    same."""
     torch.manual_seed(0)
     stock = Attending(body).to(dtype)
     ours = qlora_compile.optimize(copy.deepcopy(stock), scope="model")

@@ -1,4 +1,4 @@
-"""Casts and copies: looked through where they change no value, gone from the rewritten graph."""
+"""Casts and copies that change no value are looked through, and gone from the rewritten graph."""
 
 from __future__ import annotations
 

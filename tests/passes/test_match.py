@@ -98,7 +98,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Report:
-    """Trains one step stock and optimised, asserts equality, returns the report."""
+    """Train one step stock and optimised, assert equality, and return the report."""
     results, model = [], None
     for optimized in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The pipeline's own guarantees: no pass loses a Linear, and what nothing can compute is named."""
+"""The pipeline's own guarantees: no pass loses a Linear, and an impossible call is named."""
 
 from __future__ import annotations
 

@@ -163,9 +163,9 @@ def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
 
 
 def _described(graph_module: GraphModule) -> list[Any]:
-    """What each operation computes from which inputs, with gradients or without, but for those
-    that nothing comes of. Of the switches themselves Dynamo leaves out some that undo each other.
-    """
+    """Return what each operation computes from which inputs, with gradients or without, but for
+    those that nothing comes of. Of the switches themselves Dynamo leaves out some that undo each
+    other."""
     described: dict[Node, Any] = {}
     enabled = True
     for node in graph_module.graph.nodes:

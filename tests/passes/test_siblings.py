@@ -40,7 +40,7 @@ def joined(m: Any, x: Tensor) -> Tensor:
 
 
 def between(m: Any, x: Tensor) -> Tensor:
-    """What reads one before the next is computed."""
+    """Return what reads one before the next is computed."""
     q = torch.tanh(m.q(x))
     k = m.k(x) * q[..., :4]
     return torch.cat((q, k, m.v(x) + k), dim=-1)
@@ -77,7 +77,7 @@ def one_without_gradient(m: Any, x: Tensor) -> Tensor:
 
 
 def trained(body: Body, optimized: bool, adjust: Callable[[Any], None], **options: Any) -> Any:
-    """The model after a step, its loss and all gradients."""
+    """Return the model after a step, its loss and all gradients."""
     torch.manual_seed(0)
     model: Any = Three(body)
     defaults = {"r": 2, "target_modules": ["q", "k", "v"], "init_lora_weights": False}
@@ -95,7 +95,7 @@ def trained(body: Body, optimized: bool, adjust: Callable[[Any], None], **option
 def groups(
     body: Body, adjust: Callable[[Any], None] = lambda model: None, **options: Any
 ) -> dict[str, tuple[Sibling, ...]]:
-    """Asserts that a step equals stock's; the siblings that each Linear is computed with."""
+    """Assert that a step equals stock's; return the siblings computed with each Linear."""
     _, expected = trained(body, False, adjust, **options)
     model, actual = trained(body, True, adjust, **options)
     assert actual.keys() == expected.keys()

@@ -1,5 +1,5 @@
-"""Where the launches of plans differ from those of Triton's own launcher, as JSON on standard
-output: for one config of each kind, or with the argument "all" for every shipped one and format.
+"""Prints as JSON where launches of plans differ from those of Triton's own launcher, for one config
+of each kind, or with the argument "all" for every shipped config and format.
 
     python -m tests.plans.parity_found sm_90 all
 """
@@ -55,7 +55,7 @@ class Keeping(TorchDispatchMode):
 
 
 def compared(device: FakeDevice, name: str, arguments: Arguments) -> list[str]:
-    """The differences of one call, whose plan is made and replayed here."""
+    """Return the differences of one call, whose plan is made and replayed here."""
     fused = getattr(torch.ops.qlora_compile, name)
     torch.ops.qlora_plans.clear()
     with torch.no_grad():
@@ -74,8 +74,9 @@ def compared(device: FakeDevice, name: str, arguments: Arguments) -> list[str]:
 def differences(
     expected: list[RecordedLaunch], found: list[RecordedLaunch], given: list[Tensor]
 ) -> Iterator[str]:
-    """All bytes must agree but those of pointers to what a call allocates: these must correspond,
-    one to one within a launch; what is not needed at once may share memory in a plan."""
+    """Yield differences. All bytes must agree except pointers to memory that a call allocates,
+    which must correspond one to one within a launch: memory not needed at once may be shared in a
+    plan."""
     if len(expected) != len(found):
         yield f"{len(found)} launches instead of {len(expected)}"
         return

@@ -1,6 +1,7 @@
-"""What plans do on the fake device, as JSON on standard output. See test_plans.py.
+"""Prints as JSON what plans do on the fake device, for test_plans.py.
 
-A process of its own: the tests' may have its kernels decorated for Triton's interpreter.
+It runs in a separate process, as the tests' may have its kernels decorated for Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.plans.toy_calls import (
 
 
 def operators(device: FakeDevice) -> dict[str, Any]:
-    """Those of torch, which do compute here, over scratch memory that is shared."""
+    """Run torch's operators, which do compute here, over shared scratch memory."""
 
     def body(tensors: LinearTensors) -> Tensor:
         x, (weight,) = tensors.x, tensors.planes
@@ -88,7 +89,7 @@ def results(device: FakeDevice) -> dict[str, Any]:
 
 
 def refused(device: FakeDevice) -> dict[str, Any]:
-    """The reasons for what cannot be replayed, which goes on being right."""
+    """Return the reasons against replays, with results that stay right."""
 
     def read(tensors: LinearTensors) -> Tensor:
         return tensors.x.new_full((len(tensors.x), N), tensors.x.sum().item())
@@ -105,7 +106,7 @@ def refused(device: FakeDevice) -> dict[str, Any]:
         return made
 
     def hidden(tensors: LinearTensors) -> Tensor:
-        """Writes past torch and Triton: the replay does not."""
+        """Write past torch and Triton, which a replay does not repeat."""
         y = tensors.x.sum().expand(len(tensors.x), N).contiguous()
         copied = y.clone()
         y = torch.empty_like(y).fill_(7)
@@ -175,7 +176,7 @@ def ragged(device: FakeDevice) -> dict[str, Any]:
 
 
 def keyed(device: FakeDevice) -> dict[str, Any]:
-    """The keys after each way to call, thrice each, and the plans."""
+    """Return the keys after three calls of each kind, and the plans."""
     wide = torch.randn(6, 2 * K)
     flat = torch.randn(6 * K + 1)
     ways: dict[str, Callable[[], Any]] = {
@@ -210,7 +211,7 @@ def _with_determinism(run: Callable[[], Any]) -> None:
 
 
 def threaded(device: FakeDevice) -> dict[str, Any]:
-    """Two threads that look up, record and evict; and whether Python runs during launches."""
+    """Run two threads that look up, record and evict; see whether Python runs during launches."""
     wrong = []
 
     def work(seed: int) -> None:
@@ -247,8 +248,7 @@ def threaded(device: FakeDevice) -> dict[str, Any]:
 
 
 def elsewhere(device: FakeDevice) -> dict[str, Any]:
-    """What never gets to a plan: fakes, traces, subclasses, and launches that somebody hooks into;
-    and off() and gradients."""
+    """Try what never uses a plan: fakes, traces, subclasses, hooked launches, off(), gradients."""
     from qlora_compile.kernels.op import QLORA_LINEAR
 
     weight = torch.randn(N, K)
@@ -288,7 +288,7 @@ def elsewhere(device: FakeDevice) -> dict[str, Any]:
 
 
 def living(device: FakeDevice) -> dict[str, Any]:
-    """Compiled kernels outlive Triton's own cache."""
+    """Check that compiled kernels outlive Triton's own cache."""
     with computed_by(launching):
         for _ in range(3):
             call()

@@ -1,5 +1,5 @@
-"""What plans must keep to, on a device that is not there: plans_found.py and parity_found.py run
-them, each in a process of its own."""
+"""The properties of plans on an imaginary device; plans_found.py and parity_found.py run them, each
+in a separate process."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_the_profiler_shows_the_op(found: Found) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("read", "aten.item.default returns no tensor"),
+        ("read", "aten.item.default returns a value"),
         ("drawn", "aten.rand.default gives other values"),
         ("viewed", "without a contiguous storage of its own"),
         ("listed", "aten._foreach_add_"),
-        ("hidden", "its replay gave other bits"),
+        ("hidden", "the replay gave other bits"),
     ],
 )
 def test_what_cannot_be_replayed_stays_right_and_is_reported(

@@ -39,7 +39,7 @@ def copy(x: Tensor, out: Tensor) -> None:
 
 
 def launching(tensors: LinearTensors) -> Tensor:
-    """Two launches, by way of scratch memory. On the fake device y stays as it was allocated."""
+    """Launch twice, with scratch memory between. On the fake device y stays as allocated."""
     y = tensors.x.new_empty(tensors.x.shape[0], N)
     scratch = torch.empty_like(y)
     copy(tensors.x, scratch)
@@ -49,7 +49,7 @@ def launching(tensors: LinearTensors) -> Tensor:
 
 @contextmanager
 def computed_by(body: Body) -> Iterator[None]:
-    """Inside, `body` is the only variant."""
+    """Make `body` the only variant inside the context."""
     variant: Any = mock.Mock(forward_group=lambda group, config: [body(group[0][0])])
 
     def choose(problem: Any, records: str) -> Choice:

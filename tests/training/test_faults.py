@@ -1,4 +1,4 @@
-"""What happens to long runs: they are killed, run out of disk or memory, and meet NaN."""
+"""Faults of long runs: they are killed, run out of disk or memory, and meet NaN."""
 
 from __future__ import annotations
 

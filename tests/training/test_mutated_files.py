@@ -1,4 +1,4 @@
-"""Files that were changed by accident: an error of ours or a right result, never another crash.
+"""Files changed by accident give an error of ours or a right result, never another crash.
 
 `make test-damage` draws all: 2,400 here, and 300 in `tests/hf/checkpoints/test_damage.py`. Nothing
 reads a report or metrics.

@@ -38,7 +38,7 @@ class Writers:
         return born
 
     def until_dead(self) -> tuple[list[list[str]], list[int]]:
-        """What the children said, in words, and their exit codes."""
+        """Return what the children said, in words, and their exit codes."""
         while True:
             words = self._line()
             if words[0] == "dead":

@@ -1,4 +1,4 @@
-"""Variants that the cost model prefers to all others, and that should never be chosen."""
+"""Variants that the cost model prefers to all others and that must never be chosen."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class CrashingLater(Preferred):
 
 
 class TooLarge(Preferred):
-    """Triton's errors are no RuntimeErrors."""
+    """Raises one of Triton's errors, which are not RuntimeErrors."""
 
     name = "too_large"
 

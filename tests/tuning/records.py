@@ -1,4 +1,4 @@
-"""Sample records: each differs in what a test names, and is as real ones are in the rest."""
+"""Sample records, which are like real ones except for what a test changes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _BY_TYPE: dict[Any, Any] = {
 
 
 def problem_fields() -> dict[str, Any]:
-    """Name and type of every field a problem has by now."""
+    """Return the name and type of every field of a problem."""
     hints = get_type_hints(Problem)
     return {field.name: hints[field.name] for field in dataclasses.fields(Problem)}
 
 
 def sample_problem(*, n: int | None = None, **changed: Any) -> Problem:
-    """n: rows of the weight, which a layout has otherwise."""
+    """Return a sample problem. n: rows of the weight, in place of the layout's."""
     values = {
         name: get_args(kind)[0] if get_origin(kind) is Literal else _BY_TYPE[kind]
         for name, kind in problem_fields().items()
@@ -43,7 +43,7 @@ def sample_problem(*, n: int | None = None, **changed: Any) -> Problem:
 
 
 def real_problem(**changed: Any) -> Problem:
-    """One that a CPU solves in no time."""
+    """Return one that a CPU solves in no time."""
     values = {"m": 8, "layout": FORMATS[0].layout((24, 64)), "rank": 2}
     dtypes = dict.fromkeys(("x_dtype", "compute_dtype", "lora_dtype", "out_dtype"), torch.float32)
     flags = {"bias": False, "dropout": False, "keeps_low_rank": False, "siblings": ()}
@@ -63,7 +63,7 @@ def sample_fingerprint(**changed: Any) -> Fingerprint:
 
 
 def changed_fingerprints() -> dict[str, Fingerprint]:
-    """The sample with another value of one field, by that field's name."""
+    """Return the sample with another value of one field, by that field's name."""
     values = {"threads": 3, "kernels": (("dense", "0" * 64),)}
     return {
         field.name: sample_fingerprint(**{field.name: values.get(field.name, "other")})
@@ -78,7 +78,7 @@ def sample_record(
     day: int = 1,
     **changed: Any,
 ) -> Record:
-    """A record whose winner took `seconds`, measured on a day of January."""
+    """Return a record whose winner took `seconds`, measured on a day of January."""
     values = {
         "problem": sample_problem() if problem is None else problem,
         "fingerprint": sample_fingerprint() if fingerprint is None else fingerprint,

@@ -1,4 +1,4 @@
-"""A simulated machine: candidates have true times, noise comes upon them, and a clock counts both.
+"""A simulated machine: candidates have true times, noise is added, and a clock counts both.
 
 It stands in for `measure` and for `time` in the tuner, so that tests of noise are deterministic.
 """
@@ -40,9 +40,8 @@ QUIET = Noise()
 
 @dataclass
 class Machine:
-    """now: its clock. busy: by how much other work slows the runs of each candidate, by the
-    candidate's name; empty if there is none. counted: whether the system tells of other work, which
-    it does not on a GPU."""
+    """A simulated machine. now: its clock. busy: how much other work slows each candidate's runs,
+    by name; empty for none. counted: whether the system tells of other work, unlike on a GPU."""
 
     seed: int
     noise: Noise = QUIET
@@ -64,7 +63,7 @@ class Machine:
         self.now += seconds
 
     def run(self, name: str, seconds: float) -> float:
-        """The time that a run takes which truly takes `seconds`."""
+        """Return the time that a run takes which truly takes `seconds`."""
         noise, drawn = self.noise, self._random
         if drawn.random() < noise.burst:
             self._burst_ends = self.now + noise.burst_seconds
@@ -94,11 +93,12 @@ class Machine:
         return result
 
     def measure(self, problem: Problem, tried: Sequence[Choice], limit: float) -> Measurement:
-        """In place of `measure.measure`."""
+        """Replace `measure.measure`."""
         seconds = [true_seconds(problem, choice) for choice in tried]
         return self.measurement([choice.name for choice in tried], seconds, limit)
 
 
 def true_seconds(problem: Problem, choice: Choice) -> float:
-    """The true time of a choice as the cost model gives it: by up to 1.6 times more or less."""
+    """Return the true time of a choice as the cost model gives it: by up to 1.6 times more or
+    less."""
     return choice.seconds * 1.6 ** random.Random(f"{problem} {choice.name}").uniform(-1, 1)

@@ -1,4 +1,4 @@
-"""Records made beside three busy processes, and steps that are run quietly over them.
+"""Records made beside three busy processes, and steps that run quietly with these records.
 
 `make test-noise` runs this, several times, on a machine that is quiet but for these processes.
 """
@@ -61,8 +61,8 @@ def all_cpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def first_step(folder: Path, monkeypatch: pytest.MonkeyPatch, *, busy: int = 0) -> tuple[Any, int]:
-    """A model after its first step, which tunes into `folder`, and how many problems it measured;
-    beside so many busy processes, as in a new process of its own."""
+    """Return a model after its first step, which tunes into `folder`, and how many problems it
+    measured; beside so many busy processes, as in a new process of its own."""
     monkeypatch.setenv("QLORA_COMPILE_CACHE", str(folder))
     modes.forget_tuners()
     cpu_figures._known.clear()

@@ -1,4 +1,4 @@
-"""Fingerprints: each part follows what it stands for, and none is made up."""
+"""Fingerprints: each part follows what it describes, and none is made up."""
 
 import ast
 import dataclasses
@@ -81,7 +81,7 @@ def reason(device: str = "cpu") -> str:
     made = fingerprint_or_reason(device)
     assert isinstance(made, str), made
     assert fingerprint(device) is None
-    with pytest.raises(FingerprintError, match="nothing measured on it can be kept"):
+    with pytest.raises(FingerprintError, match="no measurement on it can be kept"):
         established(device)
     return made
 
@@ -210,7 +210,7 @@ def test_every_number_and_name_counts(data: st.DataObject):
 
 def test_what_is_no_python_is_not_trusted(sources: Path):
     (sources / "problem.py").write_text("not ( Python")
-    assert "problem.py is no Python" in reason()
+    assert "problem.py is not Python" in reason()
 
 
 def test_without_sources_there_is_none(sources: Path):

@@ -1,4 +1,4 @@
-"""Load: what the system's counters tell, beside processes that really have the machine."""
+"""Load: what the system's counters tell, beside processes that really use the machine."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_busy_processes_are_seen() -> None:
     assert load.others > CAREFUL.others
     disturbance = load.disturbance(CAREFUL)
     assert disturbance is not None
-    assert disturbance.startswith("other processes had")
+    assert disturbance.startswith("other processes used")
 
 
 @linux

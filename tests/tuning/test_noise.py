@@ -1,4 +1,4 @@
-"""Noise and other work: what a measurement decides under them, on a simulated machine."""
+"""What a measurement decides under noise and other work, on a simulated machine."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ NOISES = st.builds(
 
 
 def judged(machine: Machine, seconds: Sequence[float], limit: float = 0.3) -> Timings | Doubt:
-    """What a measurement of these true times decides; the model expects equal ones."""
+    """Return what a measurement of these true times decides; the model expects equal ones."""
     tried = [replace(choice, seconds=1.0) for choice in TRIED]
     names = [choice.name for choice in tried]
     return judge(Trial(PROBLEM, tried, machine.measurement(names, seconds, limit), {}), CAREFUL)
 
 
 def scaled(unit: float, factor: float) -> list[float]:
-    """The cost model's choice takes `unit`, each of the others `factor` times that."""
+    """Return times: `unit` for the cost model's choice, `factor` times that for the others."""
     return [unit] + [unit * factor] * (len(TRIED) - 1)
 
 
@@ -154,10 +154,10 @@ def test_spread_and_drift_are_of_what_all_candidates_share() -> None:
 @pytest.mark.parametrize(
     ("load", "told"),
     [
-        (Load(others=1.8), "other processes had 1.8 CPUs"),
+        (Load(others=1.8), "other processes used 1.8 CPUs"),
         (Load(stolen=0.2), "the hypervisor took 20% of the CPUs"),
         (Load(preemptions=250.0), "this process was preempted 250 times a second"),
-        (Load(drift=2.5), "its speed changed 2.5 times"),
+        (Load(drift=2.5), "its speed changed by a factor of 2.5"),
         (Load(spread=0.9), "its speed varied by 90%"),
         (Load(0.1, 1.1, 0.1, 0.01, 20.0), None),
         (Load(others=0.1, preemptions=250.0), None),
@@ -199,12 +199,12 @@ class TestTuner:
         return tune
 
     def busy(self, seed: int) -> dict[str, float]:
-        """Other work slows what waits for all threads most."""
+        """Return other work that most slows candidates which wait for all threads."""
         names = {choice.name for p in self.PROBLEMS for choice in candidates(p, CPU)}
         return {name: 1.0 + (seed + 7 * i) % 12 for i, name in enumerate(sorted(names))}
 
     def step(self, tuner: Tuner) -> float:
-        """The true time of all chosen candidates."""
+        """Return the true time of all chosen candidates."""
         total = 0.0
         for problem in self.PROBLEMS:
             name = tuner.selector.look_up(problem).name
@@ -219,7 +219,7 @@ class TestTuner:
         """Tuned beside other work, then run quietly."""
         quiet = tuned(Machine(seed), "quiet")
         assert quiet.measurements == len(self.PROBLEMS)
-        with pytest.warns(NotMeasuredWarning, match="the machine was busy, other processes had"):
+        with pytest.warns(NotMeasuredWarning, match="the machine was busy, other processes used"):
             noisy = tuned(Machine(seed, busy=self.busy(seed)), "noisy")
         assert noisy.measurements == 0
         assert RecordStore(tmp_path / "noisy").read() == {}

@@ -109,7 +109,7 @@ def test_a_truncated_line_is_noticed_wherever_it_ends():
 
 
 def resealed(line: str, **changed: Any) -> str:
-    """The line with other fields and the digest that belongs to them; `...` removes one."""
+    """Return the line with other fields and the digest that belongs to them; `...` removes one."""
     body = {name: value for name, value in {**json.loads(line), **changed}.items() if value != ...}
     version = body.pop("qlora_compile_record", None)
     body.pop("sha256")

@@ -29,7 +29,7 @@ PROBLEM = real_problem()
 
 
 def spoilt(seconds: float) -> Record:
-    """A record that says that the choice takes so long."""
+    """Return a record that says that the choice takes so long."""
     timing = Timing("dense", "whole float32", seconds, 0.0)
     return sample_record(PROBLEM, established("cpu"), timings=(timing,), baseline=timing)
 

@@ -1,4 +1,4 @@
-"""What goes wrong with files: killed writers, damaged lines, folders that cannot be used."""
+"""Faults of files: killed writers, damaged lines, folders that cannot be used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINE = to_line(sample_record()).encode()
 
 
 def told(act: Callable[[], Any]) -> list[str]:
-    """What an act warns of, all of it the store's own warnings."""
+    """Return what an act warns of, all of it the store's own warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act()

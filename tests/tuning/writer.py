@@ -60,7 +60,7 @@ def hold(folder: Path) -> None:
 
 
 def tune(folder: Path, *sizes: int) -> Tuner:
-    """Measures problems of these sizes for real, as briefly as can be."""
+    """Measure problems of these sizes for real, as briefly as can be."""
     tuner = Tuner(str(folder), RecordStore(folder), budget=60.0, each=0.001)
     tuner.caution = TRUSTING
     tuner.ensure(real_problem(n=size) for size in sizes)

@@ -1,5 +1,5 @@
-"""The check of single calls: one per cent, which a block's own roundings in bfloat16 hide, is found
-in every result of a kernel, and the weight named."""
+"""The check of single calls finds an error of one per cent, which a block's own roundings in
+bfloat16 hide, in every result of a kernel, and names the weight."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["uncompiled"]
 def plant(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, spoil: Callable[..., None]
 ) -> None:
-    """Has `spoil(results, *arguments)` change what the method returns."""
+    """Have `spoil(results, *arguments)` change what the method returns."""
     right = getattr(owner, name)
 
     def wrong(*args: Any, **options: Any) -> Any:

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
 import qlora_compile
 from qlora_compile import errors
-from qlora_compile.capture import backend, pipeline
+from qlora_compile.capture import backend, inductor, pipeline
 from qlora_compile.capture.regions import region_of
 from qlora_compile.kernels import attention
 from qlora_compile.kernels.call import Call, LinearCall
@@ -39,7 +40,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def verified(
     architecture: str, dtype: torch.dtype, dropout: float = 0.0, *, strict: bool = False
 ) -> tuple[Any, Any]:
-    """An optimised model with adapters that begin as PEFT's do, and its report after a step."""
+    """Return an optimised model with adapters that begin as PEFT's do, and its report after a
+    step."""
     config = lora(dropout, init_lora_weights=True)
     model = toy(architecture, dtype, num_hidden_layers=1)
     model = qlora_compile.optimize(
@@ -66,7 +68,12 @@ def test_a_right_rewrite_has_a_certificate(
     blocks = {type(m).__name__ for m in model.modules() if region_of(m) is not None}
     assert {certificate.region for certificate in report.certificates} == blocks
     for certificate in report.certificates:
-        cases = ["real", "random"] + ["random, dropped out"] * bool(dropout)
+        cases = ["real", "random"]
+        if dropout:
+            cases.append("random, dropped out")
+        else:
+            cases = [kind for case in cases for kind in (case, f"{case}, compiled")]
+        cases += ["random, dropped out, compiled"] * bool(dropout)
         cases += [IN_FLOAT32] * (dtype == torch.bfloat16)
         assert list(certificate.inputs) == cases
         assert certificate.reference == "float64"
@@ -83,6 +90,59 @@ def test_a_right_rewrite_has_a_certificate(
             tensor.removesuffix(".weight") for tensor in compared
         }
         assert str(certificate) in str(report)
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_fault_of_the_compiler_is_found(
+    fault: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        part = x * 0.01
+        return x + (part if fault == "output" else part - part.detach())
+
+    def compiled(graph: GraphModule, *_: Any) -> Callable[..., Any]:
+        return lambda *args: tree_map_only(torch.Tensor, wrong, graph(*args))
+
+    monkeypatch.setattr(backend, "compile_inner", compiled)
+    _, report = verified("Llama", torch.float32, dropout)
+    (mismatch,) = report.mismatches
+    kind = "random, dropped out, compiled" if dropout else "real, compiled"
+    tensor = "output 0" if fault == "output" else "gradient of .*"
+    assert re.match(rf"LlamaDecoderLayer: {tensor} \(inputs: {kind}\) is off by 1.0e-02", mismatch)
+    assert report.fused == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_inductor_makes_is_compared(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "compile_inner", inductor.compile_inner)
+    model: Any = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh())
+    config = lora(dropout, target_modules=["0"])
+    model = qlora_compile.optimize(model, config, verify=True, tune="model").train()
+    # Neither the strides of this input nor the number of its elements are those of a whole tensor.
+    x = torch.randn(16, 3).t()[:, None].expand(3, 2, 16)
+    model(x).sum().backward()
+    (certificate,) = qlora_compile.explain(model).certificates
+    assert certificate.uncompared is None
+    assert sum(kind.endswith(", compiled") for kind in certificate.inputs) == (1 if dropout else 2)
+
+
+class Jitter(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * torch.empty_like(x).uniform_(0.9, 1.1))
+
+
+def test_a_graph_that_draws_is_compared_uncompiled() -> None:
+    model: Any = Jitter()
+    model = qlora_compile.optimize(model, lora(target_modules=["linear"]), verify=True).train()
+    model(torch.randn(3, 16)).sum().backward()
+    (certificate,) = qlora_compile.explain(model).certificates
+    assert certificate.inputs == ("real", "random")
+    assert "without its compiled code: the graph draws random numbers" in str(certificate)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +204,7 @@ def fused(graph: GraphModule, number: int) -> Node:
 
 
 def result(graph: GraphModule) -> Node:
-    """What the last fused call of a graph returns."""
+    """Return what the last fused call of a graph returns."""
     (node,) = fused(graph, -1).users
     return node
 
@@ -157,7 +217,7 @@ def rewrite(node: Node, **changes: Any) -> None:
 
 
 def changed(node: Node, target: Any, *args: Any) -> Node:
-    """target(node, *args) in place of `node` for all its users."""
+    """Return target(node, *args) in place of `node` for all its users."""
     with node.graph.inserting_after(node):
         new = node.graph.call_function(target, (node, *args))
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -317,7 +377,7 @@ def test_a_reference_of_less_than_float64_says_so(
         graphs.append(GraphModule(torch.nn.Module(), graph))
     x = torch.randn(64, dtype=torch.bfloat16, requires_grad=True)
     inputs = [CapturedInput("x", stored=False)]
-    result = check(graphs[0], graphs[1], inputs, [x])
+    result = check(graphs[0], graphs[1], graphs[1].forward, inputs, [x])
     assert re.match(reference, result.reference)
     assert (result.mismatch is None) == (scale == 1.0)
 

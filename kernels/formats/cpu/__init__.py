@@ -1,1 +1,1 @@
-"""How the shipped formats are encoded and decoded on a CPU, in C++."""
+"""C++ that encodes and decodes the shipped formats on a CPU."""

@@ -1,6 +1,6 @@
 """Decoding whole blocks in one pass.
 
-torch's own operators take five passes, each through the caches: widen, look up, scale, round, copy.
+Torch's own operators take five passes through the caches: widen, look up, scale, round, copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.packed import PackedWeight
 
 SMALLEST = 1 << 12
-"""Fewer weights do not repay the call."""
+"""Decoding fewer weights does not repay the call."""
 
 TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 
@@ -195,7 +195,7 @@ extern "C" void kernel(
     } else {
       scale = reinterpret_cast<const float*>(absmax)[block];
     }
-    const uint8_t* in = codes + b * bytes;
+    const uint8_t* in = codes + block * bytes;
     TYPE* to = out + 2 * b * bytes;
     int64_t i = 0;
 #if defined(__AVX512BW__) || defined(__AVX2__)
@@ -251,13 +251,12 @@ def writes(out: Tensor, block_size: int) -> bool:
 
 
 def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tensor) -> None:
-    """Decodes blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the
-    first begins a byte. codebook: float32 [16]."""
+    """Decode blocks `first` … of a 4-bit weight to `out`, contiguous and of whole blocks; the first
+    begins a byte. codebook: float32 [16]."""
     block_size = packed.layout.named["block_size"]
     bytes_per_block = block_size // 2
-    codes, absmax, *nested = (plane.reshape(-1) for plane in packed.tensors)
-    codes = codes[first * bytes_per_block :]
-    # What is not read has to be something.
+    codes, absmax, *nested = (each.contiguous() for each in packed.tensors)
+    # A tensor that is not read must be given all the same.
     tables = nested or [codebook] * 3
     sizes = (int(bool(nested)), first, out.numel() // block_size, bytes_per_block)
     kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 5, out.dtype)
@@ -265,8 +264,8 @@ def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tens
 
 
 def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """out = codes * scales: int8 codes and contiguous `out` of [blocks * size], float32 scales
-    [blocks]."""
+    """Write out = codes * scales: int8 codes and contiguous `out` of [blocks * size], float32
+    scales [blocks]."""
     kernel = _kernel(_INTEGERS, ("int8_t", "float"), 3, out.dtype)
     blocks = scales.numel()
     kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)

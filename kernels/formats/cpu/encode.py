@@ -1,4 +1,4 @@
-"""Encoding whole 4-bit blocks in one pass: torch's own search takes ten times as long."""
+"""Encodes whole 4-bit blocks in one pass; torch's own search takes ten times as long."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def encodes(blocks: Tensor) -> bool:
 
 
 def encode(blocks: Tensor, reciprocals: Tensor, boundaries: Tensor, order: Tensor) -> Tensor:
-    """Codes uint8 [b * s / 2] of contiguous float32 `blocks` [b, s], the first of two in the high
-    half of a byte. Each element is multiplied with its block's one of `reciprocals` [b]; if i of
-    the ascending `boundaries` [15] lie below the product, its code is `order[i]`. NaN gets any
-    code."""
+    """Return codes, uint8 [b * s / 2], of contiguous float32 `blocks` [b, s], with the first of two
+    in the high half of a byte. Each element is multiplied by its block's entry of `reciprocals`
+    [b]; if i of the ascending `boundaries` [15] lie below the product, the code is `order[i]`. NaN
+    gets any code."""
     codes = order.new_empty(blocks.numel() // 2)
     kernel = compiled(_SOURCE, _ARGUMENTS)
     sizes = (*blocks.shape, torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""C++ that decodes the codes of one group: `decode_group`, of 4-bit codes and of 8-bit ones."""
+"""C++ that decodes the codes of one group: `decode_group`, for 4-bit and for 8-bit codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from qlora_compile.kernels.cpu.toolchain import VECTORISED
 from qlora_compile.kernels.formats.cpu.decode import ROUNDING
 
 NIBBLES, INTEGER, E4M3, E5M2 = "NIBBLES", "INTEGER", "E4M3", "E5M2"
-"""Kinds of codes: any of 4 bits, unsigned integers and floats of 8."""
+"""Kinds of codes: any 4-bit codes, unsigned 8-bit integers, and 8-bit floats."""
 
 KINDS = {INTEGER: 0, E4M3: 1, E5M2: 2}
 

@@ -1,4 +1,4 @@
-"""Decoding rows of groups in one pass, each with a scale and a zero of its own."""
+"""Decodes rows of groups in one pass; each group has a scale and a zero of its own."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ extern "C" void kernel(
 
 @dataclass(frozen=True)
 class Factors:
-    """Scales and zeros of a weight's groups as they are stored, all rows of them.
+    """Scales and zeros of all of a weight's groups, as stored.
 
     scales: [rows, groups] of float32, bfloat16 or float16, or of bytes that stand for the values in
-    `table`, float32 [256], times `whole`, one number or one for each row. zeros: of those dtypes,
-    or uint8 numbers; None where every one is `constant`. row_shift: 2**row_shift rows share one.
-    adds: whether a value is v(code) * scale + zero, and not (v(code) - zero) * scale.
+    `table`, float32 [256], times `whole`, one number or one per row. zeros: of the same dtypes, or
+    uint8; None if every zero is `constant`. row_shift: 2**row_shift rows share factors. adds:
+    whether a value is v(code) * scale + zero, and not (v(code) - zero) * scale.
     """
 
     scales: Tensor
@@ -128,9 +128,9 @@ def writes(out: Tensor) -> bool:
 def write_rows(
     codes: Tensor, values: Tensor, factors: Factors, size: int, kind: str, start: int, out: Tensor
 ) -> None:
-    """out [rows, K] = rows `start` … of the weight, rounded once.
+    """Write the rows of the weight from `start` on, rounded once, to out [rows, K].
 
-    kind: of `group_codes`. codes: uint8 [N, K] or, of 4 bits, [N, ceil(K / 2)]. values: float32
+    kind: one of `group_codes`. codes: uint8 [N, K] or, of 4 bits, [N, ceil(K / 2)]. values: float32
     [256] or [16]. size: columns of a group, which begins with a byte. out: of a dtype in TYPES.
     """
     one = constant(1.0)
@@ -148,7 +148,7 @@ def write_rows(
         *(int(factors.adds), rows, columns, min(size, columns), torch.get_num_threads()),
     )
     kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
-    # What is not read has to be something.
+    # A tensor that is not read must be given all the same.
     table = one if table is None else table
     planes = (each.contiguous() for each in (scales, zeros))
     kernel(codes.contiguous(), values, *planes, table, whole.contiguous(), *sizes, out)

@@ -1,4 +1,4 @@
-"""Decoding rows of integers whose columns are in groups by an index, in one pass."""
+"""Decodes rows of integers, whose columns are in groups by an index, in one pass."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ extern "C" void kernel(
 def write_rows(
     codes: Tensor, factors: Factors, size: int, index: Tensor, bits: int, start: int, out: Tensor
 ) -> None:
-    """out [rows, K] = rows `start` … of a weight whose columns are in the groups `index`, int32
-    [K], rounded once.
+    """Write the rows from `start` on of a weight whose columns are in the groups `index`, int32
+    [K], rounded once, to out [rows, K].
 
-    The others as in `group_decode.write_rows`; codes have 4 or 8 `bits`.
+    Other arguments: as in `group_decode.write_rows`; codes have 4 or 8 `bits`.
     """
     scales, zeros = factors.scales, factors.zeros
     has_zeros = zeros is not None

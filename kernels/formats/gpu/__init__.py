@@ -1,1 +1,1 @@
-"""How the shipped formats are decoded in Triton kernels."""
+"""Triton functions that decode the shipped formats in kernels."""

@@ -17,8 +17,8 @@ from qlora_compile.kernels.gpu.weight import edge
 
 
 class BlockSide(NamedTuple):
-    """What kernels read beside the codes; None for what there is not. tables: of the decoder.
-    row_blocks: blocks in a row, None where blocks do not begin with rows."""
+    """What kernels read beside the codes; None for what is missing. tables: the decoder's.
+    row_blocks: the number of blocks in a row, None if blocks do not begin with rows."""
 
     absmax: Tensor
     nested_codebook: Tensor | None
@@ -36,9 +36,10 @@ def block_side(
     tables: Tensor | None,
     divisor: float,
 ) -> Side:
-    """The Side of the absmax planes `scales` of a weight with k columns. K is a multiple of 8.
+    """Return the Side of the absmax planes `scales` of a weight with k columns. K is a multiple of
+    8.
 
-    A scale serves the longest runs of columns that lie in one block wherever a tile begins.
+    A scale serves the longest runs of columns that lie in one block, wherever a tile begins.
     """
     absmax, *nested = scales
     by_row = block_size == k
@@ -52,7 +53,7 @@ def block_side(
 
 @triton.jit
 def loaded_offset(side):
-    """The nested offset, zero where there is none."""
+    """Return the nested offset, zero where there is none."""
     offset = 0.0
     if side.nested_offset is not None:
         offset = tl.load(side.nested_offset)
@@ -67,7 +68,7 @@ def load_absmax(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """The absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
+    """Return the absmax of each run of GROUP columns and, doubly quantised, the absmax of its 256.
 
     SIDE: BLOCK_SHIFT, log2 of the block size, -1 for one block a row; GROUP; and the divisor. Each
     is [ROWS] where a row of the tile is one run, else [ROWS, COLUMNS / GROUP].
@@ -99,7 +100,7 @@ def load_absmax(
 
 @triton.jit
 def scales_of(loaded, side, state, SIDE: tl.constexpr):
-    """float32 scales of what `load_absmax` returned: absmax over the divisor."""
+    """Return float32 scales from the result of `load_absmax`: absmax over the divisor."""
     DIVISOR: tl.constexpr = SIDE[2]
     scales = loaded[0]
     if side.nested_codebook is not None:
@@ -113,7 +114,8 @@ def scales_of(loaded, side, state, SIDE: tl.constexpr):
 def absmax_kernel(
     codes, nested_codebook, nested_absmax, nested_offset, out, blocks, SIZE: tl.constexpr
 ):
-    """out [blocks], float32: nested_codebook[codes] * nested_absmax[b // 256] + nested_offset."""
+    """Write nested_codebook[codes] * nested_absmax[b // 256] + nested_offset to float32 out
+    [blocks]."""
     index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     inside = index < blocks
     values = tl.load(nested_codebook + tl.load(codes + index, mask=inside, other=0).to(tl.int32))
@@ -124,7 +126,7 @@ def absmax_kernel(
 def decoded_absmax(
     quantized: Tensor, nested_codebook: Tensor, nested_absmax: Tensor, nested_offset: Tensor
 ) -> Tensor:
-    """The absmax of every block, float32, for a kernel that reads each value many times."""
+    """Return the absmax of every block, float32, for a kernel that reads each value many times."""
     blocks, size = quantized.numel(), 1024
     out = torch.empty(blocks, dtype=torch.float32, device=quantized.device)
     arguments = {

@@ -1,6 +1,7 @@
 """PTX of the decoders: texts for `tl.inline_asm_elementwise`, made from a codebook and a dtype.
 
-In a word, weight 2i is the high nibble of byte i and weight 2i + 1 the low one (bitsandbytes).
+Docstrings say what a text turns its inputs ($8, …) into. In a word, weight 2i is the high nibble of
+byte i and weight 2i + 1 the low one (bitsandbytes).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import functools
 import struct
 
 PACKED = {"bf16": "cvt.rn.bf16x2.f32", "fp16": "cvt.rn.f16x2.f32"}
-"""Two float32, the first to the high half, rounded to nearest even."""
+"""Instructions that pack two float32, the first into the high half, rounded to nearest even."""
 
 
 def float_literal(value: float) -> str:
@@ -17,13 +18,14 @@ def float_literal(value: float) -> str:
 
 
 def unpacked(words: list[str]) -> str:
-    """Both halves of each of `words` to the 16-bit outputs $0, $1, …, low half first."""
+    """Return PTX that splits each of `words` into 16-bit outputs $0, $1, …, low half first."""
     return "".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {word};\n" for i, word in enumerate(words))
 
 
 @functools.cache
 def scaled_table(codebook: tuple[float, ...], dtype: str) -> str:
-    """$8 (f32 scale) to eight words: low bytes, then high bytes, of the sixteen scaled values."""
+    """Return PTX: $8 (f32 scale) → eight words, low bytes, then high bytes, of the sixteen scaled
+    values."""
     text = "{\n.reg .f32 t0, t1, t2, t3;\n.reg .b32 p0, p1;\n"
     for group in range(4):
         for j, value in enumerate(codebook[4 * group : 4 * group + 4]):
@@ -38,10 +40,10 @@ def scaled_table(codebook: tuple[float, ...], dtype: str) -> str:
 
 @functools.cache
 def table_lookup() -> str:
-    """$8 (a word) and the table $9 … $16 to eight 16-bit values.
+    """Return PTX: $8 (a word) and the table $9 … $16 → eight 16-bit values.
 
-    A permutation looks up four nibbles' low three bits at once in eight bytes; a second one takes,
-    by the fourth bit, from the lower or the upper half of the table.
+    A permutation looks up the low three bits of four nibbles at once in eight bytes; a second one
+    chooses, by the fourth bit, between the lower and the upper half of the table.
     """
     text = "{\n.reg .b32 o0, o1, o2, o3, a, s, l0, l1, h0, h1;\n"
     text += "and.b32 a, $8, 0x77777777;\nshr.u32 s, $8, 1;\n"
@@ -63,12 +65,12 @@ LANE_TABLE = (
     "{\n.reg .b32 l;\n.reg .b64 a;\nmov.u32 l, %laneid;\nand.b32 l, l, 15;\n"
     "mad.wide.u32 a, l, 4, $1;\nld.global.nc.b32 $0, [a];\n}"
 )
-"""$1 (address of sixteen 4-byte values) to the value of the lane's number modulo 16."""
+"""PTX: $1 (address of sixteen 4-byte values) → the value at the lane's number modulo 16."""
 
 
 @functools.cache
 def lane_lookup(dtype: str) -> str:
-    """$8 (a word), $9 (the lane table), $10 (f32 scale) to eight 16-bit values.
+    """Return PTX: $8 (a word), $9 (the lane table), $10 (f32 scale) → eight 16-bit values.
 
     Clamp and segment mask 0x100f: lane i reads lane (i & 16) + (index & 15), so the index's other
     bits need no masking.
@@ -88,7 +90,7 @@ def lane_lookup(dtype: str) -> str:
 
 @functools.cache
 def int8_lookup(dtype: str) -> str:
-    """$4 (four int8) and $5 (f32 scale) to four 16-bit values.
+    """Return PTX: $4 (four int8), $5 (f32 scale) → four 16-bit values.
 
     0x4B0000bb is 2**23 + bb; with the codes' sign bits flipped, bb is the code + 128.
     """

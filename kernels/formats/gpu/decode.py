@@ -1,8 +1,8 @@
 """Decoders on the device: tiles of packed words to tiles of weights, exact to the last bit.
 
-They are `decode` and `prepare` of `qlora_compile.kernels.gpu.decoders`. The scales are float32
-[ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1; the state is the offset
-of doubly quantised absmax and what the decoder itself keeps.
+They implement `decode` and `prepare` of `qlora_compile.kernels.gpu.decoders`. The scales are
+float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1; the state is
+the offset of doubly quantised absmax, and what the decoder itself keeps.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
@@ -15,7 +15,7 @@ from qlora_compile.kernels.formats.gpu.absmax import loaded_offset
 
 @triton.jit
 def join8(w0, w1, w2, w3, w4, w5, w6, w7):
-    """[..., 2, 2, 2] whose row-major flattening is w0 … w7."""
+    """Return [..., 2, 2, 2] whose row-major flattening is w0 … w7."""
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.join(even, odd)
@@ -23,13 +23,13 @@ def join8(w0, w1, w2, w3, w4, w5, w6, w7):
 
 @triton.jit
 def join4(w0, w1, w2, w3):
-    """[..., 2, 2] whose row-major flattening is w0 … w3."""
+    """Return [..., 2, 2] whose row-major flattening is w0 … w3."""
     return tl.join(tl.join(w0, w2), tl.join(w1, w3))
 
 
 @triton.jit
 def grouped(words, scales):
-    """`words` with one row for each scale, and the scales as a column."""
+    """Return `words` with one row for each scale, and the scales as a column."""
     if len(scales.shape) == 1:
         scales = scales[:, None]
     else:
@@ -52,7 +52,8 @@ def prepare_pointer(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
 
 @triton.jit
 def prepare_lane_table(side, SIDE: tl.constexpr, PROGRAM: tl.constexpr):
-    """tables[lane % 16] in every lane's register: a scalar that differs between the lanes."""
+    """Return tables[lane % 16] in every lane's register: a scalar that differs between the
+    lanes."""
     lane_table = tl.inline_asm_elementwise(
         PROGRAM[0], "=r,l", [side.tables.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
     )
@@ -71,7 +72,7 @@ def decode_codebook(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Plain Triton, for every target: sixteen values in global memory."""
+    """Decode by plain Triton, on every target, with sixteen values in global memory."""
     tables = state[1]
     words, scales = grouped(words, scales)
     values = join8(
@@ -94,7 +95,7 @@ def decode_codebook_prmt(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Sixteen scaled values in eight registers, looked up by byte permutations."""
+    """Decode by byte permutations from sixteen scaled values in eight registers."""
     words, scales = grouped(words, scales)
     l0, l1, l2, l3, h0, h1, h2, h3 = tl.inline_asm_elementwise(
         PROGRAM[0],
@@ -123,7 +124,7 @@ def decode_codebook_shfl(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Sixteen values in the registers of sixteen lanes, looked up by shuffles."""
+    """Decode by shuffles from sixteen values in the registers of sixteen lanes."""
     words, scales = grouped(words, scales)
     w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
         PROGRAM[1],
@@ -149,7 +150,7 @@ def decode_int8(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Plain Triton, for every target."""
+    """Decode by plain Triton, on every target."""
     words, scales = grouped(words, scales)
     values = join4(
         int8_value(words, 0, scales, DTYPE),
@@ -167,7 +168,7 @@ def decode_int8_prmt(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Bytes become floats as the low mantissa bits of 2**23, without conversion instructions."""
+    """Decode without conversion instructions: bytes become the low mantissa bits of 2**23."""
     words, scales = grouped(words, scales)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
         PROGRAM[0],

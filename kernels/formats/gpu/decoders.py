@@ -1,4 +1,4 @@
-"""Which ways of decoding the shipped formats there are, and what each needs."""
+"""The decoders of the shipped formats, and what each needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _decoder = partial(Decoder, load=absmax.load_absmax, scale=absmax.scales_of)
 
 @functools.cache
 def codebook_decoders(codebook: tuple[float, ...]) -> tuple[Decoder, ...]:
-    """For sixteen values in bitsandbytes' order of nibbles."""
+    """Return decoders of sixteen values in bitsandbytes' order of nibbles."""
     return (
         _decoder("plain", 8, decode.prepare_pointer, decode=decode.decode_codebook),
         _decoder(
@@ -97,7 +97,7 @@ INTEGER_DECODERS = {
         ),
     ),
 }
-"""For unsigned codes of so many bits, in groups."""
+"""Decoders of unsigned codes in groups, by the number of bits."""
 
 _floats = partial(Decoder, "plain", load=groups.load_groups)
 

@@ -1,9 +1,9 @@
 """Floats of 8 and 4 bits on the device, decoded by integer operations: exact on every target.
 
-Nothing is asked of the hardware's own 8-bit floats, which sm_80 and sm_86 lack and of which gfx942
-has other ones. Each code becomes the bits of a float16, whose conversion to float32 is exact,
-subnormal ones included. The functions are `scale` and `decode` of
-`qlora_compile.kernels.gpu.decoders`; factors and words are those of `groups`.
+The hardware's own 8-bit floats are not used: sm_80 and sm_86 lack them, and gfx942 has others. Each
+code becomes the bits of a float16, whose conversion to float32 is exact, even for subnormal
+numbers. The functions implement `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`;
+factors and words are those of `groups`.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
@@ -23,20 +23,22 @@ def e5m2_halves(codes):
 
 @triton.jit
 def e4m3_halves(codes):
-    """2**8 times too small, as exponents are biased by 7 and not by 15. All bits set are NaN."""
+    """Return float16 bits of values 2**8 times too small, as e4m3's exponents are biased by 7 and
+    not by 15. A code with all bits set is NaN."""
     size = codes & 0x7F
     return ((codes & 0x80) << 8) | tl.where(size == 0x7F, 0x7E00, size << 7)
 
 
 @triton.jit
 def e2m1_halves(codes):
-    """2**14 times too small, as exponents are biased by 1 and not by 15."""
+    """Return float16 bits of values 2**14 times too small, as e2m1's exponents are biased by 1 and
+    not by 15."""
     return ((codes & 8) << 12) | ((codes & 7) << 9)
 
 
 @triton.jit
 def float_of_halves(halves, WEIGHT: tl.constexpr):
-    """float32 of the bits of float16, times WEIGHT, a power of two: exact."""
+    """Return the float32 of float16 bits, times WEIGHT, a power of two; exact."""
     return halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * WEIGHT
 
 
@@ -47,7 +49,8 @@ def plain_scales(loaded, side, state, SIDE: tl.constexpr):
 
 @triton.jit
 def powers_of_two(loaded, side, state, SIDE: tl.constexpr):
-    """float32 of e8m0 bytes, which are the bits of an exponent but for 2**-127 and NaN."""
+    """Return the float32 of e8m0 bytes, which are the bits of an exponent except for 2**-127 and
+    NaN."""
     codes = loaded[0].to(tl.int32)
     bits = tl.where(codes == 0, 0x00400000, codes << 23)
     return tl.where(codes == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
@@ -61,7 +64,7 @@ def load_scales_of_scales(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """As `load_groups`, with the scale of the whole tensor or of each row in place of zeros."""
+    """Do as `load_groups`, with the scale of the whole tensor or of each row in place of zeros."""
     scales, _ = load_groups(side, n0, k0, N, K, SIDE, ROWS, COLUMNS, EVEN_N, EVEN_K)
     rows = n0 + edge(n0, N, ROWS, EVEN_N)
     whole = tl.load(side.whole + (rows >> SIDE[5]))
@@ -73,7 +76,7 @@ def load_scales_of_scales(
 
 @triton.jit
 def scales_of_scales(loaded, side, state, SIDE: tl.constexpr):
-    """e4m3 scales of groups times the scale of the tensor or of the row."""
+    """Return the e4m3 scales of groups times the scale of the tensor or of the row."""
     return float_of_halves(e4m3_halves(loaded[0].to(tl.int32)), 256.0) * loaded[1]
 
 

@@ -1,6 +1,7 @@
 """PTX of the decoders of formats in groups: texts for `tl.inline_asm_elementwise`.
 
-In a word, weight i is the i-th group of 4 or 8 bits from the lowest on.
+Docstrings say what a text turns its inputs ($8, …) into. In a word, weight i is the i-th group of 4
+or 8 bits from the lowest on.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _EXACT = 2.0**23
 
 
 Zeros = Literal["whole", "fractional", "minimum"]
-"""What a float32 operand holds: 2**23 + a whole zero, a zero that may be fractional, or what is
-added to code * scale."""
+"""What a float32 operand holds: 2**23 + a whole zero, a zero that may be fractional, or a minimum
+to be added to code * scale."""
 
 
 @functools.cache
 def nibble_floats(dtype: str, zeros: Zeros) -> str:
-    """$8 (a word of 4-bit codes), $9 (f32 scale) and $10 (f32, as `zeros` says) to eight 16-bit
-    values, in float32."""
+    """Return PTX: $8 (a word of 4-bit codes), $9 (f32 scale) and $10 (f32, as `zeros` says) → eight
+    16-bit values, computed in float32."""
     text = ""
     for i in range(8):
         text += f"shr.u32 b, $8, {4 * i};\n" if i else "mov.b32 b, $8;\n"
@@ -33,7 +34,7 @@ def nibble_floats(dtype: str, zeros: Zeros) -> str:
 
 @functools.cache
 def byte_floats(dtype: str, zeros: Zeros) -> str:
-    """As `nibble_floats` of $4 (four 8-bit codes), $5 and $6 to four values."""
+    """Return PTX like `nibble_floats`: $4 (four 8-bit codes), $5 and $6 → four values."""
     text = ""
     for i in range(4):
         text += f"prmt.b32 b, $4, 0x4B000000, 0x{0x7540 | i:04x};\n"
@@ -42,7 +43,8 @@ def byte_floats(dtype: str, zeros: Zeros) -> str:
 
 
 def _scaled(i: int, scale: str, zero: str, dtype: str, zeros: Zeros) -> str:
-    """Weight i of 2**23 + code in `b`; every second one closes a pair."""
+    """Return PTX that computes weight i from 2**23 + code in `b`; every second one closes a
+    pair."""
     name = "odd" if i % 2 else "even"
     text = f"mov.b32 {name}, b;\n"
     if zeros != "whole":
@@ -65,17 +67,17 @@ _PAIRS = {
     "bf16": ("bf16x2", 0x4300, 0xC300, 0x3F80),
     "fp16": ("f16x2", 0x6400, 0xE400, 0x3C00),
 }
-"""For each dtype what computes with two of it; 128 or 1024, in whose lowest bits a code counts
-ones; the same negative; one."""
+"""For each dtype: the suffix of instructions on two of it; 128 or 1024, in whose lowest bits a code
+counts ones; the negative of that number; one."""
 
 
 @functools.cache
 def nibble_pairs(dtype: str) -> str:
-    """$8 (a word of 4-bit codes), $9 and $10 (a scale and minus a whole zero, 16 bits each, twice)
-    to eight values of the same dtype, two at a time.
+    """Return PTX: $8 (a word of 4-bit codes), $9 and $10 (a scale and minus a whole zero, 16 bits
+    each, twice) → eight values of the same dtype, two at a time.
 
-    Equal to float32's: code - zero is exact, and its product with a 16-bit scale is exact in
-    float32, so that it is rounded once either way.
+    The values equal float32's: code - zero is exact, and its product with a 16-bit scale is exact
+    in float32, so that it is rounded once either way.
     """
     kind, *numbers = _PAIRS[dtype]
     magic, minus, one = (f"0x{number << 16 | number:08X}" for number in numbers)
@@ -96,7 +98,7 @@ def nibble_pairs(dtype: str) -> str:
 
 @functools.cache
 def byte_halves(dtype: str, exponent_bits: int) -> str:
-    """$4 (four 8-bit floats with 4 or 5 bits of exponent) and $5 (f32 scale) to four values.
+    """Return PTX: $4 (four 8-bit floats, 4 or 5 bits of exponent), $5 (f32 scale) → four values.
 
     A code becomes a float16: e5m2 with eight bits more, e4m3 with an exponent biased by 15 and not
     by 7, which is 2**8 times too small, and with bit 14 set in addition for NaN.
@@ -127,7 +129,8 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @functools.cache
 def scaled_magnitudes(dtype: str) -> str:
-    """$4 (f32 scale) to four words: low bytes, then high bytes, of e2m1's eight magnitudes."""
+    """Return PTX: $4 (f32 scale) → four words, low bytes, then high bytes, of e2m1's eight scaled
+    magnitudes."""
     text = "{\n.reg .f32 t0, t1, t2, t3;\n.reg .b32 p0, p1;\n"
     for group in range(2):
         for j, value in enumerate(_MAGNITUDES[4 * group : 4 * group + 4]):
@@ -139,10 +142,10 @@ def scaled_magnitudes(dtype: str) -> str:
 
 @functools.cache
 def magnitude_lookup() -> str:
-    """$8 (a word) and the table $9 … $12 to eight 16-bit values.
+    """Return PTX: $8 (a word) and the table $9 … $12 → eight 16-bit values.
 
     A permutation looks up the low three bits of four nibbles at once; for the high bytes a second
-    one takes, by the fourth bit, from the table or from the negative one.
+    one chooses, by the fourth bit, between the table and the negative table.
     """
     text = "{\n.reg .b32 o0, o1, o2, o3, a, s, low, high, minus, m0, m1;\n"
     text += "xor.b32 m0, $11, 0x80808080;\nxor.b32 m1, $12, 0x80808080;\n"

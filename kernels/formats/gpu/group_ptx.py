@@ -1,7 +1,7 @@
-"""Decoders of formats in groups for NVIDIA's devices: by texts of `group_assembly`.
+"""Decoders of formats in groups for NVIDIA's devices, by texts of `group_assembly`.
 
-They are `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`; factors and words are those
-of `groups`.
+They implement `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`; factors and words are
+those of `groups`.
 """
 
 # Inside kernels constexprs are plain values and tensors take operators: not as typed.
@@ -16,8 +16,8 @@ _MAGIC = tl.constexpr(8388608.0)
 
 @triton.jit
 def stored_factors(loaded, side, state, SIDE: tl.constexpr):
-    """The scales as they are stored; zeros as int32 where all are whole, else as float32; and once
-    more where they are minima."""
+    """Return the scales as stored, and zeros, as int32 if all are whole, else as float32; minima
+    are returned a second time."""
     CONSTANT: tl.constexpr = int(SIDE[2])
     ZEROS: tl.constexpr = SIDE[4]
     scales = loaded[0]
@@ -35,7 +35,7 @@ def stored_factors(loaded, side, state, SIDE: tl.constexpr):
 
 @triton.jit
 def twice(values):
-    """The bits of 16-bit values in both halves of what a float32 register holds."""
+    """Return float32 registers with the bits of 16-bit values in both halves."""
     bits = values.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return (bits | (bits << 16)).to(tl.float32, bitcast=True)
 
@@ -47,8 +47,8 @@ def decode_nibbles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """PROGRAM: for whole zeros, for others, for minima, and for whole zeros where the scales are of
-    DTYPE."""
+    """Decode 4-bit codes. PROGRAM: texts for whole zeros, for other zeros, for minima, and for
+    whole zeros with scales of DTYPE."""
     MINIMA: tl.constexpr = len(scales) == 3
     rows, zeros = grouped(words, scales[1])
     _, scales = grouped(words, scales[0])
@@ -80,7 +80,7 @@ def decode_bytes(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """PROGRAM: for whole zeros, for others and for minima."""
+    """Decode 8-bit codes. PROGRAM: texts for whole zeros, for other zeros and for minima."""
     MINIMA: tl.constexpr = len(scales) == 3
     rows, zeros = grouped(words, scales[1])
     _, scales = grouped(words, scales[0].to(tl.float32))
@@ -105,7 +105,7 @@ def decode_float_bytes(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Floats of 8 bits, with float32 scales."""
+    """Decode 8-bit floats, with float32 scales."""
     words, scales = grouped(words, scales)
     w0, w1, w2, w3 = tl.inline_asm_elementwise(
         PROGRAM[0], "=h,=h,=h,=h,r,f", [words, scales],
@@ -121,7 +121,7 @@ def decode_e2m1(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Eight scaled magnitudes in four registers, looked up by byte permutations."""
+    """Decode by byte permutations from eight scaled magnitudes in four registers."""
     words, scales = grouped(words, scales)
     l0, l1, h0, h1 = tl.inline_asm_elementwise(
         PROGRAM[0], "=&r,=&r,=&r,=&r,f", [scales],

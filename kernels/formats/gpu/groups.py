@@ -1,8 +1,8 @@
 """Groups on the device: factors read for a tile, and codes decoded with them, exactly.
 
-They are `load`, `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`. Each factor is
-float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1. Where an index
-tells the group of each column, G = COLUMNS. In a word, weight i is the i-th group of bits from the
+They implement `load`, `scale` and `decode` of `qlora_compile.kernels.gpu.decoders`. Each factor is
+float32 [ROWS, G], one per run of COLUMNS / G weights of a row, or [ROWS] for G = 1. If an index
+gives the group of each column, G = COLUMNS. In a word, weight i is the i-th group of bits from the
 lowest on.
 """
 
@@ -25,9 +25,9 @@ _MAGIC_BITS = tl.constexpr(0x4B000000)
 
 
 class GroupSide(NamedTuple):
-    """The factors of groups; zeros, or minima, None where all are one constant. groups: factors of
-    a row. whole: a scale of the whole tensor or of each row, for the formats that have one. index:
-    int32 [K], the group of each column; None where groups are of neighbours."""
+    """The factors of groups; zeros (or minima) are None if all are one constant. groups: how many
+    factors a row has. whole: a scale of the whole tensor or of each row, for formats with one.
+    index: int32 [K], the group of each column; None for groups of neighbours."""
 
     scales: Tensor
     zeros: Tensor | None
@@ -50,10 +50,10 @@ def group_side(
     index: Tensor | None = None,
     adds: bool = False,
 ) -> Side:
-    """The Side of a weight with k columns, which share factors by groups of `group_size`.
+    """Return the Side of a weight with k columns, which share factors by groups of `group_size`.
 
-    constant: the zero where there are no `zeros`. row_shift: 2**row_shift rows share factors; 31
-    where all do. whole_shift: the same of `whole`. index: int32 [k], the group of each column, if
+    constant: the zero if there are no `zeros`. row_shift: 2**row_shift rows share factors; 31 if
+    all rows do. whole_shift: the same for `whole`. index: int32 [k], the group of each column, if
     groups are not of neighbours. adds: whether `zeros` are minima, to be added to the product.
     """
     by_row = group_size >= k
@@ -79,11 +79,11 @@ def load_groups(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):
     # fmt: on
-    """The scale of each run of RUN columns, and its zero if there are any.
+    """Return the scale of each run of RUN columns, and its zero if there are any.
 
-    SIDE: SHIFT, log2 of the group size, -1 for one group a row; RUN; the constant zero; log2 of the
-    rows that share factors; 1 if zeros may be no whole numbers, 2 if they are minima, else 0; and
-    log2 of the rows that share the scale of more than a group. Each result is [ROWS] where a row of
+    SIDE: SHIFT, log2 of the group size, -1 for one group per row; RUN; the constant zero; log2 of
+    the rows that share factors; 1 if zeros may be fractional, 2 if they are minima, else 0; and
+    log2 of the rows that share the scale of more than a group. Each result is [ROWS] if a row of
     the tile is one run, else [ROWS, COLUMNS / RUN].
     """
     SHIFT: tl.constexpr = SIDE[0]
@@ -111,10 +111,10 @@ def load_groups(
 
 @triton.jit
 def integer_factors(loaded, side, state, SIDE: tl.constexpr):
-    """float32 scales, and what to take off 2**23 + code in one step and in a second one.
+    """Return float32 scales, and what to subtract from 2**23 + code in a first and a second step.
 
-    2**23 + zero is exact for a whole zero, and then nothing is left for the second step. Where the
-    zeros are minima, a fourth tensor has what to add in the end.
+    2**23 + zero is exact for a whole zero, which leaves nothing for the second step. For minima, a
+    fourth tensor holds what to add in the end.
     """
     CONSTANT: tl.constexpr = SIDE[2]
     ZEROS: tl.constexpr = SIDE[4]
@@ -137,7 +137,7 @@ def integer_factors(loaded, side, state, SIDE: tl.constexpr):
 
 @triton.jit
 def raised(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """2**23 + code as float32."""
+    """Return 2**23 + code as float32."""
     return (((words >> SHIFT) & MASK) | _MAGIC_BITS).to(tl.float32, bitcast=True)
 
 
@@ -156,7 +156,7 @@ def integer_value(words, SHIFT: tl.constexpr, MASK: tl.constexpr, factors, DTYPE
 
 @triton.jit
 def by_group(words, factors):
-    """`words` with one row for each group, and the factors as columns."""
+    """Return `words` with one row for each group, and the factors as columns."""
     rows, scales = grouped(words, factors[0])
     _, first = grouped(words, factors[1])
     _, second = grouped(words, factors[2])
@@ -170,7 +170,7 @@ def by_group(words, factors):
 
 @triton.constexpr_function
 def is_of_columns(shape, COLUMNS):
-    """Whether factors of this shape are those of each column, and not of runs."""
+    """Whether factors of this shape belong to columns, and not to runs."""
     return len(shape) == 2 and shape[1] == COLUMNS
 
 
@@ -181,7 +181,7 @@ def decode_nibbles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """Plain Triton, for every target, without conversions from integers."""
+    """Decode by plain Triton, on every target, without conversions from integers."""
     if is_of_columns(scales[0].shape, COLUMNS):
         codes = join8(
             raised(words, 0, 15),
@@ -217,7 +217,7 @@ def decode_bytes(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # fmt: on
-    """As `decode_nibbles`."""
+    """Do as `decode_nibbles`, for 8-bit codes."""
     if is_of_columns(scales[0].shape, COLUMNS):
         codes = join4(
             raised(words, 0, 255),

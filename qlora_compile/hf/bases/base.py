@@ -16,7 +16,7 @@ class Base(ABC):
     """Adopter of one library's quantised Linears: an InPlaceBase or a RepackedBase.
 
     The library is optional, so creating an adopter and calling `recognises` and `format` must not
-    import it: they look at the classes of the modules.
+    import it; they look at the names of the modules' classes.
     """
 
     library: ClassVar[str]
@@ -61,14 +61,14 @@ class InPlaceBase(Base):
     def adapter_layer(self, layer: nn.Module) -> type[nn.Module] | None:
         """Return our class to replace the class of PEFT's adapter `layer` over an adopted base.
 
-        None if `layer` is no adapter layer of PEFT's for this library.
+        None if `layer` is not PEFT's adapter layer for this library.
         """
 
 
 class RepackedBase(Base):
     """Adopter that puts a QuantizedLinear in a layer's place, before PEFT attaches adapters.
 
-    The planes share the layer's memory where it stores them as a format of ours does.
+    Planes that the layer stores as a format of ours does share the layer's memory.
     """
 
     @abstractmethod
@@ -90,7 +90,7 @@ class RepackedBase(Base):
         return nn.Parameter(bias, requires_grad=False)
 
     def finish(self, model: nn.Module) -> None:
-        """Undo what the library needs of a `model` only for layers that have all been replaced."""
+        """Undo what the library did to `model` for its layers, which have all been replaced."""
         return
 
     def replacement(self, module: Any) -> QuantizedLinear:
@@ -104,7 +104,7 @@ class RepackedBase(Base):
 
 
 def comes_from(module: nn.Module, package: str, name: str | None = None) -> bool:
-    """Whether a class of `module` is of a `package`, and has that `name` if one is given."""
+    """Whether a class of `module` is from `package`, and has the `name` if one is given."""
     return any(
         cls.__module__.partition(".")[0] == package and name in (None, cls.__name__)
         for cls in type(module).__mro__

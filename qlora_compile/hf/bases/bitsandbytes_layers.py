@@ -72,7 +72,7 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
     @property
     def tensors(self) -> list[Tensor]:
         """The planes, in the order of `PackedWeight.tensors`."""
-        # A weight that is new, as merging makes one, keeps its scales until bitsandbytes' forward.
+        # A new weight, such as merging makes, keeps its scales until bitsandbytes' forward.
         scales = self.weight.SCB if self.state.SCB is None else self.state.SCB
         return [self.weight, scales]
 
@@ -95,10 +95,10 @@ class AdoptedLinear8bitLt(bnb.nn.Linear8bitLt):
 
 @contextmanager
 def _bias_kept(layer: nn.Module) -> Iterator[None]:
-    """Give `layer` the bias back that bitsandbytes' forward casts in place.
+    """Undo the cast that bitsandbytes' forward makes of the `layer`'s bias in place.
 
-    The cast loses bits where a call under autocast comes between others, and what it makes in
-    inference mode could not be trained with.
+    The cast loses bits if a single call runs under autocast, and a bias cast in inference mode
+    could not be used in training.
     """
     bias: Any = layer.bias
     kept = None if bias is None else bias.data
@@ -135,7 +135,7 @@ def _packed(layer: AdoptedLinear4bit | AdoptedLinear8bitLt) -> PackedWeight:
 def _compute_dtype(x: Tensor, configured: torch.dtype | None) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    # As in bitsandbytes: x in float32 or bfloat16 is computed with in that dtype.
+    # As in bitsandbytes, a float32 or bfloat16 x decides the dtype of the product.
     if x.dtype in (torch.float32, torch.bfloat16) or configured is None:
         return x.dtype
     return configured

@@ -25,7 +25,7 @@ class CompressedBase(RepackedBase):
 
     def finish(self, model: nn.Module) -> None:
         """Remove the hook that decompresses the model before its first call, unless a layer needs
-        it: it would wrap all modules for offloading, and nothing could be traced."""
+        it. The hook would wrap all modules for offloading, which prevents tracing."""
         modules = list(model.modules())
         if any(getattr(module, "quantization_scheme", None) is not None for module in modules):
             return

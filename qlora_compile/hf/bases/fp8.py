@@ -36,5 +36,6 @@ class Fp8Linear(RepackedBase):
         return packed_fp8(module.weight.data, module.weight_scale_inv.data, sizes)
 
     def dtype(self, module: Any) -> torch.dtype:
-        """That of the bias; without one, bfloat16, which FP8Linear dequantises to."""
+        """Return the bias's dtype; without a bias bfloat16, the dtype that FP8Linear dequantises
+        to."""
         return torch.bfloat16 if module.bias is None else module.bias.dtype

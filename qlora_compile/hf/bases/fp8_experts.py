@@ -23,7 +23,7 @@ def recognises(module: nn.Module) -> bool:
 
 
 def adopt(site: ExpertSite) -> None:
-    """Pack the weight of `site` anew, in a module that `recognises`; its codes are not copied.
+    """Pack the weight of `site` anew, in a recognised module; the codes are not copied.
 
     Raises StoredWeightError.
     """
@@ -33,7 +33,7 @@ def adopt(site: ExpertSite) -> None:
     weight, scales = getattr(module, site.parameter), getattr(module, f"{site.parameter}_scale_inv")
     if weight.dtype not in FORMATS:
         return
-    # These experts look for their implementation in a list of their own.
+    # FP8Experts looks for its implementation in a list of its own.
     ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     packed = packed_fp8(weight.data, scales.data, _block(weight, scales, module.block_size))
     experts = PackedExperts(packed, site.experts, False, torch.bfloat16)
@@ -44,8 +44,8 @@ def adopt(site: ExpertSite) -> None:
 
 
 def _block(weight: Any, scales: Any, block: Any) -> tuple[int, int] | None:
-    """The rows and columns that share a scale. Small gates and ups have a block each, whatever
-    `block` says."""
+    """Return the rows and columns that share a scale. Small gate and up weights have a block each,
+    whatever `block` says."""
     if block is None:
         return None
     n, rows = weight.shape[1], scales.shape[1]

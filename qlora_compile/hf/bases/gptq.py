@@ -1,7 +1,7 @@
 """GPTQ's layers (Frantar et al. 2023), as AutoGPTQ 0.7 and GPTQModel 5 define them.
 
-Both have kernels that put the codes in an order of their own when a model is loaded. The layers
-named here compute with what a checkpoint holds.
+Both have kernels that reorder the codes when a model is loaded. The layers named here keep the
+codes as a checkpoint holds them.
 """
 
 from __future__ import annotations

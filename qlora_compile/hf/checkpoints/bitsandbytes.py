@@ -20,8 +20,8 @@ _NESTED = ("nested_absmax", "nested_quant_map")
 
 
 class BitsAndBytesCheckpoint(Source):
-    """A 4-bit weight has "NAME.weight.quant_state.bitsandbytes__nf4" or "…__fp4" beside it, an
-    8-bit one "NAME.SCB"."""
+    """A 4-bit weight has a tensor "NAME.weight.quant_state.bitsandbytes__nf4" or "…__fp4" beside
+    it, an 8-bit weight has "NAME.SCB"."""
 
     method: ClassVar[str] = "bitsandbytes"
     beside: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in FORMATS_OF_4_BITS)
@@ -53,7 +53,7 @@ def _weight_of_4_bits(folder: CheckpointFolder, name: str, state_name: str) -> S
     stored = math.prod(folder.check(name)) * folder.tensors[name].dtype.itemsize
     if stored != -(-count // 2):
         problem = f"it has {stored} bytes, but its state says {state.shape[0]} x {state.shape[1]}"
-        raise folder.error(name, f"{problem} weights of 4 bits", AGAIN)
+        raise folder.error(name, f"{problem} 4-bit weights", AGAIN)
     float32 = (torch.float32,)
     folder.check(tensors["absmax"], dtypes=(torch.uint8,) if nested else float32, shape=(blocks,))
     folder.check(tensors["quant_map"], dtypes=float32, shape=(16,))

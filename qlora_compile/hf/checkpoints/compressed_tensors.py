@@ -39,7 +39,7 @@ class CompressedTensorsCheckpoint(Source):
             if not known:
                 raise StoredWeightError(
                     tensor="quantization_config",
-                    problem=f"{name} is {value}, which nothing here computes with",
+                    problem=f"{name} is {value}, with which nothing here computes",
                     remedy=_REMEDY,
                 )
         for layout in LAYOUTS:
@@ -47,11 +47,10 @@ class CompressedTensorsCheckpoint(Source):
 
 
 def weight_arguments(settings: Settings, module: str) -> Mapping[str, Any]:
-    """Return the arguments of the weights' quantisation that the settings have for a module.
+    """Return the settings' arguments for quantising a module's weight; empty if no group has it.
 
-    A group's targets are names, patterns after "re:", or classes, of which "Linear" is every
-    module's here; names and patterns go before classes. Empty if no group has a target there.
-    Raises StoredWeightError.
+    A group's targets are names, patterns after "re:", or classes; here every module counts as
+    "Linear". Names and patterns go before classes. Raises StoredWeightError.
     """
     found: Mapping[str, Any] = {}
     try:
@@ -163,4 +162,4 @@ def _integers(
 Layouts = tuple[Callable[[CheckpointFolder, Settings], Iterator[StoredWeight]], ...]
 
 LAYOUTS: Layouts = (_float_quantized, _float_packed, _pack_quantized, _int_quantized)
-"""The layouts of weights that are read; each yields those of its own kind."""
+"""The readers of weights, each of which yields those stored in its own way."""

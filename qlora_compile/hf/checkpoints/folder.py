@@ -1,7 +1,7 @@
 """CheckpointFolder: the tensors of a folder's safetensors files, known by their headers.
 
-The index and every header are read and held against one another before any tensor is read. Pickled
-files are never opened. The format is that of https://github.com/huggingface/safetensors.
+The index and every header are read and compared before any tensor is read. Pickled files are never
+opened. The format is described at https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AGAIN = "download the file again"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of one tensor."""
+    """What a file's header says about one tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -124,9 +124,10 @@ class CheckpointFolder:
         dtypes: Sequence[torch.dtype] = (),
         shape: Sequence[int | None] | None = None,
     ) -> tuple[int, ...]:
-        """Return the shape of a tensor, if it is there, of one of the `dtypes` and of `shape`.
+        """Return the shape of a tensor, after a check of its dtype and shape.
 
-        A size of None is any size; no `dtypes` are all. Raises CheckpointError.
+        A size of None allows any size, and empty `dtypes` any dtype. Raises CheckpointError, also
+        if the tensor is missing.
         """
         if name not in self.tensors:
             raise CheckpointError(
@@ -149,7 +150,7 @@ class CheckpointFolder:
         return header.shape
 
     def error(self, name: str, problem: str, remedy: str) -> CheckpointError:
-        """Return the error of a tensor that may be there or not."""
+        """Return an error about a tensor, which may be missing."""
         file = self.tensors[name].file if name in self.tensors else self.path
         return CheckpointError(file=file, tensor=name, problem=problem, remedy=remedy)
 
@@ -162,7 +163,7 @@ def _shards(index: Path) -> dict[Path, set[str]]:
         files: dict[Path, set[str]] = {}
         for name, file in pairs:
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{file!r} is no name of a file")
+                raise ValueError(f"{file!r} is not the name of a file")
             files.setdefault(index.parent / file, set()).add(name)
         return files
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -177,12 +178,12 @@ def _opened(file: Path) -> Any:
 
 
 _DAMAGED = (ValueError, IndexError, KeyError, OverflowError, struct.error, OSError)
-"""What the package gguf raises of a file that is damaged, or is none of its kind."""
+"""What the package gguf raises for a file that is damaged or not a GGUF file."""
 
 
 @contextmanager
 def readable_gguf(file: str | Path) -> Iterator[None]:
-    """Make what the package gguf raises of a damaged file a CheckpointError."""
+    """Turn what the package gguf raises for a damaged file into a CheckpointError."""
     try:
         yield
     except _DAMAGED as error:

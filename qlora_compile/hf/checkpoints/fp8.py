@@ -27,8 +27,8 @@ _CODES = (*fp8.FORMATS, torch.int8)
 class Fp8Checkpoint(Source):
     """A packed weight is float8 [N, K], or [E, N, K], beside its scales.
 
-    Scales have the grid of `weight_block_size`; without it, there is one. Weights in int8 are
-    MXFP4, two to a byte, which DeepSeek-V4's experts are; their scales are bytes e8m0.
+    Scales form the grid of `weight_block_size`; without that setting there is one scale. Weights in
+    int8, such as DeepSeek-V4's experts, are MXFP4, two to a byte; their scales are bytes e8m0.
     """
 
     method: ClassVar[str] = "fp8"
@@ -40,7 +40,7 @@ class Fp8Checkpoint(Source):
             for stem in stems(folder, ending):
                 name = stem if ending == "_scale_inv" else f"{stem}.weight"
                 if name in folder.tensors and folder.tensors[name].dtype not in _CODES:
-                    continue  # a scale of something else, which is no packed weight
+                    continue  # a scale of something else, which is not a packed weight
                 yield _weight(folder, name, stem + ending, block)
 
 

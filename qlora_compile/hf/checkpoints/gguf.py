@@ -1,8 +1,8 @@
 """GGUF files, read with the package gguf; blocks that a format of ours holds stay packed.
 
-transformers knows how llama.cpp's names and orders of rows become a model's, and applies that to
-decoded weights. Here its code is given the numbers of rows and of columns; what it does with these
-is done to the blocks.
+transformers knows how llama.cpp's names and orders of rows become a model's, and changes decoded
+weights accordingly. Here its code is given row and column numbers in place of weights, and what it
+does to these numbers is done to the blocks.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight
 from qlora_compile.hf.packings.gguf import PACKINGS
 
 _VALUES = ("F32", "F16", "BF16", "F64")
-"""Types of tensors that are stored as they are, and not in blocks."""
+"""Types of tensors that are stored as plain numbers, not in blocks."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of a file. shape: in the model. rows: the order of its rows in the model, None
-    where transformers changes more than that."""
+    """One tensor of a file. shape: its shape in the model. rows: the order of its rows in the
+    model, None if transformers changes more than the order."""
 
     tensor: Any
     shape: tuple[int, ...]
@@ -56,8 +56,8 @@ class _Part:
 class GgufFile(CheckpointFolder):
     """The tensors of a GGUF file by their names in a model: a CheckpointFolder for `read_model`.
 
-    is_known: whether they are read here; transformers reads architectures that merge tensors.
-    Raises CheckpointError if the file is damaged.
+    is_known: whether the architecture is read here; transformers reads architectures that merge
+    tensors. Raises CheckpointError if the file is damaged.
     """
 
     def __init__(self, path: Path, model_class: Any, config: Any) -> None:
@@ -97,8 +97,8 @@ class GgufFile(CheckpointFolder):
         return result.name, result.weights.shape
 
     def _rows(self, tensor: Any) -> Tensor | None:
-        """Return the order in which transformers puts the rows of a weight; None if it does more,
-        or if this is no weight of two dimensions."""
+        """Return the order in which transformers puts the rows of a weight; None if transformers
+        does more, or if the weight does not have two dimensions."""
         shape = _shape(tensor)
         if len(shape) != 2:
             return None
@@ -112,7 +112,7 @@ class GgufFile(CheckpointFolder):
         return torch.from_numpy(order[:, 0].astype(numpy.int64))
 
     def read(self, name: str) -> Tensor:
-        """Return the blocks of a weight that stays packed, uint8 [N, bytes], else the values."""
+        """Return the blocks of a weight that stays packed, uint8 [N, bytes]; else the values."""
         part = self.parts[name]
         if part.stays_packed:
             return torch.from_numpy(numpy.copy(part.tensor.data))[part.rows]
@@ -130,7 +130,7 @@ class GgufSource(Source):
     method: ClassVar[str] = "gguf"
 
     def weights(self, folder: Any, settings: Settings) -> Iterator[StoredWeight]:
-        """Warns of the types of blocks that no format of ours holds: those are decoded."""
+        """Yield the weights that stay packed; warn of types of blocks that have to be decoded."""
         decoded: Counter[str] = Counter()
         for name, part in folder.parts.items():
             if part.stays_packed:

@@ -29,7 +29,7 @@ class GptqCheckpoint(Source):
             tensors = {role: f"{stem}.{name}" for role, name in names.items()}
             words, rows = folder.check(tensors["codes"], dtypes=int32, shape=(None, None))
             if words * 32 % storage.bits:
-                problem = f"{words} words hold no whole number of codes of {storage.bits} bits"
+                problem = f"{words} words do not hold a whole number of {storage.bits}-bit codes"
                 raise folder.error(tensors["codes"], problem, f"{AGAIN}, and config.json")
             columns = words * 32 // storage.bits
             groups = storage.groups(columns)

@@ -22,12 +22,12 @@ from qlora_compile.hf.packings import hqq
 
 _NUMBERS = ("group_size", "axis", "quant_scale", "quant_zero")
 _MOST = 64
-"""Elements of a tensor that tells how others are stored, at most."""
+"""The most elements of a tensor that describes how others are stored."""
 
 
 class HqqCheckpoint(Source):
-    """A Linear NAME has the codes "NAME.W_q", "NAME.scale", "NAME.zero", and every entry of hqq's
-    `meta` as a tensor: numbers, a text as bytes, the shape."""
+    """A Linear NAME has "NAME.W_q", the codes, "NAME.scale", "NAME.zero", and a tensor for every
+    entry of hqq's `meta`: numbers, a text as bytes, the shape."""
 
     method: ClassVar[str] = "hqq"
     beside: ClassVar[tuple[str, ...]] = (
@@ -62,5 +62,7 @@ def _text(folder: CheckpointFolder, name: str) -> str:
     found = _read(folder, name)
     with named(folder, {"text": name}):
         if not isinstance(found, list):
-            raise StoredWeightError(tensor="text", problem="it is no text", remedy="save it again")
+            raise StoredWeightError(
+                tensor="text", problem="it is not text", remedy="save the model again"
+            )
     return "".join(map(chr, found))

@@ -1,4 +1,4 @@
-"""Checkpoints of NVIDIA's TensorRT Model Optimizer ("modelopt"): NVFP4, and FP8 by the tensor."""
+"""Checkpoints of NVIDIA's TensorRT Model Optimizer ("modelopt"): NVFP4, and FP8 per tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of our own, as `qlora_compile.save` writes them: every format, read bit for bit.
+"""Our own folders, as `qlora_compile.save` writes them: every format, read bit for bit.
 
 The codes of a weight `x.weight` are stored under that name, and every other plane as `x.PLANE`, in
 the form in which the module holds it: floating-point numbers by their bytes. `x.packed_layout` is
@@ -31,8 +31,8 @@ from qlora_compile.modules.packed import LAYOUT
 from qlora_compile.saving_errors import PackedFolderVersionError
 
 STEM = METHOD
-"""The beginning of the names of files, which stock transformers does not look for: it would take
-the codes for numbers."""
+"""The beginning of the files' names. Stock transformers, which would take the codes for numbers,
+does not look for such files."""
 
 ORIGIN = f"{STEM} checkpoint"
 
@@ -58,7 +58,7 @@ class PackedCheckpoint(Source):
 
 
 class _Pack:
-    """Makes a PackedWeight of one Layout of the tensors by role."""
+    """Makes a PackedWeight of one Layout from the tensors by role."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -80,7 +80,7 @@ def stored_layouts(folder: CheckpointFolder) -> Iterator[tuple[str, Layout]]:
             layout = Layout.from_tensor(folder.read(key))
             planes = planes_of(layout)
         except (QloraCompileError, KeyError) as error:
-            raise folder.error(key, f"it is no Layout ({error})", AGAIN) from error
+            raise folder.error(key, f"it is not a Layout ({error})", AGAIN) from error
         stored = map(as_bytes, meta_tensors(layout, torch.float32))
         for plane, role in zip(stored, roles(planes), strict=True):
             folder.check(f"{name}.{role}", dtypes=(plane.dtype,), shape=tuple(plane.shape))
@@ -107,20 +107,20 @@ def prepare(model: nn.Module, folder: CheckpointFolder) -> None:
             delattr(module, parameter)
             settle(module, parameter, packed)
         else:
-            problem = f"it stores a weight {list(layout.shape)}, and the model has none there"
+            problem = f"it stores a weight {list(layout.shape)}, but the model has none there"
             raise folder.error(f"{name}.weight", problem, f"{AGAIN}, and config.json")
         packed.origin = ORIGIN
 
 
 def _shape(experts: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """Return [E * N, K] of a weight [E, N, K], or [E, K, N] where it is stored transposed."""
+    """Return (E * N, K) for a weight [E, N, K], or [E, K, N] if `experts` are transposed."""
     count, n, k = (1, *weight.shape)[-3:]
     n, k = (k, n) if is_transposed(experts) else (n, k)
     return count * n, k
 
 
 def place_linear(model: nn.Module, name: str, linear: nn.Linear, layout: Layout) -> QuantizedLinear:
-    """Replace a `linear` of a skeleton by a packed one without data, and return that."""
+    """Replace a `linear` of a skeleton by a packed one without data, and return the new one."""
     module = QuantizedLinear(_without_data(layout), linear.bias, linear.weight.dtype)
     replace_base(model, name, module.train(linear.training))
     return module

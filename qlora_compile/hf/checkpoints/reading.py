@@ -1,8 +1,8 @@
 """Reading: builds a model from a quantised checkpoint whose weights stay packed.
 
-transformers builds the model on the meta device and loads what is not packed, as ever: norms,
-embeddings, heads, buffers, tied weights. A quantizer, the hook that it has for this, takes the
-parameters out before that and puts the packed modules in afterwards.
+transformers builds the model on the meta device and loads what is not packed as usual: norms,
+embeddings, heads, buffers, tied weights. A quantizer, transformers' hook for this purpose, removes
+the parameters of packed weights before loading and inserts the packed modules afterwards.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def read_model(
 
 
 def _plain(config: Any) -> Any:
-    """Return a copy of `config` that says nothing of quantisation."""
+    """Return a copy of `config` without settings of quantisation."""
     config = copy.deepcopy(config)
     for each in (config, config.get_text_config()):
         if hasattr(each, "quantization_config"):
@@ -97,8 +97,8 @@ def _plain(config: Any) -> Any:
 class Direct:
     """A checkpoint that is being read.
 
-    weights: what is stored packed. rest: the names in an unquantised checkpoint of all that
-    transformers shall load, each with a tensor that is read when it is indexed.
+    weights: what is stored packed. rest: the tensors for transformers to load, by their names in an
+    unquantised checkpoint; each is read when it is indexed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Direct:
             for name, header in folder.tensors.items()
             if name not in packed and not name.endswith(source.beside)
         }
-        # What no packed module can hold is decoded, so that transformers can convert and place it.
+        # Weights that no packed module can hold are decoded, for transformers to convert and place.
         self.rest |= {
             weight.name: Lazy(weight.shape, True, partial(self._decoded, weight))
             for weight in weights
@@ -140,7 +140,7 @@ class DirectReading(QuantizationConfigMixin):
 
 
 class DirectReader(HfQuantizer):
-    """Takes the parameters out that are stored packed, and puts packed modules in."""
+    """Removes the parameters that are stored packed, and inserts packed modules."""
 
     quantization_config: Any
 
@@ -178,7 +178,7 @@ register_quantizer(_METHOD)(DirectReader)
 
 
 def _check_shape(folder: CheckpointFolder, target: Target) -> None:
-    """Raises CheckpointError unless the stored weights, one below another, have the target's."""
+    """Raise CheckpointError unless the stored weights together have the target's shape."""
     rows = sum(math.prod(piece.shape[:-1]) for piece in target.pieces)
     for piece in target.pieces:
         if piece.shape[-1] != target.shape[1] or rows != target.shape[0]:
@@ -193,12 +193,12 @@ def _check_shape(folder: CheckpointFolder, target: Target) -> None:
 
 
 class _TakenOut(nn.Module):
-    """Stands for a Linear while its weight is not there. Its bias is loaded as ever."""
+    """Stands for a Linear while its weight is missing. The bias is loaded as usual."""
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
-        # Some blocks, as GPT-2's, initialise the weights of the Linears inside them.
+        # Some blocks, such as GPT-2's, initialise the weights of the Linears inside them.
         self.weight = torch.empty(0)
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
@@ -214,14 +214,14 @@ def _take_out(model: Any, target: Target) -> None:
 
 
 def _put_in(model: Any, target: Target, direct: Direct) -> None:
-    """Raises CheckpointError."""
+    """Put the packed weights in their places. Raises CheckpointError."""
     weights = [piece.read(direct.folder) for piece in target.pieces]
     packed = weights[0]
     if len(weights) > 1:
         try:
             packed = format_named(packed.format).stacked(weights)
         except PackedWeightError as error:
-            problem = f"{target.name} is put together of {len(weights)} weights: {error}"
+            problem = f"{target.name} is joined from {len(weights)} weights: {error}"
             remedy = "load the model in 16 bits and quantise it here"
             raise direct.folder.error(target.pieces[0].name, problem, remedy) from error
     packed = PackedWeight(

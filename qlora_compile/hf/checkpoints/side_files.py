@@ -1,4 +1,4 @@
-"""Files beside the weights of a checkpoint: modelopt's settings, and those of generation."""
+"""Files beside the weights of a checkpoint: modelopt's settings, and the generation settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_settings_beside(source: str, config: Any) -> None:
 
 
 def generation_config(folder: Path) -> GenerationConfig:
-    """Read the settings of generation in `folder`. Raises CheckpointError."""
+    """Read the generation settings in `folder`. Raises CheckpointError."""
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:

@@ -25,9 +25,9 @@ class StoredWeight:
 
     name: the name that the weight would have in a checkpoint that is not quantised, such as
     "model.layers.0.mlp.up_proj.weight". tensors: the names of the tensors that store it, by role,
-    such as {"scales": "model.layers.0.mlp.up_proj.scales"}. shape: [N, K], or [E, N, K] for the
-    weights of all experts of a layer in one. pack: makes a PackedWeight [N, K], or [E * N, K], of
-    the tensors by role, and raises StoredWeightError if their values cannot be read.
+    such as {"scales": "model.layers.0.mlp.up_proj.scales"}. shape: [N, K], or [E, N, K] for one
+    weight of all experts of a layer. pack: makes a PackedWeight [N, K], or [E * N, K], from the
+    tensors by role, and raises StoredWeightError if their values cannot be read.
     """
 
     name: str
@@ -44,7 +44,7 @@ class StoredWeight:
 
 @contextmanager
 def named(folder: CheckpointFolder, tensors: Mapping[str, str], name: str = "") -> Iterator[None]:
-    """Make a StoredWeightError of the body a CheckpointError, which names the file and the tensor.
+    """Turn a StoredWeightError of the body into a CheckpointError, which names file and tensor.
 
     tensors: names by role. name: of the weight, for an error about another role.
     """
@@ -70,18 +70,18 @@ class Source(ABC):
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
         """Yield every weight that is stored packed; modules that the settings exclude have none.
 
-        This looks at headers alone, and reads what little tells a shape. Raises CheckpointError if
-        a tensor is missing or has the wrong shape or dtype, and StoredWeightError if the settings
-        say something that cannot be read.
+        Only headers are read, and small tensors that say how others are stored. Raises
+        CheckpointError if a tensor is missing or has the wrong shape or dtype, and
+        StoredWeightError if the settings cannot be used.
         """
 
 
 def stems(folder: CheckpointFolder, marker: str) -> Iterator[str]:
-    """Yield what stands before `marker` in the names of the tensors that end with it."""
+    """Yield the part before `marker` of each tensor's name that ends with `marker`."""
     for name in folder.tensors:
         if name.endswith(marker):
             yield name.removesuffix(marker)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What scales may be stored as."""
+"""The dtypes that scales may have."""

@@ -1,7 +1,7 @@
-"""Targets: where in a model the packed weights of a checkpoint belong.
+"""Targets: the places in a model where the packed weights of a checkpoint belong.
 
-transformers knows how the names of a checkpoint become those of a model, and which tensors of
-single experts it merges into one. Here the same rules are applied to packed weights.
+transformers has rules for turning the names of a checkpoint into those of a model, and for merging
+the tensors of single experts into one. Here the same rules are applied to packed weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qlora_compile.hf.experts import ExpertSite
 class Lazy:
     """A tensor of `shape` that is read when transformers indexes it.
 
-    decoded: whether it is a packed weight, which is decoded then.
+    decoded: whether it is a packed weight, which is decoded when it is read.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter of a model, and the stored weights that make it, one below another.
+    """A parameter of a model, and the stored weights that form it, one below another.
 
     shape: [N, K] of a Linear; [E * N, K] of experts, whose `site` is not None.
     """
@@ -62,10 +62,10 @@ class Target:
 
 
 def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
-    """Yield every parameter of `model` that can hold the packed `weights` which belong there.
+    """Yield a Target for every parameter of `model` that can stay packed, with its `weights`.
 
-    That is the weight of an nn.Linear or Conv1D, or of experts that our op computes. Weights that
-    belong elsewhere have no target.
+    Such a parameter is the weight of an nn.Linear or Conv1D, or of experts that our op computes.
+    Weights of other parameters have no target.
     """
     modules = dict(model.named_modules())
     ties = model.all_tied_weights_keys
@@ -90,13 +90,13 @@ def targets(model: Any, weights: Iterable[StoredWeight]) -> Iterator[Target]:
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Parts = dict[str | None, list[StoredWeight]]
-"""Stored weights by the pattern of transformers that merges them, None if nothing does."""
+"""Stored weights by the pattern of transformers that merges them, None if there is none."""
 
 
 class _Names:
     """The rules by which transformers finds the parameter of `model` that a tensor belongs to.
 
-    merging: the converters that only put the weights of single experts together, by pattern.
+    merging: the converters that only join the weights of single experts, by pattern.
     """
 
     def __init__(self, model: Any) -> None:
@@ -113,7 +113,7 @@ class _Names:
         }
 
     def place(self, name: str) -> tuple[str, str | None]:
-        """Return the name of the parameter, and the pattern by which a converter makes it."""
+        """Return the name of the parameter, and the pattern of the converter that makes it."""
         place, pattern = rename_source_key(
             name, self.renamings, self.converters, self.prefix, self.empty
         )
@@ -139,24 +139,25 @@ def _parts(model: Any, weights: Iterable[StoredWeight]) -> Mapping[str, Parts]:
 def check_rest(
     model: Any, folder: CheckpointFolder, rest: Mapping[str, Lazy], packed: Collection[str]
 ) -> None:
-    """Raises CheckpointError if one of the tensors that transformers shall load does not fit
-    `model`: each has the shape of its parameter, and is made of numbers that need no scales. The
-    same if one is missing that is not among the `packed` parameters."""
+    """Raise CheckpointError if a tensor for transformers to load does not fit `model`.
+
+    Each must have the shape of its parameter, and hold numbers that need no scales. None may be
+    missing, except for the `packed` parameters."""
     names = _Names(model)
     found, certain = set(packed), True
     merged: dict[str, list[str]] = {}
     for tensor, lazy in rest.items():
         name, pattern = names.place(tensor)
         found.add(name)
-        # A converter that makes several parameters is known by the first one.
+        # A converter that makes several parameters is listed under the first one.
         certain &= pattern is None or pattern in names.merging
         if name not in names.empty:
-            continue  # transformers reports what it does not know
+            continue  # transformers reports unknown names
         empty = names.empty[name]
         if not lazy.decoded:
             dtype = folder.tensors[tensor].dtype
             if empty.is_floating_point() and dtype not in _READABLE:
-                problem = f"it is stored as {dtype}, and there are no scales to read it with"
+                problem = f"it is stored as {dtype}, but its scales are missing"
                 raise folder.error(tensor, problem, AGAIN)
         if pattern is None and lazy.shape != tuple(empty.shape):
             problem = f"its shape is {list(lazy.shape)}, but {name} is {list(empty.shape)}"
@@ -177,7 +178,7 @@ def check_rest(
 
 
 def _only_merges(converter: WeightConverter) -> bool:
-    """Whether a converter stacks experts, and joins the rows of their weights, and no more."""
+    """Whether a converter only stacks experts and joins the rows of their weights."""
     return len(converter.target_patterns) == 1 and all(
         (type(step) is MergeModulelist and step.dim == 0)
         or (type(step) is Concatenate and step.dim == 1)
@@ -186,7 +187,7 @@ def _only_merges(converter: WeightConverter) -> bool:
 
 
 def _by_expert(parts: Parts, count: int) -> list[StoredWeight]:
-    """Return the weights expert by expert; none if they are not those of `count` experts."""
+    """Return the weights in the order of experts; none if they do not belong to `count` experts."""
     if list(parts) == [None]:
         return parts[None]
     lists = list(parts.values())

@@ -1,7 +1,7 @@
 """Checkpoints of torchao, as `torchao.prototype.safetensors` writes them, version 0.18.
 
-A tensor of torchao's, "NAME.weight", lies in several, "NAME._weight_qdata" and so on; the metadata
-of the file's header tell its class and its attributes, as JSON.
+A torchao tensor "NAME.weight" is stored as several tensors, "NAME._weight_qdata" and so on; the
+metadata in the file's header hold its class and attributes as JSON.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class TorchaoCheckpoint(Source):
                 stated = parsed_json(folder.metadata(codes)[name])
                 kind, attributes = stated["_type"], dict(stated["_data"])
             except (KeyError, TypeError, ValueError) as error:
-                problem = f"the file's metadata do not say what stores {name} ({error!r})"
+                problem = f"the file's metadata do not say which class stores {name} ({error!r})"
                 raise folder.error(codes, problem, AGAIN) from error
             if kind not in TENSORS:
                 raise folder.error(
                     codes,
-                    f"a {kind} stores it, which is none of {', '.join(TENSORS)}",
+                    f"its class is {kind}, which is none of {', '.join(TENSORS)}",
                     "load the model in 16 bits and quantise it here",
                 )
             yield TENSORS[kind](folder, stem, attributes)
@@ -67,7 +67,7 @@ def _integers(folder: CheckpointFolder, stem: str, attributes: Mapping[str, Any]
         tensors["zeros"] = zeros
     if (odd := f"{stem}._weight_act_pre_scale") in folder.tensors:
         remedy = "quantise the model without SmoothQuant and AWQ"
-        raise folder.error(odd, "torchao multiplies the input by it", remedy)
+        raise folder.error(odd, "torchao multiplies the input by this tensor", remedy)
     target = attributes.get("target_dtype") or {"_data": "int8"}
     if not isinstance(target, dict) or target.get("_data") not in _BITS:
         known = ", ".join(_BITS)
@@ -82,7 +82,7 @@ _BITS = {f"int{bits}": bits for bits in range(1, 9)}
 def _block(
     folder: CheckpointFolder, name: str, attributes: Mapping[str, Any], shape: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return the rows and columns of a block, all of them if it is empty."""
+    """Return the rows and columns of a block; all rows and columns if `block_size` is empty."""
     stored = attributes.get("block_size") or shape
     if len(stored) != 2 or any(type(size) is not int or size < 1 for size in stored):
         raise folder.error(name, f"block_size is {stored!r}, not two sizes", AGAIN)

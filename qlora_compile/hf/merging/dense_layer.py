@@ -1,7 +1,7 @@
 """Dense layers: an adapter layer's weight with its adapters merged, whatever stores the base.
 
-PEFT merges; it is given a copy of the adapter layer in float32, whose base layer is dense. The
-model itself does not change.
+PEFT merges, in a float32 copy of the adapter layer whose base layer is dense. The model itself does
+not change.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def dense_parameter(value: Tensor | PackedExperts) -> Tensor:
 
 
 def dense(base: Any, site: str) -> Any:
-    """Return a float32 copy of a base layer; of a packed one a Linear with the weight as it is
-    computed with, decoded in its own dtype.
+    """Return a float32 copy of a base layer; for a packed one, a Linear with the decoded weight in
+    its own dtype, with which the packed layer computes.
 
     Raises:
         UnmergeableError: only another library's code reads the weight.
@@ -107,14 +107,14 @@ def computed_in(base: Any) -> torch.dtype:
 
 
 def _stock(layer: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that PEFT has over plain layers for a class of its own or of ours."""
+    """Return the class that PEFT uses over plain layers, for another class of PEFT's or ours."""
     own: Any = next(cls for cls in layer.__mro__ if cls.__module__.startswith("peft."))
     package, _, module = own.__module__.rpartition(".")
     return own if module == "layer" else import_module(f"{package}.layer").Linear
 
 
 def _scale(clone: Any, site: str, weights: Weights | None) -> list[str]:
-    """Multiply the scalings of the adapters of `clone`; return those that it has of them."""
+    """Multiply the scalings of the adapters of `clone`; return the names that `clone` has."""
     if weights is None:
         return [] if clone.disable_adapters else list(clone.active_adapters)
     known = _adapters(clone)

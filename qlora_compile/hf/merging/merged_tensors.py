@@ -34,7 +34,7 @@ from qlora_compile.saving_errors import (
 class MergedTensors:
     """The tensors that transformers would save of `model` if its adapters were merged.
 
-    config: a copy of the model's configuration, which says nothing of quantisation. tied: whether
+    config: a copy of the model's configuration, without settings of quantisation. tied: whether
     tensors that the architecture ties are equal; if not, all are written, and the configuration
     says so. weights: as in `merged_layer`.
 
@@ -68,7 +68,7 @@ class MergedTensors:
                 raise UnknownAdapterError(value=name, known=listed)
 
     def _saved_names(self) -> list[str]:
-        """Return the names to write; untie what is no longer equal."""
+        """Return the names to write; untie tensors that are no longer equal."""
         state = self._skeleton.state_dict()
         ties: dict[str, str] = self._skeleton.all_tied_weights_keys
         self.tied = all(self._equal(one, other) for one, other in ties.items())
@@ -90,7 +90,7 @@ class MergedTensors:
         return torch.equal(self.value(one), self.value(other))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor by its name in a checkpoint, of the dtype that was asked for.
+        """Yield every tensor by its name in a checkpoint, in the dtype that was asked for.
 
         The tensors of one block are made together, as transformers splits and joins some.
         """
@@ -131,7 +131,7 @@ class MergedTensors:
         return value.detach()
 
     def _dense(self, module: Any, path: str) -> nn.Module:
-        """Return a merged or decoded layer, the last one again if its bias is asked for next."""
+        """Return a merged or decoded layer; the last one is kept, as its bias is asked for next."""
         if self._last[0] != path:
             adapted = isinstance(module, BaseTunerLayer)
             self._last = (
@@ -141,7 +141,7 @@ class MergedTensors:
         return self._last[1]
 
     def _found(self, path: str) -> nn.Module:
-        """Return what stands at a module's name: an adapter layer, or what PEFT trains of it."""
+        """Return the adapter layer at a module's name, or the copy that PEFT trains."""
         module: nn.Module = self.base
         for part in filter(None, path.split(".")):
             while isinstance(module, BaseTunerLayer) and part not in module._modules:
@@ -169,7 +169,7 @@ _Wrapper = AuxiliaryTrainingWrapper
 
 
 def _block(name: str) -> str:
-    """Return the name up to its first number, or else all of it."""
+    """Return the name up to its first number, or all of the name."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[: at + 1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from qlora_compile.hf.saving.save import other_files, write_configs
 from qlora_compile.hf.saving.shards import Shards, size_in_bytes
 from qlora_compile.saving_errors import BaseFolderError, DtypeError
 
+ORIGIN = "merged_from.json"
+"""The file that says what a merged model was merged from."""
+
 _STEM = "model"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -28,6 +34,7 @@ def write_merged(
     weights: Weights | None,
     max_shard_size: int | str,
     tokenizer: Any = None,
+    origin: Mapping[str, str | None] | None = None,
 ) -> MergedTensors:
     """Write `model` merged, and return what was written; arguments and errors are those of
     `qlora_compile.merge`."""
@@ -38,7 +45,8 @@ def write_merged(
     base = tensors.base
     if output.is_dir() and Path(base.config.name_or_path or "").resolve() == output.resolve():
         raise BaseFolderError(value=str(output))
-    with replaced(output, other_files(output, _STEM)) as fresh:
+    stays = other_files(output, _STEM)
+    with replaced(output, lambda path: stays(path) and path.name != ORIGIN) as fresh:
         shards = Shards(fresh, _STEM, limit, single=True)
         for name, tensor in tensors:
             shards.add(name, tensor)
@@ -46,4 +54,19 @@ def write_merged(
         write_configs(base, fresh, config=tensors.config, dtype=named(dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(fresh))
+        if origin is not None:
+            (fresh / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     return tensors
+
+
+def origin_of_run(adapter: Path, output: Path, **overridden: str | None) -> dict[str, str | None]:
+    """Return what ORIGIN says of a model in `output` that the adapter of a run was merged into.
+
+    overridden: what was given in place of what the run says, by the names of its settings.
+    """
+    adapter, output = adapter.resolve(), output.resolve()
+    try:
+        path = os.path.relpath(adapter, output)
+    except ValueError:  # another drive of Windows
+        path = str(adapter)
+    return {"adapter": path, **overridden}

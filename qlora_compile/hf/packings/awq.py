@@ -13,7 +13,7 @@ from qlora_compile.hf.packings.integers import Grouped, packed_integers, setting
 from qlora_compile.kernels.packed import PackedWeight
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which of the eight codes of a word belongs to each of its eight columns."""
+"""The position in a word of the code of each of its eight columns."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def packed(tensors: Mapping[str, Tensor], storage: AwqStorage) -> PackedWeight:
     """Return the weight [N, K] that `tensors` store.
 
     tensors: "codes", the qweight, int32 [K, N / 8]: eight columns of N in a word, in an order of
-    AWQ's own; "zeros", the qzeros, int32 [groups, N / 8], likewise, or none where every zero is 8;
+    AWQ's own; "zeros", the qzeros, int32 [groups, N / 8], likewise, or none if every zero is 8;
     "scales" [groups, N]. Raises StoredWeightError.
     """
     codes, scales = _columns(tensors["codes"]).t(), tensors["scales"].t()

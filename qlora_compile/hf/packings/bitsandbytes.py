@@ -31,7 +31,7 @@ _AGAIN = "download the file again"
 
 @dataclass(frozen=True)
 class State4bit:
-    """What is stored beside a 4-bit weight's tensors. offset: None without double quantisation."""
+    """The state beside a 4-bit weight's tensors. offset: None without double quantisation."""
 
     kind: str
     shape: tuple[int, int]
@@ -59,7 +59,7 @@ class State4bit:
         if state.kind not in FORMATS_OF_4_BITS:
             raise _error("state", f"quant_type is {state.kind!r}, not nf4 or fp4")
         if rows < 1 or columns < 1:
-            raise _error("state", f"the shape is {list(state.shape)}")
+            raise _error("state", f"the shape is {list(state.shape)}, with nothing in it")
         nested = values.get("nested_blocksize", NESTED_BLOCK_SIZE)
         if nested != NESTED_BLOCK_SIZE:
             problem = f"nested_blocksize is {nested}, not {NESTED_BLOCK_SIZE}"

@@ -20,7 +20,7 @@ Arguments = Mapping[str, Any]
 
 
 def format_of_4_bits(arguments: Arguments) -> E2m1Format:
-    """Return the format of weights that share a scale by 16 or by 32. Raises StoredWeightError."""
+    """Return the format of weights of which 16 or 32 share a scale. Raises StoredWeightError."""
     size = arguments.get("group_size")
     for each in (NVFP4, MXFP4):
         if size == each.size:
@@ -29,8 +29,8 @@ def format_of_4_bits(arguments: Arguments) -> E2m1Format:
 
 
 def block_of(arguments: Arguments) -> tuple[int, int] | None:
-    """Return the rows and columns of an 8-bit weight that share a scale; None for the tensor or
-    each row. Raises StoredWeightError."""
+    """Return how many rows and columns of an 8-bit weight share a scale; None for a scale per
+    tensor or row. Raises StoredWeightError."""
     strategy = arguments.get("strategy")
     try:
         if strategy == "block":
@@ -38,7 +38,7 @@ def block_of(arguments: Arguments) -> tuple[int, int] | None:
             return high, wide
         return (1, int(arguments["group_size"])) if strategy == "group" else None
     except (KeyError, TypeError, ValueError) as error:
-        problem = f"the strategy is {strategy}, and its sizes cannot be read ({error!r})"
+        problem = f"the strategy is {strategy}, but its sizes cannot be read ({error!r})"
         raise _unreadable(problem) from error
 
 
@@ -46,7 +46,7 @@ def packed(tensors: Mapping[str, Tensor], arguments: Arguments) -> PackedWeight:
     """Make a PackedWeight [N, K] of the tensors of a weight, sharing the memory of its codes.
 
     tensors: "codes", float8 [N, K] or uint8 [N, K / 2]; "scales"; for NVFP4 "global_scale", by
-    which scales are divided: our format multiplies with its reciprocal. Raises StoredWeightError.
+    which scales are divided (our format multiplies by the reciprocal). Raises StoredWeightError.
     """
     codes, scales = tensors["codes"], tensors["scales"]
     if codes.dtype != torch.uint8:
@@ -57,7 +57,7 @@ def packed(tensors: Mapping[str, Tensor], arguments: Arguments) -> PackedWeight:
     if not bool((whole.isfinite() & (whole > 0)).all()):
         raise StoredWeightError(
             tensor="global_scale",
-            problem=f"the global scale is {whole.tolist()}",
+            problem=f"the global scale is {whole.tolist()}, not a finite number above 0",
             remedy="download the file again",
         )
     return packed_nvfp4(codes, scales, whole.reciprocal())

@@ -1,4 +1,4 @@
-"""4-bit floats e2m1: MXFP4 and NVFP4, of which libraries pack the first of two weights low."""
+"""4-bit floats e2m1, MXFP4 and NVFP4, packed with the first of two weights in the low bits."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def packed_nvfp4(codes: Tensor, scales: Tensor, global_scale: Tensor) -> PackedW
     """Make a PackedWeight of NVFP4 codes, sharing their memory.
 
     codes: uint8 [N, K / 2] or [E, N, K / 2]. scales: float8_e4m3fn, K / 16 for each row.
-    global_scale: float32, one for the tensor or for each expert; a weight is the product of its
-    code and both.
+    global_scale: float32, one for the tensor or for each expert. A weight is the product of its
+    code and both scales.
     """
     k = 2 * codes.shape[-1]
     experts = codes.shape[0] if codes.dim() == 3 else 1

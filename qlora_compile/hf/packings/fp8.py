@@ -14,7 +14,7 @@ from qlora_compile.kernels.packed import PackedWeight
 
 FORMATS: dict[torch.dtype, Fp8Format] = {each.code_dtype: each for each in (FP8_E4M3, FP8_E5M2)}
 COLUMNS = 128
-"""How many columns of a row share a scale at least, where a row has several."""
+"""The least number of columns that share a scale, in rows with several scales."""
 
 
 def packed_fp8(
@@ -46,7 +46,7 @@ def packed_fp8(
     if wide % COLUMNS:
         raise StoredWeightError(
             tensor="scales",
-            problem=f"blocks of {high} x {wide} share a scale, and no format here has less than "
+            problem=f"blocks of {high} x {wide} share a scale, but every format here has at least "
             f"{COLUMNS} columns to a scale",
             remedy="load the model in 16 bits and quantise it here",
         )

@@ -18,7 +18,7 @@ _BLOCK = 32
 
 
 Tensors = Mapping[str, Tensor]
-"""The bytes of a weight's rows, uint8 [N, bytes], by their only role, "codes"."""
+"""The bytes of a weight's rows, uint8 [N, bytes], under their only role, "codes"."""
 
 
 def _packed_q4_0(tensors: Tensors) -> PackedWeight:
@@ -41,14 +41,14 @@ def _packed_q5_0(tensors: Tensors) -> PackedWeight:
 
 
 def _packed_q5_1(tensors: Tensors) -> PackedWeight:
-    """A block is a scale, a minimum, upper bits and 16 bytes, as in the two before."""
+    """A block is a scale, a minimum, upper bits and 16 bytes; a value is code * scale + minimum."""
     factors, stored = _split(tensors, 2, 20)
     scales, minima = factors[:, ::2], factors[:, 1::2]
     return packed_integers(_five_bits(stored), 5, scales, None, minima=minima, group_size=_BLOCK)
 
 
 def _packed_q8_0(tensors: Tensors) -> PackedWeight:
-    """A block is a scale and 32 int8 codes, which it multiplies."""
+    """A block is a scale and 32 int8 codes; a value is code * scale."""
     scales, stored = _split(tensors, 1, 32)
     return packed_integers((stored ^ 128).flatten(1), 8, scales, 128, group_size=_BLOCK)
 
@@ -87,12 +87,12 @@ def _split(tensors: Tensors, floats: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _nibbles(stored: Tensor) -> Tensor:
-    """Return the codes [N, K] of 16 bytes a block: first all lower halves, then the upper ones."""
+    """Return the codes [N, K] of 16 bytes per block: first all lower halves, then the upper."""
     return torch.cat((stored & 15, stored >> 4), dim=2).flatten(1)
 
 
 def _five_bits(stored: Tensor) -> Tensor:
-    """Return the codes [N, K] of 4 bytes with the fifth bit of each, and 16 as `_nibbles`."""
+    """Return the codes [N, K] of 4 bytes with each fifth bit, and 16 bytes as for `_nibbles`."""
     places = torch.arange(8, device=stored.device, dtype=torch.uint8)
     upper = (stored[:, :, :4].unsqueeze(3) >> places & 1).flatten(2)
     return _nibbles(stored[:, :, 4:]) | upper.flatten(1) << 4
@@ -106,4 +106,4 @@ PACKINGS: dict[str, Callable[[Tensors], PackedWeight]] = {
     "Q8_0": _packed_q8_0,
     "Q4_K": _packed_q4_k,
 }
-"""By the type of a tensor: packs it without loss."""
+"""The function that packs a tensor without loss, by the tensor's type."""

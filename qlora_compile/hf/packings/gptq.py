@@ -41,7 +41,7 @@ class GptqStorage(Grouped):
         if settings.get("pack_dtype", "int32") != "int32":
             raise setting_error(f"pack_dtype {settings['pack_dtype']!r}", "'int32'")
         if rules := [rule for rule in settings.get("dynamic") or () if not rule.startswith("-:")]:
-            found = f"dynamic, which gives {rules[0]!r} bits of its own"
+            found = f"dynamic, which gives {rules[0]!r} other bits"
             raise setting_error(found, "one number of bits")
         if bits not in _BITS:
             raise setting_error(f"bits {bits!r}", " or ".join(map(str, _BITS)))
@@ -55,7 +55,7 @@ def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
     from the lowest on; "zeros", the qzeros, int32 [groups, N * bits / 32], likewise of a row;
     "scales" [groups, N]; and, where there is one, "index", the g_idx, int32 [K].
 
-    A zero of version 1 may be 2 ** bits, as AutoGPTQ's `qlinear_cuda` has it. Raises
+    In version 1 a zero may be 2 ** bits, as in AutoGPTQ's `qlinear_cuda`. Raises
     StoredWeightError.
     """
     bits, scales = storage.bits, tensors["scales"]
@@ -63,7 +63,7 @@ def packed(tensors: Mapping[str, Tensor], storage: GptqStorage) -> PackedWeight:
     zeros = unpacked(tensors["zeros"], bits, scales.shape[1]).t()
     if storage.version == 1:
         zeros = zeros.to(torch.int16) + 1
-        # 256 is no uint8, but is exact in every dtype of scales.
+        # 256 does not fit uint8, but is exact in every dtype of scales.
         zeros = zeros.to(scales.dtype) if bits == 8 else zeros
     return packed_integers(
         unpacked(tensors["codes"].t(), bits, columns),

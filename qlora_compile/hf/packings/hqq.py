@@ -25,12 +25,12 @@ _PACKINGS = {
     "2bit_u8": (2, torch.uint8),
     "1bit_u8": (1, torch.uint8),
 }
-"""Bits of a code, and what holds several."""
+"""By the name of a packing: the bits of a code, and the dtype of an item that holds several."""
 
 
 @dataclass(frozen=True)
 class HqqStorage:
-    """How one weight is stored. packing: a name of hqq's."""
+    """How one weight is stored. packing: hqq's name for it."""
 
     shape: tuple[int, int]
     group_size: int
@@ -48,13 +48,13 @@ class HqqStorage:
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> HqqStorage:
-        """Read what an HQQLinear has in `meta`. Raises StoredWeightError."""
+        """Read the `meta` of an HQQLinear. Raises StoredWeightError."""
         packing, axis = meta.get("packing"), meta.get("axis")
         if packing not in _PACKINGS:
             known = " or ".join(_PACKINGS)
-            raise _error(f"packing is {packing!r}, not {known}", "pack its codes with hqq 0.2")
+            raise _error(f"packing is {packing!r}, not {known}", "pack the codes with hqq 0.2")
         if axis != 1:
-            problem = f"axis is {axis}: a scale serves columns of the weight, not parts of its rows"
+            problem = f"axis is {axis}: scales belong to columns of the weight, not parts of rows"
             raise _error(problem, "quantise the model again with axis=1")
         if meta.get("quant_scale") or meta.get("quant_zero"):
             problem = "its scales or zero points are quantised themselves"
@@ -64,7 +64,8 @@ class HqqStorage:
             problem = f"shape is {list(shape)}, group_size {group_size!r}"
             raise _error(problem, "quantise the model again")
         if min(shape) < 1 or math.prod(shape) % group_size:
-            raise _error(f"{list(shape)} has no whole groups of {group_size}", "quantise it again")
+            problem = f"{list(shape)} is not divisible into groups of {group_size}"
+            raise _error(problem, "quantise the model again")
         return cls((int(shape[0]), int(shape[1])), group_size, packing)
 
 
@@ -88,7 +89,7 @@ def packed(tensors: Mapping[str, Tensor], storage: HqqStorage) -> PackedWeight:
         stored = stored.view(container)
     if stored.dtype != container or stored.shape != (math.ceil(runs / per_item), group_size):
         problem = f"it is {stored.dtype} {list(stored.shape)}, not {runs} runs in {storage.packing}"
-        raise StoredWeightError(tensor="codes", problem=problem, remedy="quantise it again")
+        raise StoredWeightError(tensor="codes", problem=problem, remedy="quantise the model again")
     # The first part of the runs is in the highest bits.
     shifts = range((per_item - 1) * bits, -1, -bits)
     parts = [(stored >> shift & (2**bits - 1)).to(torch.uint8) for shift in shifts]
@@ -98,7 +99,7 @@ def packed(tensors: Mapping[str, Tensor], storage: HqqStorage) -> PackedWeight:
     for role in ("scales", "zeros"):
         if tensors[role].numel() != runs:
             problem = f"it has {tensors[role].numel()} elements, not {runs}"
-            raise StoredWeightError(tensor=role, problem=problem, remedy="quantise it again")
+            raise StoredWeightError(tensor=role, problem=problem, remedy="quantise the model again")
         repeated = tensors[role].reshape(-1).repeat_interleave(group_size // shared)
         factors.append(repeated.view(rows, columns // shared))
     return packed_integers(codes, bits, *factors, group_size=shared)

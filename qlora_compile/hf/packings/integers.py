@@ -16,21 +16,21 @@ from qlora_compile.kernels.formats.integers import INT4, UINT8
 from qlora_compile.kernels.packed import PackedWeight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-"""What scales may be stored as."""
+"""The dtypes that scales may have."""
 
 _SIZES = (128, 64, 32)
 _GROUPS = "quantise the model again in groups of a multiple of 32 columns, or of whole rows"
 
 
 def setting_error(found: str, known: str) -> StoredWeightError:
-    """Return the error of a `quantization_config` that has `found`, and not what is `known`."""
+    """Return the error for a `quantization_config` that has `found` instead of `known`."""
     problem, remedy = f"it has {found}, not {known}", f"convert the model to {known}"
     return StoredWeightError(tensor="quantization_config", problem=problem, remedy=remedy)
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """A model whose weights have a scale for every `group_size` columns, -1 for every row."""
+    """A model whose weights have a scale for every `group_size` columns; -1 for one per row."""
 
     group_size: int
 
@@ -68,7 +68,7 @@ def packed_integers(
     groups = ceil(K / group_size). zeros: [N, groups], integers of 0 to 255 of any dtype or floats,
     or the one zero 2 ** (bits - 1); None where there are minima, floats [N, groups]. index:
     integers [K], the group of each column; None for groups of neighbours. Codes of fewer bits than
-    the format has are widened; scales of larger groups than it has are repeated.
+    the format has are widened; scales of larger groups than the format has are repeated.
 
     Raises StoredWeightError about "scales", "zeros", "minima" or "index".
     """
@@ -107,7 +107,7 @@ def packed_integers(
 
 
 def _check_factors(factors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
-    """Raises StoredWeightError unless all have the `shape` and finite values of a known dtype."""
+    """Raise StoredWeightError unless all have the `shape` and finite values of a known dtype."""
     for role, each in factors.items():
         problem = None
         if each.shape != shape:
@@ -122,10 +122,10 @@ def _check_factors(factors: Mapping[str, Tensor], shape: tuple[int, int]) -> Non
 
 
 def _checked_index(index: Tensor, columns: int, group_size: int) -> Tensor | None:
-    """Return `index` as int32, None if it tells nothing but neighbours' groups."""
+    """Return `index` as int32, None if its groups are of neighbouring columns."""
     groups = math.ceil(columns / group_size)
     if index.shape != (columns,) or not bool(((index >= 0) & (index < groups)).all()):
-        problem = f"its values are no {columns} groups of 0 to {groups - 1}"
+        problem = f"it does not hold {columns} group numbers from 0 to {groups - 1}"
         raise StoredWeightError(tensor="index", problem=problem, remedy="download the file again")
     index = index.to(torch.int32)
     neighbours = torch.arange(columns, device=index.device) // group_size
@@ -133,11 +133,12 @@ def _checked_index(index: Tensor, columns: int, group_size: int) -> Tensor | Non
 
 
 def _fitting(group_size: int, columns: int) -> tuple[int, int]:
-    """Return a size of groups that the formats have, and how many make one of `group_size`."""
+    """Return a group size that the formats have, and how many such groups make one of
+    `group_size`."""
     if group_size >= columns:
         return columns, 1
     for size in _SIZES:
         if group_size % size == 0:
             return size, group_size // size
-    problem = f"a scale for every {group_size} columns"
+    problem = f"there is a scale for every {group_size} columns"
     raise StoredWeightError(tensor="scales", problem=problem, remedy=_GROUPS)

@@ -19,8 +19,8 @@ _STRATEGIES = ("group", "channel", "tensor")
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """What the `weights` of a config group say. group_size: None for a scale for each row, or one
-    for the tensor."""
+    """The settings in the `weights` of a config group. group_size: None for a scale per row, or
+    one for the tensor."""
 
     bits: int
     group_size: int | None

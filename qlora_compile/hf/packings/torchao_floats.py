@@ -16,7 +16,7 @@ from qlora_compile.kernels.packed import PackedWeight
 def packed_float8(weight: Any) -> PackedWeight:
     """Make a PackedWeight of a Float8Tensor [N, K], sharing the memory of its codes.
 
-    What the tensor says of activations is not looked at. Raises StoredWeightError.
+    The tensor's settings for activations are ignored. Raises StoredWeightError.
     """
     block = tuple(weight.block_size or weight.shape)
     return packed_fp8(weight.qdata, weight.scale, (block[0], block[1]))
@@ -25,7 +25,7 @@ def packed_float8(weight: Any) -> PackedWeight:
 def packed_nf4(weight: Any) -> PackedWeight:
     """Make a PackedWeight of an NF4Tensor [N, K], sharing the memory of its codes.
 
-    The scale of each block is decoded, since torchao quantises it by 8-bit integers of its own.
+    The scale of each block is decoded, since torchao quantises scales to 8-bit integers of its own.
     torchao writes the sixteen values with four digits, and multiplies in the weight's dtype; here
     they have all digits, and the product is rounded once.
     """

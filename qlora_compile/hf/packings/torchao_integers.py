@@ -23,7 +23,7 @@ def packed(tensors: Mapping[str, Tensor], block: tuple[int, int], bits: int) -> 
     rows, group_size = block
     codes = tensors["codes"].to(torch.int16) + middle
     if not bool(((codes >= 0) & (codes < 2 * middle)).all()):
-        problem = f"its values are no integers of {bits} bits"
+        problem = f"its values are not integers of {bits} bits"
         raise StoredWeightError(tensor="codes", problem=problem, remedy="download the file again")
     scales = tensors["scales"].repeat_interleave(rows, dim=0)
     zeros: Any = tensors.get("zeros")
@@ -33,15 +33,15 @@ def packed(tensors: Mapping[str, Tensor], block: tuple[int, int], bits: int) -> 
         wide = torch.float32 if zeros.is_floating_point() else torch.int16
         raised = zeros.to(wide) + middle
         if not torch.equal(raised - middle, zeros.to(wide)):
-            problem = f"zero points plus {middle} are no float32"
-            raise StoredWeightError(tensor="zeros", problem=problem, remedy="use integer ones")
+            problem = f"zero points plus {middle} are not exact in float32"
+            raise StoredWeightError(tensor="zeros", problem=problem, remedy="use integer zeros")
         zeros = raised.repeat_interleave(rows, dim=0)
     return packed_integers(codes.to(torch.uint8), bits, scales, zeros, group_size=group_size)
 
 
 def packed_tensor(weight: Any) -> PackedWeight:
-    """Return the weight that a tensor of torchao stores. What it says of activations is not looked
-    at. Raises StoredWeightError."""
+    """Return the weight that a torchao tensor stores, ignoring its settings for activations. Raises
+    StoredWeightError."""
     tensors = {"codes": weight.qdata, "scales": weight.scale}
     if weight.zero_point is not None:
         tensors["zeros"] = weight.zero_point

@@ -28,7 +28,7 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that was there before PEFT adapted it or began to train a copy of it."""
+    """Return the original of a module that PEFT adapts, or of which PEFT trains a copy."""
     while True:
         if isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
@@ -56,8 +56,8 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
 class BaseTensors:
     """What transformers would save of the base model of `model`, without copies.
 
-    plain: tensors by their names, of tied ones only the one that transformers reads. packed: the
-    packed weights by their modules' names. dtypes: of these weights before they were packed.
+    plain: tensors by their names, only one of tied ones, which transformers reads. packed: the
+    packed weights by their modules' names. dtypes: the dtypes of these weights before packing.
     unpacked: the Linears that are not packed.
 
     Raises:
@@ -91,5 +91,5 @@ class BaseTensors:
 
 
 def is_packed(module: Any) -> bool:
-    """Whether `module` holds a PackedWeight, ours or one that is adopted."""
+    """Whether `module` holds a PackedWeight, of our own or adopted."""
     return hasattr(type(module), "packed")

@@ -25,10 +25,10 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 def replaced(folder: Path, stays: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder, which takes the place of `folder` once the body has ended.
 
-    What `folder` holds already and `stays` accepts is linked into the new folder, unless the body
-    has written a file of that name. If the body raises, or writing fails, `folder` is as before,
-    and nothing else remains. A process that is killed leaves `folder` as before, and a hidden
-    folder beside it.
+    Files of `folder` that `stays` accepts are linked into the new folder, unless the body has
+    written a file of that name. If the body raises, or writing fails, `folder` is as before, and
+    nothing else remains. A process that is killed leaves `folder` as before, with a hidden folder
+    beside it.
 
     Raises:
         OutputDirectoryError: the folder cannot be written; checked before the body runs.

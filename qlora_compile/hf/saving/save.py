@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from qlora_compile.saving_errors import (
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 ADAPTERS = "adapter"
-"""The folder inside a saved model's that the adapters of a PeftModel are written to."""
+"""The folder, inside that of a saved model, that holds the adapters of a PeftModel."""
 
 
 def save(
@@ -41,8 +42,8 @@ def save(
 ) -> str:
     """Write a packed model into `folder`, and return the kind of folder that was written.
 
-    model: a transformers model with packed weights, or a PeftModel over one. Of a PeftModel the
-    base is written, and the adapters beside it into `folder`/adapter, as PEFT writes them.
+    model: a transformers model with packed weights, or a PeftModel over one. For a PeftModel the
+    base is written, and the adapters as PEFT files in `folder`/adapter.
 
     stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
     zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
@@ -50,18 +51,18 @@ def save(
     `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
     in our folder and raises an OSError.
 
-    max_shard_size: of each file, in bytes or as text such as "5GB".
+    max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
-    The folder is replaced as a whole, and other files in it stay: whatever interrupts saving leaves
-    the old folder or the new one.
+    The folder is replaced as a whole, so that an interruption leaves the old or the new one; other
+    files in it stay.
 
     Raises, always before anything is written, but for UnfinishedSaveError:
-        SavedModelTypeError: the model is no transformers model.
+        SavedModelTypeError: the model is not a transformers model.
         NothingPackedError: none of its weights is packed.
         FolderFormatError: `stored_as` cannot hold it.
         OptionError: there is no such kind of folder.
         MergedWeightsError: an adapter is merged into a packed weight.
-        ShardSizeError: max_shard_size is no size.
+        ShardSizeError: max_shard_size is not a size.
         OutputDirectoryError: the folder cannot be written.
         RivalWeightsError: the folder holds weights of another kind.
         UnfinishedSaveError: writing has failed; what was there before is unchanged.
@@ -149,10 +150,11 @@ def write_configs(
 
 
 class SavePacked:
-    """Takes the place of `save_pretrained` of a model with packed weights.
+    """Takes the place of `save_pretrained` and `push_to_hub` of a model with packed weights.
 
-    transformers' own would write codes under the names of weights. Adapters that transformers has
-    attached are saved by transformers. An object, which is copied and pickled with the model.
+    transformers' own methods would write codes as if they were weights, and a model card that does
+    not say how to load them. Adapters that transformers has attached are saved by transformers.
+    This is an object, so as to be copied and pickled with the model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -167,7 +169,7 @@ class SavePacked:
         max_shard_size: int | str = USUAL_SIZE,
         **options: Any,
     ) -> None:
-        if getattr(self.model, "_hf_peft_config_loaded", False):
+        if self._has_adapters:
             kept = {"is_main_process": is_main_process, "state_dict": state_dict}
             kept |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, **options}
             type(self.model).save_pretrained(self.model, save_directory, **kept)
@@ -182,24 +184,48 @@ class SavePacked:
             if push_to_hub:
                 self._push(Path(save_directory), options)
 
-    def _push(self, folder: Path, options: dict[str, Any]) -> None:
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
+    ) -> str:
+        """Save the model and upload it, with its model card unless the repository has one; return
+        the URL of the commit. Arguments are those of transformers' `push_to_hub`."""
+        size = USUAL_SIZE if max_shard_size is None else max_shard_size
+        if self._has_adapters:
+            own = type(self.model).push_to_hub
+            return own(self.model, repo_id, max_shard_size=size, **options)
+        if options.get("tags"):
+            raise SaveOptionError(option="tags")
+        with tempfile.TemporaryDirectory(prefix="qlora_compile-") as folder:
+            save(self.model, folder, max_shard_size=size)
+            return self._push(Path(folder), {"repo_id": repo_id, **options}, keeps_card=True)
+
+    @property
+    def _has_adapters(self) -> bool:
+        return getattr(self.model, "_hf_peft_config_loaded", False)
+
+    def _push(self, folder: Path, options: dict[str, Any], keeps_card: bool = False) -> str:
         from huggingface_hub import HfApi
 
         api = HfApi(token=options.get("token"))
         name = options.get("repo_id") or folder.resolve().name
-        repository = api.create_repo(name, private=options.get("private"), exist_ok=True)
-        api.upload_folder(
-            repo_id=repository.repo_id,
+        repository = api.create_repo(name, private=options.get("private"), exist_ok=True).repo_id
+        kept = keeps_card and api.file_exists(repository, CARD, revision=options.get("revision"))
+        return api.upload_folder(
+            repo_id=repository,
             folder_path=folder,
             revision=options.get("revision"),
             commit_message=options.get("commit_message") or "Upload model",
+            commit_description=options.get("commit_description"),
             create_pr=options.get("create_pr", False),
+            ignore_patterns=[CARD] if kept else None,
         )
 
 
 def save_packed(modules: Iterable[nn.Module]) -> None:
-    """Let `save_pretrained` of all transformers models among `modules` be ours, from now on."""
+    """Replace `save_pretrained` and `push_to_hub` of all transformers models among `modules`."""
     module: Any
     for module in modules:
         if isinstance(module, PreTrainedModel):
-            setattr(module, "save_pretrained", SavePacked(module))  # noqa: B010
+            saving = SavePacked(module)
+            setattr(module, "save_pretrained", saving)  # noqa: B010
+            setattr(module, "push_to_hub", saving.push_to_hub)  # noqa: B010

@@ -55,7 +55,7 @@ def training_template(tokenizer: Any, site: str) -> str:
     """Return the tokenizer's chat template with generation markers.
 
     Raises:
-        ChatTemplateError: it has none, or one without markers that nobody knows.
+        ChatTemplateError: it has none, or an unknown one without markers.
     """
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 

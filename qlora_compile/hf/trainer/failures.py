@@ -31,7 +31,7 @@ def check_parallelism(args: Any) -> None:
     """
     size = getattr(args.parallelism_config, "cp_size", 1)
     if size > 1:
-        raise ContextParallelError(value=size)
+        raise ContextParallelError(value=f"parallelism_config with cp_size={size}")
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ def _write_error(output: Path, error: Exception) -> CheckpointWriteError:
         problem=getattr(cause, "strerror", None) or str(cause).partition("\n")[0],
         saved=f"{saved} is whole, and training can go on from there"
         if saved
-        else "nothing was saved before",
+        else "no checkpoint was saved before",
     )
 
 
@@ -83,12 +83,12 @@ def _memory_error(trainer: Any) -> TrainingMemoryError:
     if args.per_device_train_batch_size > 1:
         remedies.append(
             "take fewer rows at once (per_device_train_batch_size, --batch-size) and more batches "
-            "a step (gradient_accumulation_steps, --accumulation)"
+            "per step (gradient_accumulation_steps, --accumulation)"
         )
     if not args.gradient_checkpointing:
         remedies.append("pass gradient_checkpointing=True (--gradient-checkpointing)")
     remedies.append("shorten the rows (max_length, --max-length)")
-    remedies.append("take fewer bits a weight (quantize, --format)")
+    remedies.append("store weights in fewer bits (quantize, --format)")
     return TrainingMemoryError(
         step=trainer.state.global_step + 1,
         device=device,
@@ -105,7 +105,7 @@ def _held(trainer: Any) -> dict[str, int]:
     return {
         "frozen weights": sum(each.nbytes for each in parameters if not each.requires_grad),
         "trained weights": sum(each.nbytes for each in trained),
-        # Of each trained weight one, if the step came so far or not.
+        # One gradient of each trained weight, whether or not the step has made it.
         "their gradients": sum(each.nbytes for each in trained),
         "optimizer": sum(
             value.nbytes

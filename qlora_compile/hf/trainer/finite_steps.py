@@ -69,18 +69,18 @@ def finite_steps(trainer_class: type, on_nan: str) -> type:
 
 
 def _local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that this process has."""
+    """Return the part of a sharded tensor that this process has."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _norms(grads: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The largest magnitudes, in which squares cannot overflow."""
+    """Return the largest magnitudes, in which squares cannot overflow."""
     norms = torch._foreach_norm([grad for grad in grads if grad.numel()], float("inf"))
     return [norm.to(device, torch.float32) for norm in norms]
 
 
 def _origin(model: nn.Module, inputs: Any, loss: Tensor) -> tuple[str, str]:
-    """Return where NaN or infinity came from, as a site and what is wrong there."""
+    """Return the site where NaN or infinity arose, and what is wrong there."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _finite(parameter):
             return name, "holds NaN or infinite values already"
@@ -90,12 +90,12 @@ def _origin(model: nn.Module, inputs: Any, loss: Tensor) -> tuple[str, str]:
                 return f"the batch's {name}", "holds NaN or infinite values"
         if not _finite(loss) and (block := _first_block(model, inputs)):
             return block, "gives NaN or infinite values"
-    # A bad gradient spoils those of all sites before its own.
+    # A bad gradient spoils the gradients of all earlier sites.
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
     if not _finite(loss):
         return "the loss", f"is {loss.item()}"
     if bad:
-        others = f", as have {len(bad) - 1} before" if len(bad) > 1 else ""
+        others = f", and so have {len(bad) - 1} sites before it" if len(bad) > 1 else ""
         return bad[-1], f"has a gradient with NaN or infinite values{others}"
     return "another process", "has a loss or a gradient that is not finite"
 

@@ -86,7 +86,7 @@ def enough_rows(rows: TrainingRows, arguments: Any) -> TrainingRows:
         sample = table.shuffle(seed=arguments.seed).select(range(min(_SAMPLED, len(table))))
         characters = sum(map(_characters, sample)) / len(sample)
         wanted *= 1 + int(arguments.max_length * _CHARACTERS_PER_TOKEN / max(characters, 1))
-    # A power of two, so that a few steps more are a training on the same rows.
+    # A power of two, so that a few more steps still train on the same rows.
     wanted = 1 << (max(wanted, _FEWEST_KEPT) - 1).bit_length()
     if wanted < len(table):
         table = table.shuffle(seed=arguments.seed).select(range(wanted)).flatten_indices()
@@ -144,7 +144,9 @@ def with_template(tokenizer: Any, path: str | None) -> Any:
         return tokenizer
     if not Path(path).is_file():
         raise ChatTemplateError(
-            site="the data", problem=f"chat_template_path={path!r} is no file", remedy="check it"
+            site="the data",
+            problem=f"chat_template_path={path!r} is not a file",
+            remedy="check the path",
         )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = Path(path).read_text(encoding="utf-8")

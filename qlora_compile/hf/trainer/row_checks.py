@@ -120,7 +120,7 @@ def _turns_fault(value: object, holds: Holds, is_answer: bool) -> Fault | None:
     answers = []
     for number, turn in enumerate(value):
         if not isinstance(turn, Mapping):
-            return f"{shown}, where turn {number} is no object", "write a role and a content"
+            return f"{shown}, where turn {number} is not an object", "write a role and a content"
         names = (pair for pair in _TURNS[holds] if turn.get(pair[0]) is not None)
         by, of = next(names, _TURNS[holds][0])
         role, content = turn.get(by), turn.get(of)
@@ -131,7 +131,7 @@ def _turns_fault(value: object, holds: Holds, is_answer: bool) -> Fault | None:
             return f"{shown}, where turn {number} has no {of}", "write a string there"
         answers.append(role in ASSISTANTS[by])
     if is_answer and not any(answers):
-        return f"{shown}, without a turn of the assistant", "add the answer, or leave the row out"
+        return f"{shown}, with no turn of the assistant", "add the answer, or leave the row out"
     return None
 
 

@@ -86,7 +86,8 @@ def renamed(table: Any, columns: Mapping[str, str] | None, site: str) -> Any:
     present = list(table.column_names or next(iter(table)))
     for name, own in (columns or {}).items():
         if name not in known:
-            problem, remedy = "no kind of row has it", f"use one of {', '.join(sorted(known))}"
+            problem = "no kind of row has this column"
+            remedy = f"use one of {', '.join(sorted(known))}"
             raise ColumnNameError(name=name, value=own, problem=problem, remedy=remedy)
         if own not in present:
             problem, remedy = f"{site} has no column {own!r}", f"use one of {', '.join(present)}"
@@ -103,8 +104,8 @@ def kind_of(
     """Return the kind of rows with these columns that the objective trains on.
 
     Raises:
-        ObjectiveRowsError: they are of a kind that it does not train on.
-        DataColumnsError: they are of no kind.
+        ObjectiveRowsError: the objective does not train on rows with these columns.
+        DataColumnsError: no kind of row has these columns.
     """
     fitting = [kind for kind in ROW_KINDS if kind.columns.keys() <= set(names)]
     for kind in fitting:

@@ -159,7 +159,7 @@ def _read_paths(paths: list[Path]) -> Rows:
         if set(table.column_names) != set(tables[0].column_names):
             raise DataSourceError(
                 value=str(file),
-                problem=f"it has the columns {', '.join(sorted(table.column_names))}, and "
+                problem=f"it has the columns {', '.join(sorted(table.column_names))}, but "
                 f"{files[0]} has {', '.join(sorted(tables[0].column_names))}",
                 remedy="give all files the same columns",
             )
@@ -169,8 +169,8 @@ def _read_paths(paths: list[Path]) -> Rows:
 
 
 def _alike(tables: list[Dataset]) -> list[Dataset]:
-    """Return the tables with one type for each column: JSON where theirs differ, so that the row of
-    another type is found when rows are checked."""
+    """Return the tables with one type for each column: JSON where types differ, so that the check
+    of rows finds the row of another type."""
     from datasets import Json, List
 
     json: Any = Json()

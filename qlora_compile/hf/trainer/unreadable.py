@@ -38,7 +38,7 @@ def unreadable(path: Path, error: BaseException) -> QloraCompileError:
 
 
 def _json_fault(path: Path) -> tuple[str, str] | None:
-    """Return problem and remedy of the first line that is no JSON object, None without one."""
+    """Return problem and remedy of the first line that is not a JSON object, None without one."""
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with (
         contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile),  # the error is of the file
@@ -48,11 +48,11 @@ def _json_fault(path: Path) -> tuple[str, str] | None:
             try:
                 fine = not line.strip() or isinstance(parsed_json(line), dict)
             except ValueError as error:
-                problem = f"row {number} is no JSON ({getattr(error, 'msg', error)})"
+                problem = f"row {number} is not JSON ({getattr(error, 'msg', error)})"
             else:
                 if fine:
                     continue
-                problem = f"row {number} is no JSON object"
+                problem = f"row {number} is not a JSON object"
             shown = line.strip()[:_SHOWN]
             return f"{problem}: {shown!r}", "write one JSON object per line, or a list of objects"
     return None

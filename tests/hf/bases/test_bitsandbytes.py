@@ -1,4 +1,4 @@
-"""bitsandbytes' layers are adopted where they stand, or named with what is in the way."""
+"""bitsandbytes' layers are adopted in place, or reported with the obstacle."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Layers of floats of transformers, torchao and compressed-tensors: packed anew without loss, and
-trained as stock PEFT trains what the library's own decoder makes of them."""
+"""Layers of floats of transformers, torchao and compressed-tensors are packed anew without loss,
+and train as stock PEFT trains the weights that the library's own decoder makes of them."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_adapters_attached_before_stay(tmp_path: Path) -> None:
 
 
 def with_fp8_experts(dense: Any) -> Any:
-    """A copy of a mixture with transformers' FP8Experts; `dense` gets the values of their codes."""
+    """Return a copy of a mixture with transformers' FP8Experts; give `dense` the decoded values."""
     model = copy.deepcopy(dense)
     config = FineGrainedFP8Config()
     others = [name for name, _ in model.named_modules() if name and not name.endswith("experts")]

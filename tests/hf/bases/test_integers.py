@@ -1,4 +1,4 @@
-"""Layers of integers of other libraries are packed anew where they stand, without loss.
+"""Layers of integers of other libraries are packed anew in place, without loss.
 
 GPTQ's and AWQ's are stand-ins: AutoGPTQ 0.7.1, GPTQModel 5 and AutoAWQ 0.2.9 cannot be installed
 here. The stand-ins have the names, the attributes and the tensors of those layers.
@@ -36,7 +36,7 @@ __all__ = ["without_inductor"]
 
 
 class _StandIn(nn.Module):
-    """A layer that holds the tensors of a kind, and computes with what they stand for."""
+    """A layer that holds the tensors of a kind, and computes with the decoded weight."""
 
     bias: Any
 
@@ -135,7 +135,7 @@ PLACES = {
 
 
 def models() -> tuple[Any, Any]:
-    """A toy Llama with the decoded values, and one of all libraries' layers."""
+    """Return a toy Llama with the decoded values, and one of all libraries' layers."""
     dense, quantised = (toy("Llama", num_hidden_layers=1, attention_bias=True) for _ in range(2))
     torch.manual_seed(2)
     for path, (_, make) in PLACES.items():

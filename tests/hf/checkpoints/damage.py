@@ -1,6 +1,6 @@
-"""Ways to damage a folder of safetensors, each drawn: what a reader must notice, or not mind.
+"""Draws ways to damage a folder of safetensors, which a reader must notice or tolerate.
 
-No way changes the numbers in a tensor's data, which nothing in the file would show.
+No way changes the numbers in a tensor's data, as no reader could notice this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def parts(file: Path) -> tuple[dict[str, Any], bytes]:
-    """The header and the data."""
+    """Return the header and the data."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
@@ -67,7 +67,7 @@ def exchange(draw: Draw, folder: Path) -> None:
 
 
 def change_length(draw: Draw, folder: Path) -> None:
-    """One byte of the number of bytes that the header has."""
+    """Change one byte of the header's length."""
     file = draw(st.sampled_from(shards(folder)))
     content = bytearray(file.read_bytes())
     place = draw(st.integers(0, 7))
@@ -76,7 +76,7 @@ def change_length(draw: Draw, folder: Path) -> None:
 
 
 def relabel(draw: Draw, folder: Path) -> None:
-    """Another dtype of the same size, a transposed or flat shape, or another name."""
+    """Give a tensor another dtype of the same size, a transposed or flat shape, or another name."""
     file, header, data, name = drawn_tensor(draw, folder)
     entry = header[name]
     kind = draw(st.sampled_from(["dtype", "transposed", "flat", "name"]))
@@ -115,7 +115,7 @@ def break_json(draw: Draw, folder: Path) -> None:
 
 
 def change_setting(draw: Draw, folder: Path) -> None:
-    """A size or a word of config.json's `quantization_config`, at any depth."""
+    """Change a size or a word in config.json's `quantization_config`, at any depth."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     places = list(_leaves(config["quantization_config"]))
@@ -127,7 +127,7 @@ def change_setting(draw: Draw, folder: Path) -> None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Where numbers and words stand, that are no true or false."""
+    """Yield the places of numbers and words, except booleans."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, each in pairs:
         if isinstance(each, (dict, list)):

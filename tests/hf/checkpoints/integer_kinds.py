@@ -1,4 +1,4 @@
-"""Kinds of integers: random codes, and what other libraries' decoders make of them.
+"""Kinds of integers: random codes, and other libraries' decoders for them.
 
 No package that reads GPTQ can be installed here; its codes are decoded with Python's integers.
 """
@@ -31,7 +31,8 @@ def _words(chance: torch.Generator, *shape: int) -> Tensor:
 
 
 def _codes(words: Tensor, bits: int, count: int) -> Tensor:
-    """int64 [rows, count] of int32 [rows, …]: each row is one number, the first code lowest."""
+    """Return codes, int64 [rows, count], of int32 [rows, …]: each row is one number, with the first
+    code lowest."""
     rows = [int.from_bytes(row.numpy().tobytes(), "little") for row in words.contiguous()]
     mask = 2**bits - 1
     return torch.tensor([[row >> bits * i & mask for i in range(count)] for row in rows])
@@ -80,7 +81,7 @@ def _awq_tensors(weight: Tensor) -> Tensors:
 
 
 def _awq_decoded(tensors: Tensors) -> Tensor:
-    """The converter reads codes and zero points, and applies neither."""
+    """Decode here: the converter reads codes and zero points, and applies neither."""
     codes, scales, zeros = AutoAWQConverter(group_size=GROUP)._convert_gemm_module(
         tensors[".qweight"], tensors[".scales"], tensors[".qzeros"]
     )
@@ -97,7 +98,7 @@ def _hqq_tensors(config: Any, weight: Tensor) -> Tensors:
 
 
 def _hqq_decoded(tensors: Tensors) -> Tensor:
-    """hqq rounds twice in its compute dtype; the same values without rounding in float32."""
+    """Decode in float32, where nothing is rounded; hqq rounds twice in its compute dtype."""
     meta: dict[str, Any] = {
         "packing": "".join(map(chr, tensors[".packing"])),
         "shape": tuple(tensors[".shape"].tolist()),

@@ -14,9 +14,9 @@ class Kind:
     """One way to store a weight [N, K].
 
     settings: the `quantization_config`. encode: makes the tensors, by the ends of their names.
-    decode: what a decoder that is not ours makes of them, float32 [N, K]. format: ours. exact:
-    whether both decode to the same values, bit for bit; else they differ in the last bits of
-    float32. merged: whether it stores the experts of a layer in one.
+    decode: another library's decoder of them, to float32 [N, K]. format: ours. exact: whether both
+    decode to the same values, bit for bit; if not, they differ in the last bits of float32. merged:
+    whether the experts of a layer are stored in one tensor.
     """
 
     settings: dict[str, Any]

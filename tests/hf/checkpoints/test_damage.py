@@ -66,7 +66,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @functools.cache
 def pristine(name: str) -> tuple[Path, dict[str, Tensor]]:
-    """A folder, and the weights that are read from it."""
+    """Return a folder, and the weights that are read from it."""
     folder = Path(tempfile.mkdtemp(prefix="qlora_compile_checkpoint_"))
     WRITERS[name](folder)
     shutil.rmtree(folder / "dense", ignore_errors=True)
@@ -85,7 +85,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def outcome(folder: Path) -> Any:
-    """The model, or the message of a clean error."""
+    """Return the model, or the message of a clean error."""
     try:
         return qlora_compile.load(folder, dtype=torch.float32)
     except CLEAN as error:

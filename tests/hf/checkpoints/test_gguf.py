@@ -68,7 +68,8 @@ def write(path: Path, model: Any, kinds: dict[str, str]) -> None:
 
 
 def nonlinear(shape: tuple[int, int]) -> Any:
-    """Random blocks of IQ4_NL, which gguf cannot make: a scale and 16 bytes for 32 weights."""
+    """Return random blocks of IQ4_NL, which gguf cannot make: a scale and 16 bytes per 32
+    weights."""
     generator = numpy.random.default_rng(0)
     blocks = generator.integers(0, 256, (shape[0], shape[1] // 32, 18), dtype=numpy.uint8)
     blocks[:, :, :2] = numpy.full(1, 0.01, dtype=numpy.float16).view(numpy.uint8)

@@ -1,4 +1,4 @@
-"""Every source: what is read directly decodes as another library's decoder says."""
+"""Every source: directly read weights decode as by another library's decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALLOWED = 3e-7
 
 
 def assert_decodes_alike(ours: nn.Module, dense: nn.Module, kind: Kind) -> int:
-    """The number of packed weights."""
+    """Compare all packed weights, and return their number."""
     expected = dict(dense.named_parameters())
     count = 0
     for name, module in ours.named_modules():

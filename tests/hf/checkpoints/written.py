@@ -1,4 +1,4 @@
-"""Quantised checkpoints of toy models, and what decoders of other libraries make of them.
+"""Quantised checkpoints of toy models, and other libraries' decoders for them.
 
 `KINDS` has one entry for each way in which a source stores a weight.
 """
@@ -29,7 +29,7 @@ LARGEST = 448.0
 
 
 def blocks(weight: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
-    """The largest magnitude of each block, and that of its block for each weight."""
+    """Return the largest magnitude of each block, and for each weight that of its block."""
     n, k = weight.shape
     padded = nn.functional.pad(weight, (0, -k % wide, 0, -n % high)).abs()
     grid = padded.view(padded.shape[0] // high, high, -1, wide).amax((1, 3))
@@ -52,7 +52,7 @@ def e5m2_tensors(weight: Tensor) -> dict[str, Tensor]:
 
 
 def fp8_power_tensors(weight: Tensor) -> dict[str, Tensor]:
-    """Powers of two as scales, as DeepSeek-V3.1 has them, in e8m0."""
+    """Return tensors with powers of two as scales, in e8m0, like DeepSeek-V3.1's."""
     grid, _ = blocks(weight, 128, 128)
     scales = torch.exp2(torch.ceil(torch.log2(grid / LARGEST)))
     n, k = weight.shape
@@ -67,7 +67,7 @@ def fp8_whole_tensors(weight: Tensor) -> dict[str, Tensor]:
 
 
 def fp4_tensors(weight: Tensor) -> dict[str, Tensor]:
-    """MXFP4 in int8, as DeepSeek-V4's experts have it."""
+    """Return tensors of MXFP4 in int8, like DeepSeek-V4's experts."""
     n, k = weight.shape
     chance = torch.Generator().manual_seed(int(weight.abs().sum() * 1e4))
     codes = torch.randint(0, 256, (n, k // 2), generator=chance, dtype=torch.uint8)
@@ -81,7 +81,7 @@ def fp8_decoded(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def mx_tensors(weight: Tensor) -> dict[str, Tensor]:
-    """Of experts [E, N, K], as gpt-oss has them."""
+    """Return tensors of experts [E, N, K], like gpt-oss's."""
     experts, n, k = weight.shape
     chance = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (experts, n, k // 32, 16), generator=chance, dtype=torch.uint8)
@@ -118,7 +118,7 @@ def modelopt_decoded(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def nvfp4_decoded(state: dict[str, Tensor]) -> Tensor:
-    """As compressed-tensors' decompressor does, in float32 in place of its bfloat16."""
+    """Decode like compressed-tensors' decompressor, in float32 in place of its bfloat16."""
     codes = state["weight_packed"]
     unpacked = unpack_fp4_from_uint8(codes, codes.shape[0], 2 * codes.shape[1], torch.float32)
     return dequantize(
@@ -157,7 +157,7 @@ SCHEMES = {
 
 
 def compressed(name: str, exact: bool = True, format: str = "fp8_e4m3") -> Kind:
-    """compressed-tensors' own compressor writes the tensors, and reads them."""
+    """Return a Kind whose tensors compressed-tensors' own compressor writes and reads."""
     kind = name.partition(" ")[0]
     made: Any = SCHEMES[name]
     compressor: Any = BaseCompressor.get_value_from_registry(kind)
@@ -237,7 +237,8 @@ KINDS: dict[str, Kind] = {
 
 
 def written(folder: Path, model: Any, kind: Kind, excluded: tuple[str, ...] = ()) -> Any:
-    """`model` with the decoded weights, and in `folder` its quantised checkpoint of two shards.
+    """Return `model` with the decoded weights, and write its quantised checkpoint of two shards to
+    `folder`.
 
     excluded: parts of the names of modules that are stored as they are, beside the head.
     """
@@ -283,7 +284,7 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def saved_by_transformers(folder: Path, model: Any, config: Any, **options: Any) -> Any:
-    """`model` quantised by stock transformers while loading, and saved in `folder`."""
+    """Return `model` quantised by stock transformers while loading, and saved in `folder`."""
     model.save_pretrained(folder / "dense")
     stock = type(model).from_pretrained(
         folder / "dense", quantization_config=config, dtype=torch.float32

@@ -1,4 +1,4 @@
-"""Merged models, read by stock transformers, compute what the trained ones did."""
+"""Merged models, read by stock transformers, compute the same as the trained ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def untrained(model: Any, config: Any, format: str | None = "nf4", **options: Any) -> Any:
-    """The model packed, with adapters whose every trained parameter is moved a little."""
+    """Return the model packed, with adapters whose every trained parameter is moved a little."""
     model = model if format is None else plain(optimize(model, quantize=format, **options))
     model = get_peft_model(model, config).eval()
     torch.manual_seed(1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from peft import IA3Config
 
 from qlora_compile.hf.merged_base import MergedStaysPackedWarning
+from qlora_compile.saving_errors import UnmergePlaceError
 from tests.hf.merging.test_merge import lora, untrained
 from tests.hf.test_experts import lora as experts_lora
 from tests.hf.test_experts import toy as experts_toy
@@ -30,6 +35,45 @@ CASES: dict[str, Any] = {
     "IA3": lambda: untrained(toy(), IA3, "int8"),
     "experts": lambda: untrained(experts_toy("mixtral"), experts_lora("mixtral")),
 }
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the weights from before are kept in."""
+    monkeypatch.setenv("QLORA_COMPILE_UNMERGE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+@pytest.mark.filterwarnings("ignore::qlora_compile.hf.merged_base.MergedStaysPackedWarning")
+def test_what_is_kept_in_a_folder_goes_when_it_is_given_back(folder: Path) -> None:
+    model = untrained(toy(num_hidden_layers=1), lora())
+    with pytest.raises(UnmergePlaceError, match="name a folder with space"):
+        model.merge_adapter()
+    folder.mkdir()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    assert len(list(folder.iterdir())) == 7
+    models = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model]
+    del model
+    while models:
+        models[-1].unmerge_adapter()
+        for name, tensor in models.pop().state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+    gc.collect()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::qlora_compile.hf.merged_base.MergedStaysPackedWarning")
+def test_with_nothing_kept_unmerging_rounds_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_COMPILE_UNMERGE", "nothing")
+    model = untrained(toy(num_hidden_layers=1), lora())
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.base_layer")
+    before, codes = layer.dequantize(), layer.weight.clone()
+    model.merge_adapter()
+    merged = layer.dequantize()
+    model.unmerge_adapter()
+    assert not torch.equal(layer.weight, codes)
+    assert (layer.dequantize() - before).norm() < 2 * (merged - before).norm()
 
 
 @pytest.mark.parametrize("case", CASES)

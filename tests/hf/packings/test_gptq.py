@@ -126,7 +126,7 @@ def test_a_group_that_is_not_there(value: int) -> None:
         "zeros": int32(0x77777777, 0x66666666).unsqueeze(1),
         "index": torch.full((64,), value, dtype=torch.int32),
     }
-    with pytest.raises(StoredWeightError, match=r"index: .*groups of 0 to 1"):
+    with pytest.raises(StoredWeightError, match=r"index: .*group numbers from 0 to 1"):
         packed(tensors, GptqStorage(32, 4, 1))
 
 

@@ -1,4 +1,4 @@
-"""Packed integers of other libraries decode to what those libraries' own code decodes them to."""
+"""Packed integers of other libraries decode to the same values as by the libraries' own code."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_hqq(bits: int, group_size: Any, view_as_float: bool) -> None:
         ({"axis": 0}, r"axis is 0: .*axis=1"),
         ({"packing": None}, "packing is None, not 8bit_u8"),
         ({"quant_zero": True}, "zero points are quantised"),
-        ({"group_size": 48}, "no whole groups of 48"),
+        ({"group_size": 48}, "not divisible into groups of 48"),
     ],
 )
 def test_hqq_storage_that_cannot_be_read(changed: dict[str, Any], message: str) -> None:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedConfig
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 import qlora_compile
+from qlora_compile import QuantizedLoRA
 from qlora_compile.capture.regions import uninstall
 from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.errors import OptionError
+from qlora_compile.hf.saving import shards
 from qlora_compile.hf.saving.folders.registry import FOLDERS
 from qlora_compile.hf.saving.save import SavePacked
 from qlora_compile.modules.packed import PackedModule
@@ -31,6 +34,7 @@ from qlora_compile.saving_errors import (
     FolderFormatError,
     MergedWeightsError,
     NothingPackedError,
+    OldTransformersError,
     PackedFolderVersionError,
     RivalWeightsError,
     SavedModelTypeError,
@@ -67,13 +71,13 @@ def packed(held: str = "INT8 in blocks", model: Any = None) -> Any:
 
 
 def dense(model: Any) -> dict[str, Tensor]:
-    """The decoded weights of our packed Linears."""
+    """Return the decoded weights of our packed Linears."""
     modules = model.named_modules()
     return {name: m.dequantize() for name, m in modules if isinstance(m, PackedModule)}
 
 
 def read(module: Any) -> Any:
-    """The weight of a Linear, as the library that reads it decodes it."""
+    """Return the weight of a Linear, as the library that reads it decodes it."""
     kind = type(module)
     if kind is Linear4bit:
         return dequantize_4bit(module.weight.data, module.weight.quant_state)
@@ -129,7 +133,8 @@ def test_ours_is_read_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 
 def plain(model: Any) -> Any:
-    """An optimised model in evaluation, without its compiled regions: compiling takes seconds."""
+    """Return an optimised model in evaluation, without its compiled regions: compiling takes
+    seconds."""
     for region in regions_of(Inventory(model)).values():
         uninstall(region.module)
     return model.eval()
@@ -140,6 +145,18 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name], tensor), name
+
+
+def test_an_older_transformers_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    with monkeypatch.context() as older:
+        older.delattr(HfQuantizer, "update_attn_implementation", raising=False)
+        with pytest.raises(OldTransformersError, match=r"call qlora_compile\.load\(folder\)"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(qlora_compile.load(tmp_path, dtype=model.dtype).state_dict(), model.state_dict())
 
 
 def test_without_us_transformers_finds_no_weights(
@@ -176,6 +193,85 @@ def test_base_and_adapters_of_a_peft_model(tmp_path: Path) -> None:
         qlora_compile.save(model, tmp_path / "merged")
 
 
+class Hub:
+    """Stands for `HfApi`, and keeps what is uploaded."""
+
+    def __init__(self, cards: bool = False) -> None:
+        self.cards, self.files, self.given = cards, {}, {}
+
+    def __call__(self, token: Any = None) -> Hub:
+        self.token = token
+        return self
+
+    def create_repo(self, name: str, **options: Any) -> Any:
+        self.created = name, options
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def file_exists(self, repository: str, name: str, **options: Any) -> bool:
+        return self.cards
+
+    def upload_folder(self, *, folder_path: Path, ignore_patterns: Any, **given: Any) -> str:
+        left = ignore_patterns or []
+        files = [path for path in folder_path.rglob("*") if path.is_file()]
+        self.files = {f.relative_to(folder_path).as_posix(): f.read_bytes() for f in files}
+        self.files = {name: each for name, each in self.files.items() if name not in left}
+        self.given = given
+        return "https://commit"
+
+    def downloaded(self, folder: Path) -> Path:
+        folder.mkdir()
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_a_packed_model_is_pushed_with_its_model_card(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, model = Hub(), packed()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    options: dict[str, Any] = {"token": "secret", "private": True, "create_pr": True}
+    if way == "push_to_hub":
+        url = model.push_to_hub("packed", max_shard_size="30KB", **options)
+        assert url == "https://commit"
+    else:
+        options |= {"push_to_hub": True, "max_shard_size": "30KB"}
+        model.save_pretrained(tmp_path / "packed", **options)
+    assert (hub.token, hub.created) == ("secret", ("packed", {"private": True, "exist_ok": True}))
+    assert hub.given["repo_id"] == "someone/packed"
+    assert hub.given["create_pr"] is True
+    folder = hub.downloaded(tmp_path / "downloaded")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    again = qlora_compile.load(folder, dtype=model.dtype)
+    assert_same(again.state_dict(), model.state_dict())
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "import qlora_compile\nfrom transformers import LlamaForCausalLM" in code
+
+
+def test_a_card_on_the_hub_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, model = Hub(cards=True), packed()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    model.push_to_hub("packed")
+    assert "config.json" in hub.files
+    assert "README.md" not in hub.files
+    with pytest.raises(SaveOptionError, match="tags"):
+        model.push_to_hub("packed", tags=["mine"])
+
+
+@NEEDS_HOOK
+@pytest.mark.parametrize("held", ["INT8 in blocks", "NF4", "INT4"])
+def test_the_model_card_loads_the_folder(held: str, tmp_path: Path) -> None:
+    model = packed(held)
+    qlora_compile.save(model, tmp_path)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {"folder": tmp_path}
+    exec(code, names)
+    loaded: Any = names["model"]
+    assert torch.isfinite(loaded(tokens()).logits).all()
+
+
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,14 +282,64 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
+SAVES: dict[str, Callable[[Any, Path], Any]] = {
+    "packed": lambda model, folder: model.get_base_model().save_pretrained(folder),
+    "packed with adapters": lambda model, folder: qlora_compile.save(model, folder),
+    "merged": lambda model, folder: qlora_compile.merge(model, folder, torch.float32),
+    "adapters": lambda model, folder: QuantizedLoRA.save(owner(model), folder),
+}
+
+
+def owner(model: Any) -> Any:
+    """What `QuantizedLoRA.save` needs of its object."""
+    return SimpleNamespace(model=model, tokenizer=None)
+
+
+def adapted(number: int) -> Any:
+    model = toy(num_hidden_layers=1)
+    torch.manual_seed(number)
+    lora = LoraConfig(r=32, target_modules="all-linear", init_lora_weights=False)
+    return qlora_compile.optimize(model, lora, quantize="uint8", group_size=(32, 64)[number])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_full_disk_and_ctrl_c_leave_the_old_folder(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = adapted(0), adapted(1)
     folder = tmp_path / "model"
-    packed().save_pretrained(folder, max_shard_size="30KB")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    SAVES[kind](old, folder)
+    before = files(folder)
     with files_up_to(20_000), pytest.raises(UnfinishedSaveError, match="unchanged"):
-        packed("INT4 float zeros").save_pretrained(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        SAVES[kind](new, folder)
+    assert files(folder) == before
+    # Each of the writers, from the first file to the last.
+    writers = ["adapters"] if kind == "adapters" else ["weights", "config"]
+    writers += ["adapters"] * (kind == "packed with adapters")
+    places = {
+        "weights": (shards, "save_file"),
+        "config": (PreTrainedConfig, "save_pretrained"),
+        "adapters": (peft_model, "safe_save_file"),
+    }
+    for writer in writers:
+
+        def interrupt(*args: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            module, name = places[writer]
+            patched.setattr(module, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                SAVES[kind](new, folder)
+        assert files(folder) == before, writer
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    SAVES[kind](new, folder)
+    assert files(folder) != before
 
 
 def test_errors_come_before_anything_is_written(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_dataset_of_each_kind_is_taken_by_an_objective() -> None:
         assert len(found.table) == len(ROWS[rows])
         assert found.kind.name in objective_named(objective).kinds
     assert "answer" in training_rows(ROWS["prompt"], objective_named("grpo")).table.column_names
-    with pytest.raises(ObjectiveRowsError, match="'preference', and the objective 'sft' trains on"):
+    with pytest.raises(ObjectiveRowsError, match="'preference', but the objective 'sft' trains on"):
         training_rows(ROWS["preference"], SFT)
     with pytest.raises(DataColumnsError, match=r"the columns a, b, which .* --columns NAME=OWN"):
         training_rows([{"a": 1, "b": 2}], SFT)
@@ -147,7 +147,7 @@ def test_a_dataset_of_each_kind_is_taken_by_an_objective() -> None:
 def test_columns_that_cannot_be_renamed() -> None:
     with pytest.raises(ColumnNameError, match=r"no column 'b'; use one of a"):
         rows_of([{"a": "x"}], {"text": "b"})
-    with pytest.raises(ColumnNameError, match=r"txt='a' .*no kind of row has it"):
+    with pytest.raises(ColumnNameError, match=r"txt='a' .*no kind of row has this column"):
         rows_of([{"a": "x"}], {"txt": "a"})
 
 
@@ -157,7 +157,7 @@ BAD_CELLS: list[tuple[str, Any, str]] = [
     ("messages", {"messages": []}, r"messages is \[\]; write turns"),
     ("messages", {"messages": None}, "messages is None; write turns"),
     ("messages", {"messages": "a"}, "messages is 'a'; write turns"),
-    ("messages", {"messages": GOOD[:1]}, "without a turn of the assistant; add the answer"),
+    ("messages", {"messages": GOOD[:1]}, "with no turn of the assistant; add the answer"),
     ("messages", {"messages": [{"role": None, "content": "a"}]}, "turn 0 has no role; write user"),
     ("messages", {"messages": [GOOD[0], {"role": "assistant"}]}, "turn 1 has no content; write"),
     ("completion", {"prompt": "a", "completion": " "}, "completion is ' '; write an answer"),

@@ -200,7 +200,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained_rows(data: Any, **options: Any) -> list[Any]:
-    """The rows that `QuantizedLoRA.train` would train on."""
+    """Return the rows that `QuantizedLoRA.train` would train on."""
     tuning = FineTuning(
         small_model(), data, tokenizer=chat_tokenizer(), options={"max_steps": 1, **options}
     )
@@ -268,13 +268,13 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no rows": (lambda f: damaged(f, "text\n", "a.csv"), "it has no rows"),
     "no JSON": (
         lambda f: damaged(f, '{"text": "a"}\n{"text": \n'),
-        r"a.jsonl': row 2 is no JSON .*'\{\"text\":'; write one JSON object per line",
+        r"a.jsonl': row 2 is not JSON .*'\{\"text\":'; write one JSON object per line",
     ),
     "no JSON in gzip": (
         lambda f: packed(damaged(f, '{"text": "a"}\n{"text": \n')),
-        r"a.jsonl.gz': row 2 is no JSON",
+        r"a.jsonl.gz': row 2 is not JSON",
     ),
-    "no objects": (lambda f: damaged(f, "1\n2\n"), "a.jsonl': row 1 is no JSON object: '1'"),
+    "no objects": (lambda f: damaged(f, "1\n2\n"), "a.jsonl': row 1 is not a JSON object: '1'"),
     "too many fields": (
         lambda f: damaged(f, "text,label\na,b\na,b,c\n", "a.csv"),
         "a.csv': .*Expected 2 fields in line 3, saw 3",

@@ -1,9 +1,9 @@
 """bitsandbytes' folders: NF4, FP4 and row-wise INT8, as transformers writes and reads them.
 
-Of 4-bit weights a folder has the codes as `weight` [ceil(N K / 2), 1], `weight.absmax`,
-`weight.quant_map`, the nested ones of double quantisation, and the rest as JSON in uint8
-(bitsandbytes 0.50, `QuantState.as_dict`); of 8-bit ones `weight` [N, K], `SCB` [N] and
-`weight_format` (`Linear8bitLt`).
+A 4-bit weight is stored as `weight` [ceil(N K / 2), 1], which holds the codes, `weight.absmax`,
+`weight.quant_map`, with double quantisation `weight.nested_absmax` and `weight.nested_quant_map`,
+and the rest as JSON in uint8 (bitsandbytes 0.50, `QuantState.as_dict`); an 8-bit weight as `weight`
+[N, K], `SCB` [N] and `weight_format` (`Linear8bitLt`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Those that bitsandbytes' ops take."""
+"""The formats that bitsandbytes' ops take."""
 
 
 class BitsAndBytesFolder(FolderFormat):
@@ -41,7 +41,7 @@ class BitsAndBytesFolder(FolderFormat):
 
     @abstractmethod
     def _kind(self, layout: Layout) -> tuple[Any, ...] | None:
-        """What all weights of a folder share; None if bitsandbytes has nothing like it."""
+        """Return what all weights of a folder must share, or None if bitsandbytes lacks it."""
 
     def quantization_config(
         self, weights: Mapping[str, PackedWeight], unpacked: list[str], dtype: torch.dtype

@@ -36,7 +36,7 @@ class CompressedTensorsFolder(FolderFormat):
             if layout.format != "int4" or options["zeros"] == "float":
                 return f"{name} is {layout}, and not int4 with integer zeros or none"
             if layout.shape[0] % _CODES_PER_WORD or layout.shape[1] % _CODES_PER_WORD:
-                return f"{name} has sides {layout.shape} that are no multiples of 8"
+                return f"{name} has sides {layout.shape} that are not multiples of 8"
             if layout.shape[1] % options["group_size"]:
                 return f"{name}: {options['group_size']} columns a group do not divide its columns"
             kinds.add(options["zeros"])

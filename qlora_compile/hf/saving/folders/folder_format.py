@@ -17,8 +17,8 @@ class FolderFormat(ABC):
     """One way to store packed weights in safetensors; without state.
 
     name: for users, and the `quant_method` of the library that reads it. stem: the beginning of the
-    names of its files. single: whether one file alone has no number and no index. reader, code:
-    what loads the folder, and how, for the model card; {model} is the model's class.
+    files' names. single: whether a lone file has no number and no index. reader, code: for the
+    model card, what loads the folder and how; {model} is the model's class.
     """
 
     name: ClassVar[str]
@@ -31,16 +31,16 @@ class FolderFormat(ABC):
 
     @abstractmethod
     def obstacle(self, weights: Mapping[str, PackedWeight]) -> str | None:
-        """Return why the folder cannot hold these weights, by their modules' names; None if it
-        can. There is at least one."""
+        """Return why the folder cannot hold `weights`, at least one, by their modules' names; None
+        if it can."""
 
     @abstractmethod
     def tensors(
         self, prefix: str, packed: PackedWeight, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is stored of one weight.
+        """Yield the tensors that store one weight, by name.
 
-        prefix: the module's name and a point. dtype: that of the weight before it was packed.
+        prefix: the module's name and a dot. dtype: the weight's dtype before it was packed.
         """
 
     @abstractmethod
@@ -54,7 +54,7 @@ class FolderFormat(ABC):
 
 
 def of_experts(weights: Mapping[str, PackedWeight]) -> str | None:
-    """Return a reason if one of the `weights` is one of experts."""
+    """Return a reason against the folder if one of the `weights` belongs to experts."""
     found = (n.removesuffix(PACKED_EXPERTS) for n in weights if n.endswith(PACKED_EXPERTS))
     return next((f"{name} is a 3-D weight of experts" for name in found), None)
 

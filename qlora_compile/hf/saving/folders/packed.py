@@ -17,7 +17,7 @@ from qlora_compile.modules.packed import LAYOUT
 
 
 class PackedFolder(FolderFormat):
-    """Its tensors are described in `hf/checkpoints/packed.py`."""
+    """Our own folder; `hf/checkpoints/packed.py` describes its tensors."""
 
     name: ClassVar[str] = STEM
     stem: ClassVar[str] = STEM
