@@ -1,4 +1,4 @@
-"""What sharding costs: a step under FSDP2 in two processes beside one in a single process.
+"""Measures what sharding costs: a step under FSDP2 in two processes beside one in one process.
 
 Each is divided by stock's, PEFT over bitsandbytes, whose steps are taken in turn with ours. Prints
 the figures and writes bench/results/distributed.md.
@@ -63,7 +63,7 @@ def shard(model: Any) -> Any:
 
 
 def step_of(model: Any) -> Callable[[], None]:
-    """Return what takes one step of training on TOKENS tokens."""
+    """Return a function that takes one step of training on TOKENS tokens."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.arange(TOKENS)[None] * 7 % VOCABULARY
 
@@ -76,7 +76,7 @@ def step_of(model: Any) -> Callable[[], None]:
 
 
 def race(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Return the seconds of STEPS steps of each, in turn, the first of which changes each time."""
+    """Return the seconds of STEPS steps of each, in turn, each time beginning with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(WARM + STEPS):
         for name in sorted(steps, reverse=number % 2 == 1):

@@ -21,8 +21,8 @@ SMALLEST_BUDGET = 1 << 22
 """The least number of logits of a chunk: with fewer the weight would be read for too few rows."""
 
 WEIGHT_BLOCK = 1 << 20
-"""Entries of a weight that are cast at a time, in the cache, where the gradient of the logits
-overwrites them."""
+"""Entries of a weight that are cast at a time, in cache, if the logits' gradient overwrites the
+logits."""
 
 IN_PLACE = 4
 """A chunk has this many times as many logits if their gradient overwrites them: without float32

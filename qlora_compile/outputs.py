@@ -69,8 +69,8 @@ def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """Return which file of a Trainer's checkpoint is missing, cut or changed, None if it is whole.
 
-    The Trainer writes its state last. Other files of tensors or JSON show whether they are cut. All
-    are then compared with their digests, unless the run was killed before it wrote the digests.
+    The Trainer writes its state last. Other files of tensors or JSON show whether they are cut.
+    Then all are compared with their digests, unless the run was killed before it wrote the digests.
     """
     state = checkpoint / "trainer_state.json"
     if not state.is_file():

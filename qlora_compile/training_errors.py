@@ -5,6 +5,10 @@ from __future__ import annotations
 from qlora_compile.errors import QloraCompileError
 
 
+class TrainingOptionValueError(QloraCompileError, ValueError):
+    template = "the training options cannot be used with {value}: {problem}"
+
+
 class NotFiniteError(QloraCompileError, ArithmeticError):
     template = (
         "step {step}: {site} {problem}; check the rows of this step or lower the learning rate; "

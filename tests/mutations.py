@@ -35,7 +35,7 @@ def mutated(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def drawn(count: int) -> Any:
-    """Return the number of examples: all in the long range, a twentieth in the suite."""
+    """Return settings of so many examples in the long range, of a twentieth in the suite."""
     return settings(
         max_examples=examples(count, 20),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

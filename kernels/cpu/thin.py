@@ -42,7 +42,7 @@ def is_built(rows: torch.dtype) -> bool:
 
 
 def start(rows: torch.dtype) -> None:
-    """Have what rows of that dtype need built while this thread goes on."""
+    """Have the C++ for `rows` of a dtype built in another thread."""
     if rows in _KERNELS:
         _KERNELS[rows].start()
 

@@ -73,7 +73,7 @@ def choose_instructions() -> None:
     """Have Inductor take the largest set of vector instructions that the processor names, if the
     compiler builds one function with this set. Inductor itself builds two functions for every set,
     one after another, which on a new machine takes a quarter of the time of compiling four blocks.
-    Before that, remove what is torn in Inductor's cache.
+    Before that, remove torn files from Inductor's cache.
     """
     from torch._inductor import config, cpu_vec_isa, exc
 

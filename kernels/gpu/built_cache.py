@@ -32,7 +32,7 @@ class BuiltCache(FileCacheManager):
         try:
             names = list(parsed_json(Path(noted).read_text())["child_paths"])
             found = {name: self.get_file(name) for name in names}
-        except (ValueError, LookupError, TypeError):  # cut off while it was copied: compile again
+        except (ValueError, LookupError, TypeError):  # cut off when it was copied: compile again
             return None
         complete = {name: path for name, path in found.items() if path is not None}
         return complete if len(complete) == len(found) else None

@@ -239,7 +239,7 @@ class Dense(Variant):
 
 
 class _Rows:
-    """Rows of a matrix, of `blocks`, in `dtype`: converted once where there is one block."""
+    """Rows of a matrix in `blocks` and in `dtype`; a single block is converted once."""
 
     def __init__(self, matrix: Tensor, blocks: Sequence[slice], dtype: torch.dtype) -> None:
         self.matrix, self.blocks, self.dtype = matrix, blocks, dtype

@@ -179,7 +179,7 @@ def train(
         from qlora_compile.training.run import TrainingRun
 
         run = TrainingRun(settings, resume=resume, overwrite=overwrite)
-        run.check_quickly()
+        run.check_quickly(writes=not preview)
         if not several and settings.processes > 1 and not preview:
             start_processes(settings, resume=resume, overwrite=overwrite)
         be_quiet()

@@ -48,10 +48,10 @@ def is_inside(name: str, outer: str) -> bool:
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the names of the blocks that a model repeats; empty if there are none.
 
-    The blocks are transformers' outermost checkpointing layers; else the classes that a model of
-    diffusers declares; else the modules of the class that the longest list consists of, wherever
-    they stand in such lists. A list is a ModuleList or Sequential of modules of one class; lists
-    that hold Linears come first.
+    The blocks are transformers' outermost checkpointing layers. Without any, they are the modules
+    of the classes that a model of diffusers declares, or of the class that the longest list
+    consists of, wherever they stand in such lists. A list is a ModuleList or Sequential of modules
+    of one class; those that hold Linears come first.
     """
     blocks: list[str] = []
     for name, module in modules.items():

@@ -34,7 +34,7 @@ from qlora_compile.tuning.warning import warn_of_folder
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
 _FEW_ROWS, _SMALL_WIDTH = 32, 128
-"""For products that the CPU has no instructions for: larger ones would take seconds each."""
+"""Sizes for products without instructions on the CPU, of which larger ones would take seconds."""
 
 _FEWEST_RUNS, _SECONDS = 3, 0.01
 """The least number of runs for each figure, and their least total seconds: on a machine with other

@@ -60,7 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def _in_terminal(terminal: int, words: tuple[str, ...]) -> None:
-    """Run a command of the app at a terminal."""
+    """Run a command of the app in a terminal."""
     kept = [os.dup(number) for number in range(2)]  # of which rich asks the width
     try:
         for number in range(2):

@@ -1,4 +1,5 @@
-"""Every example runs, those for several processes in one; Slurm's gives torchrun what it knows."""
+"""Every example runs, those for several processes in one; Slurm's gives torchrun options that
+torchrun has."""
 
 import os
 import runpy

@@ -68,11 +68,9 @@ def small_model(vocabulary: int = VOCABULARY) -> Any:
 
 
 def of_trl(rows: list[Row], folder: Path, tokenizer: Any = None, **options: Any) -> list[Any]:
-    """Return the token rows that TRL's own trainer makes, with SmolLM2's template that marks
-    answers.
+    """Return the token rows that TRL's own trainer makes with a template that marks answers.
 
-    tokenizer: one with SmolLM2's chat template; None for the toy one.
-    """
+    tokenizer: one with SmolLM2's chat template; None for the toy one."""
     from qlora_compile.hf.trainer.chat_templates import SMOLLM2_TRAINING
 
     tokenizer = chat_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
