@@ -14,7 +14,7 @@ NASTY = (b"null", b"-1", b"1e999", b"NaN", b'""', b"[]", b"{}", b"\x00", b"\xff"
 
 @st.composite
 def mutated(draw: st.DrawFn, content: bytes) -> bytes:
-    """`content` with one to three changes of bytes, ranges or values."""
+    """Return `content` with one to three changes of bytes, ranges or values."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(changed)))
@@ -35,7 +35,7 @@ def mutated(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def drawn(count: int) -> Any:
-    """As many examples in the long range, a twentieth in the suite."""
+    """Return settings of so many examples in the long range, of a twentieth in the suite."""
     return settings(
         max_examples=examples(count, 20),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -51,7 +51,7 @@ def merged_from(folder: Path) -> tuple[Path, str | None, str | None]:
         adapter = folder.resolve() / found["adapter"]
     except FileNotFoundError as error:
         raise MergedFromError(value=str(folder), problem=f"it has no {ORIGIN}") from error
-    except (OSError, ValueError, RecursionError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         problem = f"{ORIGIN} cannot be read ({error})"
         raise MergedFromError(value=str(folder), problem=problem) from error
     if not adapter.is_dir():
