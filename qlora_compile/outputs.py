@@ -1,6 +1,7 @@
 """Output directories: checks that one can be written, and finds what a training has saved there."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora_compile.errors import OutputDirectoryError
+from qlora_compile.json_text import parsed_json
 
+DIGESTS = "digests.json"
+"""The file of a checkpoint that has a digest of each other one."""
 LOCK = ".run.lock"
 """The file that says that a run writes in its directory now."""
 
@@ -54,7 +58,7 @@ def writable_directory(path: Path) -> Path:
 def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
     """Return the Trainer's newest whole checkpoint of a step `up_to` this one, None without one.
 
-    Checkpoints with a missing or cut file are passed over.
+    Checkpoints with a missing, cut or changed file are passed over.
     """
     steps = {folder: folder.name.rpartition("-")[2] for folder in directory.glob("checkpoint-*")}
     numbered = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
@@ -63,9 +67,10 @@ def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return which file of a Trainer's checkpoint is missing or cut, None if it is whole.
+    """Return which file of a Trainer's checkpoint is missing, cut or changed, None if it is whole.
 
     The Trainer writes its state last. Other files of tensors or JSON show whether they are cut.
+    Then all are compared with their digests, unless the run was killed before it wrote the digests.
     """
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
@@ -77,7 +82,36 @@ def damage(checkpoint: Path) -> str | None:
             whole = False
         if not whole:
             return f"{file.relative_to(checkpoint)} is cut"
+    noted = checkpoint / DIGESTS
+    try:
+        digests = dict(parsed_json(noted.read_bytes())) if noted.is_file() else {}
+        for name, digest in digests.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was saved"
+    except (OSError, ValueError, TypeError):
+        return f"{DIGESTS} is not what was saved"
     return None
+
+
+def write_digests(checkpoint: Path) -> None:
+    """Write a digest of each file of a checkpoint into it.
+
+    Raises:
+        OSError: a file cannot be read, or the digests cannot be written.
+    """
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    digests = {str(file.relative_to(checkpoint)): _digest(file) for file in files}
+    write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=2))
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)  # SHA-256 takes four times as long without SHA-NI
+    with file.open("rb") as opened:
+        while part := opened.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
@@ -85,14 +119,14 @@ _UNREADABLE += (struct.error,)
 
 
 def _is_whole_json(file: Path) -> bool:
-    return isinstance(json.loads(file.read_bytes()), dict | list)
+    return isinstance(parsed_json(file.read_bytes()), dict | list)
 
 
 def _is_whole_safetensors(file: Path) -> bool:
     """Whether the file is as long as its header says: https://github.com/huggingface/safetensors"""
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(min(size, file.stat().st_size)))
+        header = parsed_json(opened.read(min(size, file.stat().st_size)))
     ends = (each["data_offsets"][1] for name, each in header.items() if name != "__metadata__")
     return file.stat().st_size == 8 + size + max(ends, default=0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qlora_compile.errors import QuantizationBitsError
@@ -127,6 +129,7 @@ class QuantizedLoRA:
 
         Raises, always before anything is trained (rows of a stream are checked when they come):
             TrainingOptionError: the configuration has no such option.
+            TrainingOptionValueError: the value of an option cannot be used.
             OutOfRangeError: max_length is below 1.
             DatasetTypeError: datasets of this type cannot be trained on.
             EmptyDatasetError: the dataset holds no examples.
@@ -188,8 +191,8 @@ class QuantizedLoRA:
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
 
-        The folder is replaced as a whole, and other files in it stay: whatever interrupts saving
-        leaves the old folder or the new one.
+        The folder is replaced as a whole, so that an interruption leaves the old or the new one;
+        other files in it stay.
 
         Raises:
             OutputDirectoryError: the path cannot be written.
@@ -197,7 +200,9 @@ class QuantizedLoRA:
         """
         from qlora_compile.hf.saving.replacement import replaced
 
-        with replaced(Path(path), lambda _: True) as fresh:
+        # Of several processes the first one writes; the others may be needed to gather weights.
+        is_first = os.environ.get("RANK", "0") == "0"
+        with replaced(Path(path), lambda _: True) if is_first else TemporaryDirectory() as fresh:
             self.model.save_pretrained(str(fresh))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(fresh))

@@ -37,7 +37,7 @@ class MergedWeightsError(QloraCompileError, ValueError):
 
 class SaveOptionError(QloraCompileError, TypeError):
     template = (
-        "{option}=… has no meaning where a packed model is saved or pushed; leave {option} out"
+        "{option}=… has no meaning when a packed model is saved or pushed; leave {option} out"
     )
 
 

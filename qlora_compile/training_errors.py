@@ -5,6 +5,10 @@ from __future__ import annotations
 from qlora_compile.errors import QloraCompileError
 
 
+class TrainingOptionValueError(QloraCompileError, ValueError):
+    template = "the training options cannot be used with {value}: {problem}"
+
+
 class NotFiniteError(QloraCompileError, ArithmeticError):
     template = (
         "step {step}: {site} {problem}; check the rows of this step or lower the learning rate; "
@@ -24,6 +28,6 @@ class CheckpointWriteError(QloraCompileError, OSError):
 
 class ContextParallelError(QloraCompileError, ValueError):
     template = (
-        "parallelism_config has cp_size={value}: compiled blocks would attend to the tokens of "
+        "{value} splits rows among processes, and compiled blocks would attend to the tokens of "
         "their own process only; use cp_size=1, and shorter rows or gradient checkpointing"
     )

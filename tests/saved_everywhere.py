@@ -1,4 +1,4 @@
-"""Run in a process of its own: reads folders, with us or without, and writes their logits.
+"""Reads folders, with us or without, and writes their logits, in a separate process.
 
 Arguments: "with" or "without" us, a file for the logits, and for each model: "load" by ours or
 "stock" by transformers, the model's folder, and that of an adapter or "".

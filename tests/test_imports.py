@@ -13,7 +13,7 @@ PACKAGE = "qlora_compile"
 LONGEST_FILE = 320
 
 ORDER = (
-    ("errors",),
+    ("errors", "json_text"),
     (
         *("adapter_errors", "checkpoint_errors", "data_errors", "expert_errors", "row_errors"),
         *("saving_errors", "training_errors", "kernels", "outputs", "text_table", "registration"),

@@ -21,11 +21,12 @@ class NativeKernel:
     """A C++ function `kernel`.
 
     sources: levels of instructions, the best first, each with the names of the files that make up
-    its source. arguments: as `compiled` takes them.
+    its source. arguments: as `compiled` takes them. prefix: C++ that comes before the files.
     """
 
     sources: tuple[tuple[str, tuple[str, ...]], ...]
     arguments: tuple[str, ...]
+    prefix: str = ""
 
     def start(self) -> None:
         """Have the function built in another thread."""
@@ -59,7 +60,7 @@ def _built(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] 
     for level, files in kernel.sources:
         if level not in levels:
             continue
-        texts = [(folder / f"{each}.cpp").read_text() for each in files]
+        texts = [kernel.prefix, *((folder / f"{each}.cpp").read_text() for each in files)]
         try:
             return compiled("".join([VECTORISED, BFLOAT16, *texts]), kernel.arguments)
         except CppCompileError as error:

@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient over rows of bfloat16 logits, in place, without float32 copies."""
+"""Cross-entropy and its gradient over rows of logits, in place, without copies of them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ static inline float exponential(float x) {
 }
 
 extern "C" void kernel(
-    uint16_t* logits, const int64_t* labels, float* log_sum, float* target, float* total,
+    TYPE* logits, const int64_t* labels, float* log_sum, float* target, float* total,
     float factor, float smoothing, int64_t rows, int64_t size, int64_t ignored,
     int64_t differentiates, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t m = 0; m < rows; ++m) {
-    uint16_t* row = logits + m * size;
+    TYPE* row = logits + m * size;
     const bool counts = labels[m] != ignored;
     const int64_t label = counts ? labels[m] : 0;
     float most = -INFINITY, sum = 0.0f, all = 0.0f;
@@ -75,13 +75,16 @@ extern "C" void kernel(
 )
 
 _ARGUMENTS = (
-    *("uint16_t*", "const int64_t*", "float*", "float*", "float*", "float", "float"),
+    *("const int64_t*", "float*", "float*", "float*", "float", "float"),
     *["int64_t"] * 5,
 )
 
+_TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
+
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype == torch.bfloat16 and has_compiler()
+    """Whether `cross_entropy_rows` takes logits of that dtype."""
+    return device.type == "cpu" and dtype in _TYPES and has_compiler()
 
 
 def cross_entropy_rows(
@@ -95,12 +98,13 @@ def cross_entropy_rows(
     differentiates: bool,
 ) -> None:
     """Write every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z to
-    `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 [m, V] and
-    contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
+    `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 or float32
+    [m, V] and contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
 
     labels: int64 [m], in [0, V) or `ignored`.
     """
-    kernel = compiled(_SOURCE, _ARGUMENTS)
+    number = _TYPES[logits.dtype]
+    kernel = compiled(_SOURCE.replace("TYPE", number), (f"{number}*", *_ARGUMENTS))
     threads = torch.get_num_threads()
     settings = (factor, smoothing, *logits.shape, ignored, int(differentiates), threads)
     kernel(logits, labels, *sums, *settings)

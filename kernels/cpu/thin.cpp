@@ -1,10 +1,10 @@
-// Products of bfloat16 rows with an adapter's float32 factor, in float32. Rows are widened in the
-// cache, a few of them at a time, so that no float32 copy of an activation goes through memory.
+// Products of rows of some Number with an adapter's float32 factor, in float32. Rows are widened in
+// the cache, a few of them at a time, so that no float32 copy of an activation goes through memory.
 
 static constexpr int64_t GROUP = 16;  // ranks that are multiplied together
 
 // x [rows, columns] in float32 as [height, width], with zeros beside it.
-static inline void widen(const uint16_t* x, int64_t ld, int64_t rows, int64_t columns,
+static inline void widen(const Number* x, int64_t ld, int64_t rows, int64_t columns,
                          int64_t height, int64_t width, float* out) {
   for (int64_t i = 0; i < height; ++i, x += ld, out += width) {
     const int64_t inside = i < rows ? columns : 0;
@@ -32,7 +32,7 @@ static float* resized(std::vector<float>& memory, int64_t size) {
   return memory.data();
 }
 
-static void product(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* t,
+static void product(const Number* x, int64_t ldx, int64_t m, int64_t k, const float* t,
                     int64_t rank, int64_t step, int64_t step_k, float* out, int64_t ld_out,
                     float scale, int64_t threads) {
   // As many sums as registers hold.
@@ -80,7 +80,7 @@ static void product(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const 
   }
 }
 
-static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const float* low,
+static void gradient(const Number* x, int64_t ldx, int64_t m, int64_t k, const float* low,
                      int64_t ld, int64_t rank, float* out, int64_t step, int64_t step_k,
                      int64_t threads) {
   constexpr int64_t VECTORS = LANES == 16 ? 2 : 3, RANKS = LANES / 2, CHUNK = 64;
@@ -129,7 +129,7 @@ static void gradient(const uint16_t* x, int64_t ldx, int64_t m, int64_t k, const
   }
 }
 
-static void add(uint16_t* y, int64_t ldy, int64_t m, int64_t n, const float* low, int64_t ld,
+static void add(Number* y, int64_t ldy, int64_t m, int64_t n, const float* low, int64_t ld,
                 int64_t rank, const float* t, int64_t step, int64_t step_n, int64_t threads) {
   constexpr int64_t VECTORS = LANES / 4, ROWS = 6, COLUMNS = VECTORS * LANES;
 #pragma omp parallel num_threads(threads)
@@ -158,7 +158,7 @@ static void add(uint16_t* y, int64_t ldy, int64_t m, int64_t n, const float* low
 #pragma GCC unroll 6
         for (int64_t i = 0; i < ROWS; ++i) {
           if (i >= rows) break;
-          uint16_t* const to = y + (row + i) * ldy + column;
+          Number* const to = y + (row + i) * ldy + column;
           if (inside == COLUMNS) {
 #pragma GCC unroll 4
             for (int64_t v = 0; v < VECTORS; ++v)

@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 
 VECTORISED = r"""
 #if defined(__GNUC__) && !defined(__clang__)
@@ -70,9 +73,11 @@ def choose_instructions() -> None:
     """Have Inductor take the largest set of vector instructions that the processor names, if the
     compiler builds one function with this set. Inductor itself builds two functions for every set,
     one after another, which on a new machine takes a quarter of the time of compiling four blocks.
+    Before that, remove torn files from Inductor's cache.
     """
     from torch._inductor import config, cpu_vec_isa, exc
 
+    remove_torn_files()
     if config.cpp.vec_isa_ok is not None or not has_compiler():
         return
     with config.patch({"cpp.vec_isa_ok": True}):
@@ -88,7 +93,15 @@ def _built(
 ) -> Callable[..., Any]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    return CppPythonBindingsCodeCache.load_pybinding(list(arguments), source, extra_flags=flags)
+    return CppPythonBindingsCodeCache.load_pybinding(
+        list(arguments), for_this_torch(source), extra_flags=flags
+    )
+
+
+def for_this_torch(source: str) -> str:
+    """Return a C++ source that Inductor's cache does not take for that of another torch, which it
+    would where one was installed in place of the other."""
+    return f"// torch {torch.__version__}, {torch.version.git_version}\n{source}"
 
 
 @functools.cache

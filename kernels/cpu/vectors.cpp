@@ -58,3 +58,26 @@ static inline Vector multiply_add(Vector a, Vector b, Vector c) {
   return a * b + c;
 #endif
 }
+
+#if defined(__F16C__)
+// A float16 number.
+struct Half {
+  uint16_t bits;
+};
+static inline float load(const Half* in) { return _cvtsh_ss(in->bits); }
+static inline void store(Half* out, float value) { out->bits = _cvtss_sh(value, 0); }
+static inline Vector load_vector(const Half* in) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+#else
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+#endif
+}
+static inline void store_vector(Half* out, Vector value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph((__m512)value, 0));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph((__m256)value, 0));
+#endif
+}
+#endif

@@ -156,10 +156,11 @@ class BlockFormat(QuantFormat):
         block_size = packed.layout.named["block_size"]
         if decode.writes(out, block_size):
             whole = (last - first) // block_size * block_size
-            if self._write_blocks(packed, first // block_size, out[:whole]):
-                first, out = first + whole, out[whole:]
-                if first == last:
+            blocks = out if whole == last - first else out[:whole]
+            if self._write_blocks(packed, first // block_size, blocks):
+                if blocks is out:
                     return
+                first, out = first + whole, out[whole:]
         first_block = first // block_size
         scales = self.scales(block_absmax(packed, first_block, -(-last // block_size)))
         codes = packed.codes.reshape(-1)

@@ -8,12 +8,13 @@ processes; rewriting the paths would need a command after every move.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 
 from triton import knobs
 from triton.runtime.cache import FileCacheManager, triton_key
+
+from qlora_compile.json_text import parsed_json
 
 MANIFEST = "build.json"
 
@@ -29,10 +30,10 @@ class BuiltCache(FileCacheManager):
         if noted is None:
             return None
         try:
-            names = json.loads(Path(noted).read_text())["child_paths"]
-        except json.JSONDecodeError:  # cut off while it was copied: compile again
+            names = list(parsed_json(Path(noted).read_text())["child_paths"])
+            found = {name: self.get_file(name) for name in names}
+        except (ValueError, LookupError, TypeError):  # cut off when it was copied: compile again
             return None
-        found = {name: self.get_file(name) for name in names}
         complete = {name: path for name, path in found.items() if path is not None}
         return complete if len(complete) == len(found) else None
 
@@ -59,7 +60,7 @@ def use_built_cache() -> None:
         return
     here = builder()
     try:
-        built = json.loads(manifest.read_text())["builder"]
+        built = parsed_json(manifest.read_text())["builder"]
         differing = [name for name in here if built[name] != here[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be read (%r): its kernels are not used", manifest, error)

@@ -63,9 +63,13 @@ class Launch:
             _recorder.plan.launched(self, compiled)
 
     def _started(self, device: torch.device) -> Any:
-        """Launch on the current device, and return what Triton has compiled. Triton's JIT looks
-        this up by the text of all options and by every parameter, which takes longer than many of
-        these kernels run."""
+        """Launch on the current device, and return what Triton has compiled.
+
+        Triton's JIT looks this up by the text of all options and by every parameter: a launch from
+        Python would then take 71 µs instead of 37. Plans do not make this cache superfluous. No
+        plan starts a key's first two calls, so all calls of ragged batches; nor anything on ROCm,
+        without a compiler, under launch hooks, or while variants are measured.
+        """
         key = (
             *(id(self.kernel), device, self.num_warps, self.num_stages, *self.options.items()),
             *map(_specialisation, self.arguments.values()),

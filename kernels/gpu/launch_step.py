@@ -43,11 +43,13 @@ def is_hooked() -> bool:
 
 
 def launch_step(launch: Launch, compiled: Any, place: Placed) -> Step:
-    """Return the step that starts `compiled`, the CUDA kernel that Triton has made of `launch`.
+    """Return the step that starts `compiled`, which Triton has made of `launch`.
 
     Raises UnplannableError if a plan cannot hold what Triton's launcher would do.
     """
     metadata = compiled.metadata
+    if metadata.target.backend != "cuda":
+        raise UnplannableError(f"{metadata.name} is a kernel of {metadata.target.backend}")
     for attribute, nothing, wanted in _UNTOLD:
         if getattr(metadata, attribute, nothing) != nothing:
             raise UnplannableError(f"{metadata.name} needs {wanted}")

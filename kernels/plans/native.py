@@ -1,8 +1,9 @@
 """The C++ that replays plans: built in a thread, kept in Inductor's cache folder, then installed as
 the kernels of the fused ops on a GPU. Until then, and without a compiler, Python starts kernels.
 
-No prebuilt C++ is shipped, because torch's stable ABI has no redispatching below autograd, and
-allocates a handle on the heap for every tensor of a call.
+No prebuilt C++ is shipped. One file could serve several versions of torch only by its stable ABI,
+which has no redispatching below autograd, as fused calls need, and which allocates a handle on the
+heap for every tensor of a call.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import functools
 import importlib.util
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from qlora_compile.kernels.cpu.toolchain import has_compiler
+from qlora_compile.kernels.cpu.toolchain import for_this_torch, has_compiler
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.library import REGISTERED
 
 PLANNED = (
@@ -32,12 +34,14 @@ _SLOW = "Python starts all kernels, which makes small batches wait"
 
 
 class _State:
-    """The state of the C++ in this process. obstacle: why the C++ is not used, though it could."""
+    """The state of the C++ in this process. is_hooked: whether Triton's launcher is hooked now;
+    hooked: at the last look. obstacle: why the C++ is not used, though it could."""
 
     started = False
     built = False
     installed = False
     hooked = False
+    is_hooked: Callable[[], bool] = staticmethod(lambda: False)
     obstacle: str | None = None
 
 
@@ -45,12 +49,14 @@ _state = _State()
 
 
 def start() -> None:
-    """Have the C++ built in another thread if there is an NVIDIA GPU, which plans are for."""
-    if _state.started or not torch.version.cuda or not torch.cuda.is_available():
+    """Have the C++ built in another thread if there is a GPU that plans are for."""
+    if _state.started or not torch.cuda.is_available():
         return
     _state.started = True
     # Two threads that import Inductor at once may find each other's modules half made.
-    if has_compiler():
+    if torch.version.hip:
+        _state.obstacle = f"{_SLOW}: plans start kernels of CUDA, and this is ROCm"
+    elif has_compiler():
         from torch._inductor import codecache  # noqa: F401
 
         threading.Thread(target=_build, name="plans", daemon=True).start()
@@ -68,9 +74,7 @@ def heed() -> None:
         if not _state.built or torch._C._current_graph_task_id() != -1:
             return
         install("CUDA")
-    from qlora_compile.kernels.gpu.launch_step import is_hooked
-
-    if is_hooked() != _state.hooked:
+    if _state.is_hooked() != _state.hooked:
         _state.hooked = not _state.hooked
         torch.ops.qlora_plans.enable(not _state.hooked)
 
@@ -82,6 +86,7 @@ def install(key: str, *, compares: bool = True) -> None:
     """
     import qlora_compile.kernels.experts.op
     import qlora_compile.kernels.op  # noqa: F401  # both register what is installed here
+    from qlora_compile.kernels.gpu.launch_step import is_hooked
     from qlora_compile.kernels.plans.first_use import recorded
 
     if _state.installed:
@@ -97,6 +102,7 @@ def install(key: str, *, compares: bool = True) -> None:
         if op.with_autograd is not None:
             twins.impl(f"{name}_python", op.with_autograd, "Autograd", with_keyset=True)
         torch.ops.qlora_plans.install(name, key, op.with_autograd is not None)
+    _state.is_hooked = is_hooked
     _state.installed = True
 
 
@@ -149,9 +155,10 @@ def _twins() -> torch.library.Library:
 def _load() -> None:
     from torch._inductor.codecache import CppCodeCache
 
+    remove_torn_files()
     triton = importlib.util.find_spec("triton")
     assert triton is not None
     assert triton.submodule_search_locations is not None
     include = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
     source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
-    CppCodeCache.load(source, "cpu", extra_flags=(f"-isystem{include}",))
+    CppCodeCache.load(for_this_torch(source), "cpu", extra_flags=(f"-isystem{include}",))

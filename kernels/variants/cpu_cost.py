@@ -8,9 +8,14 @@ import torch
 
 from qlora_compile.kernels.device_model import CpuModel
 from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.variants.base import ROW_BLOCK
 
 _DECODE_OPERATORS = 5
 """How many operators decode a block: widen, look up, scale, round, double quantisation."""
+
+AUGMENTED_BLOCK = 1 << 17
+"""Weights that `augmented_native` decodes at a time, in cache, before they are put into its
+workspace's longer rows."""
 
 
 def dense_seconds(
@@ -21,16 +26,19 @@ def dense_seconds(
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
     blocks = 1 if weight_block is None else math.ceil(n * k / weight_block)
     backward = problem.direction == "backward"
-    seconds = _decode_seconds(problem, cpu, dtype, blocks) + _product_seconds(problem, cpu, dtype)
-    # Every block converts its operands anew; those of the gradient add to the same sum.
-    seconds += blocks * _cast_seconds(problem, cpu, dtype) + blocks * cpu.operator
+    # Where operands are converted, blocks of W are decoded for each block of rows.
+    converts = {problem.x_dtype, problem.out_dtype} != {dtype}
+    passes = math.ceil(m / ROW_BLOCK) if converts and blocks > 1 else 1
+    seconds = passes * _decode_seconds(problem, cpu, dtype, blocks)
+    seconds += _product_seconds(problem, cpu, dtype) + passes * blocks * cpu.operator
+    seconds += _cast_seconds(problem, cpu, dtype)
     if backward:
         seconds += (blocks - 1) * cpu.move_seconds(2 * m * k * dtype.itemsize)
     if not rank:
         return seconds
     if merged:
-        seconds += 2 * n * k * rank / cpu.of(cpu.thin, dtype)
-        seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
+        seconds += passes * 2 * n * k * rank / cpu.of(cpu.thin, dtype)
+        seconds += passes * cpu.move_seconds(2 * n * k * dtype.itemsize)
     else:
         columns = k if backward else n
         seconds += _thin_seconds(problem, cpu, dtype, columns)
@@ -42,7 +50,9 @@ def augmented_seconds(problem: Problem, cpu: CpuModel, dtype: torch.dtype) -> fl
     """Return modelled seconds of `augmented_native`, which multiplies by W and B side by side in
     one matrix of `dtype`."""
     m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
-    seconds = _decode_seconds(problem, cpu, dtype, 1) + _product_seconds(problem, cpu, dtype)
+    blocks = math.ceil(n * k / AUGMENTED_BLOCK)
+    seconds = _decode_seconds(problem, cpu, dtype, blocks) + blocks * cpu.operator
+    seconds += _product_seconds(problem, cpu, dtype) + _cast_seconds(problem, cpu, dtype)
     # W goes through a buffer, x or dX through rows of K + rank.
     seconds += cpu.move_seconds(2 * n * k * dtype.itemsize)
     seconds += 2 * cpu.move_seconds(2 * m * (k + rank) * dtype.itemsize)

@@ -101,10 +101,6 @@ class Dense(Variant):
         # decoding to 16 bits is so fast that blocks gain 2 % at most.
         if not problem.layout.quantized or dtype not in _MERGED_DTYPES:
             return []
-        # The gradient of x is a sum over the blocks: in a narrower dtype it would be rounded after
-        # each of them, or need a copy of x's size.
-        if problem.direction == "backward" and problem.x_dtype != dtype:
-            return []
         return [block for block in WEIGHT_BLOCKS if 2 * block <= problem.n * problem.k]
 
     def _merges(self, problem: Problem, dtype: torch.dtype) -> bool:
@@ -143,41 +139,45 @@ class Dense(Variant):
             saves = any(tensors.low_rank is not None for tensors, _ in group)
             if saves or not config.merged:
                 lows = adapters.low_ranks()
-        results = []
-        for position, linear in enumerate(group):
-            adapter = None if adapters is None else adapters.members.get(position)
-            results.append(self._forward(linear, config, adapter, lows.get(position)))
+        x, dtype = group[0][0].x, config.gemm_dtype
+        results = [x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype) for _, spec in group]
+        whole = {x.dtype, group[0][1].out_dtype} == {dtype}
+        if adapters is not None and not config.merged:
+            whole = whole and adds_in_place(dtype, adapters.dtype)
+        for positions, blocks in _parts(group, config, row_blocks(x, whole=whole)):
+            rows = _Rows(x, blocks, dtype)
+            for position in positions:
+                adapter = None if adapters is None else adapters.members.get(position)
+                low, y = lows.get(position), results[position]
+                self._forward(rows, group[position], config, adapter, low, y)
         return results
 
     def _forward(
-        self, linear: Linear, config: DenseConfig, adapter: NativeAdapter | None, low: Tensor | None
-    ) -> Tensor:
-        """Return y of one Linear. low: S of its adapter, unless the adapter is merged."""
-        tensors, spec = linear
-        x, dtype = tensors.x, config.gemm_dtype
+        self,
+        rows: _Rows,
+        linear: Linear,
+        config: DenseConfig,
+        adapter: NativeAdapter | None,
+        low: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        """Write `rows` of y of one Linear. low: S of its adapter, unless the adapter is merged."""
+        (tensors, spec), dtype = linear, config.gemm_dtype
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
-        y = x.new_empty(x.shape[0], spec.n, dtype=spec.out_dtype)
-        merged = adapter if config.merged else None
-        separate = None if config.merged else adapter
-        whole = {x.dtype, spec.out_dtype} == {dtype}
-        if separate is not None:
-            whole = whole and adds_in_place(y.dtype, separate.a.dtype)
-        blocks = row_blocks(x, whole=whole)
+        merged, separate = (adapter, None) if config.merged else (None, adapter)
         for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
-            for m in blocks:
+            for m in rows.blocks:
                 part = target = cut(y, m, n)
-                rows = cut(x, m).to(dtype)
                 if y.dtype != dtype:
                     part = torch.empty_like(target, dtype=dtype)
                 if bias is None:
-                    torch.mm(rows, weight.t(), out=part)
+                    torch.mm(rows.of(m), weight.t(), out=part)
                 else:
-                    torch.addmm(bias[n], rows, weight.t(), out=part)
+                    torch.addmm(bias[n], rows.of(m), weight.t(), out=part)
                 if separate is not None and low is not None:
                     part = add_product(part, cut(low, m), cut(separate.b, n).t())
                 if part is not target:
                     target.copy_(part)
-        return y
 
     def backward_group(
         self, grads: Sequence[Tensor], group: Group, needs: NeedsGradient, config: Config
@@ -215,16 +215,52 @@ class Dense(Variant):
         """Return the weights' part of the gradient of x, [M, K]."""
         x, dtype = group[0][0].x, config.gemm_dtype
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dtypes = {x.dtype, *(grad.dtype for grad in grads)}
         first = True
-        for position, (grad, (tensors, spec)) in enumerate(zip(grads, group, strict=True)):
-            merged = adapters.members.get(position) if adapters and config.merged else None
-            blocks = row_blocks(x, whole={x.dtype, grad.dtype} == {dtype})
-            for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
-                for m in blocks:
-                    part = cut(grad, m, n).to(dtype)
-                    _add_input_gradient(cut(grad_x, m), part, weight, first=first)
-                first = False
+        for positions, blocks in _parts(group, config, row_blocks(x, whole=dtypes == {dtype})):
+            total = grad_x
+            if len(blocks) == 1:
+                total, first = cut(grad_x, *blocks), True
+                if dtype.itemsize > x.dtype.itemsize:
+                    total = torch.empty_like(total, dtype=dtype)
+            for position in positions:
+                tensors, spec = group[position]
+                merged = adapters.members.get(position) if adapters and config.merged else None
+                rows = _Rows(grads[position], blocks, dtype)
+                for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
+                    for m in blocks:
+                        part = cut(rows.of(m), slice(0, m.stop - m.start), n)
+                        target = total if len(blocks) == 1 else cut(total, m)
+                        _add_input_gradient(target, part, weight, first=first)
+                    first = False
+            if total.dtype != x.dtype:
+                cut(grad_x, *blocks).copy_(total)
         return grad_x
+
+
+class _Rows:
+    """Rows of a matrix in `blocks` and in `dtype`; a single block is converted once."""
+
+    def __init__(self, matrix: Tensor, blocks: Sequence[slice], dtype: torch.dtype) -> None:
+        self.matrix, self.blocks, self.dtype = matrix, blocks, dtype
+        self._only = cut(matrix, *blocks).to(dtype) if len(blocks) == 1 else None
+
+    def of(self, block: slice) -> Tensor:
+        return cut(self.matrix, block).to(self.dtype) if self._only is None else self._only
+
+
+def _parts(
+    group: Group, config: DenseConfig, blocks: Sequence[slice]
+) -> list[tuple[Sequence[int], Sequence[slice]]]:
+    """The work in parts, each of some of the group's Linears and some `blocks` of rows.
+
+    A weight that is decoded in blocks is decoded for each block of rows, for which siblings then
+    convert x, and add their gradients, once; a weight that is decoded whole is decoded once.
+    """
+    positions = range(len(group))
+    if len(blocks) == 1 or config.weight_block is not None:
+        return [(positions, [m]) for m in blocks]
+    return [([position], blocks) for position in positions]
 
 
 def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu.instructions import multiplies, product_dtype
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.variants.base import (
@@ -27,12 +28,10 @@ DEVICE_ROW_BLOCKS = 8
 
 def native_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
     """Return the dtypes in which a CPU can multiply operands of `dtype` without losing accuracy,
-    the preferred one first: without native support torch multiplies 16-bit operands several times
-    slower than float32 ones."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return [dtype]
-    native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [dtype, torch.float32] if native else [torch.float32, dtype]
+    the preferred one first. A dtype that the CPU has no instructions for is left out: to measure it
+    once takes seconds."""
+    narrow = dtype in (torch.bfloat16, torch.float16) and multiplies(dtype)
+    return [dtype, torch.float32] if narrow else [product_dtype(dtype)]
 
 
 def row_blocks(x: Tensor, whole: bool) -> list[slice]:
@@ -221,6 +220,7 @@ class NativeGradients:
         x = adapters.x
         total = grad_x if self.needs.x else None
         whole = total is None or total.dtype == x.dtype
+        # `total` is contiguous, so that the product is added in place.
         if adapters.is_thin(x) and whole:
             if total is not None:
                 add_product(total, self.grad_low, adapters.stacked)
@@ -292,14 +292,15 @@ def adds_in_place(total: torch.dtype, factors: torch.dtype) -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right: in place where `adds_in_place`, else a new tensor."""
+    """Return total + left @ right: in place where `adds_in_place`, or on a CPU with instructions
+    for it; else a new tensor."""
+    if thin.available(total, left.dtype) and total.stride(1) == 1:
+        thin.add_product(total, left, right)
+        return total
     if not adds_in_place(total.dtype, left.dtype):
         return torch.add(total, left @ right)
     if total.dtype == left.dtype:
         return total.addmm_(left, right)
-    if thin.available(total, left.dtype) and total.stride(1) == 1:
-        thin.add_product(total, left, right)
-        return total
     return total.addmm_(*_in_three(left, right))
 
 

@@ -20,7 +20,7 @@ from qlora_compile.kernels.variants.base import (
     SeparateVariant,
     bias_gradient,
 )
-from qlora_compile.kernels.variants.cpu_cost import augmented_seconds
+from qlora_compile.kernels.variants.cpu_cost import AUGMENTED_BLOCK, augmented_seconds
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
@@ -30,9 +30,6 @@ from qlora_compile.kernels.variants.native_adapter import (
     row_blocks,
 )
 from qlora_compile.kernels.workspace import workspace
-
-_DECODED = 1 << 17
-"""Weights decoded at a time, in cache, before they are copied to the workspace's longer rows."""
 
 
 class NativeAugmented(SeparateVariant):
@@ -68,7 +65,7 @@ class NativeAugmented(SeparateVariant):
         k, device = spec.k, tensors.planes[0].device
         wide = workspace(spec.n, k + adapter.b.shape[1], dtype=dtype, device=device)
         wide[:, k:] = adapter.b
-        for n, block in spec.decoded(tensors.planes, dtype, _DECODED // k):
+        for n, block in spec.decoded(tensors.planes, dtype, AUGMENTED_BLOCK // k):
             wide[n, :k] = block
         return wide
 

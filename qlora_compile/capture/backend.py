@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,17 +78,19 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@contextmanager
-def running(region: RunningRegion) -> Iterator[list[GraphCall]]:
-    """Make `region` the running one of this thread; yield a list that its call fills with graphs.
+class Running:
+    """Makes `region` the running one of this thread inside a `with`, which yields a list that the
+    region's call fills with graphs. The backend learns from this which region it compiles for."""
 
-    The backend learns from this which region it compiles for.
-    """
-    executed: list[GraphCall] = []
-    _running.regions.append((region, executed))
-    try:
-        yield executed
-    finally:
+    def __init__(self, region: RunningRegion) -> None:
+        self._region = region
+
+    def __enter__(self) -> list[GraphCall]:
+        executed: list[GraphCall] = []
+        _running.regions.append((self._region, executed))
+        return executed
+
+    def __exit__(self, *_: object) -> None:
         _running.regions.pop()
 
 
@@ -124,8 +125,8 @@ def make_backend(
             compiled, rewritten = None, graph_module
             if verifier is not None:
                 rewritten = copy.deepcopy(graph_module)
-                # Compiled code draws other masks than the graph. Of a graph that drops out, a copy
-                # with fixed masks is compiled, and checked in its place.
+                # Compiled code draws other masks than the graph, so for a graph with dropout a copy
+                # with fixed masks is compiled and checked instead.
                 if drops_out(rewritten):
                     masked = with_masks(rewritten, fused_masks(rewritten))
                     compiled = compile_inner(masked, list(example_inputs))

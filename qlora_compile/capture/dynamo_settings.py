@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch._dynamo import config
@@ -19,14 +18,18 @@ _SETTINGS = {
 }
 
 
-@contextmanager
-def dynamo_settings(further: Mapping[str, Any]) -> Iterator[None]:
-    """Have Dynamo use these settings, and the `further` ones, inside the context."""
-    revert = _change(tuple(further.items()))()
-    try:
-        yield
-    finally:
-        revert()
+class DynamoSettings:
+    """Has Dynamo use these settings, and the `further` ones, inside a `with`. Every call of a block
+    enters one: a generator as a context would take longer than some of its checks."""
+
+    def __init__(self, further: Mapping[str, Any]) -> None:
+        self._change = _change(tuple(further.items()))
+
+    def __enter__(self) -> None:
+        self._revert = self._change()
+
+    def __exit__(self, *_: object) -> None:
+        self._revert()
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import nn
 from qlora_compile.modules.packed import PackedModule
 
 _GLOBAL_HOOKS = re.compile(r"\._global_(forward|backward)_(pre_)?hooks\b")
-"""The caller of a block looks for hooks first, by `hooks.has_hooks`."""
+"""The caller of a block looks for hooks first, by `HookWatch`."""
 
 _MODULE_DICTIONARY = re.compile(r"\._(modules|parameters|buffers)$")
 """Always a dict in an nn.Module, whose entries have checks of their own."""

@@ -19,13 +19,13 @@ from qlora_compile.hf.replaced_forward import called_forward, plain_function, qu
 FORWARD = "forward"
 """The kind of a forward on the instance, which counts as a hook."""
 
-_GLOBAL = {
+GLOBAL_HOOKS = {
     "global forward hook": _global_forward_hooks,
     "global forward pre-hook": _global_forward_pre_hooks,
     "global backward hook": _global_backward_hooks,
     "global backward pre-hook": _global_backward_pre_hooks,
 }
-_OWN = {
+OWN_HOOKS = {
     "forward hook": "_forward_hooks",
     "forward pre-hook": "_forward_pre_hooks",
     "backward hook": "_backward_hooks",
@@ -69,10 +69,9 @@ def has_hooks(block: nn.Module) -> bool:
     """Whether a module inside `block` has hooks, or a forward of its own, that its call runs.
 
     The block's own hooks do not count: they run before and after the forward that is compiled.
-    Every call of every block asks this, and adapters come and go, so nothing can be cached. The
-    loop below takes a third of the time of `Module.modules`.
+    The loop below takes a third of the time of `Module.modules`.
     """
-    for hooks in _GLOBAL.values():
+    for hooks in GLOBAL_HOOKS.values():
         if hooks:
             return True
     modules = list(block._modules.values())
@@ -100,7 +99,7 @@ def hooks_inside(block: nn.Module) -> tuple[Hook, ...]:
 
 
 def _hooks(block: nn.Module) -> Iterator[Hook]:
-    for kind, hooks in _GLOBAL.items():
+    for kind, hooks in GLOBAL_HOOKS.items():
         for function in hooks.values():
             yield Hook(kind, "every module", function)
     for path, module in block.named_modules():
@@ -108,6 +107,6 @@ def _hooks(block: nn.Module) -> Iterator[Hook]:
             forward = called_forward(module)
             if forward is not None:
                 yield Hook(FORWARD, path, forward)
-            for kind, name in _OWN.items():
+            for kind, name in OWN_HOOKS.items():
                 for function in getattr(module, name).values():
                     yield Hook(kind, path, function)

@@ -16,8 +16,11 @@ from torch.fx import GraphModule
 from qlora_compile.capture.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
+from qlora_compile.kernels.cpu import thin
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
+from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.experts import op as experts_op
+from qlora_compile.passes.nodes import example
 
 
 def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -26,9 +29,14 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
+    remove_torn_files()
     on_cpu = any(isinstance(e, Tensor) and e.device.type == "cpu" for e in example_inputs)
     if on_cpu:
         choose_instructions()
+        fused = graph_module.graph.find_nodes(op="call_function", target=op.QLORA_LINEAR)
+        inputs = [example(node.args[0]) for node in fused]
+        for dtype in {each.dtype for each in inputs if each is not None}:
+            thin.start(dtype)
     if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
         cpu_attention.start()
     tag = cache_key_tag(_sources_digest(), on_cpu=on_cpu)

@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils.hooks import RemovableHandle
 
 import qlora_compile.hf.experts  # noqa: F401  registers the implementation a pickled model names
-from qlora_compile.capture.backend import GraphCall, RegionGraph, running
-from qlora_compile.capture.dynamo_settings import dynamo_settings
+from qlora_compile.capture.backend import GraphCall, RegionGraph, Running
+from qlora_compile.capture.context_parallel import refuse_context_parallel
+from qlora_compile.capture.dynamo_settings import DynamoSettings
 from qlora_compile.capture.first_block import with_gradient
+from qlora_compile.capture.hook_watch import HookWatch
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
-from qlora_compile.capture.hooks import FORWARD, Hook, has_hooks, hooks_inside
+from qlora_compile.capture.hooks import FORWARD, Hook, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
-from qlora_compile.hf.adapters import SlottedAdapters
 from qlora_compile.hf.adapters_by_row import is_given_by_row
 from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
@@ -38,6 +40,7 @@ from qlora_compile.hf.replaced_forward import (
     reached,
     replaced_forward,
 )
+from qlora_compile.hf.slotted_adapters import SlottedAdapters
 from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
@@ -81,6 +84,7 @@ class Region(CompiledForward):
         self.first_step: FirstStep | None = None
         self.gathered: RemovableHandle | None = None
         self.adapters = SlottedAdapters(module, sites)
+        self.watch = HookWatch(module)
         self.replaced = replaced_forward(module)
         self.__signature__ = inspect.signature(self.stock)
 
@@ -104,11 +108,16 @@ class Region(CompiledForward):
         # Not is_exporting(), which is true of every compilation in torch 2.11.
         if self.idle or empty or cached or torch.compiler._is_exporting_flag:
             return self.stock(*args, **kwargs)
-        return self._outside_outer_graph(*args, **kwargs)
+        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
+            return self._outside_outer_graph(*args, **kwargs)
+        return self._in_own_graphs(*args, **kwargs)
 
     @torch.compiler.disable(reason=_OUTER_COMPILE)
     def _outside_outer_graph(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block in graphs of its own, also while a torch.compile traces the model."""
+        """As `_in_own_graphs`, while a torch.compile traces the model."""
+        return self._in_own_graphs(*args, **kwargs)
+
+    def _in_own_graphs(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         if torch._C._are_functorch_transforms_active():
             self.graphs, self.uncompiled = [], _TRANSFORMED
@@ -137,11 +146,12 @@ class Region(CompiledForward):
         if hooked in self.kind.refused:
             self._leave_uncompiled(self.kind.refused[hooked])
             return (self.replaced or partial(self.kind.forward, self.module))(*args, **kwargs)
+        refuse_context_parallel()
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         plans.heed()
-        with running(self) as executed, dynamo_settings(hooked.settings if hooked else {}):
+        with Running(self) as executed, DynamoSettings(hooked.settings if hooked else {}):
             try:
                 result = self.kind.compiled(hooked)(self.replaced or self.module, *args, **kwargs)
             except REFUSALS:
@@ -166,9 +176,11 @@ class Region(CompiledForward):
 
     def _hooks(self) -> tuple[Hook, ...]:
         hooks: tuple[Hook, ...] = ()
-        if has_hooks(self.module):
-            place_hooks(self.module)
-            hooks = hooks_inside(self.module)
+        if not self.watch.is_quiet():
+            self.adapters.forget()
+            if self.watch.has_hooks():
+                place_hooks(self.module)
+                hooks = hooks_inside(self.module)
         return hooks if self.replaced is None else (Hook(FORWARD, "", self.replaced), *hooks)
 
     def _hooked(self, hooks: tuple[Hook, ...]) -> HookedRun:

@@ -84,7 +84,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def grouped_table(report: Report) -> Table:
-    """Return a table with one line for sites that are equal but for the numbers in their names.
+    """Return a table with one line for sites that are equal except for numbers in their names.
 
     Where packed weights come from, and why a site is not fused, is in numbered notes below."""
     groups: dict[tuple[Any, ...], list[str]] = {}

@@ -167,6 +167,8 @@ def train(
     given = dict(locals())
     for name in ("preview", "resume", "overwrite", "config", "set"):
         del given[name]
+    if several := is_one_of_several():
+        end_by_signal()  # before the imports, of which a KeyboardInterrupt would show the lines
     with bad_input_in_one_line():
         given["columns"] = named_values("--columns", columns)
         given["rank_pattern"] = named_values("--rank-pattern", rank_pattern)
@@ -177,10 +179,8 @@ def train(
         from qlora_compile.training.run import TrainingRun
 
         run = TrainingRun(settings, resume=resume, overwrite=overwrite)
-        run.check_quickly()
-        if is_one_of_several():
-            end_by_signal()
-        elif settings.processes > 1 and not preview:
+        run.check_quickly(writes=not preview)
+        if not several and settings.processes > 1 and not preview:
             start_processes(settings, resume=resume, overwrite=overwrite)
         be_quiet()
         if preview:

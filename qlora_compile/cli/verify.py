@@ -54,7 +54,7 @@ def verify(
     tune: TuneOption = "auto",
     logits_free_loss: Annotated[
         bool,
-        typer.Option("--logits-free-loss", help="Check the loss without logits, too."),
+        typer.Option("--logits-free-loss", help="Also check the loss without logits."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the certificates as JSON.")] = False,
 ) -> None:
@@ -92,7 +92,7 @@ def _stages(
     format: str | None,
     sequences: Callable[..., list[list[int]]],
 ) -> list[Stage]:
-    """Return the stages of the folders that are given, of which there is at least one."""
+    """Return the stages of the given folders, at least one."""
     from qlora_compile.training.adapted import (
         adapted_model,
         adapter_settings,

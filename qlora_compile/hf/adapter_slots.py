@@ -8,6 +8,7 @@ consists of tensors, including the scaling. Every call of a block first updates 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,23 +65,24 @@ class SlottedLayer:
             self.unmerge()
 
     def refresh_slots(self: Any) -> None:
-        """Bring `slots` up to date with PEFT's own attributes.
-
-        Every call of a block does this for each of its layers, so modules are looked up in the
-        dictionaries that hold them, which takes a third of the time of attributes.
-        """
+        """Bring `slots` up to date with PEFT's own attributes."""
         state: list[Any] = [self._disable_adapters]
         adapters: list[tuple[Any, Any, Any, float]] = []
-        if not self._disable_adapters and not self.merged_adapters:
-            a, b, dropout = (self._modules[each]._modules for each in _ADAPTER_PARTS)
-            for name in self.active_adapters:
-                if name in a:
-                    adapters.append((a[name], b[name], dropout[name], self.scaling[name]))
-                    state += _state(*adapters[-1], name in self.lora_variant)
+        for name, *parts in self.active_parts():
+            adapters.append((*parts, self.scaling[name]))
+            state += _state(*adapters[-1], name in self.lora_variant)
         if state != self._slots_state:
             plain = all(state[index] for index in range(1, len(state), _PARTS))
             self.slots = tuple(_slot(*each) for each in adapters) if plain else None
             self._slots_state = state
+
+    def active_parts(self: Any) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module]]:
+        """Yield each adapter that the layer's output contains: its name, A, B and dropout."""
+        if not self._disable_adapters and not self.merged_adapters:
+            a, b, dropout = (self._modules[each]._modules for each in _ADAPTER_PARTS)
+            for name in self.active_adapters:
+                if name in a:
+                    yield name, a[name], b[name], dropout[name]
 
     def forget_slots(self) -> None:
         """Make Dynamo compile PEFT's own forward until the slots are refreshed."""
@@ -104,7 +106,7 @@ def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple
             plain = False
     weight = _parameter(a, "weight")
     tensors = id(weight), id(_parameter(b, "weight")), id(_parameter(b, "bias"))
-    return plain, *tensors, weight.device, scaling, _probability(dropout)
+    return plain, *tensors, weight.device, weight.dtype, scaling, _probability(dropout)
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
@@ -115,7 +117,7 @@ def _parameter(module: nn.Module, name: str) -> Any:
 
 _ADAPTER_PARTS = ("lora_A", "lora_B", "lora_dropout")
 
-_PARTS = 7
+_PARTS = 8
 """How many items `_state` returns for an adapter."""
 
 

@@ -21,7 +21,6 @@ from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
-from qlora_compile.hf.conv1d import LinearSite
 from qlora_compile.hf.dora import DoraLayer, DoraLinear
 from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.hf.replaced_forward import move_hook
@@ -82,10 +81,10 @@ def linear_sites(
 
 def method_at(model: nn.Module, site: str) -> str | None:
     """Return the PEFT method that adapts a site, None if none does."""
-    return methods.method_of(_wrapper(model, site))
+    return methods.method_of(wrapper_at(model, site))
 
 
-def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
+def wrapper_at(model: nn.Module, site: str) -> nn.Module | None:
     """Return the module at a site's name; None inside a module that PEFT trains in full, where
     names have parts of PEFT's own."""
     try:
@@ -94,38 +93,9 @@ def _wrapper(model: nn.Module, site: str) -> nn.Module | None:
         return None
 
 
-class SlottedAdapters:
-    """The adapter layers that are at the `sites` inside `block` at the time of each call."""
-
-    def __init__(self, block: nn.Module, sites: Iterable[str]) -> None:
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._block = [block] * ("" in sites)
-        for site in sites:
-            if not isinstance(_wrapper(block, site), (LinearSite, BaseTunerLayer)):
-                # A weight of experts, whose adapters wrap the module that has it.
-                site = site.rpartition(".")[0]
-            parent, _, leaf = site.rpartition(".")
-            if site and (holder := _wrapper(block, parent)) is not None:
-                place = (holder.__dict__["_modules"], leaf)
-                self._places += [] if place in self._places else [place]
-
-    def refresh(self, *, by_slots: bool) -> None:
-        """Update the slots; without `by_slots`, have PEFT's own forward compiled instead."""
-        modules = [children.get(leaf) for children, leaf in self._places]
-        for module in (*self._block, *modules):
-            while isinstance(module, SlottedLayer):
-                module.unmerge_disabled()
-                if by_slots:
-                    module.refresh_slots()
-                else:
-                    module.forget_slots()
-                # Several adapted weights wrap one module of experts.
-                module = getattr(module, "base_layer", None)
-
-
 def active_rank(model: nn.Module, site: str) -> int:
     """Return the summed rank of the site's active adapters; 0 without one."""
-    module = _wrapper(model, site)
+    module = wrapper_at(model, site)
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return 0
     return sum(module.r[name] for name in module.active_adapters if name in module.r)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
@@ -47,8 +48,10 @@ def is_inside(name: str, outer: str) -> bool:
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the names of the blocks that a model repeats; empty if there are none.
 
-    The blocks are transformers' outermost checkpointing layers or, without any, the children of the
-    longest ModuleList whose children are all of one class.
+    The blocks are transformers' outermost checkpointing layers. Without any, they are the modules
+    of the classes that a model of diffusers declares, or of the class that the longest list
+    consists of, wherever they stand in such lists. A list is a ModuleList or Sequential of modules
+    of one class; those that hold Linears come first.
     """
     blocks: list[str] = []
     for name, module in modules.items():
@@ -57,14 +60,28 @@ def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[str]:
             blocks.append(name)
     if blocks:
         return blocks
+    declared = {
+        n for each in modules.values() for n in getattr(each, "_repeated_blocks", None) or ()
+    }
+    if declared:
+        return [name for name, module in modules.items() if type(module).__name__ in declared]
     lists = [
         list(module)
         for module in modules.values()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in module}) == 1
+        and not isinstance(module[0], nn.Linear | BaseTunerLayer)
     ]
-    longest = max(lists, key=len, default=[])
+    with_linears = [
+        each for each in lists if any(isinstance(inner, nn.Linear) for inner in each[0].modules())
+    ]
+    longest = max(with_linears or lists, key=len, default=[])
+    if len(longest) < 2:
+        return []
     names = {id(module): name for name, module in modules.items()}
-    return [names[id(child)] for child in longest] if len(longest) > 1 else []
+    return [
+        names[id(child)] for each in lists if type(each[0]) is type(longest[0]) for child in each
+    ]
 
 
 def kept_linears(modules: Mapping[str, nn.Module]) -> dict[str, str]:

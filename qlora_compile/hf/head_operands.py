@@ -1,5 +1,5 @@
-"""HeadOperands: the tensors of an output head, however PEFT has wrapped the head; HeadLoss: the
-loss that they and the head's input have."""
+"""HeadOperands: the tensors of an output head, however PEFT has wrapped the head. HeadLoss: a loss
+of these and the head's input."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from qlora_compile.hf.checkpoints.folder import CheckpointFolder, readable_gguf
 from qlora_compile.hf.checkpoints.reading import quantization_settings, read_model
 from qlora_compile.hf.checkpoints.side_files import add_settings_beside, generation_config
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
+from qlora_compile.kernels.cpu.instructions import product_dtype
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,8 +47,7 @@ def compute_dtype() -> torch.dtype:
     """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return product_dtype(torch.bfloat16)
 
 
 # What transformers raises for a damaged config.json, depending on the damage.

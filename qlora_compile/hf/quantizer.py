@@ -86,7 +86,7 @@ class PackingQuantizer(HfQuantizer):
         final device map.
 
         Raises:
-            OldTransformersError: a packed folder, and this transformers cannot be told its files.
+            OldTransformersError: this transformers cannot find the files of a packed folder.
             DiskOffloadError: weights are to stay on disk.
         """
         if self.pre_quantized and not hasattr(HfQuantizer, "update_attn_implementation"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tempfile
 import time
 import warnings
@@ -18,11 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from qlora_compile.data_errors import NothingLearntError
-from qlora_compile.errors import (
-    MissingPackageError,
-    OutOfRangeError,
-    TrainingOptionError,
-)
+from qlora_compile.errors import MissingPackageError, OutOfRangeError
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.dataset import (
     checked_length,
@@ -43,6 +38,8 @@ from qlora_compile.hf.trainer.objectives.base import Objective
 from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
 from qlora_compile.hf.trainer.objectives.registry import objective_named
 from qlora_compile.hf.trainer.objectives.sft import SFT
+from qlora_compile.hf.trainer.options import check_options
+from qlora_compile.hf.trainer.saved_digests import SavedDigests
 
 LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
 MAX_LENGTH = 1024  # tokens; TRL's
@@ -100,15 +97,16 @@ class FineTuning:
         if chosen is SFT and as_it_stands:
             chosen = CLASSIFICATION
         trainer_class, config_class = _loaded(chosen)
-        require_known_options(options, config_class)
         self.interruption = Interruption(options.get("output_dir"))
         self._temporary = None
         if options.get("output_dir") is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="qlora_compile-")
-        defaults = {**_machine_defaults(), **_defaults(chosen, options), **chosen.defaults}
+        defaults = _defaults(chosen, options)
         if eval_dataset is not None:
             defaults["eval_strategy"] = "epoch"
-        watchers: list[TrainerCallback] = [self.interruption, *([observer] if observer else [])]
+        check_options(options, config_class, defaults)
+        watchers: list[TrainerCallback] = [self.interruption, SavedDigests()]
+        watchers += [observer] if observer else []
         if patience is not None:
             watchers.append(EarlyStoppingCallback(patience))
         make = _plain_trainer if chosen is CLASSIFICATION else _trl_trainer
@@ -201,7 +199,7 @@ def _trl_trainer(
     rows = dataset
     if not isinstance(dataset, preparation.TrainingRows):
         rows = preparation.training_rows(dataset, objective, held_out=eval_dataset)
-    own = dict(TRL_DEFAULTS)
+    own: dict[str, Any] = {}
     if "max_length" in {each.name for each in dataclasses.fields(objective.load()[1])}:
         limit = longest_row(base_model(model)) or MAX_LENGTH
         own["max_length"] = max_length or min(MAX_LENGTH, limit)
@@ -233,30 +231,21 @@ def _trl_trainer(
     return trainer
 
 
-def config_class_of(objective: Objective) -> Any:
-    """Return the class of the configuration of an objective's trainer.
+def check_training_options(options: Mapping[str, Any], objective: Objective) -> None:
+    """Check the options of the configuration of an objective's trainer.
 
     Raises:
         MissingPackageError: TRL is needed and not installed.
+        TrainingOptionError, TrainingOptionValueError: a name is unknown, or a value cannot be used.
     """
-    return _loaded(objective)[1]
+    config_class = _loaded(objective)[1]
+    check_options(options, config_class, _defaults(objective, options))
 
 
 def _loaded(objective: Objective) -> tuple[Any, Any]:
     if objective is not CLASSIFICATION and find_spec("trl") is None:
         raise MissingPackageError(purpose=f"the objective {objective.name}", package="trl")
     return objective.load()
-
-
-def require_known_options(options: Mapping[str, Any], config_class: Any) -> None:
-    """Raise TrainingOptionError, which names the nearest, for an option that `config_class` does
-    not have."""
-    known = [each.name for each in dataclasses.fields(config_class) if each.init]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            closest = ", ".join(near) or "none that is similar; see its documentation"
-            raise TrainingOptionError(value=name, config=config_class.__name__, closest=closest)
 
 
 def seed_everything(seed: int) -> None:
@@ -273,8 +262,8 @@ def quiet() -> None:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # PEFT reads an attribute that transformers is renaming; users cannot change that.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # PEFT and TRL have names that transformers is changing; users cannot change that.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     # PEFT looks for a config.json to see if embeddings were resized. A GGUF file has none beside
     # it, and none were resized.
     warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
@@ -314,6 +303,8 @@ def _machine_defaults() -> dict[str, Any]:
 
 def _defaults(objective: Objective, options: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {**DEFAULTS, "save_strategy": "steps" if options.get("output_dir") else "no"}
+    if objective is not CLASSIFICATION:
+        defaults |= TRL_DEFAULTS
     if not objective.keeps_learning_rate:
         defaults["learning_rate"] = LEARNING_RATE
-    return defaults
+    return {**_machine_defaults(), **defaults, **objective.defaults}

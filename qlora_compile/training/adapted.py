@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.training.errors import AdapterFolderError, MergedFromError
 from qlora_compile.training.settings import FILE, RunSettings, settings_from
 
@@ -47,7 +47,7 @@ def merged_from(folder: Path) -> tuple[Path, str | None, str | None]:
     from qlora_compile.hf.merging.write import ORIGIN
 
     try:
-        found = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        found = parsed_json((folder / ORIGIN).read_text(encoding="utf-8"))
         adapter = folder.resolve() / found["adapter"]
     except FileNotFoundError as error:
         raise MergedFromError(value=str(folder), problem=f"it has no {ORIGIN}") from error
@@ -63,8 +63,8 @@ def merged_from(folder: Path) -> tuple[Path, str | None, str | None]:
 def _base_model(config: Path) -> str | None:
     """Return the name of the model that an adapter's configuration names, None if it names none."""
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed_json(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         problem, remedy = f"{config.name} cannot be read ({error})", "write it again"
         raise AdapterFolderError(
             value=str(config.parent), problem=problem, remedy=remedy

@@ -188,8 +188,10 @@ def be_quiet() -> None:
     """Keep the libraries from printing."""
     # Without this, tokenizers warns when the process forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # When imported, bitsandbytes recommends another package, which nothing here would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # When imported, bitsandbytes recommends another package, which nothing here would use; torchao
+    # lists libraries for GPUs that it cannot load, and calls what torch warns about.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from qlora_compile.hf.training import quiet
 
     quiet()

@@ -33,8 +33,7 @@ from qlora_compile.training.token_sequences import check_sequence_length
 if TYPE_CHECKING:
     from qlora_compile.hf.training import StepObserver
 
-# Settings that may differ when a run is resumed: where it writes, how far it goes, how often it
-# saves.
+# Settings that may differ when a run is resumed.
 _MAY_CHANGE = frozenset({"output", "steps", "epochs", "checkpoint_every", "on_nan"})
 _FIGURES = "metrics.json"  # written last: a run without it has not ended
 _ANSWER_TOKENS = 64
@@ -52,22 +51,24 @@ class TrainingRun:
         # Only the first of several processes writes. torchrun sets the variable.
         self._is_first = int(os.environ.get("RANK", "0")) == 0
 
-    def check_quickly(self) -> None:
+    def check_quickly(self, *, writes: bool = True) -> None:
         """Check all that needs no library which takes seconds to import, and the format last.
+
+        writes: whether the run will write its folder, which then must be free.
 
         Raises:
             QloraCompileError: a setting, a path or an earlier run prevents this run.
         """
-        settings = self.settings
-        settings.check_ranges()
-        if settings.model != DEMO:
-            check_model_path(settings.model)
+        self.settings.check_ranges()
+        if self.settings.model != DEMO:
+            check_model_path(self.settings.model)
         if not self.is_demo:
             check_paths(self._paths)
-        require_matplotlib()
-        check_writable(self.output)
-        self._check_earlier_run()
-        check_format(settings.format)
+        if writes:
+            require_matplotlib()
+            check_writable(self.output)
+            self._check_earlier_run()
+        check_format(self.settings.format)
 
     @cached_property
     def objective(self) -> Any:
@@ -156,14 +157,14 @@ class TrainingRun:
         from qlora_compile.hf import loading
         from qlora_compile.hf.trainer.class_labels import class_names
         from qlora_compile.hf.trainer.preparation import templates_checked
-        from qlora_compile.hf.training import config_class_of, require_known_options
+        from qlora_compile.hf.training import check_training_options
 
         choice = replace(self.settings.choice, head=self.objective.head)
         config = choice.check()
         choice = choice.with_format(config)
         _ = self.reward  # which is named on the command line
         options = self.settings.trainer_options()
-        require_known_options(options, config_class_of(self.objective))
+        check_training_options({"output_dir": str(self.output), **options}, self.objective)
         check_sequence_length(self.settings.max_length, config, self.settings.model)
         rows = self.rows()
         if self.objective.head == "classes":

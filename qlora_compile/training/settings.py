@@ -128,6 +128,10 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise OutOfRangeError(name=_option(name), value=value, allowed="a number above 0")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                option = f"--rank-pattern {name}"
+                raise OutOfRangeError(name=option, value=rank, allowed="an integer of 1 or more")
         if not 0 <= self.held_out < 1:
             allowed = "a fraction from 0 to below 1"
             raise OutOfRangeError(name="--held-out", value=self.held_out, allowed=allowed)

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
 from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
@@ -31,6 +33,9 @@ from qlora_compile.tuning.warning import warn_of_folder
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
+_FEW_ROWS, _SMALL_WIDTH = 32, 128
+"""Sizes for products without instructions on the CPU, of which larger ones would take seconds."""
+
 _FEWEST_RUNS, _SECONDS = 3, 0.01
 """The least number of runs for each figure, and their least total seconds: on a machine with other
 work, only some of the short runs are undisturbed."""
@@ -48,14 +53,15 @@ def measure_cpu() -> CpuModel:
     quant_format = FORMATS[0]
     _compile(packed)
     for dtype in _DTYPES:
-        x, w = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu"), weight.to(dtype)
+        fast = multiplies(dtype)
+        rows, width = (_ROWS, _WIDTH) if fast else (_FEW_ROWS, _SMALL_WIDTH)
+        w = weight[:width, :width].to(dtype, memory_format=torch.contiguous_format)
+        x = torch.ones(rows, width, dtype=dtype, device="cpu")
         out, low = x @ w, x[:, :_RANK].contiguous()
         a = w[:_RANK]
-        gemm.append(
-            2 * _ROWS * _WIDTH**2 / _best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out))
-        )
+        gemm.append(2 * rows * width**2 / _best(lambda x=x, w=w, out=out: torch.mm(x, w, out=out)))
         seconds = _best(lambda x=x, a=a: x @ a.t()) + _best(lambda x=x, low=low: low.t() @ x)
-        thin.append(4 * _ROWS * _WIDTH * _RANK / seconds)
+        thin.append(4 * rows * width * _RANK / seconds)
         decoded = torch.empty(_WIDTH, _WIDTH, dtype=dtype, device="cpu")
         seconds = _best(
             lambda dtype=dtype, decoded=decoded: quant_format.dequantize_rows(
@@ -95,9 +101,10 @@ def _compile(packed: PackedWeight) -> None:
     """Compile the C++ for decoding and for adapters, in parallel: each compiler uses one core."""
     decode = format_named(packed.format).dequantize_rows
     dtypes = (torch.float32, torch.bfloat16)
-    compiled = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
+    decoded = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
+    built = partial(thin.is_built, torch.bfloat16)
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(each) for each in (thin.is_built, *compiled)]:
+        for done in [pool.submit(each) for each in (built, *decoded)]:
             done.result()
 
 
@@ -213,7 +220,7 @@ def _digest(here: Fingerprint) -> str:
 def _read(path: Path) -> CpuModel | None:
     """Read figures; None if there is no such file, or one that this version would not write."""
     try:
-        model = CpuModel.from_json(json.loads(path.read_bytes()))
+        model = CpuModel.from_json(parsed_json(path.read_bytes()))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     for each in (model.gemm, model.thin, model.decode):

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 
 from qlora_compile.errors import LayoutTextError
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import BASELINE
@@ -162,8 +163,8 @@ def read_line(kind: type[T], line: str, version_key: str, expected: int) -> T:
         RecordLineError: `written_line` did not write the line; the error says what is wrong.
     """
     try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        body = parsed_json(line)
+    except ValueError as error:
         raise RecordLineError(problem=f"not JSON, or truncated ({error})") from error
     if not isinstance(body, dict) or version_key not in body:
         raise RecordLineError(problem="JSON of something else")
@@ -190,7 +191,7 @@ def _json(value: object) -> str:
 def _digest(body: object) -> str:
     try:
         return hashlib.sha256(_json(body).encode()).hexdigest()
-    except (ValueError, RecursionError) as error:  # NaN, Infinity, or nested beyond reason
+    except ValueError as error:  # NaN, Infinity, or nested beyond reason
         raise RecordLineError(problem=str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Stages: what has come of a training, beside a float64 evaluation of base and adapters.
+"""Stages: the results of a training beside a float64 evaluation of base and adapters.
 
 A certificate of a block says that training was right. The stages after training are checked by what
 the whole model computes on real text: the adapter as it is read again, by us and by PEFT, the

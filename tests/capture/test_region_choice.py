@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 import qlora_compile
 from qlora_compile.capture.regions import region_of
+from qlora_compile.hf.blocks import repeated_blocks
 from qlora_compile.report import build_report
 from qlora_compile.sites import Inventory
 from tests.test_equality import as_rewritten, lora
@@ -40,6 +41,54 @@ def test_blocks_without_linears_leave_the_model_around_them_uncompiled() -> None
     assert regions == ["head"]
     model(torch.randn(3, 8))
     assert qlora_compile.explain(model).fused == 1
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+
+class Norms(nn.Module):
+    pass
+
+
+def model_of(**children: nn.Module) -> nn.Module:
+    return nn.ModuleDict(children)
+
+
+def declaring() -> nn.Module:
+    model = model_of(first=Block(), rest=nn.ModuleList([Norms(), Norms()]))
+    model._repeated_blocks = ["Block"]  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def some(of: type[nn.Module], count: int) -> list[nn.Module]:
+    return [of() for _ in range(count)]
+
+
+MODELS: dict[str, tuple[nn.Module, list[str]]] = {
+    "a list": (model_of(a=nn.ModuleList(some(Block, 2))), ["a.0", "a.1"]),
+    "a sequence": (model_of(a=nn.Sequential(*some(Block, 2))), ["a.0", "a.1"]),
+    "stages": (
+        model_of(a=nn.Sequential(*some(Block, 1)), b=nn.Sequential(*some(Block, 2))),
+        ["a.0", "b.0", "b.1"],
+    ),
+    "a longer list without Linears": (
+        model_of(a=nn.ModuleList(some(Block, 2)), b=nn.ModuleList(some(Norms, 3))),
+        ["a.0", "a.1"],
+    ),
+    "Linears": (model_of(a=nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])), []),
+    "several classes": (model_of(a=nn.ModuleList([Block(), Norms()])), []),
+    "one block": (model_of(a=nn.ModuleList(some(Block, 1))), []),
+    "declared": (declaring(), ["first"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_a_model_that_is_not_of_transformers(name: str) -> None:
+    model, expected = MODELS[name]
+    assert repeated_blocks(dict(model.named_modules())) == expected
 
 
 def test_a_model_whose_only_linear_is_kept_is_not_compiled() -> None:

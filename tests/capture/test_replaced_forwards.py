@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from peft import get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
 
 import qlora_compile
 from qlora_compile.capture.regions import region_of
@@ -248,6 +249,18 @@ def test_offloaded_weights(where: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
     reasons = {site.reason for site in qlora_compile.explain(model).sites}
     assert any("accelerate.hooks.add_hook_to_module" in str(reason) for reason in reasons)
+
+
+def test_weights_that_a_device_map_leaves_on_a_disk(tmp_path: Path) -> None:
+    toy().save_pretrained(tmp_path / "model")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    options: Any = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    with pytest.raises(
+        OffloadedWeightError, match=r"^model\.layers\.1\.\S+ is offloaded.*device_map"
+    ):
+        qlora_compile.optimize(model, lora(), quantize="nf4")
 
 
 def test_what_a_forward_on_the_instance_reads_is_not_packed() -> None:

@@ -137,14 +137,15 @@ def test_a_bad_folder_is_one_line(name: str, command: str, adapter: Path, tmp_pa
 
 def test_preview_shows_rows_and_what_is_learnt(adapter: Path) -> None:
     given = ["train", "--model", str(adapter / "model"), "--data", str(adapter / "chat.jsonl")]
-    given += ["--output", str(adapter / "preview"), "--held-out", "0"]
+    given += ["--output", str(adapter / "run"), "--held-out", "0"]  # which an earlier run has
+    before = sorted((adapter / "run").rglob("*"))
     shown = CliRunner().invoke(app, [*given, "--preview", "2"])
     assert shown.exit_code == 0, (shown.output, shown.exception)
     end = "<|im_end|>"
     assert f"user\nsay it{end}\n<|im_start|>assistant\n⟦xyz{end}⟧\n" in shown.stdout
     assert f"assistant\n⟦b{end}⟧" in shown.stdout
     assert shown.stdout.count(" row ") == 2
-    assert not (adapter / "preview").exists()
+    assert sorted((adapter / "run").rglob("*")) == before
 
 
 def test_what_is_learnt_is_in_colour() -> None:
@@ -172,7 +173,7 @@ ORIGINS = ("quantised here", "compressed-tensors checkpoint")
 
 
 def sites(origins: Sequence[str | None]) -> Report:
-    """Equal sites, but for where their weights come from."""
+    """Return sites that are equal except for where their weights come from."""
     name = "base_model.model.model.layers.{}.self_attn.q_proj"
     shape: Any = (False, "nf4", 4096, 4096, 16, TIED)
     return Report(

@@ -72,9 +72,17 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(
 def test_ctrl_c_ends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ends = "signal.signal(signal.SIGINT, signal.SIG_DFL)"  # as `end_by_signal` does
-    press = f"os.kill({os.getpid()}, signal.SIGINT) or time.sleep(60)"
-    script = f"import os, signal, time; {ends}{SAYS}{press}"
+    script = f"""
+import os, pathlib, signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `end_by_signal` does
+pathlib.Path(os.environ["RANK"]).touch()
+if os.environ["RANK"] == "1":
+    while not pathlib.Path("0").exists():
+        time.sleep(0.01)
+    os.kill({os.getpid()}, signal.SIGINT)
+time.sleep(60)
+"""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
     settings = RunSettings("model", ("data",), output=str(tmp_path), processes=2)
     with pytest.raises(typer.Exit) as raised:

@@ -335,6 +335,12 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown objective": ({"objective": "sftt"}, "choose one of sft, dpo"),
     "rows of another objective": ({"objective": "dpo"}, "of the kind 'text', but the objective"),
     "an unknown option": ({"set": "adam_betta1=1"}, "SFTConfig has adam_beta1"),
+    "a scheduler that is none": ({"scheduler": "cosin"}, "lr_scheduler_type='cosin': cosin is not"),
+    "an optimizer that is none": ({"optimizer": "adamw8"}, "optim='adamw8': adamw8 is not a valid"),
+    "a text for a number": ({"set": "adam_beta1=high"}, "adam_beta1='high': it is no float"),
+    "values that do not fit": ({"set": "load_best_model_at_end=true"}, "to match"),
+    "a report to nobody": ({"report_to": "wandbb"}, "report_to='wandbb': wandbb is not supported"),
+    "a rank that is none": ({"rank_pattern": "q_proj=a"}, "--rank-pattern q_proj='a' is out of"),
     "an option without a value": ({"set": "adam_beta1"}, "--set: 'adam_beta1' is not of"),
     "no reward": ({"objective": "grpo", "data": "{tmp}/prompts.jsonl"}, "is needed for grpo"),
     "a reward that is missing": (

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 import typer
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from qlora_compile.cli.app import app
@@ -98,14 +99,18 @@ def _shell(words: list[str], *, run: bool) -> None:
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, result.output
         else:
-            _parse(words[1:])
+            parse(words[1:])
+    elif words[0] == "torchrun" and not run:
+        given = get_args_parser().parse_args(words[1:])
+        assert given.training_script == "qlora-compile"
+        parse(given.training_script_args)
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
     else:
         assert not run, f"{words[0]} is not ours: mark the block as not run"
 
 
-def _parse(words: list[str]) -> None:
+def parse(words: list[str]) -> None:
     """Raise click's error if an option or a command of ours does not exist."""
     command: Any = typer.main.get_command(app)
     context = click.Context(command)

@@ -46,6 +46,7 @@ class Case:
     width: int
     mask: str = "none"
     scale: float | None = None
+    dtype: torch.dtype = torch.bfloat16
 
     def operands(self, seed: int) -> tuple[list[Tensor], Tensor | None, Tensor]:
         """Return query, key and value, laid out like a model's projections, mask, and gradient."""
@@ -53,7 +54,7 @@ class Case:
 
         def normal(heads: int, rows: int) -> Tensor:
             values = torch.randn(self.batch, rows, heads, self.width, generator=generator)
-            return values.bfloat16().transpose(1, 2)
+            return values.to(self.dtype).transpose(1, 2)
 
         heads = self.groups * self.shared
         sizes = ((heads, self.queries), (self.groups, self.keys), (self.groups, self.keys))
@@ -75,11 +76,11 @@ class Case:
             mask = torch.rand(shapes[self.mask], generator=generator) < 0.8
             if self.mask in ("keys", "numbers", "wide numbers"):
                 mask = torch.randn(shapes[self.mask], generator=generator)
-                mask = mask if self.mask.startswith("wide") else mask.bfloat16()
+                mask = mask if self.mask.startswith("wide") else mask.to(self.dtype)
             elif self.mask == "lowest":
                 mask[..., 0] = True
-                lowest = torch.finfo(torch.bfloat16).min
-                mask = torch.zeros(mask.shape).masked_fill(~mask, lowest).bfloat16()
+                lowest = torch.finfo(self.dtype).min
+                mask = torch.zeros(mask.shape).masked_fill(~mask, lowest).to(self.dtype)
             elif self.mask == "a row of nothing":
                 mask[..., 0, :] = False
             else:
@@ -97,6 +98,7 @@ cases = st.builds(
     *(st.integers(1, 300), st.integers(1, 300), st.integers(1, 90)),
     mask=st.sampled_from(MASKS),
     scale=st.sampled_from([None, 0.3]),
+    dtype=st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16]),
 )
 
 
@@ -108,6 +110,7 @@ cases = st.builds(
 @example(Case(1, 1, 2, 40, 300, 128, "numbers"), 0)
 @example(Case(1, 1, 2, 40, 30, 16, "a row of nothing"), 0)
 @example(Case(1, 1, 1, 1, 1, 1), 0)
+@example(Case(1, 1, 2, 40, 30, 16, "lowest", dtype=torch.float16), 0)
 def test_gradients(case: Case, seed: int) -> None:
     operands, mask, grad = case.operands(seed)
     y = ATTENTION(*operands, mask, attention_call(case.mask == "causal", case.scale))
@@ -118,7 +121,7 @@ def test_gradients(case: Case, seed: int) -> None:
     exact = case.gradients(wide, wide_mask, grad.double())
     for name, own, theirs, true in zip(("q", "k", "v"), actual, torchs, exact, strict=True):
         # Where a single key counts, the gradients of q and k are zero, and what is computed noise.
-        largest = torch.finfo(torch.bfloat16).eps * (true.norm() + grad.double().norm() * 0.05)
+        largest = torch.finfo(case.dtype).eps * (true.norm() + grad.double().norm() * 0.05)
         error = (own.double() - true).norm()
         assert error <= FACTOR * (theirs.double() - true).norm() + largest, name
 
@@ -136,6 +139,18 @@ def test_other_operands_are_torchs() -> None:
     own = torch.autograd.grad(ATTENTION(*operands, None, CAUSAL), operands, grad)
     theirs = torch.autograd.grad(plain(operands, None, is_causal=True), operands, grad)
     assert all(map(torch.equal, own, theirs))
+
+
+def test_16_bits_are_widened_where_the_processor_has_no_instructions(level: str) -> None:
+    operands, _, grad = Case(1, 2, 1, 70, 70, 48, dtype=torch.float16).operands(0)
+    own = torch.autograd.grad(ATTENTION(*operands, None, CAUSAL), operands, grad)
+    if not expected(*operands):
+        assert level != "avx2"
+        return
+    wide = [each.detach().float().requires_grad_() for each in operands]
+    theirs = torch.autograd.grad(plain(wide, None, is_causal=True), wide, grad.float())
+    for each, true in zip(own, theirs, strict=True):
+        assert (each - true).norm() <= 2 * torch.finfo(torch.float16).eps * true.norm()
 
 
 def test_a_gradient_of_any_strides() -> None:

@@ -163,8 +163,12 @@ def problem(**changes: object) -> ExpertsProblem:
         ("sm_90", {}, None),
         ("gfx942", {"layout": Layout(UNQUANTIZED, (64, 2049))}, None),
         ("sm_75", {}, "sm_75 has no tensor cores for bfloat16"),
-        ("sm_90", {"compute_dtype": F32}, "products in torch.float32, not bfloat16 or float16"),
-        ("sm_90", {"out_dtype": F32}, "output in torch.float32, not bfloat16 or float16"),
+        (
+            "sm_90",
+            {"compute_dtype": F32},
+            "the product is in torch.float32, not bfloat16 or float16",
+        ),
+        ("sm_90", {"out_dtype": F32}, "the output is in torch.float32, not bfloat16 or float16"),
         ("sm_90", {"layout": FORMATS[0].layout((64, 2052))}, "K = 2052 is not a multiple of 8"),
         (
             "sm_90",

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from qlora_compile.kernels.cpu import instructions, native
 from qlora_compile.kernels.cpu.errors import UnknownCpuLevelError
 from qlora_compile.kernels.cpu.native import NativeKernel
 from qlora_compile.kernels.cpu.toolchain import has_compiler
+from qlora_compile.kernels.variants.native_adapter import native_dtypes
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,17 @@ def test_a_name_of_no_level_is_an_error(value: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(instructions.VARIABLE, value)
     with pytest.raises(UnknownCpuLevelError, match=f"QLORA_COMPILE_CPU is {value!r}.*avx512_bf16"):
         instructions.level()
+
+
+def test_a_level_without_16_bit_products_multiplies_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(instructions, "level", lambda: "avx2")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert instructions.product_dtype(dtype) == torch.float32
+        assert native_dtypes(dtype) == [torch.float32]
+    for dtype in (torch.float32, torch.float64):
+        assert native_dtypes(dtype) == [dtype]
 
 
 @pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")

@@ -119,7 +119,7 @@ def small_blocks(data: st.DataObject) -> Iterator[None]:
     with (
         mock.patch.object(native_adapter, "ROW_BLOCK", rows),
         mock.patch.object(dense, "WEIGHT_BLOCKS", weights),
-        mock.patch.object(native_augmented, "_DECODED", 512),
+        mock.patch.object(native_augmented, "AUGMENTED_BLOCK", 512),
     ):
         yield
 

@@ -20,6 +20,7 @@ from qlora_compile.kernels.problem import Problem, bucket_rows
 from qlora_compile.kernels.registry import FORMATS, UNQUANTIZED, VARIANTS, format_named
 from qlora_compile.kernels.selection import Measured
 from qlora_compile.kernels.selector import select
+from qlora_compile.kernels.variants import native_adapter
 from qlora_compile.kernels.variants.base import Variant
 from qlora_compile.kernels.variants.dense import DenseConfig
 from qlora_compile.kernels.variants.triton_variant import TritonVariant
@@ -193,7 +194,10 @@ def test_what_is_chosen_does_not_reject(
         assert selection.choose(problem, others, model) is others[problem]
 
 
-def test_what_is_modelled_far_slower_than_dense_is_not_measured() -> None:
+def test_what_is_modelled_far_slower_than_dense_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_adapter, "multiplies", lambda dtype: True)
     problem = replace(TYPICAL, device="cpu")
     standard = next(v for v in VARIANTS if v.name == "dense").configs(problem)[0].label
     own, other = ("float32", "bfloat16") if "float32" in standard else ("bfloat16", "float32")

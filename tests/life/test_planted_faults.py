@@ -12,7 +12,7 @@ import pytest
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config as functorch_config
 
-from qlora_compile.capture import backend, regions
+from qlora_compile.capture import backend, hook_watch
 from qlora_compile.hf import full_training
 from tests.life.operations import OPERATIONS, Backward, Batch, Hook, Unhook
 from tests.life.sequences import AT_LENGTH, explore
@@ -45,7 +45,7 @@ def _donated_buffers() -> Iterator[None]:
 FAULTS = (
     Fault(
         "hooks are ignored",
-        lambda: mock.patch.object(regions, "has_hooks", return_value=False),
+        lambda: mock.patch.object(hook_watch, "has_hooks", return_value=False),
         (Hook, Unhook, Batch),
         "differs by|only stock has",
     ),

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 from triton import knobs
 
 from qlora_compile.kernels.gpu.target import assuming
@@ -29,6 +30,7 @@ from qlora_compile.kernels.plans import first_use, native
 from qlora_compile.kernels.selector import Selector
 from qlora_compile.kernels.variants.base import LinearTensors
 from qlora_compile.kernels.workspace import _buffers, fresh_workspaces, workspace
+from qlora_compile.modules.linear import QuantizedLinear
 from tests.fake_device.device import FakeDevice, fake_device
 from tests.plans.toy_calls import (
     TEXT,
@@ -39,6 +41,8 @@ from tests.plans.toy_calls import (
     copying_kernel,
     keys,
     launching,
+    multiplying,
+    multiplying_decoded,
     plans,
 )
 
@@ -247,6 +251,79 @@ def threaded(device: FakeDevice) -> dict[str, Any]:
     return {"wrong": wrong, "stuck": stuck, "ticks": ticks}
 
 
+def differentiated(device: FakeDevice) -> dict[str, Any]:
+    """Two threads that each run backwards of their own, in turn inside of another backward, while
+    plans of both directions are looked up, recorded by Python and evicted."""
+    weight = torch.randn(N, K)
+    wrong: list[int] = []
+    errors: list[str] = []
+    together = threading.Barrier(2)
+
+    def squares(x: Tensor) -> Tensor:
+        return call(x=x, weight=weight).square()
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with assuming("sm_90", kind="cpu"):
+            together.wait(60)
+            for turn in range(150):
+                rows = int(torch.randint(1, 7, (1,), generator=generator))
+                x = torch.randn(rows, K, generator=generator).requires_grad_()
+                y = squares(x) if turn % 3 else checkpoint(squares, x, use_reentrant=True)
+                torch.autograd.backward(y.sum())
+                expected = 2 * (x.detach() @ weight.t()) @ weight
+                if x.grad is None or not torch.allclose(x.grad, expected, atol=1e-4):
+                    wrong.append(rows)
+
+    def guarded(seed: int) -> None:
+        try:
+            work(seed)
+        except Exception as error:  # an error of a thread would be lost
+            errors.append(str(error))
+
+    torch.ops.qlora_plans.limit(5)
+    with computed_by(multiplying):
+        threads = [threading.Thread(target=guarded, args=(seed,)) for seed in range(2)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(120)
+        stuck = [each.is_alive() for each in threads]
+        bounded = keys()
+        torch.ops.qlora_plans.limit(2048)
+        x = torch.randn(3, K)
+        for _ in range(3):
+            torch.autograd.backward(squares(x.requires_grad_()).sum())
+        return {
+            **{"wrong": wrong, "errors": errors, "stuck": stuck, "keys": bounded},
+            "plans": plans(),
+        }
+
+
+def transformed(device: FakeDevice) -> dict[str, Any]:
+    """A packed Linear under transforms of torch.func, whose calls have plans otherwise."""
+    linear = QuantizedLinear.from_linear(nn.Linear(64, N, bias=False), "nf4")
+    weight, x = linear.dequantize(), torch.randn(6, 64)
+
+    def squares(x: Tensor) -> Tensor:
+        return linear(x).square()
+
+    with computed_by(multiplying_decoded):
+        for _ in range(3):
+            squares(x)
+        before = [plans(), keys(), device.launched]
+        gradient = torch.func.grad(lambda x: squares(x).sum())(x)
+        mapped = torch.func.vmap(squares)(torch.stack([x, 2 * x]))
+        after = [plans(), keys(), device.launched]
+    expected = (x @ weight.t()).square()
+    return {
+        "before": before,
+        "after": after,
+        "gradient": torch.allclose(gradient, 2 * (x @ weight.t()) @ weight, atol=1e-4),
+        "mapped": torch.allclose(mapped, torch.stack([expected, 4 * expected]), atol=1e-4),
+    }
+
+
 def elsewhere(device: FakeDevice) -> dict[str, Any]:
     """Try what never uses a plan: fakes, traces, subclasses, hooked launches, off(), gradients."""
     from qlora_compile.kernels.op import QLORA_LINEAR
@@ -301,8 +378,8 @@ def living(device: FakeDevice) -> dict[str, Any]:
 
 
 SECTIONS = (
-    *(operators, results, refused, failing, captured, ragged, keyed, threaded, elsewhere),
-    living,
+    *(operators, results, refused, failing, captured, ragged, keyed, threaded, differentiated),
+    *(transformed, elsewhere, living),
 )
 
 

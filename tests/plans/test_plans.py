@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 from qlora_compile.kernels.gpu.launch import Launch
 from qlora_compile.kernels.gpu.launch_step import launch_step
 from qlora_compile.kernels.plans import first_use, native
@@ -122,6 +123,23 @@ def test_threads_look_up_record_and_evict_at_once(found: Found) -> None:
     assert found["threaded"]["stuck"] == [False, False]
 
 
+def test_threads_run_backwards_at_once(found: Found) -> None:
+    differentiated = found["differentiated"]
+    assert differentiated["errors"] == differentiated["wrong"] == []
+    assert differentiated["stuck"] == [False, False]
+    # Of a dozen keys in both directions there is room for five.
+    assert differentiated["keys"] == 5
+    assert differentiated["plans"] >= 2
+
+
+def test_transforms_of_torch_func_make_and_use_no_plans(found: Found) -> None:
+    transformed = found["transformed"]
+    assert transformed["before"][0] == 1
+    assert transformed["after"] == transformed["before"]
+    assert transformed["gradient"]
+    assert transformed["mapped"]
+
+
 def test_python_runs_while_a_plan_launches(found: Found) -> None:
     # Two launches of 100 ms, in ticks of a few ms.
     assert found["threaded"]["ticks"] >= 10
@@ -197,8 +215,13 @@ def test_what_is_built_is_installed_before_a_block_but_in_no_backward(on_a_gpu: 
 
 def test_there_are_no_plans_on_rocm(on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
     native.start()
-    assert not native._state.started
+    native.heed()
+    (line,) = native.report()
+    assert line.startswith("Python starts all kernels")
+    assert "ROCm" in line
+    assert on_a_gpu == []
 
 
 def test_nothing_is_compared_under_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +249,13 @@ class _Compiled:
     src = SimpleNamespace(signature={"x": "*fp32", "n": "i32"})
 
     def __init__(self, **metadata: Any) -> None:
-        plain = {"name": "toy", "shared": 0, "warp_size": 32, "num_warps": 4}
+        plain = {
+            "name": "toy",
+            "shared": 0,
+            "warp_size": 32,
+            "num_warps": 4,
+            "target": TARGETS["sm_90"],
+        }
         self.metadata = SimpleNamespace(**plain | metadata)
 
 
@@ -246,12 +275,13 @@ def _step(compiled: _Compiled) -> Any:
         ({"launch_cooperative_grid": True}, "cooperative"),
         ({"launch_pdl": True}, "programmatic"),
         ({"shared": 229 * 1024}, "bytes of shared memory"),
+        ({"target": TARGETS["gfx942"]}, "of hip"),
     ],
 )
 def test_kernels_that_need_more_than_a_launch_are_left_to_triton(
     metadata: Found, reason: str
 ) -> None:
-    with pytest.raises(UnplannableError, match=f"toy needs .*{reason}"):
+    with pytest.raises(UnplannableError, match=f"toy .*{reason}"):
         _step(_Compiled(**metadata))
 
 

@@ -17,7 +17,7 @@ from qlora_compile.kernels.call import Call, LinearCall
 from qlora_compile.kernels.gpu.launch import Launch
 from qlora_compile.kernels.layout import UNQUANTIZED, Layout
 from qlora_compile.kernels.selection import Choice
-from qlora_compile.kernels.variants.base import NO_CONFIG, LinearTensors
+from qlora_compile.kernels.variants.base import NO_CONFIG, LinearGradients, LinearTensors
 
 N, K = 24, 16
 F32 = torch.float32
@@ -47,10 +47,27 @@ def launching(tensors: LinearTensors) -> Tensor:
     return y
 
 
+def multiplying(tensors: LinearTensors) -> Tensor:
+    """y, by an operator of torch, which does compute on the fake device."""
+    return torch.mm(tensors.x, tensors.planes[0].t())
+
+
+def multiplying_decoded(tensors: LinearTensors) -> Tensor:
+    """As `multiplying`, of a packed weight; but of its size alone, not its values."""
+    return torch.mm(tensors.x, tensors.x.new_ones(tensors.x.shape[1], N))
+
+
+def _gradients(grads: Any, group: Any, needs: Any, config: Any) -> Any:
+    return torch.mm(grads[0], group[0][0].planes[0]), [LinearGradients()]
+
+
 @contextmanager
 def computed_by(body: Body) -> Iterator[None]:
-    """Make `body` the only variant inside the context."""
-    variant: Any = mock.Mock(forward_group=lambda group, config: [body(group[0][0])])
+    """Make `body` the only variant inside the context. The gradient of x is that of
+    `multiplying`."""
+    variant: Any = mock.Mock(
+        forward_group=lambda group, config: [body(group[0][0])], backward_group=_gradients
+    )
 
     def choose(problem: Any, records: str) -> Choice:
         return Choice(variant, NO_CONFIG, 0.0)

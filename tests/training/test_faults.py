@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -25,7 +26,7 @@ from qlora_compile.cli.app import app
 from qlora_compile.errors import OptionError
 from qlora_compile.hf.trainer.failures import check_parallelism
 from qlora_compile.hf.training import FineTuning, StepObserver, seed_everything
-from qlora_compile.outputs import damage, held, last_checkpoint
+from qlora_compile.outputs import DIGESTS, damage, held, last_checkpoint
 from qlora_compile.training_errors import (
     CheckpointWriteError,
     ContextParallelError,
@@ -160,6 +161,20 @@ def test_a_checkpoint_cut_at_any_byte_is_passed_over(whole: Path, data: st.DataO
     finally:
         file.write_bytes(content)
     assert damage(newest) is None
+
+
+def test_a_checkpoint_with_another_byte_is_passed_over(whole: Path) -> None:
+    newest = whole / f"checkpoint-{STEPS}"
+    noted = json.loads((newest / DIGESTS).read_text())
+    assert {*noted, DIGESTS} == {file.name for file in newest.iterdir()}
+    file = newest / "adapter_model.safetensors"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert damage(newest) == f"{file.name} is not what was saved"
+        assert last_checkpoint(whole) == whole / f"checkpoint-{STEPS - 1}"
+    finally:
+        file.write_bytes(content)
 
 
 def test_damaged_checkpoints_are_named(inputs: Path, whole: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ extern "C" void kernel(
     } else {
       scale = reinterpret_cast<const float*>(absmax)[block];
     }
-    const uint8_t* in = codes + b * bytes;
+    const uint8_t* in = codes + block * bytes;
     TYPE* to = out + 2 * b * bytes;
     int64_t i = 0;
 #if defined(__AVX512BW__) || defined(__AVX2__)
@@ -255,8 +255,7 @@ def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tens
     begins a byte. codebook: float32 [16]."""
     block_size = packed.layout.named["block_size"]
     bytes_per_block = block_size // 2
-    codes, absmax, *nested = (plane.reshape(-1) for plane in packed.tensors)
-    codes = codes[first * bytes_per_block :]
+    codes, absmax, *nested = (each.contiguous() for each in packed.tensors)
     # A tensor that is not read must be given all the same.
     tables = nested or [codebook] * 3
     sizes = (int(bool(nested)), first, out.numel() // block_size, bytes_per_block)

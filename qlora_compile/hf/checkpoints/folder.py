@@ -6,7 +6,6 @@ opened. The format is described at https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from qlora_compile.checkpoint_errors import CheckpointError
+from qlora_compile.json_text import parsed_json
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -158,7 +158,7 @@ class CheckpointFolder:
 def _shards(index: Path) -> dict[Path, set[str]]:
     """Return the names of the tensors in each file that the index names."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = parsed_json(index.read_text(encoding="utf-8"))["weight_map"]
         pairs: Iterator[tuple[str, Any]] = iter(places.items())
         files: dict[Path, set[str]] = {}
         for name, file in pairs:

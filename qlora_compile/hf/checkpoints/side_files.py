@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.hf.checkpoints.folder import AGAIN
+from qlora_compile.json_text import parsed_json
 
 _MODELOPT_FILE = "hf_quant_config.json"
 
@@ -29,7 +29,7 @@ def add_settings_beside(source: str, config: Any) -> None:
     if file is None:
         return
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))["quantization"]
+        settings = parsed_json(Path(file).read_text(encoding="utf-8"))["quantization"]
         config.quantization_config = {**settings, "quant_method": "modelopt"}
     except (ValueError, KeyError, TypeError) as error:
         problem = f"the file cannot be read ({error!r})"

@@ -6,7 +6,6 @@ metadata in the file's header hold its class and attributes as JSON.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from qlora_compile.hf.checkpoints.folder import AGAIN, CheckpointFolder
 from qlora_compile.hf.checkpoints.source import FLOATS, Settings, Source, StoredWeight, stems
 from qlora_compile.hf.packings import torchao_integers
 from qlora_compile.hf.packings.fp8 import FORMATS, packed_fp8
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.packed import PackedWeight
 
 _CODES = "_weight_qdata"
@@ -30,7 +30,7 @@ class TorchaoCheckpoint(Source):
         for stem in stems(folder, f".{_CODES}"):
             codes, name = f"{stem}.{_CODES}", f"{stem}.weight"
             try:
-                stated = json.loads(folder.metadata(codes)[name])
+                stated = parsed_json(folder.metadata(codes)[name])
                 kind, attributes = stated["_type"], dict(stated["_data"])
             except (KeyError, TypeError, ValueError) as error:
                 problem = f"the file's metadata do not say which class stores {name} ({error!r})"

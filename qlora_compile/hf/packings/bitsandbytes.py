@@ -6,7 +6,6 @@ and of the values beside them are those of `bitsandbytes.functional.QuantState.a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from qlora_compile.checkpoint_errors import StoredWeightError
 from qlora_compile.errors import BlockSizeError
+from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.formats.base import checked_block_size
 from qlora_compile.kernels.formats.blocks import block_layout
 from qlora_compile.kernels.formats.fp4 import FP4
@@ -45,7 +45,7 @@ class State4bit:
         Raises StoredWeightError.
         """
         try:
-            values: dict[str, Any] = json.loads(bytes(stored.tolist()))
+            values: dict[str, Any] = parsed_json(bytes(stored.tolist()))
             rows, columns = (int(size) for size in values["shape"])
             offset = values.get("nested_offset")
             state = cls(

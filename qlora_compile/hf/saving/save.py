@@ -56,7 +56,7 @@ def save(
     The folder is replaced as a whole, so that an interruption leaves the old or the new one; other
     files in it stay.
 
-    Raises, always before anything is written, but for UnfinishedSaveError:
+    Raises, always before anything is written, except for UnfinishedSaveError:
         SavedModelTypeError: the model is not a transformers model.
         NothingPackedError: none of its weights is packed.
         FolderFormatError: `stored_as` cannot hold it.

@@ -20,7 +20,7 @@ from qlora_compile.training_errors import (
 )
 
 _ON_CPU = "DefaultCPUAllocator: "  # in torch's message, a RuntimeError
-_SAVING = "_save_checkpoint"  # the method of transformers' Trainer
+_SAVING = ("_save_checkpoint", "on_save")  # the methods of transformers' Trainer and its callbacks
 
 
 def check_parallelism(args: Any) -> None:
@@ -31,7 +31,7 @@ def check_parallelism(args: Any) -> None:
     """
     size = getattr(args.parallelism_config, "cp_size", 1)
     if size > 1:
-        raise ContextParallelError(value=size)
+        raise ContextParallelError(value=f"parallelism_config with cp_size={size}")
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def failures_named(trainer: Any) -> Iterator[None]:
             raise _memory_error(trainer) from error
         frames = traceback.extract_tb(error.__traceback__)
         if isinstance(error, RuntimeError | OSError | SafetensorError) and any(
-            frame.name == _SAVING for frame in frames
+            frame.name in _SAVING for frame in frames
         ):
             raise _write_error(Path(trainer.args.output_dir), error) from error
         raise

@@ -21,7 +21,7 @@ from qlora_compile.errors import (
     EmptyDatasetError,
     MissingPackageError,
 )
-from qlora_compile.hf.trainer.unreadable import unreadable
+from qlora_compile.hf.trainer.unreadable import DAMAGED, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -206,7 +206,7 @@ def _read_file(file: Path) -> Dataset:
         if builder == "parquet" and file.suffix == COMPRESSED:  # the others unpack it themselves
             path = DownloadManager().extract(path)
         table: Any = load_dataset(builder, data_files=[path], split="train", **options)
-    except (DatasetGenerationError, OSError, ValueError) as error:
+    except (DatasetGenerationError, *DAMAGED) as error:
         raise unreadable(file, error) from error
     import pyarrow
 
@@ -219,7 +219,7 @@ def _read_saved(folder: Path) -> Rows:
 
     try:
         saved = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise unreadable(folder, error) from error
     return _of_splits(saved, str(folder)) if isinstance(saved, dict) else _named(saved, folder)
 

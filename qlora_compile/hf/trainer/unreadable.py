@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 from qlora_compile.data_errors import DataSourceError
 from qlora_compile.errors import QloraCompileError
+from qlora_compile.json_text import parsed_json
+
+DAMAGED = (OSError, ValueError, EOFError, zlib.error)
+"""What reading a damaged file raises; the last two if it is compressed."""
 
 _SHOWN = 60  # characters of a line
 
@@ -35,12 +40,15 @@ def unreadable(path: Path, error: BaseException) -> QloraCompileError:
 def _json_fault(path: Path) -> tuple[str, str] | None:
     """Return problem and remedy of the first line that is not a JSON object, None without one."""
     opened: Any = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
+    with (
+        contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile),  # the error is of the file
+        opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines,
+    ):
         for number, line in enumerate(lines, start=1):
             try:
-                fine = not line.strip() or isinstance(json.loads(line), dict)
-            except json.JSONDecodeError as error:
-                problem = f"row {number} is not JSON ({error.msg})"
+                fine = not line.strip() or isinstance(parsed_json(line), dict)
+            except ValueError as error:
+                problem = f"row {number} is not JSON ({getattr(error, 'msg', error)})"
             else:
                 if fine:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ ROWS: dict[str, list[Row]] = {
 }
 
 
-def small_model(head: str = "causal") -> Any:
+def small_model(vocabulary: int = VOCABULARY) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=8,
             intermediate_size=8,
             num_hidden_layers=1,
@@ -66,11 +67,13 @@ def small_model(head: str = "causal") -> Any:
     )
 
 
-def of_trl(rows: list[Row], folder: Path, **options: Any) -> list[Any]:
-    """Return the token rows that TRL's own trainer makes, with a template that marks answers."""
+def of_trl(rows: list[Row], folder: Path, tokenizer: Any = None, **options: Any) -> list[Any]:
+    """Return the token rows that TRL's own trainer makes with a template that marks answers.
+
+    tokenizer: one with SmolLM2's chat template; None for the toy one."""
     from qlora_compile.hf.trainer.chat_templates import SMOLLM2_TRAINING
 
-    tokenizer = chat_tokenizer()
+    tokenizer = chat_tokenizer() if tokenizer is None else copy.deepcopy(tokenizer)
     tokenizer.chat_template = SMOLLM2_TRAINING
     given: dict[str, Any] = {"max_length": LENGTH, "use_cpu": True, "bf16": False, **options}
     trainer = trl.SFTTrainer(

@@ -286,7 +286,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty folder": (lambda f: f, "no saved dataset and no file with .jsonl, .json"),
     "files with other columns": (
         lambda f: [jsonl(f), jsonl(f, TEXTS, "b.jsonl")],
-        "b.jsonl': it has the columns text, and .*a.jsonl has messages; give all files",
+        "b.jsonl': it has the columns text, but .*a.jsonl has messages; give all files",
     ),
 }
 

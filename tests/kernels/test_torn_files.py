@@ -1,0 +1,107 @@
+"""What is torn in Inductor's cache is made again, and nothing of another torch is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._inductor import codecache, config
+
+from qlora_compile.kernels.cpu import toolchain
+from qlora_compile.kernels.cpu.torn_files import (
+    is_whole_library,
+    is_whole_module,
+    remove_torn_files,
+)
+
+pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inductor")
+
+
+@pytest.fixture(autouse=True)
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Inductor's cache folder, one for all of these tests."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(made))
+    # Spare the libraries by which Inductor tries the processor's instructions.
+    with config.patch({"cpp.vec_isa_ok": True}):
+        yield made
+
+
+def build(value: float = 3) -> Any:
+    codecache.CppPythonBindingsCodeCache.cache.clear()
+    source = f'extern "C" void kernel(double* out) {{ *out = {value}; }}'
+    return toolchain._built(source, ("double*",))
+
+
+def result(kernel: Any) -> float:
+    out = torch.zeros(1, dtype=torch.float64)
+    kernel(out)
+    return out.item()
+
+
+@pytest.fixture
+def library() -> Path:
+    kernel = build()
+    assert result(kernel) == 3
+    return Path(kernel.__self__.__file__)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_library_cut_or_zero_from_any_byte_on_is_torn(
+    library: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    assert is_whole_library(library)
+    content = library.read_bytes()
+    kept = data.draw(st.integers(0, len(content.rstrip(b"\0")) - 1))
+    zeros = data.draw(st.booleans())
+    (tmp_path / "torn").write_bytes(content[:kept] + bytes(len(content) - kept) * zeros)
+    assert not is_whole_library(tmp_path / "torn") or (zeros and kept > len(content) - 64)
+
+
+def test_a_torn_library_is_built_again(library: Path, folder: Path) -> None:
+    """Beside the lock of a process that was killed while it built."""
+    key = library.name.partition(".")[0]
+    assert (folder / "locks" / f"{key}.lock").exists()
+    content = library.read_bytes()
+    library.unlink()  # this process has it mapped
+    library.write_bytes(content[:4096])
+    remove_torn_files.__wrapped__()
+    assert not library.exists()
+    assert result(build()) == 3
+    assert is_whole_library(library)
+
+
+def test_whole_libraries_and_files_of_others_stay(library: Path, folder: Path) -> None:
+    other = folder / "ab" / "script.so"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("INPUT(libc.so.6) " * 10)
+    _, module = codecache.PyCodeCache.write("call = print\n")
+    remove_torn_files.__wrapped__()
+    assert all(Path(each).exists() for each in (library, other, module))
+
+
+@pytest.mark.parametrize("torn", [b"", b"call = prin", b"\0" * 13, b"\xff"])
+def test_a_torn_module_is_written_again(torn: bytes) -> None:
+    _, module = codecache.PyCodeCache.write("call = print\n")
+    Path(module).write_bytes(torn)
+    assert not is_whole_module(Path(module))
+    remove_torn_files.__wrapped__()
+    assert codecache.PyCodeCache.load("call = print\n").call is print
+
+
+@pytest.mark.usefixtures("library")
+def test_another_torch_builds_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {*folder.glob("*/*.so")}
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    assert result(build()) == 3
+    assert len({*folder.glob("*/*.so")} - before) == 1
