@@ -34,7 +34,7 @@ def lines(picture: str) -> list[str]:
 
 
 def report(rows: list[str], notes: dict[str, str]) -> Report:
-    """Return the report of which `rows` are the table, and `notes` are below it, by their numbers."""
+    """Return the report with `rows` in its table, and `notes` below it, by their numbers."""
 
     def noted(cell: str) -> tuple[str, str | None]:
         text, _, number = cell.rstrip(")").partition(" (")
