@@ -1,4 +1,4 @@
-"""Installs the wheel of dist/ into a bare virtual environment and trains a step there.
+"""Install the wheel of dist/ into a bare virtual environment, and train a step there.
 
 `make test-wheel` runs this file. torch and the other dependencies are those of the environment
 that runs it: a .pth file puts their folder on the bare environment's path. Python does not read the

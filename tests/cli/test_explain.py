@@ -23,7 +23,7 @@ COMMITTED = (ROOT / "docs" / "explain.svg").read_text(encoding="utf-8")
 
 
 def lines(picture: str) -> list[str]:
-    """The title and the lines of a picture, from the top."""
+    """Return the title and the lines of a picture, from the top."""
     root = ElementTree.fromstring(picture)
     found: dict[str, str] = {}
     for each in root.iterfind(".//{*}text"):
@@ -34,7 +34,7 @@ def lines(picture: str) -> list[str]:
 
 
 def report(rows: list[str], notes: dict[str, str]) -> Report:
-    """The report of which `rows` are the table, and `notes` are below it, by their numbers."""
+    """Return the report with `rows` in its table, and `notes` below it, by their numbers."""
 
     def noted(cell: str) -> tuple[str, str | None]:
         text, _, number = cell.rstrip(")").partition(" (")

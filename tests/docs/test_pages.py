@@ -41,7 +41,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub and MyST give the headings of a page."""
+    """Return the anchors that GitHub and MyST give the headings of a page."""
     titles = _HEADING.findall(_CODE.sub("", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
