@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 
+import pytest
 import torch
 
 from qlora_compile.kernels import selection
@@ -16,9 +17,16 @@ from qlora_compile.kernels.selector import (
     select,
     selector_named,
 )
+from qlora_compile.kernels.variants import native_adapter
 from tests.kernels.test_selection import TYPICAL
 
 PROBLEM = replace(TYPICAL, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def products_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose as on a CPU that multiplies 16-bit operands."""
+    monkeypatch.setattr(native_adapter, "multiplies", lambda dtype: True)
 
 
 def test_selectors_do_not_see_each_other() -> None:
