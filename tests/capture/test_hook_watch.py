@@ -97,7 +97,7 @@ def test_hooks_elsewhere_and_on_the_block_itself_disturb_nothing() -> None:
     whole, other = block(), block()
     watch = HookWatch(whole)
     watch.has_hooks()
-    for module in (whole, other.first):
+    for module in (whole, other.get_submodule("first")):
         module.register_forward_hook(hook)
     assert watch.is_quiet()
 

@@ -56,7 +56,7 @@ def report(rows: list[str], notes: dict[str, str]) -> Report:
 def test_the_committed_picture_is_what_todays_command_draws_of_its_rows() -> None:
     title, _, _, *rest = lines(COMMITTED)
     rows = [line for line in rest if re.match(r" +\d+  ", line)]
-    notes = dict(each.groups() for line in rest if (each := re.match(r" *\((\d+)\) (.*)", line)))
+    notes: dict[str, str] = dict(re.findall(r"^ *\((\d+)\) (.*)", "\n".join(rest), re.M))
     assert len(rows) > 5
     assert len(notes) > 1
     drawn = explain.picture(report(rows, notes), title.strip())

@@ -450,7 +450,7 @@ def test_explain_prints_the_report_without_training(inputs: Path) -> None:
     table = CliRunner().invoke(app, given, env={"COLUMNS": "120"})
     assert table.exit_code == 0, table.output
     assert "model.layers.*.mlp.down_proj" in table.stdout
-    assert re.search(r"^\s*2\s.*int8\s+64 x 128\s+2\s", table.stdout, re.M)
+    assert re.search(r"^\s*2\s.*int8 \(1\)\s+64 x 128\s+2\s", table.stdout, re.M)
     whole = CliRunner().invoke(app, [*given, "--all"])
     assert "layers.1.mlp.down_proj" in whole.stdout
     report = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)

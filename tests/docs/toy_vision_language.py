@@ -45,10 +45,12 @@ def write(folder: Path) -> None:
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
     torch.manual_seed(0)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert isinstance(image, int)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, **SIZES),
         text_config=LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **SIZES),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=image,
         image_seq_length=(SIDE // PATCH) ** 2,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
