@@ -211,6 +211,8 @@ def replace_node(old: Node, new: Node) -> None:
     assert before is not None
     assert after is not None
     assert (before.shape, before.dtype) == (after.shape, after.dtype), (old, before, after)
+    # The storage of views of `old`, and of what is written to it, is that of its fake tensor.
+    new.meta["example_value"] = before
     old.replace_all_uses_with(new)
     candidates = [old]
     while candidates:

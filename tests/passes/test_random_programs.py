@@ -117,6 +117,14 @@ ADAPTED = SiteSpec(rank=2)
             [1, 3],
         ),
         ([ADAPTED._replace(style="base without grad")], [("linear", 0, 0, 0)], [1]),
+        (
+            [SiteSpec()],
+            [
+                *(("linear", 0, 0, 0), ("linear", 0, 0, 0), ("linear", 0, 0, 0)),
+                *(("add_onto", 3, 0, 0), ("linear_onto", 0, 3, 0), ("linear_onto", 0, 3, 0)),
+            ],
+            [3],
+        ),
     ],
     ids=[
         "x written before a trailing cast",
@@ -126,6 +134,7 @@ ADAPTED = SiteSpec(rank=2)
         "x written by a function between siblings",
         "x written by an argument inplace between siblings",
         "base without grad",
+        "x, the result of a linear, written under another name between siblings",
     ],
 )
 def test_what_once_went_wrong(
