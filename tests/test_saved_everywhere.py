@@ -23,17 +23,17 @@ __all__ = ["without_inductor"]
 ROOT = Path(__file__).parents[1]
 MODULE = "tests.saved_everywhere"
 IDS = torch.arange(3, 35).view(2, 16)
-FOLDERS = {"int8": "qlora_compile", "nf4": "bitsandbytes"}
-"""Formats, and the kind of folder that each is saved in."""
+FOLDERS = {"qlora_compile": "int8", "bitsandbytes": "nf4"}
+"""A format for each kind of folder that models are saved in."""
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def trained(format: str, folder: Path) -> Tensor:
+def trained(kind: str, folder: Path) -> Tensor:
     """Load a packed model, train it and write all that comes of it; return its logits."""
-    packed = qlora_compile.optimize(toy(num_hidden_layers=1), quantize=format)
+    packed = qlora_compile.optimize(toy(num_hidden_layers=1), quantize=FOLDERS[kind])
     packed.save_pretrained(folder / "first")
     base = qlora_compile.load(folder / "first", dtype=torch.float32)
     model = qlora_compile.optimize(base, LoraConfig(target_modules=["q_proj", "down_proj"]))
@@ -49,7 +49,7 @@ def trained(format: str, folder: Path) -> Tensor:
     with torch.no_grad():
         logits = model.eval()(IDS).logits
     model.save_pretrained(str(folder / "adapter"))
-    assert qlora_compile.save(model, folder / "packed") == FOLDERS[format]
+    assert qlora_compile.save(model, folder / "packed") == kind
     qlora_compile.merge(model, folder / "merged", torch.float32)
     unmerged: Any = {"dtype": torch.float32, "weights": {}, "max_shard_size": "5GB"}
     write_merged(model, folder / "dense", **unmerged)
@@ -60,8 +60,8 @@ def trained(format: str, folder: Path) -> Tensor:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_packed_trained_saved_merged_and_read_in_other_processes(tmp_path: Path) -> None:
-    expected = {format: trained(format, tmp_path / format) for format in FOLDERS}
-    ours, theirs = tmp_path / "int8", tmp_path / "nf4"
+    expected = {kind: trained(kind, tmp_path / kind) for kind in FOLDERS}
+    ours, theirs = (tmp_path / kind for kind in FOLDERS)
     read = {
         "with": [
             *(("load", each / "packed", each / "adapter") for each in (ours, theirs)),
