@@ -11,8 +11,12 @@ from transformers import AutoModelForCausalLM
 import qlora_compile
 
 dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+device = torch.device("cpu")
+if torch.cuda.is_available():
+    device = torch.device("cuda", dist.get_node_local_rank())
+    torch.cuda.set_device(device)
 torch.manual_seed(0)  # the same adapters in every process
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(device)
 lora = LoraConfig(r=16, target_modules="all-linear")
 model = qlora_compile.optimize(model, lora, quantize="nf4")
 for layer in model.get_base_model().model.layers:
@@ -22,7 +26,7 @@ fully_shard(model)
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 torch.manual_seed(dist.get_rank())  # other rows in every process
 for step in range(3):
-    tokens = torch.randint(0, 100, (2, 16))
+    tokens = torch.randint(0, 100, (2, 16), device=device)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     optimizer.step()
