@@ -150,7 +150,7 @@ def write(results: dict[str, Any]) -> None:
     for name, each in results.items():
         rows = [row(c, found, each["timeout"]) for c, found in each["loads"].items()]
         rows = ["| loaded by | seconds | peak | limit | peak / limit |", "|---" * 5 + "|", *rows]
-        parts += [f"## {name}, {each['rounds']} rounds in turn", "\n".join(rows)]
+        parts += [f"## {name}, in turn, rounds: {each['rounds']}", "\n".join(rows)]
         parts += [f"{each['conditions']} {in_words(each['measured_on'])}.".strip()]
     RESULTS.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
