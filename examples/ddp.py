@@ -16,9 +16,10 @@ if torch.cuda.is_available():
     device = torch.device("cuda", dist.get_node_local_rank())
     torch.cuda.set_device(device)
 torch.manual_seed(0)  # the same adapters in every process
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(device)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 lora = LoraConfig(r=16, target_modules="all-linear")
-model = DistributedDataParallel(qlora_compile.optimize(model, lora, quantize="nf4"))
+model = qlora_compile.optimize(model, lora, quantize="nf4").to(device)
+model = DistributedDataParallel(model)
 
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 torch.manual_seed(dist.get_rank())  # other rows in every process

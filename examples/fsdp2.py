@@ -16,9 +16,9 @@ if torch.cuda.is_available():
     device = torch.device("cuda", dist.get_node_local_rank())
     torch.cuda.set_device(device)
 torch.manual_seed(0)  # the same adapters in every process
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).to(device)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 lora = LoraConfig(r=16, target_modules="all-linear")
-model = qlora_compile.optimize(model, lora, quantize="nf4")
+model = qlora_compile.optimize(model, lora, quantize="nf4").to(device)
 for layer in model.get_base_model().model.layers:
     fully_shard(layer)
 fully_shard(model)
