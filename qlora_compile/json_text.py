@@ -1,4 +1,4 @@
-"""Reading JSON that anybody may have written."""
+"""Reads JSON from files that may be damaged or written by others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def parsed_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is no JSON, or is nested deeper than Python's parser goes.
+        ValueError: the text is not JSON, or is nested deeper than Python's parser can follow.
     """
     try:
         return json.loads(text)  # noqa: TID251

@@ -1,4 +1,4 @@
-"""Files in Inductor's cache folder that were not written to their end, as after a power cut.
+"""Removes unfinished files from Inductor's cache folder, such as a power cut leaves.
 
 Inductor makes a file where there is none, and loads what is there. Part of a library raises an
 OSError at every start or ends the process by SIGBUS, part of a Python module raises some error or
@@ -18,7 +18,7 @@ _HEADER = struct.Struct("<4sBB10x2HI3QI6H")
 
 @functools.cache
 def remove_torn_files() -> None:
-    """Remove such libraries and modules, once in a process, so that Inductor makes them again."""
+    """Remove torn libraries and modules, once in a process, so that Inductor makes them again."""
     from torch._inductor.codecache import get_lock_dir
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils._filelock import FileLock

@@ -1,4 +1,4 @@
-"""torch's context parallelism, which splits rows along their tokens: told from within a step."""
+"""Refuses torch's context parallelism, which splits rows along their tokens, during a step."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDic
 
 
 class HookWatch:
-    """Looks for hooks inside one block. Most blocks never have any, and looking takes a tenth of a
-    small step's time, so what says that nothing can have come since is asked first."""
+    """Looks for hooks inside one block. Most blocks never have any, and a full search takes a tenth
+    of a small step's time, so `is_quiet` first tells cheaply whether a hook can have come since."""
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
@@ -38,7 +38,8 @@ class HookWatch:
         """Whether there are hooks, in the sense of `hooks.has_hooks`."""
         found = has_hooks(self._block)
         quiet = None if found else _Quiet.of(self._block)
-        # A forward on an instance may be one that changes nothing: that is looked at every time.
+        # `has_hooks` ignores some forwards on instances. `lasts` does not, so these blocks are
+        # searched in every call.
         self._quiet = quiet if quiet is not None and quiet.lasts() else None
         return found
 
@@ -75,7 +76,7 @@ class _Quiet:
         if [*chain.from_iterable(map(dict.values, self.parents))] != self.children:
             return False
         if self.registered != RemovableHandle.next_id:
-            # On something else, unless a dictionary of hooks took the place of one of these.
+            # The new hooks are elsewhere, unless one of these dictionaries has been replaced.
             if not all(map(is_, chain.from_iterable(map(_hooks_of, self.states)), self.empty)):
                 return False
             self.registered = RemovableHandle.next_id

@@ -1,4 +1,4 @@
-"""The adapter layers of one block, whose slots every call of the block first brings up to date."""
+"""SlottedAdapters: updates the slots of a block's adapter layers before every call of the block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_compile.hf.conv1d import LinearSite
 
 
 class SlottedAdapters:
-    """The adapter layers at the `sites` inside `block`, whatever stands there at the time."""
+    """The adapter layers that are at the `sites` inside `block` at the time of each call."""
 
     def __init__(self, block: nn.Module, sites: Iterable[str]) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
@@ -35,12 +35,12 @@ class SlottedAdapters:
         return self.__dict__ | {"_read": None}
 
     def forget(self) -> None:
-        """To be called where a module inside the block may have come, or got a forward of its own,
-        since the last refresh, which then has to look at the modules again."""
+        """Have the next refresh look at the modules again. Call this if a module may have been put
+        into the block, or been given another forward, since the last refresh."""
         self._read = None
 
     def refresh(self, *, by_slots: bool) -> None:
-        """Brings their slots up to date; without `by_slots`, PEFT's own forward is compiled."""
+        """Update the slots; without `by_slots`, have PEFT's own forward compiled instead."""
         read = self._read  # other threads may take it away
         if by_slots and read is not None and read.lasts():
             return
@@ -64,8 +64,8 @@ def _layers(outermost: list[Any]) -> Iterator[Any]:
 
 
 def _is_readable(layers: list[Any]) -> bool:
-    """Whether all that `_Read` compares is there. It is not where a factor is computed, as by a
-    parametrization."""
+    """Whether the layers have everything that `_Read` compares. A factor that is computed, as by a
+    parametrization, lacks its weight."""
     return all(layer.__dict__.keys() >= _SETTINGS for layer in layers) and all(
         isinstance(each._parameters.get("weight"), Tensor) and "bias" in each._parameters
         for layer in layers
@@ -82,8 +82,8 @@ _settings = itemgetter(*sorted(_SETTINGS))
 
 
 class _Read:
-    """What refreshing slots has read. As long as all of it lasts there is nothing to refresh. Each
-    comparison is a loop in C, which takes a third of the time."""
+    """The values that the last refresh read. While all of them stay the same, the slots need no
+    refresh. Each comparison is a loop in C, which takes a third of a Python loop's time."""
 
     def __init__(self, layers: list[Any]) -> None:
         active = [parts for layer in layers for _, *parts in layer.active_parts()]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether a process holds a part only of some weight of `model`."""
+    """Whether this process holds only a part of some weight of `model`."""
     return any(_is_part(parameter) for parameter in model.parameters())
 
 

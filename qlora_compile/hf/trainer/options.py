@@ -21,7 +21,7 @@ def check_options(
 ) -> None:
     """Check names and values of options.
 
-    defaults: of options that are not given and that this machine needs.
+    defaults: values that this machine needs, for options that are not given.
 
     Raises:
         TrainingOptionError: `config_class` has no such option; the message names the nearest.
@@ -53,7 +53,7 @@ def _written(kind: Any) -> str:
 def _problem(
     options: Mapping[str, Any], config_class: Any, defaults: Mapping[str, Any]
 ) -> str | None:
-    """Return why a trainer cannot be configured so, None if it can."""
+    """Return why no trainer can be configured by `options`, None if one can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer's own configuration gives them again

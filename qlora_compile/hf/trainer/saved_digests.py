@@ -1,4 +1,4 @@
-"""Digests of what a training saves, by which `--resume` knows a file that has changed since."""
+"""Writes digests of checkpoints, by which `--resume` notices files that have changed since."""
 
 from __future__ import annotations
 
