@@ -17,7 +17,8 @@ if compgen -G "$output/checkpoint-*/trainer_state.json" > /dev/null; then
     resume=(--resume)
 fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 srun torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc-per-node "$SLURM_GPUS_ON_NODE" \

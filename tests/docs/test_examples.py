@@ -55,7 +55,8 @@ def test_slurm_starts_what_exists(started_again: bool, tmp_path: Path) -> None:
     """Stand-ins of Slurm's commands show what torchrun is given on each machine."""
     script = ROOT / "examples" / "slurm.sh"
     stand_ins = {
-        "scontrol": "printf 'one\\ntwo\\n'",
+        # More than a pipe holds: a reader that stops after the first host would end the script.
+        "scontrol": "printf 'one\\n'; seq 100000",
         "srun": '"$@"',
         "torchrun": f"printf '%s\\n' \"$@\" > {tmp_path}/given",
     }
