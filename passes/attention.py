@@ -42,6 +42,8 @@ def _is_replaced(node: Node, call: dict[str, Any]) -> bool:
     mask = example(call["attn_mask"])
     if query is None or key is None or value is None or call["dropout_p"]:
         return False
+    if query.dim() != 4:
+        return False  # Some versions of torch add the fourth dimension for their kernel.
     if isinstance(call["is_causal"], Node) or isinstance(call["scale"], Node):
         return False  # The model computes the scale, from a length that varies.
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))

@@ -17,6 +17,8 @@ ADDS = (operator.add, operator.iadd, torch.add)
 
 _CAST_METHODS = ("to", "type", "float", "bfloat16", "half", "double")
 _LAST_TWO = ({0, 1}, {-1, -2})
+# As of torch 2.14, Dynamo writes the attributes T and mT as these operators.
+_TRANSPOSING = ("t", torch.t, torch.ops.aten.numpy_T, torch.ops.aten.mT)
 _COPY_METHODS = ("clone", "contiguous")
 _WRITES = (
     operator.iadd,
@@ -84,7 +86,7 @@ def transposed(node: Any) -> Node | None:
     if matrix is None or matrix.dim() != 2:
         return None
     attribute = node.target is getattr and rest in (["T"], ["mT"])
-    method = node.target in ("t", torch.t) or (
+    method = node.target in _TRANSPOSING or (
         node.target in ("transpose", torch.transpose) and set(rest) in _LAST_TWO
     )
     return source if isinstance(source, Node) and (attribute or method) else None

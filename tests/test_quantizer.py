@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from qlora_compile import QloraCompileConfig, optimize
 from qlora_compile.errors import BlockSizeError, MetaDeviceError, UnknownFormatError
 from qlora_compile.kernels.formats.errors import FormatOptionError
+from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.modules.packed import PackedModule
 from qlora_compile.saving_errors import DiskOffloadError, SkeletonError
 from tests.hf.saving.test_save import assert_same
@@ -144,6 +145,21 @@ def test_a_weight_that_cannot_be_packed_is_named(
             tmp_path, quantization_config=QloraCompileConfig("int4")
         )
     assert "layers.1.mlp.up_proj: the weight holds 1 NaN" in caplog.text
+
+
+def test_a_weight_that_the_folder_lacks_is_packed_as_initialised(tmp_path: Path) -> None:
+    model = toy()
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=QloraCompileConfig("int8")
+    )
+    layers = [layer.mlp.up_proj for layer in loaded.model.layers]
+    assert [type(layer) for layer in layers] == [QuantizedLinear] * 2
+    weight = layers[1].dequantize()
+    assert 0 < weight.std() < 2 * model.config.initializer_range
+    assert torch.isfinite(loaded(tokens()).logits).all()
 
 
 def test_a_config_is_written_and_read() -> None:

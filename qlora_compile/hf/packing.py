@@ -13,15 +13,19 @@ from qlora_compile.hf.conv1d import Conv1D, LinearSite, as_linear, features
 from qlora_compile.hf.saving.folders.packed import PackedFolder
 from qlora_compile.hf.saving.save import save_packed
 from qlora_compile.kernels.formats.options import DOUBLE
+from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.registry import format_named
 from qlora_compile.modules.experts import PackedExperts
+from qlora_compile.modules.linear import QuantizedLinear
 
 
 class Packing:
     """The weights of a skeleton that are packed in `format` with its `options`.
 
     Linears become packed modules without data at once, as transformers looks for the places of the
-    planes. Experts become packed once their weight, which has a name of its own, has been read.
+    planes. Until the codes arrive, `weight` is the skeleton's own, as transformers may cast what it
+    reads to the dtype that it finds there. Experts become packed once their weight, which has a
+    name of its own, has been read.
     """
 
     def __init__(
@@ -36,17 +40,20 @@ class Packing:
         self._options = {DOUBLE: self._format.has_double_quantize, **options}
         self._experts = expert_sites
         self._linears = {f"{name}.weight": type(linear) for name, linear in linears.items()}
+        self._bytes: dict[str, float] = {}
         for name, linear in linears.items():
             layout = self._format.layout(features(linear), **self._options)
-            place_linear(model, name, as_linear(linear), layout)
+            own = as_linear(linear)
+            module = place_linear(model, name, own, layout)
+            self._bytes[f"{name}.weight"] = module.weight.nbytes / own.weight.numel()
+            module.weight = own.weight.requires_grad_(False)
 
     def __contains__(self, name: str) -> bool:
         return name in self._linears or name in self._experts
 
-    def bytes_per_element(self, name: str, parameter: Tensor) -> float:
-        """Return the bytes of an element: of experts as packed, of a packed Linear's planes as
-        stored."""
-        return self._format.bits / 8 if name in self._experts else parameter.element_size()
+    def bytes_per_element(self, name: str) -> float:
+        """Return the bytes of an element: of experts as packed, of a Linear's codes alone."""
+        return self._bytes.get(name, self._format.bits / 8)
 
     def pack(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Return the planes of a Linear's `weight` by their names in the model; place those of
@@ -78,6 +85,10 @@ class Packing:
 
 def finish(model: nn.Module) -> None:
     """Complete a model whose packed weights transformers has loaded."""
+    for module in model.modules():
+        # The folder has no such weight: transformers has initialised it.
+        if isinstance(module, QuantizedLinear) and module.weight.is_floating_point():
+            module._store(module.quant_format.pack(module.weight, Layout.parse(module.layout)))
     sites = experts.sites(dict(model.named_modules())).values()
     packed = [site for site in sites if isinstance(site.weight, PackedExperts)]
     for site in packed:

@@ -137,7 +137,7 @@ class PackingQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
-            return self._packing.bytes_per_element(param_name, param)
+            return self._packing.bytes_per_element(param_name)
         return param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:

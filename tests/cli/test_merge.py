@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import qlora_compile
 from qlora_compile.capture import backend
 from qlora_compile.cli.app import app
+from qlora_compile.hf.loading import compute_dtype
 from tests.toy_language_model import toy_llama, toy_tokenizer
 
 STAGES = ("adapter in stock PEFT", "adapter", "packed", "merged")
@@ -44,8 +45,10 @@ def merged(run: Path, *options: str) -> Path:
 
 
 def packed(run: Path, format: str, **options: Any) -> Path:
+    """The run's base in a packed folder: quantised from the dtype in which the run has it, which
+    depends on the machine."""
     folder = run.parent / format
-    model = AutoModelForCausalLM.from_pretrained(run.parent / "base")
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=compute_dtype())
     qlora_compile.save(qlora_compile.optimize(model, quantize=format, **options), folder)
     toy_tokenizer().save_pretrained(folder)
     return folder
