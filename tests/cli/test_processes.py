@@ -72,6 +72,31 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(
 
 
 @pytest.mark.usefixtures("handlers")
+def test_the_rank_that_was_killed_is_named_though_the_other_fails_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = """
+import os, pathlib, time
+from tests.waiting import runs
+noted = pathlib.Path("noted")
+if os.environ["RANK"] == "1":
+    noted.with_suffix(".part").write_text(str(os.getpid()))
+    noted.with_suffix(".part").rename(noted)
+    os.kill(os.getpid(), 9)
+while not noted.exists() or runs(int(noted.read_text())):
+    time.sleep(0.001)
+raise RuntimeError("Connection closed by peer")
+"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
+    settings = RunSettings("model", ("data",), output=str(tmp_path), processes=2)
+    with pytest.raises(typer.Exit):
+        processes.start_processes(settings, resume=False, overwrite=False)
+    assert "error: rank 1 (process " in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("handlers")
 def test_ctrl_c_ends_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +177,7 @@ def test_what_ends_a_job_leaves_a_checkpoint(ended: str, inputs: Path, tmp_path:
     assert training.process.returncode == (1 if ended == "rank" else 130), said
     expected = f"error: rank 1 (process {children[1]}): killed" if ended == "rank" else "stopped: "
     assert said.count(expected) == 1
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     assert "holds adapter and training state; --resume goes on from there" in said
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
@@ -193,7 +218,8 @@ def test_a_job_that_is_killed_while_it_saves_resumes_to_the_same_losses(
         patched.setattr(processes, "_TRAIN", ("-c", KILLED))
         patched.setenv("PYTHONPATH", PATHS)
         killed = CliRunner().invoke(app, arguments(inputs, output, **changed))
-    assert killed.exit_code == 1
+    assert killed.exit_code == 1, killed.stderr
+    assert "error: rank 1 (process " in killed.stderr
     assert f"{output / 'checkpoint-3'} holds adapter and training state" in killed.stderr
     assert (output / "checkpoint-4" / "trainer_state.json").exists()
     with _training(arguments(inputs, output, **changed, resume=True)) as training:
