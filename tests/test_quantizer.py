@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
 from qlora_compile import QloraCompileConfig, optimize
-from qlora_compile.errors import BlockSizeError, UnknownFormatError
+from qlora_compile.errors import BlockSizeError, MetaDeviceError, UnknownFormatError
 from qlora_compile.kernels.formats.errors import FormatOptionError
 from qlora_compile.modules.packed import PackedModule
 from qlora_compile.saving_errors import DiskOffloadError, SkeletonError
@@ -76,6 +76,18 @@ def test_a_device_map_in_parts_loads_the_same_and_disk_is_refused(
     parts["model.layers.1"] = "disk"
     with pytest.raises(DiskOffloadError, match=r"model\.layers\.1 on disk"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map=parts, **options)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "site"),
+    [("meta", "the model"), ({"model": "cpu", "lm_head": "meta"}, "lm_head")],
+)
+def test_what_has_no_data_is_not_packed(device_map: Any, site: str, tmp_path: Path) -> None:
+    toy().save_pretrained(tmp_path)
+    with pytest.raises(MetaDeviceError, match=f"^{site} is on the meta device"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=device_map, quantization_config=QloraCompileConfig("int8")
+        )
 
 
 @pytest.mark.parametrize("stored", ["plain", "packed"])

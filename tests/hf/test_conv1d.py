@@ -89,7 +89,7 @@ def test_every_conv1d_is_fused_and_equal(model_class: str, autocast: bool) -> No
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize(
     ("format", "declared"),
-    zip((each.name for each in FORMATS), itertools.cycle((False, True)), strict=False),
+    list(zip((each.name for each in FORMATS), itertools.cycle((False, True)), strict=False)),
 )
 def test_packed_conv1d_trains_merges_and_saves_as_stock(
     format: str, declared: bool, tmp_path: Path

@@ -127,10 +127,12 @@ def test_trains_as_stock_without_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    zip(
-        (each.name for each in FORMATS),
-        itertools.cycle(("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")),
-        strict=False,
+    list(
+        zip(
+            (each.name for each in FORMATS),
+            itertools.cycle(("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")),
+            strict=False,
+        )
     ),
 )
 @pytest.mark.usefixtures("without_inductor")
