@@ -106,9 +106,7 @@ class Job:
 def job(command: list[str], **options: Any) -> Iterator[Job]:
     """Start a process, with options of Popen; outside the context nothing of it is left."""
     with tempfile.TemporaryFile() as written:
-        process: subprocess.Popen[bytes] = subprocess.Popen(
-            command, stdout=written, stderr=written, **options
-        )
+        process = subprocess.Popen[bytes](command, stdout=written, stderr=written, **options)
         started = Job(process, written)
         try:
             yield started
