@@ -1,5 +1,5 @@
-"""`qlora_compile::attention`: scaled dot-product attention with torch's forward for CPUs and our
-own backward."""
+"""`qlora_compile::attention`: scaled dot-product attention on CPUs and its gradients, by our own
+kernels where they are faster than torch's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TORCH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def expected(*operands: Tensor) -> bool:
-    """Whether our backward is faster than torch's for such operands."""
+    """Whether our gradients are computed faster than torch's for such operands."""
     return cpu_attention.expected(*operands) or _widens(*operands)
 
 
@@ -77,6 +77,14 @@ def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) ->
     tensors: key, value and a mask, if there is one.
     """
     key, value, *mask = tensors
+    options = _options(query, mask, text)
+    if cpu_attention.computes(query, key, value):
+        return list(cpu_attention.attention(query, key, value, **options))
+    return list(TORCH_FORWARD(query, key, value, 0.0, **options))
+
+
+def _fake_forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) -> list[Tensor]:
+    key, value, *mask = tensors
     return list(TORCH_FORWARD(query, key, value, 0.0, **_options(query, mask, text)))
 
 
@@ -121,7 +129,7 @@ class _Attention(OpFunction):
         return None, None, None, found[0], None, *found[1:], *[None] * masks
 
 
-ATTENTION_FORWARD = register("attention_forward", _forward, _forward, _Attention)
+ATTENTION_FORWARD = register("attention_forward", _forward, _fake_forward, _Attention)
 ATTENTION_BACKWARD = register("attention_backward", _backward, _fake_backward)
 
 LIBRARY.define(attention.__name__ + torch.library.infer_schema(attention, mutates_args=()))

@@ -70,7 +70,9 @@ def damage(checkpoint: Path) -> str | None:
     """Return which file of a Trainer's checkpoint is missing, cut or changed, None if it is whole.
 
     The Trainer writes its state last. Other files of tensors or JSON show whether they are cut.
-    Then all are compared with their digests, unless the run was killed before it wrote the digests.
+    Then all are compared with their digests, unless the run was killed before it wrote the digests:
+    then the checkpoint of one process is whole, and of several ones, which write a part each, one
+    may have written none.
     """
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
@@ -83,6 +85,8 @@ def damage(checkpoint: Path) -> str | None:
         if not whole:
             return f"{file.relative_to(checkpoint)} is cut"
     noted = checkpoint / DIGESTS
+    if not noted.is_file() and (checkpoint / "rng_state_0.pth").is_file():
+        return f"{DIGESTS} is missing"
     try:
         digests = dict(parsed_json(noted.read_bytes())) if noted.is_file() else {}
         for name, digest in digests.items():

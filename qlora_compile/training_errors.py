@@ -26,6 +26,13 @@ class CheckpointWriteError(QloraCompileError, OSError):
     )
 
 
+class LostProcessError(QloraCompileError, RuntimeError):
+    template = (
+        "step {step}: the connection to another process was lost ({problem}); look how that one "
+        "ended; {saved}"
+    )
+
+
 class ContextParallelError(QloraCompileError, ValueError):
     template = (
         "{value} splits rows among processes, and compiled blocks would attend to the tokens of "

@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
-from qlora_compile import QloraCompileConfig, optimize
-from qlora_compile.errors import BlockSizeError, UnknownFormatError
+from qlora_compile import QloraCompileConfig, optimize, save
+from qlora_compile.errors import (
+    BlockSizeError,
+    MetaDeviceError,
+    OffloadedWeightError,
+    UnknownFormatError,
+)
 from qlora_compile.kernels.formats.errors import FormatOptionError
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.modules.packed import PackedModule
@@ -77,6 +84,38 @@ def test_a_device_map_in_parts_loads_the_same_and_disk_is_refused(
     parts["model.layers.1"] = "disk"
     with pytest.raises(DiskOffloadError, match=r"model\.layers\.1 on disk"):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map=parts, **options)
+
+
+def test_a_packed_weight_that_is_offloaded_runs_and_is_not_written(tmp_path: Path) -> None:
+    """As where a `device_map` of GPUs puts it on the CPU."""
+    toy().save_pretrained(tmp_path / "model")
+    config = QloraCompileConfig("int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
+    ids = tokens()
+    expected = model(ids).logits
+    site = "model.layers.1.mlp.up_proj"
+    cpu_offload(model.get_submodule(site), torch.device("cpu"))
+    assert {p.device.type for p in model.get_submodule(site).parameters()} == {"meta"}
+    assert torch.equal(model(ids).logits, expected)
+    lora = LoraConfig(target_modules=["q_proj"])
+    for act in (lambda: optimize(model, lora), lambda: save(model, tmp_path / "saved")):
+        with pytest.raises(OffloadedWeightError, match=rf"^{site}.* is offloaded"):
+            act()
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+    remove_hook_from_submodules(model)
+    torch.testing.assert_close(optimize(model, lora)(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "site"),
+    [("meta", "the model"), ({"model": "cpu", "lm_head": "meta"}, "lm_head")],
+)
+def test_what_has_no_data_is_not_packed(device_map: Any, site: str, tmp_path: Path) -> None:
+    toy().save_pretrained(tmp_path)
+    with pytest.raises(MetaDeviceError, match=f"^{site} is on the meta device"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=device_map, quantization_config=QloraCompileConfig("int8")
+        )
 
 
 @pytest.mark.parametrize("stored", ["plain", "packed"])

@@ -1,5 +1,5 @@
-"""Gradients of scaled dot-product attention in bfloat16 on CPUs with AVX-512, block by block, by
-AMX's tiles where the CPU has them. Torch's own take several times as long."""
+"""Scaled dot-product attention in bfloat16 and its gradients on CPUs with AVX-512, block by block;
+the gradients by AMX's tiles where the CPU has them. Torch's own take several times as long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from qlora_compile.kernels.cpu.native import NativeKernel
 from qlora_compile.kernels.gpu.target import target_of
 
 _FILES = ("attention_operands", "attention")
-_KERNEL = NativeKernel(
+_SHAPE = (*["int64_t"] * 8, "float", "int64_t")
+_FORWARD = NativeKernel(
+    sources=(("avx512", ("tiles", "tiles_avx512", "attention_operands", "attention_forward")),),
+    arguments=(
+        *["const uint16_t*"] * 3,
+        *("const uint8_t*", "uint16_t*", "float*", "const int64_t*"),
+        *_SHAPE,
+    ),
+)
+_GRADIENTS = NativeKernel(
     sources=(
         ("amx", ("tiles", "tiles_amx", *_FILES)),
         ("avx512", ("tiles", "tiles_avx512", *_FILES)),
@@ -20,24 +29,59 @@ _KERNEL = NativeKernel(
         *("const float*", "const uint8_t*"),
         *["uint16_t*"] * 3,
         "const int64_t*",
-        *["int64_t"] * 8,
-        *("float", "int64_t"),
+        *_SHAPE,
     ),
 )
 
-start = _KERNEL.start
+
+def start() -> None:
+    """Have the kernels built in other threads."""
+    _FORWARD.start()
+    _GRADIENTS.start()
+
+
+def computes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention` takes these operands."""
+    return expected(query, key, value) and _FORWARD.function() is not None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention, bfloat16 [B, H, M, D], and the log_sum that `gradients` takes, with the
+    strides of torch's. Operands are as `gradients` takes them."""
+    kernel = _FORWARD.function()
+    assert kernel is not None
+    batch, heads, queries, _ = query.shape
+    out, log_sum = (
+        torch.empty_like(query),
+        query.new_empty(batch, queries, heads, dtype=torch.float32),
+    )
+    log_sum = log_sum.transpose(1, 2)
+    bias, steps = _bias(attn_mask, query, key, log_sum)
+    strides = [each.stride()[:3] for each in (query, key, value)]
+    strides += [steps, out.stride()[:3], log_sum.stride()]
+    settings = _settings(attn_mask, bias, query, key, is_causal, scale)
+    kernel(query, key, value, bias, out, log_sum, torch.tensor(strides), *settings)
+    return out, log_sum
 
 
 def available(*operands: Tensor) -> bool:
     """Whether `gradients` takes these operands."""
-    return expected(*operands) and _KERNEL.function() is not None
+    return expected(*operands) and _GRADIENTS.function() is not None
 
 
 def expected(*operands: Tensor) -> bool:
     """Whether gradients are `available`, provided that the kernel can be built."""
     kind = {(each.device.type, each.dtype) for each in operands}
     # Where CPUs count as a GPU, they stand for one here too.
-    return kind == {("cpu", torch.bfloat16)} and target_of("cpu") is None and _KERNEL.expected()
+    return kind == {("cpu", torch.bfloat16)} and target_of("cpu") is None and _GRADIENTS.expected()
 
 
 def gradients(
@@ -60,30 +104,36 @@ def gradients(
     float, of a shape that broadcasts to [B, H, M, N], added to the scores. is_causal: key n counts
     for query m if n <= m.
     """
-    kernel = _KERNEL.function()
+    kernel = _GRADIENTS.function()
     assert kernel is not None
-    batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1:3]
-    bias, steps = log_sum, (0, 0, 0)
-    if attn_mask is not None:
-        narrow = attn_mask.dtype in (torch.bfloat16, torch.float32)
-        bias = attn_mask if narrow else attn_mask.float()
-        bias = bias.expand(*bias.shape[:-2], queries, keys)
-        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
-        steps = bias.expand(batch, heads, queries, keys).stride()[:3]
+    bias, steps = _bias(attn_mask, query, key, log_sum)
     inputs = [query, key, value, grad if grad.stride(3) == 1 else grad.contiguous(), out]
     results = [torch.empty_like(each) for each in inputs[:3]]
     strides = [each.stride()[:3] for each in inputs]
     strides += [log_sum.stride(), steps, *(each.stride()[:3] for each in results)]
-    shape = (
-        0 if attn_mask is None else bias.itemsize,
-        batch,
-        groups,
-        heads // groups,
-        queries,
-        keys,
-        width,
-    )
-    settings = (*shape, int(is_causal), scale, torch.get_num_threads())
+    settings = _settings(attn_mask, bias, query, key, is_causal, scale)
     kernel(*inputs, log_sum, bias, *results, torch.tensor(strides), *settings)
     return results[0], results[1], results[2]
+
+
+def _bias(
+    mask: Tensor | None, query: Tensor, key: Tensor, other: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what is added to the scores, in contiguous rows, and its strides; without a mask,
+    `other`, for a pointer is passed."""
+    if mask is None:
+        return other, (0, 0, 0)
+    bias = mask if mask.dtype in (torch.bfloat16, torch.float32) else mask.float()
+    bias = bias.expand(*bias.shape[:-2], query.shape[2], key.shape[2])
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    return bias, bias.expand(*query.shape[:3], key.shape[2]).stride()[:3]
+
+
+def _settings(
+    mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, is_causal: bool, scale: float
+) -> tuple[int | float, ...]:
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1:3]
+    size = 0 if mask is None else bias.itemsize
+    shape = (size, batch, groups, heads // groups, queries, keys, width)
+    return (*shape, int(is_causal), scale, torch.get_num_threads())

@@ -2,59 +2,41 @@
 
 Inductor makes a file where there is none, and loads what is there. Part of a library raises an
 OSError at every start or ends the process by SIGBUS, part of a Python module raises some error or
-computes something else. Entries of its caches, which it unpickles, it makes anew itself.
+computes something else. Triton, which it starts in processes of its own, is no better with the
+kernels in that folder. Entries of its caches, which it unpickles, it makes anew itself.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import struct
 from pathlib import Path
 
-_HEADER = struct.Struct("<4sBB10x2HI3QI6H")
-"""Of an ELF file: https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html"""
+from qlora_compile.kernels.object_file import is_whole_object
+from qlora_compile.kernels.torn_kernels import is_torn
 
 
 @functools.cache
 def remove_torn_files() -> None:
-    """Remove torn libraries and modules, once in a process, so that Inductor makes them again."""
+    """Remove what is torn, once in a process, so that it is made again."""
     from torch._inductor.codecache import get_lock_dir
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils._filelock import FileLock
 
     folder = Path(cache_dir())
     for library in folder.glob("*/*.so"):
-        if is_whole_library(library):
+        if is_whole_object(library):
             continue
         # Inductor holds this lock while the library is built.
         with FileLock(os.path.join(get_lock_dir(), f"{library.name.partition('.')[0]}.lock")):
-            if not is_whole_library(library):
+            if not is_whole_object(library):
                 library.unlink(missing_ok=True)
     for module in folder.glob("*/*.py"):
         if not is_whole_module(module):
             module.unlink(missing_ok=True)
-
-
-def is_whole_library(library: Path) -> bool:
-    """Return whether an ELF file, little-endian of 64 bits, has its table of sections, which
-    linkers write last. Another file is taken for whole unless it is short or begins with zeros."""
-    try:
-        with library.open("rb") as opened:
-            head = opened.read(_HEADER.size)
-            if len(head) < _HEADER.size:
-                return False
-            magic, bits, order, *_ = fields = _HEADER.unpack(head)
-            if magic != b"\x7fELF":
-                return any(head[4:])
-            if bits == 1 or order == 2:
-                return True
-            place, size, count = fields[8], fields[13], fields[14]
-            opened.seek(place)
-            table = opened.read(size * count)
-    except FileNotFoundError:  # removed meanwhile
-        return True
-    return 0 < size * count == len(table) and any(table[-size:])
+    for note in folder.glob("triton/*/*/__grp__*"):
+        if is_torn(note):
+            note.unlink(missing_ok=True)
 
 
 def is_whole_module(module: Path) -> bool:

@@ -12,20 +12,21 @@ import logging
 from pathlib import Path
 
 from triton import knobs
-from triton.runtime.cache import FileCacheManager, triton_key
+from triton.runtime.cache import triton_key
 
 from qlora_compile.json_text import parsed_json
+from qlora_compile.kernels.gpu.whole_cache import WholeCache
 
 MANIFEST = "build.json"
 
 logger = logging.getLogger(__name__)
 
 
-class BuiltCache(FileCacheManager):
+class BuiltCache(WholeCache):
     """Triton's file cache, in which the files of a kernel are those in one folder, wherever it
     is."""
 
-    def get_group(self, filename: str) -> dict[str, str] | None:
+    def noted_files(self, filename: str) -> dict[str, str] | None:
         noted = self.get_file(f"__grp__{filename}")
         if noted is None:
             return None
@@ -52,11 +53,16 @@ def builder() -> dict[str, str]:
 def use_built_cache() -> None:
     """Make Triton find the kernels in its cache folder, if `qlora-compile build` has written it.
 
-    Nothing changes for other folders, or if another cache manager is set. Logs a warning if the
-    kernels were built with other versions, as Triton does not find them then.
+    In any folder, it then makes again what is torn.
+
+    Nothing changes if another cache manager is set. Logs a warning if the kernels were built with
+    other versions, as Triton does not find them then.
     """
+    if knobs.cache.manager_class is not None:
+        return
+    knobs.cache.manager_class = WholeCache
     manifest = Path(knobs.cache.dir) / MANIFEST
-    if knobs.cache.manager_class is not None or not manifest.is_file():
+    if not manifest.is_file():
         return
     here = builder()
     try:

@@ -8,7 +8,6 @@ from operator import contains, is_, itemgetter
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from qlora_compile.capture.hooks import FORWARD, GLOBAL_HOOKS, OWN_HOOKS, has_hooks
 
@@ -50,14 +49,13 @@ class _Quiet:
 
     states: the attributes of the modules that can be called. parents: the `_modules` of those that
     have any; children: what is in them. empty: all dictionaries of hooks, and the other `_modules`.
-    registered: how many hooks there have been in this process, on anything.
+    Nobody replaces a `_modules`, and to look for it would take a third as long again.
     """
 
     states: list[dict[str, Any]]
     parents: list[dict[str, nn.Module | None]]
     children: list[nn.Module | None]
     empty: list[dict[Any, Any]]
-    registered: int
 
     @classmethod
     def of(cls, block: nn.Module) -> _Quiet:
@@ -67,17 +65,13 @@ class _Quiet:
         parents = [each._modules for each in modules if each._modules]
         childless = [each._modules for each in modules if not each._modules]
         children = [*chain.from_iterable(map(dict.values, parents))]
-        return cls(states, parents, children, [*hooks, *childless], RemovableHandle.next_id)
+        return cls(states, parents, children, [*hooks, *childless])
 
     def lasts(self) -> bool:
         # Each of these is a loop in C, over as little memory as possible: none of it is in a cache.
         if any(self.empty) or any(map(contains, self.states, repeat(FORWARD))):
             return False
-        if [*chain.from_iterable(map(dict.values, self.parents))] != self.children:
+        # A dictionary of hooks may have been replaced.
+        if not all(map(is_, chain.from_iterable(map(_hooks_of, self.states)), self.empty)):
             return False
-        if self.registered != RemovableHandle.next_id:
-            # The new hooks are elsewhere, unless one of these dictionaries has been replaced.
-            if not all(map(is_, chain.from_iterable(map(_hooks_of, self.states)), self.empty)):
-                return False
-            self.registered = RemovableHandle.next_id
-        return True
+        return [*chain.from_iterable(map(dict.values, self.parents))] == self.children

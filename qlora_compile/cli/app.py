@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -43,7 +44,8 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # transformers draws a bar of tqdm's own while it decodes a GGUF file.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 for _command in COMMANDS:

@@ -7,15 +7,19 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from qlora_compile.outputs import last_checkpoint
 from qlora_compile.training.settings import RunSettings, write_settings
+from qlora_compile.training_errors import LostProcessError
 
 _ENDS_BY = (signal.SIGINT, signal.SIGTERM)
+_AT_ONCE = 20  # seconds
+_LOST = LostProcessError.__name__
 _LINES = 30  # of what a process wrote last
 _TRAIN = ("-m", "qlora_compile.cli.app", "train")
 
@@ -70,7 +74,7 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
             typer.echo(f"stopped: {what_is_saved(Path(settings.output))}", err=True)
             raise typer.Exit(128 + error.sigval) from error
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            rank, failure = _first_failure(error.failures)
             if isinstance(failure.message, dict):  # what `record_error` wrote
                 _, _, message = str(dict(failure.message)["message"]).partition(": ")
                 status = 2
@@ -90,6 +94,26 @@ def record_error(error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)
+
+
+def _first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """Return the rank and torchrun's note of the process whose end is the cause of the others'.
+
+    Others may end at once, as they lose the connection, and torchrun ends the rest by SIGTERM, or
+    by SIGKILL half a minute later.
+    """
+    first = min(each.timestamp for each in failures.values())
+
+    def order(item: tuple[int, Any]) -> tuple[int, int]:
+        each = item[1]
+        if each.exitcode == -signal.SIGTERM or each.timestamp - first > _AT_ONCE:
+            return 3, each.timestamp
+        if each.exitcode < 0:
+            return 0, each.timestamp
+        lost = isinstance(each.message, dict) and _LOST in str(dict(each.message)["message"])
+        return 2 if lost else 1, each.timestamp
+
+    return min(failures.items(), key=order)
 
 
 def _show_last_lines(folder: Path, rank: int) -> None:

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlora_compile.errors import MetaDeviceError
 from qlora_compile.kernels.formats.formats import format_named
 from qlora_compile.saving_errors import (
     DiskOffloadError,
@@ -88,6 +89,7 @@ class PackingQuantizer(HfQuantizer):
         Raises:
             OldTransformersError: this transformers cannot find the files of a packed folder.
             DiskOffloadError: weights are to stay on disk.
+            MetaDeviceError: weights that are to be packed would hold no data.
         """
         if self.pre_quantized and not hasattr(HfQuantizer, "update_attn_implementation"):
             raise OldTransformersError(value=transformers.__version__)
@@ -95,6 +97,8 @@ class PackingQuantizer(HfQuantizer):
         for site, place in places.items():
             if str(place) == "disk":
                 raise DiskOffloadError(site=site or "the model")
+            if str(place) == "meta" and not self.pre_quantized:
+                raise MetaDeviceError(site=site or "the model")
 
     def is_serializable(self) -> Any:
         """Return False, because transformers' own saving would write codes as if they were weights.

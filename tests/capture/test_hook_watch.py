@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from qlora_compile.capture.hook_watch import HookWatch
-from qlora_compile.capture.hooks import has_hooks
+from qlora_compile.capture.hooks import OWN_HOOKS, has_hooks
 
 KINDS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
 
@@ -43,6 +43,10 @@ def registering(kind: str, path: str) -> Callable[[Any], Any]:
     return lambda whole: getattr(whole.get_submodule(path), f"register_{kind}_hook")(hook)
 
 
+def _giving(name: str) -> Callable[[Any], Any]:
+    return lambda whole: setattr(whole.first[0], name, OrderedDict({7: hook}))
+
+
 def _on_another_dictionary(whole: Any) -> Any:
     whole.first[0]._forward_hooks = OrderedDict()
     return whole.first[0].register_forward_hook(hook)
@@ -59,6 +63,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
         for path in ("first", "more.0")
     },
     "written": lambda whole: whole.parts["a"]._forward_hooks.update({7: hook}),
+    **{f"given as {name}": _giving(name) for name in OWN_HOOKS.values()},
     "on another dictionary": _on_another_dictionary,
     "on every module": lambda whole: nn_module.register_module_forward_hook(hook),
     "by attribute": lambda whole: setattr(whole, "late", hooked()),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import job
+
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+"""PYTHONPATH of a process that imports what this one does."""
 LONG = bool(os.environ.get("QLORA_COMPILE_DISTRIBUTED_TESTS"))
 
 
@@ -18,11 +21,9 @@ def start(processes: int, module: str, *arguments: str) -> None:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), "-m", f"tests.distributed.{module}", *arguments),
     ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with job(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": PATHS}) as started:
+        said = started.wait()
+    assert started.process.returncode == 0, said[-9000:]
 
 
 def lacks(engine: str) -> bool:

@@ -13,9 +13,10 @@ from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
 from qlora_compile.kernels.gpu.built_cache import MANIFEST, BuiltCache, builder, use_built_cache
+from qlora_compile.kernels.gpu.whole_cache import WholeCache
 
 GROUP = "kernel.json"
-FILES = {GROUP: b"{}", "kernel.cubin": b"\x7fELF"}
+FILES = {GROUP: b"{}", "kernel.cubin": bytes(range(64))}
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +94,10 @@ def test_another_builder_is_told_of(folder: Path, caplog: pytest.LogCaptureFixtu
     assert f"the kernels in {folder} were built with another Triton, so that" in caplog.text
 
 
-def test_any_other_folder_is_left_to_triton(folder: Path) -> None:
+def test_in_any_other_folder_what_is_torn_is_passed_over(folder: Path) -> None:
     folder.mkdir()
     use_built_cache()
-    assert knobs.cache.manager_class is None
+    assert knobs.cache.manager_class is WholeCache
 
 
 def test_another_cache_manager_stays(folder: Path) -> None:
@@ -114,5 +115,5 @@ def test_a_damaged_manifest_is_left_alone_with_a_word(
     (folder / MANIFEST).write_text(text)
     with caplog.at_level(logging.WARNING):
         use_built_cache()
-    assert knobs.cache.manager_class is None
+    assert knobs.cache.manager_class is WholeCache
     assert "cannot be read" in caplog.text

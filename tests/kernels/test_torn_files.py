@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from torch._inductor import codecache, config
 
 from qlora_compile.kernels.cpu import toolchain
-from qlora_compile.kernels.cpu.torn_files import (
-    is_whole_library,
-    is_whole_module,
-    remove_torn_files,
-)
+from qlora_compile.kernels.cpu.torn_files import is_whole_module, remove_torn_files
+from qlora_compile.kernels.object_file import is_whole_object
 
 pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="there is no C++ compiler")
 
@@ -60,12 +57,12 @@ def library() -> Path:
 def test_a_library_cut_or_zero_from_any_byte_on_is_torn(
     library: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
-    assert is_whole_library(library)
+    assert is_whole_object(library)
     content = library.read_bytes()
     kept = data.draw(st.integers(0, len(content.rstrip(b"\0")) - 1))
     zeros = data.draw(st.booleans())
     (tmp_path / "torn").write_bytes(content[:kept] + bytes(len(content) - kept) * zeros)
-    assert not is_whole_library(tmp_path / "torn") or (zeros and kept > len(content) - 64)
+    assert not is_whole_object(tmp_path / "torn") or (zeros and kept > len(content) - 64)
 
 
 def test_a_torn_library_is_built_again(library: Path, folder: Path) -> None:
@@ -78,7 +75,7 @@ def test_a_torn_library_is_built_again(library: Path, folder: Path) -> None:
     remove_torn_files.__wrapped__()
     assert not library.exists()
     assert result(build()) == 3
-    assert is_whole_library(library)
+    assert is_whole_object(library)
 
 
 def test_whole_libraries_and_files_of_others_stay(library: Path, folder: Path) -> None:

@@ -26,7 +26,7 @@ from qlora_compile.cli.app import app
 from qlora_compile.errors import OptionError
 from qlora_compile.hf.trainer.failures import check_parallelism
 from qlora_compile.hf.training import FineTuning, StepObserver, seed_everything
-from qlora_compile.outputs import DIGESTS, damage, held, last_checkpoint
+from qlora_compile.outputs import DIGESTS, damage, held, last_checkpoint, write_digests
 from qlora_compile.training_errors import (
     CheckpointWriteError,
     ContextParallelError,
@@ -36,6 +36,7 @@ from qlora_compile.training_errors import (
 from tests.cli.test_train import arguments, inputs, losses, stock
 from tests.examples import LONG, examples
 from tests.toy_language_model import toy_llama
+from tests.waiting import wait_until
 
 __all__ = ["inputs", "stock"]
 
@@ -97,7 +98,8 @@ def _in_child(act: Callable[[], None], inputs: Path, output: Path) -> int:
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
-    child.join(120)
+    assert child.pid is not None
+    wait_until(child.pid, lambda: not child.is_alive())
     assert child.exitcode is not None
     return child.exitcode
 
@@ -175,6 +177,20 @@ def test_a_checkpoint_with_another_byte_is_passed_over(whole: Path) -> None:
         assert last_checkpoint(whole) == whole / f"checkpoint-{STEPS - 1}"
     finally:
         file.write_bytes(content)
+
+
+def test_a_part_of_several_processes_may_be_missing_until_there_are_digests(
+    whole: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / f"checkpoint-{STEPS}"
+    shutil.copytree(whole / one.name, one)
+    (one / DIGESTS).unlink()
+    assert damage(one) is None
+    # As the Trainer names what each of several processes writes.
+    (one / "rng_state.pth").rename(one / "rng_state_0.pth")
+    assert damage(one) == f"{DIGESTS} is missing"
+    write_digests(one)
+    assert damage(one) is None
 
 
 def test_damaged_checkpoints_are_named(inputs: Path, whole: Path, tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ class BaseTensors:
         for name, module in base_modules(self.model):
             prefix = f"{name}." if name else ""
             if is_packed(module):
+                if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+                    raise OffloadedWeightError(site=name)
                 self.packed[name] = module.packed
                 self.dtypes[name] = getattr(module, "weight_dtype", self.model.dtype)
                 if getattr(module, "bias", None) is not None:

@@ -16,10 +16,13 @@ from qlora_compile.outputs import last_checkpoint
 from qlora_compile.training_errors import (
     CheckpointWriteError,
     ContextParallelError,
+    LostProcessError,
     TrainingMemoryError,
 )
 
 _ON_CPU = "DefaultCPUAllocator: "  # in torch's message, a RuntimeError
+_WAITS = str(Path(torch.distributed.__file__).with_name("distributed_c10d.py"))
+_GLOO = "/gloo/transport/"  # in the message, where C++ has waited, as for the gradients of DDP
 _SAVING = ("_save_checkpoint", "on_save")  # the methods of transformers' Trainer and its callbacks
 
 
@@ -41,6 +44,7 @@ def failures_named(trainer: Any) -> Iterator[None]:
     Raises:
         TrainingMemoryError: memory ran out.
         CheckpointWriteError: a checkpoint could not be written.
+        LostProcessError: another process has ended.
     """
     try:
         yield
@@ -48,23 +52,41 @@ def failures_named(trainer: Any) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or _ON_CPU in str(error):
             raise _memory_error(trainer) from error
         frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, RuntimeError | OSError | SafetensorError) and any(
-            frame.name in _SAVING for frame in frames
-        ):
+        # Before what saving does: it waits for the other processes too.
+        if _is_lost(error, frames[-1].filename):
+            raise _lost_error(trainer, error) from error
+        if any(frame.name in _SAVING for frame in frames):
             raise _write_error(Path(trainer.args.output_dir), error) from error
         raise
 
 
+def _is_lost(error: Exception, file: str) -> bool:
+    """Whether another process did not answer. file: where Python was then."""
+    return isinstance(error, RuntimeError) and (file == _WAITS or _GLOO in str(error))
+
+
+def _lost_error(trainer: Any, error: Exception) -> LostProcessError:
+    return LostProcessError(
+        step=trainer.state.global_step + 1,
+        problem=str(error).partition("\n")[0],
+        saved=_saved(Path(trainer.args.output_dir)),
+    )
+
+
 def _write_error(output: Path, error: Exception) -> CheckpointWriteError:
     cause = next((each for each in _causes(error) if isinstance(each, OSError)), error)
-    saved = last_checkpoint(output)
     return CheckpointWriteError(
         value=str(output),
         problem=getattr(cause, "strerror", None) or str(cause).partition("\n")[0],
-        saved=f"{saved} is whole, and training can go on from there"
-        if saved
-        else "no checkpoint was saved before",
+        saved=_saved(output),
     )
+
+
+def _saved(output: Path) -> str:
+    saved = last_checkpoint(output)
+    if saved is None:
+        return "no checkpoint was saved before"
+    return f"{saved} is whole, and training can go on from there"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
