@@ -206,7 +206,7 @@ def _read_file(file: Path) -> Dataset:
         if builder == "parquet" and file.suffix == COMPRESSED:  # the others unpack it themselves
             path = DownloadManager().extract(path)
         table: Any = load_dataset(builder, data_files=[path], split="train", **options)
-    except (DatasetGenerationError, *DAMAGED) as error:
+    except (DatasetGenerationError, TypeError, *DAMAGED) as error:  # datasets 5.0: rows of numbers
         raise unreadable(file, error) from error
     import pyarrow
 

@@ -24,7 +24,9 @@ def unreadable(path: Path, error: BaseException) -> QloraCompileError:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, UnicodeDecodeError):
-        problem, remedy = f"byte {cause.start} is not UTF-8", "convert the file to UTF-8"
+        position = _undecodable(path)
+        found = "it" if position is None else f"byte {position}"
+        problem, remedy = f"{found} is not UTF-8", "convert the file to UTF-8"
     elif isinstance(cause, PermissionError):
         problem, remedy = "permission denied", "check the file's permissions"
     elif "no data" in str(cause):
@@ -37,12 +39,32 @@ def unreadable(path: Path, error: BaseException) -> QloraCompileError:
     return DataSourceError(value=str(path), problem=problem, remedy=remedy)
 
 
+def _undecodable(path: Path) -> int | None:
+    """Return the position of the first byte that is not UTF-8, None without one.
+
+    That of the error is in what the reader has decoded: a file, a part of it or a cell.
+    """
+    position = 0
+    if path.is_file():
+        with contextlib.suppress(*DAMAGED), _opened(path, "rb") as lines:
+            for line in lines:
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    return position + error.start
+                position += len(line)
+    return None
+
+
+def _opened(path: Path, mode: str, **options: Any) -> Any:
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode, **options)
+
+
 def _json_fault(path: Path) -> tuple[str, str] | None:
     """Return problem and remedy of the first line that is not a JSON object, None without one."""
-    opened: Any = gzip.open if path.suffix == ".gz" else open
     with (
         contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile),  # the error is of the file
-        opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines,
+        _opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines,
     ):
         for number, line in enumerate(lines, start=1):
             try:

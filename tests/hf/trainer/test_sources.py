@@ -281,7 +281,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not UTF-8": (
         lambda f: damaged(f, b"text\ncaf\xe9\n", "a.csv"),
-        "a.csv': byte 3 is not UTF-8; convert the file",
+        "a.csv': byte 8 is not UTF-8; convert the file",
     ),
     "an empty folder": (lambda f: f, "no saved dataset and no file with .jsonl, .json"),
     "files with other columns": (
