@@ -43,7 +43,7 @@ class SaveOptionError(QloraCompileError, TypeError):
 
 class PackedFolderVersionError(QloraCompileError, ValueError):
     template = (
-        "the folder has version {value!r} of the packed format, and this release reads version "
+        "{folder} has version {value!r} of the packed format, and this release reads version "
         "{known}; use the release of qlora_compile that wrote the folder"
     )
 

@@ -52,7 +52,7 @@ class QloraCompileConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         if version is not None:
             if version != VERSION:
-                raise PackedFolderVersionError(value=version, known=VERSION)
+                raise PackedFolderVersionError(folder="the folder", value=version, known=VERSION)
             self.version = version
             return
         format_named(str(format)).usual_layout((1, 1), **options)

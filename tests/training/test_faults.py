@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,16 +112,18 @@ def test_a_killed_run_resumes_to_the_same_losses(
 ) -> None:
     drawn = random.Random(moment)
     output = tmp_path / "run"
-    if moment % 2:
-        count = drawn.randrange(1, 12 * STEPS)
-        status = _in_child(lambda: at_write(output, count), inputs, output)
-    else:
-        seconds = drawn.uniform(0.2, 3)
-        status = _in_child(lambda: after_seconds(seconds), inputs, output)
-    assert status in (0, -signal.SIGKILL)
-    if status:
-        result = run(inputs, output, resume=last_checkpoint(output) is not None or None)
-        assert result.exit_code == 0, result.output
+    status, part = 0, 1.0
+    while status == 0:  # at first, or it ended before it was killed
+        shutil.rmtree(output, ignore_errors=True)
+        if moment % 2:
+            kill = partial(at_write, output, 1 + int(part * drawn.randrange(12 * STEPS)))
+        else:
+            kill = partial(after_seconds, part * drawn.uniform(0.2, 3))
+        status = _in_child(kill, inputs, output)
+        part *= 0.8
+    assert status == -signal.SIGKILL
+    result = run(inputs, output, resume=last_checkpoint(output) is not None or None)
+    assert result.exit_code == 0, result.output
     assert losses(output) == losses(whole)
     adapters = [folder / "adapter_model.safetensors" for folder in (output, whole)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()

@@ -49,7 +49,7 @@ class PackedCheckpoint(Source):
 
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
         if (version := settings.get("version")) != VERSION:
-            raise PackedFolderVersionError(value=version, known=VERSION)
+            raise PackedFolderVersionError(folder=folder.path, value=version, known=VERSION)
         for name, layout in stored_layouts(folder):
             tensors = {role: f"{name}.{role}" for role in roles(planes_of(layout))}
             is_experts = name.endswith(PACKED_EXPERTS)

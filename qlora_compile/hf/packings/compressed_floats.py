@@ -32,14 +32,19 @@ def block_of(arguments: Arguments) -> tuple[int, int] | None:
     """Return how many rows and columns of an 8-bit weight share a scale; None for a scale per
     tensor or row. Raises StoredWeightError."""
     strategy = arguments.get("strategy")
+    if strategy not in ("block", "group"):
+        return None
     try:
-        if strategy == "block":
-            high, wide = map(int, arguments["block_structure"])
-            return high, wide
-        return (1, int(arguments["group_size"])) if strategy == "group" else None
+        sizes = (
+            arguments["block_structure"] if strategy == "block" else (1, arguments["group_size"])
+        )
+        high, wide = map(int, sizes)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"the strategy is {strategy}, but its sizes cannot be read ({error!r})"
         raise _unreadable(problem) from error
+    if high < 1 or wide < 1:
+        raise _unreadable(f"the strategy is {strategy} with sizes {high} and {wide}")
+    return high, wide
 
 
 def packed(tensors: Mapping[str, Tensor], arguments: Arguments) -> PackedWeight:

@@ -35,7 +35,7 @@ class GptqStorage(Grouped):
 
         Raises StoredWeightError.
         """
-        stored, bits = settings.get("checkpoint_format") or "gptq", settings.get("bits")
+        stored, bits = settings.get("checkpoint_format", "gptq"), settings.get("bits")
         if stored not in VERSIONS:
             raise setting_error(f"checkpoint_format {stored!r}", ", ".join(map(repr, VERSIONS)))
         if settings.get("pack_dtype", "int32") != "int32":

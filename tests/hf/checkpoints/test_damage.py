@@ -24,13 +24,19 @@ from qlora_compile.errors import ModelNotFoundError
 from qlora_compile.hf.checkpoints.sources import SOURCES
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
+from qlora_compile.saving_errors import PackedFolderVersionError
 from tests.examples import LONG
 from tests.hf.checkpoints.damage import WAYS
 from tests.hf.checkpoints.written import KINDS, saved_by_transformers, written
 from tests.toy_models import toy
 
 COUNT = 300 if LONG else 20
-CLEAN = (CheckpointError, CheckpointMethodError, ModelNotFoundError)
+CLEAN = (
+    CheckpointError,
+    CheckpointMethodError,
+    ModelNotFoundError,
+    PackedFolderVersionError,
+)
 
 
 def small() -> Any:
