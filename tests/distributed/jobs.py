@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
+
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from tests.waiting import job
 
@@ -26,6 +29,12 @@ def start(processes: int, module: str, *arguments: str) -> None:
     assert started.process.returncode == 0, said[-9000:]
 
 
-def lacks(engine: str) -> bool:
-    """Whether the library of an engine is not installed."""
-    return engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None
+def obstacle(engine: str) -> str | None:
+    """Return why an engine cannot train here, None if it can."""
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed; `make test-distributed` installs it"
+    if engine in ("fsdp2", "accelerate"):
+        source = inspect.getsource(FSDPParam._init_sharded_param)
+        if "requires_grad=param.requires_grad" not in source:
+            return "this torch has every parameter train that FSDP2 shards, and integers cannot"
+    return None

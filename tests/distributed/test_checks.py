@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.jobs import LONG, lacks, start
+from tests.distributed.jobs import LONG, obstacle, start
 
 pytestmark = pytest.mark.skipif(not LONG, reason="`make test-distributed` runs these jobs")
 
@@ -33,6 +33,6 @@ def test_a_checkpoint_loads_into_another_number_of_ranks(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_spread_weights_are_merged_and_saved(engine: str, tmp_path: Path) -> None:
-    if lacks(engine):
-        pytest.skip("deepspeed is not installed; `make test-distributed` installs it")
+    if reason := obstacle(engine):
+        pytest.skip(reason)
     start(2, "checks", "merged", str(tmp_path), engine)

@@ -17,7 +17,7 @@ from qlora_compile.capture import backend
 from qlora_compile.kernels.formats.formats import FORMATS
 from tests.distributed import worker
 from tests.distributed.cases import Case
-from tests.distributed.jobs import LONG, lacks, start
+from tests.distributed.jobs import LONG, obstacle, start
 from tests.pairwise import pairwise
 
 PROCESSES = (2, 4, 1)  # where several cases serve, the first of them
@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
     folder = tmp_path_factory.mktemp("jobs")
     jobs: dict[int, list[str]] = {}
     for processes, case in CASES:
-        if not lacks(case.engine):
+        if not obstacle(case.engine):
             jobs.setdefault(processes, []).append(str(case))
     return {
         (processes, name): result
@@ -76,8 +76,8 @@ def alone(case: Case, group: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(("processes", "case"), CASES, ids=lambda value: str(value))
 def test_a_job_trains_as_one_process(processes: int, case: Case, results: Any, alone: Any) -> None:
-    if lacks(case.engine):
-        pytest.skip("deepspeed is not installed; `make test-distributed` installs it")
+    if reason := obstacle(case.engine):
+        pytest.skip(reason)
     ours = results[processes, str(case)]
     numpy.testing.assert_allclose(ours["losses"], alone["losses"], rtol=1e-6)
     assert ours["adapters"].keys() == alone["adapters"].keys()
