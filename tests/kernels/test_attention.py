@@ -162,9 +162,11 @@ def test_output_and_sums(case: Case, seed: int) -> None:
     wide = [each.double() for each in operands]
     wide_mask = None if mask is None else mask.double()
     exact = plain(wide, wide_mask, is_causal=causal, scale=case.scale).nan_to_num()
+    # One rounding of every probability, whose products may cancel out.
+    terms = plain([*wide[:2], wide[2].abs()], wide_mask, is_causal=causal, scale=case.scale)
+    rounding = torch.finfo(case.dtype).eps * terms.nan_to_num().norm()
     error = (own.double() - exact).norm()
-    largest = torch.finfo(case.dtype).eps * exact.norm()
-    assert error <= FACTOR * (theirs.double() - exact).norm() + largest / 4
+    assert error <= FACTOR * (theirs.double() - exact).norm() + rounding
 
 
 def test_our_attention_runs_where_it_is_expected(level: str) -> None:
