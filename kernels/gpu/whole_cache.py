@@ -20,7 +20,10 @@ class WholeCache(FileCacheManager):
 
     def noted_files(self, filename: str) -> dict[str, str] | None:
         """Return the files of a kernel that are noted."""
-        return super().get_group(filename)
+        try:
+            return super().get_group(filename)
+        except ValueError:  # Triton 3.6 reads a note that is cut
+            return None
 
     def get_file(self, filename: str) -> str | None:
         found = super().get_file(filename)
