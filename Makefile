@@ -27,7 +27,7 @@ DISTRIBUTED := .venv/distributed
 PYTHON310 ?= $(firstword $(foreach name,python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON),\
 	$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
 # What `make test` needs beside torch, without the tools of development.
-TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pytest-xdist setuptools torchao
+TESTED := --editable '.[bnb,demo]' compressed-tensors hqq hypothesis pytest pytest-xdist 'setuptools>=77' torchao
 # Triton's interpreter, which the tests mend in the version that constraints.txt pins, has no part in
 # other versions; nor have the tests that read that version's machine code.
 OTHER_VERSIONS := -q --numprocesses $(TEST_PROCESSES) --dist worksteal \
