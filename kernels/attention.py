@@ -77,13 +77,12 @@ def _forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) ->
     tensors: key, value and a mask, if there is one.
     """
     key, value, *mask = tensors
-    options = _options(query, mask, text)
     if cpu_attention.computes(query, key, value):
-        return list(cpu_attention.attention(query, key, value, **options))
-    return list(TORCH_FORWARD(query, key, value, 0.0, **options))
+        return list(cpu_attention.attention(query, key, value, **_options(query, mask, text)))
+    return _torch_forward(query, tensors, seed, text)
 
 
-def _fake_forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) -> list[Tensor]:
+def _torch_forward(query: Tensor, tensors: Sequence[Tensor], seed: None, text: str) -> list[Tensor]:
     key, value, *mask = tensors
     return list(TORCH_FORWARD(query, key, value, 0.0, **_options(query, mask, text)))
 
@@ -129,7 +128,7 @@ class _Attention(OpFunction):
         return None, None, None, found[0], None, *found[1:], *[None] * masks
 
 
-ATTENTION_FORWARD = register("attention_forward", _forward, _fake_forward, _Attention)
+ATTENTION_FORWARD = register("attention_forward", _forward, _torch_forward, _Attention)
 ATTENTION_BACKWARD = register("attention_backward", _backward, _fake_backward)
 
 LIBRARY.define(attention.__name__ + torch.library.infer_schema(attention, mutates_args=()))

@@ -59,11 +59,8 @@ def attention(
     kernel = _FORWARD.function()
     assert kernel is not None
     batch, heads, queries, _ = query.shape
-    out, log_sum = (
-        torch.empty_like(query),
-        query.new_empty(batch, queries, heads, dtype=torch.float32),
-    )
-    log_sum = log_sum.transpose(1, 2)
+    out = torch.empty_like(query)
+    log_sum = query.new_empty(batch, queries, heads, dtype=torch.float32).transpose(1, 2)
     bias, steps = _bias(attn_mask, query, key, log_sum)
     strides = [each.stride()[:3] for each in (query, key, value)]
     strides += [steps, out.stride()[:3], log_sum.stride()]
@@ -120,7 +117,7 @@ def _bias(
     mask: Tensor | None, query: Tensor, key: Tensor, other: Tensor
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return what is added to the scores, in contiguous rows, and its strides; without a mask,
-    `other`, for a pointer is passed."""
+    `other`, because the kernel takes a pointer all the same."""
     if mask is None:
         return other, (0, 0, 0)
     bias = mask if mask.dtype in (torch.bfloat16, torch.float32) else mask.float()
