@@ -18,7 +18,7 @@ from qlora_compile.tuning.judgement import Measurement
 from qlora_compile.tuning.load import Counters, Load, spread_and_drift
 from qlora_compile.tuning.operands import Operands, operands
 from qlora_compile.tuning.plain_mode import plain_mode
-from qlora_compile.tuning.rounds import run_rounds
+from qlora_compile.tuning.rounds import WATCHED, run_rounds
 
 _ROTATED_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 _LARGEST_ROTATION = 8
@@ -75,6 +75,8 @@ def _measured(
     except rejected_errors() as error:
         result.rejected = dict.fromkeys(tried, f"its operands cannot be made: {_first_line(error)}")
         return result
+    on_cpu = torch.device(problem.device).type == "cpu"
+    checking = Counters.now()
     for index in tried:
         choice = candidates[index]
         on_run(index)
@@ -91,16 +93,19 @@ def _measured(
             # it ends the process while it is known which candidate ran.
             torch.cuda.synchronize(problem.device)
         result.rejected[index] = wrong
-    before = Counters.now()
+    timing = Counters.now()
+    watch = WATCHED - (timing.wall - checking.wall) if on_cpu else 0.0
 
     def time_one(index: int, turn: int) -> float:
         on_run(index)
         return _timed(rotation[turn % len(rotation)], candidates[index])
 
-    run_rounds(result.seconds, time_one, seconds)
+    run_rounds(result.seconds, time_one, seconds, watch=watch)
     counted = Load()
-    if torch.device(problem.device).type == "cpu":
-        counted = Counters.now().load_since(before)
+    if on_cpu:
+        end = Counters.now()
+        # In less time the counters show nothing: what the checks showed has to do.
+        counted = end.load_since(timing if end.wall - timing.wall >= WATCHED else checking)
     spread, drift = spread_and_drift(result.rounds)
     result.load = replace(counted, spread=spread, drift=drift)
     return result

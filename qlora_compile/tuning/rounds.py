@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 FEWEST_TIMINGS, ENOUGH_TIMINGS, MOST_TIMINGS = 3, 40, 400
-_WATCHED = 0.1
+WATCHED = 0.1
 """Short candidates are timed ENOUGH_TIMINGS times, and, if the limit allows, for this many seconds
 in all: in less time the system's counters do not show other work on the machine."""
 
@@ -74,23 +75,27 @@ def run_rounds(
     time_one: Callable[[int, int], float],
     limit: float,
     clock: Callable[[], float] = time.monotonic,
+    watch: float = 0.0,
 ) -> None:
     """Time the candidates in turn, for about `limit` seconds, and append to their `seconds`.
 
     The candidates' indices are in the cost model's order; on entry each has its timing of the
     check. time_one: returns the seconds of one run, given a candidate and a round. Clearly slower
     candidates are dropped on the way. The model's choice stays, because the others have to prove
-    faster than it; once the time is up, only those go on that may still do so.
+    faster than it; once the time is up, only those go on that may still do so. watch: the fewest
+    seconds, within the limit, even if only the model's choice is left.
     """
     alive = list(seconds)
     reference = min(alive, default=-1)
     start = clock()
-    # A single candidate, with nothing to compare it with, keeps its one timing.
-    for turn in range(1, MOST_TIMINGS if len(alive) > 1 else 1):
+    if len(alive) < 2:
+        return  # With nothing to compare it with, it keeps its one timing.
+    for turn in itertools.count(1):
         spent = clock() - start
-        if turn >= FEWEST_TIMINGS and len(alive) < 2:
+        done = turn >= MOST_TIMINGS or (turn >= FEWEST_TIMINGS and len(alive) < 2)
+        if done and spent >= min(limit, watch):
             break
-        if turn >= ENOUGH_TIMINGS and spent > min(limit, _WATCHED):
+        if turn >= ENOUGH_TIMINGS and spent > min(limit, WATCHED):
             break
         if turn >= FEWEST_TIMINGS and spent > limit:
             alive = [i for i in alive if i == reference or _undefeated(seconds, i, reference)]

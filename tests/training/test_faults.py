@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,14 @@ def _in_child(act: Callable[[], None], inputs: Path, output: Path) -> int:
     """Run in a process of its own, of which `act` is the beginning; return its exit status."""
 
     def work() -> None:
+        # torch makes its pool of threads anew after a fork, in the first call, which must be one.
+        torch.set_num_threads(torch.get_num_threads())
         act()
-        os._exit(run(inputs, output).exit_code)
+        result = run(inputs, output)
+        if result.exit_code:
+            traceback.print_exception(result.exception)
+            print(result.output, file=sys.stderr, flush=True)
+        os._exit(result.exit_code)
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()

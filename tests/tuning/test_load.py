@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_compile.kernels.device_model import CPU
+from qlora_compile.kernels.selection import candidates, shortlist
 from qlora_compile.tuning import load as module
+from qlora_compile.tuning import rounds
 from qlora_compile.tuning import tuner as tuners
 from qlora_compile.tuning.caution import CAREFUL
-from qlora_compile.tuning.load import Counters, usable_cpus
+from qlora_compile.tuning.load import Counters, Load, usable_cpus
+from qlora_compile.tuning.measure import measure
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.tuner import Tuner
 from qlora_compile.tuning.warning import NotMeasuredWarning
@@ -87,6 +91,23 @@ def test_beside_busy_processes_nothing_is_recorded(
     reason = tuner.selector.unmeasured(problem)
     assert reason is not None
     assert reason.startswith("the machine was busy, ")
+
+
+def test_the_counters_watch_no_less_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if every candidate but one is dropped at once, as other work may have it."""
+    watched: list[float] = []
+
+    def load_since(after: Counters, before: Counters) -> Load:
+        watched.append(after.wall - before.wall)
+        return Load()
+
+    monkeypatch.setattr(Counters, "load_since", load_since)
+    monkeypatch.setattr(rounds, "_WORSE", {2: 0.0})
+    problem = real_problem(m=256)
+    tried = shortlist(candidates(problem, CPU), problem)
+    assert len(tried) > 1
+    measure(problem, tried, seconds=0.2)
+    assert watched[0] >= rounds.WATCHED
 
 
 def counters(**changed: float | None) -> Counters:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_compile.kernels import selection
@@ -22,7 +23,13 @@ from qlora_compile.tuning import tuner as module
 from qlora_compile.tuning.caution import CAREFUL
 from qlora_compile.tuning.judgement import Doubt, Measurement, Trial, judge
 from qlora_compile.tuning.load import Load, spread_and_drift
-from qlora_compile.tuning.rounds import FEWEST_PAIRS, interval_of_median, run_rounds
+from qlora_compile.tuning.rounds import (
+    CONFIDENCE,
+    FEWEST_PAIRS,
+    WATCHED,
+    interval_of_median,
+    run_rounds,
+)
 from qlora_compile.tuning.store import RecordStore
 from qlora_compile.tuning.timings import Timings
 from qlora_compile.tuning.tuner import Tuner
@@ -33,16 +40,23 @@ from tests.tuning.simulated import QUIET, Machine, Noise, true_seconds
 PROBLEM = real_problem(m=256)
 TRIED = shortlist(candidates(PROBLEM, CPU), PROBLEM)
 
-NOISES = st.builds(
-    Noise,
-    jitter=st.floats(0.0, 0.5),
-    tail=st.floats(0.0, 0.4),
-    tail_factor=st.floats(1.0, 100.0),
-    drift=st.floats(0.1, 10.0),
-    burst=st.floats(0.0, 0.1),
-    burst_seconds=st.floats(0.001, 1.0),
-    burst_factor=st.floats(1.0, 20.0),
-)
+UNITS = (1e-4, 3e-3, 5e-2)
+
+
+def drawn_noise(drawn: random.Random) -> Noise:
+    """Return a noise of jitter alone, or one of every kind at once."""
+    jitter = Noise(jitter=drawn.uniform(0.0, 0.5))
+    if drawn.random() < 0.5:
+        return jitter
+    return replace(
+        jitter,
+        tail=drawn.uniform(0.0, 0.4),
+        tail_factor=drawn.uniform(1.0, 100.0),
+        drift=drawn.uniform(0.1, 10.0),
+        burst=drawn.uniform(0.0, 0.1),
+        burst_seconds=drawn.uniform(0.001, 1.0),
+        burst_factor=drawn.uniform(1.0, 20.0),
+    )
 
 
 def judged(machine: Machine, seconds: Sequence[float], limit: float = 0.3) -> Timings | Doubt:
@@ -57,30 +71,25 @@ def scaled(unit: float, factor: float) -> list[float]:
     return [unit] + [unit * factor] * (len(TRIED) - 1)
 
 
-# The rate of wrong choices is small and not zero, so the examples are the same on every run.
-@settings(derandomize=True, max_examples=60)
-@given(NOISES, st.floats(1.05, 3.0), st.sampled_from([1e-4, 3e-3, 5e-2]))
-@example(Noise(jitter=0.4), 1.05, 5e-2)
-@example(Noise(tail=0.3, jitter=0.1), 1.05, 3e-3)
-def test_noise_alone_makes_nothing_slower_the_choice(
-    noise: Noise, factor: float, unit: float
-) -> None:
-    """On a GPU, where the system tells of no other work."""
-    wrong = 0
-    for seed in range(5):
-        result = judged(Machine(seed, noise, counted=False), scaled(unit, factor))
+def test_noise_alone_seldom_makes_something_slower_the_choice() -> None:
+    """On a GPU, where the system tells of no other work. The rate is small and not zero: every
+    interval misses with 1 - CONFIDENCE. Hypothesis would look for the few misses, and find them."""
+    drawn, wrong, count = random.Random(0), 0, 600
+    for seed in range(count):
+        machine = Machine(seed, drawn_noise(drawn), counted=False)
+        times = scaled(drawn.choice(UNITS), drawn.choice([1.05, 1.125, drawn.uniform(1.05, 3.0)]))
+        result = judged(machine, times)
         wrong += isinstance(result, Timings) and result.advantage is not None
-    assert wrong == 0
+    assert wrong <= (1 - CONFIDENCE) * count
 
 
-@settings(derandomize=True, max_examples=20)
-@given(st.floats(0.0, 0.05), st.floats(1.2, 1.9), st.sampled_from([1e-4, 3e-3, 5e-2]))
-def test_what_is_faster_is_chosen_on_a_quiet_machine(
-    jitter: float, factor: float, unit: float
-) -> None:
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_faster_is_chosen_on_a_quiet_machine(seed: int) -> None:
+    drawn = random.Random(seed)
+    jitter, factor, unit = drawn.uniform(0.0, 0.05), drawn.uniform(1.2, 1.9), drawn.choice(UNITS)
     seconds = scaled(unit, 1.5)
     seconds[2] = unit / factor
-    result = judged(Machine(0, Noise(jitter=jitter)), seconds)
+    result = judged(Machine(seed, Noise(jitter=jitter)), seconds)
     assert isinstance(result, Timings)
     assert (result.winner.variant, result.winner.config) == _label(TRIED[2])
     found = result.advantage
@@ -115,6 +124,21 @@ def test_long_candidates_take_no_more_rounds_than_it_needs_to_know() -> None:
     clock = iter(range(0, 10_000, 100))
     run_rounds({i: [time_one(i, 0)] for i in range(4)}, time_one, 0.3, lambda: next(clock))
     assert taken == {0: 1 + FEWEST_PAIRS, 1: 3, 2: 2, 3: 1 + FEWEST_PAIRS}
+
+
+def test_a_candidate_left_alone_is_timed_while_the_counters_watch() -> None:
+    machine = Machine(0)
+    seconds = {i: [machine.run("", 1e-3 * 9**i)] for i in range(3)}
+    start = machine.now
+    run_rounds(
+        seconds,
+        lambda index, turn: machine.run("", 1e-3 * 9**index),
+        0.3,
+        machine.monotonic,
+        watch=WATCHED,
+    )
+    assert [len(seconds[i]) for i in (1, 2)] == [2, 2]
+    assert WATCHED <= machine.now - start < WATCHED + 0.01
 
 
 @given(st.lists(st.floats(0.1, 10.0), max_size=400))
