@@ -36,7 +36,7 @@ class Case:
         return cls(*text.split("-"))
 
 
-def model_of(case: Case) -> Any:
+def model_of(case: Case, tune: str = "model") -> Any:
     """Return the optimised toy model of `case`, the same in every process."""
     torch.manual_seed(0)
     experts = case.model == "experts"
@@ -48,7 +48,7 @@ def model_of(case: Case) -> Any:
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     plain = case.base in ("16bit", "bitsandbytes")
     return qlora_compile.optimize(
-        model, lora, quantize=None if plain else case.base, tune="model"
+        model, lora, quantize=None if plain else case.base, tune=tune
     ).train()
 
 

@@ -6,6 +6,7 @@ Started by torchrun with the name of a check and its arguments.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,13 @@ from transformers import AutoModelForCausalLM
 import qlora_compile
 from qlora_compile.capture import backend
 from qlora_compile.errors import ShardedWeightError
+from qlora_compile.kernels.problem import Problem
 from qlora_compile.modules.packed import PackedModule
 from qlora_compile.saving_errors import SpreadModelError
+from qlora_compile.tuning.caution import TRUSTING
+from qlora_compile.tuning.judgement import Trial
+from qlora_compile.tuning.trials import Trials
+from qlora_compile.tuning.tuner import Tuner
 from tests.distributed.cases import EXPERTS as MIXTRAL
 from tests.distributed.cases import Case, batch, model_of
 from tests.distributed.worker import ENGINES, compile_inner
@@ -108,6 +114,31 @@ def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def records(folder: str, job: str) -> None:
+    """One rank of the first job measures each problem, the others find the record; no rank of the
+    second job measures. All choose the same."""
+    os.environ["QLORA_COMPILE_CACHE"] = folder
+    Tuner.caution = TRUSTING
+    measured: list[str] = []
+    run = Trials.run
+
+    def noting(self: Trials, problem: Problem, *args: Any, **options: Any) -> Trial | None:
+        trial = run(self, problem, *args, **options)
+        measured.extend([str(problem)] * (trial is not None))
+        return trial
+
+    Trials.run = noting
+    model = model_of(DENSE, tune="auto")
+    _step(DistributedDataParallel(model))
+    mine = measured, qlora_compile.explain(model).to_dict()["sites"]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    of_all = [problem for measured, _ in everyone for problem in measured]
+    assert len(set(of_all)) == len(of_all)
+    assert bool(of_all) == (job == "first")
+    assert all(sites == mine[1] for _, sites in everyone)
 
 
 # ---- FSDP2 ----

@@ -16,6 +16,11 @@ def test_two_ranks(check: str) -> None:
     start(2, "checks", check)
 
 
+def test_a_job_measures_each_problem_once(tmp_path: Path) -> None:
+    for job in ("first", "second"):
+        start(2, "checks", "records", str(tmp_path), job)
+
+
 def test_tensor_parallel_by_the_plan_of_transformers_is_refused(tmp_path: Path) -> None:
     start(2, "checks", "tensor_parallel", str(tmp_path))
 
