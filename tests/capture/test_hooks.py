@@ -135,6 +135,14 @@ def block(model: Any, layer: int) -> nn.Module:
     return model.base_model.model.model.layers[layer]
 
 
+def assert_seen_alike(stock: Seen, ours: Seen) -> None:
+    """Compare each tensor by its norm, like losses and gradients: an element near zero is a sum of
+    larger ones, whose rounding is what differs."""
+    for expected, actual in zip(stock, ours, strict=True):
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        assert (actual - expected).norm() <= FLOAT32_TOLERANCE * expected.norm()
+
+
 class Pair(NamedTuple):
     """A stock PeftModel and the optimised one, of the same weights."""
 
@@ -155,9 +163,7 @@ class Pair(NamedTuple):
         stock, ours = (step(model, ids) for model in self)
         for group, error in distance(ours, stock).items():
             assert error < FLOAT32_TOLERANCE, group
-        assert len(seen[0]) == len(seen[1])
-        for expected, actual in zip(*seen, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+        assert_seen_alike(*seen)
         return stock
 
     def reasons(self, layer: int) -> set[str]:
@@ -308,8 +314,7 @@ def test_global_hooks(kind: str) -> None:
             calls.append([x for x in seen if x.shape[-1] == 4])  # what every lora_B is given
     finally:
         handle.remove()
-    for expected, actual in zip(*calls, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert_seen_alike(*calls)
     both.assert_agree(ids)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
@@ -28,6 +29,12 @@ _OPERATORS = {
     "__setitem__": operator.setitem,
 }
 """What reaches the mode by these names of methods was written as an operator: so programs do."""
+
+
+def _is_view_without_grad(value: Tensor) -> bool:
+    """Whether it is a view that was made under no_grad."""
+    made = _autograd._get_creation_meta
+    return value._is_view() and made(value) == _autograd.CreationMeta.NO_GRAD_MODE
 
 
 class _Recording(TorchFunctionMode):
@@ -78,8 +85,9 @@ class _Recording(TorchFunctionMode):
         else:
             node = self.graph.call_method(name, *arguments)
         if id(result) in self.nodes:
-            # What hands back an argument stands for a value of its own, as in Dynamo.
-            with torch.enable_grad():
+            # What hands back an argument stands for a value of its own, as in Dynamo. A view from
+            # under no_grad that has been written to has no view with gradients.
+            with torch.set_grad_enabled(not _is_view_without_grad(result)):
                 result = result.view_as(result) if result.requires_grad else result.detach()
         node.meta["example_value"] = result
         if isinstance(result, Tensor):

@@ -153,6 +153,14 @@ def test_what_once_went_wrong(
         torch.float32,
     )
 )
+@hypothesis.example(
+    program=Program(
+        [SiteSpec(), ADAPTED._replace(k=4, style="x written")],
+        [("linear_no_grad", 0, 0, 1)],
+        [0],
+        torch.float32,
+    )
+)
 def test_the_recorder_captures_what_dynamo_does(program: Program) -> None:
     x = torch.randn(4, 8, dtype=program.dtype, requires_grad=True)
     captured = []
