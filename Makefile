@@ -85,9 +85,12 @@ test-libraries: .venv-libraries/installed
 test-oldest: .venv-oldest/installed
 	TRITON_INTERPRET=0 .venv-oldest/bin/python -m pytest $(OTHER_VERSIONS)
 
-# The newest ones that the registry has today; `make clean-newest` forgets those of another day.
+# The newest ones that the registry has today; `make clean-newest` forgets those of another day. What
+# has passed is written down, and tests/docs asks the table of docs/reference/support.md to follow.
 test-newest: .venv-newest/installed
 	TRITON_INTERPRET=0 .venv-newest/bin/python -m pytest $(OTHER_VERSIONS)
+	(echo "# What passed \`make test-newest\` last."; echo "# $$(.venv-newest/bin/python -V)"; \
+		.venv-newest/bin/pip freeze --disable-pip-version-check --exclude-editable) >tests/newest.txt
 
 .venv-oldest/installed: tests/oldest.txt pyproject.toml
 	$(PYTHON310) -m venv .venv-oldest
