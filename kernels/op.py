@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
+from qlora_compile.kernels.cpu.tapes import taped
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
@@ -97,8 +98,10 @@ def register_fused(name: str, forward: Callable[..., Any], backward: Callable[..
     (grads, x, tensors, seed, text) -> the needed gradients, in the order of `differentiated` and
     that of x first.
     """
-    op = register(name, forward, _fake_forward, _Fused)
-    _BACKWARD[op] = register(f"{name}_backward", backward, _fake_backward)
+    op = register(name, taped(name, forward), _fake_forward, _Fused)
+    _BACKWARD[op] = register(
+        f"{name}_backward", taped(f"{name}_backward", backward), _fake_backward
+    )
     return op
 
 
