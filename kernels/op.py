@@ -15,6 +15,8 @@ from qlora_compile.kernels.cpu.tapes import taped
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
+from qlora_compile.kernels.problem import Direction, Problem
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.selector import select, selector_named
 
 
@@ -32,14 +34,13 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = None
+    problem, choice = _chosen(call, "forward", x)
     if call.save_low_rank:
         low_rank = x.new_empty(rows.shape[0], call.rank, dtype=call.lora_dtype)
     group = bound(call, rows, tensors, seed, low_rank)
-    problem = problem_of(call, "forward", rows.shape[0], x)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = select(problem, call.records)
-        with selector_named(call.records).timing(problem, choice, rows.shape[0]):
-            results = choice.variant.forward_group(group, choice.config)
+    timing = selector_named(call.records).timing(problem, choice, rows.shape[0])
+    with torch.autocast(x.device.type, enabled=False), timing:
+        results = choice.variant.forward_group(group, choice.config)
     outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
     return outputs if low_rank is None else [*outputs, low_rank]
 
@@ -54,19 +55,31 @@ def _backward(
     low_rank = tensors[-1] if call.save_low_rank else None
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
-    problem = problem_of(call, "backward", rows.shape[0], x)
+    problem, choice = _chosen(call, "backward", x)
     # Fewer gradients than measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = select(problem, call.records)
-        with selector_named(call.records).timing(problem, choice, rows.shape[0] if whole else None):
-            grad_x, others = choice.variant.backward_group(
-                grad_rows, group, call.needs, choice.config
-            )
+    measured = rows.shape[0] if whole else None
+    timing = selector_named(call.records).timing(problem, choice, measured)
+    with torch.autocast(x.device.type, enabled=False), timing:
+        grad_x, others = choice.variant.backward_group(grad_rows, group, call.needs, choice.config)
     found = [None if grad_x is None else _shaped(grad_x, x.shape)]
     for each in others:
         found += [each.bias, each.lora_a, each.lora_b]
     return [grad for grad in found if grad is not None]
+
+
+def _chosen(call: Call, direction: Direction, x: Tensor) -> tuple[Problem, Choice]:
+    """Return the Problem of a call, and what runs for it."""
+    problem = problem_of(call, direction, x.numel() // call.k, x)
+    return problem, select(problem, call.records)
+
+
+def _forward_choice(x: Tensor, tensors: Any, seed: Any, text: str) -> Choice:
+    return _chosen(Call.parse(text), "forward", x)[1]
+
+
+def _backward_choice(grads: Any, x: Tensor, tensors: Any, seed: Any, text: str) -> Choice:
+    return _chosen(Call.parse(text), "backward", x)[1]
 
 
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
@@ -98,10 +111,8 @@ def register_fused(name: str, forward: Callable[..., Any], backward: Callable[..
     (grads, x, tensors, seed, text) -> the needed gradients, in the order of `differentiated` and
     that of x first.
     """
-    op = register(name, taped(name, forward), _fake_forward, _Fused)
-    _BACKWARD[op] = register(
-        f"{name}_backward", taped(f"{name}_backward", backward), _fake_backward
-    )
+    op = register(name, forward, _fake_forward, _Fused)
+    _BACKWARD[op] = register(f"{name}_backward", backward, _fake_backward)
     return op
 
 
@@ -177,7 +188,11 @@ class _Fused(OpFunction):
         return None, None, None, grad_x, None, *results
 
 
-QLORA_LINEAR: Any = register_fused("qlora_linear", _forward, _backward)
+QLORA_LINEAR: Any = register_fused(
+    "qlora_linear",
+    taped("qlora_linear", _forward, _forward_choice),
+    taped("qlora_linear_backward", _backward, _backward_choice),
+)
 """The op as it appears in a graph."""
 
 QLORA_LINEAR_BACKWARD: Any = _BACKWARD[QLORA_LINEAR]

@@ -14,7 +14,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from qlora_compile.kernels.call_times import CallTimes, Contradiction
-from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.problem import Problem
@@ -190,7 +189,6 @@ class Selector(ModelledSelector):
     def _moved(self) -> None:
         self.generation += 1
         plans.forget()
-        tapes.forget()
 
     def _modelled(self, problem: Problem) -> Choice:
         excluded = self._exclusions.get(_key(problem), frozenset())

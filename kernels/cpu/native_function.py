@@ -13,11 +13,10 @@ _NUMBERS = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
 class Recorder(Protocol):
-    """Whoever is told of each call. obstacle: why what runs cannot be repeated, if it cannot."""
-
-    obstacle: str | None
+    """Whoever is told of each call, and of what cannot be repeated."""
 
     def called(self, function: NativeFunction, arguments: Sequence[Any]) -> None: ...
+    def stopped(self, reason: str) -> None: ...
 
 
 class _Recording(threading.local):
@@ -65,4 +64,4 @@ def recording(recorder: Recorder) -> Iterator[None]:
 def told_of_launch() -> None:
     """Tell whoever records here that a Triton kernel ran, which only a plan can repeat."""
     if _recording.recorder is not None:
-        _recording.recorder.obstacle = "it launches a Triton kernel"
+        _recording.recorder.stopped("it launches a Triton kernel")

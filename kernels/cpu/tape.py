@@ -73,7 +73,7 @@ class TapeRecorder(Tracer):
         try:
             self.steps.append(_Step(function, self._viewed(arguments)))
         except UnplannableError as error:
-            self.obstacle = self.obstacle or str(error)
+            self.stopped(str(error))
 
     def operated(
         self, func: Any, args: Any, kwargs: dict[str, Any], results: list[int | None]

@@ -19,6 +19,7 @@ from qlora_compile.kernels.linear_call import scaling_indices
 from qlora_compile.kernels.plans.arguments import given_tensors, told_of, with_tensors
 from qlora_compile.kernels.plans.bits import same_bits
 from qlora_compile.kernels.plans.steps import UnplannableError
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.workspace import fresh_workspaces
 
 Compute = Callable[..., list[Tensor]]
@@ -43,8 +44,9 @@ class _State:
 _state = _State()
 
 
-def taped(name: str, compute: Compute) -> Compute:
-    """Return a function that computes the op `name` as `compute` does, on a CPU by tapes.
+def taped(name: str, compute: Compute, choose: Callable[..., Choice]) -> Compute:
+    """Return a function that computes the op `name` as `compute` does, on a CPU by tapes. choose:
+    returns what `compute` runs for the same arguments.
 
     Some calls, which are timed to check the records, run `compute` all the same.
     """
@@ -53,9 +55,10 @@ def taped(name: str, compute: Compute) -> Compute:
         if not _state.enabled or arguments[-4].device.type != "cpu":
             return compute(*arguments)
         inputs = given_tensors(arguments)
-        key = _key(name, arguments, inputs)
-        if key is None:
+        facts = _facts(arguments, inputs)
+        if facts is None:
             return compute(*arguments)
+        key = (name, choose(*arguments), *facts)
         entry = _state.entries.get(key)
         if isinstance(entry, Tape) and entry.checked:
             if _state.countdown.is_due():
@@ -75,7 +78,7 @@ def taped(name: str, compute: Compute) -> Compute:
 
 
 def forget() -> None:
-    """Drop all tapes, because the choice of variants may have changed."""
+    """Drop all tapes."""
     with _state.lock:
         _state.entries.clear()
 
@@ -90,21 +93,20 @@ def off() -> Iterator[None]:
         _state.enabled = before
 
 
-def _key(name: str, arguments: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """Return what a tape is good for; None for a call that gets none."""
-    if torch.are_deterministic_algorithms_enabled():
-        return None  # Memory that nobody has written to may have to be filled.
+def _facts(arguments: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any] | None:
+    """Return what a tape depends on beside the op and the choice; None for a call that gets no
+    tape."""
     tensors, text = arguments[-3], arguments[-1]
     facts: list[Any] = [
-        *(name, text, instructions.level(), torch.get_num_threads()),
-        torch.is_inference_mode_enabled(),
+        *(text, instructions.level(), torch.get_num_threads()),
+        *(torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()),
     ]
     for each in inputs:
         if type(each) not in _PLAIN:
             return None
         facts += (each.dtype, each.shape, each.stride())
     facts += [tensors[index].item() for index in scaling_indices(text)]
-    return tuple(facts)
+    return facts
 
 
 def _keep(key: Any, entry: Tape | str) -> None:

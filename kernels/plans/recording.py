@@ -31,7 +31,7 @@ class Recorder(Tracer):
             self.steps.append(launch_step(launch, compiled, self.place))
             self.kernels.append(compiled)
         except UnplannableError as error:
-            self.obstacle = self.obstacle or str(error)
+            self.stopped(str(error))
 
     def operated(
         self, func: Any, args: Any, kwargs: dict[str, Any], results: list[int | None]

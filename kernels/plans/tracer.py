@@ -70,8 +70,12 @@ class Tracer(TorchDispatchMode):
         try:
             self._note(func, args, kwargs, result)
         except UnplannableError as error:
-            self.obstacle = self.obstacle or str(error)
+            self.stopped(str(error))
         return result
+
+    def stopped(self, reason: str) -> None:
+        """Take a reason why the run cannot be repeated."""
+        self.obstacle = self.obstacle or reason
 
     def place(self, tensor: Tensor) -> tuple[Source, int]:
         """Return where the first element of `tensor` lies. A storage that was neither given nor
