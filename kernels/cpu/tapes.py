@@ -102,7 +102,7 @@ def _facts(arguments: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any] | No
         *(torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()),
     ]
     for each in inputs:
-        if type(each) not in _PLAIN:
+        if type(each) not in _PLAIN or not each.numel():
             return None
         facts += (each.dtype, each.shape, each.stride())
     facts += [tensors[index].item() for index in scaling_indices(text)]

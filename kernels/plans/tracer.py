@@ -86,7 +86,8 @@ class Tracer(TorchDispatchMode):
                 raise UnplannableError(f"it reads a tensor on {tensor.device}")
             self.constants.append(tensor)
             root = self._add(tensor, Source("constant", len(self.constants) - 1))
-        return root.source, tensor.data_ptr() - root.address
+        # A tensor without elements has no address.
+        return root.source, tensor.data_ptr() - root.address if tensor.numel() else 0
 
     def result(self, tensor: Tensor) -> Source:
         """Return the memory or the value whose whole content is `tensor`, a result.
