@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
-from qlora_compile.kernels.cpu.tapes import taped
+from qlora_compile.kernels.cpu.tapes import repeated
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
@@ -31,10 +31,22 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
 
     x [..., K]; tensors in the order of `tensor_indices`; seed: int64 [1] if there is dropout.
     """
+    problem, choice = _chosen(text, "forward", x)
+    compute = functools.partial(_forward_by, problem, choice)
+    return repeated("qlora_linear", choice, compute, x, tensors, seed, text)
+
+
+def _forward_by(
+    problem: Problem,
+    choice: Choice,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    text: str,
+) -> list[Tensor]:
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = None
-    problem, choice = _chosen(call, "forward", x)
     if call.save_low_rank:
         low_rank = x.new_empty(rows.shape[0], call.rank, dtype=call.lora_dtype)
     group = bound(call, rows, tensors, seed, low_rank)
@@ -50,12 +62,25 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients that the Call needs: of x, then each Linear's of bias, lora_a and
     lora_b. grads: those of every y. tensors: the forward's, then S if the Call saves it."""
+    problem, choice = _chosen(text, "backward", x)
+    compute = functools.partial(_backward_by, problem, choice)
+    return repeated("qlora_linear_backward", choice, compute, grads, x, tensors, seed, text)
+
+
+def _backward_by(
+    problem: Problem,
+    choice: Choice,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    text: str,
+) -> list[Tensor]:
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = tensors[-1] if call.save_low_rank else None
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
-    problem, choice = _chosen(call, "backward", x)
     # Fewer gradients than measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
     measured = rows.shape[0] if whole else None
@@ -68,18 +93,11 @@ def _backward(
     return [grad for grad in found if grad is not None]
 
 
-def _chosen(call: Call, direction: Direction, x: Tensor) -> tuple[Problem, Choice]:
-    """Return the Problem of a call, and what runs for it."""
+def _chosen(text: str, direction: Direction, x: Tensor) -> tuple[Problem, Choice]:
+    """Return the Problem of the Call `text`, and what runs for it."""
+    call = Call.parse(text)
     problem = problem_of(call, direction, x.numel() // call.k, x)
     return problem, select(problem, call.records)
-
-
-def _forward_choice(x: Tensor, tensors: Any, seed: Any, text: str) -> Choice:
-    return _chosen(Call.parse(text), "forward", x)[1]
-
-
-def _backward_choice(grads: Any, x: Tensor, tensors: Any, seed: Any, text: str) -> Choice:
-    return _chosen(Call.parse(text), "backward", x)[1]
 
 
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
@@ -188,11 +206,7 @@ class _Fused(OpFunction):
         return None, None, None, grad_x, None, *results
 
 
-QLORA_LINEAR: Any = register_fused(
-    "qlora_linear",
-    taped("qlora_linear", _forward, _forward_choice),
-    taped("qlora_linear_backward", _backward, _backward_choice),
-)
+QLORA_LINEAR: Any = register_fused("qlora_linear", _forward, _backward)
 """The op as it appears in a graph."""
 
 QLORA_LINEAR_BACKWARD: Any = _BACKWARD[QLORA_LINEAR]

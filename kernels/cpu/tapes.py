@@ -44,37 +44,33 @@ class _State:
 _state = _State()
 
 
-def taped(name: str, compute: Compute, choose: Callable[..., Choice]) -> Compute:
-    """Return a function that computes the op `name` as `compute` does, on a CPU by tapes. choose:
-    returns what `compute` runs for the same arguments.
+def repeated(name: str, choice: Choice, compute: Compute, *arguments: Any) -> list[Tensor]:
+    """Return what the op `name` gives for its arguments: on a CPU by a tape, else by `compute`.
 
-    Some calls, which are timed to check the records, run `compute` all the same.
+    choice: what `compute` runs. Some calls, which are timed to check the records, are computed all
+    the same.
     """
-
-    def run(*arguments: Any) -> list[Tensor]:
-        if not _state.enabled or arguments[-4].device.type != "cpu":
-            return compute(*arguments)
-        inputs = given_tensors(arguments)
-        facts = _facts(arguments, inputs)
-        if facts is None:
-            return compute(*arguments)
-        key = (name, choose(*arguments), *facts)
-        entry = _state.entries.get(key)
-        if isinstance(entry, Tape) and entry.checked:
-            if _state.countdown.is_due():
-                with due():
-                    return compute(*arguments)
-            return _repeated(entry, inputs)
-        if entry is _REFUSED:
-            return compute(*arguments)
-        if entry is None:
-            _keep(key, _USED)
-            return compute(*arguments)
-        if isinstance(entry, Tape):
-            return _compared(name, key, entry, compute, arguments, inputs)
-        return _recorded(key, compute, arguments, inputs)
-
-    return run
+    if not _state.enabled or arguments[-4].device.type != "cpu":
+        return compute(*arguments)
+    inputs = given_tensors(arguments)
+    facts = _facts(arguments, inputs)
+    if facts is None:
+        return compute(*arguments)
+    key = (name, choice, *facts)
+    entry = _found(key)
+    if isinstance(entry, Tape) and entry.checked:
+        if _state.countdown.is_due():
+            with due():
+                return compute(*arguments)
+        return _repeat(entry, inputs)
+    if entry is _REFUSED:
+        return compute(*arguments)
+    if entry is None:
+        _keep(key, _USED)
+        return compute(*arguments)
+    if isinstance(entry, Tape):
+        return _compared(name, key, entry, compute, arguments, inputs)
+    return _recorded(key, compute, arguments, inputs)
 
 
 def forget() -> None:
@@ -107,6 +103,14 @@ def _facts(arguments: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any] | No
         facts += (each.dtype, each.shape, each.stride())
     facts += [tensors[index].item() for index in scaling_indices(text)]
     return facts
+
+
+def _found(key: Any) -> Tape | str | None:
+    with _state.lock:
+        entry = _state.entries.get(key)
+        if entry is not None:
+            _state.entries.move_to_end(key)
+        return entry
 
 
 def _keep(key: Any, entry: Tape | str) -> None:
@@ -163,11 +167,11 @@ def _compared(
     model are another layer's than those of the recording."""
     results = compute(*arguments)
     try:
-        repeated = _repeated(tape, inputs)
+        again = _repeat(tape, inputs)
     except RuntimeError:  # One of torch's operators cannot take a view as it was taken.
         _keep(key, _REFUSED)
         return results
-    if all(map(same_bits, repeated, results)):
+    if all(map(same_bits, again, results)):
         tape.checked = True
         return results
     _keep(key, _REFUSED)
@@ -180,7 +184,7 @@ def _compared(
     return results
 
 
-def _repeated(tape: Tape, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _repeat(tape: Tape, inputs: Sequence[Tensor]) -> list[Tensor]:
     if not torch.is_autocast_enabled("cpu"):
         return tape.repeat(inputs)
     with torch.autocast("cpu", enabled=False):
