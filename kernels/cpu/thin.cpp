@@ -3,21 +3,15 @@
 
 static constexpr int64_t GROUP = 16;  // ranks that are multiplied together
 
-// x [rows, columns] in float32 as [height, WIDTH], with zeros beside it.
-template <int64_t WIDTH>
+// x [rows, columns] in float32 as [height, width], with zeros beside it.
 static inline void widen(const Number* x, int64_t ld, int64_t rows, int64_t columns,
-                         int64_t height, float* out) {
-  for (int64_t i = 0; i < height; ++i, x += ld, out += WIDTH) {
+                         int64_t height, int64_t width, float* out) {
+  for (int64_t i = 0; i < height; ++i, x += ld, out += width) {
     const int64_t inside = i < rows ? columns : 0;
-    if (inside == WIDTH) {
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < WIDTH; j += LANES) store_vector(out + j, load_vector(x + j));
-      continue;
-    }
     int64_t j = 0;
     for (; j + LANES <= inside; j += LANES) store_vector(out + j, load_vector(x + j));
     for (; j < inside; ++j) out[j] = load(x + j);
-    for (; j < WIDTH; ++j) out[j] = 0.0f;
+    for (; j < width; ++j) out[j] = 0.0f;
   }
 }
 
@@ -58,7 +52,7 @@ static void product(const Number* x, int64_t ldx, int64_t m, int64_t k, const fl
       std::fill(sums, sums + groups * ROWS * GROUP, 0.0f);
       for (int64_t first = 0; first < k; first += CHUNK) {
         const int64_t width = std::min(CHUNK, k - first);
-        widen<CHUNK>(x + row * ldx + first, ldx, rows, width, ROWS, wide);
+        widen(x + row * ldx + first, ldx, rows, width, ROWS, CHUNK, wide);
         for (int64_t group = 0; group < groups; ++group) {
           const float* right = factor + (group * k + first) * GROUP;
           float* const to = sums + group * ROWS * GROUP;
@@ -105,7 +99,7 @@ static void gradient(const Number* x, int64_t ldx, int64_t m, int64_t k, const f
       std::fill(sums, sums + groups * RANKS * COLUMNS, 0.0f);
       for (int64_t first = 0; first < m; first += CHUNK) {
         const int64_t rows = std::min(CHUNK, m - first);
-        widen<COLUMNS>(x + first * ldx + column, ldx, rows, width, rows, wide);
+        widen(x + first * ldx + column, ldx, rows, width, rows, COLUMNS, wide);
         for (int64_t group = 0; group < groups; ++group)
           for (int64_t part = 0; part < width; part += PART) {
             const float* left = factor + (group * m + first) * RANKS;
@@ -128,13 +122,9 @@ static void gradient(const Number* x, int64_t ldx, int64_t m, int64_t k, const f
                 store_vector(to + c * COLUMNS + v * LANES, sum[c][v]);
           }
       }
-      float* const to = out + column * step_k;
-      if (step_k == 1)
-        for (int64_t c = 0; c < rank; ++c)
-          std::memcpy(to + c * step, sums + c * COLUMNS, width * sizeof(float));
-      else
+      for (int64_t c = 0; c < rank; ++c)
         for (int64_t j = 0; j < width; ++j)
-          for (int64_t c = 0; c < rank; ++c) to[c * step + j * step_k] = sums[c * COLUMNS + j];
+          out[c * step + (column + j) * step_k] = sums[c * COLUMNS + j];
     }
   }
 }
