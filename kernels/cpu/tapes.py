@@ -50,7 +50,9 @@ def repeated(name: str, choice: Choice, compute: Compute, *arguments: Any) -> li
     choice: what `compute` runs. Some calls, which are timed to check the records, are computed all
     the same.
     """
-    if not _state.enabled or arguments[-4].device.type != "cpu":
+    *_, x, _, seed, _ = arguments
+    # Dropout on a CPU reads the value of the seed.
+    if not _state.enabled or x.device.type != "cpu" or seed is not None:
         return compute(*arguments)
     inputs = given_tensors(arguments)
     facts = _facts(arguments, inputs)
@@ -129,7 +131,7 @@ def _recorded(
     except RuntimeError:  # Some of its elements share their memory.
         _keep(key, _REFUSED)
         return compute(*arguments)
-    first = len(inputs) - len(arguments[-3]) - (arguments[-2] is not None)
+    first = len(inputs) - len(arguments[-3])
     known = [first + index for index in scaling_indices(arguments[-1])]
     recorder = TapeRecorder(apart, known)
     with native_function.recording(recorder), fresh_workspaces(), recorder:
