@@ -207,8 +207,10 @@ def test_a_model_must_be_a_plain_transformers_model(tmp_path: Path) -> None:
 
 def test_remedies_are_arguments_that_there_are() -> None:
     known = set(inspect.signature(QuantizedLoRA).parameters)
-    adapted = toy_llama()
-    adapted.add_adapter(peft.LoraConfig(target_modules="all-linear"))
+    # As transformers' own `add_adapter` does, which asks for a PEFT that may not be here.
+    adapted = peft.inject_adapter_in_model(
+        peft.LoraConfig(target_modules="all-linear"), toy_llama()
+    )
     for model in (with_bitsandbytes(toy(), 4), with_bitsandbytes(toy(), 8), adapted):
         with pytest.raises(errors.QloraCompileError) as raised:
             QuantizedLoRA(model)

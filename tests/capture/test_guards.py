@@ -35,6 +35,14 @@ def _mean(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> t
     return q.transpose(1, 2), None
 
 
+def _base_class(model: Any, patch: pytest.MonkeyPatch) -> None:
+    """Give a base class the forward that the adapted layers inherit from a farther one."""
+    bases = type(model.get_base_model().model.layers[0].mlp.up_proj).__mro__
+    forward: Any = next(vars(base)["forward"] for base in bases if "forward" in vars(base))
+    assert "forward" not in vars(bases[1])
+    patch.setattr(bases[1], "forward", lambda *args: 0.5 * forward(*args), raising=False)
+
+
 def _norm(model: Any, patch: pytest.MonkeyPatch) -> None:
     model.get_base_model().model.layers[0].input_layernorm.variance_epsilon = 0.5
 
@@ -47,6 +55,7 @@ CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
     "a function of torch.nn.functional": lambda model, patch: patch.setattr(
         nn.functional, "silu", nn.functional.relu
     ),
+    "a base class of an adapted layer": _base_class,
     "the attention that is registered": lambda model, patch: patch.setitem(
         ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", _mean
     ),

@@ -157,7 +157,9 @@ class Pair(NamedTuple):
             assert error < FLOAT32_TOLERANCE, group
         assert len(seen[0]) == len(seen[1])
         for expected, actual in zip(*seen, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+            # The rounding of a sum goes with its terms; the sum itself may be near zero.
+            assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+            assert (actual - expected).norm() <= FLOAT32_TOLERANCE * expected.norm()
         return stock
 
     def reasons(self, layer: int) -> set[str]:
