@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,40 @@ class Contradiction:
     factor: float
 
 
+class Countdown:
+    """Says which calls are due, one of several."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._random = random.Random(0)
+        self._next = self._random.choice(_DISTANCES)
+
+    def is_due(self) -> bool:
+        """Count a call, and return whether it is due."""
+        self._calls += 1
+        if self._calls < self._next:
+            return False
+        self._next = self._calls + self._random.choice(_DISTANCES)
+        return True
+
+
+class _Chosen(threading.local):
+    chosen = False
+
+
+_current = _Chosen()
+
+
+@contextlib.contextmanager
+def due() -> Iterator[None]:
+    """Have the calls of this thread timed inside the context."""
+    before, _current.chosen = _current.chosen, True
+    try:
+        yield
+    finally:
+        _current.chosen = before
+
+
 class CallTimes:
     """The times of some calls beside the recorded ones.
 
@@ -40,18 +75,12 @@ class CallTimes:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.contradictions: dict[Problem, Contradiction] = {}
         self._clock = clock
-        self._calls = 0
-        self._random = random.Random(0)
-        self._next = self._random.choice(_DISTANCES)
+        self._countdown = Countdown()
         self._in_a_row: dict[Problem, tuple[Choice, int]] = {}
 
     def is_due(self) -> bool:
         """Count a call, and return whether to time it."""
-        self._calls += 1
-        if self._calls < self._next:
-            return False
-        self._next = self._calls + self._random.choice(_DISTANCES)
-        return True
+        return _current.chosen or self._countdown.is_due()
 
     @contextlib.contextmanager
     def timing(self, problem: Problem, choice: Choice, rows: int) -> Iterator[None]:

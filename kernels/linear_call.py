@@ -55,6 +55,13 @@ def tensor_indices(call: Call) -> tuple[TensorIndices, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
+def scaling_indices(text: str) -> tuple[int, ...]:
+    """Return the indices of the scalings among the tensors of the Call `text`."""
+    found = (each.scaling for each in tensor_indices(Call.parse(text)))
+    return tuple(index for index in found if index is not None)
+
+
+@functools.lru_cache(maxsize=4096)
 def specs(call: Call) -> tuple[LinearSpec, ...]:
     """Return the constants of each Linear of `call`, as variants take them."""
     dtypes = (call.compute_dtype, call.lora_dtype, call.out_dtype)

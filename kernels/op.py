@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.call import Call, LinearCall, NeedsGradient
+from qlora_compile.kernels.cpu.tapes import repeated
 from qlora_compile.kernels.layout import Layout
 from qlora_compile.kernels.library import OpFunction, register
 from qlora_compile.kernels.linear_call import bound, problem_of, tensor_indices
+from qlora_compile.kernels.problem import Direction, Problem
+from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.selector import select, selector_named
 
 
@@ -28,17 +31,28 @@ def _forward(x: Tensor, tensors: Sequence[Tensor], seed: Tensor | None, text: st
 
     x [..., K]; tensors in the order of `tensor_indices`; seed: int64 [1] if there is dropout.
     """
+    problem, choice = _chosen(text, "forward", x)
+    compute = functools.partial(_forward_by, problem, choice)
+    return repeated("qlora_linear", choice, compute, x, tensors, seed, text)
+
+
+def _forward_by(
+    problem: Problem,
+    choice: Choice,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    text: str,
+) -> list[Tensor]:
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = None
     if call.save_low_rank:
         low_rank = x.new_empty(rows.shape[0], call.rank, dtype=call.lora_dtype)
     group = bound(call, rows, tensors, seed, low_rank)
-    problem = problem_of(call, "forward", rows.shape[0], x)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = select(problem, call.records)
-        with selector_named(call.records).timing(problem, choice, rows.shape[0]):
-            results = choice.variant.forward_group(group, choice.config)
+    timing = selector_named(call.records).timing(problem, choice, rows.shape[0])
+    with torch.autocast(x.device.type, enabled=False), timing:
+        results = choice.variant.forward_group(group, choice.config)
     outputs = [_shaped(y, (*x.shape[:-1], y.shape[1])) for y in results]
     return outputs if low_rank is None else [*outputs, low_rank]
 
@@ -48,24 +62,42 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients that the Call needs: of x, then each Linear's of bias, lora_a and
     lora_b. grads: those of every y. tensors: the forward's, then S if the Call saves it."""
+    problem, choice = _chosen(text, "backward", x)
+    compute = functools.partial(_backward_by, problem, choice)
+    return repeated("qlora_linear_backward", choice, compute, grads, x, tensors, seed, text)
+
+
+def _backward_by(
+    problem: Problem,
+    choice: Choice,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    text: str,
+) -> list[Tensor]:
     call = Call.parse(text)
     rows = x.reshape(-1, call.k)
     low_rank = tensors[-1] if call.save_low_rank else None
     group = bound(call, rows, tensors, seed, low_rank)
     grad_rows = [grad.reshape(-1, each.n) for grad, each in zip(grads, call.linears, strict=True)]
-    problem = problem_of(call, "backward", rows.shape[0], x)
     # Fewer gradients than measured take less time, which would contradict a right record.
     whole = call.needs.x and (call.needs.adapter or not call.rank)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = select(problem, call.records)
-        with selector_named(call.records).timing(problem, choice, rows.shape[0] if whole else None):
-            grad_x, others = choice.variant.backward_group(
-                grad_rows, group, call.needs, choice.config
-            )
+    measured = rows.shape[0] if whole else None
+    timing = selector_named(call.records).timing(problem, choice, measured)
+    with torch.autocast(x.device.type, enabled=False), timing:
+        grad_x, others = choice.variant.backward_group(grad_rows, group, call.needs, choice.config)
     found = [None if grad_x is None else _shaped(grad_x, x.shape)]
     for each in others:
         found += [each.bias, each.lora_a, each.lora_b]
     return [grad for grad in found if grad is not None]
+
+
+def _chosen(text: str, direction: Direction, x: Tensor) -> tuple[Problem, Choice]:
+    """Return the Problem of the Call `text`, and what runs for it."""
+    call = Call.parse(text)
+    problem = problem_of(call, direction, x.numel() // call.k, x)
+    return problem, select(problem, call.records)
 
 
 def _shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
 _MOST_VIEWS = 256
 
 
 class _Buffers(threading.local):
     """The buffers of one thread: two threads that launch on one stream would overwrite each other's
     weight. views: the tensors handed out so far, since making one takes as long as a small
-    product. fresh: whether nothing is shared."""
+    product. parts: what owners have made of a view. fresh: whether nothing is shared."""
 
     fresh = False
 
     def __init__(self) -> None:
         self.by_stream: dict[tuple[torch.device, int], Tensor] = {}
         self.views: dict[tuple[torch.device, int, tuple[int, ...], torch.dtype], Tensor] = {}
+        self.parts: WeakKeyDictionary[Any, tuple[Tensor, list[Tensor]]] = WeakKeyDictionary()
 
 
 _buffers = _Buffers()
@@ -52,6 +56,7 @@ def workspace(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # The old one is freed before the new one is made.
         _buffers.by_stream.pop((device, stream), None)
         _buffers.views.clear()
+        _buffers.parts.clear()
         del buffer
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
@@ -80,10 +85,24 @@ def fresh_workspaces() -> Iterator[None]:
         _buffers.fresh = before
 
 
+def divided(
+    owner: object, size: int, divide: Callable[[Tensor], list[Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return `size` bytes of the CPU's workspace, and what `divide` makes of them, which is made
+    once for an owner as long as the memory stays the same."""
+    slab = workspace(size, dtype=torch.uint8, device=_CPU)
+    parts = _buffers.parts.get(owner)
+    if parts is None or parts[0] is not slab:
+        with torch.inference_mode(False):
+            parts = _buffers.parts[owner] = slab, divide(slab)
+    return parts
+
+
 def release() -> None:
     """Free this thread's workspaces, until it asks for one again."""
     _buffers.by_stream.clear()
     _buffers.views.clear()
+    _buffers.parts.clear()
 
 
 def poison() -> None:

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from qlora_compile.kernels import selection
+from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.formats import formats
 from qlora_compile.tuning import modes
 from qlora_compile.tuning.caution import TRUSTING
@@ -127,6 +128,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_teardown() -> None:
     """Forget choices and compiled code: recompile limits and graph counts start afresh."""
     modes.forget_tuners()
+    tapes.forget()
     selection.modelled.cache_clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -1,5 +1,5 @@
-"""Scaled dot-product attention in bfloat16 and its gradients on CPUs with AVX-512, block by block;
-the gradients by AMX's tiles where the CPU has them. Torch's own take several times as long."""
+"""Scaled dot-product attention in bfloat16 and its gradients on CPUs with AVX-512, block by block,
+by AMX's tiles where the CPU has them; torch's gradients take several times as long."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from torch import Tensor
 from qlora_compile.kernels.cpu.native import NativeKernel
 from qlora_compile.kernels.gpu.target import target_of
 
-_FILES = ("attention_operands", "attention")
+
+def _sources(*files: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return a kernel's sources, over the products of tiles of each level."""
+    return tuple((level, ("tiles", f"tiles_{level}", *files)) for level in ("amx", "avx512"))
+
+
 _SHAPE = (*["int64_t"] * 8, "float", "int64_t")
 _FORWARD = NativeKernel(
-    sources=(("avx512", ("tiles", "tiles_avx512", "attention_operands", "attention_forward")),),
+    sources=_sources("attention_operands", "attention_forward"),
     arguments=(
         *["const uint16_t*"] * 3,
         *("const uint8_t*", "uint16_t*", "float*", "const int64_t*"),
@@ -20,10 +25,7 @@ _FORWARD = NativeKernel(
     ),
 )
 _GRADIENTS = NativeKernel(
-    sources=(
-        ("amx", ("tiles", "tiles_amx", *_FILES)),
-        ("avx512", ("tiles", "tiles_avx512", *_FILES)),
-    ),
+    sources=_sources("attention_operands", "attention"),
     arguments=(
         *["const uint16_t*"] * 5,
         *("const float*", "const uint8_t*"),

@@ -39,6 +39,7 @@ static inline void stored(float* to) { stored(to, to + 2 * SUMS); }
 static inline void multiply(const uint16_t* left, int64_t ld, int64_t left_step,
                             int64_t left_second, const uint16_t* right, int64_t right_step,
                             int64_t steps, float* first, float* second, bool adds) {
+  barrier();
   if (adds) {
     _tile_loadd(0, first, 64);
     _tile_loadd(1, first + SUMS, 64);
@@ -47,7 +48,6 @@ static inline void multiply(const uint16_t* left, int64_t ld, int64_t left_step,
   } else {
     clear();
   }
-  barrier();
   for (int64_t i = 0; i < steps; ++i) {
     _tile_loadd(4, left + i * left_step, ld * 2);
     _tile_loadd(5, left + i * left_step + left_second, ld * 2);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.native_function import NativeFunction
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 
 VECTORISED = r"""
@@ -52,20 +53,20 @@ _LIMITS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 Inductor's own flags C++ gets all that the processor has."""
 
 
-def compiled(source: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
-    """Compile a C++ source for the present `instructions.level` and return its function `kernel` as
-    a Python function. arguments: the C++ types of its parameters; a pointer takes a tensor."""
+def compiled(source: str, arguments: tuple[str, ...]) -> NativeFunction:
+    """Compile a C++ source for the present `instructions.level` and return its function `kernel`.
+    arguments: the C++ types of its parameters."""
     return _compiled(source, arguments, instructions.level())
 
 
 @functools.cache
-def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Callable[..., Any]:
+def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> NativeFunction:
     from torch._inductor import config
 
     choose_instructions()
     flags, settings = _LIMITS.get(level or "", ((), {}))
     with config.patch(settings):
-        return _built(source, arguments, flags)
+        return NativeFunction(_built(source, arguments, flags), arguments)
 
 
 @functools.cache

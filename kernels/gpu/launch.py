@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton import language as tl
 
+from qlora_compile.kernels.cpu.native_function import told_of_launch
 from qlora_compile.kernels.gpu.built_cache import use_built_cache
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Launch:
         return {"enable_fp_fusion": False} | self.options | counts
 
     def run(self) -> None:
+        told_of_launch()
         if _recorder.launches is not None:
             _recorder.launches.append(self)
         elif all(self.grid):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qlora_compile.kernels.plans.recording import Recorder
-from qlora_compile.kernels.plans.slab import Piece, packed
+from qlora_compile.kernels.plans.slab import scratch
 from qlora_compile.kernels.plans.steps import Numbers, Source, UnplannableError, dtype_code
 
 SLAB = Source("memory", -1)
@@ -29,12 +29,7 @@ def encoded(
         for source in (*step.sources, *(Source("value", each) for each in step.results)):
             touched.setdefault(source, []).append(number)
     kept = set(returned)
-    scratch = [source for source in touched if source.kind == "memory" and source not in kept]
-    pieces = [
-        Piece(recorder.memory[each.index], touched[each][0], touched[each][-1]) for each in scratch
-    ]
-    offsets, slab = packed(pieces)
-    inside = dict(zip(scratch, offsets, strict=True))
+    inside, slab = scratch(touched, recorder.memory, kept)
     order = [
         *(Source("input", index) for index in range(inputs)),
         *(Source("constant", index) for index in range(len(recorder.constants))),

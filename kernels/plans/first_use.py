@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.call import Call
 from qlora_compile.kernels.gpu.launch import recording_plan
 from qlora_compile.kernels.gpu.launch_step import is_hooked
+from qlora_compile.kernels.plans.arguments import given_tensors, told_of, with_tensors
+from qlora_compile.kernels.plans.bits import same_bits
 from qlora_compile.kernels.plans.encoding import encoded
 from qlora_compile.kernels.plans.recording import Recorder
 from qlora_compile.kernels.plans.steps import UnplannableError
@@ -31,15 +32,15 @@ def recorded(
     the key that C++ has looked up in this thread."""
 
     def run(*arguments: Any) -> list[Tensor]:
-        inputs = _tensors(arguments)
+        inputs = given_tensors(arguments)
         if is_hooked() or _ops.is_capturing(inputs[0].device):
             return compute(*arguments)
-        told = _told(name, arguments)
+        told = told_of(name, arguments)
         # Copies with storages of their own, so that each pointer belongs to one tensor.
         apart = [_ops.alias(each) for each in inputs]
         recorder = Recorder(apart)
         with recording_plan(recorder), fresh_workspaces(), recorder:
-            results = compute(*_replaced(arguments, iter(apart)))
+            results = compute(*with_tensors(arguments, iter(apart)))
         try:
             if recorder.obstacle is not None:
                 raise UnplannableError(recorder.obstacle)
@@ -73,7 +74,7 @@ def _compare(told: str, inputs: list[Tensor], results: list[Tensor], slab: int) 
         replayed = _ops.replay(inputs)
     except torch.OutOfMemoryError:
         return
-    if all(map(_same, replayed, results)):
+    if all(map(same_bits, replayed, results)):
         return
     message = f"{told}: replaying the launches gave other bits than Python's launches"
     warnings.warn(f"{message}; Python goes on launching; please report this", stacklevel=2)
@@ -87,45 +88,3 @@ def _fits(device: torch.device, size: int) -> bool:
         return False
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size <= torch.cuda.mem_get_info(device)[0] + cached
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
-    if torch.equal(one.view(raw), other.view(raw)):
-        return True
-    if not one.is_floating_point() or one.dtype != other.dtype:
-        return False
-    nan = one.isnan()
-    known = [each.masked_fill(nan, 0).view(raw) for each in (one, other)]
-    return torch.equal(nan, other.isnan()) and torch.equal(*known)
-
-
-def _told(name: str, arguments: Sequence[Any]) -> str:
-    """Describe the call for people."""
-    call, x = Call.parse(arguments[-1]), arguments[-4]
-    layout, columns = call.linears[0].layout, "+".join(map(str, call.columns))
-    stored = layout.format if layout.quantized else "plain"
-    return f"{name} of {list(x.shape)} and {stored} weights [{columns}, {call.k}] on {x.device}"
-
-
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for each in arguments:
-        if isinstance(each, Tensor):
-            found.append(each)
-        elif isinstance(each, list | tuple):
-            found += each
-    return found
-
-
-def _replaced(arguments: Sequence[Any], tensors: Any) -> list[Any]:
-    """Return the arguments with other tensors in place of theirs, in the order of `_tensors`."""
-    replaced: list[Any] = []
-    for each in arguments:
-        if isinstance(each, Tensor):
-            replaced.append(next(tensors))
-        elif isinstance(each, list | tuple):
-            replaced.append([next(tensors) for _ in each])
-        else:
-            replaced.append(each)
-    return replaced

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from qlora_compile.kernels.plans.steps import Source
 
 ALIGNMENT = 256
 """The alignment of every piece in bytes, the least that torch's allocators give kernels."""
@@ -41,3 +43,18 @@ def packed(pieces: Sequence[Piece]) -> tuple[list[int], int]:
         offsets[index] = offset
     ends = [offsets[index] + piece.size for index, piece in enumerate(pieces)]
     return [offsets[index] for index in range(len(pieces))], max(ends, default=0)
+
+
+def scratch(
+    touched: Mapping[Source, Sequence[int]], memory: Sequence[int], kept: Collection[Source]
+) -> tuple[dict[Source, int], int]:
+    """Return the offset in the slab of each piece of memory that is no result, and the bytes of the
+    slab.
+
+    touched: the steps that use each source, in order. memory: the bytes of each piece. kept: the
+    sources that are results.
+    """
+    sources = [source for source in touched if source.kind == "memory" and source not in kept]
+    pieces = [Piece(memory[each.index], touched[each][0], touched[each][-1]) for each in sources]
+    offsets, size = packed(pieces)
+    return dict(zip(sources, offsets, strict=True)), size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,9 @@ _DEFAULTS = re.compile(r"\.__(kw)?defaults__\b")
 """Defaults of a function; elsewhere, too, Dynamo assumes that these stay the same
 (assume_dunder_attributes_...)."""
 
+_NAMESPACE = re.compile(r"dict\(type\((?P<object>.+)\)\.__mro__\[(?P<at>\d+)\]\.__dict__\)")
+"""The attributes of one of the classes that an object inherits from."""
+
 
 def kept_guards(module: nn.Module, entries: Sequence[Any]) -> list[bool]:
     """Whether each guard that Dynamo made for a call of the block `module` is checked.
@@ -34,7 +38,28 @@ def kept_guards(module: nn.Module, entries: Sequence[Any]) -> list[bool]:
     entries: as torch.compile's option "guard_filter_fn" is given them.
     """
     planes = {id(plane) for plane in _side_planes(module.modules())}
-    return [_is_kept(entry, planes) for entry in entries]
+    kept = [entry for entry in entries if _is_kept(entry, planes)]
+    checked = {id(entry) for entry in kept} - {id(entry) for entry in _repetitions(kept)}
+    return [id(entry) in checked for entry in entries]
+
+
+def _repetitions(entries: Sequence[Any]) -> Iterable[Any]:
+    """Yield the guards on a base class that other guards repeat for further objects.
+
+    Dynamo of torch 2.11 checks for every object anew that none of its base classes has gained an
+    attribute. The objects' own classes are checked, so once is enough.
+    """
+    classes = {each.name: type(each.value) for each in entries if each.guard_type == "TYPE_MATCH"}
+    seen: set[object] = set()
+    for entry in entries:
+        match = _NAMESPACE.fullmatch(entry.name)
+        check = entry.orig_guard.create_fn
+        if match and match["object"] in classes and isinstance(check, partial):
+            base = classes[match["object"]].__mro__[int(match["at"])]
+            key = base, entry.guard_type, check.args, tuple(sorted(check.keywords.items()))
+            if key in seen:
+                yield entry
+            seen.add(key)
 
 
 def _side_planes(modules: Iterable[nn.Module]) -> Iterable[object]:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C import _autograd  # pyright: ignore[reportAttributeAccessIssue]
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchRuntimeError, Unsupported, UserError
+from torch._dynamo.exc import (
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    TorchRuntimeError,
+    Unsupported,
+    UserError,
+)
 
 from qlora_compile.capture.hooks import FORWARD, Hook
 from qlora_compile.hf.blocks import checkpoints
@@ -20,7 +26,14 @@ from qlora_compile.hf.captured_outputs import (
     starts_collecting,
 )
 
-REFUSALS = (Unsupported, FailOnRecompileLimitHit, TorchRuntimeError, UserError)
+REFUSALS = (
+    Unsupported,
+    FailOnRecompileLimitHit,
+    TorchRuntimeError,
+    UserError,
+    # torch 2.11 raises it where later versions call a parameter's __dict__ unsupported.
+    InternalTorchDynamoError,
+)
 """Errors that Dynamo raises, before anything has run, if it cannot trace a block as one graph."""
 
 RECOMPILE_LIMIT = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.utils import counters
 import qlora_compile
 from qlora_compile import errors
 from qlora_compile.capture.regions import region_of
+from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.variants.dense import Dense
 from qlora_compile.verify.verifier import Verifier
 from tests.test_equality import as_rewritten, lora, step, without_inductor
@@ -26,8 +28,8 @@ through_rewriting = pytest.mark.usefixtures("as_rewritten")
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many Linears the fused op ran, forward and backward."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """How many Linears the fused op ran, forward and backward, without tapes."""
     count = {"forward": 0, "backward": 0}
     for name in count:
         original = getattr(Dense, f"{name}_group")
@@ -37,7 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             return _original(self, *args)
 
         monkeypatch.setattr(Dense, f"{name}_group", counting)
-    return count
+    with tapes.off():
+        yield count
 
 
 @through_rewriting

@@ -24,6 +24,7 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime.driver import driver
 
 from bench.static.occupancy import MULTIPROCESSORS
+from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
 from qlora_compile.kernels.gpu.target import assuming
 
@@ -171,7 +172,8 @@ def fake_device(target: str = "sm_90") -> Iterator[FakeDevice]:
     library = _library()
     gpu = TARGETS[target]
     library.stub_set_device(*divmod(int(gpu.arch), 10), MULTIPROCESSORS[target].shared_bytes)
-    with knobs.nvidia.scope(), assuming(target, kind="cpu"):
+    # Tapes are for CPUs, which this one does not count as.
+    with knobs.nvidia.scope(), assuming(target, kind="cpu"), tapes.off():
         knobs.nvidia.libcuda_path = str(_folder())
         before, active = driver._active, FakeDriver(gpu)
         driver.set_active(active)

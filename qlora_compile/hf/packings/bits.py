@@ -17,7 +17,8 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     """
     rows = words.shape[0]
     if _WORD % bits == 0:
-        stored = words.reshape(-1).view(torch.uint8).view(rows, -1)
+        # contiguous() keeps the strides of dimensions of length one, which view() refuses.
+        stored = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         if bits == 8:
             return stored[:, :count].contiguous()
         parts = [stored >> shift & (2**bits - 1) for shift in range(0, 8, bits)]

@@ -50,9 +50,11 @@ def test_streams_of_bits(bits: int, count: int, seed: int) -> None:
     codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(seed))
     middle = 2 ** (bits - 1)
     stored = pack_to_int32((codes - middle).to(torch.int8), bits)
-    assert torch.equal(unpacked(stored, bits, count), codes.to(torch.uint8))
-    transposed = stored.t().contiguous().t()
-    assert torch.equal(unpacked(transposed, bits, count), codes.to(torch.uint8))
+    # Whole, in columns, and as a part of longer rows; then one row alone.
+    for words in (stored, stored.t().contiguous().t(), torch.cat([stored] * 2, 1)):
+        words = words[:, : stored.shape[1]]
+        assert torch.equal(unpacked(words, bits, count), codes.to(torch.uint8))
+        assert torch.equal(unpacked(words[:1], bits, count), codes[:1].to(torch.uint8))
 
 
 @pytest.mark.parametrize("zero_point", [True, False])
