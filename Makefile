@@ -89,7 +89,7 @@ test-oldest: .venv-oldest/installed
 # has passed is written down, and tests/docs asks the table of docs/reference/support.md to follow.
 test-newest: .venv-newest/installed
 	TRITON_INTERPRET=0 .venv-newest/bin/python -m pytest $(OTHER_VERSIONS)
-	(echo "# What passed \`make test-newest\` last."; echo "# $$(.venv-newest/bin/python -V)"; \
+	(echo "# The newest versions on which all tests have passed."; echo "# $$(.venv-newest/bin/python -V)"; \
 		.venv-newest/bin/pip freeze --disable-pip-version-check --exclude-editable) >tests/newest.txt
 
 .venv-oldest/installed: tests/oldest.txt pyproject.toml
