@@ -18,6 +18,7 @@ import qlora_compile
 from qlora_compile.capture.regions import Region, region_of
 from qlora_compile.cli.app import app
 from qlora_compile.kernels import call_times, selection, selector
+from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.variants import native_adapter
 from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as tuners
@@ -149,9 +150,12 @@ def test_records_that_calls_refute_are_measured_anew(
     new_process()
     model = optimized()
     monkeypatch.setattr(call_times, "_DISTANCES", range(1, 4))
+    # The distance to the next timed call is drawn beforehand.
+    monkeypatch.setattr(tapes._state, "countdown", call_times.Countdown())
 
     def steps() -> None:
-        for _ in range(10):
+        # Enough for each problem's five timed calls, and for measuring it anew.
+        for _ in range(20):
             step(model, tokens())
 
     with pytest.warns(RecordWarning, match=r"is dropped: calls take 0\.0\d* times as long as it"):
