@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qlora_compile.kernels import workspace
 from qlora_compile.kernels.cpu.native_function import NativeFunction
-from qlora_compile.kernels.plans.slab import ALIGNMENT, scratch
+from qlora_compile.kernels.plans.slab import ALIGNMENT, scratch, touches
 from qlora_compile.kernels.plans.steps import Source, UnplannableError
 from qlora_compile.kernels.plans.tracer import Tracer
 
@@ -116,13 +116,8 @@ class Tape:
             raise UnplannableError(recorder.obstacle)
         self.checked = False
         steps = recorder.steps
-        returned = [recorder.result(each) for each in results]
-        if len(set(returned)) < len(returned):
-            raise UnplannableError("two of its results share their storage")
-        touched: dict[Source, list[int]] = {}
-        for number, step in enumerate(steps):
-            for source in step.sources:
-                touched.setdefault(source, []).append(number)
+        returned = recorder.results(results)
+        touched = touches(step.sources for step in steps)
         kept = set(returned)
         self._inside, size = scratch(touched, recorder.memory, kept)
         self._bytes = -(-size // ALIGNMENT) * ALIGNMENT

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qlora_compile.kernels.plans.recording import Recorder
-from qlora_compile.kernels.plans.slab import scratch
-from qlora_compile.kernels.plans.steps import Numbers, Source, UnplannableError, dtype_code
+from qlora_compile.kernels.plans.slab import scratch, touches
+from qlora_compile.kernels.plans.steps import Numbers, Source, dtype_code
 
 SLAB = Source("memory", -1)
 
@@ -21,13 +21,11 @@ def encoded(
     call: the name for errors. inputs: how many tensors the call has. Raises UnplannableError if a
     result has no storage of its own.
     """
-    returned = [recorder.result(each) for each in results]
-    if len(set(returned)) < len(returned):
-        raise UnplannableError("two of its results share their storage")
-    touched: dict[Source, list[int]] = {}
-    for number, step in enumerate(recorder.steps):
-        for source in (*step.sources, *(Source("value", each) for each in step.results)):
-            touched.setdefault(source, []).append(number)
+    returned = recorder.results(results)
+    touched = touches(
+        (*step.sources, *(Source("value", each) for each in step.results))
+        for step in recorder.steps
+    )
     kept = set(returned)
     inside, slab = scratch(touched, recorder.memory, kept)
     order = [

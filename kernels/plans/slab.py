@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_compile.kernels.plans.steps import Source
@@ -43,6 +43,15 @@ def packed(pieces: Sequence[Piece]) -> tuple[list[int], int]:
         offsets[index] = offset
     ends = [offsets[index] + piece.size for index, piece in enumerate(pieces)]
     return [offsets[index] for index in range(len(pieces))], max(ends, default=0)
+
+
+def touches(steps: Iterable[Iterable[Source]]) -> dict[Source, list[int]]:
+    """Return the numbers of the steps that use each source. steps: the sources of each step."""
+    touched: dict[Source, list[int]] = {}
+    for number, sources in enumerate(steps):
+        for source in sources:
+            touched.setdefault(source, []).append(number)
+    return touched
 
 
 def scratch(

@@ -79,7 +79,7 @@ class Tracer(TorchDispatchMode):
 
     def place(self, tensor: Tensor) -> tuple[Source, int]:
         """Return where the first element of `tensor` lies. A storage that was neither given nor
-        allocated inside is a constant, which the plan keeps alive."""
+        allocated inside is a constant, which stays alive with whatever repeats the run."""
         root = self._roots.get(_storage(tensor))
         if root is None:
             if tensor.device != self.device:
@@ -88,6 +88,16 @@ class Tracer(TorchDispatchMode):
             root = self._add(tensor, Source("constant", len(self.constants) - 1))
         # A tensor without elements has no address.
         return root.source, tensor.data_ptr() - root.address if tensor.numel() else 0
+
+    def results(self, tensors: Sequence[Tensor]) -> list[Source]:
+        """Return the source of each result.
+
+        Raises UnplannableError if a result has no contiguous storage of its own.
+        """
+        sources = [self.result(each) for each in tensors]
+        if len(set(sources)) < len(sources):
+            raise UnplannableError("two of its results share their storage")
+        return sources
 
     def result(self, tensor: Tensor) -> Source:
         """Return the memory or the value whose whole content is `tensor`, a result.

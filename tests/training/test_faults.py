@@ -95,7 +95,7 @@ def _in_child(act: Callable[[], None], inputs: Path, output: Path) -> int:
     """Run in a process of its own, of which `act` is the beginning; return its exit status."""
 
     def work() -> None:
-        # torch makes its pool of threads anew after a fork, in the first call, which must be one.
+        # After a fork, torch makes its pool of threads anew, and fails if two threads ask at once.
         torch.set_num_threads(torch.get_num_threads())
         act()
         result = run(inputs, output)
