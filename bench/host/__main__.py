@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from bench.host.settings import LLAMA, MODELS
@@ -18,6 +19,7 @@ from bench.host.table import calls_section, replays_section, section
 from bench.measured_on import in_words, measured_on
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Process
+from qlora_compile.kernels.cpu.instructions import multiplies
 from tests.fake_device.device import LAUNCH_SECONDS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -32,6 +34,11 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of a turn; the fastest counts.")] = STEPS,
 ) -> None:
     """Compare the host's time of whole steps, and split that of fused calls."""
+    if not multiplies(torch.bfloat16):
+        # Without instructions for 16-bit products, the peers' products alone, however small, take
+        # more than half of their steps, and the ratio would not be the host's.
+        message = "this CPU has no instructions for products in bfloat16, so that computing counts"
+        raise typer.BadParameter(f"{message}; run it on one with AVX-512 and BF16")
     for name in models or ():
         if name not in MODELS:
             raise typer.BadParameter(f"{name!r}; there are {', '.join(MODELS)}")

@@ -19,7 +19,6 @@ from qlora_compile.training_errors import LostProcessError
 
 _ENDS_BY = (signal.SIGINT, signal.SIGTERM)
 _AT_ONCE = 20  # seconds
-_LOST = LostProcessError.__name__
 _LINES = 30  # of what a process wrote last
 _TRAIN = ("-m", "qlora_compile.cli.app", "train")
 
@@ -75,8 +74,8 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
             raise typer.Exit(128 + error.sigval) from error
         except ChildFailedError as error:
             rank, failure = _first_failure(error.failures)
-            if isinstance(failure.message, dict):  # what `record_error` wrote
-                _, _, message = str(dict(failure.message)["message"]).partition(": ")
+            if (recorded := _recorded(failure)) is not None:
+                _, message = recorded
                 status = 2
             else:
                 _show_last_lines(Path(folder), failure.local_rank)
@@ -96,6 +95,14 @@ def record_error(error: Exception) -> None:
     get_error_handler().record_exception(error)
 
 
+def _recorded(failure: Any) -> tuple[str, str] | None:
+    """Return the name of the error's class and the message that `record_error` wrote, if it did."""
+    if not isinstance(failure.message, dict):
+        return None
+    name, _, message = str(dict(failure.message)["message"]).partition(": ")
+    return name, message
+
+
 def _first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """Return the rank and torchrun's note of the process whose end is the cause of the others'.
 
@@ -110,8 +117,8 @@ def _first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
             return 3, each.timestamp
         if each.exitcode < 0:
             return 0, each.timestamp
-        lost = isinstance(each.message, dict) and _LOST in str(dict(each.message)["message"])
-        return 2 if lost else 1, each.timestamp
+        name, _ = _recorded(each) or ("", "")
+        return 2 if name == LostProcessError.__name__ else 1, each.timestamp
 
     return min(failures.items(), key=order)
 

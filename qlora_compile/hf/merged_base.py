@@ -93,7 +93,7 @@ class KeptBase:
         device = module.weight.device
         kept = self._planes.read() if isinstance(self._planes, _KeptFile) else self._planes
         planes = {name: plane.to(device) for name, plane in kept.items()}
-        module._store(PackedWeight(Layout.parse(self._layout), planes))
+        module.store(PackedWeight(Layout.parse(self._layout), planes))
         if bias is not None and self._bias is not None:
             bias.data.copy_(self._bias)
 

@@ -88,7 +88,7 @@ def finish(model: nn.Module) -> None:
     for module in model.modules():
         # The folder has no such weight: transformers has initialised it.
         if isinstance(module, QuantizedLinear) and module.weight.is_floating_point():
-            module._store(module.quant_format.pack(module.weight, Layout.parse(module.layout)))
+            module.store(module.quant_format.pack(module.weight, Layout.parse(module.layout)))
     sites = experts.sites(dict(model.named_modules())).values()
     packed = [site for site in sites if isinstance(site.weight, PackedExperts)]
     for site in packed:

@@ -30,7 +30,7 @@ class PackedExperts(PackedModule):
         self.n = packed.shape[0] // experts
         self.transposed = transposed
         self.weight_dtype = weight_dtype
-        self._store(packed)
+        self.store(packed)
 
     @classmethod
     def from_parameter(

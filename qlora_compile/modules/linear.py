@@ -25,7 +25,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         self.out_features, self.in_features = packed.shape
         self.weight_dtype = weight_dtype
         self.bias = bias
-        self._store(packed)
+        self.store(packed)
 
     @classmethod
     def from_linear(

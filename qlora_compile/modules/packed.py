@@ -45,7 +45,8 @@ class PackedModule(nn.Module):
     def packed_shape(self) -> tuple[int, int]:
         """(rows, columns), as in `PackedWeight.shape`."""
 
-    def _store(self, packed: PackedWeight) -> None:
+    def store(self, packed: PackedWeight) -> None:
+        """Make `packed` this module's weight: its planes and its Layout."""
         # Kept as text, which Dynamo reads as a constant.
         self.layout = str(packed.layout)
         _, *self.side_names = packed.planes
@@ -90,7 +91,7 @@ class PackedModule(nn.Module):
         """
         if torch.equal(weight, self.dequantize(weight.dtype)):
             return
-        self._store(self.quant_format.pack(weight, Layout.parse(self.layout)))
+        self.store(self.quant_format.pack(weight, Layout.parse(self.layout)))
 
     def _load_from_state_dict(
         self,

@@ -348,7 +348,7 @@ def _rounded(model: nn.Module) -> Iterator[None]:
         if now and not was:
             layer.unmerged = packed.packed
         if was and not now and layer.unmerged is not None:
-            packed._store(layer.unmerged)  # as ours gives back what was there before
+            packed.store(layer.unmerged)  # as ours gives back what was there before
         elif not torch.equal(layer.weight.data, weight):
             packed.requantize(layer.weight.data)
         layer.decode(dtype)
