@@ -50,9 +50,7 @@ def repeated(name: str, choice: Choice, compute: Compute, *arguments: Any) -> li
     choice: what `compute` runs. Some calls, which are timed to check the records, are computed all
     the same.
     """
-    *_, x, _, seed, _ = arguments
-    # Dropout on a CPU reads the value of the seed.
-    if not _state.enabled or x.device.type != "cpu" or seed is not None:
+    if not _state.enabled or arguments[-4].device.type != "cpu":
         return compute(*arguments)
     inputs = given_tensors(arguments)
     facts = _facts(arguments, inputs)
@@ -131,7 +129,8 @@ def _recorded(
     except RuntimeError:  # Some of its elements share their memory.
         _keep(key, _REFUSED)
         return compute(*arguments)
-    first = len(inputs) - len(arguments[-3])
+    *_, seed, _ = arguments
+    first = len(inputs) - len(arguments[-3]) - (seed is not None)
     known = [first + index for index in scaling_indices(arguments[-1])]
     recorder = TapeRecorder(apart, known)
     with native_function.recording(recorder), fresh_workspaces(), recorder:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu import dropout, thin
 from qlora_compile.kernels.cpu.instructions import multiplies, product_dtype
 from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.layout import slices
@@ -67,11 +67,29 @@ class NativeAdapter:
 
     def mask(self, rows: slice) -> Tensor | None:
         """Return the dropout mask of `rows` of x, in the factors' dtype; None without dropout."""
-        if self.tensors.seed is None:
+        seed, spec = self.tensors.seed, self.spec
+        if seed is None:
             return None
-        spec, bounds = self.spec, (rows.start, rows.stop)
-        seed, dtype = self.tensors.seed, self.a.dtype
-        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=dtype)
+        ones = self.a.new_ones(rows.stop - rows.start, spec.k)
+        if dropout.available(ones):
+            return dropout.dropped(ones, seed, spec.stream, spec.dropout, rows.start)
+        bounds = (rows.start, rows.stop)
+        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=ones.dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return all rows of x [M, K], dropped out but not scaled; x itself without dropout. Needs
+        `dropout.available`."""
+        seed, spec = self.tensors.seed, self.spec
+        return x if seed is None else dropout.dropped(x, seed, spec.stream, spec.dropout)
+
+    def add_dropped(self, total: Tensor, low: Tensor) -> None:
+        """Add low @ A [M, K], dropped out, to `total`; needs `is_thin(total)`."""
+        seed, spec = self.tensors.seed, self.spec
+        if seed is None:
+            add_product(total, low, self.a)
+            return
+        added = add_product(total.clone(), low, self.a)
+        dropout.put(added, total, seed, spec.stream, spec.dropout)
 
 
 @dataclass(frozen=True)
@@ -120,8 +138,9 @@ class NativeAdapters:
         return self.x.dtype == self.dtype and not self.masked
 
     def is_thin(self, rows: Tensor) -> bool:
-        """Whether products with `rows` take them as they are, all at once."""
-        return not self.masked and thin.available(rows, self.dtype)
+        """Whether products with `rows`, dropped out or not, take them as they are, all at once."""
+        drops = not self.masked or dropout.available(rows)
+        return drops and thin.available(rows, self.dtype)
 
     def low_ranks(self) -> dict[int, Tensor]:
         """Return S of each member, scaling * drop(x) aᵀ [M, R] in `dtype`, and write it if the
@@ -134,7 +153,7 @@ class NativeAdapters:
                 low = member.tensors.low_rank
                 if low is None or low.dtype != self.dtype:
                     low = x.new_empty(len(x), len(member.a), dtype=self.dtype)
-                thin.product(x, member.a, low, float(member.scaling))
+                thin.product(member.dropped(x), member.a, low, float(member.scaling))
                 lows[position] = low
         else:
             low = self._low_rank()
@@ -222,10 +241,7 @@ class NativeGradients:
         whole = total is None or total.dtype == x.dtype
         # `total` is contiguous, so that the product is added in place.
         if adapters.is_thin(x) and whole:
-            if total is not None:
-                add_product(total, self.grad_low, adapters.stacked)
-            if self.needs.adapter:
-                thin.gradient(self.grad_low, _contiguous_rows(x), self._a)
+            self._finish_thin(_contiguous_rows(x), total)
             return
         for m in row_blocks(x, whole=adapters.plain and whole):
             target = None if total is None else total[m]
@@ -235,6 +251,22 @@ class NativeGradients:
                 continue
             for member in adapters.members.values():
                 self._finish(m, member.a, member.columns, wide, member.mask(m), target)
+
+    def _finish_thin(self, x: Tensor, total: Tensor | None) -> None:
+        """Do as `finish` with x of contiguous rows, for which `is_thin` holds."""
+        adapters = self.adapters
+        if not adapters.masked:
+            if total is not None:
+                add_product(total, self.grad_low, adapters.stacked)
+            if self.needs.adapter:
+                thin.gradient(self.grad_low, x, self._a)
+            return
+        for member in adapters.members.values():
+            low = self.grad_low[:, member.columns]
+            if total is not None:
+                member.add_dropped(total, low)
+            if self.needs.adapter:
+                thin.gradient(low, member.dropped(x), self._a[member.columns])
 
     def _finish(
         self,

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from qlora_compile.capture.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
-from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu import dropout, thin
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.experts import op as experts_op
@@ -37,6 +37,8 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
         inputs = [example(node.args[0]) for node in fused]
         for dtype in {each.dtype for each in inputs if each is not None}:
             thin.start(dtype)
+        if any(node.args[2] is not None for node in fused):
+            dropout.start()
     if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
         cpu_attention.start()
     tag = cache_key_tag(_sources_digest(), on_cpu=on_cpu)

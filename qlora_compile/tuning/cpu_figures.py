@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
-from qlora_compile.kernels.cpu import thin
+from qlora_compile.kernels.cpu import dropout, thin
 from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
@@ -73,7 +73,11 @@ def measure_cpu() -> CpuModel:
     target = torch.empty_like(source)
     small, seed = torch.ones(64, 1024, device="cpu"), torch.tensor([1], device="cpu")
     copy = _best(lambda: target.copy_(source))
-    mask = _best(lambda: keep_mask(seed, 0, 0.1, (0, _ROWS), _WIDTH, torch.float32))
+    ones = torch.ones(_ROWS, _WIDTH, device="cpu")
+    if dropout.is_built():
+        mask = _best(lambda: dropout.dropped(ones, seed, 0, 0.1))
+    else:
+        mask = _best(lambda: keep_mask(seed, 0, 0.1, (0, _ROWS), _WIDTH, ones.dtype))
     return CpuModel(
         name="cpu",
         target=CPU.target,
@@ -102,9 +106,9 @@ def _compile(packed: PackedWeight) -> None:
     decode = format_named(packed.format).dequantize_rows
     dtypes = (torch.float32, torch.bfloat16)
     decoded = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
-    built = partial(thin.is_built, torch.bfloat16)
+    built = (partial(thin.is_built, torch.bfloat16), dropout.is_built)
     with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(each) for each in (built, *decoded)]:
+        for done in [pool.submit(each) for each in (*built, *decoded)]:
             done.result()
 
 

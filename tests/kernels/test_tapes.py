@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_compile.kernels import op, registry
-from qlora_compile.kernels.cpu import tapes
+from qlora_compile.kernels.cpu import dropout, tapes
 from qlora_compile.kernels.cpu.instructions import VARIABLE, levels
 from qlora_compile.kernels.cpu.tape import Tape
 from qlora_compile.kernels.plans.bits import same_bits
@@ -122,6 +122,17 @@ def test_another_key_has_a_tape_of_its_own() -> None:
             assert y.is_inference()
             assert same_bits(y, wanted[seed])
     assert len(checked()) == 5 + 2 * len(changes)
+
+
+@pytest.mark.skipif(not dropout.is_built(), reason="this CPU has no AVX2, or no C++ compiler")
+def test_dropout_is_repeated_with_new_seeds() -> None:
+    """C++ reads the seed, so that a repetition draws another mask."""
+    case = replace(USUAL, dropout=0.25)
+    used(case)
+    assert checked() == [True, True]
+    assert not same_bits(linear(case, USES)["y"], linear(case, USES + 1)["y"])
+    used(case)
+    assert checked() == [True, True]
 
 
 def test_a_changed_scaling_is_noticed() -> None:
