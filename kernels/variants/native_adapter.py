@@ -4,6 +4,7 @@ one pass on a CPU with the instructions for it."""
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -76,20 +77,20 @@ class NativeAdapter:
         bounds = (rows.start, rows.stop)
         return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=ones.dtype)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return all rows of x [M, K], dropped out but not scaled; x itself without dropout. Needs
-        `dropout.available`."""
-        seed, spec = self.tensors.seed, self.spec
-        return x if seed is None else dropout.dropped(x, seed, spec.stream, spec.dropout)
-
-    def add_dropped(self, total: Tensor, low: Tensor) -> None:
-        """Add low @ A [M, K], dropped out, to `total`; needs `is_thin(total)`."""
-        seed, spec = self.tensors.seed, self.spec
+    def dropped(self, x: Tensor, rows: slice) -> Tensor:
+        """Return `rows` of x [M, K], dropped out but not scaled. Needs `dropout.available`."""
+        seed, spec, x = self.tensors.seed, self.spec, cut(x, rows)
         if seed is None:
-            add_product(total, low, self.a)
-            return
+            return x
+        return dropout.dropped(x, seed, spec.stream, spec.dropout, rows.start)
+
+    def add_dropped(self, total: Tensor, low: Tensor, rows: slice) -> None:
+        """Add low @ A [m, K], dropped out, to `total`, the rows `rows` of all. Needs
+        `is_thin(total)` and a seed."""
+        seed, spec = self.tensors.seed, self.spec
+        assert seed is not None
         added = add_product(total.clone(), low, self.a)
-        dropout.put(added, total, seed, spec.stream, spec.dropout)
+        dropout.put(added, total, seed, spec.stream, spec.dropout, rows.start)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ class NativeAdapters:
                 low = member.tensors.low_rank
                 if low is None or low.dtype != self.dtype:
                     low = x.new_empty(len(x), len(member.a), dtype=self.dtype)
-                thin.product(member.dropped(x), member.a, low, float(member.scaling))
+                for m in row_blocks(x, whole=not self.masked):
+                    given = member.dropped(x, m)
+                    thin.product(given, member.a, cut(low, m), float(member.scaling))
                 lows[position] = low
         else:
             low = self._low_rank()
@@ -261,12 +264,14 @@ class NativeGradients:
             if self.needs.adapter:
                 thin.gradient(self.grad_low, x, self._a)
             return
-        for member in adapters.members.values():
-            low = self.grad_low[:, member.columns]
+        for m, member in itertools.product(row_blocks(x, whole=False), adapters.members.values()):
+            low = self.grad_low[m, member.columns]
             if total is not None:
-                member.add_dropped(total, low)
+                member.add_dropped(total[m], low, m)
             if self.needs.adapter:
-                thin.gradient(low, member.dropped(x), self._a[member.columns])
+                part = self._a.new_empty(len(member.a), x.shape[1])
+                thin.gradient(low, member.dropped(x, m), part)
+                self._a[member.columns] += part
 
     def _finish(
         self,
