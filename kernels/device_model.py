@@ -100,7 +100,7 @@ CPU = CpuModel(
     thin=(2e10, 4e10, 5e10, 1e10),
     decode=(1.5e-9, 0.8e-9, 1.0e-9, 1.5e-9),
     operator=1e-5,
-    dropout=2e-9,
+    dropout=5e-10,
 )
 """A guess at a few cores, where the CPU has not been measured."""
 
