@@ -22,7 +22,7 @@ from bench.measured_on import in_words, measured_on
 from bench.peers.contenders import CONTENDERS, NEEDS_GPU, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
-from bench.peers.settings import DTYPES, SETTINGS, Setting, settings_in
+from bench.peers.settings import DTYPES, SETTINGS, Setting, place, settings_in
 from bench.peers.table import section
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -38,6 +38,7 @@ def main(
     ] = None,
     base: Annotated[str | None, typer.Option(help="A commit to compare ours with as well.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Of the model: {', '.join(DTYPES)}.")] = DTYPES[0],
+    dropout: Annotated[float, typer.Option(help="Of the adapters.", min=0, max=0.9)] = 0.0,
 ) -> None:
     """Compare step time, memory and losses with the peers'."""
     known = [name for name in CONTENDERS if name not in NEEDS_GPU]
@@ -48,7 +49,8 @@ def main(
     chosen = list(dict.fromkeys([OURS, STOCK, *chosen]))
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r}; there are {', '.join(DTYPES)}")
-    settings = [settings_in(dtype)[number] for number in setting or range(len(SETTINGS))]
+    settings = settings_in(dtype, dropout)
+    settings = [settings[number] for number in setting or range(len(SETTINGS))]
     results: list[tuple[Setting, list[Run]]] = []
     worktree = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +78,7 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     for setting, runs in results:
         told = {"setting": asdict(setting), **measured_on(), "runs": [asdict(run) for run in runs]}
         entries[_instructions(told), setting] = told
-    kinds = sorted({kind for kind, _ in entries})
-    order = [each for dtype in DTYPES for each in settings_in(dtype)]
-    ordered = [(kind, each) for kind in kinds for each in order if (kind, each) in entries]
+    ordered = sorted(entries, key=lambda key: (key[0], place(key[1])))
     file.write_text(json.dumps([entries[key] for key in ordered], indent=1) + "\n")
     lines = [
         *("# Beside the peers", ""),

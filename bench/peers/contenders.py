@@ -60,6 +60,7 @@ def lora(setting: Setting, modules: set[str] | None = None) -> LoraConfig:
     return LoraConfig(
         r=setting.rank,
         lora_alpha=ALPHA,
+        lora_dropout=setting.dropout,
         target_modules=list(modules or ()) or "all-linear",
         target_parameters=experts if setting.model == EXPERTS else None,
     )

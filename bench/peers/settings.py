@@ -34,7 +34,8 @@ _EXPERT_SIZE = 768
 class Setting:
     """What a comparison trains. layers, hidden, vocabulary, rank: sizes of a model with random
     weights, which keeps its own without `hidden` and `vocabulary`. autocast: whether to autocast
-    to bfloat16, as the HF Trainer does with `bf16=True`. dtype: the model's, one of `DTYPES`."""
+    to bfloat16, as the HF Trainer does with `bf16=True`. dtype: the model's, one of `DTYPES`.
+    dropout: of the adapters."""
 
     model: str
     batch_size: int
@@ -47,12 +48,15 @@ class Setting:
     autocast: bool = False
     checkpointing: bool = False
     dtype: str = "bfloat16"
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         layers = f", {self.layers} layers" if self.model in (LLAMA_1B, LLAMA_8B, EXPERTS) else ""
         checkpointing = ", checkpointing" if self.checkpointing else ""
         dtype = "" if self.dtype == "bfloat16" else f", {self.dtype}"
-        return f"{self.model}{layers}, {self.batch_size} x {self.length}{checkpointing}{dtype}"
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        size = f"{self.batch_size} x {self.length}"
+        return f"{self.model}{layers}, {size}{checkpointing}{dtype}{dropout}"
 
     @property
     def tokens(self) -> int:
@@ -67,9 +71,15 @@ SETTINGS = tuple(
 DTYPES = ("bfloat16", "float32", "float16")
 
 
-def settings_in(dtype: str) -> tuple[Setting, ...]:
-    """Return `SETTINGS` with the model in another dtype."""
-    return tuple(replace(each, dtype=dtype) for each in SETTINGS)
+def settings_in(dtype: str, dropout: float) -> tuple[Setting, ...]:
+    """Return `SETTINGS` with the model in another dtype, and with dropout."""
+    return tuple(replace(each, dtype=dtype, dropout=dropout) for each in SETTINGS)
+
+
+def place(setting: Setting) -> tuple[int, float, int]:
+    """Return what settings that `settings_in` returns are sorted by."""
+    usual = replace(setting, dtype=DTYPES[0], dropout=0.0)
+    return DTYPES.index(setting.dtype), setting.dropout, SETTINGS.index(usual)
 
 
 def base_model(setting: Setting) -> Any:
