@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
+from qlora_compile.kernels.variants.adapter_sum import add_product, adds_in_place
 from qlora_compile.kernels.variants.base import (
     Config,
     Group,
@@ -34,8 +35,6 @@ from qlora_compile.kernels.variants.native_adapter import (
     NativeAdapter,
     NativeAdapters,
     NativeGradients,
-    add_product,
-    adds_in_place,
     cut,
     native_dtypes,
     row_blocks,
