@@ -37,8 +37,8 @@ def main(
     if not multiplies(torch.bfloat16):
         # Without instructions for 16-bit products, the peers' products alone, however small, take
         # more than half of their steps, and the ratio would not be the host's.
-        message = "this CPU has no instructions for products in bfloat16, so that computing counts"
-        raise typer.BadParameter(f"{message}; run it on one with AVX-512 and BF16")
+        message = "this CPU computes bfloat16 products too slowly to measure the host beside them"
+        raise typer.BadParameter(f"{message}; use a CPU with AVX-512 and BF16")
     for name in models or ():
         if name not in MODELS:
             raise typer.BadParameter(f"{name!r}; there are {', '.join(MODELS)}")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,7 +97,7 @@ class Process:
         """Start a contender's process. Its first answer says how long making the model took."""
         contender = CONTENDERS[name]
         process = cls(contender.module, folder, contender.folders, contender.environment, root)
-        process.send({"contender": name, "setting": asdict(setting), "batches": batches})
+        process.send({"contender": name, "setting": setting.told, "batches": batches})
         return process
 
     def ask(self, order: Any, until: float = math.inf) -> dict[str, Any]:

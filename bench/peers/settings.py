@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ class Setting:
         return f"{self.model}{layers}, {size}{checkpointing}{dtype}{dropout}"
 
     @property
+    def told(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: an older commit's code, which `--base` runs,
+        may lack the others."""
+        values = ((each, getattr(self, each.name)) for each in fields(self))
+        return {each.name: value for each, value in values if value != each.default}
+
+    @property
     def tokens(self) -> int:
         return self.batch_size * self.length
 
@@ -77,7 +84,7 @@ def settings_in(dtype: str, dropout: float) -> tuple[Setting, ...]:
 
 
 def place(setting: Setting) -> tuple[int, float, int]:
-    """Return what settings that `settings_in` returns are sorted by."""
+    """Return the sorting key of a setting: by dtype, then by dropout, then as in `SETTINGS`."""
     usual = replace(setting, dtype=DTYPES[0], dropout=0.0)
     return DTYPES.index(setting.dtype), setting.dropout, SETTINGS.index(usual)
 

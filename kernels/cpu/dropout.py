@@ -52,8 +52,8 @@ def dropped(x: Tensor, seed: Tensor, stream: int, probability: float, first: int
 def put(
     x: Tensor, out: Tensor, seed: Tensor, stream: int, probability: float, first: int = 0
 ) -> None:
-    """Write the kept elements of x [m, K] to `out` [m, K], whose dropped elements stay; the rows of
-    both are contiguous. The rest is as `dropped` takes it."""
+    """Write the kept elements of x [m, K] to `out` [m, K], whose rows are contiguous, and keep the
+    other elements of `out`. The rest is as `dropped` takes it."""
     _run(x, out, seed, stream, probability, first, fills=False)
 
 

@@ -50,7 +50,8 @@ def repeated(name: str, choice: Choice, compute: Compute, *arguments: Any) -> li
     choice: what `compute` runs. Some calls, which are timed to check the records, are computed all
     the same.
     """
-    if not _state.enabled or arguments[-4].device.type != "cpu":
+    *_, x, _, _, _ = arguments
+    if not _state.enabled or x.device.type != "cpu":
         return compute(*arguments)
     inputs = given_tensors(arguments)
     facts = _facts(arguments, inputs)
@@ -129,9 +130,10 @@ def _recorded(
     except RuntimeError:  # Some of its elements share their memory.
         _keep(key, _REFUSED)
         return compute(*arguments)
-    *_, seed, _ = arguments
-    first = len(inputs) - len(arguments[-3]) - (seed is not None)
-    known = [first + index for index in scaling_indices(arguments[-1])]
+    *_, tensors, seed, text = arguments
+    # The inputs end with the tensors and, if there is dropout, the seed.
+    first = len(inputs) - len(tensors) - (seed is not None)
+    known = [first + index for index in scaling_indices(text)]
     recorder = TapeRecorder(apart, known)
     with native_function.recording(recorder), fresh_workspaces(), recorder:
         results = compute(*with_tensors(arguments, iter(apart)))

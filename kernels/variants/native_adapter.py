@@ -72,11 +72,11 @@ class NativeAdapter:
         seed, spec = self.tensors.seed, self.spec
         if seed is None:
             return None
-        ones = self.a.new_ones(rows.stop - rows.start, spec.k)
-        if dropout.available(ones):
+        if dropout.available(self.a):
+            ones = self.a.new_ones(rows.stop - rows.start, spec.k)
             return dropout.dropped(ones, seed, spec.stream, spec.dropout, rows.start)
         bounds = (rows.start, rows.stop)
-        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=ones.dtype)
+        return keep_mask(seed, spec.stream, spec.dropout, bounds, spec.k, dtype=self.a.dtype)
 
     def dropped(self, x: Tensor, rows: slice) -> Tensor:
         """Return `rows` of x [M, K], dropped out but not scaled. Needs `dropout.available`."""
@@ -140,7 +140,7 @@ class NativeAdapters:
         return self.x.dtype == self.dtype and not self.masked
 
     def is_thin(self, rows: Tensor) -> bool:
-        """Whether products with `rows`, dropped out or not, take them as they are, all at once."""
+        """Whether the thin kernels multiply `rows`, dropped out or not, in the dtype they have."""
         drops = not self.masked or dropout.available(rows)
         return drops and thin.available(rows, self.dtype)
 

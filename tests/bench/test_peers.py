@@ -126,3 +126,9 @@ def test_the_interval_holds_the_median(count: int) -> None:
     low, high = interval_of_median(values)
     assert low <= sorted(values)[count // 2] <= high
     assert (low, high) == (min(values), max(values)) or count > 6
+
+
+def test_an_older_commit_is_told_only_what_differs() -> None:
+    setting = Setting(STACK, 2, 64, dropout=0.1)
+    assert setting.told == {"model": STACK, "batch_size": 2, "length": 64, "dropout": 0.1}
+    assert Setting(**setting.told) == setting
