@@ -58,6 +58,8 @@ def _read_by(function: FunctionType, owner: str | None = "self") -> set[str]:
 
     owner: the name of a variable; None for any expression before NAME.
     """
+    if "weight" not in function.__code__.co_names:
+        return set()
     names = [
         step.argval if step.opname in ("LOAD_FAST", "LOAD_ATTR", "LOAD_METHOD") else None
         for step in dis.get_instructions(function)

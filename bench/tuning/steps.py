@@ -29,9 +29,10 @@ from bench.run import batches
 from qlora_compile.hf import loading
 from qlora_compile.text_table import text_table
 from qlora_compile.training.demo import demo_model_file
+from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.modes import tuner_of
 from qlora_compile.tuning.record import to_line
-from qlora_compile.tuning.store import RecordStore, cache_folder
+from qlora_compile.tuning.store import RecordStore
 
 RESULTS = Path(__file__).parents[1] / "results"
 

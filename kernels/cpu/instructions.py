@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -28,10 +29,16 @@ def level() -> str | None:
     most = os.environ.get(VARIABLE, LEVELS[-1])
     if most not in LEVELS:
         raise UnknownCpuLevelError(variable=VARIABLE, value=most, levels=", ".join(LEVELS))
-    for name in reversed(LEVELS[: LEVELS.index(most) + 1]):
-        if _has(name):
-            return name
-    return None
+    return _best(LEVELS[: LEVELS.index(most) + 1])
+
+
+def is_capped() -> bool:
+    """Whether the processor has a better level than `level`."""
+    return level() != _best(LEVELS)
+
+
+def _best(names: Sequence[str]) -> str | None:
+    return next(filter(_has, reversed(names)), None)
 
 
 @functools.cache

@@ -64,7 +64,9 @@ def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Nat
     from torch._inductor import config
 
     choose_instructions()
-    flags, settings = _LIMITS.get(level or "", ((), {}))
+    # Other flags would have Inductor prepare its headers once more, in every process.
+    capped = instructions.is_capped()
+    flags, settings = _LIMITS.get(level or "", ((), {})) if capped else ((), {})
     with config.patch(settings):
         return NativeFunction(_built(source, arguments, flags), arguments)
 

@@ -176,7 +176,8 @@ def _cells(record: Record, here: set[Fingerprint]) -> tuple[Any, ...]:
 
 
 def _store() -> RecordStore:
-    from qlora_compile.tuning.store import RecordStore, cache_folder
+    from qlora_compile.tuning.cache_folder import cache_folder
+    from qlora_compile.tuning.store import RecordStore
 
     return RecordStore(cache_folder())
 

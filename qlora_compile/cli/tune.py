@@ -94,7 +94,8 @@ def parse_budget(text: str) -> float:
 
 
 def _tune(problems: list[Problem], budget: float, *, again: bool) -> None:
-    from qlora_compile.tuning.store import RecordStore, cache_folder
+    from qlora_compile.tuning.cache_folder import cache_folder
+    from qlora_compile.tuning.store import RecordStore
     from qlora_compile.tuning.tuner import Tuner
 
     store = RecordStore(cache_folder())

@@ -25,11 +25,11 @@ from qlora_compile.kernels.dropout import keep_mask
 from qlora_compile.kernels.formats.formats import FORMATS, format_named
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.tuning.caution import CAREFUL, Caution
-from qlora_compile.tuning.files import replace_file
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.load import Counters
 from qlora_compile.tuning.plain_mode import plain_mode
 from qlora_compile.tuning.warning import warn_of_folder
+from qlora_compile.tuning.whole_files import replace_file
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16

@@ -1,11 +1,9 @@
-"""Files of records: reads their lines, and replaces files so that no crash leaves one torn."""
+"""Files of records: reads their lines."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,35 +43,3 @@ def read_lines(path: Path) -> list[Line]:
 def records_of(lines: Iterable[Line]) -> Iterator[Record]:
     """Yield the records among `lines`."""
     return (line.record for line in lines if line.record is not None)
-
-
-def replace_file(path: Path, lines: Sequence[bytes], temporary: str) -> None:
-    """Replace the content of `path` by `lines`, atomically.
-
-    A reader sees the old file or the new one, even if this process dies. `temporary` begins the
-    name of the file that is written first, beside `path`.
-
-    Raises:
-        OSError: the file cannot be written; `path` is unchanged.
-    """
-    # A new name each time, so that writers do not mix even if a file system's locks fail. Not by
-    # tempfile, whose files no other user of a shared folder may read.
-    written = path.with_name(f"{temporary}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with written.open("xb") as file:
-            file.writelines(line + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path, temporary: str) -> None:
-    """Remove the temporary files of writers that died in `replace_file`.
-
-    Raises:
-        OSError: a file cannot be removed.
-    """
-    for path in folder.glob(f"{temporary}*.tmp"):
-        path.unlink(missing_ok=True)

@@ -6,9 +6,10 @@ import os
 import warnings
 from pathlib import Path
 
+from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.cpu_figures import measured_cpu
 from qlora_compile.tuning.errors import TuneModeError
-from qlora_compile.tuning.store import RecordFile, RecordStore, cache_folder
+from qlora_compile.tuning.store import RecordFile, RecordStore
 from qlora_compile.tuning.tuner import AUTO_BUDGET, Tuner
 from qlora_compile.tuning.warning import RecordWarning
 

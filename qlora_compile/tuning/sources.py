@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_compile.kernels import registry
+from qlora_compile.tuning.cache_folder import cache_folder
+from qlora_compile.tuning.parsed_sources import parsed_sources
 
 _KERNELS = "qlora_compile.kernels"
+
+_OWN_SOURCE = Path(__file__).read_bytes()
+"""Part of each key of what has been parsed: other code may find something else."""
 
 
 class UnestablishedError(Exception):
@@ -49,6 +54,7 @@ def sources_digest(variant: type) -> str:
         if _is_ours(module):
             for native in path.parent.glob("*.cpp"):
                 digests[native.name] = hashlib.sha256(_content(native)).hexdigest()
+    parsed_sources(cache_folder()).write()
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
@@ -77,19 +83,26 @@ def _source_of(cls: type) -> Path:
 @functools.cache
 def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
     """Return a digest of one file, and the files of the kernels' modules that it imports."""
-    try:
-        tree = ast.parse(_content(path))
-    except (SyntaxError, ValueError) as error:
-        raise UnestablishedError(f"{path} is not Python: {error}") from error
     is_package = path.name == "__init__.py"
     package = module if is_package else module.rpartition(".")[0]
+    content, parsed = _content(path), parsed_sources(cache_folder()).found
+    key = hashlib.sha256(b"\n".join((_OWN_SOURCE, package.encode(), content))).hexdigest()
+    if key not in parsed:
+        try:
+            tree = ast.parse(content)
+        except (SyntaxError, ValueError) as error:
+            raise UnestablishedError(f"{path} is not Python: {error}") from error
+        digest = hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()
+        names = (list(filter(_is_ours, each)) for each in _imported(tree, package))
+        parsed[key] = digest, [each for each in names if each]
+    digest, imports = parsed[key]
     imported: dict[str, Path] = {}
-    for names in _imported(tree, package):
-        files = {name: found for name in filter(_is_ours, names) if (found := _path(name))}
-        if not files and any(map(_is_ours, names)):
+    for names in imports:
+        files = {name: found for name in names if (found := _path(name))}
+        if not files:
             raise UnestablishedError(f"{path} imports {names[0]}, whose source is not there")
         imported |= files
-    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest(), imported
+    return digest, imported
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ...]]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.tuning.contents import FolderContents
 from qlora_compile.tuning.errors import RecordFileError
-from qlora_compile.tuning.files import (
-    Line,
-    read_lines,
-    records_of,
-    remove_temporaries,
-    replace_file,
-)
+from qlora_compile.tuning.files import Line, read_lines, records_of
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import (
     Key,
@@ -32,6 +24,7 @@ from qlora_compile.tuning.record import (
     to_line,
 )
 from qlora_compile.tuning.warning import error_text, warn_of_folder
+from qlora_compile.tuning.whole_files import remove_temporaries, replace_file
 
 OWN_FILE = "records.jsonl"
 _LOCK_FILE = "records.lock"
@@ -46,14 +39,6 @@ LOCK_SECONDS = 10.0
 # The errors of a folder that cannot be used. filelock's Timeout is an OSError; its older versions
 # raise NotImplementedError where a file system has no locks.
 UNUSABLE = (OSError, NotImplementedError)
-
-
-def cache_folder() -> Path:
-    """Return $QLORA_COMPILE_CACHE, or else the folder qlora-compile among the user's caches."""
-    chosen = os.environ.get("QLORA_COMPILE_CACHE")
-    if chosen:
-        return Path(chosen)
-    return platformdirs.user_cache_path("qlora-compile", appauthor=False)
 
 
 class RecordStore:

@@ -8,9 +8,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from qlora_compile.tuning.errors import RecordLineError
-from qlora_compile.tuning.files import remove_temporaries, replace_file
 from qlora_compile.tuning.store import LOCK_SECONDS, UNUSABLE
 from qlora_compile.tuning.warning import warn_of_file, warn_of_folder, warn_of_line
+from qlora_compile.tuning.whole_files import remove_temporaries, replace_file
 from qlora_compile.verify.certificate import Certificate, Key, from_line, to_line
 
 FOLDER = "certificates"  # its own folder: every *.jsonl in the cache folder itself holds records

@@ -14,7 +14,7 @@ from qlora_compile.errors import OptionError, VerificationError
 from qlora_compile.kernels.experts.registry import choose
 from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite
-from qlora_compile.tuning.store import cache_folder
+from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.verify.certificate import Certificate, versions_here
 from qlora_compile.verify.check import CapturedInput, Checked, check
 from qlora_compile.verify.comparing import FACTOR

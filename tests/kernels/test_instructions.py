@@ -33,6 +33,7 @@ def test_a_level_is_the_best_at_most_the_one_asked_for(
     monkeypatch.setenv(instructions.VARIABLE, most)
     expected = None if best is None else min(best, most, key=order.index)
     assert instructions.level() == expected
+    assert instructions.is_capped() == (expected != best)
 
 
 @pytest.mark.parametrize("value", ["", "AVX2", "sse", "avx512 "])

@@ -33,6 +33,7 @@ from qlora_compile.training.adapted import adapter_settings
 from qlora_compile.training.settings import RunSettings, settings_from, write_settings
 from qlora_compile.tuning import cpu_figures, record
 from qlora_compile.tuning.errors import RecordLineError
+from qlora_compile.tuning.parsed_sources import ParsedSources
 from qlora_compile.verify.certificate import from_line, to_line
 from tests.mutations import drawn, mutated
 from tests.toy_language_model import toy_llama
@@ -176,6 +177,23 @@ def test_a_cpus_figures_are_whole_or_measured_anew(tmp_path: Path, data: st.Data
     file.write_bytes(data.draw(mutated(json.dumps(asdict(figures())).encode())))
     found = cpu_figures._read(file)
     assert found is None or all(0 < each < math.inf for each in (*found.gemm, found.operator))
+
+
+@drawn(100)
+@given(st.data())
+def test_a_file_of_parsed_sources_is_whole_or_counts_as_empty(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    folder = tmp_path / "cache"
+    whole = ParsedSources(folder)
+    whole.found |= {"a key": ("a digest", [["a.module", "a.module.name"]])}
+    whole.write()
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(changed := data.draw(mutated(content)))
+    found = ParsedSources(folder).found
+    assert found in ({}, {"a key": ["a digest", [["a.module", "a.module.name"]]]})
+    assert found or changed != content
 
 
 @drawn(100)

@@ -30,6 +30,7 @@ from qlora_compile.tuning.fingerprint import (
     fingerprint_or_reason,
     fingerprints_here,
 )
+from qlora_compile.tuning.parsed_sources import parsed_sources
 
 CLOUD = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -68,6 +69,7 @@ def read_sources_again() -> None:
     """What was read of the sources is forgotten, as in a new process."""
     sources_module.sources_digest.cache_clear()
     sources_module._read.cache_clear()
+    parsed_sources.cache_clear()
 
 
 def found(device: str = "cpu") -> Fingerprint:
@@ -162,6 +164,29 @@ def test_a_source_counts_for_the_variants_that_use_it(sources: Path, file: str, 
 def test_a_source_that_is_missing_is_not_passed_over(sources: Path, file: str):
     (sources / file).unlink()
     assert "source" in reason()
+
+
+def test_another_process_parses_only_what_has_changed(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
+    parsed: list[ast.AST] = []
+    imported = sources_module._imported
+
+    def noted(tree: ast.AST, package: str) -> Iterator[tuple[str, ...]]:
+        parsed.append(tree)
+        return imported(tree, package)
+
+    monkeypatch.setattr(sources_module, "_imported", noted)
+    before = digests()
+    assert len(parsed) > len(USES)
+    parsed.clear()
+    assert digests() == before
+    assert not parsed
+    (sources / "variants/tail.py").write_text("NEW = 1\n")
+    (sources / "problem.py").write_bytes((sources / "problem.py").read_bytes() + b"# a comment\n")
+    assert changed(before, digests()) == {"tail"}
+    assert len(parsed) == 2
 
 
 def _with_comment(text: str) -> str:

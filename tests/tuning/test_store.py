@@ -11,10 +11,11 @@ import platformdirs
 import pytest
 
 from qlora_compile.tuning import contents
+from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.errors import RecordFileError
 from qlora_compile.tuning.fingerprint import Fingerprint
 from qlora_compile.tuning.record import Record, from_line, to_line
-from qlora_compile.tuning.store import OWN_FILE, RecordFile, RecordStore, cache_folder
+from qlora_compile.tuning.store import OWN_FILE, RecordFile, RecordStore
 from qlora_compile.tuning.warning import RecordWarning
 from tests.tuning.conftest import Writers
 from tests.tuning.records import (
