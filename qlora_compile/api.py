@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora_compile import adopt
 from qlora_compile.capture.region_kind import RegionKind
-from qlora_compile.capture.regions import Region, install, uninstall
+from qlora_compile.capture.regions import Region, RegionSites, install, uninstall
 from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import (
     AlreadyOptimizedError,
@@ -26,7 +26,7 @@ from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
 from qlora_compile.kernels.plans import native as plans
 from qlora_compile.report import Report, build_report, regions_of
-from qlora_compile.sites import Inventory
+from qlora_compile.sites import OUTSIDE, Inventory
 from qlora_compile.tuning.modes import check_mode
 from qlora_compile.verify.head import HeadVerifier
 from qlora_compile.verify.verifier import Verifier, Verify, check_option
@@ -161,7 +161,7 @@ def optimize(
         and not packs
         and not any(region.displaced for region in installed.values())
         and _planned(inventory, scope)
-        == {name: (region.sites, region.kept) for name, region in installed.items()}
+        == {name: region.planned for name, region in installed.items()}
     ):
         raise AlreadyOptimizedError(model=type(model).__name__)
     options: Any = {"quantize": quantize, "options": chosen}
@@ -226,9 +226,8 @@ def _example_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> Mappin
     return inputs
 
 
-def _planned(inventory: Inventory, scope: str) -> dict[str, tuple[frozenset[str], dict[str, str]]]:
-    """Return the modules to compile by name, each with its sites, and with the sites to leave alone
-    (reasons by names inside the module)."""
+def _planned(inventory: Inventory, scope: str) -> dict[str, RegionSites]:
+    """Return the modules to compile by name, each with its sites."""
     modules = inventory.modules
     base = adapters.base_model(inventory.model)
     root = next(name for name, module in modules.items() if module is base)
@@ -238,21 +237,22 @@ def _planned(inventory: Inventory, scope: str) -> dict[str, tuple[frozenset[str]
     served = {name for name, reason in reasons.items() if reason is None}
     repeated = repeated_blocks(modules) if scope == "block" else []
     blocks = [b for b in repeated or [root] if _inside(b, served)]
-    covered = {name for block in blocks for name in _inside(block, served)}
+    outside = {n: e for n, e in linears.items() if not any(is_inside(n, b) for b in blocks)}
     # A Linear outside the blocks gets its own region if it is quantised or adapted, or if no block
-    # has a site.
+    # has a site; another one for those calls where torch is slow.
     singles = [
         name
-        for name, entry in linears.items()
-        if name in served
-        and name not in covered
-        and (not blocks or entry.is_quantized or entry.adapted)
+        for name, entry in outside.items()
+        if name in served and (not blocks or entry.is_quantized or entry.adapted)
     ]
     planned = {}
     for block in [*blocks, *singles] or [root]:
         local = _inside(block, reasons)
         kept = {path: why for name, path in local.items() if (why := reasons[name]) is not None}
-        planned[block] = frozenset(local.values()), kept
+        planned[block] = RegionSites(frozenset(local.values()), kept)
+    for name, entry in outside.items():
+        if name not in planned and entry.is_slow:
+            planned[name] = RegionSites(frozenset({""}), {}, entry.kept or OUTSIDE)
     return planned
 
 
@@ -266,13 +266,13 @@ def _install_regions(
     count = Counter(type(inventory.modules[name]) for name in planned if name in blocks)
     kinds: dict[type, RegionKind] = {}
     regions = []
-    for name, (sites, kept) in planned.items():
+    for name, sites in planned.items():
         module = inventory.modules[name]
         key = type(module)
         if key not in kinds:
             verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
             kinds[key] = RegionKind(key, strict, verifier, count[key] > 1, tune)
-        regions.append(install(module, kinds[key], sites, kept))
+        regions.append(install(module, kinds[key], sites))
     first_step = FirstStep(regions)
     for region in regions:
         region.first_step = first_step

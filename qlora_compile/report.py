@@ -16,7 +16,7 @@ from qlora_compile.hf.full_training import REASON as TRAINED_IN_FULL
 from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.selector import ModelledSelector, is_known, selector_named
 from qlora_compile.passes.context import READ_PAST_THE_LAYER, FusedSite
-from qlora_compile.sites import Inventory
+from qlora_compile.sites import OUTSIDE, Inventory
 from qlora_compile.text_table import text_table
 from qlora_compile.verify.certificate import Certificate
 
@@ -196,7 +196,7 @@ def build_report(inventory: Inventory) -> Report:
         rank = adapters.active_rank(inventory.model, name)
         fused, chosen = None, {}
         if found is None:
-            reason = entry.kept or "outside the blocks, and neither quantised nor adapted"
+            reason = entry.kept or OUTSIDE
         else:
             local, region = found
             fused = region.fused().get(local)

@@ -12,8 +12,12 @@ from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import full_precision_linears, kept_linears
 from qlora_compile.hf.conv1d import Conv1D, LinearSite
 from qlora_compile.hf.replaced_forward import replaced_forward
+from qlora_compile.kernels.cpu.slow_products import may_be_slow
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.weight_reads import read_by_parent
+
+OUTSIDE = "outside the blocks, and neither quantised nor adapted"
+"""Why a plain Linear is left to torch that nothing else keeps from being fused."""
 
 
 @dataclass
@@ -74,6 +78,13 @@ class LinearEntry:
     def left_alone(self) -> str | None:
         """Why the site is not to be fused; None if it is."""
         return self.obstacle or self.other_method or (None if self.adapted else self.kept)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether this is a plain layer whose product torch may compute by slow loops on this CPU,
+        and that can be fused."""
+        plain = not self.is_quantized and self.method is None and self.obstacle is None
+        return plain and may_be_slow(self.weight)
 
     @property
     def is_quantized(self) -> bool:

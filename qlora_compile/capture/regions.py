@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from qlora_compile.hf.replaced_forward import (
     replaced_forward,
 )
 from qlora_compile.hf.slotted_adapters import SlottedAdapters
+from qlora_compile.kernels.cpu.slow_products import is_slow
 from qlora_compile.kernels.plans import native as plans
 from qlora_compile.kernels.selector import MODELLED
 from qlora_compile.passes.context import (
@@ -60,22 +61,34 @@ _TRANSFORMED = "its block ran uncompiled, under a transform of torch.func"
 _BY_ROW = "its block ran uncompiled: each row was given its adapter (adapter_names, or aLoRA)"
 
 
+@dataclass(frozen=True)
+class RegionSites:
+    """The sites of a region by their names inside its module.
+
+    kept: those to leave alone, with the reason. left: why the one site of a plain layer is left to
+    torch in calls where torch is not slow; None to fuse it in every call.
+    """
+
+    sites: frozenset[str]
+    kept: dict[str, str]
+    left: str | None = None
+
+
 class Region(CompiledForward):
     """The forward of one compiled module.
 
-    kept: sites to leave alone, with the reason. idle: whether no other site is left. graphs: as
+    planned, sites, kept: as in RegionSites. idle: whether no other site is left. graphs: as
     `_named_graphs` returns those of the last call; empty if that call ran uncompiled, for the
     reason `uncompiled`; None before the first call. cached: whether a call had a key-value cache.
     captured: the keys of inner outputs that the last forward collected.
     """
 
-    def __init__(
-        self, module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
-    ) -> None:
+    def __init__(self, module: nn.Module, kind: RegionKind, planned: RegionSites) -> None:
         self.module = module
         self.kind = kind
-        self.sites = sites
-        self.kept = kept
+        self.planned = planned
+        self.sites = sites = planned.sites
+        self.kept = kept = planned.kept
         self.idle = sites <= kept.keys()
         self.graphs: list[tuple[RegionGraph, dict[str, str]]] | None = None
         self.cached = False
@@ -96,6 +109,12 @@ class Region(CompiledForward):
         return "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.planned.left is not None:
+            if torch.compiler.is_compiling():
+                return self.stock(*args, **kwargs)
+            if not any(map(is_slow, (*args, *kwargs.values()))):
+                self.graphs, self.uncompiled = [], self.planned.left
+                return self.stock(*args, **kwargs)
         # A key-value cache changes shape at every token, so a block that sees one would recompile
         # until Dynamo gives up. Nothing is gained without a site to fuse, or without any rows, as
         # in a head whose logits are not wanted. An exported program has no use for our ops.
@@ -271,10 +290,8 @@ _REGION = "_qlora_compile_region"
 """The attribute of a module that holds its region, even after its forward has been replaced."""
 
 
-def install(
-    module: nn.Module, kind: RegionKind, sites: frozenset[str], kept: dict[str, str]
-) -> Region:
-    region = Region(module, kind, sites, kept)
+def install(module: nn.Module, kind: RegionKind, planned: RegionSites) -> Region:
+    region = Region(module, kind, planned)
     if kind.repeated:
         region.gathered = gather_whole(module)
     setattr(module, forward_place(module), region)
