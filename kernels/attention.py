@@ -13,8 +13,7 @@ from torch import Tensor
 
 from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.cpu import attention as cpu_attention
-from qlora_compile.kernels.cpu.instructions import multiplies
-from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.cpu.slow_products import is_looped
 from qlora_compile.kernels.library import LIBRARY, OpFunction, register
 
 TORCH_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -31,9 +30,8 @@ def expected(*operands: Tensor) -> bool:
 def _widens(*operands: Tensor) -> bool:
     """Whether torch computes the gradients of such operands faster in float32: in 16 bits without
     instructions for them, they take 4 to 9 times as long on AVX2."""
-    (device, dtype), *others = {(each.device.type, each.dtype) for each in operands}
-    on_cpu = device == "cpu" and target_of("cpu") is None
-    return on_cpu and not others and not multiplies(dtype)
+    kinds = {(each.device.type, each.dtype) for each in operands}
+    return len(kinds) == 1 and is_looped(operands[0])
 
 
 def attention_call(is_causal: bool, scale: float | None) -> str:

@@ -8,13 +8,11 @@ backward in aten's operators, with every product that no fused op computes, such
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-
-from qlora_compile.kernels.cpu.instructions import multiplies
-from qlora_compile.kernels.gpu.target import target_of
 
 _aten = torch.ops.aten
 PRODUCTS = (
@@ -24,12 +22,15 @@ PRODUCTS = (
 _CAST = torch.ops.prims.convert_element_type.default
 
 
-def widen_products(graph_module: GraphModule) -> int:
-    """Rewrite a graph of aten's operators in place; return the number of products in float32."""
-    graph = graph_module.graph
-    slow = [node for node in graph.nodes if node.target in PRODUCTS and _is_slow(node)]
+def widen_products(graph_module: GraphModule, is_slow: Callable[[Tensor], bool]) -> int:
+    """Rewrite a graph of aten's operators in place; return the number of products in float32.
+
+    is_slow: whether torch computes a product by loops, given its result.
+    """
+    products = (node for node in graph_module.graph.nodes if node.target in PRODUCTS)
+    slow = [node for node in products if is_slow(_first(node)) and _is_read_one_by_one(node)]
     for node in slow:
-        with graph.inserting_before(node):
+        with node.graph.inserting_before(node):
             node.args = tuple(
                 _cast(each, torch.float32) if isinstance(each, Node) else each for each in node.args
             )
@@ -47,13 +48,14 @@ def widen_products(graph_module: GraphModule) -> int:
     return len(slow)
 
 
-def _is_slow(product: Node) -> bool:
-    """Whether torch computes the product by loops."""
+def _first(product: Node) -> Tensor:
     value = product.meta["val"]
-    first = value if isinstance(value, Tensor) else next(each for each in value if each is not None)
-    is_cpu = first.device.type == "cpu" and target_of("cpu") is None
-    plain = all(user.target is operator.getitem for user in product.users)
-    return is_cpu and not multiplies(first.dtype) and (first is value or plain)
+    return value if isinstance(value, Tensor) else next(v for v in value if v is not None)
+
+
+def _is_read_one_by_one(product: Node) -> bool:
+    several = not isinstance(product.meta["val"], Tensor)
+    return not several or all(user.target is operator.getitem for user in product.users)
 
 
 def _cast(operand: Node, dtype: torch.dtype) -> Node:

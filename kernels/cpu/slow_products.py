@@ -16,13 +16,16 @@ FEW_ROWS = 32
 weight in float32."""
 
 
+def is_looped(operand: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether torch multiplies an operand, cast to `dtype` if given, by loops."""
+    on_cpu = operand.device.type == "cpu" and target_of("cpu") is None
+    return on_cpu and not multiplies(dtype or operand.dtype)
+
+
 def may_be_slow(weight: Tensor) -> bool:
     """Whether torch multiplies by a frozen weight in loops, at least under autocast."""
-    return (
-        _is_cpu(weight)
-        and not weight.requires_grad
-        and not multiplies(torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype)
-    )
+    cast = torch.bfloat16 if weight.dtype == torch.float32 else None
+    return not weight.requires_grad and is_looped(weight, cast)
 
 
 def is_slow(rows: Tensor) -> bool:
@@ -30,12 +33,6 @@ def is_slow(rows: Tensor) -> bool:
     casts = torch.is_autocast_enabled("cpu") and rows.dtype != torch.float64
     count = rows.shape[:-1].numel()
     differentiates = torch.is_grad_enabled() and rows.requires_grad
-    return (
-        _is_cpu(rows)
-        and not multiplies(torch.get_autocast_dtype("cpu") if casts else rows.dtype)
-        and (count >= FEW_ROWS or (differentiates and count > 0))
+    return (count >= FEW_ROWS or (differentiates and count > 0)) and is_looped(
+        rows, torch.get_autocast_dtype("cpu") if casts else None
     )
-
-
-def _is_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and target_of("cpu") is None

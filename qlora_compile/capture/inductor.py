@@ -17,6 +17,7 @@ from qlora_compile.capture.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
 from qlora_compile.kernels.cpu import dropout, instructions, thin
+from qlora_compile.kernels.cpu.slow_products import is_looped
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.experts import op as experts_op
@@ -49,7 +50,7 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
         # AOTAutograd shares this list with what it checks in every backward. Code that takes what
         # was kept for the backward as memory of its own could run once only.
         (get_donated_idxs() or []).clear()
-        wide_products.widen_products(graph)
+        wide_products.widen_products(graph, is_looped)
         with compiler_config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
             return compile_fx_inner(graph, inputs, **options)
 
@@ -74,7 +75,9 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
 def _sources_digest() -> str:
     """Digest the sources that decide on compiled code: what our ops become and save, and how it is
     compiled."""
-    modules = (library, op, linear_call, attention, experts_op, wide_products)
-    modules += (sys.modules[__name__],)
+    modules = (
+        *(library, op, linear_call, attention, experts_op, wide_products),
+        sys.modules[__name__],
+    )
     sources = [Path(str(module.__file__)).read_bytes() for module in modules]
     return hashlib.sha256(b"".join(sources)).hexdigest()

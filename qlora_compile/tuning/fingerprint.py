@@ -21,7 +21,9 @@ import torch
 
 from qlora_compile.kernels import registry
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.errors import FingerprintError
+from qlora_compile.tuning.parsed_sources import parsed_sources
 from qlora_compile.tuning.sources import UnestablishedError, sources_digest
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -126,6 +128,7 @@ def established(device: str) -> Fingerprint:
             device=name,
             threads=threads,
         )
+        parsed_sources(cache_folder()).write()
     except UnestablishedError as error:
         raise FingerprintError(device=device, problem=str(error)) from error
     if "" in astuple(found):

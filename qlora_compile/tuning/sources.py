@@ -19,7 +19,7 @@ from typing import Any
 
 from qlora_compile.kernels import registry
 from qlora_compile.tuning.cache_folder import cache_folder
-from qlora_compile.tuning.parsed_sources import parsed_sources
+from qlora_compile.tuning.parsed_sources import Parsed, parsed_sources
 
 _KERNELS = "qlora_compile.kernels"
 
@@ -54,7 +54,6 @@ def sources_digest(variant: type) -> str:
         if _is_ours(module):
             for native in path.parent.glob("*.cpp"):
                 digests[native.name] = hashlib.sha256(_content(native)).hexdigest()
-    parsed_sources(cache_folder()).write()
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
@@ -85,17 +84,10 @@ def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
     """Return a digest of one file, and the files of the kernels' modules that it imports."""
     is_package = path.name == "__init__.py"
     package = module if is_package else module.rpartition(".")[0]
-    content, parsed = _content(path), parsed_sources(cache_folder()).found
+    content = _content(path)
     key = hashlib.sha256(b"\n".join((_OWN_SOURCE, package.encode(), content))).hexdigest()
-    if key not in parsed:
-        try:
-            tree = ast.parse(content)
-        except (SyntaxError, ValueError) as error:
-            raise UnestablishedError(f"{path} is not Python: {error}") from error
-        digest = hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()
-        names = (list(filter(_is_ours, each)) for each in _imported(tree, package))
-        parsed[key] = digest, [each for each in names if each]
-    digest, imports = parsed[key]
+    known = parsed_sources(cache_folder())
+    digest, imports = known.find(key, lambda: _parsed(path, package, content))
     imported: dict[str, Path] = {}
     for names in imports:
         files = {name: found for name in names if (found := _path(name))}
@@ -103,6 +95,16 @@ def _read(module: str, path: Path) -> tuple[str, dict[str, Path]]:
             raise UnestablishedError(f"{path} imports {names[0]}, whose source is not there")
         imported |= files
     return digest, imported
+
+
+def _parsed(path: Path, package: str, content: bytes) -> Parsed:
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError) as error:
+        raise UnestablishedError(f"{path} is not Python: {error}") from error
+    names = (list(filter(_is_ours, each)) for each in _imported(tree, package))
+    digest = hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()
+    return digest, [each for each in names if each]
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[tuple[str, ...]]:

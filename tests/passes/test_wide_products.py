@@ -17,8 +17,8 @@ from torch.nn import functional
 
 import qlora_compile
 from bench.coverage.kinds import KINDS, batch, built
-from qlora_compile.kernels.cpu import instructions
-from qlora_compile.passes import wide_products
+from qlora_compile.kernels.cpu import instructions, slow_products
+from qlora_compile.kernels.cpu.slow_products import is_looped
 from qlora_compile.passes.wide_products import PRODUCTS, widen_products
 from tests.examples import examples
 from tests.test_equality import lora
@@ -75,7 +75,7 @@ def test_forward_and_gradients(kind: str, dtype: torch.dtype, seed: int, trained
     widened: list[int] = []
 
     def compiled(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        widened.append(widen_products(gm))
+        widened.append(widen_products(gm, is_looped))
         gm.graph.lint()
         assert not narrow_products(gm)
         return gm.forward
@@ -93,10 +93,10 @@ def test_forward_and_gradients(kind: str, dtype: torch.dtype, seed: int, trained
 def test_nothing_is_widened_that_is_multiplied(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wide_products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(slow_products, "multiplies", lambda dtype: True)
 
     def compiled(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        assert widen_products(gm) == 0
+        assert widen_products(gm, is_looped) == 0
         return gm.forward
 
     x = torch.randn(5, 7).to(dtype)

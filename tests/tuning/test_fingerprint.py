@@ -31,6 +31,7 @@ from qlora_compile.tuning.fingerprint import (
     fingerprints_here,
 )
 from qlora_compile.tuning.parsed_sources import parsed_sources
+from qlora_compile.tuning.warning import RecordWarning
 
 CLOUD = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -187,6 +188,28 @@ def test_another_process_parses_only_what_has_changed(
     (sources / "problem.py").write_bytes((sources / "problem.py").read_bytes() + b"# a comment\n")
     assert changed(before, digests()) == {"tail"}
     assert len(parsed) == 2
+
+
+def test_what_sources_were_before_is_not_kept(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
+    sizes = set()
+    for number in range(3):
+        (sources / "problem.py").write_text(f"NUMBER = {number}\n")
+        digests()
+        sizes.add((tmp_path / "cache/sources.json").stat().st_size)
+    assert len(sizes) == 1
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before = digests()
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("QLORA_COMPILE_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(RecordWarning, match="cache"):
+        assert digests() == before
 
 
 def _with_comment(text: str) -> str:
