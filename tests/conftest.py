@@ -23,6 +23,7 @@ import numpy
 import pytest
 import torch
 
+from qlora_compile import sites
 from qlora_compile.kernels import selection
 from qlora_compile.kernels.cpu import tapes
 from qlora_compile.kernels.formats import formats
@@ -73,6 +74,9 @@ hypothesis.settings.load_profile("qlora_compile")
 # Tests that measure say so; the others choose by the cost model, and none sees the user's records.
 os.environ["QLORA_COMPILE_CACHE"] = tempfile.mkdtemp(prefix="qlora_compile_tests_")
 modes.AUTO_BUDGET = 0.0
+
+# Whether a head has a region must not depend on the processor; tests of such heads say so.
+sites.may_be_slow = lambda weight: False
 
 # Machines that run tests are busy, with other tests above all. Those of load and noise say so.
 Tuner.caution = TRUSTING

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qlora_compile
 from bench.agreement import distance, training_step
+from qlora_compile import sites
 from qlora_compile.capture.regions import RegionSites, region_of
 from qlora_compile.capture.unfused_warning import UnfusedWarning
 from qlora_compile.errors import AlreadyOptimizedError
@@ -33,6 +34,7 @@ KEPT = "it is the output head, kept in full precision"
 def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that multiplies float32 alone."""
     monkeypatch.setattr(instructions, "level", lambda: "avx2")
+    monkeypatch.setattr(sites, "may_be_slow", may_be_slow)
 
 
 @pytest.fixture
