@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_compile.kernels.cpu import softmax
-from qlora_compile.kernels.cpu.instructions import product_dtype
-from qlora_compile.kernels.gpu.target import target_of
+from qlora_compile.kernels.cpu.slow_products import is_looped
 from qlora_compile.kernels.layout import slices
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.kernels.registry import format_named
@@ -70,8 +69,8 @@ class Sweep:
         self.hidden, self.labels, self.settings = hidden, labels, settings
         self.valid = labels != settings.ignore_index
         self.wide = wide = torch.promote_types(torch.float32, settings.compute)
-        on_cpu = hidden.device.type == "cpu" and target_of("cpu") is None
-        self.compute = product_dtype(settings.compute) if on_cpu else settings.compute
+        looped = is_looped(hidden, settings.compute)
+        self.compute = torch.float32 if looped else settings.compute
         self.bias = None if bias is None else bias.to(wide)
         self.lora_a = None if lora_a is None else lora_a.to(wide)
         self.lora_b = None if lora_b is None else lora_b.to(wide)

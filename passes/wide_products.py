@@ -7,7 +7,6 @@ backward in aten's operators, with every product that no fused op computes, such
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -25,37 +24,31 @@ _CAST = torch.ops.prims.convert_element_type.default
 def widen_products(graph_module: GraphModule, is_slow: Callable[[Tensor], bool]) -> int:
     """Rewrite a graph of aten's operators in place; return the number of products in float32.
 
-    is_slow: whether torch computes a product by loops, given its result.
+    is_slow: whether torch computes a product with this result by loops.
     """
     products = (node for node in graph_module.graph.nodes if node.target in PRODUCTS)
-    slow = [node for node in products if is_slow(_first(node)) and _is_read_one_by_one(node)]
+    slow = [node for node in products if any(is_slow(each.meta["val"]) for each in _results(node))]
     for node in slow:
         with node.graph.inserting_before(node):
             node.args = tuple(
                 _cast(each, torch.float32) if isinstance(each, Node) else each for each in node.args
             )
-        value = node.meta["val"]
-        # The gradients of a convolution are several results.
-        results = [node] if isinstance(value, Tensor) else list(node.users)
+        results = _results(node)
         for result in results:
             _narrow_again(result)
-        if not isinstance(value, Tensor):
+        if node not in results:
             node.meta["val"] = tuple(
-                None if each is None else each.to(torch.float32) for each in value
+                None if each is None else each.to(torch.float32) for each in node.meta["val"]
             )
     if slow:
         graph_module.recompile()
     return len(slow)
 
 
-def _first(product: Node) -> Tensor:
-    value = product.meta["val"]
-    return value if isinstance(value, Tensor) else next(v for v in value if v is not None)
-
-
-def _is_read_one_by_one(product: Node) -> bool:
-    several = not isinstance(product.meta["val"], Tensor)
-    return not several or all(user.target is operator.getitem for user in product.users)
+def _results(product: Node) -> list[Node]:
+    """Return the nodes of the tensors that a product makes: itself, or those that take one of the
+    gradients of a convolution."""
+    return [product] if isinstance(product.meta["val"], Tensor) else list(product.users)
 
 
 def _cast(operand: Node, dtype: torch.dtype) -> Node:

@@ -239,7 +239,7 @@ def _planned(inventory: Inventory, scope: str) -> dict[str, RegionSites]:
     blocks = [b for b in repeated or [root] if _inside(b, served)]
     outside = {n: e for n, e in linears.items() if not any(is_inside(n, b) for b in blocks)}
     # A Linear outside the blocks gets its own region if it is quantised or adapted, or if no block
-    # has a site; another one for those calls where torch is slow.
+    # has a site. Any other gets a region that runs compiled only in calls for which torch is slow.
     singles = [
         name
         for name, entry in outside.items()
@@ -251,7 +251,7 @@ def _planned(inventory: Inventory, scope: str) -> dict[str, RegionSites]:
         kept = {path: why for name, path in local.items() if (why := reasons[name]) is not None}
         planned[block] = RegionSites(frozenset(local.values()), kept)
     for name, entry in outside.items():
-        if name not in planned and entry.is_slow:
+        if name not in planned and entry.may_be_slow:
             planned[name] = RegionSites(frozenset({""}), {}, entry.kept or OUTSIDE)
     return planned
 

@@ -80,9 +80,9 @@ class LinearEntry:
         return self.obstacle or self.other_method or (None if self.adapted else self.kept)
 
     @property
-    def is_slow(self) -> bool:
-        """Whether this is a plain layer whose product torch may compute by slow loops on this CPU,
-        and that can be fused."""
+    def may_be_slow(self) -> bool:
+        """Whether this is a plain layer that can be fused, and torch may compute its product by
+        slow loops on this CPU."""
         plain = not self.is_quantized and self.method is None and self.obstacle is None
         return plain and may_be_slow(self.weight)
 

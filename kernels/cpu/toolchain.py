@@ -65,8 +65,8 @@ def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Nat
 
     choose_instructions()
     # Other flags would have Inductor prepare its headers once more, in every process.
-    capped = instructions.is_capped()
-    flags, settings = _LIMITS.get(level or "", ((), {})) if capped else ((), {})
+    limits = _LIMITS.get(level or "") if instructions.is_capped() else None
+    flags, settings = limits or ((), {})
     with config.patch(settings):
         return NativeFunction(_built(source, arguments, flags), arguments)
 

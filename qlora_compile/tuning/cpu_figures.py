@@ -29,7 +29,7 @@ from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
 from qlora_compile.tuning.load import Counters
 from qlora_compile.tuning.plain_mode import plain_mode
 from qlora_compile.tuning.warning import warn_of_folder
-from qlora_compile.tuning.whole_files import replace_file
+from qlora_compile.tuning.whole_files import UNLOCKED, replace_file
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ROWS, _WIDTH, _RANK = 256, 1024, 16
@@ -238,6 +238,6 @@ def _read(path: Path) -> CpuModel | None:
 def _store(path: Path, model: CpuModel) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, [json.dumps(dataclasses.asdict(model)).encode()], "writing-")
+        replace_file(path, [json.dumps(dataclasses.asdict(model)).encode()], UNLOCKED)
     except OSError as error:
         warn_of_folder(path.parent, error)

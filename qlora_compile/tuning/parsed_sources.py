@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlora_compile.json_text import parsed_json
 from qlora_compile.tuning.warning import warn_of_folder
-from qlora_compile.tuning.whole_files import replace_file
+from qlora_compile.tuning.whole_files import UNLOCKED, replace_file
 
 Parsed = tuple[str, list[list[str]]]
 """The digest of a source, and the names of the modules that each of its imports may load."""
@@ -52,7 +52,7 @@ class ParsedSources:
         text = json.dumps(self._used).encode()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._file, [_checksum(text), text], "writing-")
+            replace_file(self._file, [_checksum(text), text], UNLOCKED)
         except OSError as error:
             warn_of_folder(self._file.parent, error)
         self._changed = False

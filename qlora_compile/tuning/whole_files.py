@@ -7,6 +7,10 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+UNLOCKED = "unlocked-"
+"""Begins the names of temporary files whose writers hold no lock. Who holds a lock removes files
+with another beginning, for only a dead holder can have left those."""
+
 
 def replace_file(path: Path, lines: Sequence[bytes], temporary: str) -> None:
     """Replace the content of `path` by `lines`, atomically.
