@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu.stores import read_by
 from qlora_compile.kernels.device_model import LAUNCH_SECONDS, CpuModel, DeviceModel
 from qlora_compile.kernels.gpu.target import target_of
 from qlora_compile.kernels.problem import Problem
@@ -164,7 +165,8 @@ class Dense(Variant):
         (tensors, spec), dtype = linear, config.gemm_dtype
         bias = None if tensors.bias is None else tensors.bias.to(dtype)
         merged, separate = (adapter, None) if config.merged else (None, adapter)
-        for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
+        weights = _weight_blocks(tensors.planes, spec, config, merged, len(rows.matrix))
+        for n, weight in weights:
             for m in rows.blocks:
                 part = target = cut(y, m, n)
                 if y.dtype != dtype:
@@ -226,7 +228,8 @@ class Dense(Variant):
                 tensors, spec = group[position]
                 merged = adapters.members.get(position) if adapters and config.merged else None
                 rows = _Rows(grads[position], blocks, dtype)
-                for n, weight in _weight_blocks(tensors.planes, spec, config, merged):
+                weights = _weight_blocks(tensors.planes, spec, config, merged, len(x))
+                for n, weight in weights:
                     for m in blocks:
                         part = cut(rows.of(m), slice(0, m.stop - m.start), n)
                         target = total if len(blocks) == 1 else cut(total, m)
@@ -274,10 +277,14 @@ def _add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor, *, first: b
 
 
 def _weight_blocks(
-    planes: Sequence[Tensor], spec: LinearSpec, config: DenseConfig, merged: NativeAdapter | None
+    planes: Sequence[Tensor],
+    spec: LinearSpec,
+    config: DenseConfig,
+    merged: NativeAdapter | None,
+    m: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield pairs (n, W[n] in the config's dtype, with the `merged` adapter added) that go through
-    the weight once. A block is valid until the next one is taken."""
+    the weight once. A block is valid until the next one is taken. m: the rows of the products."""
     dtype, device = config.gemm_dtype, planes[0].device
     if config.decoder is not None:
         from qlora_compile.kernels.gpu.products import dequantize
@@ -288,7 +295,7 @@ def _weight_blocks(
         blocks = spec.decoded(
             planes, dtype, rows, lambda rows: workspace(rows, spec.k, dtype=dtype, device=device)
         )
-    for n, block in blocks:
+    for n, block in read_by(m, blocks):
         if merged is not None:
             # An unquantised weight is the model's own.
             out = None if block.data_ptr() == planes[0].data_ptr() else block

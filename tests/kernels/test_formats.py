@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_compile.kernels.cpu import stores
 from qlora_compile.kernels.formats.base import QuantFormat
 from qlora_compile.kernels.formats.blocks import BlockFormat
 from qlora_compile.kernels.formats.cpu import decode
@@ -172,7 +173,13 @@ def smallest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode, "SMALLEST", 1 if request.param == "compiled" else 1 << 60)
 
 
-@pytest.mark.usefixtures("smallest", "level")
+@pytest.fixture(params=["to the caches", "past them"])
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where compiled code writes decoded rows, however few."""
+    monkeypatch.setattr(stores, "_UNCACHED", -1 if request.param == "past them" else 1 << 60)
+
+
+@pytest.mark.usefixtures("smallest", "stored", "level")
 @settings(deadline=None, max_examples=60)
 @given(drawn=packed_weights(), data=st.data())
 def test_row_blocks_equal_the_specification(drawn, data: st.DataObject) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu.stores import past_caches
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE
 from qlora_compile.kernels.packed import PackedWeight
@@ -33,11 +34,19 @@ static inline __m512i rounded(__m512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
 }
-static inline void store(uint16_t* out, __m512 values) {
-  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(upper));
+// `streams`: past the caches, to an aligned address.
+static inline void store(uint16_t* out, __m512i values, bool streams) {
+  __m512i* to = reinterpret_cast<__m512i*>(out);
+  streams ? _mm512_stream_si512(to, values) : _mm512_storeu_si512(to, values);
 }
-static inline void store(float* out, __m512 values) { _mm512_storeu_ps(out, values); }
+static inline void store(uint16_t* out, __m512 values, bool streams) {
+  const __m512i upper = _mm512_srli_epi32(rounded(values), 16);
+  __m256i *to = reinterpret_cast<__m256i*>(out), half = _mm512_cvtepi32_epi16(upper);
+  streams ? _mm256_stream_si256(to, half) : _mm256_storeu_si256(to, half);
+}
+static inline void store(float* out, __m512 values, bool streams) {
+  streams ? _mm512_stream_ps(out, values) : _mm512_storeu_ps(out, values);
+}
 #elif defined(__AVX2__)
 #include <immintrin.h>
 
@@ -54,7 +63,8 @@ struct Sixteen {
 
   // The values of 32 codes: the lower four bits of each byte of `first` and of `second`, in turn;
   // or only of the first 16.
-  void look_up(__m128i first, __m128i second, uint16_t* to, bool half = false) const {
+  void look_up(
+      __m128i first, __m128i second, bool streams, uint16_t* to, bool half = false) const {
     const __m128i four_bits = _mm_set1_epi8(0xF);
     first = _mm_and_si128(first, four_bits);
     second = _mm_and_si128(second, four_bits);
@@ -63,8 +73,9 @@ struct Sixteen {
         _mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
     for (const __m128i codes : codes_of) {
       const __m128i low = _mm_shuffle_epi8(lower, codes), high = _mm_shuffle_epi8(upper, codes);
-      _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
-      _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
+      for (const __m128i eight : {_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)}) {
+        streams ? _mm_stream_si128(out++, eight) : _mm_storeu_si128(out++, eight);
+      }
       if (half) return;
     }
   }
@@ -87,11 +98,13 @@ struct SixteenFloats {
   SixteenFloats(__m256 first, __m256 second) : lower(first), upper(second) {}
 
   // The values of 16 codes: the lower four bits of each word of `first` and of `second`, in turn.
-  void look_up(__m256i first, __m256i second, float* to) const {
+  void look_up(__m256i first, __m256i second, bool streams, float* to) const {
     const __m256 a = values(first), b = values(second);
     const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
-    _mm256_storeu_ps(to, _mm256_permute2f128_ps(even, odd, 0x20));
-    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(even, odd, 0x31));
+    const __m256 front = _mm256_permute2f128_ps(even, odd, 0x20);
+    const __m256 back = _mm256_permute2f128_ps(even, odd, 0x31);
+    streams ? _mm256_stream_ps(to, front) : _mm256_storeu_ps(to, front);
+    streams ? _mm256_stream_ps(to + 8, back) : _mm256_storeu_ps(to + 8, back);
   }
 
   // A permutation takes a code's three lowest bits; the fourth chooses the half.
@@ -124,16 +137,13 @@ static inline int64_t decode(
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
     const __m512i weights = _mm512_permutexvar_epi16(index, table);
-    if (streams) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * i), weights);
-    } else {
-      _mm512_storeu_si512(to + 2 * i, weights);
-    }
+    store(to + 2 * i, weights, streams);
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
+    float* to) {
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -143,14 +153,15 @@ static inline int64_t decode(
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
     const __m512 low = _mm512_permutexvar_ps(byte, table);
-    _mm512_storeu_ps(to + 2 * i, _mm512_permutex2var_ps(high, first, low));
-    _mm512_storeu_ps(to + 2 * i + 16, _mm512_permutex2var_ps(high, second, low));
+    store(to + 2 * i, _mm512_permutex2var_ps(high, first, low), streams);
+    store(to + 2 * i + 16, _mm512_permutex2var_ps(high, second, low), streams);
   }
   return i;
 }
 #elif defined(__AVX2__)
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, uint16_t* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
+    uint16_t* to) {
   // The block's sixteen values are scaled and rounded once, not each weight.
   const __m256 scales = _mm256_set1_ps(scale);
   const Sixteen values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
@@ -158,12 +169,13 @@ static inline int64_t decode(
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(_mm_srli_epi16(stored, 4), stored, to + 2 * i);
+    values.look_up(_mm_srli_epi16(stored, 4), stored, streams, to + 2 * i);
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
+    float* to) {
   const __m256 scales = _mm256_set1_ps(scale);
   const SixteenFloats values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
                              _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales));
@@ -171,7 +183,7 @@ static inline int64_t decode(
   for (; i + 8 <= bytes; i += 8) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
     const __m256i byte = _mm256_cvtepu8_epi32(stored);
-    values.look_up(_mm256_srli_epi32(byte, 4), byte, to + 2 * i);
+    values.look_up(_mm256_srli_epi32(byte, 4), byte, streams, to + 2 * i);
   }
   return i;
 }
@@ -180,11 +192,10 @@ static inline int64_t decode(
 extern "C" void kernel(
     const uint8_t* codes, const float* codebook, const uint8_t* absmax,
     const float* nested_codebook, const float* nested_absmax, const float* nested_offset,
-    int64_t nested, int64_t first_block, int64_t blocks, int64_t bytes, int64_t threads,
-    TYPE* out) {
-  // What no core's cache holds goes to memory without being read from there first.
+    int64_t nested, int64_t first_block, int64_t blocks, int64_t bytes, int64_t past_caches,
+    int64_t threads, TYPE* out) {
   const bool lines = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  [[maybe_unused]] const bool streams = lines && 4 * blocks * bytes > STREAMED;
+  [[maybe_unused]] const bool streams = past_caches && lines;
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t block = first_block + b;
@@ -207,7 +218,7 @@ extern "C" void kernel(
     }
   }
 }
-""".replace("NESTED", str(NESTED_BLOCK_SIZE)).replace("STREAMED", str(4 << 20))
+""".replace("NESTED", str(NESTED_BLOCK_SIZE))
 )
 
 _INTEGERS = (
@@ -215,8 +226,10 @@ _INTEGERS = (
     + ROUNDING
     + r"""
 extern "C" void kernel(
-    const int8_t* codes, const float* scales, int64_t blocks, int64_t size, int64_t threads,
-    TYPE* out) {
+    const int8_t* codes, const float* scales, int64_t blocks, int64_t size, int64_t past_caches,
+    int64_t threads, TYPE* out) {
+  const bool lines = size * sizeof(TYPE) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  [[maybe_unused]] const bool streams = past_caches && lines;
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const float scale = scales[b];
@@ -227,7 +240,7 @@ extern "C" void kernel(
     for (; i + 16 <= size; i += 16) {
       const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
       const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(stored));
-      store(to + i, _mm512_mul_ps(values, _mm512_set1_ps(scale)));
+      store(to + i, _mm512_mul_ps(values, _mm512_set1_ps(scale)), streams);
     }
 #endif
 #pragma omp simd
@@ -258,17 +271,18 @@ def write_codebook(packed: PackedWeight, codebook: Tensor, first: int, out: Tens
     codes, absmax, *nested = (each.contiguous() for each in packed.tensors)
     # A tensor that is not read must be given all the same.
     tables = nested or [codebook] * 3
-    sizes = (int(bool(nested)), first, out.numel() // block_size, bytes_per_block)
-    kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 5, out.dtype)
+    blocks, streams = out.numel() // block_size, int(past_caches(out))
+    sizes = (int(bool(nested)), first, blocks, bytes_per_block, streams)
+    kernel = _kernel(_CODEBOOK, ("uint8_t", "float", "uint8_t", *["float"] * 3), 6, out.dtype)
     kernel(codes, codebook, absmax, *tables, *sizes, torch.get_num_threads(), out)
 
 
 def write_integers(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Write out = codes * scales: int8 codes and contiguous `out` of [blocks * size], float32
     scales [blocks]."""
-    kernel = _kernel(_INTEGERS, ("int8_t", "float"), 3, out.dtype)
-    blocks = scales.numel()
-    kernel(codes, scales, blocks, out.numel() // blocks, torch.get_num_threads(), out)
+    kernel = _kernel(_INTEGERS, ("int8_t", "float"), 4, out.dtype)
+    blocks, streams = scales.numel(), int(past_caches(out))
+    kernel(codes, scales, blocks, out.numel() // blocks, streams, torch.get_num_threads(), out)
 
 
 def _kernel(

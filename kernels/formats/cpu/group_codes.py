@@ -48,11 +48,7 @@ static inline int64_t decode(
     // A permutation takes five bits of an index; the table is there twice.
     const __m512i index = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 12));
     const __m512i weights = _mm512_permutexvar_epi16(index, twice);
-    if (streams) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * i), weights);
-    } else {
-      _mm512_storeu_si512(to + 2 * i, weights);
-    }
+    store(to + 2 * i, weights, streams);
   }
   if (i + 8 <= bytes) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
@@ -64,7 +60,8 @@ static inline int64_t decode(
   }
   return i;
 }
-static inline int64_t decode(const uint8_t* in, int64_t bytes, __m512 table, bool, float* to) {
+static inline int64_t decode(
+    const uint8_t* in, int64_t bytes, __m512 table, bool streams, float* to) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   int64_t i = 0;
@@ -73,8 +70,8 @@ static inline int64_t decode(const uint8_t* in, int64_t bytes, __m512 table, boo
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512 low = _mm512_permutexvar_ps(byte, table);
     const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
-    _mm512_storeu_ps(to + 2 * i, _mm512_permutex2var_ps(low, first, high));
-    _mm512_storeu_ps(to + 2 * i + 16, _mm512_permutex2var_ps(low, second, high));
+    store(to + 2 * i, _mm512_permutex2var_ps(low, first, high), streams);
+    store(to + 2 * i + 16, _mm512_permutex2var_ps(low, second, high), streams);
   }
   if (i + 8 <= bytes) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
@@ -89,28 +86,28 @@ static inline int64_t decode(const uint8_t* in, int64_t bytes, __m512 table, boo
 #elif defined(__AVX2__)
 // Decode as many whole vectors and halves of vectors as `bytes` hold; return the bytes read.
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, uint16_t* to) {
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, bool streams, uint16_t* to) {
   const Sixteen values(lower, upper);
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(stored, _mm_srli_epi16(stored, 4), to + 2 * i);
+    values.look_up(stored, _mm_srli_epi16(stored, 4), streams, to + 2 * i);
   }
   if (i + 8 <= bytes) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(stored, _mm_srli_epi16(stored, 4), to + 2 * i, true);
+    values.look_up(stored, _mm_srli_epi16(stored, 4), streams, to + 2 * i, true);
     i += 8;
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, float* to) {
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, bool streams, float* to) {
   const SixteenFloats values(lower, upper);
   int64_t i = 0;
   for (; i + 8 <= bytes; i += 8) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
     const __m256i byte = _mm256_cvtepu8_epi32(stored);
-    values.look_up(byte, _mm256_srli_epi32(byte, 4), to + 2 * i);
+    values.look_up(byte, _mm256_srli_epi32(byte, 4), streams, to + 2 * i);
   }
   return i;
 }
@@ -119,7 +116,7 @@ static inline int64_t decode(
 // The first weight of a group is the low half of a byte.
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t, const float* values, float zero, float scale,
-    bool adds, bool streams, TYPE* to) {
+    bool adds, [[maybe_unused]] bool streams, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
@@ -133,7 +130,7 @@ static inline void decode_group(
     if (adds) return _mm256_add_ps(_mm256_mul_ps(value, scales), zeros);
     return _mm256_mul_ps(_mm256_sub_ps(value, zeros), scales);
   };
-  i = 2 * decode(in, count / 2, eight(values), eight(values + 8), to);
+  i = 2 * decode(in, count / 2, eight(values), eight(values + 8), streams, to);
   if (i == count) return;
 #endif
   TYPE sixteen[16];
@@ -169,13 +166,13 @@ static inline __m512 widened(__m128i codes, int64_t kind) {
 
 static inline void decode_group(
     const uint8_t* in, int64_t count, int64_t kind, const float* values, float zero, float scale,
-    bool adds, bool, TYPE* to) {
+    bool adds, [[maybe_unused]] bool streams, TYPE* to) {
   int64_t i = 0;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   for (; i + 16 <= count; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
     const __m512 scales = _mm512_set1_ps(scale), zeros = _mm512_set1_ps(zero);
-    store(to + i, affine(widened(stored, kind), zeros, scales, adds));
+    store(to + i, affine(widened(stored, kind), zeros, scales, adds), streams);
   }
 #endif
   if (kind == INTEGER) {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_compile.kernels.cpu.stores import past_caches
 from qlora_compile.kernels.cpu.toolchain import compiled, has_compiler
 from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.cpu.decode import TYPES
@@ -65,12 +66,12 @@ extern "C" void kernel(
     const uint8_t* codes, const float* values, const uint8_t* scales, const uint8_t* zeros,
     const float* table, const float* whole, int64_t scale_type, int64_t zero_type, int64_t kind,
     int64_t has_zeros, int64_t first_row, int64_t row_shift, int64_t whole_shift, int64_t adds,
-    int64_t rows, int64_t columns, int64_t size, int64_t threads, TYPE* out) {
+    int64_t rows, int64_t columns, int64_t size, int64_t past_caches, int64_t threads,
+    TYPE* out) {
   const int64_t groups = (columns + size - 1) / size;
   const int64_t row_bytes = (columns * BITS + 7) / 8;
-  // What no core's cache holds goes to memory without being read from there first.
-  const bool lines = columns * sizeof(TYPE) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  const bool streams = lines && rows * columns * sizeof(TYPE) > STREAMED;
+  const bool lines = columns * sizeof(TYPE) % 64 == 0 && size * sizeof(TYPE) % 64 == 0;
+  const bool streams = past_caches && lines && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> factors(2 * groups);
@@ -93,7 +94,7 @@ extern "C" void kernel(
     }
   }
 }
-""".replace("STREAMED", str(4 << 20))
+"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def write_rows(
         FACTOR_TYPES[FACTOR_NAMES[zeros.dtype]],
         KINDS.get(kind, 0),
         *(int(has_zeros), start, factors.row_shift, 0 if whole.numel() > 1 else 31),
-        *(int(factors.adds), rows, columns, min(size, columns), torch.get_num_threads()),
+        *(int(factors.adds), rows, columns, min(size, columns)),
+        *(int(past_caches(out)), torch.get_num_threads()),
     )
     kernel = compiled(*_typed(kind == NIBBLES, out.dtype))
     # A tensor that is not read must be given all the same.
@@ -169,5 +171,5 @@ def _typed(nibbles: bool, dtype: torch.dtype) -> tuple[str, tuple[str, ...]]:
         code = re.sub(rf"\b{name}\b", str(meant), code)
     pointers = ("uint8_t", "float", "uint8_t", "uint8_t", "float", "float")
     constants = [f"const {each}*" for each in pointers]
-    arguments = (*constants, *["int64_t"] * 12, f"{TYPES[dtype]}*")
+    arguments = (*constants, *["int64_t"] * 13, f"{TYPES[dtype]}*")
     return code, arguments

@@ -1,0 +1,58 @@
+"""Whether decoded weights are written past the caches, straight to memory.
+
+A line that another core has read can be written only once that core has given it up. Where cores
+share no cache, as on processors of several dies, decoding then takes up to ten times as long.
+Writing past the caches does not wait, but what is read next comes from memory: products of many
+rows do not notice, those of few rows take up to twice as long.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qlora_compile.kernels.cpu import instructions
+
+Block = TypeVar("Block")
+
+_UNCACHED = 4 << 20
+"""Bytes that no core's cache holds."""
+
+_MANY_ROWS = 256
+
+
+class _Products(threading.local):
+    rows = 0
+
+
+_products = _Products()
+
+
+def read_by(rows: int, decoded: Iterator[Block]) -> Iterator[Block]:
+    """Yield each of `decoded`, of which `past_caches` knows that a product of `rows` rows reads
+    it."""
+    while True:
+        before, _products.rows = _products.rows, rows
+        try:
+            block = next(decoded)
+        except StopIteration:
+            return
+        finally:
+            _products.rows = before
+        yield block
+
+
+def past_caches(out: Tensor) -> bool:
+    """Whether a weight is decoded to `out` past the caches.
+
+    AMX multiplies so fast that it would wait for memory, and one thread writes only lines of its
+    own.
+    """
+    if out.nbytes > _UNCACHED:
+        return True
+    shared = torch.get_num_threads() > 1 and instructions.level() != "amx"
+    return shared and _products.rows >= _MANY_ROWS
