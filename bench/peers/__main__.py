@@ -4,7 +4,7 @@ Contenders have the same model, data, seed, rank, dtype and batch, each a proces
 take steps in turn. Beside them runs the floor: only the products, attention and head of the step,
 on dense weights. Everything runs on the CPU; `make device` is for GPUs. Prints the figures and
 writes bench/results/peers.{md,json,png}; settings that did not run keep their results, and so do
-processors with other instructions. If the losses do not agree, no speed is reported.
+other processors. If the losses do not agree, no speed is reported.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def main(
 
 def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     """Write the results, each with the machine and versions, in place of earlier ones of its
-    setting on processors with the same instructions."""
+    setting on the same processor."""
     file = RESULTS / "peers.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    entries = {(_instructions(each), Setting(**each["setting"])): each for each in known}
+    entries = {(_processor(each), Setting(**each["setting"])): each for each in known}
     for setting, runs in results:
         told = {"setting": asdict(setting), **measured_on(), "runs": [asdict(run) for run in runs]}
-        entries[_instructions(told), setting] = told
+        entries[_processor(told), setting] = told
     ordered = sorted(entries, key=lambda key: (key[0], place(key[1])))
     file.write_text(json.dumps([entries[key] for key in ordered], indent=1) + "\n")
     lines = [
@@ -101,9 +101,9 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     plot(shown, file.with_suffix(".png"))
 
 
-def _instructions(entry: dict[str, Any]) -> str:
-    """Return the level of instructions that an entry was measured with."""
-    return entry["machine"]["instructions"]
+def _processor(entry: dict[str, Any]) -> str:
+    """Return the level of instructions and the processor that an entry was measured with."""
+    return "{instructions}, {processor}".format(**entry["machine"])
 
 
 if __name__ == "__main__":

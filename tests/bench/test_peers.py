@@ -70,23 +70,26 @@ def test_settings_that_did_not_run_keep_their_results(
         peers.keep([(setting, runs(3.0))])
     text = next(tmp_path.glob("peers*.md")).read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    kind = measured_on()["machine"]["instructions"]
+    machine = measured_on()["machine"]
+    kind = f"{machine['instructions']}, {machine['processor']}"
     assert titles == [f"## {setting}, {kind}" for setting in SETTINGS[:2]]
     assert text.count("4 steps of each; torch ") == 2
 
 
 def test_results_of_other_processors_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
-    for kind in ("amx", "avx2", "amx"):
-        monkeypatch.setattr(peers, "measured_on", lambda kind=kind: on(kind))
+    for kind in (("amx", "one"), ("avx2", "one"), ("amx", "one"), ("amx", "other")):
+        monkeypatch.setattr(peers, "measured_on", lambda kind=kind: on(*kind))
         peers.keep([(SETTINGS[0], runs(3.0))])
     text = (tmp_path / "peers.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == [f"## {SETTINGS[0]}, {kind}" for kind in ("amx", "avx2")]
+    kinds = ("amx, one", "amx, other", "avx2, one")
+    assert titles == [f"## {SETTINGS[0]}, {kind}" for kind in kinds]
 
 
-def on(kind: str) -> dict[str, dict[str, str | int]]:
-    return {"versions": {}, "machine": {"processor": "one", "instructions": kind}}
+def on(instructions: str, processor: str) -> dict[str, dict[str, str | int]]:
+    machine: dict[str, str | int] = {"processor": processor, "instructions": instructions}
+    return {"versions": {}, "machine": machine}
 
 
 @pytest.mark.parametrize("ours", [False, True])
