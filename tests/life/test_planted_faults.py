@@ -9,12 +9,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config as functorch_config
 
 from qlora_compile.capture import backend, hook_watch
 from qlora_compile.hf import full_training
+from tests.life.model_operations import Cast
 from tests.life.operations import OPERATIONS, Backward, Batch, Hook, Unhook
+from tests.life.pair import Start, play
 from tests.life.sequences import AT_LENGTH, explore
 from tests.life.test_sequences import without_inductor
 
@@ -64,3 +67,14 @@ def test_a_planted_fault_is_found(fault: Fault, without_inductor: str) -> None:
     operations = OPERATIONS if AT_LENGTH else fault.operations
     with fault.plant(), pytest.raises((AssertionError, RuntimeError), match=fault.symptom):
         explore("nf4", 100, without_inductor, operations, shrink=False)
+
+
+@pytest.mark.parametrize("base", ["plain", "nf4", "bnb-4bit"])
+def test_what_rounding_does_not_explain_is_found(base: str, without_inductor: str) -> None:
+    pair = play(Start(base), Cast("bfloat16"), backend=without_inductor)
+    with torch.no_grad():
+        for name, parameter in pair.ours.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    with pytest.raises(AssertionError, match="from float32's"):
+        pair.compare()
