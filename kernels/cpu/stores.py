@@ -49,9 +49,11 @@ def read_by(rows: int, decoded: Iterator[Block]) -> Iterator[Block]:
 def past_caches(out: Tensor) -> bool:
     """Whether a weight is decoded to `out` past the caches.
 
-    AMX multiplies so fast that it would wait for memory, and one thread writes only lines of its
-    own.
+    AMX multiplies so fast that it would wait for memory, weights in float32 are so large that other
+    lines have taken their place, and one thread writes only lines of its own.
     """
+    if out.dtype == torch.float32:
+        return False
     if out.nbytes > _UNCACHED:
         return True
     shared = torch.get_num_threads() > 1 and instructions.level() != "amx"

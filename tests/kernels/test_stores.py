@@ -33,6 +33,7 @@ def test_products_of_many_rows_read_from_memory(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(instructions, "level", lambda: level)
     assert list(stores.read_by(rows, map(stores.past_caches, (SMALL, LARGE)))) == [past, True]
+    assert list(stores.read_by(rows, map(stores.past_caches, [LARGE.float()]))) == [False]
     assert not stores.past_caches(SMALL)  # Nothing is known of the product any more.
 
 

@@ -44,9 +44,7 @@ static inline void store(uint16_t* out, __m512 values, bool streams) {
   __m256i *to = reinterpret_cast<__m256i*>(out), half = _mm512_cvtepi32_epi16(upper);
   streams ? _mm256_stream_si256(to, half) : _mm256_storeu_si256(to, half);
 }
-static inline void store(float* out, __m512 values, bool streams) {
-  streams ? _mm512_stream_ps(out, values) : _mm512_storeu_ps(out, values);
-}
+static inline void store(float* out, __m512 values, bool) { _mm512_storeu_ps(out, values); }
 #elif defined(__AVX2__)
 #include <immintrin.h>
 
@@ -63,8 +61,7 @@ struct Sixteen {
 
   // The values of 32 codes: the lower four bits of each byte of `first` and of `second`, in turn;
   // or only of the first 16.
-  void look_up(
-      __m128i first, __m128i second, bool streams, uint16_t* to, bool half = false) const {
+  void look_up(__m128i first, __m128i second, uint16_t* to, bool half = false) const {
     const __m128i four_bits = _mm_set1_epi8(0xF);
     first = _mm_and_si128(first, four_bits);
     second = _mm_and_si128(second, four_bits);
@@ -73,9 +70,8 @@ struct Sixteen {
         _mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
     for (const __m128i codes : codes_of) {
       const __m128i low = _mm_shuffle_epi8(lower, codes), high = _mm_shuffle_epi8(upper, codes);
-      for (const __m128i eight : {_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)}) {
-        streams ? _mm_stream_si128(out++, eight) : _mm_storeu_si128(out++, eight);
-      }
+      _mm_storeu_si128(out++, _mm_unpacklo_epi8(low, high));
+      _mm_storeu_si128(out++, _mm_unpackhi_epi8(low, high));
       if (half) return;
     }
   }
@@ -98,13 +94,11 @@ struct SixteenFloats {
   SixteenFloats(__m256 first, __m256 second) : lower(first), upper(second) {}
 
   // The values of 16 codes: the lower four bits of each word of `first` and of `second`, in turn.
-  void look_up(__m256i first, __m256i second, bool streams, float* to) const {
+  void look_up(__m256i first, __m256i second, float* to) const {
     const __m256 a = values(first), b = values(second);
     const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
-    const __m256 front = _mm256_permute2f128_ps(even, odd, 0x20);
-    const __m256 back = _mm256_permute2f128_ps(even, odd, 0x31);
-    streams ? _mm256_stream_ps(to, front) : _mm256_storeu_ps(to, front);
-    streams ? _mm256_stream_ps(to + 8, back) : _mm256_storeu_ps(to + 8, back);
+    _mm256_storeu_ps(to, _mm256_permute2f128_ps(even, odd, 0x20));
+    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(even, odd, 0x31));
   }
 
   // A permutation takes a code's three lowest bits; the fourth chooses the half.
@@ -142,8 +136,7 @@ static inline int64_t decode(
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
-    float* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
   const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(scale));
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -153,15 +146,14 @@ static inline int64_t decode(
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
     const __m512 low = _mm512_permutexvar_ps(byte, table);
-    store(to + 2 * i, _mm512_permutex2var_ps(high, first, low), streams);
-    store(to + 2 * i + 16, _mm512_permutex2var_ps(high, second, low), streams);
+    _mm512_storeu_ps(to + 2 * i, _mm512_permutex2var_ps(high, first, low));
+    _mm512_storeu_ps(to + 2 * i + 16, _mm512_permutex2var_ps(high, second, low));
   }
   return i;
 }
 #elif defined(__AVX2__)
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
-    uint16_t* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, uint16_t* to) {
   // The block's sixteen values are scaled and rounded once, not each weight.
   const __m256 scales = _mm256_set1_ps(scale);
   const Sixteen values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
@@ -169,13 +161,12 @@ static inline int64_t decode(
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(_mm_srli_epi16(stored, 4), stored, streams, to + 2 * i);
+    values.look_up(_mm_srli_epi16(stored, 4), stored, to + 2 * i);
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool streams,
-    float* to) {
+    const uint8_t* in, int64_t bytes, const float* codebook, float scale, bool, float* to) {
   const __m256 scales = _mm256_set1_ps(scale);
   const SixteenFloats values(_mm256_mul_ps(_mm256_loadu_ps(codebook), scales),
                              _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), scales));
@@ -183,7 +174,7 @@ static inline int64_t decode(
   for (; i + 8 <= bytes; i += 8) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
     const __m256i byte = _mm256_cvtepu8_epi32(stored);
-    values.look_up(_mm256_srli_epi32(byte, 4), byte, streams, to + 2 * i);
+    values.look_up(_mm256_srli_epi32(byte, 4), byte, to + 2 * i);
   }
   return i;
 }

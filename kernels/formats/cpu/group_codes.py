@@ -60,8 +60,7 @@ static inline int64_t decode(
   }
   return i;
 }
-static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, __m512 table, bool streams, float* to) {
+static inline int64_t decode(const uint8_t* in, int64_t bytes, __m512 table, bool, float* to) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   int64_t i = 0;
@@ -70,8 +69,8 @@ static inline int64_t decode(
     const __m512i byte = _mm512_cvtepu8_epi32(stored);
     const __m512 low = _mm512_permutexvar_ps(byte, table);
     const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
-    store(to + 2 * i, _mm512_permutex2var_ps(low, first, high), streams);
-    store(to + 2 * i + 16, _mm512_permutex2var_ps(low, second, high), streams);
+    _mm512_storeu_ps(to + 2 * i, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(to + 2 * i + 16, _mm512_permutex2var_ps(low, second, high));
   }
   if (i + 8 <= bytes) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
@@ -86,28 +85,28 @@ static inline int64_t decode(
 #elif defined(__AVX2__)
 // Decode as many whole vectors and halves of vectors as `bytes` hold; return the bytes read.
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, bool streams, uint16_t* to) {
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, uint16_t* to) {
   const Sixteen values(lower, upper);
   int64_t i = 0;
   for (; i + 16 <= bytes; i += 16) {
     const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(stored, _mm_srli_epi16(stored, 4), streams, to + 2 * i);
+    values.look_up(stored, _mm_srli_epi16(stored, 4), to + 2 * i);
   }
   if (i + 8 <= bytes) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
-    values.look_up(stored, _mm_srli_epi16(stored, 4), streams, to + 2 * i, true);
+    values.look_up(stored, _mm_srli_epi16(stored, 4), to + 2 * i, true);
     i += 8;
   }
   return i;
 }
 static inline int64_t decode(
-    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, bool streams, float* to) {
+    const uint8_t* in, int64_t bytes, __m256 lower, __m256 upper, float* to) {
   const SixteenFloats values(lower, upper);
   int64_t i = 0;
   for (; i + 8 <= bytes; i += 8) {
     const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
     const __m256i byte = _mm256_cvtepu8_epi32(stored);
-    values.look_up(byte, _mm256_srli_epi32(byte, 4), streams, to + 2 * i);
+    values.look_up(byte, _mm256_srli_epi32(byte, 4), to + 2 * i);
   }
   return i;
 }
@@ -130,7 +129,7 @@ static inline void decode_group(
     if (adds) return _mm256_add_ps(_mm256_mul_ps(value, scales), zeros);
     return _mm256_mul_ps(_mm256_sub_ps(value, zeros), scales);
   };
-  i = 2 * decode(in, count / 2, eight(values), eight(values + 8), streams, to);
+  i = 2 * decode(in, count / 2, eight(values), eight(values + 8), to);
   if (i == count) return;
 #endif
   TYPE sixteen[16];
