@@ -1,9 +1,9 @@
 """Whether decoded weights are written past the caches, straight to memory.
 
-A line that another core has read can be written only once that core has given it up. Where cores
-share no cache, as on processors of several dies, decoding then takes up to ten times as long.
-Writing past the caches does not wait, but what is read next comes from memory: products of many
-rows do not notice, those of few rows take up to twice as long.
+A line that another core has read can be written only once that core has given it up. Decoding then
+takes up to ten times as long, probably where cores share no cache, as on processors of several
+dies. Writing past the caches does not wait, but the product then reads the weight from memory. With
+many rows that takes hardly longer, with few rows up to twice as long.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _UNCACHED = 4 << 20
 """Bytes that no core's cache holds."""
 
 _MANY_ROWS = 256
+"""From so many rows on, a product takes hardly longer if it reads the weight from memory."""
 
 
 class _Products(threading.local):
@@ -33,8 +34,8 @@ _products = _Products()
 
 
 def read_by(rows: int, decoded: Iterator[Block]) -> Iterator[Block]:
-    """Yield each of `decoded`, of which `past_caches` knows that a product of `rows` rows reads
-    it."""
+    """Yield what `decoded` yields. While it decodes, `past_caches` counts on a product of `rows`
+    rows that reads the result."""
     while True:
         before, _products.rows = _products.rows, rows
         try:

@@ -262,13 +262,13 @@ class Pair:
         """Assert that our result comes again, and is usually as near to float32's as stock's. In a
         few batches a gradient nearly cancels, and its error is of any size."""
         torch.testing.assert_close(ours()[name], actual, rtol=0.01, atol=1e-6, msg=message)
-        errors: list[tuple[float, float]] = []
+        errors: dict[Compute, list[float]] = {ours: [], stock: []}
         for self.batch in range(BATCHES):
             exact = self._in_float32(stock)[name].float()
-            distances = [(compute()[name].float() - exact).norm() for compute in (ours, stock)]
-            errors.append((float(distances[0]), float(distances[1])))
+            for compute, found in errors.items():
+                found.append(float((compute()[name].float() - exact).norm()))
         self.batch = 0
-        mine, theirs = map(statistics.median, zip(*errors, strict=True))
+        mine, theirs = map(statistics.median, errors.values())
         assert mine <= ROUNDING * theirs, (
             f"{message}; the median over {BATCHES} batches differs by {mine:.2g} from float32's, "
             f"stock's by {theirs:.2g}"
@@ -276,20 +276,17 @@ class Pair:
 
     def _in_float32(self, compute: Compute) -> Results:
         """Return what stock computes while its parameters and buffers are in float32."""
-        low = [p for p in self.stock.parameters() if p.dtype == torch.bfloat16]
-        low += [b for b in self.stock.buffers() if b.dtype == torch.bfloat16]
+        tensors = (*self.stock.parameters(), *self.stock.buffers())
+        low = [tensor for tensor in tensors if tensor.dtype == torch.bfloat16]
         values = [tensor.data for tensor in low]
-        gradients = [(p, p.grad) for p in self.stock.parameters()]
         autocast, self.autocast = self.autocast, False
-        self.stock.zero_grad()
+        self.stock.zero_grad()  # A gradient has its parameter's dtype.
         for tensor, value in zip(low, values, strict=True):
             tensor.data = value.float()
         results = compute()
         self.stock.zero_grad()
         for tensor, value in zip(low, values, strict=True):
             tensor.data = value
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
         self.autocast = autocast
         return results
 

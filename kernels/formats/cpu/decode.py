@@ -25,6 +25,11 @@ TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 ROUNDING = (
     BFLOAT16
     + r"""
+// Whether parts of so many bytes, the first at `out`, begin and end with lines of the caches.
+static inline bool whole_lines(int64_t bytes, const void* out) {
+  return bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
 #if defined(__AVX512BW__)
 #include <immintrin.h>
 
@@ -185,8 +190,8 @@ extern "C" void kernel(
     const float* nested_codebook, const float* nested_absmax, const float* nested_offset,
     int64_t nested, int64_t first_block, int64_t blocks, int64_t bytes, int64_t past_caches,
     int64_t threads, TYPE* out) {
-  const bool lines = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  [[maybe_unused]] const bool streams = past_caches && lines;
+  [[maybe_unused]] const bool streams =
+      past_caches && whole_lines(2 * bytes * sizeof(TYPE), out);
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t block = first_block + b;
@@ -219,8 +224,7 @@ _INTEGERS = (
 extern "C" void kernel(
     const int8_t* codes, const float* scales, int64_t blocks, int64_t size, int64_t past_caches,
     int64_t threads, TYPE* out) {
-  const bool lines = size * sizeof(TYPE) % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  [[maybe_unused]] const bool streams = past_caches && lines;
+  [[maybe_unused]] const bool streams = past_caches && whole_lines(size * sizeof(TYPE), out);
 #pragma omp parallel for num_threads(threads)
   for (int64_t b = 0; b < blocks; ++b) {
     const float scale = scales[b];

@@ -70,8 +70,8 @@ extern "C" void kernel(
     TYPE* out) {
   const int64_t groups = (columns + size - 1) / size;
   const int64_t row_bytes = (columns * BITS + 7) / 8;
-  const bool lines = columns * sizeof(TYPE) % 64 == 0 && size * sizeof(TYPE) % 64 == 0;
-  const bool streams = past_caches && lines && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const bool streams = past_caches && whole_lines(columns * sizeof(TYPE), out) &&
+                       whole_lines(size * sizeof(TYPE), out);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> factors(2 * groups);
