@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from qlora_compile import adopt
+from qlora_compile import adopt, early_builds
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.regions import Region, RegionSites, install, uninstall
 from qlora_compile.capture.unfused_warning import FirstStep
@@ -144,11 +144,12 @@ def optimize(
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
-    tune = check_mode(tune)
-    verify = check_option(verify)
     chosen = adopt.format_options(
         quantize, block_size=block_size, double_quantize=double_quantize, **format_options
     )
+    early_builds.start(model, quantize, chosen, tune)
+    tune = check_mode(tune)
+    verify = check_option(verify)
     if checkpoint is not None:
         skeleton.fill(model, checkpoint, quantize, chosen)
         quantize, chosen = None, {}

@@ -25,7 +25,7 @@ import torch
 
 from qlora_compile import sites
 from qlora_compile.kernels import selection
-from qlora_compile.kernels.cpu import tapes
+from qlora_compile.kernels.cpu import background, tapes
 from qlora_compile.kernels.formats import formats
 from qlora_compile.tuning import modes
 from qlora_compile.tuning.caution import TRUSTING
@@ -131,6 +131,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_runtest_teardown() -> None:
     """Forget choices and compiled code: recompile limits and graph counts start afresh."""
+    # Another test may have other instructions.
+    background.finish()
     modes.forget_tuners()
     tapes.forget()
     selection.modelled.cache_clear()

@@ -26,7 +26,7 @@ ORDER = (
     ("quantizer",),
     ("verify",),
     ("capture",),
-    ("adopt",),
+    ("adopt", "early_builds"),
     ("report",),
     ("api",),
     ("trainers", "training", "build"),

@@ -3,6 +3,8 @@ by AMX's tiles where the CPU has them; torch's gradients take several times as l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,9 @@ _GRADIENTS = NativeKernel(
 )
 
 
-def start() -> None:
-    """Have the kernels built in other threads."""
-    _FORWARD.start()
-    _GRADIENTS.start()
+def builds(*, backward: bool) -> list[Callable[[], object]]:
+    """Return the calls that build the kernel of one direction."""
+    return [_GRADIENTS.function if backward else _FORWARD.function]
 
 
 def computes(query: Tensor, key: Tensor, value: Tensor) -> bool:

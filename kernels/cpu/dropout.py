@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,9 @@ def is_built() -> bool:
     return _KERNEL.function() is not None
 
 
-def start() -> None:
-    """Have the C++ built in another thread."""
-    _KERNEL.start()
+def builds() -> list[Callable[[], object]]:
+    """Return the calls that build the C++."""
+    return [_KERNEL.function]
 
 
 def dropped(x: Tensor, seed: Tensor, stream: int, probability: float, first: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.once import once
 from qlora_compile.kernels.cpu.toolchain import BFLOAT16, VECTORISED, compiled, has_compiler
-
-_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +25,6 @@ class NativeKernel:
     arguments: tuple[str, ...]
     prefix: str = ""
 
-    def start(self) -> None:
-        """Have the function built in another thread."""
-        threading.Thread(target=self.function).start()
-
     def expected(self) -> bool:
         """Whether there is a `function`, provided that the compiler builds one of the sources."""
         known = {name for name, _ in self.sources}
@@ -43,15 +36,8 @@ class NativeKernel:
         return _function(self, instructions.levels())
 
 
-@functools.cache
+@once
 def _function(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] | None:
-    """Build the function unless another thread has; a later call takes no lock."""
-    with _one_at_a_time:
-        return _built(kernel, levels)
-
-
-@functools.cache
-def _built(kernel: NativeKernel, levels: tuple[str, ...]) -> Callable[..., Any] | None:
     if not has_compiler():
         return None
     from torch._inductor.exc import CppCompileError

@@ -4,6 +4,8 @@ vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,10 +43,9 @@ def is_built(rows: torch.dtype) -> bool:
     return _KERNELS[rows].function() is not None
 
 
-def start(rows: torch.dtype) -> None:
-    """Have the C++ for `rows` of a dtype built in another thread."""
-    if rows in _KERNELS:
-        _KERNELS[rows].start()
+def builds(rows: torch.dtype) -> list[Callable[[], object]]:
+    """Return the calls that build the C++ for `rows` of a dtype."""
+    return [_KERNELS[rows].function] if rows in _KERNELS else []
 
 
 def product(x: Tensor, factor: Tensor, out: Tensor, scaling: float) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from qlora_compile.kernels.cpu import instructions
 from qlora_compile.kernels.cpu.native_function import NativeFunction
+from qlora_compile.kernels.cpu.once import once
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 
 VECTORISED = r"""
@@ -59,7 +60,7 @@ def compiled(source: str, arguments: tuple[str, ...]) -> NativeFunction:
     return _compiled(source, arguments, instructions.level())
 
 
-@functools.cache
+@once
 def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> NativeFunction:
     from torch._inductor import config
 
@@ -71,7 +72,7 @@ def _compiled(source: str, arguments: tuple[str, ...], level: str | None) -> Nat
         return NativeFunction(_built(source, arguments, flags), arguments)
 
 
-@functools.cache
+@once
 def choose_instructions() -> None:
     """Have Inductor take the largest set of vector instructions that the processor names, if the
     compiler builds one function with this set. Inductor itself builds two functions for every set,

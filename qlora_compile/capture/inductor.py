@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from qlora_compile.capture.code_cache import cache_key_tag
 from qlora_compile.kernels import attention, library, linear_call, op
 from qlora_compile.kernels.cpu import attention as cpu_attention
-from qlora_compile.kernels.cpu import dropout, instructions, thin
+from qlora_compile.kernels.cpu import background, dropout, instructions, thin
 from qlora_compile.kernels.cpu.slow_products import is_looped
 from qlora_compile.kernels.cpu.toolchain import choose_instructions
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
@@ -37,12 +37,13 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
         choose_instructions()
         fused = graph_module.graph.find_nodes(op="call_function", target=op.QLORA_LINEAR)
         inputs = [example(node.args[0]) for node in fused]
-        for dtype in {each.dtype for each in inputs if each is not None}:
-            thin.start(dtype)
+        dtypes = {each.dtype for each in inputs if each is not None}
+        builds = [build for dtype in dtypes for build in thin.builds(dtype)]
         if any(node.args[2] is not None for node in fused):
-            dropout.start()
-    if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
-        cpu_attention.start()
+            builds += dropout.builds()
+        if graph_module.graph.find_nodes(op="call_function", target=attention.ATTENTION):
+            builds += cpu_attention.builds(backward=False)
+        background.start(builds, threads=1)
     level = instructions.level() if on_cpu else None
     tag = cache_key_tag(_sources_digest(), level, on_cpu=on_cpu)
 
@@ -50,6 +51,8 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
         # AOTAutograd shares this list with what it checks in every backward. Code that takes what
         # was kept for the backward as memory of its own could run once only.
         (get_donated_idxs() or []).clear()
+        if graph.graph.find_nodes(op="call_function", target=attention.ATTENTION_BACKWARD):
+            background.start(cpu_attention.builds(backward=True), threads=1)
         wide_products.widen_products(graph, is_looped)
         with compiler_config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
             return compile_fx_inner(graph, inputs, **options)

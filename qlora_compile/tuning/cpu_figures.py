@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from qlora_compile.json_text import parsed_json
 from qlora_compile.kernels.call_times import OFF
-from qlora_compile.kernels.cpu import dropout, thin
+from qlora_compile.kernels.cpu import background, dropout, thin
 from qlora_compile.kernels.cpu.instructions import multiplies
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.dropout import keep_mask
-from qlora_compile.kernels.formats.formats import FORMATS, format_named
+from qlora_compile.kernels.formats.formats import FORMATS
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.tuning.caution import CAREFUL, Caution
 from qlora_compile.tuning.fingerprint import Fingerprint, fingerprint
@@ -48,10 +47,7 @@ def measure_cpu() -> CpuModel:
     """Measure this CPU with torch's present number of threads; each figure is the best of a few
     runs."""
     gemm, thin, decode = [], [], []
-    packed = _packed()
-    weight = _weight()
-    quant_format = FORMATS[0]
-    _compile(packed)
+    packed, weight, quant_format = _packed(), _weight(), FORMATS[0]
     for dtype in _DTYPES:
         fast = multiplies(dtype)
         rows, width = (_ROWS, _WIDTH) if fast else (_FEW_ROWS, _SMALL_WIDTH)
@@ -101,15 +97,14 @@ def _packed() -> PackedWeight:
     return FORMATS[0].pack(_weight(), FORMATS[0].usual_layout((_WIDTH, _WIDTH)))
 
 
-def _compile(packed: PackedWeight) -> None:
-    """Compile the C++ for decoding and for adapters, in parallel: each compiler uses one core."""
-    decode = format_named(packed.format).dequantize_rows
-    dtypes = (torch.float32, torch.bfloat16)
-    decoded = [partial(decode, packed, 0, _WIDTH, dtype) for dtype in dtypes]
-    built = (partial(thin.is_built, torch.bfloat16), dropout.is_built)
-    with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(each) for each in (*built, *decoded)]:
-            done.result()
+def _decoded(dtype: torch.dtype) -> Tensor:
+    return FORMATS[0].dequantize_rows(_packed(), 0, _WIDTH, dtype)
+
+
+def builds() -> list[Callable[[], object]]:
+    """Return the calls that build the C++ which is measured."""
+    decoders = [partial(_decoded, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    return [*decoders, *thin.builds(torch.bfloat16), *dropout.builds()]
 
 
 def _best(run: Callable[[], object]) -> float:
@@ -158,7 +153,8 @@ def measured_cpu(
 def quiet_figures(caution: Caution) -> CpuModel | None:
     """Measure this CPU, if necessary twice; None if the machine was busy both times."""
     with plain_mode("cpu"):
-        _compile(_packed())
+        background.start(builds(), threads=2)
+        background.finish()
         for _ in range(_ATTEMPTS):
             before = Counters.now()
             model = measure_cpu()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+from qlora_compile.tuning import cpu_figures
 from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.cpu_figures import measured_cpu
 from qlora_compile.tuning.errors import TuneModeError
@@ -70,6 +72,12 @@ def _tuner(mode: str, folder: Path) -> Tuner:
     if mode in (AUTO, OFF):
         return Tuner(mode, RecordStore(folder), AUTO_BUDGET if mode == AUTO else 0.0)
     return Tuner(SHIPPED, _store(Path(mode)), 0.0)
+
+
+def builds_for_measuring(mode: object) -> list[Callable[[], object]]:
+    """Return the calls that build the C++ by which a mode's tuner will measure this CPU."""
+    known = mode != AUTO or measured_cpu(cache_folder(), measures=False) is not None
+    return [] if known else cpu_figures.builds()
 
 
 def _store(path: Path) -> RecordFile | RecordStore:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from qlora_compile.kernels.call_times import Contradiction
+from qlora_compile.kernels.cpu import background
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.kernels.selection import Choice
 from qlora_compile.kernels.selector import Selector
@@ -273,6 +274,7 @@ class Tuner:
     ) -> Choice | _Doubted | None:
         if problem.device == "cpu":
             self._use_measured_cpu()
+            background.finish()
         trial = self._trials.run(
             problem,
             seconds if self.each is None else min(self.each, seconds),

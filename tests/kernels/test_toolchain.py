@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ def asked_anew() -> Iterator[None]:
 def choose() -> int:
     """Return how many sets of instructions Inductor believes in afterwards, without asking a
     compiler."""
-    toolchain.choose_instructions.__wrapped__()
+    inspect.unwrap(toolchain.choose_instructions)()
     return cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
 
 

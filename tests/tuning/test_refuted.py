@@ -11,7 +11,7 @@ import pytest
 from qlora_compile.kernels.call_times import SEVERAL, CallTimes
 from qlora_compile.kernels.device_model import CPU, CpuModel
 from qlora_compile.kernels.selector import select
-from qlora_compile.tuning import cpu_figures
+from qlora_compile.tuning import cpu_figures, modes
 from qlora_compile.tuning import tuner as module
 from qlora_compile.tuning.caution import CAREFUL, TRUSTING, Caution
 from qlora_compile.tuning.cpu_figures import CheckedFigures, checked_cpu
@@ -172,7 +172,7 @@ class TestFigures:
         found = [CPU]
         take = lambda: found.pop(0) if len(found) > 1 else found[0]  # noqa: E731
         monkeypatch.setattr(cpu_figures, "measure_cpu", take)
-        monkeypatch.setattr(cpu_figures, "_compile", lambda packed: None)
+        monkeypatch.setattr(cpu_figures, "builds", lambda: [])
         return found
 
     def test_busy_figures_are_not_kept(
@@ -187,6 +187,20 @@ class TestFigures:
         # A new process measures them.
         cpu_figures._known.clear()
         assert cpu_figures.measured_cpu(tmp_path) == CPU
+
+    @pytest.mark.usefixtures("measured")
+    def test_what_they_need_is_built_beforehand_until_they_are_stored(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build = lambda: None  # noqa: E731
+        monkeypatch.setattr(modes, "cache_folder", lambda: tmp_path)
+        assert modes.builds_for_measuring("auto") == []
+        monkeypatch.setattr(cpu_figures, "builds", lambda: [build])
+        assert modes.builds_for_measuring("auto") == [build]
+        for other in ("off", "model", str(tmp_path), None):
+            assert modes.builds_for_measuring(other) == []
+        assert cpu_figures.measured_cpu(tmp_path) == CPU
+        assert modes.builds_for_measuring("auto") == []
 
     def test_figures_are_replaced_if_off_by_half(
         self, tmp_path: Path, measured: list[CpuModel], load: dict[str, Load]
