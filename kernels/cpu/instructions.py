@@ -14,6 +14,8 @@ from qlora_compile.kernels.cpu.errors import UnknownCpuLevelError
 LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
 """Sets of instructions, each with those before it."""
 
+_DOWN_FROM = {name: LEVELS[index::-1] for index, name in enumerate(LEVELS)}
+
 VARIABLE = "QLORA_COMPILE_CPU"
 """The environment variable that names the highest level to use."""
 
@@ -41,11 +43,10 @@ def _best(names: Sequence[str]) -> str | None:
     return next(filter(_has, reversed(names)), None)
 
 
-@functools.cache
 def levels() -> tuple[str, ...]:
     """Return `level` and those below it, the best first."""
     best = level()
-    return () if best is None else LEVELS[LEVELS.index(best) :: -1]
+    return () if best is None else _DOWN_FROM[best]
 
 
 def multiplies(dtype: torch.dtype) -> bool:
