@@ -45,8 +45,13 @@ def _processor() -> str:
     )
 
 
+def processor_of(found: Mapping[str, Any]) -> str:
+    """Return the level of instructions and the processor in a result of `measured_on`, which may be
+    among other entries."""
+    return "{instructions}, {processor}".format(**found["machine"])
+
+
 def in_words(found: Mapping[str, Any]) -> str:
-    """Return the result of `measured_on`, which may be among other entries, as a list on one
-    line."""
+    """Return a result of `measured_on` as a list on one line."""
     parts = [part for each in ("versions", "machine") for part in found[each].items()]
     return ", ".join(f"{name} {value}" for name, value in parts)

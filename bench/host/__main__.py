@@ -16,7 +16,7 @@ import typer
 
 from bench.host.settings import LLAMA, MODELS
 from bench.host.table import calls_section, replays_section, section
-from bench.measured_on import in_words, measured_on
+from bench.measured_on import in_words, measured_on, processor_of
 from bench.peers.contenders import OURS, STOCK, STOCK_COMPILED
 from bench.peers.race import Process
 from qlora_compile.kernels.cpu.instructions import multiplies
@@ -77,7 +77,8 @@ def measured(model: str, layers: int, rounds: int, steps: int) -> dict[str, Any]
 def _told(name: str, found: dict[str, Any]) -> list[str]:
     """Return one model's results as Markdown."""
     runs = found["runs"]
-    lines = section(name, found["layers"], runs)
+    title, *rest = section(name, found["layers"], runs)
+    lines = [f"{title}, {processor_of(found)}", *rest]
     if name == LLAMA.name:
         lines += [*calls_section(runs[OURS]["calls"]), *replays_section(runs[OURS]["replays"])]
     counts = f"{found['rounds']} rounds of {found['steps']} steps"
@@ -85,10 +86,10 @@ def _told(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _write(name: str, found: dict[str, Any]) -> None:
-    """Write one model's results, keeping those of other models."""
+    """Write one model's results, keeping those of other models and of other processors."""
     path = RESULTS / "host.json"
     models = json.loads(path.read_text()) if path.exists() else {}
-    models[name] = found
+    models.setdefault(name, {})[processor_of(found)] = found
     path.write_text(json.dumps(models, indent=1) + "\n")
     lines = [
         *("# The host's part of a GPU step", ""),
@@ -102,7 +103,8 @@ def _write(name: str, found: dict[str, Any]) -> None:
         "",
     ]
     for each in filter(models.__contains__, MODELS):
-        lines += _told(each, models[each])
+        for processor in sorted(models[each]):
+            lines += _told(each, models[each][processor])
     (RESULTS / "host.md").write_text("\n".join(lines))
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.measured_on import in_words, measured_on
+from bench.measured_on import in_words, measured_on, processor_of
 from bench.peers.contenders import CONTENDERS, NEEDS_GPU, OURS, STOCK
 from bench.peers.plot import plot
 from bench.peers.race import ROOT, Run, race
@@ -74,10 +74,10 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
     setting on the same processor."""
     file = RESULTS / "peers.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    entries = {(_processor(each), Setting(**each["setting"])): each for each in known}
+    entries = {(processor_of(each), Setting(**each["setting"])): each for each in known}
     for setting, runs in results:
         told = {"setting": asdict(setting), **measured_on(), "runs": [asdict(run) for run in runs]}
-        entries[_processor(told), setting] = told
+        entries[processor_of(told), setting] = told
     ordered = sorted(entries, key=lambda key: (key[0], place(key[1])))
     file.write_text(json.dumps([entries[key] for key in ordered], indent=1) + "\n")
     lines = [
@@ -99,11 +99,6 @@ def keep(results: list[tuple[Setting, list[Run]]]) -> None:
         lines += [f"{title}, {kind}", "", f"{steps} steps of each; {in_words(entry)}.", *rest]
     file.with_suffix(".md").write_text("\n".join(lines))
     plot(shown, file.with_suffix(".png"))
-
-
-def _processor(entry: dict[str, Any]) -> str:
-    """Return the level of instructions and the processor that an entry was measured with."""
-    return "{instructions}, {processor}".format(**entry["machine"])
 
 
 if __name__ == "__main__":
