@@ -60,18 +60,29 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
     # The backward is compiled when it first runs, long after the `with` below: what matters to it
     # has to be set in `compile_half` or by `config_patches`.
     # An op's input that elementwise code made, as SwiGLU and norms do, is made again for the
-    # backward instead of kept: torch would keep it, as that writes less. Checks of every tensor's
-    # strides, of which there are a dozen for each Linear, take a hundredth of a small model's step.
+    # backward instead of kept: torch would keep it, as that writes less.
     with (
         compiler_config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
         # Donated buffers are asked for only to have the list.
         partitioner_config.patch(ban_recompute_materialized_backward=False, donated_buffer=True),
     ):
         compiled = compile_fx(
-            graph_module, example_inputs, compile_half, config_patches={"size_asserts": False}
+            graph_module, example_inputs, compile_half, config_patches=_SETTINGS
         )
     assert callable(compiled)
     return compiled
+
+
+_SETTINGS = {
+    # Checks of every tensor's strides, of which there are a dozen for each Linear, take a hundredth
+    # of a small model's step.
+    "size_asserts": False,
+    # A C++ wrapper calls an op such as ours through Python, which takes half as long again, does
+    # not escape the op's text, and in torch 2.13 ends the process by a segmentation fault.
+    "cpp_wrapper": False,
+    # None of our ops is lowered to torch's.
+    "implicit_fallbacks": True,
+}
 
 
 @functools.cache
