@@ -66,9 +66,7 @@ def compile_inner(graph_module: GraphModule, example_inputs: list[Any]) -> Calla
         # Donated buffers are asked for only to have the list.
         partitioner_config.patch(ban_recompute_materialized_backward=False, donated_buffer=True),
     ):
-        compiled = compile_fx(
-            graph_module, example_inputs, compile_half, config_patches=_SETTINGS
-        )
+        compiled = compile_fx(graph_module, example_inputs, compile_half, config_patches=_SETTINGS)
     assert callable(compiled)
     return compiled
 
