@@ -147,13 +147,15 @@ def optimize(
     chosen = adopt.format_options(
         quantize, block_size=block_size, double_quantize=double_quantize, **format_options
     )
-    early_builds.start(model, quantize, chosen, tune)
-    tune = check_mode(tune)
     verify = check_option(verify)
     if checkpoint is not None:
+        check_mode(tune)
         skeleton.fill(model, checkpoint, quantize, chosen)
         quantize, chosen = None, {}
     inventory = Inventory(model)
+    early_builds.start(inventory, quantize, chosen, tune)
+    # On a new machine this takes a second, in which the builds go on.
+    tune = check_mode(tune)
     installed = regions_of(inventory)
     packs = quantize is not None and bool(inventory.quantizable())
     if (

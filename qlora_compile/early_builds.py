@@ -8,24 +8,28 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_compile.errors import QloraCompileError
 from qlora_compile.kernels.cpu import background, instructions, thin, toolchain
 from qlora_compile.kernels.registry import format_named
+from qlora_compile.sites import Inventory
 from qlora_compile.tuning import modes
 
 _SAMPLE = (64, 1024)
 """The shape of the least weight that every format packs and decodes by C++."""
 
 
-def start(model: nn.Module, quantize: str | None, options: Mapping[str, Any], tune: object) -> None:
-    """Have built, in two other threads, what a step of `model` in its own dtype will call if it is
-    on the CPU: packing and decoding in the format `quantize`, adapters, and what the figures of a
+def start(
+    inventory: Inventory, quantize: str | None, options: Mapping[str, Any], tune: object
+) -> None:
+    """Have built, in two other threads, what a step of a model on the CPU will call in the model's
+    own dtype: packing and decoding in the format `quantize`, adapters, and what the figures of a
     new CPU are measured with. Attention is left to the tracing of a block, which takes long enough.
     options and tune: as `optimize` got them, unchecked."""
-    weights = (p for p in model.parameters() if p.device.type in ("cpu", "meta"))
-    largest = max(filter(Tensor.is_floating_point, weights), key=Tensor.numel, default=None)
+    parameters = (p for each in inventory.modules.values() for p in each.parameters(recurse=False))
+    weights = (p for p in parameters if p.device.type == "cpu" and p.is_floating_point())
+    largest = max(weights, key=Tensor.numel, default=None)
     # Below a cap, which is for tests, a build has settings of its own.
     if largest is None or not toolchain.has_compiler() or instructions.is_capped():
         return

@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from qlora_compile import early_builds
 from qlora_compile.kernels.cpu import instructions, toolchain
+from qlora_compile.kernels.formats.base import QuantFormat
+from qlora_compile.kernels.formats.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(
     not toolchain.has_compiler() or instructions.level() is None,
@@ -37,9 +42,9 @@ config = LlamaConfig(
     hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=4, vocab_size=128,
 )
-model = LlamaForCausalLM(config).to(getattr(torch, sys.argv[1]))
+model = LlamaForCausalLM(config).to(torch.bfloat16)
 model = qlora_compile.optimize(
-    model, LoraConfig(r=4, target_modules="all-linear"), quantize=sys.argv[2], tune="off"
+    model, LoraConfig(r=4, target_modules="all-linear"), quantize=sys.argv[1], tune="off"
 )
 background.finish()
 before = len(built)
@@ -49,13 +54,10 @@ json.dump({"optimize": built[:before], "step": built[before:]}, sys.stdout)
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "quantize"), [("bfloat16", "nf4"), ("float32", "int8")], ids=["nf4", "int8"]
-)
-def test_a_first_step_waits_for_no_build(tmp_path: Path, dtype: str, quantize: str) -> None:
+def test_a_first_step_waits_for_no_build(tmp_path: Path) -> None:
     folders = ("TORCHINDUCTOR_CACHE_DIR", "QLORA_COMPILE_CACHE")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, dtype, quantize],
+        [sys.executable, "-c", PROGRAM, FORMATS[0].name],
         env=os.environ | {name: str(tmp_path / name) for name in folders},
         capture_output=True,
         text=True,
@@ -64,7 +66,36 @@ def test_a_first_step_waits_for_no_build(tmp_path: Path, dtype: str, quantize: s
     assert done.returncode == 0, done.stderr
     built = json.loads(done.stdout)
     sources = [source for _, source in built["optimize"]]
-    assert len(sources) == len(set(sources)) > 2
+    assert len(sources) == len(set(sources)) > 3
     assert any(thread == "builds" for thread, _ in built["optimize"])
     late = [source for thread, source in built["step"] if thread != "builds"]
     assert not late, "".join(late)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+def test_a_sample_builds_what_real_weights_need(
+    fmt: QuantFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: set[str] = set()
+    compiled = toolchain._compiled
+
+    def told(source: str, *others: Any) -> Any:
+        built.add(source)
+        return compiled(source, *others)
+
+    monkeypatch.setattr(toolchain, "_compiled", told)
+    early_builds._decode_sample(dtype, fmt.name, {})
+    early = set(built)
+    for shape in ((96, 1024), (512, 2048)):
+        packed = fmt.quantize(torch.randn(shape))
+        for _ in fmt.decoded(packed, dtype, 64):
+            pass
+    assert built == early
+
+
+def test_groups_that_do_not_divide_the_sample_are_left_to_the_weights() -> None:
+    grouped = [fmt for fmt in FORMATS if any(o.name == "group_size" for o in fmt.options)]
+    assert grouped
+    for fmt in grouped:
+        early_builds._decode_sample(torch.float32, fmt.name, {"group_size": 48})
