@@ -76,8 +76,9 @@ def _tuner(mode: str, folder: Path) -> Tuner:
 
 def builds_for_measuring(mode: object) -> list[Callable[[], object]]:
     """Return the calls that build the C++ by which a mode's tuner will measure this CPU."""
-    known = mode != AUTO or measured_cpu(cache_folder(), measures=False) is not None
-    return [] if known else cpu_figures.builds()
+    if mode != AUTO or measured_cpu(cache_folder(), measures=False) is not None:
+        return []
+    return cpu_figures.builds()
 
 
 def _store(path: Path) -> RecordFile | RecordStore:
