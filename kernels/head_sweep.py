@@ -51,10 +51,23 @@ class HeadSettings:
     differentiates: bool
 
 
+def computed_in(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of products that are wanted in `dtype`."""
+    return torch.float32 if is_looped(hidden, dtype) else dtype
+
+
+def fits_in_place(hidden: Tensor, weight: Tensor, compute: torch.dtype) -> bool:
+    """Whether the gradient of logits that only a weight makes can overwrite them. A 16-bit product
+    that writes some columns of a wide result takes far longer."""
+    available = softmax.available(hidden.device, compute)
+    return available and compute in (weight.dtype, torch.float32)
+
+
 class Sweep:
     """One pass over the logits, block by block: the sum of the losses and its gradients.
 
-    All sums are in `wide` dtype: float32, or float64 for float64.
+    All sums are in `wide` dtype: float32, or float64 for float64. sums: those of each row, [., M].
+    detailed: whether to have all of `softmax.cross_entropy_rows`, which only a sweep in place does.
     """
 
     def __init__(
@@ -63,22 +76,20 @@ class Sweep:
         needs: list[bool],
         labels: Tensor,
         settings: HeadSettings,
+        detailed: bool = False,
     ) -> None:
         hidden, self.weight, bias, lora_a, lora_b = tensors
         assert hidden is not None
         self.hidden, self.labels, self.settings = hidden, labels, settings
         self.valid = labels != settings.ignore_index
         self.wide = wide = torch.promote_types(torch.float32, settings.compute)
-        looped = is_looped(hidden, settings.compute)
-        self.compute = torch.float32 if looped else settings.compute
+        self.compute = computed_in(hidden, settings.compute)
         self.bias = None if bias is None else bias.to(wide)
         self.lora_a = None if lora_a is None else lora_a.to(wide)
         self.lora_b = None if lora_b is None else lora_b.to(wide)
-        # A 16-bit product that writes some columns of a wide result takes far longer.
         self.in_place = (
-            softmax.available(hidden.device, self.compute)
-            and self.weight is not None
-            and self.compute in (self.weight.dtype, torch.float32)
+            self.weight is not None
+            and fits_in_place(hidden, self.weight, self.compute)
             and settings.vocabulary_chunk is None
             and settings.softcap is None
             and bias is None
@@ -92,7 +103,8 @@ class Sweep:
         rows, width = hidden.shape
         rank = 0 if lora_a is None else lora_a.shape[0]
         self.low_rank = zeros(rows, rank)
-        self.log_sum, self.target, self.total = (zeros(rows) for _ in range(3))
+        self.sums = zeros(softmax.DETAILED if detailed else softmax.SUMS, rows)
+        self.log_sum, self.target, self.total = self.sums[: softmax.SUMS]
         self.log_sum.fill_(-math.inf)
         # With one block every row of the gradient is written once.
         narrow = hidden.dtype if len(self.blocks) == 1 else wide
@@ -199,7 +211,7 @@ class Sweep:
         softmax.cross_entropy_rows(
             logits,
             self.labels[rows].contiguous(),
-            (self.log_sum[rows], self.target[rows], self.total[rows]),
+            self.sums[:, rows],
             factor=settings.logit_scale,
             smoothing=settings.label_smoothing,
             ignored=settings.ignore_index,

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from qlora_compile import adopt, early_builds
+from qlora_compile.capture.first_step import FirstStep
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.regions import Region, RegionSites, install, uninstall
-from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.errors import (
     AlreadyOptimizedError,
     NoExampleInputsError,
     NotOptimizedError,
     OptionError,
 )
-from qlora_compile.hf import adapters, head_loss, loading, skeleton
+from qlora_compile.hf import adapters, head_loss, loading, skeleton, trl_head
 from qlora_compile.hf.blocks import example_call, is_inside, repeated_blocks, skip_unused_cache
 from qlora_compile.hf.probing import left_as_found
 from qlora_compile.kernels.formats.base import BlockSize
@@ -276,7 +277,7 @@ def _install_regions(
             verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
             kinds[key] = RegionKind(key, strict, verifier, count[key] > 1, tune)
         regions.append(install(module, kinds[key], sites))
-    first_step = FirstStep(regions)
+    first_step = FirstStep(regions, partial(trl_head.serve, inventory.model))
     for region in regions:
         region.first_step = first_step
     return regions

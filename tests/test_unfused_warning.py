@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 
 import qlora_compile
-from qlora_compile.capture.unfused_warning import UnfusedWarning
+from qlora_compile.capture.first_step import UnfusedWarning
 from tests.test_equality import as_rewritten, lora
 from tests.toy_models import tokens, toy
 

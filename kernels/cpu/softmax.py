@@ -35,31 +35,51 @@ static inline float exponential(float x) {
 }
 
 extern "C" void kernel(
-    TYPE* logits, const int64_t* labels, float* log_sum, float* target, float* total,
-    float factor, float smoothing, int64_t rows, int64_t size, int64_t ignored,
-    int64_t differentiates, int64_t threads) {
+    TYPE* logits, const int64_t* labels, float* sums, int64_t stride, float factor, float smoothing,
+    int64_t rows, int64_t size, int64_t ignored, int64_t detailed, int64_t differentiates,
+    int64_t threads) {
+  float *log_sum = sums, *target = sums + stride, *total = sums + 2 * stride;
+  float *entropy = sums + 3 * stride, *squares = sums + 4 * stride, *first = sums + 5 * stride;
 #pragma omp parallel for num_threads(threads)
   for (int64_t m = 0; m < rows; ++m) {
     TYPE* row = logits + m * size;
     const bool counts = labels[m] != ignored;
     const int64_t label = counts ? labels[m] : 0;
-    float most = -INFINITY, sum = 0.0f, all = 0.0f;
+    float most = -INFINITY, sum = 0.0f, all = 0.0f, weighted = 0.0f, squared = 0.0f;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < size; ++i) {
       const float z = load(row + i) * factor;
       most = z > most ? z : most;
     }
+    if (detailed) {
+#pragma omp simd reduction(+ : sum, all, weighted, squared)
+      for (int64_t i = 0; i < size; ++i) {
+        const float z = load(row + i) * factor, below = z - most, e = exponential(below);
+        sum += e;
+        all += z;
+        weighted += e * below;
+        squared += e * e;
+      }
+    } else {
 #pragma omp simd reduction(+ : sum, all)
-    for (int64_t i = 0; i < size; ++i) {
-      const float z = load(row + i) * factor;
-      sum += exponential(z - most);
-      all += z;
+      for (int64_t i = 0; i < size; ++i) {
+        const float z = load(row + i) * factor;
+        sum += exponential(z - most);
+        all += z;
+      }
     }
     const float logarithm = most + std::log(sum);
     log_sum[m] = logarithm;
     total[m] = all;
     const float z = load(row + label) * factor;
     target[m] = z;
+    if (detailed) {
+      entropy[m] = std::log(sum) - weighted / sum;
+      squares[m] = squared / (sum * sum);
+      bool is_first = z >= most;
+      for (int64_t i = 0; i < label && is_first; ++i) is_first = load(row + i) * factor < most;
+      first[m] = is_first;
+    }
     if (!differentiates) continue;
     const float each = smoothing / size, scale = counts ? factor : 0.0f;
 #pragma omp simd
@@ -74,10 +94,10 @@ extern "C" void kernel(
 """
 )
 
-_ARGUMENTS = (
-    *("const int64_t*", "float*", "float*", "float*", "float", "float"),
-    *["int64_t"] * 5,
-)
+_ARGUMENTS = ("const int64_t*", "float*", "int64_t", "float", "float", *["int64_t"] * 6)
+
+SUMS, DETAILED = 3, 6
+"""How many sums of each row `cross_entropy_rows` writes, without details and with them."""
 
 _TYPES = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 
@@ -90,21 +110,27 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def cross_entropy_rows(
     logits: Tensor,
     labels: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
+    sums: Tensor,
     *,
     factor: float,
     smoothing: float,
     ignored: int,
     differentiates: bool,
 ) -> None:
-    """Write every row's log-sum-exp of z = factor * `logits`, its label's z and the sum of its z to
-    `sums`, each float32 [m]. If it `differentiates`, it overwrites `logits`, bfloat16 or float32
-    [m, V] and contiguous, with the gradient of each row's loss, which is 0 in the `ignored` rows.
+    """Write what z = factor * `logits` comes to in every row to `sums`, float32 [SUMS or DETAILED,
+    m] with contiguous rows: its log-sum-exp, its label's z, the sum of its z; then with p, the
+    softmax of z, the entropy, the sum of p², and 1 if the label's is the first largest z, else 0.
+
+    If it `differentiates`, it overwrites `logits`, bfloat16 or float32 [m, V] and contiguous, with
+    the gradient of each row's loss, which is 0 in the `ignored` rows.
 
     labels: int64 [m], in [0, V) or `ignored`.
     """
     number = _TYPES[logits.dtype]
     kernel = compiled(_SOURCE.replace("TYPE", number), (f"{number}*", *_ARGUMENTS))
-    threads = torch.get_num_threads()
-    settings = (factor, smoothing, *logits.shape, ignored, int(differentiates), threads)
-    kernel(logits, labels, *sums, *settings)
+    rows, size = logits.shape
+    switches = int(len(sums) == DETAILED), int(differentiates), torch.get_num_threads()
+    kernel(
+        *(logits, labels, sums, sums.stride(0), factor, smoothing),
+        *(rows, size, ignored, *switches),
+    )

@@ -23,11 +23,11 @@ from qlora_compile.capture.backend import GraphCall, RegionGraph, Running
 from qlora_compile.capture.context_parallel import refuse_context_parallel
 from qlora_compile.capture.dynamo_settings import DynamoSettings
 from qlora_compile.capture.first_block import with_gradient
+from qlora_compile.capture.first_step import FirstStep
 from qlora_compile.capture.hook_watch import HookWatch
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, hooks_inside
 from qlora_compile.capture.region_kind import RegionKind
-from qlora_compile.capture.unfused_warning import FirstStep
 from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
 from qlora_compile.hf.adapters_by_row import is_given_by_row

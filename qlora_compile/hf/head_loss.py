@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from qlora_compile.errors import LogitsFreeLossError
+from qlora_compile.hf import trl_head
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.blocks import example_call
 from qlora_compile.hf.head_operands import HeadLoss, head_operands
@@ -103,21 +104,25 @@ def _trial(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 def described(model: nn.Module) -> str | None:
-    """Return what computes the loss in training; None without the hooks of `LogitsFreeLoss`."""
+    """Return what computes the loss in training; None without the hooks of `LogitsFreeLoss` and
+    without a trainer of TRL that our kernel could serve."""
     base: Any = base_model(model)
     loss = base.__dict__.get("_loss_function")
-    if not isinstance(loss, _Loss):
-        return None
-    if loss.mismatch is not None:
+    asked = isinstance(loss, _Loss)
+    if asked and loss.mismatch is not None:
         return f"computed from the logits, because without them {loss.mismatch}"
     forward = replaced_forward(base)
     if forward is None:
-        return "computed without logits"
+        return "computed without logits" if asked else None
     # For example, TRL's trainers compute the loss from the head's input and weight themselves.
     # Their forward bears the name of the model's own.
     module = getattr(plain_function(forward), "__module__", None)
     module = getattr(plain_function(forward), "__globals__", {}).get("__name__", module)
-    return f"left to the forward that {module} has put in place of the model's"
+    left = f"left to the forward that {module} has put in place of the model's"
+    served = trl_head.described(model)
+    if served is not None:
+        return f"{left}; {served}"
+    return left if asked else None
 
 
 def check_of(model: nn.Module) -> Any:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import qlora_compile
 from bench.agreement import distance, training_step
 from qlora_compile import sites
+from qlora_compile.capture.first_step import UnfusedWarning
 from qlora_compile.capture.regions import RegionSites, region_of
-from qlora_compile.capture.unfused_warning import UnfusedWarning
 from qlora_compile.errors import AlreadyOptimizedError
 from qlora_compile.kernels.cpu import instructions, slow_products
 from qlora_compile.kernels.cpu.slow_products import FEW_ROWS, is_slow, may_be_slow

@@ -53,6 +53,9 @@ TRAINERS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]]
 }
 """Of each: columns of the data, options of its config, arguments."""
 
+LOG_PROBABILITIES = ("SFT", "DPO", "KTO", "GRPO")
+"""Those that make their loss of the log-probabilities of labels."""
+
 
 def trainer_of(name: str, model: Any, folder: Path, peft_config: Any = None) -> Any:
     columns, options, arguments = TRAINERS[name]
@@ -155,9 +158,14 @@ def test_trains_and_merges_as_stock(name: str, order: Order, tmp_path: Path) -> 
     losses, model = trained(order(name, tmp_path))
     assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert len(set(expected)) == 2
-    sites = qlora_compile.explain(model).sites
+    report = qlora_compile.explain(model)
+    if name in LOG_PROBABILITIES and hasattr(trl.kernels, "ChunkedLogProbFunction"):
+        assert report.loss is not None
+        assert report.loss.endswith("log-probabilities by our kernel")
+    else:
+        assert report.loss is None
     head = "score" if name == "Reward" else "lm_head"
-    assert [site.name for site in sites if not site.fused] == [f"base_model.model.{head}"]
+    assert [site.name for site in report.sites if not site.fused] == [f"base_model.model.{head}"]
     plain, model = plain.merge_and_unload(), model.merge_and_unload()
     assert isinstance(plain, type(model_of(name)))
     for path, linear in model.named_modules():

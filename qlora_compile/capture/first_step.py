@@ -1,10 +1,11 @@
-"""Warns once, after a model's first training step, of sites that could be fused and are not."""
+"""The first training step of a model: what it needs, and a warning after it of sites that could be
+fused and are not."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 
@@ -25,10 +26,12 @@ class FirstStep:
     The step has ended when one of the `regions` of a model is called in training for the second
     time: by then every region that takes part in a step has run. The second call may belong to the
     next step, to a checkpoint's recomputation, or to a block that the model uses twice.
+
+    prepare: called before the step.
     """
 
-    def __init__(self, regions: Collection[_Region]) -> None:
-        self.regions = regions
+    def __init__(self, regions: Collection[_Region], prepare: Callable[[], None]) -> None:
+        self.regions, self.prepare = regions, prepare
         self.called: set[int] | None = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -38,6 +41,8 @@ class FirstStep:
         """Note that `region` is called in training; warn if it was called before."""
         if self.called is None:
             return
+        if not self.called:
+            self.prepare()
         if id(region) not in self.called:
             self.called.add(id(region))
             return

@@ -1,0 +1,113 @@
+"""Log-probabilities of labels, row by row, straight from an output head's input, on a CPU.
+
+Losses of each row weigh them afterwards, as those of preference and policy optimisation do. A row's
+gradient is its weight times a vector, which the forward computes while it has the logits, so that
+no product of the backward repeats them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora_compile.kernels.head_sweep import HeadSettings, Sweep, computed_in, fits_in_place
+from qlora_compile.kernels.layout import slices
+
+_NO_LABEL = -1
+_ROWS = 256
+"""Rows whose logits are made again at a time, for the gradient of the entropy."""
+
+
+class LogProbs(NamedTuple):
+    """What `head_log_probs` returns, each float32 [M]; the last is bool. With p, the softmax of z =
+    logit_scale * hidden weightᵀ: log p of the label, the entropy -Σ p log p, log Σ p², the mean of
+    z, and whether the label is the first largest z. The first two have gradients."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    log_sum_squares: Tensor
+    mean_logit: Tensor
+    is_first: Tensor
+
+
+def computes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether `head_log_probs` takes these: on a CPU with a C++ compiler, a weight without a
+    gradient, in bfloat16 or float32 as the product, or wherever products run in float32."""
+    differentiates = torch.is_grad_enabled() and weight.requires_grad
+    return not differentiates and fits_in_place(hidden, weight, _compute(hidden))
+
+
+def head_log_probs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logit_scale: float = 1.0
+) -> LogProbs:
+    """Return what `LogProbs` names. hidden: [M, K]. weight: [V, K]. labels: int64 [M], in [0, V).
+
+    The product runs in hidden's dtype, or in autocast's if that is on, everything else in float32.
+    """
+    values: Any = _HeadLogProbs.apply(hidden, weight, labels, logit_scale)
+    return LogProbs(*values)
+
+
+def _compute(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if casts else hidden.dtype
+    return computed_in(hidden, dtype)
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logit_scale: float
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        compute = _compute(hidden)
+        settings = HeadSettings(
+            packed=None,
+            size=weight.shape[0],
+            compute=compute,
+            scaling=1.0,
+            softcap=None,
+            logit_scale=logit_scale,
+            label_smoothing=0.0,
+            ignore_index=_NO_LABEL,
+            mean=False,
+            chunk=None,
+            vocabulary_chunk=None,
+            differentiates=ctx.needs_input_grad[0],
+        )
+        needs = [ctx.needs_input_grad[0], *[False] * 4]
+        with torch.autocast(hidden.device.type, enabled=False):
+            sweep = Sweep(
+                (hidden, weight, None, None, None), needs, labels, settings, detailed=True
+            )
+            _, (gradient, *_) = sweep.run()
+        log_sum, target, total, entropy, squares, first = sweep.sums
+        ctx.compute, ctx.logit_scale = compute, logit_scale
+        ctx.save_for_backward(gradient, hidden, weight, log_sum, entropy)
+        rest = squares.log(), total / weight.shape[0], first > 0
+        ctx.mark_non_differentiable(*rest)
+        return target - log_sum, entropy, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, by_log_prob: Tensor | None, by_entropy: Tensor | None, *_: Any
+    ) -> Any:
+        gradient, hidden, weight, log_sum, entropy = ctx.saved_tensors
+        found = torch.zeros(hidden.shape, dtype=torch.float32)
+        if by_log_prob is not None:
+            found -= gradient * by_log_prob.unsqueeze(1)
+        if by_entropy is not None:
+            # d entropy / dz = -p (log p + entropy). Few losses need it: the logits are made again.
+            for rows in slices(len(hidden), _ROWS):
+                part = hidden[rows].to(ctx.compute)
+                z = (part @ weight.to(ctx.compute).t()).float().mul_(ctx.logit_scale)
+                logarithm = z.sub_(log_sum[rows].unsqueeze(1))
+                grad = logarithm.exp().mul_(logarithm.add_(entropy[rows].unsqueeze(1)))
+                grad.mul_(-ctx.logit_scale * by_entropy[rows].unsqueeze(1))
+                found[rows] += grad.to(ctx.compute) @ weight.to(ctx.compute)
+        return found.to(hidden.dtype), None, None, None
