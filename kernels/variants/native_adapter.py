@@ -149,7 +149,7 @@ class NativeAdapters:
         forward has to return it."""
         x = self.x
         if self.is_thin(x):
-            x = _contiguous_rows(x)
+            x = contiguous_rows(x)
             lows = {}
             for position, member in self.members.items():
                 low = member.tensors.low_rank
@@ -215,7 +215,7 @@ class NativeGradients:
         grad_low = cut(self.grad_low, rows, member.columns)
         low = cut(self.lows[position], rows) if self.lows else None
         if product is None and self.adapters.is_thin(grad) and len(grad) == len(self.grad_low):
-            grad = _contiguous_rows(grad)
+            grad = contiguous_rows(grad)
             thin.product(grad, member.b.t(), grad_low, float(member.scaling))
             if low is not None:
                 self._b[position] = torch.empty_like(member.b).t()
@@ -245,7 +245,7 @@ class NativeGradients:
         whole = total is None or total.dtype == x.dtype
         # `total` is contiguous, so that the product is added in place.
         if adapters.is_thin(x) and whole:
-            self._finish_thin(_contiguous_rows(x), total)
+            self._finish_thin(contiguous_rows(x), total)
             return
         for m in row_blocks(x, whole=adapters.plain and whole):
             target = None if total is None else total[m]
@@ -311,6 +311,6 @@ class NativeGradients:
         return grad_a, self._sum_b(position).t().to(b.dtype).contiguous()
 
 
-def _contiguous_rows(rows: Tensor) -> Tensor:
+def contiguous_rows(rows: Tensor) -> Tensor:
     """Return `rows`, each of them contiguous."""
     return rows if rows.stride(1) == 1 else rows.contiguous()
