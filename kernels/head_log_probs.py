@@ -103,11 +103,11 @@ class _HeadLogProbs(torch.autograd.Function):
             found -= gradient * by_log_prob.unsqueeze(1)
         if by_entropy is not None:
             # d entropy / dz = -p (log p + entropy). Few losses need it: the logits are made again.
+            weight = weight.to(ctx.compute)
             for rows in slices(len(hidden), _ROWS):
-                part = hidden[rows].to(ctx.compute)
-                z = (part @ weight.to(ctx.compute).t()).float().mul_(ctx.logit_scale)
+                z = (hidden[rows].to(ctx.compute) @ weight.t()).float().mul_(ctx.logit_scale)
                 logarithm = z.sub_(log_sum[rows].unsqueeze(1))
                 grad = logarithm.exp().mul_(logarithm.add_(entropy[rows].unsqueeze(1)))
                 grad.mul_(-ctx.logit_scale * by_entropy[rows].unsqueeze(1))
-                found[rows] += grad.to(ctx.compute) @ weight.to(ctx.compute)
+                found[rows] += grad.to(ctx.compute) @ weight
         return found.to(hidden.dtype), None, None, None

@@ -119,9 +119,8 @@ def described(model: nn.Module) -> str | None:
     module = getattr(plain_function(forward), "__module__", None)
     module = getattr(plain_function(forward), "__globals__", {}).get("__name__", module)
     left = f"left to the forward that {module} has put in place of the model's"
-    served = trl_head.described(model)
-    if served is not None:
-        return f"{left}; {served}"
+    if (head := trl_head.described(model)) is not None:
+        return f"{left}; {head}"
     return left if asked else None
 
 

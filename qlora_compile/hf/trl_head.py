@@ -39,8 +39,10 @@ def serve(model: nn.Module) -> None:
     """
     module: Any = sys.modules.get("trl.kernels.chunked_logprob")
     function = getattr(module, "ChunkedLogProbFunction", None)
+    if function is None:
+        return
     weight = getattr(_head(model), "weight", None)
-    if function is None or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu":
         return
     if "apply" not in function.__dict__:
         parameters = tuple(inspect.signature(function.forward).parameters)
