@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_compile.kernels.head_sweep import HeadSettings, Sweep, computed_in, fits_in_place
+from qlora_compile.kernels.head_sweep import (
+    HeadSettings,
+    Sweep,
+    asked_dtype,
+    computed_in,
+    fits_in_place,
+)
 from qlora_compile.kernels.layout import slices
 
 _NO_LABEL = -1
@@ -22,9 +28,12 @@ _ROWS = 256
 
 
 class LogProbs(NamedTuple):
-    """What `head_log_probs` returns, each float32 [M]; the last is bool. With p, the softmax of z =
-    logit_scale * hidden weightᵀ: log p of the label, the entropy -Σ p log p, log Σ p², the mean of
-    z, and whether the label is the first largest z. The first two have gradients."""
+    """What `head_log_probs` returns for every row: float32 [M], but is_first is bool [M].
+
+    z is logit_scale * hidden weightᵀ, and p its softmax. log_probs: log p of the label. entropy:
+    -Σ p log p. log_sum_squares: log Σ p². mean_logit: the mean of z. is_first: whether the label's
+    z is the largest, and the first of equal ones. Only log_probs and entropy have gradients.
+    """
 
     log_probs: Tensor
     entropy: Tensor
@@ -34,10 +43,11 @@ class LogProbs(NamedTuple):
 
 
 def computes(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether `head_log_probs` takes these: on a CPU with a C++ compiler, a weight without a
-    gradient, in bfloat16 or float32 as the product, or wherever products run in float32."""
+    """Whether `head_log_probs` takes these. It needs a CPU, a C++ compiler, a weight that gets no
+    gradient, and a product in bfloat16 of a bfloat16 weight, or in float32."""
     differentiates = torch.is_grad_enabled() and weight.requires_grad
-    return not differentiates and fits_in_place(hidden, weight, _compute(hidden))
+    compute = computed_in(hidden, asked_dtype(hidden))
+    return not differentiates and fits_in_place(hidden, weight, compute)
 
 
 def head_log_probs(
@@ -51,24 +61,16 @@ def head_log_probs(
     return LogProbs(*values)
 
 
-def _compute(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if casts else hidden.dtype
-    return computed_in(hidden, dtype)
-
-
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logit_scale: float
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        compute = _compute(hidden)
         settings = HeadSettings(
             packed=None,
             size=weight.shape[0],
-            compute=compute,
+            compute=asked_dtype(hidden),
             scaling=1.0,
             softcap=None,
             logit_scale=logit_scale,
@@ -86,7 +88,7 @@ class _HeadLogProbs(torch.autograd.Function):
             )
             _, (gradient, *_) = sweep.run()
         log_sum, target, total, entropy, squares, first = sweep.sums
-        ctx.compute, ctx.logit_scale = compute, logit_scale
+        ctx.compute, ctx.logit_scale = sweep.compute, logit_scale
         ctx.save_for_backward(gradient, hidden, weight, log_sum, entropy)
         rest = squares.log(), total / weight.shape[0], first > 0
         ctx.mark_non_differentiable(*rest)

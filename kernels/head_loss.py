@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_compile.errors import LabelRangeError, OptionError
-from qlora_compile.kernels.head_sweep import HeadSettings, Sweep
+from qlora_compile.kernels.head_sweep import HeadSettings, Sweep, asked_dtype
 from qlora_compile.kernels.packed import PackedWeight
 
 
@@ -56,13 +56,10 @@ def chunked_cross_entropy(
     packed = weight if isinstance(weight, PackedWeight) else None
     size = weight.shape[0]
     _check_labels(labels, size, ignore_index)
-    device = hidden.device.type
-    # Autocast leaves float64 alone.
-    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     settings = HeadSettings(
         packed=packed,
         size=size,
-        compute=torch.get_autocast_dtype(device) if casts else hidden.dtype,
+        compute=asked_dtype(hidden),
         scaling=scaling,
         softcap=softcap,
         logit_scale=logit_scale,

@@ -51,6 +51,14 @@ class HeadSettings:
     differentiates: bool
 
 
+def asked_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a product of `hidden`: autocast's where it casts, else hidden's own."""
+    device = hidden.device.type
+    # Autocast leaves float64 alone.
+    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else hidden.dtype
+
+
 def computed_in(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of products that are wanted in `dtype`."""
     return torch.float32 if is_looped(hidden, dtype) else dtype

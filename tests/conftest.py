@@ -122,8 +122,8 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 
 def _forget_what_libraries_keep() -> None:
-    """A Trainer's settings, such as torch_compile, stay with accelerate for the whole process, and
-    the command line silences transformers."""
+    """Reset accelerate, which keeps a Trainer's settings, such as torch_compile, for the whole
+    process, and the verbosity of transformers, which the command line lowers."""
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
     if "transformers" in sys.modules:

@@ -164,11 +164,11 @@ class _Adapter:
 
 
 def _more_rows(rows: slice, of: Tensor, dtype: torch.dtype) -> slice:
-    """Return the rows of an expert and as many of those that follow as make a product's number of
-    rows a multiple of ROW_UNIT. Later experts write their results over those of theirs.
+    """Return the rows of an expert, and on a CPU further ones, up to a multiple of ROW_UNIT. The
+    experts to which the further rows belong overwrite the results later.
 
-    On a CPU, oneDNN compiles each 16-bit product anew whose number of rows is new, which takes as
-    long as the product; experts have other rows in every step.
+    oneDNN compiles a 16-bit product anew for every new number of rows, which takes as long as the
+    product itself, and experts have other numbers of rows in every step.
     """
     if of.device.type != "cpu" or dtype.itemsize != 2:
         return rows

@@ -116,7 +116,7 @@ def test_equals_log_softmax_over_all_logits(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("level", [each for each in instructions.levels() if each is not None])
+@pytest.mark.parametrize("level", instructions.levels())
 def test_at_every_level_of_instructions(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instructions, "level", lambda: level)
     check(Case(losses=("log_probs", "entropy")))
