@@ -60,10 +60,17 @@ def last_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
 
     Checkpoints with a missing, cut or changed file are passed over.
     """
-    steps = {folder: folder.name.rpartition("-")[2] for folder in directory.glob("checkpoint-*")}
-    numbered = {int(step): folder for folder, step in steps.items() if step.isdecimal()}
-    newest_first = (numbered[n] for n in sorted(numbered, reverse=True) if n <= up_to)
+    newest_first = (folder for step, folder in reversed(checkpoints(directory)) if step <= up_to)
     return next((folder for folder in newest_first if damage(folder) is None), None)
+
+
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Return the step and the folder of each of the Trainer's checkpoints, in order of the steps.
+
+    Anything else with a similar name, such as checkpoint-best, is a user's own.
+    """
+    found = {folder: folder.name.rpartition("-")[2] for folder in directory.glob("checkpoint-*")}
+    return sorted((int(n), each) for each, n in found.items() if n.isdecimal() and each.is_dir())
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -142,7 +142,7 @@ class QuantizedLoRA:
         """
         from qlora_compile.hf.training import FineTuning
 
-        return FineTuning(
+        tuning = FineTuning(
             self.model,
             dataset,
             objective=objective,
@@ -152,7 +152,9 @@ class QuantizedLoRA:
             eval_dataset=eval_dataset,
             reward=reward,
             options=options,
-        ).train()
+        )
+        self.tokenizer = tuning.trainer.processing_class  # with a template that the options name
+        return tuning.train()
 
     def generate(self, prompt: str | list[dict[str, str]], **options: Any) -> str:
         """Return the text that the model writes after `prompt`.

@@ -157,8 +157,8 @@ def _x_operand(
     x = with_contiguous_rows(x)
     if not config.descriptor or x.dtype != dtype or x.shape[1] % 8:
         return x, x
-    # A descriptor's rows begin at multiples of 16 bytes.
-    if x.stride(0) * x.element_size() % 16 or x.storage_offset() % 8:
+    # A descriptor's rows begin at multiples of 16 bytes. A meta tensor's address is 0.
+    if x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     tile = [config.block_m, config.block_r]
     return x, TensorDescriptor(x, list(x.shape), [x.stride(0), 1], tile)

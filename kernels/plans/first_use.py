@@ -39,8 +39,14 @@ def recorded(
         # Copies with storages of their own, so that each pointer belongs to one tensor.
         apart = [_ops.alias(each) for each in inputs]
         recorder = Recorder(apart)
-        with recording_plan(recorder), fresh_workspaces(), recorder:
-            results = compute(*with_tensors(arguments, iter(apart)))
+        # The run takes scratch memory of its own; so will the plan.
+        release()
+        try:
+            with recording_plan(recorder), fresh_workspaces(), recorder:
+                results = compute(*with_tensors(arguments, iter(apart)))
+        except torch.OutOfMemoryError:
+            # Shared scratch memory is less. A later use records.
+            return compute(*arguments)
         try:
             if recorder.obstacle is not None:
                 raise UnplannableError(recorder.obstacle)
@@ -53,8 +59,6 @@ def recorded(
             return results
         _kept.update((each.function, each) for each in recorder.kernels)
         _ops.keep()
-        # The plan has scratch memory of its own.
-        release()
         return results
 
     return run

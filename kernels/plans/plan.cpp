@@ -302,7 +302,13 @@ struct Reader {
     return value;
   }
 
-  enum { NONE, INT, FLOAT, BOOL, INTS, DEVICE, VIEW, VIEWS, NUMBER };
+  // A Python number where a tensor is expected, as torch itself wraps one.
+  c10::IValue wrapped(at::Tensor number) {
+    number.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return c10::IValue(number);
+  }
+
+  enum { NONE, INT, FLOAT, BOOL, INTS, DEVICE, VIEW, VIEWS, NUMBER, WHOLE };
   Argument argument() {
     switch (next()) {
       case NONE: return c10::IValue();
@@ -317,12 +323,8 @@ struct Reader {
         for (int64_t count = next(); count > 0; count--) found.push_back(view());
         return found;
       }
-      case NUMBER: {
-        // A Python number where a tensor is expected: as torch itself wraps one.
-        at::Tensor number = at::scalar_tensor(real(), at::kDouble);
-        number.unsafeGetTensorImpl()->set_wrapped_number(true);
-        return c10::IValue(number);
-      }
+      case NUMBER: return wrapped(at::scalar_tensor(real(), at::kDouble));
+      case WHOLE: return wrapped(at::scalar_tensor(next(), at::kLong));
     }
     C10_THROW_ERROR(Error, "an unknown kind of argument");
   }

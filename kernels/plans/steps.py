@@ -47,7 +47,7 @@ class Step:
         return {each for each in self.numbers if isinstance(each, Source)}
 
 
-_NONE, _INT, _FLOAT, _BOOL, _INTS, _DEVICE, _VIEW, _VIEWS, _NUMBER = range(9)
+_NONE, _INT, _FLOAT, _BOOL, _INTS, _DEVICE, _VIEW, _VIEWS, _NUMBER, _WHOLE = range(10)
 
 
 def operator_step(
@@ -84,7 +84,9 @@ def _argument(value: Any, type_name: str, place: Placed, device: torch.device) -
         yield from _view(value, place)
     elif isinstance(value, bool):
         yield from (_BOOL, value)
-    elif isinstance(value, int | float) and type_name == "Tensor":
+    elif isinstance(value, int) and type_name == "Tensor":
+        yield from (_WHOLE, value)
+    elif isinstance(value, float) and type_name == "Tensor":
         yield from (_NUMBER, _bits(value))
     elif isinstance(value, float) or (isinstance(value, int) and "float" in type_name):
         yield from (_FLOAT, _bits(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,9 @@ from qlora_compile.cli.options import AdapterFormatOption, AdapterModelOption, A
 from qlora_compile.hf.trainer.sources import check_paths
 from qlora_compile.training.figures import held_out_figures
 from qlora_compile.training.model_choice import be_quiet
+from qlora_compile.training.settings import RunSettings
+
+_OF_THE_MODEL = ("model", "format", "block_size", "dtype", "tune", "seed")
 
 
 def evaluate(
@@ -41,16 +43,21 @@ def evaluate(
         from qlora_compile.training.adapted import adapter_settings
 
         check_paths(data)
-        settings = adapter_settings(adapter, model, format)
-        settings = replace(
-            settings,
+        trained = adapter_settings(adapter, model, format)
+        # The rows of other objectives have other columns, and their trainers other options.
+        same = trained.objective == "sft"
+        options = {
+            name: value
+            for name, value in trained.options.items()
+            if same or name == "chat_template_path"
+        }
+        settings = RunSettings(
             data=tuple(map(str, data)),
-            columns=named_values("--columns", columns) or settings.columns,
-            max_length=max_length or settings.max_length,
-            packing=None,
-            steps=None,
+            columns=named_values("--columns", columns) or (trained.columns if same else {}),
+            max_length=max_length or trained.max_length,
             held_out=0.0,
-            objective="sft",
+            options={**options, "packing": False},
+            **{name: getattr(trained, name) for name in _OF_THE_MODEL},
         )
         be_quiet()
         figures = _figures(adapter, settings, rows)

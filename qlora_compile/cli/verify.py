@@ -146,7 +146,7 @@ def _checked(choice: ModelChoice, sequences: Callable[..., list[list[int]]]) -> 
     tokenizer = loading.load_tokenizer(choice.source)
     tokens = sequences(tokenizer=tokenizer, config=config, model=choice.model)
     torch.manual_seed(0)  # for the adapters' initial weights
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would train
+    device = loading.compute_device()
     model: Any = choice.optimized(config, verify=True).to(device).train()
     ids = torch.tensor(tokens, device=device)
     model(input_ids=ids, labels=ids).loss.backward()

@@ -76,6 +76,11 @@ class Interruption(TrainerCallback):
             control.should_save = self.output_dir is not None
             control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.pressed and state.epoch % 1:
+            # The epoch goes on when the training is resumed.
+            control.should_evaluate = control.should_save = False
+
     def _press(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process and number == signal.SIGTERM:
             raise SystemExit(128 + number)  # a worker that loads data, which is to end

@@ -50,6 +50,11 @@ def compute_dtype() -> torch.dtype:
     return product_dtype(torch.bfloat16)
 
 
+def compute_device() -> str:
+    """Return the kind of device that the Trainer would train on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # What transformers raises for a damaged config.json, depending on the damage.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _UNREADABLE += (StrictDataclassError,)

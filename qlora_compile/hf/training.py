@@ -38,7 +38,7 @@ from qlora_compile.hf.trainer.objectives.base import Objective
 from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
 from qlora_compile.hf.trainer.objectives.registry import objective_named
 from qlora_compile.hf.trainer.objectives.sft import SFT
-from qlora_compile.hf.trainer.options import check_options
+from qlora_compile.hf.trainer.options import check_options, with_max_length
 from qlora_compile.hf.trainer.saved_digests import SavedDigests
 
 LEARNING_RATE = 2e-4  # usual for LoRA; TrainingArguments' default suits full fine-tuning
@@ -104,7 +104,7 @@ class FineTuning:
         defaults = _defaults(chosen, options)
         if eval_dataset is not None:
             defaults["eval_strategy"] = "epoch"
-        check_options(options, config_class, defaults)
+        check_options(with_max_length(options, max_length, chosen), config_class, defaults)
         watchers: list[TrainerCallback] = [self.interruption, SavedDigests()]
         watchers += [observer] if observer else []
         if patience is not None:
@@ -168,9 +168,10 @@ def _plain_trainer(
     **others: Any,
 ) -> Trainer:
     rows, held_out = labelled(dataset, eval_dataset, base_model(model).config)
-    rows, batching = prepare(rows, model, tokenizer, max_length)
+    length = max_length or _usual_length(model)
+    rows, batching = prepare(rows, model, tokenizer, length)
     if held_out is not None:
-        held_out, _ = prepare(held_out, model, tokenizer, max_length)
+        held_out, _ = prepare(held_out, model, tokenizer, length)
     return trainer_class(
         model=model,
         # Trainer would look for the names in PeftModel's forward, which has none.
@@ -201,8 +202,7 @@ def _trl_trainer(
         rows = preparation.training_rows(dataset, objective, held_out=eval_dataset)
     own: dict[str, Any] = {}
     if "max_length" in {each.name for each in dataclasses.fields(objective.load()[1])}:
-        limit = longest_row(base_model(model)) or MAX_LENGTH
-        own["max_length"] = max_length or min(MAX_LENGTH, limit)
+        own["max_length"] = max_length or _usual_length(model)
     if objective is SFT:
         own["assistant_only_loss"] = rows.learns_turns
     args = arguments(**own)
@@ -229,6 +229,11 @@ def _trl_trainer(
     # The saved tokenizer has the template that it came with.
     trainer.processing_class = preparation.with_template(tokenizer, path)
     return trainer
+
+
+def _usual_length(model: Any) -> int:
+    """Return the tokens that rows are cut at if nothing else is asked for."""
+    return min(MAX_LENGTH, longest_row(base_model(model)) or MAX_LENGTH)
 
 
 def check_training_options(options: Mapping[str, Any], objective: Objective) -> None:

@@ -8,31 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from qlora_compile.json_text import parsed_json
+from qlora_compile.outputs import checkpoints
 from qlora_compile.training.errors import AdapterFolderError, MergedFromError
 from qlora_compile.training.settings import FILE, RunSettings, settings_from
 
+_OTHER_HEADS = ("reward", "classification")
+"""Objectives whose models do not predict tokens."""
+
 
 def adapter_settings(folder: Path, model: str | None, format: str | None) -> RunSettings:
-    """Return the settings of the run that wrote the adapter in `folder`.
+    """Return the settings of the run that wrote the adapter, or the checkpoint, in `folder`.
 
     Adapters from elsewhere have no settings; their configuration names the model. model, format:
-    replace those found; if there is no format at all, it is the usual one.
+    replace those found.
 
     Raises:
-        AdapterFolderError: the folder holds no adapter, or names no model.
+        AdapterFolderError: the folder holds no adapter of a language model, or does not say of
+            which model or over which format.
         SettingsFileError: its settings cannot be read.
     """
     config = folder / "adapter_config.json"
     if not config.is_file():
         problem, remedy = "it has no adapter_config.json", "pass the --output of a run"
         raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
-    if (folder / FILE).is_file():
-        found = settings_from({}, folder / FILE)
+    run = folder.resolve()
+    run = run.parent if run in (each for _, each in checkpoints(run.parent)) else run
+    if (run / FILE).is_file():
+        found = settings_from({}, run / FILE)
+        if found.objective in _OTHER_HEADS:
+            raise AdapterFolderError(
+                value=str(folder),
+                problem=f"the objective {found.objective} trained it with a head of its own",
+                remedy="load it by peft.AutoPeftModelForSequenceClassification",
+            )
     else:
         base = model or _base_model(config)
         if not base:
             problem, remedy = "its configuration names no model", "pass --model"
             raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
+        if format is None:
+            raise AdapterFolderError(
+                value=str(folder),
+                problem=f"it has no {FILE}, which would say how the base was stored",
+                remedy="pass the format that it was trained over, such as nf4, int8 or none, by "
+                "--format, or --base-format to merge",
+            )
         found = RunSettings(model=base, data=())
     return replace(found, model=model or found.model, format=format or found.format)
 
@@ -90,7 +110,11 @@ def packed_model(folder: Path, tokenizer: str | None) -> tuple[Any, Any, Path | 
     adapter = folder / ADAPTERS
     found = adapter if (adapter / "adapter_config.json").is_file() else None
     model = api.optimize(model if found is None else loading.with_adapter(model, found))
-    return model.eval(), loading.load_tokenizer(tokenizer or folder), found
+    return (
+        model.to(loading.compute_device()).eval(),
+        loading.load_tokenizer(tokenizer or folder),
+        found,
+    )
 
 
 def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
@@ -99,17 +123,12 @@ def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
     Raises:
         What `ModelChoice.check` raises.
     """
-    from qlora_compile import api
     from qlora_compile.hf import loading
-    from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
     choice = settings.choice
     config = choice.check()
-    name, options = choice.stored(config)
-    base = loading.load_model(choice.source, config=config, dtype=choice.dtype)
-    model = loading.with_adapter(base, folder)
-    model = api.optimize(
-        model, quantize=None if name == UNQUANTIZED else name, tune=choice.tune, **options
-    )
+    model = choice.packed(loading.with_adapter(choice.loaded(config), folder), config)
     own = loading.has_tokenizer(folder)
-    return model.eval(), loading.load_tokenizer(folder if own else choice.source)
+    return model.to(loading.compute_device()).eval(), loading.load_tokenizer(
+        folder if own else choice.source
+    )

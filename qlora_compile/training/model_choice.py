@@ -18,6 +18,8 @@ DEMO = "demo"
 
 DEFAULT_FORMAT = "nf4"
 
+ALL_LINEAR = "all-linear"
+
 
 def check_format(text: str | None) -> None:
     """Check the text of a format, with or without options (int4:group_size=128); None, for no
@@ -62,7 +64,7 @@ class ModelChoice:
     dropout: float = 0.0
     tune: str = "auto"
     block_size: int | None = None
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: tuple[str, ...] = (ALL_LINEAR,)
     lora_options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     logits_free_loss: bool = False
@@ -125,37 +127,45 @@ class ModelChoice:
 
         config: as `check` returns it. verify: as `optimize` takes it.
         """
-        from qlora_compile import api
-        from qlora_compile.hf import loading, lora_settings
+        from qlora_compile.hf import lora_settings
+
+        model = self.loaded(config)
+        lora = lora_settings.lora_config(
+            model,
+            rank=self.rank,
+            alpha=2 * self.rank if self.alpha is None else self.alpha,
+            dropout=self.dropout,
+            # A text alone would be a regular expression.
+            target_modules=ALL_LINEAR if self.targets == (ALL_LINEAR,) else list(self.targets),
+            **self.lora_options,
+        )
+        return self.packed(
+            model, config, lora=lora, verify=verify, logits_free_loss=self.logits_free_loss
+        )
+
+    def loaded(self, config: Any) -> Any:
+        """Load the model as it is stored. config: as `check` returns it."""
+        from qlora_compile.hf import loading
         from qlora_compile.kernels.formats.formats import UNQUANTIZED
 
-        name, options = self.stored(config)
-        model = loading.load_model(
+        return loading.load_model(
             self.source,
             config=config,
             dtype=self.dtype,
             head=self.head,
             labels=self.labels,
             # Without a format the weights stay as they are stored.
-            keeps_blocks=name == UNQUANTIZED,
+            keeps_blocks=self.stored(config)[0] == UNQUANTIZED,
         )
-        lora = lora_settings.lora_config(
-            model,
-            rank=self.rank,
-            alpha=2 * self.rank if self.alpha is None else self.alpha,
-            dropout=self.dropout,
-            target_modules=self.targets[0] if len(self.targets) == 1 else list(self.targets),
-            **self.lora_options,
-        )
-        return api.optimize(
-            model,
-            lora,
-            quantize=None if name == UNQUANTIZED else name,
-            tune=self.tune,
-            verify=verify,
-            logits_free_loss=self.logits_free_loss,
-            **options,
-        )
+
+    def packed(self, model: Any, config: Any, **options: Any) -> Any:
+        """Quantise and compile a model that `loaded` has returned. options: of `optimize`."""
+        from qlora_compile import api
+        from qlora_compile.kernels.formats.formats import UNQUANTIZED
+
+        name, of_format = self.stored(config)
+        quantize = None if name == UNQUANTIZED else name
+        return api.optimize(model, quantize=quantize, tune=self.tune, **options, **of_format)
 
 
 def quiet_choice(

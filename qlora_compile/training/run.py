@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_compile.errors import OutputDirectoryError, ResumeError
+from qlora_compile.errors import OutOfRangeError
 from qlora_compile.hf.trainer.sources import check_paths
 from qlora_compile.outputs import (
     check_writable,
-    damage,
     held,
     last_checkpoint,
     writable_directory,
     write_whole,
 )
 from qlora_compile.training.demo import demo_chats
+from qlora_compile.training.earlier_run import FIGURES, check_earlier_run, remove_earlier_run
 from qlora_compile.training.figures import held_out_figures, peak_memory, training_figures
 from qlora_compile.training.held_out import with_held_out
 from qlora_compile.training.loss_curve import draw_loss_curve, require_matplotlib
 from qlora_compile.training.model_choice import DEMO, ModelChoice, check_format, check_model_path
 from qlora_compile.training.reward_functions import reward_functions
-from qlora_compile.training.settings import FILE, RunSettings, settings_from, write_settings
+from qlora_compile.training.settings import FILE, RunSettings, write_settings
 from qlora_compile.training.token_sequences import check_sequence_length
 
 if TYPE_CHECKING:
     from qlora_compile.hf.training import StepObserver
 
-# Settings that may differ when a run is resumed.
-_MAY_CHANGE = frozenset({"output", "steps", "epochs", "checkpoint_every", "on_nan"})
-_FIGURES = "metrics.json"  # written last: a run without it has not ended
 _ANSWER_TOKENS = 64
 
 
@@ -67,7 +63,7 @@ class TrainingRun:
         if writes:
             require_matplotlib()
             check_writable(self.output)
-            self._check_earlier_run()
+            check_earlier_run(self.settings, resume=self.resume, overwrite=self.overwrite)
         check_format(self.settings.format)
 
     @cached_property
@@ -83,51 +79,6 @@ class TrainingRun:
     @property
     def _paths(self) -> list[Path]:
         return [Path(each) for each in self.settings.data]
-
-    def _check_earlier_run(self) -> None:
-        checkpoint = last_checkpoint(self.output)
-        where = str(self.output)
-        if not self.resume:
-            if checkpoint and not self.overwrite:
-                raise OutputDirectoryError(
-                    value=where,
-                    problem="it holds the checkpoints of an earlier run",
-                    remedy="--resume continues that run, --overwrite replaces it",
-                )
-            return
-        if self.overwrite:
-            raise ResumeError(
-                value=where,
-                problem="--overwrite would remove what --resume continues",
-                remedy="pass one of the two",
-            )
-        if checkpoint is None:
-            damaged = [f"{c.name}: {damage(c)}" for c in self.output.glob("checkpoint-*")]
-            raise ResumeError(
-                value=where,
-                problem="; ".join(["it holds no checkpoint", *damaged]),
-                remedy="train without --resume first",
-            )
-        done = int(checkpoint.name.rpartition("-")[2])
-        ended = (self.output / _FIGURES).exists()
-        steps = self.settings.steps
-        if steps is not None and (done > steps or (done == steps and ended)):
-            raise ResumeError(
-                value=where,
-                problem=f"step {done} of {steps} is done already",
-                remedy=f"pass --steps above {done}",
-            )
-        file = self.output / FILE
-        # Read like a --config file, so that a damaged one gives the same error.
-        earlier = settings_from({}, file).written() if file.is_file() else {}
-        now = self.settings.written()
-        for name in sorted({*now, *earlier} - _MAY_CHANGE if earlier else ()):
-            if earlier.get(name) != now.get(name):
-                raise ResumeError(
-                    value=where,
-                    problem=f"the run had {name}={earlier.get(name)!r}, not {now.get(name)!r}",
-                    remedy="pass what the run had, or choose another directory",
-                )
 
     def rows(self) -> Any:
         """Read and check the rows to train on, with some held out.
@@ -157,18 +108,25 @@ class TrainingRun:
         from qlora_compile.hf import loading
         from qlora_compile.hf.trainer.class_labels import class_names
         from qlora_compile.hf.trainer.preparation import templates_checked
-        from qlora_compile.hf.training import check_training_options
+        from qlora_compile.hf.training import check_training_options, with_max_length
 
         choice = replace(self.settings.choice, head=self.objective.head)
         config = choice.check()
         choice = choice.with_format(config)
         _ = self.reward  # which is named on the command line
         options = self.settings.trainer_options()
-        check_training_options({"output_dir": str(self.output), **options}, self.objective)
+        asked = with_max_length(options, self.settings.max_length, self.objective)
+        check_training_options({"output_dir": str(self.output), **asked}, self.objective)
         check_sequence_length(self.settings.max_length, config, self.settings.model)
         rows = self.rows()
+        if self.settings.evaluates and rows.held_out is None:
+            raise OutOfRangeError(
+                name="--held-out",
+                value=self.settings.held_out,
+                allowed="above 0 with --eval-every, --best-checkpoint or --early-stopping",
+            )
         if self.objective.head == "classes":
-            choice = replace(choice, labels=tuple(class_names(rows.table)))
+            choice = replace(choice, labels=tuple(class_names(rows)))
         tokenizer = loading.load_tokenizer(choice.source)
         templates_checked(rows, tokenizer, options, self.objective)
         return choice, config, tokenizer, rows
@@ -223,7 +181,9 @@ class TrainingRun:
         if not self._is_first:
             return self._execute(announce, observer, *checked)
         with held(writable_directory(self.output)):
-            self._check_earlier_run()  # which may have ended since
+            check_earlier_run(
+                self.settings, resume=self.resume, overwrite=self.overwrite
+            )  # which may have ended since
             return self._execute(announce, observer, *checked)
 
     def _execute(
@@ -245,6 +205,7 @@ class TrainingRun:
         model = choice.optimized(config)
         tuning = self.tuning(model, tokenizer, rows, observer)
         model = tuning.trainer.model
+        tokenizer = tuning.trainer.processing_class  # with the chat template of the run
         if self._is_first:
             self._prepare_output(tuning.trainer)
         if tuning.trainer.eval_dataset is not None:
@@ -257,7 +218,10 @@ class TrainingRun:
         metrics = {
             "settings": self.settings.written(),
             "held_out": held_out_figures(before, after),
-            "training": training_figures(tuning.trainer.state.log_history, observer.seconds),
+            "training": {
+                **training_figures(tuning.trainer.state.log_history, observer.seconds),
+                "steps": tuning.trainer.state.global_step,
+            },
             "skipped_steps": tuning.trainer.skipped_steps,
             "peak_memory": peak_memory(),
             "sites": {
@@ -275,9 +239,8 @@ class TrainingRun:
 
     def _prepare_output(self, trainer: Any) -> None:
         if not self.resume:
-            for checkpoint in self.output.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        (self.output / _FIGURES).unlink(missing_ok=True)
+            remove_earlier_run(self.output)
+        (self.output / FIGURES).unlink(missing_ok=True)
         write_settings(self.settings, self.output / FILE)
         write_whole(self.output / "trainer.json", trainer.args.to_json_string())
 
@@ -291,7 +254,7 @@ class TrainingRun:
         losses = metrics["training"]["losses"]
         points = held_out and [
             (0, held_out["before"], held_out["before_standard_error"]),
-            (losses[-1]["step"], held_out["after"], held_out["after_standard_error"]),
+            (metrics["training"]["steps"], held_out["after"], held_out["after_standard_error"]),
         ]
         name = Path(choice.source).stem if choice.model == DEMO else Path(choice.model).name
         data = "docstrings as chats" if self.is_demo else ", ".join(p.name for p in self._paths)
@@ -302,7 +265,7 @@ class TrainingRun:
             title=f"{name} on {data}, {choice.format}, rank {choice.rank}",
             held_out=points or (),
         )
-        write_whole(self.output / _FIGURES, json.dumps(metrics, indent=2, default=str) + "\n")
+        write_whole(self.output / FIGURES, json.dumps(metrics, indent=2, default=str) + "\n")
 
 
 def _answers(model: Any, tokenizer: Any, chat: list[dict[str, str]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from qlora_compile.tuning.measure import measure
+from qlora_compile.tuning.measure import measure, rejected_errors
 
 
 def main(read: int, write: int) -> None:
@@ -27,6 +27,10 @@ def main(read: int, write: int) -> None:
         torch.set_float32_matmul_precision(precision)
         try:
             replies.send(measure(problem, candidates, seconds, replies.send, skipped))
+        except rejected_errors():
+            # `measure` lets one out where it stays with the device and would fail all later
+            # candidates, or where a candidate was right at first. The parent knows which one ran.
+            sys.exit(1)
         except Exception:
             # An error that rejects no candidate: the parent raises it, with this traceback.
             replies.send(traceback.format_exc())

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 import typer
+import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -25,6 +27,7 @@ from qlora_compile.cli.preview import LEARNT, as_text
 from qlora_compile.cli.train import closing_table
 from qlora_compile.hf.loading import compute_dtype
 from qlora_compile.report import Report, Site
+from qlora_compile.training.adapted import adapter_settings
 from tests.hf.trainer.chats import ROWS, turns
 from tests.toy_language_model import chat_tokenizer, toy_llama
 
@@ -119,6 +122,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no folder": (["--adapter", "absent"], "'absent': it has no adapter_config.json; pass the"),
     "no adapter": (["--adapter", "{model}"], "has no adapter_config.json"),
     "no model": (["--adapter", "{bare}"], "names no model; pass --model"),
+    "no format": (["--adapter", "{bare}", "--model", "{model}"], "it has no run.yaml, which would"),
+    "a classifier": (["--adapter", "{classifier}"], "the objective classification trained it with"),
+    "a checkpoint of one": (["--adapter", "{classifier}/checkpoint-3"], "load it by peft.Auto"),
 }
 
 
@@ -126,13 +132,64 @@ BAD: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("command", ["chat", "eval"])
 def test_a_bad_folder_is_one_line(name: str, command: str, adapter: Path, tmp_path: Path) -> None:
     given, message = BAD[name]
-    (tmp_path / "adapter_config.json").write_text("{}")
-    given = [each.format(model=adapter / "model", bare=tmp_path) for each in given]
+    classifier = tmp_path / "classifier"
+    for folder in (tmp_path, classifier, classifier / "checkpoint-3"):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+    (classifier / "run.yaml").write_text("{model: a, data: b, objective: classification}")
+    places = {"model": adapter / "model", "bare": tmp_path, "classifier": classifier}
+    given = [each.format(**places) for each in given]
     data = ["--data", str(adapter / "chat.jsonl")] if command == "eval" else []
     result = CliRunner().invoke(app, [command, *given, *data])
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_checkpoint_has_the_settings_of_its_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    (tmp_path / "run.yaml").write_text("{model: here, data: b, format: int8}")
+    found = adapter_settings(checkpoint, None, None)
+    assert (found.model, found.format) == ("here", "int8")
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"eval_every": 1, "best_checkpoint": True, "early_stopping": 2},
+        {"options": {"eval_strategy": "steps", "eval_steps": 1, "packing": True}},
+        {"objective": "dpo", "options": {"beta": 0.2}, "columns": {"prompt": "question"}},
+        {"objective": "grpo", "reward": "absent.py:f"},
+    ],
+)
+def test_eval_takes_any_run_of_a_language_model(
+    changed: dict[str, Any], adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter / "run", tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump({**settings, **changed}))
+    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [5, 6, 7]}')
+    for data in (adapter / "chat.jsonl", tmp_path / "tokens.jsonl"):
+        given = ["eval", "--adapter", str(tmp_path / "run"), "--data", str(data), "--json"]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 0, (result.output, result.exception)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = of_peft(adapter)(input_ids=ids, labels=ids).loss.item()
+    assert json.loads(result.stdout)["after"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_preview_of_a_run_that_evaluates(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [5, 6, 7]}\n' * 4)
+    for data in (adapter / "chat.jsonl", tmp_path / "tokens.jsonl"):
+        given = ["train", "--model", str(adapter / "model"), "--data", str(data), "--eval-every"]
+        given += ["1", "--best-checkpoint", "--early-stopping", "1", "--preview", "1"]
+        shown = CliRunner().invoke(app, [*given, "--output", str(tmp_path / "run")])
+        assert shown.exit_code == 0, (shown.output, shown.exception)
+        assert "⟦" in shown.stdout
 
 
 def test_preview_shows_rows_and_what_is_learnt(adapter: Path) -> None:

@@ -13,19 +13,31 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 from typer.testing import CliRunner
 
 import qlora_compile
 from qlora_compile import api
 from qlora_compile.cli.app import app
 from qlora_compile.hf.trainer.objectives.registry import OBJECTIVES
-from qlora_compile.hf.training import StepObserver
+from qlora_compile.hf.training import FineTuning, StepObserver
 from qlora_compile.training import loss_curve
 from qlora_compile.training import run as training_run
 from tests.hf.trainer.chats import ROWS
 from tests.interrupts import interruptible
-from tests.toy_language_model import LONGEST, toy_bert, toy_llama, toy_tokenizer
+from tests.toy_language_model import (
+    LONGEST,
+    chat_tokenizer,
+    toy_bert,
+    toy_llama,
+    toy_tokenizer,
+)
 
 __all__ = ["interruptible"]
 
@@ -212,6 +224,87 @@ def test_a_finished_run_goes_on_or_is_replaced_only_when_asked(
 
 
 @pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("left", ["metrics.json", "adapter_config.json"])
+def test_results_without_checkpoints_are_replaced_only_when_asked(
+    left: str, inputs: Path, tmp_path: Path
+) -> None:
+    own = [tmp_path / "checkpoint-best", tmp_path / "checkpoint-1.tar"]
+    own[0].mkdir()
+    own[1].write_text("")
+    (tmp_path / left).write_text("{}")
+    refused = CliRunner().invoke(app, arguments(inputs, tmp_path, steps=1))
+    assert refused.exit_code == 2
+    assert "it holds the results of an earlier training; --overwrite" in refused.stderr
+    assert (tmp_path / left).read_text() == "{}"
+    done = CliRunner().invoke(app, arguments(inputs, tmp_path, steps=1, overwrite=True))
+    assert done.exit_code == 0, done.output
+    assert all(each.exists() for each in own)
+
+
+@pytest.mark.usefixtures("stock", "interruptible")
+def test_a_replaced_run_that_is_stopped_leaves_no_earlier_adapter(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert CliRunner().invoke(app, arguments(inputs, tmp_path, steps=1)).exit_code == 0
+
+    def press(*_: Any, **__: Any) -> None:
+        for _press in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StepObserver, "on_step_begin", press)
+    changed: Any = {"steps": 1, "format": "int8", "overwrite": True}
+    assert CliRunner().invoke(app, arguments(inputs, tmp_path, **changed)).exit_code == 130
+    assert not list(tmp_path.glob("adapter*"))
+
+
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj,v_proj", "all-linear"])
+def test_targets_are_names(targets: str, inputs: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", steps=1, targets=targets))
+    assert result.exit_code == 0, result.output
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    found = set(adapter["target_modules"])
+    if targets == "all-linear":
+        assert found > {"q_proj", "down_proj"}
+    else:
+        assert found == {*targets.split(",")}
+
+
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("option", ["logging_steps=10", "logging_strategy=no"])
+def test_a_run_that_logs_no_loss_ends(option: str, inputs: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", steps=2, set=option))
+    assert result.exit_code == 0, result.output
+    assert losses(tmp_path / "run") == []
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+@pytest.mark.usefixtures("stock")
+def test_the_saved_tokenizer_has_the_chat_template_of_the_run(inputs: Path, tmp_path: Path) -> None:
+    template = chat_tokenizer().chat_template
+    (tmp_path / "template.jinja").write_text(template)
+    rows = ROWS["messages"]
+    (tmp_path / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    changed = {"data": tmp_path / "chat.jsonl", "steps": 1, "held_out": 0, "max_length": 256}
+    changed |= {"set": f"chat_template_path={tmp_path}/template.jinja"}
+    result = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", **changed))
+    assert result.exit_code == 0, result.output
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == template
+
+
+@pytest.mark.usefixtures("stock")
+def test_epochs_that_end_within_one_are_not_trained_again(inputs: Path, tmp_path: Path) -> None:
+    changed: Any = {"steps": None, "epochs": 1.3, "scheduler": "constant"}
+    assert CliRunner().invoke(app, arguments(inputs, tmp_path, **changed)).exit_code == 0
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    count = len(losses(tmp_path))
+    resumed = CliRunner().invoke(app, arguments(inputs, tmp_path, resume=True, **changed))
+    assert resumed.exit_code == 0, resumed.output
+    assert len(losses(tmp_path)) == count
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.usefixtures("stock")
 def test_the_same_seed_gives_the_same_losses(inputs: Path, tmp_path: Path) -> None:
     runs = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -326,6 +419,40 @@ def test_every_objective_runs(objective: str, inputs: Path, tmp_path: Path, stoc
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("stock")
+@pytest.mark.parametrize("labels", [("common", "rare"), (0, 1)])
+def test_a_class_may_occur_once(labels: tuple[Any, Any], inputs: Path, tmp_path: Path) -> None:
+    for place in range(6):  # one of them is held out
+        rows = [{"text": f"t{n}", "label": labels[n == place]} for n in range(6)]
+        (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        changed = {"objective": "classification", "steps": 1, "data": tmp_path / "rows.jsonl"}
+        given = arguments(inputs, tmp_path / str(place), **changed)
+        shown = CliRunner().invoke(app, [*given, "--preview", "1"])
+        assert shown.exit_code == 0, (shown.output, shown.exception)
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 0, (result.output, result.exception)
+        score = load_file(tmp_path / str(place) / "adapter_model.safetensors")
+        (head,) = (weight for name, weight in score.items() if "score" in name)
+        assert head.shape[0] == 2
+
+
+@pytest.mark.parametrize(("length", "cut"), [(None, 1024), (8, 8)])
+def test_texts_of_classes_are_cut_as_the_help_says(length: int | None, cut: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    config.update({"num_attention_heads": 1, "max_position_embeddings": 4096, "pad_token_id": 0})
+    rows = [{"text": "a fox " * 3000, "label": n % 2} for n in range(2)]
+    tuning = FineTuning(
+        LlamaForSequenceClassification(config),
+        rows,
+        objective="classification",
+        tokenizer=toy_tokenizer(),
+        max_length=length,
+        options={},
+    )
+    assert {len(row["input_ids"]) for row in tuning.trainer.train_dataset} == {cut}
+
+
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing text": ({"data": "absent.txt"}, "'absent.txt': the file does not exist"),
     "a folder without data": ({"data": "{tmp}/nothing"}, "no saved dataset and no file"),
@@ -384,6 +511,20 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": -1}, "--seed=-1"),
     "rows too long": ({"max_length": LONGEST + 1}, f"use at most {LONGEST}"),
     "rows too short": ({"max_length": 1}, "--max-length=1"),
+    "evaluation without rows": ({"held_out": 0, "eval_every": 1}, "--held-out=0.0 is out of range"),
+    "the best without rows": (
+        {"held_out": 0, "best_checkpoint": True},
+        "above 0 with --eval-every",
+    ),
+    "stopping without rows": ({"held_out": 0, "early_stopping": 1}, "or --early-stopping"),
+    "a length that grpo lacks": (
+        {"objective": "grpo", "data": "{tmp}/prompts.jsonl", "reward": "{tmp}/r.py:f"},
+        "GRPOConfig",
+    ),
+    "a classifier of tokens without labels": (
+        {"objective": "classification", "data": "{tmp}/tokens.jsonl"},
+        "the dataset has input_ids; add label",
+    ),
     "nothing to resume": ({"resume": True}, "it holds no checkpoint"),
 }
 
@@ -400,6 +541,10 @@ def test_a_bad_input_is_one_line_and_changes_nothing(
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "text.pdf").write_text("a")
+    (tmp_path / "r.py").write_text(
+        "def f(completions, **_):\n    return [0.0] * len(completions)\n"
+    )
+    (tmp_path / "tokens.jsonl").write_text('{"input_ids": [1, 2]}\n' * 4)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' * 4)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)

@@ -52,6 +52,27 @@ def train(output_dir: Path | None, observer: StepObserver, **options: Any) -> li
     return [entry["loss"] for entry in tuning.trainer.state.log_history if "loss" in entry]
 
 
+def test_an_epoch_that_goes_on_later_is_not_evaluated(tmp_path: Path) -> None:
+    evaluated: list[float] = []
+
+    class Evaluations(Presses):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            evaluated.append(state.epoch)
+
+    seed_everything(0)
+    model = peft.get_peft_model(toy_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for step, expected in ((2, []), (5, [1.0])):  # five steps are an epoch
+        evaluated.clear()
+        options = {"output_dir": str(tmp_path / str(step)), "num_train_epochs": 2}
+        options |= {"save_strategy": "epoch", "per_device_train_batch_size": 2}
+        options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        watching = Evaluations(step, ctrl_c)
+        tuning = FineTuning(model, ROWS, eval_dataset=ROWS[:2], observer=watching, options=options)
+        with pytest.raises(TrainingInterrupt, match=f"checkpoint-{step} holds"):
+            tuning.train()
+        assert evaluated == expected
+
+
 @pytest.fixture(scope="module")
 def whole() -> list[float]:
     return train(None, Presses(0, ctrl_c))

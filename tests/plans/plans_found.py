@@ -25,6 +25,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from triton import knobs
 
+from qlora_compile.kernels.dropout import philox4x32
 from qlora_compile.kernels.gpu.target import assuming
 from qlora_compile.kernels.plans import first_use, native
 from qlora_compile.kernels.selector import Selector
@@ -33,6 +34,7 @@ from qlora_compile.kernels.workspace import _buffers, fresh_workspaces, workspac
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.fake_device.device import FakeDevice, fake_device
 from tests.plans.toy_calls import (
+    F32,
     TEXT,
     K,
     N,
@@ -71,6 +73,42 @@ def operators(device: FakeDevice) -> dict[str, Any]:
             equal.append(torch.equal(call(x=x, weight=weight), expected))
     shared = len(_buffers.by_stream)
     return {"equal": equal, "plans": plans(), "workspaces": shared}
+
+
+def integers(device: FakeDevice) -> dict[str, Any]:
+    """Draw by Philox, whose words are integers that torch multiplies by Python's numbers."""
+
+    def body(tensors: LinearTensors) -> Tensor:
+        words = tensors.x.new_ones(len(tensors.x), N).mul_(tensors.x.sum()).to(torch.int64)
+        word, *_ = philox4x32([words, 0, 0, 0], 7)
+        return (torch.as_tensor(word) + 0x9E3779B9).remainder(1 << 20).to(torch.float32)
+
+    equal = []
+    with computed_by(body):
+        for _ in range(4):
+            x = 100 * torch.randn(6, K)
+            tensors = LinearTensors(x, [torch.randn(N, K)], None, None, None, None, None)
+            equal.append(torch.equal(call(x=x), body(tensors)))
+    return {"equal": equal, "plans": plans(), "report": native.report()}
+
+
+def short_of_memory(device: FakeDevice) -> dict[str, Any]:
+    """Fail while recording, as where there is no room for scratch memory that is not shared."""
+    kept: list[int] = []
+
+    def body(tensors: LinearTensors) -> Tensor:
+        if _buffers.fresh:
+            kept.append(len(_buffers.by_stream))
+            if len(kept) == 1:
+                raise torch.OutOfMemoryError("no room")
+        workspace(6, N, dtype=F32, device=tensors.x.device)
+        return multiplying(tensors)
+
+    shapes = []
+    with computed_by(body):
+        for _ in range(5):
+            shapes.append(list(call().shape))
+    return {"shapes": shapes, "kept": kept, "plans": plans()}
 
 
 def results(device: FakeDevice) -> dict[str, Any]:
@@ -378,8 +416,8 @@ def living(device: FakeDevice) -> dict[str, Any]:
 
 
 SECTIONS = (
-    *(operators, results, refused, failing, captured, ragged, keyed, threaded, differentiated),
-    *(transformed, elsewhere, living),
+    *(operators, integers, short_of_memory, results, refused, failing, captured, ragged, keyed),
+    *(threaded, differentiated, transformed, elsewhere, living),
 )
 
 

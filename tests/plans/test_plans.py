@@ -56,6 +56,18 @@ def test_torchs_operators_replay_to_the_same_bits(found: Found) -> None:
     assert found["operators"]["workspaces"] == 0
 
 
+def test_integers_replay_as_integers(found: Found) -> None:
+    assert found["integers"] == {"equal": [True] * 4, "plans": 1, "report": []}
+
+
+def test_recording_needs_no_more_memory_than_python(found: Found) -> None:
+    # What is shared is freed before; what does not fit all the same is computed without a plan.
+    short = found["short_of_memory"]
+    assert short["shapes"] == [[6, 24]] * 5
+    assert short["kept"] == [0, 0]
+    assert short["plans"] == 1
+
+
 def test_results_have_contiguous_storage_of_their_own(found: Found) -> None:
     results = found["results"]
     assert results["bytes"] == [6 * 24 * 4] * 3

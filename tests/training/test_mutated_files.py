@@ -83,7 +83,7 @@ def test_an_adapters_configuration_is_refused_or_read(tmp_path: Path, data: st.D
     content = data.draw(mutated(json.dumps(written).encode()))
     (tmp_path / "adapter_config.json").write_bytes(content)
     try:
-        found = adapter_settings(tmp_path, None, None)
+        found = adapter_settings(tmp_path, None, "nf4")
     except QloraCompileError:
         return
     assert isinstance(found.model, str)

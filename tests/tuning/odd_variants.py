@@ -107,6 +107,18 @@ class CrashingLater(Preferred):
         return super().forward_group(group, config)
 
 
+class FailingLater(CrashingLater):
+    """Right at first, then fails as a fault that stays with a CUDA context does."""
+
+    name = "failing_later"
+
+    def forward_group(self, group: Any, config: Any) -> list[Tensor]:
+        type(self).calls += 1
+        if self.calls > 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return Preferred.forward_group(self, group, config)
+
+
 class TooLarge(Preferred):
     """Raises one of Triton's errors, which are not RuntimeErrors."""
 

@@ -293,7 +293,8 @@ def test_a_bug_is_not_taken_for_a_slow_candidate(
 def test_what_takes_its_process_down_costs_the_session_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.Hanging())
+    odd = (odd_variants.Crashing(), odd_variants.CrashingLater(), odd_variants.FailingLater())
+    odd += (odd_variants.Hanging(),)
     offer(monkeypatch, *odd, *VARIANTS)
     # A worker takes seconds to start where the machine is busy.
     monkeypatch.setattr(module, "_SHORTEST_LIMIT", 30.0)
@@ -304,6 +305,7 @@ def test_what_takes_its_process_down_costs_the_session_nothing(
     assert dict(record.rejected) == {
         "crashing whole float32": "it took its process down (SIGSEGV)",
         "crashing_later whole float32": "it took its process down (SIGABRT)",
+        "failing_later whole float32": "it took its process down (exit status 1)",
         "hanging whole float32": "it did not return within 30 s",
     }
     assert used.selector.select(PROBLEM).variant in VARIANTS

@@ -13,8 +13,10 @@ from transformers.trainer_utils import TrainOutput
 def is_finished(trainer: Any, checkpoint: str) -> bool:
     """Whether a checkpoint is of the last step. The Trainer would train one more."""
     last = trainer.args.max_steps
-    if last <= 0 or not isinstance(trainer.model, PeftModel):
+    if not isinstance(trainer.model, PeftModel):
         return False
+    if last <= 0:
+        *_, last = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return _state(checkpoint).global_step >= last
 
 

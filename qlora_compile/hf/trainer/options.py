@@ -11,6 +11,8 @@ from typing import Any
 from transformers.integrations import get_reporting_integration_callbacks
 
 from qlora_compile.errors import TrainingOptionError
+from qlora_compile.hf.trainer.objectives.base import Objective
+from qlora_compile.hf.trainer.objectives.classification import CLASSIFICATION
 from qlora_compile.training_errors import TrainingOptionValueError
 
 _NUMBERS = {"int", "float", "bool", "int | None", "float | None", "bool | None"}
@@ -44,6 +46,15 @@ def check_options(
             raise TrainingOptionValueError(value=f"{name}={value!r}", problem=own)
     together = ", ".join(f"{name}={value!r}" for name, value in options.items())
     raise TrainingOptionValueError(value=together, problem=problem)
+
+
+def with_max_length(
+    options: Mapping[str, Any], max_length: int | None, objective: Objective
+) -> Mapping[str, Any]:
+    """Return the options with a given `max_length` among them, which not every trainer has."""
+    if max_length is None or objective is CLASSIFICATION:
+        return options
+    return {"max_length": max_length, **options}
 
 
 def _written(kind: Any) -> str:
