@@ -107,12 +107,14 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def write_digests(checkpoint: Path) -> None:
-    """Write a digest of each file of a checkpoint into it.
+    """Write a digest of each file of a checkpoint into it. The Trainer may save a checkpoint again:
+    at the end of an epoch, say, that is the last step as well.
 
     Raises:
         OSError: a file cannot be read, or the digests cannot be written.
     """
-    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    others = (file for file in checkpoint.rglob("*") if file != checkpoint / DIGESTS)
+    files = sorted(file for file in others if file.is_file())
     digests = {str(file.relative_to(checkpoint)): _digest(file) for file in files}
     write_whole(checkpoint / DIGESTS, json.dumps(digests, indent=2))
 

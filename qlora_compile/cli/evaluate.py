@@ -49,14 +49,14 @@ def evaluate(
         options = {
             name: value
             for name, value in trained.options.items()
-            if same or name == "chat_template_path"
+            if name == "chat_template_path" or (same and name != "packing")
         }
         settings = RunSettings(
             data=tuple(map(str, data)),
             columns=named_values("--columns", columns) or (trained.columns if same else {}),
             max_length=max_length or trained.max_length,
             held_out=0.0,
-            options={**options, "packing": False},
+            options=options,
             **{name: getattr(trained, name) for name in _OF_THE_MODEL},
         )
         be_quiet()

@@ -157,7 +157,12 @@ class RunSettings:
             chosen["save_strategy"] = strategy
             if self.eval_every:
                 chosen["save_steps"] = self.eval_every
-        return {**chosen, **self.options}
+        # YAML 1.1 reads "no", the name of a strategy, as false.
+        given = {
+            name: "no" if value is False and name.endswith("_strategy") else value
+            for name, value in self.options.items()
+        }
+        return {**chosen, **given}
 
     @property
     def evaluates(self) -> bool:

@@ -29,13 +29,16 @@ def token_rows(run: Any, tokenizer: Any, rows: Any) -> Any:
     head = run.objective.head
     made = LlamaForCausalLM if head == "causal" else LlamaForSequenceClassification
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 1, "max_position_embeddings": _LONGEST, "num_labels": 1}
+    sizes |= {"num_attention_heads": 1, "max_position_embeddings": _LONGEST}
+    sizes["id2label"] = {0: "score"}
     if head == "classes":
-        names = class_names(rows)
-        sizes |= {"num_labels": len(names), "label2id": {each: n for n, each in enumerate(names)}}
+        sizes["id2label"] = dict(enumerate(class_names(rows)))
+        sizes["label2id"] = {name: number for number, name in sizes["id2label"].items()}
     model = made(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     preparing = copy.copy(run)
-    preparing.settings = replace(run.settings, options={**run.settings.options, **_NO_EVALUATION})
+    # Rows of token ids are taken as they stand.
+    options = {} if rows.kind.name == "tokens" else run.settings.options
+    preparing.settings = replace(run.settings, options={**options, **_NO_EVALUATION})
     with tempfile.TemporaryDirectory() as folder:
         tuning = preparing.tuning(model, tokenizer, replace(rows, held_out=None), None, folder)
     table = tuning.trainer.train_dataset
