@@ -113,6 +113,12 @@ CASES: dict[str, Case] = {
         errors.AdapterTargetError,
         ("'qproj'", "q_proj"),
     ),
+    "no target among parameters": (
+        toy,
+        {"lora": _lora(target_modules=[], target_parameters=["no_such"])},
+        ValueError,
+        ("target_parameters",),
+    ),
     "a pattern that matches nothing": (
         toy,
         {"lora": _lora(target_modules=r".*\.query"), "quantize": "nf4"},

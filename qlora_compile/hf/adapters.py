@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from qlora_compile.errors import AdapterConfigError, AdapterTargetError
 from qlora_compile.hf import foreign, foreign_adapters, methods
 from qlora_compile.hf.adapter_slots import SlottedLayer
+from qlora_compile.hf.base_readers import check_reads_no_base, initialises_from_base
 from qlora_compile.hf.bases.base import InPlaceBase, RepackedBase
 from qlora_compile.hf.bases.registry import base_of
 from qlora_compile.hf.blocks import is_inside
@@ -36,6 +37,12 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
         with self.merging(base, base.bias), base.repacked():
             LoraLinear.merge(self, safe_merge, adapter_names)
         self.remeasure_base()
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        check_reads_no_base(config)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def unmerge(self) -> None:
         base = self._base()
@@ -164,26 +171,36 @@ def check_lora_config(
     if not 0.0 <= config.lora_dropout < 1.0:
         remedy = "use a probability in [0, 1)"
         raise AdapterConfigError(field="lora_dropout", value=config.lora_dropout, remedy=remedy)
-    if quantize and config.init_lora_weights not in (True, False, "gaussian"):
-        remedy = "initialise from the full-precision weights first, then optimise the PeftModel"
-        field = "init_lora_weights with quantize"
-        raise AdapterConfigError(field=field, value=config.init_lora_weights, remedy=remedy)
-    targets = config.target_modules
-    if targets is not None and targets != "all-linear":
-        # As in PEFT, names that match nothing are ignored if others match.
-        probe = LoraConfig(target_modules=targets)
-        if not any(check_target_module_exists(probe, name) for name in modules if name):
-            leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
-            rule = targets if isinstance(targets, str) else sorted(targets)
-            raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves)))
+    if quantize or any(isinstance(base_of(each), RepackedBase) for each in modules.values()):
+        check_reads_no_base(config)
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the user's random state.
     with torch.random.fork_rng():
         copied = copy.deepcopy(model, _without_data(modules.values()))
-        attached = dict(base_model(attach(copied, config)).named_modules())
+        probe = copy.copy(config)
+        if initialises_from_base(config):
+            probe.init_lora_weights = True  # the copy has no weights
+        try:
+            attached = dict(base_model(attach(copied, probe)).named_modules())
+        except ValueError as error:
+            if _matches_something(config, modules):
+                raise
+            leaves = {name.rpartition(".")[2] for name in linear_sites(modules)}
+            targets: Any = config.target_modules
+            rule = targets if isinstance(targets, str) else sorted(targets)
+            raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves))) from error
     linears = linear_sites(attached)
     trained = {name for name, site in linears.items() if site.weight.requires_grad}
     return trained | trained_copies(attached, linears).keys()
+
+
+def _matches_something(config: LoraConfig, modules: Iterable[str]) -> bool:
+    """Whether a target of `config` matches one of the names. As in PEFT, others may match none."""
+    targets = config.target_modules
+    if not targets or targets == "all-linear":
+        return True
+    probe = LoraConfig(target_modules=targets)
+    return any(check_target_module_exists(probe, name) for name in modules if name)
 
 
 def _without_data(modules: Iterable[nn.Module]) -> dict[int, object]:

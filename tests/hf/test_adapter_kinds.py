@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qlora_compile
 from bench.agreement import distance
+from qlora_compile.errors import AdapterConfigError
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.report import Report
@@ -83,6 +84,52 @@ def test_a_variant_of_lora_is_exact_and_named(kind: str) -> None:
     (site,) = report.sites
     assert site.fused == (reason is None)
     assert str(site.reason).startswith(str(reason)), str(report)
+
+
+READ_THE_BASE = [kind for kind in KINDS if kind != "MonteCLoRA"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimize_attaches_what_peft_attaches(kind: str) -> None:
+    stock = adapted(KINDS[kind][0])
+    torch.manual_seed(0)
+    base: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+    config = LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(KINDS[kind][0]))
+    ours: Any = qlora_compile.optimize(base, config)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    expected, found = training_step(stock), training_step(ours)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("format", [each.name for each in FORMATS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reads_the_base_is_not_attached_over_codes(kind: str, format: str) -> None:
+    def config() -> LoraConfig:
+        return LoraConfig(r=4, target_modules=["0"], **copy.deepcopy(KINDS[kind][0]))
+
+    plain: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+    packed: Any = qlora_compile.optimize(copy.deepcopy(plain), quantize=format, tune="model")
+    if kind in READ_THE_BASE:
+        for model, options in ((plain, {"quantize": format}), (packed, {})):
+            kinds, before = [*map(type, model.modules())], model.state_dict()
+            ways = (lambda: qlora_compile.optimize(model, config(), tune="model", **options),)  # noqa: B023
+            ways += (lambda: get_peft_model(model, config()),) * (model is packed)  # noqa: B023
+            for way in ways:
+                with pytest.raises(AdapterConfigError, match="over packed weights"):
+                    way()
+            assert [*map(type, model.modules())] == kinds
+            assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+        return
+    for model in (
+        qlora_compile.optimize(plain, config(), quantize=format, tune="model"),
+        qlora_compile.optimize(packed, config(), tune="model"),
+    ):
+        assert all(each.isfinite().all() for each in training_step(model).values())
 
 
 OVER_FORMATS = KINDS | {

@@ -167,6 +167,23 @@ def test_all_linear_adapts_routers_without_graph_break() -> None:
     assert bool(counters["graph_break"]) == (version("torch") < "2.12")
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": []}, {"target_modules": ["w1", "w2", "w3"], "target_parameters": None}],
+)
+@pytest.mark.usefixtures("without_inductor")
+def test_adapters_on_experts_alone(targets: dict[str, Any]) -> None:
+    """By their parameters, and by the names of their Linears before transformers 5."""
+    stock = adapted("mixtral", **targets)
+    model = toy("mixtral")
+    torch.manual_seed(1)
+    ours = qlora_compile.optimize(model, lora("mixtral", **targets), tune="model").train()
+    assert_trains_alike(ours, stock, batch(stock))
+    fused = {site.name for site in qlora_compile.explain(ours).sites if site.fused and site.rank}
+    assert fused
+    assert all(name.rpartition(".")[2] in TYPES["mixtral"] for name in fused)
+
+
 @pytest.mark.usefixtures("without_inductor")
 def test_bfloat16_is_no_farther_from_float32_than_stock() -> None:
     exact = adapted()
