@@ -34,6 +34,9 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self._base()
+        if base.is_unpacked:
+            # PEFT merges and unmerges others while it merges a DoRA adapter.
+            return LoraLinear.merge(self, safe_merge, adapter_names)
         with self.merging(base, base.bias), base.repacked():
             LoraLinear.merge(self, safe_merge, adapter_names)
         self.remeasure_base()
@@ -46,6 +49,8 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
 
     def unmerge(self) -> None:
         base = self._base()
+        if base.is_unpacked:
+            return LoraLinear.unmerge(self)
         kept = self.taken_back(base) if self.merged else None
         with base.repacked() if kept is None else base.unpacked():
             LoraLinear.unmerge(self)

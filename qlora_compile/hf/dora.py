@@ -81,6 +81,11 @@ class DoraLayer(SlottedLayer):
         variant = super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
         return FactoredDora() if type(variant) is DoraLinearVariant else variant
 
+    def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        # Another adapter may be initialised from the base weight, and change the weight.
+        self.remeasure_base()
+
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         super().merge(*args, **kwargs)  # type: ignore[misc]
         self.remeasure_base()

@@ -46,6 +46,11 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def packed_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether the body of `unpacked` or `repacked` runs."""
+        return self.weight.is_floating_point()
+
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Make `weight` the decoded weight [N, K] of `weight_dtype` inside the context."""
@@ -65,7 +70,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
     @contextmanager
     def repacked(self) -> Iterator[None]:
         """Do as `unpacked`, then pack the changed `weight`, unless the body raises."""
-        nested = self.weight.is_floating_point()
+        nested = self.is_unpacked
         with self.unpacked():
             yield
             changed = self.weight.data

@@ -323,6 +323,55 @@ def test_two_adapters_are_exact_and_named(quantize: Any) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("dora", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("format", [None, *(each.name for each in FORMATS)])
+def test_two_adapters_merge_as_in_peft(format: str | None, dora: tuple[bool, bool]) -> None:
+    """And are unmerged to the bytes from before."""
+    torch.manual_seed(0)
+    plain: Any = nn.Sequential(nn.Linear(64, 24))
+    configs = [
+        LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, use_dora=each)
+        for each in dora
+    ]
+    ours = qlora_compile.optimize(copy.deepcopy(plain), configs[0], quantize=format, tune="model")
+    stock: Any = get_peft_model(plain, copy.deepcopy(configs[0]))
+    base = ours.base_model.model[0].base_layer
+    if format is not None:
+        stock.base_model.model[0].base_layer.weight.data = base.dequantize(torch.float32)
+    for model in (ours, stock):
+        model.add_adapter("more", copy.deepcopy(configs[1]))
+        model.base_model.set_adapter(["default", "more"])
+        torch.manual_seed(1)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.data.uniform_(0.5, 1.0)
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    ours.merge_adapter()
+    stock.merge_adapter()
+    expected = stock.base_model.model[0].base_layer.weight.detach()
+    found = base.weight.detach()
+    if format is not None:
+        again = copy.deepcopy(base)
+        again.requantize(expected)
+        expected, found = again.dequantize(torch.float32), base.dequantize(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    ours.unmerge_adapter()
+    for name, tensor in ours.state_dict().items():
+        exact = format is not None
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0 if exact else 1e-4)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_an_adapter_that_changes_the_base_weight_has_the_norm_measured_again() -> None:
+    model, module = layer(24, 64)
+    x = torch.randn(5, 64)
+    model.add_adapter("p", LoraConfig(r=2, target_modules=["linear"], init_lora_weights="pissa"))
+    weight = module.get_base_layer().weight.detach()
+    torch.testing.assert_close(module.base_squared_norms, weight.square().sum(dim=1))
+    assert outputs(model, x).isfinite().all()
+
+
+@pytest.mark.usefixtures("without_inductor")
 def test_loading_a_base_weight_measures_it_again() -> None:
     model, module = layer(24, 64)
     state = {name: tensor * 2 for name, tensor in model.state_dict().items()}
