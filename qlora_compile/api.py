@@ -141,6 +141,8 @@ def optimize(
 
     A model that has been optimised may be optimised again when it has changed since, or to attach
     adapters or quantise weights later; AlreadyOptimizedError is raised if there is nothing to do.
+    Other values of strict, verify, tune or logits_free_loss are no such change: pass them in the
+    first call.
 
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
