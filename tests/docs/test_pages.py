@@ -32,6 +32,19 @@ def test_every_reason_is_one_that_a_report_can_give() -> None:
     assert [part for part in parts if part not in sources] == []
 
 
+def test_the_reference_lists_every_file_of_errors_but_those_of_the_command_line() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"automodule:: qlora_compile\.([\w.]+)", page))
+    files = [
+        *(ROOT / "qlora_compile").glob("*errors.py"),
+        *(ROOT / "qlora_compile").glob("tuning/*errors.py"),
+        *(ROOT / "kernels").rglob("*errors.py"),
+    ]
+    names = (path.relative_to(ROOT).with_suffix("").parts for path in files)
+    ours = {".".join(parts).removeprefix("qlora_compile.") for parts in names}
+    assert listed == ours
+
+
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     for link, anchor in _LINK.findall(_CODE.sub("", page.read_text(encoding="utf-8"))):
