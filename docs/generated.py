@@ -39,7 +39,8 @@ def formats() -> str:
         "# Formats",
         "",
         "Give a name to `optimize(quantize=…)` and options as keywords. On the command line, write",
-        "`--format int4:group_size=128,zeros=float`. Defaults are in bold.",
+        "`--format int4:group_size=128,zeros=float`. In bold is what `optimize` takes if you do",
+        "not give the option.",
         "",
         "| Format | Bits of a code | Option | Values |",
         "|---|---|---|---|",
@@ -47,14 +48,22 @@ def formats() -> str:
     for each in FORMATS:
         label = f"`{each.name}` | {each.bits}"
         for option in each.options:
-            lines.append(f"| {label} | `{option.name}` | {_values(option)} |")
+            lines.append(f"| {label} | `{option.name}` | {_values(each, option)} |")
             label = " | "
         if not each.options:
             lines.append(f"| {label} | none | |")
     return "\n".join(lines) + "\n"
 
 
-def _values(option: Any) -> str:
+def _values(quant_format: Any, option: Any) -> str:
+    """List the values of `option`, with the one that `optimize` takes by itself in bold.
+
+    That may not be the option's own default: `optimize` quantises scales twice where it can.
+    """
+    layout = quant_format.usual_layout((64, 64))
+    usual = layout.named.get(option.name, option.default)
+    if option.allowed is not None:
+        return f"{option.allowed}: **`{usual!r}`**"
     return ", ".join(
-        f"**`{value!r}`**" if value == option.default else f"`{value!r}`" for value in option.values
+        f"**`{value!r}`**" if value == usual else f"`{value!r}`" for value in option.values
     )

@@ -18,7 +18,7 @@ if torch.cuda.is_available():
 torch.manual_seed(0)  # the same adapters in every process
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 lora = LoraConfig(r=16, target_modules="all-linear")
-model = qlora_compile.optimize(model, lora, quantize="nf4").to(device)
+model = qlora_compile.optimize(model, lora, quantize="nf4").to(device).train()
 model = DistributedDataParallel(model)
 
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)

@@ -14,7 +14,7 @@ lora = LoraConfig(
     target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 )
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-model = qlora_compile.optimize(model, lora, quantize="int4", group_size=32)
+model = qlora_compile.optimize(model, lora, quantize="int4", group_size=32).train()
 tokens = torch.arange(16)[None]
 loss = model(input_ids=tokens, labels=tokens).loss
 loss.backward()

@@ -16,6 +16,7 @@ import qlora_compile
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama's base models have none
 rows = load_dataset("json", data_files=sys.argv[2], split="train")
 rows = rows.map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
 

@@ -15,7 +15,7 @@ accelerator = Accelerator()
 torch.manual_seed(0)  # the same adapters in every process
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 lora = LoraConfig(r=16, target_modules="all-linear")
-model = qlora_compile.optimize(model, lora, quantize="nf4")
+model = qlora_compile.optimize(model, lora, quantize="nf4").train()
 
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 tokens = torch.randint(0, 100, (12, 16))  # each process gets rows of its own

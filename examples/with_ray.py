@@ -20,7 +20,8 @@ def train(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)  # the same adapters in every process
     model = AutoModelForCausalLM.from_pretrained(settings["model"]).to(device)
     lora = LoraConfig(r=16, target_modules="all-linear")
-    model = DistributedDataParallel(qlora_compile.optimize(model, lora, quantize="nf4"))
+    model = qlora_compile.optimize(model, lora, quantize="nf4").train()
+    model = DistributedDataParallel(model)
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
     torch.manual_seed(ray.train.get_context().get_world_rank())  # other rows in every process

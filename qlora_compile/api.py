@@ -48,11 +48,14 @@ def load(
     `optimize` takes the model as it is. docs/checkpoints.md lists the kinds that are read.
 
     dtype: that of the weights that are not packed, and of computation; None for bfloat16 where the
-    machine multiplies it natively, else float32. device: where a quantised checkpoint goes.
+    machine multiplies it natively, else float32. device: where a quantised checkpoint goes. An
+    unquantised one, and a .gguf file that has to be decoded, ignore it and stay on the CPU: move
+    the model yourself.
 
     Raises ModelNotFoundError if nothing is there, CheckpointMethodError if nothing here reads that
-    kind of checkpoint, and CheckpointError, which names file and tensor, if a file is damaged. No
-    model is left half loaded, and nothing is unpickled.
+    kind of checkpoint, CheckpointError, which names file and tensor, if a file is damaged, and
+    MissingPackageError for a .gguf file without the package gguf, which the extra "demo" installs.
+    No model is left half loaded, and nothing is unpickled.
     """
     source = os.fspath(source)
     return loading.load_model(source, dtype=dtype, device=device, keeps_blocks=True)
@@ -138,6 +141,8 @@ def optimize(
 
     A model that has been optimised may be optimised again when it has changed since, or to attach
     adapters or quantise weights later; AlreadyOptimizedError is raised if there is nothing to do.
+    Other values of strict, verify, tune or logits_free_loss are no such change: pass them in the
+    first call.
 
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised

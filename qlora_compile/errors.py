@@ -1,7 +1,8 @@
 """Errors of this package: one class per mistake, one message template per class.
 
 A message names the site, the offending value and the remedy. All classes derive from
-`QloraCompileError`; those about the value of an argument derive from `ValueError` too.
+`QloraCompileError`; those about the value of an argument derive from `ValueError`, or from another
+built-in class that fits, too.
 """
 
 

@@ -103,34 +103,40 @@ class QuantizedLoRA:
         max_length: int | None = None,
         columns: dict[str, str] | None = None,
         reward: Any = None,
+        on_nan: str = "stop",
         **options: Any,
     ) -> Any:
         """Train the adapters and return the Trainer's TrainOutput; a second call trains further.
 
         dataset, eval_dataset: the path of a file or folder, a Hub name, a `datasets.Dataset` or
         `DatasetDict`, streaming or not, a pandas DataFrame, a torch Dataset, or an iterable of
-        strings or rows. docs/data.md lists the columns that rows may have; chats are rendered by
-        the tokenizer's template, and only what the assistant wrote is learnt. Rows of input_ids
-        are trained on as they stand: without labels, a causal language model learns to predict its
-        inputs. Models other than causal ones take input_ids or text, with the labels of their task.
+        strings or rows. docs/reference/data.md lists the columns that rows may have; chats are
+        rendered by the tokenizer's template, and only what the assistant wrote is learnt. Rows of
+        input_ids are trained on as they stand: without labels, a causal language model learns to
+        predict its inputs. Models other than causal ones take input_ids or text, with the labels of
+        their task.
 
         objective: the name of one in `hf/trainer/objectives`: "sft", the default, "dpo", "kto",
         "orpo", "grpo", "reward" or "classification". eval_dataset: evaluated after each epoch,
-        unless options say otherwise. max_length: the tokens to cut rows at; None for 1,024, or
-        fewer if the model has fewer positions. columns: our names of columns to the dataset's.
-        reward: the reward function of "grpo", or a list of them. options: for the objective's
-        configuration, such as `trl.SFTConfig`, a subclass of `transformers.TrainingArguments`;
-        without an output_dir nothing is saved. `hf.training.DEFAULTS` has the values of options
-        that are not given.
+        unless options say otherwise; without it no row of `dataset` is held out. max_length: the
+        tokens to cut rows at; None for 1,024, or fewer if the model has fewer positions. columns:
+        our names of columns to the dataset's. reward: the reward function of "grpo", or a list of
+        them. on_nan: "stop" raises NotFiniteError at a loss or gradient that is NaN or infinite,
+        before the optimizer uses it; "skip" drops the gradients of that optimizer step and goes on.
+        options: for the objective's configuration, such as `trl.SFTConfig`, a subclass of
+        `transformers.TrainingArguments`; without an output_dir nothing is written, so call `save`
+        afterwards. `hf.training.DEFAULTS` has the values of options that are not given.
 
-        Ctrl-C ends the training after the present step, saves a checkpoint there if there is an
-        output_dir, and raises a KeyboardInterrupt that says how to go on. A second Ctrl-C stops at
-        once.
+        In one process, Ctrl-C or SIGTERM ends the training after the present step, saves a
+        checkpoint there if there is an output_dir, and raises a KeyboardInterrupt that says how to
+        go on. A second one stops at once. Several processes end at once.
 
         Raises, always before anything is trained (rows of a stream are checked when they come):
             TrainingOptionError: the configuration has no such option.
             TrainingOptionValueError: the value of an option cannot be used.
+            OptionError: on_nan is neither "stop" nor "skip".
             OutOfRangeError: max_length is below 1.
+            MissingPackageError: datasets or TRL is needed and not installed.
             DatasetTypeError: datasets of this type cannot be trained on.
             EmptyDatasetError: the dataset holds no examples.
             TokenizerMissingError: the dataset holds text, and there is no tokenizer.
@@ -139,6 +145,11 @@ class QuantizedLoRA:
             SequenceLengthError: max_length is more than the model can take.
             An error of `qlora_compile.row_errors` or `qlora_compile.data_errors`: a file cannot be
             read, or a row cannot be trained on.
+        Raises in training:
+            NotFiniteError: a loss or a gradient is NaN or infinite, and on_nan is "stop".
+            TrainingMemoryError: memory ran out.
+            CheckpointWriteError: a checkpoint cannot be written.
+            LostProcessError: another process of the training has ended.
         """
         from qlora_compile.hf.training import FineTuning
 
@@ -151,6 +162,7 @@ class QuantizedLoRA:
             columns=columns,
             eval_dataset=eval_dataset,
             reward=reward,
+            on_nan=on_nan,
             options=options,
         )
         self.tokenizer = tuning.trainer.processing_class  # with a template that the options name

@@ -16,7 +16,9 @@ def optimize_trainer(trainer: Any, **options: Any) -> Any:
     trainers attach adapters by peft_config. The trainer may have been made before or after
     `optimize`, and may have trained already. The model is optimised now if there is one, and again
     when training begins if the model has changed since, or if `model_init` makes another. options:
-    those of `qlora_compile.optimize`, except lora.
+    those of `qlora_compile.optimize`, except lora. For a model that is optimised already and has
+    not changed since, strict, verify, tune and logits_free_loss are ignored without a word: pass
+    them to the call that optimises it.
 
     logits_free_loss changes nothing for TRL's trainers that compute the loss from the head's input
     themselves: SFT, DPO, KTO and GRPO. On a CPU, from TRL 1.15 on, our kernel computes what these

@@ -21,6 +21,7 @@ from qlora_compile.quantized_lora import QuantizedLoRA
 from qlora_compile.training.model_choice import DEFAULT_FORMAT
 from qlora_compile.training.run import TrainingRun
 from qlora_compile.training.settings import RunSettings
+from qlora_compile.training_errors import NotFiniteError
 from tests.hf.checkpoints.written import KINDS, written
 from tests.hf.trainer.chats import turns
 from tests.toy_language_model import LONGEST, chat_tokenizer, toy_bert, toy_llama, toy_tokenizer
@@ -276,6 +277,19 @@ def test_an_unknown_option_names_the_nearest(stock: list[dict[str, Any]]) -> Non
         q.train(TEXTS, learningrate=1e-3)
     with pytest.raises(errors.TrainingOptionError, match="its documentation"):
         q.train(TEXTS, zzzz=1)
+
+
+def test_a_batch_that_is_not_finite_stops_or_is_skipped(stock: list[dict[str, Any]]) -> None:
+    q = QuantizedLoRA(toy_llama(), tokenizer=toy_tokenizer())
+    before = weights(q.model)
+    layer = q.model.get_base_model().model.layers[1]
+    with layer.register_forward_hook(lambda *given: given[-1] * float("nan")):
+        with pytest.raises(NotFiniteError, match=r"^step 1: .*on_nan='skip'"):
+            q.train(TEXTS, **OPTIONS)
+        assert q.train(TEXTS, on_nan="skip", **OPTIONS).global_step == 2
+    assert_unchanged(q.model, before)
+    with pytest.raises(errors.OptionError, match=r"on_nan='ignore'.*stop or skip"):
+        q.train(TEXTS, on_nan="ignore", **OPTIONS)
 
 
 def test_nothing_is_written_unless_asked_for(

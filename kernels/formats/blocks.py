@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from qlora_compile.errors import PackedWeightError, WeightValueError
-from qlora_compile.kernels.formats.base import USUAL_BLOCK_SIZE, QuantFormat, checked_block_size
+from qlora_compile.kernels.formats.base import (
+    LARGEST_BLOCK_SIZE,
+    SMALLEST_BLOCK_SIZE,
+    USUAL_BLOCK_SIZE,
+    QuantFormat,
+    checked_block_size,
+)
 from qlora_compile.kernels.formats.cpu import decode
 from qlora_compile.kernels.formats.errors import AbsmaxOverflowError
 from qlora_compile.kernels.formats.nested import NESTED_BLOCK_SIZE, block_absmax, quantize_absmax
@@ -39,6 +45,10 @@ _DEVICE_CHUNK = 1 << 22
 
 class _BlockSizeOption(Option):
     """A power of two from 32 to 4096, or "row" for one absmax a row; `values` are examples."""
+
+    @property
+    def allowed(self) -> str:
+        return f"a power of two from {SMALLEST_BLOCK_SIZE} to {LARGEST_BLOCK_SIZE}, or 'row'"
 
     def check(self, format: str, value: object) -> Any:
         """Raise BlockSizeError."""

@@ -25,6 +25,11 @@ class Option:
     default: Any
     stored: bool = True
 
+    @property
+    def allowed(self) -> str | None:
+        """The values that are allowed, in words; None if `values` lists them all."""
+        return None
+
     def check(self, format: str, value: object) -> Any:
         """Return `value`, if it is one of `values`. Raises FormatOptionValueError."""
         # 64.0 and True are equal to whole numbers, but are not allowed.
