@@ -18,10 +18,7 @@ class RivalWeightsError(QloraCompileError, ValueError):
 
 
 class UnfinishedSaveError(QloraCompileError, OSError):
-    template = (
-        "cannot write {value!r}: {problem}; what was there before is unchanged; free some space, "
-        "or choose another folder"
-    )
+    template = "cannot write {value!r}: {problem}; what was there before is unchanged; {remedy}"
 
 
 class ShardSizeError(QloraCompileError, ValueError):
