@@ -118,21 +118,24 @@ def _chosen(tensors: BaseTensors, stored_as: str | None) -> FolderFormat:
 def other_files(folder: Path, stem: str) -> Callable[[Path], bool]:
     """Return whether a file of `folder` stays when weights named after `stem` are written there.
 
+    The folder of adapters stays, unless such weights lie beside it: then a former save wrote both.
+
     Raises:
         RivalWeightsError: it holds weights under another name.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
         is_weights = path.name.endswith(
             (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
         )
         if is_weights and not path.name.startswith((stem, "adapter", "training_args")):
             raise RivalWeightsError(value=str(folder), file=path.name)
 
-    def stays(path: Path) -> bool:
-        own = path.name.startswith(stem) and ".safetensors" in path.name
-        return not own and path.name != ADAPTERS
+    def is_own(path: Path) -> bool:
+        return path.name.startswith(stem) and ".safetensors" in path.name
 
-    return stays
+    saved_before = any(map(is_own, paths))
+    return lambda path: not is_own(path) and not (saved_before and path.name == ADAPTERS)
 
 
 def write_configs(

@@ -21,7 +21,7 @@ from qlora_compile.saving_errors import (
     UnknownAdapterError,
     UnmergeableError,
 )
-from tests.hf.saving.test_save import plain
+from tests.hf.saving.test_save import files, plain
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import TOLERANCE, TYPES
 from tests.hf.test_experts import lora as experts_lora
@@ -192,3 +192,14 @@ def test_errors_leave_nothing_behind(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(MergedWeightsError):
         merge(model, tmp_path / "another")
+
+
+def test_adapters_beside_the_merged_model_stay(tmp_path: Path) -> None:
+    """Each time: they may be the only copy of what was merged."""
+    model = untrained(toy(num_hidden_layers=1), lora(target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    before = files(tmp_path)
+    for _ in range(2):
+        qlora_compile.merge(model, tmp_path, torch.float32)
+        assert (tmp_path / "model.safetensors").is_file()
+        assert before.items() <= files(tmp_path).items()

@@ -193,6 +193,20 @@ def test_base_and_adapters_of_a_peft_model(tmp_path: Path) -> None:
         qlora_compile.save(model, tmp_path / "merged")
 
 
+def test_adapters_of_a_former_save_go_and_others_stay(tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = qlora_compile.optimize(toy(num_hidden_layers=1), lora, quantize="nf4")
+    base, trained, saved = model.get_base_model(), tmp_path / "trained", tmp_path / "saved"
+    model.save_pretrained(str(trained / "adapter"))
+    before = files(trained)
+    qlora_compile.save(base, trained)
+    assert before.items() <= files(trained).items()
+    qlora_compile.save(model, saved)
+    assert (saved / "adapter").is_dir()
+    qlora_compile.save(base, saved)
+    assert not (saved / "adapter").exists()
+
+
 class Hub:
     """Stands for `HfApi`, and keeps what is uploaded."""
 
