@@ -32,6 +32,13 @@ class MergedWeightsError(QloraCompileError, ValueError):
     )
 
 
+class ForeignLayerError(QloraCompileError, ValueError):
+    template = (
+        "{site} is a {kind}, which {library} has quantised and which could not be packed here, and "
+        "no folder holds both; explain(model) says why, or load the unquantised model"
+    )
+
+
 class SaveOptionError(QloraCompileError, TypeError):
     template = (
         "{option}=… has no meaning when a packed model is saved or pushed; leave {option} out"

@@ -66,6 +66,7 @@ def save(
         FolderFormatError: `stored_as` cannot hold it.
         OptionError: there is no such kind of folder.
         MergedWeightsError: an adapter is merged into a packed weight.
+        ForeignLayerError: another library's layer could not be packed.
         ShardSizeError: max_shard_size is not a size.
         OutputDirectoryError: the folder cannot be written.
         RivalWeightsError: the folder holds weights of another kind.
