@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from qlora_compile.errors import OffloadedWeightError
 from qlora_compile.hf.adapters import base_model
 from qlora_compile.hf.bases.base import RepackedBase
 from qlora_compile.hf.bases.registry import base_of
-from qlora_compile.hf.conv1d import LinearSite
+from qlora_compile.hf.conv1d import Conv1D, LinearSite
 from qlora_compile.kernels.packed import PackedWeight
 from qlora_compile.saving_errors import (
     ForeignLayerError,
@@ -101,6 +102,14 @@ class BaseTensors:
             plain.pop(name, None)
         self.plain = remove_tied_weights_from_state_dict(plain, self.model)
 
+    @functools.cached_property
+    def conv1ds(self) -> list[str]:
+        """The packed weights, stored [N, K] as those of Linears are, for which the architecture has
+        a Conv1D, with a weight [K, N]."""
+        with torch.device("meta"):
+            skeleton: Any = type(self.model)(self.model.config)
+        modules = dict(skeleton.named_modules())
+        return [name for name in self.packed if isinstance(modules.get(name), Conv1D)]
 
 
 def is_packed(module: Any) -> bool:

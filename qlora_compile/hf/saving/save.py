@@ -46,11 +46,11 @@ def save(
     model: a transformers model with packed weights, or a PeftModel over one. For a PeftModel the
     base is written, and the adapters as PEFT files in `folder`/adapter.
 
-    stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
-    zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
-    model. transformers loads each by `from_pretrained` with the library of that name, ours after
-    `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
-    in our folder and raises an OSError.
+    stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 in groups of
+    neighbouring columns with integer zeros or none, unless there are Conv1Ds) or "qlora_compile"
+    (everything). None for the first of these that can hold the model. transformers loads each by
+    `from_pretrained` with the library of that name, ours after `import qlora_compile` (transformers
+    5.18 or newer); without it, transformers finds no weights in our folder and raises an OSError.
 
     max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
@@ -109,11 +109,18 @@ def _chosen(tensors: BaseTensors, stored_as: str | None) -> FolderFormat:
     reasons = []
     for kind in FOLDERS:
         if stored_as in (None, kind.name):
-            reason = kind.obstacle(tensors.packed)
+            reason = kind.obstacle(tensors.packed) or _turned(kind, tensors)
             if reason is None:
                 return kind
             reasons.append(reason)
     raise FolderFormatError(value=stored_as, reason=reasons[0])
+
+
+def _turned(kind: FolderFormat, tensors: BaseTensors) -> str | None:
+    """Return a reason against the folder if its reader would not turn the weight of a Conv1D."""
+    if kind.turns_conv1d or not tensors.conv1ds:
+        return None
+    return f"{tensors.conv1ds[0]} is a Conv1D, and transformers would not transpose its weight"
 
 
 def other_files(folder: Path, stem: str) -> Callable[[Path], bool]:
