@@ -163,9 +163,18 @@ def begun(path: Path, architecture: str) -> gguf.GGUFWriter:
     writer.add_token_list([str(number) for number in range(tokens)])
     for key, field in GGUF_CONFIG_MAPPING[architecture].items():
         value = getattr(config, field, None) if field else None
+        if architecture == "lfm2" and field == "num_key_value_heads":  # in layers of attention
+            value = [value * (kind == "full_attention") for kind in config.layer_types]
         if value is not None:
-            writer.add_key_value(f"{name}.{key}", value, gguf.GGUFValueType.get_type(value))
+            _add(writer, f"{name}.{key}", value)
     return writer
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -210,9 +219,9 @@ def test_every_architecture_that_transformers_reads(tmp_path: Path, architecture
     path = tmp_path / "model.gguf"
     write_toy(path, architecture)
     options: Any = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    stock, found = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, output_loading_info=True, **options
-    )
+    options |= {"gguf_file": path.name, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    stock, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         with pytest.raises(CheckpointError, match=f"{missing[0]}: the tensor is missing"):
             qlora_compile.load(path, dtype=torch.float32)

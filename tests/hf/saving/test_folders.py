@@ -94,7 +94,7 @@ def test_conv1ds_are_stored_where_the_reader_turns_them(held: str, tmp_path: Pat
     """Else in our folder, and what was asked for is refused."""
     format, options, name = HELD[held]
     # On AVX-512 CPUs bitsandbytes 0.50.2 decodes blocks that straddle rows of 32 wrongly.
-    sized = {} if name == "compressed-tensors" else {"block_size": 32}
+    sized: dict[str, Any] = {} if name == "compressed-tensors" else {"block_size": 32}
     model = qlora_compile.optimize(gpt2().to(torch.bfloat16), quantize=format, **(sized | options))
     found = qlora_compile.save(model, tmp_path)
     turns = all(kind.turns_conv1d for kind in FOLDERS if kind.name == name)
