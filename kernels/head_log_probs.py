@@ -22,7 +22,7 @@ from qlora_compile.kernels.head_sweep import (
 )
 from qlora_compile.kernels.layout import slices
 
-_NO_LABEL = -1
+_NO_LABEL = torch.iinfo(torch.int64).min
 _ROWS = 256
 """Rows whose logits are made again at a time, for the gradient of the entropy."""
 
@@ -53,7 +53,9 @@ def computes(hidden: Tensor, weight: Tensor) -> bool:
 def head_log_probs(
     hidden: Tensor, weight: Tensor, labels: Tensor, logit_scale: float = 1.0
 ) -> LogProbs:
-    """Return what `LogProbs` names. hidden: [M, K]. weight: [V, K]. labels: int64 [M], in [0, V).
+    """Return what `LogProbs` names. hidden: [M, K]. weight: [V, K]. labels: int64 [M]; one outside
+    [0, V) has the logit 0 and no gradient of its own, as in TRL, whose trainers leave such rows out
+    afterwards.
 
     The product runs in hidden's dtype, or in autocast's if that is on, everything else in float32.
     """

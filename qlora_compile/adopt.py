@@ -117,7 +117,7 @@ def adopt(
     made, else the given inventory."""
     keep_trained = lora is not None or inventory.is_partly_frozen
     bound = bound_forwards(inventory.modules.values())
-    _repack(inventory)
+    has_repacked = _repack(inventory)
     if quantize is not None:
         if lora is None and keep_trained:
             _warn_of_trained(inventory)
@@ -130,6 +130,7 @@ def adopt(
     if quantize is not None:
         # After PEFT, which sizes the experts' adapters by their parameters.
         experts.pack(inventory.experts, quantize, keep_trained=keep_trained, **options)
+    if quantize is not None or has_repacked:
         parameter_counts.count_elements(inventory.model, inventory.modules.values())
         save_packed(inventory.modules.values())
     experts.adopt(inventory.experts.values())
@@ -144,10 +145,11 @@ def adopt(
     return inventory
 
 
-def _repack(inventory: Inventory) -> None:
+def _repack(inventory: Inventory) -> bool:
     """Replace every layer that another library has quantised, and that cannot be adopted in place,
-    by a QuantizedLinear. Raises RepackError."""
+    by a QuantizedLinear or PackedExperts; return whether there were any. Raises RepackError."""
     replaced: set[RepackedBase] = set()
+    has_experts = False
     for name, entry in inventory.linears.items():
         base = entry.base
         if isinstance(base, RepackedBase) and entry.obstacle is None:
@@ -161,9 +163,10 @@ def _repack(inventory: Inventory) -> None:
     for name, site in inventory.experts.items():
         if fp8_experts.recognises(site.module):
             try:
-                fp8_experts.adopt(site)
+                has_experts |= fp8_experts.adopt(site)
             except StoredWeightError as error:
                 raise RepackError(site=name, **error.fields) from error
+    return has_experts or bool(replaced)
 
 
 def format_options(

@@ -18,10 +18,7 @@ class RivalWeightsError(QloraCompileError, ValueError):
 
 
 class UnfinishedSaveError(QloraCompileError, OSError):
-    template = (
-        "cannot write {value!r}: {problem}; what was there before is unchanged; free some space, "
-        "or choose another folder"
-    )
+    template = "cannot write {value!r}: {problem}; what was there before is unchanged; {remedy}"
 
 
 class ShardSizeError(QloraCompileError, ValueError):
@@ -32,6 +29,13 @@ class MergedWeightsError(QloraCompileError, ValueError):
     template = (
         "{site}: the adapter {adapter!r} is merged into the packed weight; call unmerge_adapter() "
         "before saving"
+    )
+
+
+class ForeignLayerError(QloraCompileError, ValueError):
+    template = (
+        "{site} is a {kind}, which {library} has quantised and which could not be packed here, and "
+        "no folder holds both; explain(model) says why, or load the unquantised model"
     )
 
 

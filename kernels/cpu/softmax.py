@@ -45,6 +45,7 @@ extern "C" void kernel(
     TYPE* row = logits + m * size;
     const bool counts = labels[m] != ignored;
     const int64_t label = counts ? labels[m] : 0;
+    const bool inside = label >= 0 && label < size;
     float most = -INFINITY, sum = 0.0f, all = 0.0f, weighted = 0.0f, squared = 0.0f;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < size; ++i) {
@@ -71,13 +72,14 @@ extern "C" void kernel(
     const float logarithm = most + std::log(sum);
     log_sum[m] = logarithm;
     total[m] = all;
-    const float z = load(row + label) * factor;
+    const float z = inside ? load(row + label) * factor : 0.0f;
     target[m] = z;
     if (detailed) {
       entropy[m] = std::log(sum) - weighted / sum;
       squares[m] = squared / (sum * sum);
       bool is_first = z >= most;
-      for (int64_t i = 0; i < label && is_first; ++i) is_first = load(row + i) * factor < most;
+      const int64_t before = label < size ? label : size;
+      for (int64_t i = 0; i < before && is_first; ++i) is_first = load(row + i) * factor < z;
       first[m] = is_first;
     }
     if (!differentiates) continue;
@@ -87,6 +89,7 @@ extern "C" void kernel(
       const float p = exponential(load(row + i) * factor - logarithm);
       store(row + i, (p - each) * scale);
     }
+    if (!inside) continue;
     const float p = exponential(z - logarithm);
     store(row + label, (p - each - (1.0f - smoothing)) * scale);
   }
@@ -124,7 +127,8 @@ def cross_entropy_rows(
     If it `differentiates`, it overwrites `logits`, bfloat16 or float32 [m, V] and contiguous, with
     the gradient of each row's loss, which is 0 in the `ignored` rows.
 
-    labels: int64 [m], in [0, V) or `ignored`.
+    labels: int64 [m], in [0, V) or `ignored`. The z of any other label counts as 0, and has no
+    gradient, as in TRL.
     """
     number = _TYPES[logits.dtype]
     kernel = compiled(_SOURCE.replace("TYPE", number), (f"{number}*", *_ARGUMENTS))

@@ -139,12 +139,12 @@ def load_model(
 def _load_blocks(
     path: Path, config: Any, dtype: torch.dtype, device: torch.device | str
 ) -> Any | None:
-    """Load a GGUF file; None if only transformers reads its architecture."""
+    """Load a GGUF file; None if only transformers reads its architecture, if anything does."""
     from qlora_compile.hf.checkpoints.gguf import GgufFile, GgufSource
 
-    named = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    file = GgufFile(path, named, config)
-    if not file.is_known:
+    named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    file = None if named is None else GgufFile(path, named, config)
+    if file is None or not file.is_known:
         return None
     model = read_model(named, config, file, GgufSource(), dtype=dtype, device=device)
     model.name_or_path = model.config.name_or_path = str(path)

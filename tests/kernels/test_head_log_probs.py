@@ -23,7 +23,8 @@ rounding of each logit and of each result does."""
 
 @dataclass(frozen=True)
 class Case:
-    """dtypes: of hidden, of the weight, and of autocast. losses: which results have a gradient."""
+    """dtypes: of hidden, of the weight, and of autocast. losses: which results have a gradient.
+    outside: how far labels go beyond the vocabulary."""
 
     rows: int = 7
     vocabulary: int = 19
@@ -32,6 +33,7 @@ class Case:
     logit_scale: float = 1.0
     losses: tuple[str, ...] = ("log_probs",)
     seed: int = 0
+    outside: int = 0
 
     def results(self, ours: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return all results and hidden's gradient, by our kernel or by plain operators, these in
@@ -44,7 +46,8 @@ class Case:
         first, second, autocast = self.dtypes
         hidden = normal(self.rows, self.width).to(first).to(dtype or first).requires_grad_()
         weight = normal(self.vocabulary, self.width).mul(0.5).to(second).to(dtype or second)
-        labels = torch.randint(self.vocabulary, (self.rows,), generator=generator)
+        ends = -self.outside, self.vocabulary + self.outside
+        labels = torch.randint(*ends, (self.rows,), generator=generator)
         with torch.autocast("cpu", autocast, enabled=autocast is not None and dtype is None):
             if ours:
                 assert computes(hidden, weight)
@@ -55,23 +58,36 @@ class Case:
         loss: Any = sum((getattr(found, n) * w.to(dtype or F32)).sum() for n, w in weights.items())
         (gradient,) = torch.autograd.grad(loss, hidden)
         logits = self.logit_scale * hidden.detach().double() @ weight.double().t()
-        others = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-        lead = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - others
+        column, inside = _place(logits, labels)
+        others = logits.scatter(1, column, -torch.inf).amax(1)
+        own = logits.gather(1, column).squeeze(1)
+        lead = torch.where(inside, own - others, -logits.amax(1))
         measures = {"largest": logits.abs().max(), "weight": weight.abs().max(), "lead": lead}
         return {**found._asdict(), "gradient": gradient} | ({} if ours else measures)
 
 
+def _place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a column for each label, [M, 1], and whether it is the label's."""
+    column = labels.clamp(0, logits.shape[1] - 1)
+    return column.unsqueeze(1), column == labels
+
+
 def _plain(logits: Tensor, labels: Tensor, logit_scale: float) -> LogProbs:
+    """Compute all results; a label outside the vocabulary has the logit 0, as in TRL."""
     z = torch.promote_types(logits.dtype, F32)
     z = logits.to(z) * logit_scale
     logarithms = z.log_softmax(1)
     p = logarithms.exp()
+    column, inside = _place(z, labels)
+    own = z.gather(1, column).squeeze(1).masked_fill(~inside, 0.0)
+    before = torch.arange(z.shape[1]) < labels.unsqueeze(1)
+    log_probs = logarithms.gather(1, column).squeeze(1)
     return LogProbs(
-        log_probs=logarithms.gather(1, labels.unsqueeze(1)).squeeze(1),
+        log_probs=torch.where(inside, log_probs, -z.logsumexp(1)),
         entropy=-(p * logarithms).sum(1),
         log_sum_squares=p.square().sum(1).log(),
         mean_logit=z.mean(1),
-        is_first=z.argmax(1) == labels,
+        is_first=(own >= z.amax(1)) & (own > z.masked_fill(~before, -torch.inf).amax(1)),
     )
 
 
@@ -106,12 +122,14 @@ CASES = st.builds(
     logit_scale=st.sampled_from([1.0, 0.25, 3.0]),
     losses=st.sampled_from([("log_probs",), ("entropy",), ("log_probs", "entropy")]),
     seed=st.integers(0, 1 << 16),
+    outside=st.sampled_from([0, 0, 3]),
 )
 
 
 @settings(max_examples=examples(60))
 @given(CASES)
 @example(Case(rows=300, losses=("entropy",)))
+@example(Case(vocabulary=3, outside=3, losses=("log_probs", "entropy")))
 def test_equals_log_softmax_over_all_logits(case: Case) -> None:
     check(case)
 

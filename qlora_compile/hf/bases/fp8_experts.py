@@ -22,8 +22,9 @@ def recognises(module: nn.Module) -> bool:
     return all(parameter.dtype != torch.int8 for parameter in module.parameters(recurse=False))
 
 
-def adopt(site: ExpertSite) -> None:
-    """Pack the weight of `site` anew, in a recognised module; the codes are not copied.
+def adopt(site: ExpertSite) -> bool:
+    """Pack the weight of `site` anew, in a recognised module; the codes are not copied. Return
+    whether it was in 8-bit floats.
 
     Raises StoredWeightError.
     """
@@ -32,7 +33,7 @@ def adopt(site: ExpertSite) -> None:
     module: Any = site.module
     weight, scales = getattr(module, site.parameter), getattr(module, f"{site.parameter}_scale_inv")
     if weight.dtype not in FORMATS:
-        return
+        return False
     # FP8Experts looks for its implementation in a list of its own.
     ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     packed = packed_fp8(weight.data, scales.data, _block(weight, scales, module.block_size))
@@ -41,6 +42,7 @@ def adopt(site: ExpertSite) -> None:
     for name in (site.parameter, f"{site.parameter}_scale_inv"):
         delattr(module, name)
     settle(module, site.parameter, experts)
+    return True
 
 
 def _block(weight: Any, scales: Any, block: Any) -> tuple[int, int] | None:

@@ -9,18 +9,28 @@ from typing import ClassVar
 import torch
 
 from qlora_compile.hf.checkpoints.folder import CheckpointFolder
-from qlora_compile.hf.checkpoints.source import FLOATS, Settings, Source, StoredWeight, stems
+from qlora_compile.hf.checkpoints.source import (
+    FLOATS,
+    Settings,
+    Source,
+    StoredWeight,
+    rescaling_error,
+    stems,
+)
 from qlora_compile.hf.packings import awq
 
 
 class AwqCheckpoint(Source):
     """A Linear NAME has "NAME.qweight", "NAME.scales" and, unless every zero point is 8,
-    "NAME.qzeros"."""
+    "NAME.qzeros". AutoAWQ divides the activations of some architectures by other "scales"."""
 
     method: ClassVar[str] = "awq"
 
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
         storage = awq.AwqStorage.read(settings)
+        for stem in stems(folder, ".scales"):
+            if not folder.tensors.keys() & {f"{stem}.qweight", f"{stem}.qzeros"}:
+                raise rescaling_error(folder, f"{stem}.scales")
         int32 = (torch.int32,)
         for stem in stems(folder, ".qweight"):
             tensors = {"codes": f"{stem}.qweight", "scales": f"{stem}.scales"}

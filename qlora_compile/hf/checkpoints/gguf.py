@@ -56,26 +56,37 @@ class _Part:
 class GgufFile(CheckpointFolder):
     """The tensors of a GGUF file by their names in a model: a CheckpointFolder for `read_model`.
 
-    is_known: whether the architecture is read here; transformers reads architectures that merge
-    tensors. Raises CheckpointError if the file is damaged.
+    is_known: whether the architecture is read here; if not, as where transformers merges tensors,
+    there are no parts, and transformers reads the file. Raises CheckpointError if the file is
+    damaged.
     """
 
     def __init__(self, path: Path, model_class: Any, config: Any) -> None:
         self.path = path
-        with torch.device("meta"):
-            skeleton = model_class(config)
+        self.parts: dict[str, _Part] = {}
+        self.tensors: dict[str, TensorHeader] = {}
         with readable_gguf(path):
             reader = GGUFReader(path)
             architecture: Any = read_field(reader, "general.architecture")[0]
+            # transformers reads these in a newer way, and not by the processors used here.
+            self.is_known = not is_gguf_arch_supported(architecture)
+            if not self.is_known:
+                return
             parsed = load_gguf_checkpoint(str(path))["config"]
             self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=parsed)
+            with torch.device("meta"):
+                skeleton = model_class(config)
             self._names = get_gguf_hf_weights_map(skeleton, self._processor)
-            found = [(self._processed(each), each) for each in reader.tensors]
-        self.is_known = not is_gguf_arch_supported(architecture)
-        self.is_known &= all(name is not None for (name, _), _ in found)
+            found = []
+            for tensor in reader.tensors:
+                name, shape = self._processed(tensor)
+                if name is None:
+                    self.is_known = False
+                    return
+                found.append((name, shape, tensor))
         self.parts = {
             self._names[name]: _Part(tensor, shape, self._rows(tensor))
-            for (name, shape), tensor in found
+            for name, shape, tensor in found
             if name in self._names
         }
         self.tensors = {
@@ -93,19 +104,28 @@ class GgufFile(CheckpointFolder):
     def _processed(self, tensor: Any) -> tuple[str | None, tuple[int, ...]]:
         """Return the name and the shape that transformers gives a tensor before it looks for the
         name in the model; no name where it merges the tensor with others."""
-        result = self._process(tensor, numpy.zeros(_shape(tensor), dtype=numpy.bool_))
+        # A negative number, as transformers takes the logarithm of the negative of some tensors.
+        weights = numpy.broadcast_to(numpy.float16(-1), _shape(tensor))
+        result = self._process(tensor, weights)
         return result.name, result.weights.shape
 
     def _rows(self, tensor: Any) -> Tensor | None:
         """Return the order in which transformers puts the rows of a weight; None if transformers
-        does more, or if the weight does not have two dimensions."""
+        does more, if no format holds its blocks, or if it does not have two dimensions."""
         shape = _shape(tensor)
-        if len(shape) != 2:
+        if tensor.tensor_type.name not in PACKINGS or len(shape) != 2:
             return None
-        rows, columns = (numpy.arange(size, dtype=numpy.float64) for size in shape)
-        order = self._process(tensor, numpy.stack((rows, rows), axis=1)).weights
-        kept = self._process(tensor, numpy.stack((columns,) * shape[0])).weights
-        if order.shape != (shape[0], 2) or not numpy.array_equal(kept, [columns] * shape[0]):
+        rows = numpy.arange(shape[0], dtype=numpy.float64)
+        columns = numpy.arange(shape[1], dtype=numpy.float32)
+        whole = numpy.broadcast_to(columns, shape)  # no copies: this may be an embedding
+        try:
+            order = self._process(tensor, numpy.stack((rows, rows), axis=1)).weights
+            kept = self._process(tensor, whole).weights
+        except ValueError:  # it takes the width from the configuration
+            return None
+        if order.shape != (shape[0], 2) or kept.shape != shape:
+            return None
+        if kept is not whole and not (kept == columns).all():
             return None
         if not numpy.array_equal(numpy.sort(order, axis=0), numpy.stack((rows, rows), axis=1)):
             return None

@@ -9,21 +9,32 @@ import torch
 from torch import Tensor
 
 from qlora_compile.hf.checkpoints.folder import CheckpointFolder
-from qlora_compile.hf.checkpoints.source import Settings, Source, StoredWeight, stems
+from qlora_compile.hf.checkpoints.source import (
+    Settings,
+    Source,
+    StoredWeight,
+    rescaling_error,
+    stems,
+)
 from qlora_compile.hf.packings.fp4 import NV_GROUP, packed_nvfp4
 from qlora_compile.hf.packings.fp8 import packed_fp8
 from qlora_compile.kernels.packed import PackedWeight
 
+_RESCALING = ".pre_quant_scale"
+
 
 class ModelOptCheckpoint(Source):
     """NVFP4: "weight", uint8 [N, K / 2], "weight_scale", float8 [N, K / 16], "weight_scale_2",
-    float32 []. FP8: "weight", float8 [N, K], "weight_scale", float32 [].
+    float32 []. FP8: "weight", float8 [N, K], "weight_scale", float32 []. AWQ multiplies the
+    activations of a Linear by its "pre_quant_scale".
     """
 
     method: ClassVar[str] = "modelopt"
     beside: ClassVar[tuple[str, ...]] = (".input_scale", ".k_scale", ".v_scale")
 
     def weights(self, folder: CheckpointFolder, settings: Settings) -> Iterator[StoredWeight]:
+        for stem in stems(folder, _RESCALING):
+            raise rescaling_error(folder, f"{stem}{_RESCALING}")
         for stem in stems(folder, ".weight_scale"):
             name, scales = f"{stem}.weight", f"{stem}.weight_scale"
             n, width = folder.check(

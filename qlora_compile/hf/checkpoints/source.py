@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qlora_compile.checkpoint_errors import StoredWeightError
+from qlora_compile.checkpoint_errors import CheckpointError, StoredWeightError
 from qlora_compile.hf.checkpoints.folder import CheckpointFolder
 from qlora_compile.kernels.packed import PackedWeight
 
@@ -81,6 +81,13 @@ def stems(folder: CheckpointFolder, marker: str) -> Iterator[str]:
     for name in folder.tensors:
         if name.endswith(marker):
             yield name.removesuffix(marker)
+
+
+def rescaling_error(folder: CheckpointFolder, name: str) -> CheckpointError:
+    """Return the error for a tensor by which the quantised model rescales activations."""
+    problem = "it rescales activations, which nothing here does"
+    remedy = "load the unquantised model and pack it by optimize(quantize=...)"
+    return folder.error(name, problem, remedy)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -63,8 +63,10 @@ def merged_parameter(wrapper: Any, parameter: str, site: str, weights: Weights |
             holder = nn.Module()
             holder.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
             clone: Any = copy.deepcopy(wrapper, {id(wrapper.base_layer): holder}).float()
+            known = adapters_of(clone)
             for name in _scale(clone, site, weights):
-                value = value + clone.get_delta_weight(name)
+                if name in known:
+                    value = value + clone.get_delta_weight(name)
         wrapper = wrapper.base_layer
     return value
 
@@ -114,10 +116,11 @@ def _stock(layer: type[nn.Module]) -> type[nn.Module]:
 
 
 def _scale(clone: Any, site: str, weights: Weights | None) -> list[str]:
-    """Multiply the scalings of the adapters of `clone`; return the names that `clone` has."""
+    """Multiply the scalings of the adapters of `clone`; return the names of those to merge, of
+    which `clone` may lack some."""
     if weights is None:
         return [] if clone.disable_adapters else list(clone.active_adapters)
-    known = _adapters(clone)
+    known = adapters_of(clone)
     for name, weight in weights.items():
         if name not in known or weight == 1.0:
             continue
@@ -130,7 +133,8 @@ def _scale(clone: Any, site: str, weights: Weights | None) -> list[str]:
     return [name for name in weights if name in known]
 
 
-def _adapters(layer: BaseTunerLayer) -> set[str]:
+def adapters_of(layer: BaseTunerLayer) -> set[str]:
+    """Return the names of the adapters that a layer has."""
     found: set[str] = set()
     for name in layer.adapter_layer_names:
         part = getattr(layer, name, None)

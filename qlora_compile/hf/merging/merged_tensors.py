@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from qlora_compile.hf.conv1d import Conv1D
 from qlora_compile.hf.merging.dense_layer import (
     Weights,
+    adapters_of,
     dense,
     dense_parameter,
     merged_layer,
@@ -112,8 +113,10 @@ class MergedTensors:
         if isinstance(module, ParamWrapper):
             value = merged_parameter(module, leaf, name, self._weights)
         elif isinstance(module, TrainableTokensWrapper):
-            active = module.active_adapters if self._weights is None else list(self._weights)
-            value = module.token_adapter.get_merged_weights(active)
+            names = module.active_adapters if self._weights is None else list(self._weights)
+            known = adapters_of(module.token_adapter)
+            chosen = [each for each in names if each in known]
+            value = module.token_adapter.get_merged_weights(chosen)
         else:
             if isinstance(module, BaseTunerLayer) or is_packed(module):
                 module = self._dense(module, path)

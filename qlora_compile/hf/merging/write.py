@@ -15,7 +15,7 @@ from qlora_compile.hf.merging.dense_layer import Weights
 from qlora_compile.hf.merging.merged_tensors import MergedTensors
 from qlora_compile.hf.saving.folders.folder_format import named
 from qlora_compile.hf.saving.replacement import replaced
-from qlora_compile.hf.saving.save import other_files, write_configs
+from qlora_compile.hf.saving.save import ADAPTERS, other_files, write_configs
 from qlora_compile.hf.saving.shards import Shards, size_in_bytes
 from qlora_compile.saving_errors import BaseFolderError, DtypeError
 
@@ -45,8 +45,13 @@ def write_merged(
     base = tensors.base
     if output.is_dir() and Path(base.config.name_or_path or "").resolve() == output.resolve():
         raise BaseFolderError(value=str(output))
-    stays = other_files(output, _STEM)
-    with replaced(output, lambda path: stays(path) and path.name != ORIGIN) as fresh:
+    is_other = other_files(output, _STEM)
+
+    def stays(path: Path) -> bool:
+        # The adapters may be those that are merged here.
+        return path.name == ADAPTERS or (is_other(path) and path.name != ORIGIN)
+
+    with replaced(output, stays) as fresh:
         shards = Shards(fresh, _STEM, limit, single=True)
         for name, tensor in tensors:
             shards.add(name, tensor)

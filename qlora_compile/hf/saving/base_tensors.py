@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,15 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from qlora_compile.errors import OffloadedWeightError
 from qlora_compile.hf.adapters import base_model
-from qlora_compile.hf.conv1d import LinearSite
+from qlora_compile.hf.bases.base import RepackedBase
+from qlora_compile.hf.bases.registry import base_of
+from qlora_compile.hf.conv1d import Conv1D, LinearSite
 from qlora_compile.kernels.packed import PackedWeight
-from qlora_compile.saving_errors import MergedWeightsError, SavedModelTypeError
+from qlora_compile.saving_errors import (
+    ForeignLayerError,
+    MergedWeightsError,
+    SavedModelTypeError,
+)
 
 
 def pretrained(model: nn.Module) -> PreTrainedModel:
@@ -61,7 +68,8 @@ class BaseTensors:
     unpacked: the Linears that are not packed.
 
     Raises:
-        SavedModelTypeError, MergedWeightsError, OffloadedWeightError: it cannot be saved.
+        SavedModelTypeError, MergedWeightsError, OffloadedWeightError, ForeignLayerError: it cannot
+        be saved.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,6 +89,9 @@ class BaseTensors:
                 if getattr(module, "bias", None) is not None:
                     plain[f"{prefix}bias"] = module.bias.data
                 continue
+            if isinstance(base := base_of(module), RepackedBase):
+                kind = type(module).__name__
+                raise ForeignLayerError(site=name, kind=kind, library=base.library)
             module._save_to_state_dict(plain, prefix, keep_vars=False)
             if isinstance(module, LinearSite):
                 self.unpacked.append(name)
@@ -90,6 +101,15 @@ class BaseTensors:
         for name in self.model._keys_to_ignore_on_save or ():
             plain.pop(name, None)
         self.plain = remove_tied_weights_from_state_dict(plain, self.model)
+
+    @functools.cached_property
+    def conv1ds(self) -> list[str]:
+        """The packed weights, stored [N, K] as those of Linears are, for which the architecture has
+        a Conv1D, with a weight [K, N]."""
+        with torch.device("meta"):
+            skeleton: Any = type(self.model)(self.model.config)
+        modules = dict(skeleton.named_modules())
+        return [name for name in self.packed if isinstance(modules.get(name), Conv1D)]
 
 
 def is_packed(module: Any) -> bool:

@@ -13,12 +13,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qlora_compile.errors import OutputDirectoryError
 from qlora_compile.outputs import check_writable
 from qlora_compile.saving_errors import UnfinishedSaveError
 
 _EXCHANGE = 2
 _HERE = -100
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+_INSIDE = "choose a folder inside it"
+_ELSEWHERE = "free some space, or choose another folder"
 
 
 @contextmanager
@@ -31,11 +35,18 @@ def replaced(folder: Path, stays: Callable[[Path], bool]) -> Iterator[Path]:
     beside it.
 
     Raises:
-        OutputDirectoryError: the folder cannot be written; checked before the body runs.
+        OutputDirectoryError: the folder cannot be written, or is a mount point; checked before the
+            body runs.
         UnfinishedSaveError: the body, or what follows it, could not write its files.
     """
     target = folder.resolve()
     check_writable(target)
+    if os.path.ismount(target):
+        raise OutputDirectoryError(
+            value=str(folder),
+            problem="it is a mount point, which no folder can replace",
+            remedy=_INSIDE,
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     check_writable(target.parent)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -50,7 +61,9 @@ def replaced(folder: Path, stays: Callable[[Path], bool]) -> Iterator[Path]:
         _take_place(fresh, target, aside)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
-        raise UnfinishedSaveError(value=str(folder), problem=str(error)) from error
+        # A folder of the same file system that is mounted here is known by this error alone.
+        remedy = _INSIDE if getattr(error, "errno", None) == errno.EBUSY else _ELSEWHERE
+        raise UnfinishedSaveError(value=str(folder), problem=str(error), remedy=remedy) from error
     finally:
         # By now one of them is the old folder, if all went well.
         for folder in (fresh, aside) if target.exists() else (fresh,):

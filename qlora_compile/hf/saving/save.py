@@ -46,11 +46,11 @@ def save(
     model: a transformers model with packed weights, or a PeftModel over one. For a PeftModel the
     base is written, and the adapters as PEFT files in `folder`/adapter.
 
-    stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 with integer
-    zeros or none) or "qlora_compile" (everything). None for the first of these that can hold the
-    model. transformers loads each by `from_pretrained` with the library of that name, ours after
-    `import qlora_compile` (transformers 5.18 or newer); without it, transformers finds no weights
-    in our folder and raises an OSError.
+    stored_as: "bitsandbytes" (NF4, FP4, and INT8 by row), "compressed-tensors" (INT4 in groups of
+    neighbouring columns with integer zeros or none, unless there are Conv1Ds) or "qlora_compile"
+    (everything). None for the first of these that can hold the model. transformers loads each by
+    `from_pretrained` with the library of that name, ours after `import qlora_compile` (transformers
+    5.18 or newer); without it, transformers finds no weights in our folder and raises an OSError.
 
     max_shard_size: the largest size of a file, in bytes or as text such as "5GB".
 
@@ -66,6 +66,7 @@ def save(
         FolderFormatError: `stored_as` cannot hold it.
         OptionError: there is no such kind of folder.
         MergedWeightsError: an adapter is merged into a packed weight.
+        ForeignLayerError: another library's layer could not be packed.
         ShardSizeError: max_shard_size is not a size.
         OutputDirectoryError: the folder cannot be written.
         RivalWeightsError: the folder holds weights of another kind.
@@ -108,31 +109,41 @@ def _chosen(tensors: BaseTensors, stored_as: str | None) -> FolderFormat:
     reasons = []
     for kind in FOLDERS:
         if stored_as in (None, kind.name):
-            reason = kind.obstacle(tensors.packed)
+            reason = kind.obstacle(tensors.packed) or _turned(kind, tensors)
             if reason is None:
                 return kind
             reasons.append(reason)
     raise FolderFormatError(value=stored_as, reason=reasons[0])
 
 
+def _turned(kind: FolderFormat, tensors: BaseTensors) -> str | None:
+    """Return a reason against the folder if its reader would not turn the weight of a Conv1D."""
+    if kind.turns_conv1d or not tensors.conv1ds:
+        return None
+    return f"{tensors.conv1ds[0]} is a Conv1D, and transformers would not transpose its weight"
+
+
 def other_files(folder: Path, stem: str) -> Callable[[Path], bool]:
     """Return whether a file of `folder` stays when weights named after `stem` are written there.
+
+    The folder of adapters stays, unless such weights lie beside it: then a former save wrote both.
 
     Raises:
         RivalWeightsError: it holds weights under another name.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    for path in paths:
         is_weights = path.name.endswith(
             (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
         )
         if is_weights and not path.name.startswith((stem, "adapter", "training_args")):
             raise RivalWeightsError(value=str(folder), file=path.name)
 
-    def stays(path: Path) -> bool:
-        own = path.name.startswith(stem) and ".safetensors" in path.name
-        return not own and path.name != ADAPTERS
+    def is_own(path: Path) -> bool:
+        return path.name.startswith(stem) and ".safetensors" in path.name
 
-    return stays
+    saved_before = any(map(is_own, paths))
+    return lambda path: not is_own(path) and not (saved_before and path.name == ADAPTERS)
 
 
 def write_configs(

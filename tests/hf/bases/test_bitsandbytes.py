@@ -31,6 +31,8 @@ def test_bitsandbytes_weights_are_adopted_without_a_copy(bits: int) -> None:
     step(qlora_compile.optimize(model).train(), tokens())
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
     assert list(model.state_dict()) == keys
+    # transformers saves such models right.
+    assert "save_pretrained" not in vars(model.get_base_model())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

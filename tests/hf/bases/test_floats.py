@@ -24,9 +24,12 @@ from transformers.integrations.finegrained_fp8 import (
 import qlora_compile
 from bench.coverage import kinds
 from qlora_compile.errors import AlreadyQuantizedError
+from qlora_compile.hf.saving.base_tensors import is_packed
+from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
 from tests.hf.checkpoints.integer_kinds import INTEGERS
 from tests.hf.checkpoints.written import KINDS, fp8_decoded, fp8_tensors, written
+from tests.hf.saving.test_save import assert_same
 from tests.hf.test_experts import assert_trains_alike
 from tests.hf.test_experts import lora as lora_of_experts
 from tests.test_equality import FLOAT32_TOLERANCE, distance, lora, step, without_inductor
@@ -121,6 +124,18 @@ def test_packed_anew(tmp_path: Path, name: str) -> None:
         assert name.startswith(packed.origin.removesuffix(" layer"))
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_packed_anew_it_is_saved_packed(tmp_path: Path, name: str) -> None:
+    model, decoded = LIBRARIES[name](tmp_path / "theirs")
+    count = llama().num_parameters()
+    ours = qlora_compile.optimize(model, tune="model")
+    assert ours.num_parameters() == count
+    ours.save_pretrained(tmp_path / "ours")
+    again = qlora_compile.load(tmp_path / "ours", dtype=torch.float32)
+    assert set(decoded) <= {path for path, module in again.named_modules() if is_packed(module)}
+    assert_same(again.state_dict(), ours.state_dict())
+
+
 @pytest.mark.parametrize("name", ["compressed-tensors nvfp4-pack-quantized", "torchao NF4Tensor"])
 @pytest.mark.usefixtures("without_inductor")
 def test_trains_as_over_the_decoded_weight(tmp_path: Path, name: str) -> None:
@@ -175,6 +190,14 @@ def with_fp8_experts(dense: Any) -> Any:
             stored = nn.Parameter(scales.view(experts, rows, 1), **frozen)
             setattr(module, f"{parameter}_scale_inv", stored)
     return model
+
+
+def test_experts_of_transformers_are_saved_packed(tmp_path: Path) -> None:
+    model = qlora_compile.optimize(with_fp8_experts(kinds.built(kinds.KINDS["mixtral"])))
+    model.save_pretrained(tmp_path)
+    again = qlora_compile.load(tmp_path, dtype=torch.float32)
+    assert sum(isinstance(module, PackedExperts) for module in again.modules()) >= 4
+    assert_same(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.usefixtures("without_inductor")

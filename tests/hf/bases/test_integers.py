@@ -7,6 +7,7 @@ here. The stand-ins have the names, the attributes and the tensors of those laye
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ from torchao.quantization.granularity import PerGroup
 
 import qlora_compile
 from qlora_compile.errors import StrictError
+from qlora_compile.saving_errors import ForeignLayerError
 from tests.hf.checkpoints.integer_kinds import GROUP, INTEGERS
+from tests.hf.saving.test_save import assert_same
 from tests.test_equality import FLOAT32_TOLERANCE, distance, lora, step, without_inductor
 from tests.toy_models import tokens, toy
 
@@ -196,6 +199,19 @@ def test_peft_s_layers_over_a_library_s_are_adopted() -> None:
     ours.unmerge_adapter()
 
 
+@pytest.mark.parametrize("lora_config", [None, lora(target_modules=["q_proj"])])
+def test_what_was_packed_anew_is_saved_packed(tmp_path: Path, lora_config: Any) -> None:
+    dense, quantised = models()
+    ours = qlora_compile.optimize(quantised, lora_config, tune="model")
+    base = ours if lora_config is None else ours.get_base_model()
+    assert base.num_parameters() >= dense.num_parameters()
+    base.save_pretrained(tmp_path)
+    again = qlora_compile.load(tmp_path, dtype=torch.float32)
+    state = base.state_dict()
+    expected = {n.replace(".base_layer", ""): v for n, v in state.items() if "lora_" not in n}
+    assert_same(again.state_dict(), expected)
+
+
 def in_an_order_of_its_own(module: str, name: str, stored: str) -> Any:
     def made(plain: nn.Linear) -> nn.Module:
         sizes = {"in_features": plain.in_features, "out_features": plain.out_features}
@@ -221,10 +237,15 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("reason", OBSTACLES)
-def test_layers_that_cannot_be_packed_are_named(reason: str) -> None:
+def test_layers_that_cannot_be_packed_are_named(reason: str, tmp_path: Path) -> None:
     model = toy("Llama", num_hidden_layers=1)
     mlp = model.model.layers[0].mlp
     mlp.up_proj = OBSTACLES[reason](mlp.up_proj)
     with pytest.raises(StrictError, match=f"up_proj: .*{reason}"):
         qlora_compile.optimize(model, strict=True)
     assert type(mlp.up_proj).__name__ != "QuantizedLinear"
+    mlp.gate_proj = hqq(mlp.gate_proj)[0]
+    qlora_compile.optimize(model)
+    with pytest.raises(ForeignLayerError, match=r"up_proj is a .* could not be packed"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

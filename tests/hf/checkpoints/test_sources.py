@@ -16,7 +16,7 @@ from bench.coverage import kinds
 from qlora_compile.checkpoint_errors import CheckpointError
 from qlora_compile.modules.experts import PackedExperts
 from qlora_compile.modules.linear import QuantizedLinear
-from tests.hf.checkpoints.written import KINDS, Kind, written
+from tests.hf.checkpoints.written import KINDS, Kind, save_sharded, written
 from tests.toy_models import toy
 
 ALLOWED = 3e-7
@@ -69,6 +69,22 @@ def test_settings_of_modelopt_in_a_file_of_their_own(tmp_path: Path) -> None:
     beside.write_text("{}")
     with pytest.raises(CheckpointError, match="quantization: the file cannot be read"):
         qlora_compile.load(tmp_path)
+
+
+RESCALING = {"awq": "mlp.act.scales", "modelopt, nvfp4": "mlp.up_proj.pre_quant_scale"}
+"""Tensors by which other libraries rescale activations; the latter is what NVFP4_AWQ adds."""
+
+
+@pytest.mark.parametrize("name", RESCALING)
+def test_a_model_that_rescales_activations_is_refused(tmp_path: Path, name: str) -> None:
+    written(tmp_path, toy(num_hidden_layers=1), KINDS[name])
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    tensors = {n: t for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert tensors.keys() == index["weight_map"].keys()
+    added = f"model.layers.0.{RESCALING[name]}"
+    save_sharded(tmp_path, tensors | {added: torch.ones(128)})
+    with pytest.raises(CheckpointError, match=rf"{added}: it rescales activations.*unquantised"):
+        qlora_compile.load(tmp_path, dtype=torch.float32)
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 
 import qlora_compile
@@ -21,7 +24,7 @@ from qlora_compile.saving_errors import (
     UnknownAdapterError,
     UnmergeableError,
 )
-from tests.hf.saving.test_save import plain
+from tests.hf.saving.test_save import files, plain
 from tests.hf.test_conv1d import gpt2
 from tests.hf.test_experts import TOLERANCE, TYPES
 from tests.hf.test_experts import lora as experts_lora
@@ -192,3 +195,55 @@ def test_errors_leave_nothing_behind(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(MergedWeightsError):
         merge(model, tmp_path / "another")
+
+
+def test_adapters_beside_the_merged_model_stay(tmp_path: Path) -> None:
+    """Each time: they may be the only copy of what was merged."""
+    model = untrained(toy(num_hidden_layers=1), lora(target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    before = files(tmp_path)
+    for _ in range(2):
+        qlora_compile.merge(model, tmp_path, torch.float32)
+        assert (tmp_path / "model.safetensors").is_file()
+        assert before.items() <= files(tmp_path).items()
+
+
+def test_an_adapter_that_reaches_some_of_the_experts_wrappers(tmp_path: Path) -> None:
+    """PEFT's own merge skips an adapter where there is none of it; so does ours."""
+    model = untrained(experts_toy("mixtral"), experts_lora("mixtral"), None)
+    model.add_adapter("other", lora(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    qlora_compile.merge(model, tmp_path, torch.float32)
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    loaded = type(model.get_base_model()).from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert distance(loaded[name], tensor) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("weights", [{"default": 1.0, "other": 1.0}, {"other": 0.3}])
+def test_an_adapter_without_the_tokens_of_another(
+    tmp_path: Path, weights: dict[str, float]
+) -> None:
+    model = untrained(
+        toy(num_hidden_layers=1),
+        lora(target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+        None,
+    )
+    model.add_adapter("other", lora(target_modules=["v_proj"]))
+    model.set_adapter("other")
+    qlora_compile.merge(model, tmp_path, torch.float32, adapters=weights)
+    stock = copy.deepcopy(model)
+    for layer in stock.modules():
+        if isinstance(layer, LoraLayer) and "other" in layer.scaling:
+            layer.scaling["other"] *= weights["other"]
+    for layer in stock.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge(adapter_names=[name for name in weights if name in layer.lora_A])
+        elif isinstance(layer, TrainableTokensLayer):
+            layer.merge(adapter_names=[name for name in weights if name in layer.token_indices])
+    merged = stock.unload().state_dict()
+    loaded = type(model.get_base_model()).from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == merged.keys()
+    for name, tensor in merged.items():
+        assert distance(loaded[name], tensor) < TOLERANCE, name

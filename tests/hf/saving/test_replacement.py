@@ -94,6 +94,30 @@ def test_what_the_body_raises_leaves_the_old(folder: Path) -> None:
     assert os.listdir(folder.parent) == ["model"]
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    refused = pytest.raises(OutputDirectoryError, match=r"mount point.*choose a folder inside it")
+    with refused, replaced(folder, lambda path: True):
+        raise AssertionError("the body has begun")
+    assert content(folder) == OLD
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_a_folder_mounted_from_the_same_file_system_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*args: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(replacement, "_take_place", busy)
+    with pytest.raises(UnfinishedSaveError, match="unchanged; choose a folder inside it"):
+        replace(folder)
+    assert content(folder) == OLD
+    assert os.listdir(folder.parent) == ["model"]
+
+
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputDirectoryError, match="is a file"):

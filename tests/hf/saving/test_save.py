@@ -59,6 +59,8 @@ HELD: dict[str, tuple[str, dict[str, Any], str]] = {
     "INT4": ("int4", {"group_size": 32}, "compressed-tensors"),
     "INT4 symmetric": ("int4", {"zeros": "none", "group_size": "row"}, "compressed-tensors"),
     "INT4 float zeros": ("int4", {"zeros": "float"}, "qlora_compile"),
+    "INT4 minima": ("int4", {"zeros": "minimum"}, "qlora_compile"),
+    "INT4 in any groups": ("int4", {"grouping": "indexed"}, "qlora_compile"),
     "INT8 in blocks": ("int8", {}, "qlora_compile"),
     "NVFP4": ("nvfp4", {}, "qlora_compile"),
 }
@@ -112,6 +114,14 @@ MODELS = {
     "mixtral": lambda: experts_toy("mixtral"),
     "gpt_oss": lambda: experts_toy("gpt_oss"),
 }
+
+
+@pytest.mark.parametrize("held", [each for each in HELD if HELD[each][2] == "qlora_compile"])
+def test_what_no_library_reads_goes_to_our_folder(held: str, tmp_path: Path) -> None:
+    model = packed(held)
+    assert qlora_compile.save(model, tmp_path) == HELD[held][2]
+    loaded = qlora_compile.load(tmp_path, dtype=model.dtype)
+    assert_same(loaded.state_dict(), model.state_dict())
 
 
 @NEEDS_HOOK
@@ -191,6 +201,20 @@ def test_base_and_adapters_of_a_peft_model(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(MergedWeightsError, match="unmerge_adapter"):
         qlora_compile.save(model, tmp_path / "merged")
+
+
+def test_adapters_of_a_former_save_go_and_others_stay(tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = qlora_compile.optimize(toy(num_hidden_layers=1), lora, quantize="nf4")
+    base, trained, saved = model.get_base_model(), tmp_path / "trained", tmp_path / "saved"
+    model.save_pretrained(str(trained / "adapter"))
+    before = files(trained)
+    qlora_compile.save(base, trained)
+    assert before.items() <= files(trained).items()
+    qlora_compile.save(model, saved)
+    assert (saved / "adapter").is_dir()
+    qlora_compile.save(base, saved)
+    assert not (saved / "adapter").exists()
 
 
 class Hub:

@@ -17,11 +17,16 @@ from qlora_compile.hf.saving.folders.folder_format import FolderFormat, of_exper
 from qlora_compile.kernels.packed import PackedWeight
 
 _CODES_PER_WORD = 8
+_LARGEST_ZERO = 15
+_PLANES = {"codes", "scales", "zeros"}
+"""What the folder has a place for."""
 
 
 class CompressedTensorsFolder(FolderFormat):
     name: ClassVar[str] = "compressed-tensors"
     reader: ClassVar[str] = "transformers with compressed-tensors installed, or vLLM"
+    # transformers decodes into [N, K], whatever the shape of the parameter.
+    turns_conv1d: ClassVar[bool] = False
     # compressed-tensors 0.20 has no place for packed zero points in a model that stays packed.
     code: ClassVar[str] = (
         "from transformers import CompressedTensorsConfig, {model}\n\n"
@@ -35,10 +40,15 @@ class CompressedTensorsFolder(FolderFormat):
             layout, options = packed.layout, packed.layout.named
             if layout.format != "int4" or options["zeros"] == "float":
                 return f"{name} is {layout}, and not int4 with integer zeros or none"
+            if lost := sorted(packed.planes.keys() - _PLANES):
+                return f"{name} is {layout}, and there is no place for its {lost[0]}"
             if layout.shape[0] % _CODES_PER_WORD or layout.shape[1] % _CODES_PER_WORD:
                 return f"{name} has sides {layout.shape} that are not multiples of 8"
             if layout.shape[1] % options["group_size"]:
                 return f"{name}: {options['group_size']} columns a group do not divide its columns"
+            # GPTQ's version 1 has zeros of 16, which would reach into the next row.
+            if "zeros" in packed.planes and int(packed.planes["zeros"].max()) > _LARGEST_ZERO:
+                return f"{name} has a zero above {_LARGEST_ZERO}, which four bits do not hold"
             kinds.add(options["zeros"])
         if len(kinds) > 1 or _strategy(weights) is None:
             return "its weights are stored in several ways, and a folder has one"
@@ -56,7 +66,8 @@ class CompressedTensorsFolder(FolderFormat):
             # Two rows to a byte, then four bytes to a word.
             zeros = packed.planes["zeros"].reshape(rows, -1).t()
             pairs = zeros[:, ::2] | zeros[:, 1::2] << 4
-            words = pairs.contiguous().view(torch.int32).t()
+            # contiguous() keeps the strides of dimensions of length one, which view() refuses.
+            words = pairs.clone(memory_format=torch.contiguous_format).view(torch.int32).t()
             yield f"{prefix}weight_zero_point", words.contiguous()
 
     def quantization_config(

@@ -17,13 +17,15 @@ class FolderFormat(ABC):
     """One way to store packed weights in safetensors; without state.
 
     name: for users, and the `quant_method` of the library that reads it. stem: the beginning of the
-    files' names. single: whether a lone file has no number and no index. reader, code: for the
-    model card, what loads the folder and how; {model} is the model's class.
+    files' names. single: whether a lone file has no number and no index. turns_conv1d: whether the
+    reader takes [N, K] for a Conv1D, whose own weight is [K, N]. reader, code: for the model card,
+    what loads the folder and how; {model} is the model's class.
     """
 
     name: ClassVar[str]
     stem: ClassVar[str] = "model"
     single: ClassVar[bool] = True
+    turns_conv1d: ClassVar[bool] = True
     reader: ClassVar[str]
     code: ClassVar[str] = (
         "from transformers import {model}\n\nmodel = {model}.from_pretrained(folder)"
