@@ -150,8 +150,6 @@ class Region(CompiledForward):
             return self.stock(*args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
         watched = hooked is not None and hooked.is_watched
-        # Slots only read the weights of an adapter's modules; their hooks run in PEFT's forward.
-        self.adapters.refresh(by_slots=not watched)
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not watched:
             args, kwargs = with_gradient(module, args, kwargs)
@@ -170,6 +168,9 @@ class Region(CompiledForward):
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         plans.heed()
+        # Here, because a checkpoint recomputes the block with the adapters of that moment. Slots
+        # only read the weights of an adapter's modules; their hooks run in PEFT's forward.
+        self.adapters.refresh(by_slots=hooked is None or not hooked.is_watched)
         with Running(self) as executed, DynamoSettings(hooked.settings if hooked else {}):
             try:
                 result = self.kind.compiled(hooked)(self.replaced or self.module, *args, **kwargs)
