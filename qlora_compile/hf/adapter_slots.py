@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.hf.own_graphs import in_own_graph
 from qlora_compile.hf.replaced_forward import called_forward
 
 
@@ -32,9 +33,9 @@ class Slot(NamedTuple):
 
 
 class SlottedLayer:
-    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots when compiled.
+    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots in a block's graph.
 
-    Uncompiled, the layer runs PEFT's own forward. slots: the active adapters; empty if there are
+    Elsewhere the layer runs PEFT's own forward. slots: the active adapters; empty if there are
     none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
     LoRA is active, a factor is not a plain Linear, or no block has called the layer yet.
     """
@@ -43,8 +44,9 @@ class SlottedLayer:
     _slots_state: list[Any] | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slots = self.slots
-        if slots is None or args or kwargs or not torch.compiler.is_compiling():
+        by_slots = torch.compiler.is_compiling() and in_own_graph() and not (args or kwargs)
+        slots = self.slots if by_slots else None
+        if slots is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x)
         dtype = result.dtype
