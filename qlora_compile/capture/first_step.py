@@ -57,6 +57,16 @@ class FirstStep:
         self.called = None
         self._warn(ran)
 
+    def warn_of_replicas(self) -> None:
+        """Warn that the model is trained by nn.DataParallel, once."""
+        if self.called is not None:
+            self.called = None
+            message = (
+                "nn.DataParallel runs copies of the model's blocks, uncompiled; start one process "
+                "for each GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+            warnings.warn(message, UnfusedWarning, stacklevel=2)
+
     def _warn(self, regions: list[_Region]) -> None:
         reasons = Counter(
             why
