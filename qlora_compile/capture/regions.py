@@ -150,14 +150,17 @@ class Region(CompiledForward):
             return self.stock(*args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
         watched = hooked is not None and hooked.is_watched
+        stand_in = None
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not watched:
-            args, kwargs = with_gradient(module, args, kwargs)
+            args, kwargs, stand_in = with_gradient(module, args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
-            return checkpoint(partial(self._run, hooked, **kwargs), *args)
-        return self._run(hooked, *args, **kwargs)
+            result = checkpoint(partial(self._run, hooked, **kwargs), *args)
+        else:
+            result = self._run(hooked, *args, **kwargs)
+        return result if stand_in is None else stand_in.write_back(result)
 
     def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
         if hooked in self.kind.refused:
