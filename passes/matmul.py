@@ -13,6 +13,7 @@ from qlora_compile.passes.nodes import (
     ADDS,
     example,
     insert_before,
+    insert_for,
     is_private,
     replace_node,
     transposed,
@@ -53,7 +54,7 @@ def linearize_matmuls(graph_module: GraphModule, context: PassContext) -> int:
             weight = insert_before(node, torch.t, (factor,))
         linear = torch.nn.functional.linear
         # At the product's place, not the sum's: a node in between may write to x.
-        replace_node(last, insert_before(node, linear, (x, weight, bias)))
+        replace_node(last, insert_for(last, node, linear, (x, weight, bias)))
         rewritten += 1
     return rewritten
 
@@ -66,12 +67,17 @@ def _is_product(node: Node) -> bool:
 
 
 def _with_bias(product: Node, site: str, context: PassContext) -> tuple[Node, Any]:
-    """Return the sum of `product` and the site's bias, with the bias; else `product` and None."""
+    """Return the sum of `product` and the site's bias, with the bias; else `product` and None.
+
+    A sum in another dtype than the product's, as of a float32 bias under autocast, stays a sum.
+    """
     user = next(iter(product.users), None)
     if is_private(product) and user is not None and user.target in ADDS and not user.kwargs:
         others = [argument for argument in user.args if argument is not product]
         if len(others) == 1 and context.site_of(others[0]) == site and len(_shape(others[0])) == 1:
-            return user, others[0]
+            before, after = example(product), example(user)
+            if before is not None and after is not None and before.dtype == after.dtype:
+                return user, others[0]
     return product, None
 
 

@@ -184,9 +184,7 @@ def insert_before(
     anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
 ) -> Node:
     """Insert a call before `anchor` and return its node, with the fake tensor of its result."""
-    graph = anchor.graph
-    with graph.inserting_before(anchor):
-        node = graph.call_function(target, args, kwargs)
+    node = _inserted(anchor, target, args, kwargs)
     examples = map_arg((args, kwargs), lambda n: n.meta["example_value"])
     fakes = [value for n in node.all_input_nodes if (value := example(n)) is not None]
     mode = getattr(fakes[0] if fakes else example(anchor), "fake_mode", None)
@@ -194,6 +192,24 @@ def insert_before(
     # Without autograd: a checkpoint that is under way would count the tensors saved here.
     with mode, torch.no_grad():
         node.meta["example_value"] = target(*examples[0], **examples[1])
+    return node
+
+
+def insert_for(node: Node, anchor: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+    """Insert a call before `anchor` that computes the same as `node`, whose fake tensor it gets.
+
+    The call is not evaluated: the graph may switch autocast at that place.
+    """
+    inserted = _inserted(anchor, target, args, {})
+    inserted.meta["example_value"] = node.meta["example_value"]
+    return inserted
+
+
+def _inserted(
+    anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Node:
+    with anchor.graph.inserting_before(anchor):
+        node = anchor.graph.call_function(target, args, kwargs)
     node.meta["nn_module_stack"] = anchor.meta.get("nn_module_stack", {})
     node.meta["stack_trace"] = anchor.meta.get("stack_trace")
     return node

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from qlora_compile import adopt, early_builds
-from qlora_compile.capture.first_step import FirstStep
+from qlora_compile.capture.first_step import FirstStep, ModelLink
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.regions import Region, RegionSites, install, uninstall
 from qlora_compile.errors import (
@@ -282,7 +281,8 @@ def _install_regions(
             verifier = Verifier(key.__name__, strict, verify == "once") if verify else None
             kinds[key] = RegionKind(key, strict, verifier, count[key] > 1, tune)
         regions.append(install(module, kinds[key], sites))
-    first_step = FirstStep(regions, partial(trl_head.serve, inventory.model))
+    first_step = FirstStep(trl_head.serve)
+    ModelLink.make(adapters.base_model(inventory.model), first_step)
     for region in regions:
         region.first_step = first_step
     return regions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from torch.fx import GraphModule
 
 from qlora_compile.capture.inductor import compile_inner
 from qlora_compile.capture.pipeline import run_pipeline, settle_calls
+from qlora_compile.hf.own_graphs import CALLS
 from qlora_compile.kernels.selector import ModelledSelector
 from qlora_compile.passes.context import FusedExperts, FusedSite, PassContext, tensor_names
 from qlora_compile.tuning.tuner import Tuner
@@ -56,26 +56,13 @@ class RegionGraph:
                 self.unfused |= dict.fromkeys(self.fused, mismatch)
                 self.fused = {}
             self.unchecked = None
-        _, executed = _running.regions[-1]
+        _, executed = CALLS.stack[-1]
         executed.append((self, [id(args[position]) for position in self.weights.values()]))
         return self.run(*args)
 
 
 GraphCall = tuple[RegionGraph, list[int]]
 """A graph that ran, and the `id` of each argument listed in its `weights`."""
-
-
-class _Running(threading.local):
-    """The regions whose calls are under way in this thread, the innermost last.
-
-    Each thread has its list, as autograd's threads recompute several checkpointed regions at once.
-    """
-
-    def __init__(self) -> None:
-        self.regions: list[tuple[RunningRegion, list[GraphCall]]] = []
-
-
-_running = _Running()
 
 
 class Running:
@@ -87,16 +74,16 @@ class Running:
 
     def __enter__(self) -> list[GraphCall]:
         executed: list[GraphCall] = []
-        _running.regions.append((self._region, executed))
+        CALLS.stack.append((self._region, executed))
         return executed
 
     def __exit__(self, *_: object) -> None:
-        _running.regions.pop()
+        CALLS.stack.pop()
 
 
 def running_region() -> RunningRegion:
     """Return the innermost region whose call this thread is in."""
-    region, _ = _running.regions[-1]
+    region, _ = CALLS.stack[-1]
     return region
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora_compile.hf.own_graphs import in_own_graph
 from qlora_compile.modules.packed import PackedModule
 
 _GLOBAL_HOOKS = re.compile(r"\._global_(forward|backward)_(pre_)?hooks\b")
@@ -72,7 +73,7 @@ def _side_planes(modules: Iterable[nn.Module]) -> Iterable[object]:
 
 def _is_kept(entry: Any, planes: set[int]) -> bool:
     name, kind = entry.name, entry.guard_type
-    if id(entry.value) in planes or ".side_names" in name:
+    if id(entry.value) in planes or ".side_names" in name or entry.value is in_own_graph:
         return False
     if not entry.is_global:
         return kind != "TYPE_MATCH" or not _MODULE_DICTIONARY.search(name)

@@ -27,6 +27,7 @@ from qlora_compile.capture.first_step import FirstStep
 from qlora_compile.capture.hook_watch import HookWatch
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, hooks_inside
+from qlora_compile.capture.placement import place, region_on, take_off
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
@@ -35,7 +36,6 @@ from qlora_compile.hf.blocks import checkpoints, is_cached_call
 from qlora_compile.hf.captured_outputs import append_collected
 from qlora_compile.hf.replaced_forward import (
     CompiledForward,
-    forward_place,
     place_hooks,
     reached,
     replaced_forward,
@@ -146,30 +146,34 @@ class Region(CompiledForward):
             self.graphs, self.uncompiled = [], _BY_ROW
             return self.stock(*args, **kwargs)
         if (reason := obstacle(module, hooks)) is not None:
-            self._leave_uncompiled(reason)
+            self.leave_uncompiled(reason)
             return self.stock(*args, **kwargs)
         hooked = self._hooked(hooks) if hooks else None
         watched = hooked is not None and hooked.is_watched
-        # Slots only read the weights of an adapter's modules; their hooks run in PEFT's forward.
-        self.adapters.refresh(by_slots=not watched)
+        stand_in = None
         # Hooks may check which values require a gradient, so none is added for them.
         if self.kind.repeated and module.training and torch.is_grad_enabled() and not watched:
-            args, kwargs = with_gradient(module, args, kwargs)
+            args, kwargs, stand_in = with_gradient(module, args, kwargs)
         if checkpoints(module):
             # The region is inside the checkpoint, so that recomputation runs compiled too.
             checkpoint: Any = module._gradient_checkpointing_func
-            return checkpoint(partial(self._run, hooked, **kwargs), *args)
-        return self._run(hooked, *args, **kwargs)
+            result = checkpoint(partial(self._run, hooked, **kwargs), *args)
+        else:
+            result = self._run(hooked, *args, **kwargs)
+        return result if stand_in is None else stand_in.write_back(result)
 
     def _run(self, hooked: HookedRun | None, /, *args: Any, **kwargs: Any) -> Any:
         if hooked in self.kind.refused:
-            self._leave_uncompiled(self.kind.refused[hooked])
+            self.leave_uncompiled(self.kind.refused[hooked])
             return (self.replaced or partial(self.kind.forward, self.module))(*args, **kwargs)
         refuse_context_parallel()
         tuner = self.kind.tuner
         if tuner is not None and not self.kind.probing:
             tuner.ensure_missed()
         plans.heed()
+        # Here, because a checkpoint recomputes the block with the adapters of that moment. Slots
+        # only read the weights of an adapter's modules; their hooks run in PEFT's forward.
+        self.adapters.refresh(by_slots=hooked is None or not hooked.is_watched)
         with Running(self) as executed, DynamoSettings(hooked.settings if hooked else {}):
             try:
                 result = self.kind.compiled(hooked)(self.replaced or self.module, *args, **kwargs)
@@ -210,7 +214,8 @@ class Region(CompiledForward):
         self.captured = hooked.captured
         return hooked
 
-    def _leave_uncompiled(self, reason: str) -> None:
+    def leave_uncompiled(self, reason: str) -> None:
+        """Report that a call runs uncompiled; raise StrictError if that is refused."""
         self.graphs, self.uncompiled = [], reason
         if self.kind.strict:
             self.raise_unfused()
@@ -286,31 +291,20 @@ class Region(CompiledForward):
         return dict.fromkeys(self.sites - served, missing) | self._by_own_names("unfused")
 
 
-_REGION = "_qlora_compile_region"
-"""The attribute of a module that holds its region, even after its forward has been replaced."""
-
-
 def install(module: nn.Module, kind: RegionKind, planned: RegionSites) -> Region:
     region = Region(module, kind, planned)
     if kind.repeated:
         region.gathered = gather_whole(module)
-    setattr(module, forward_place(module), region)
-    setattr(module, _REGION, region)
+    place(region)
     return region
 
 
 def uninstall(module: nn.Module) -> None:
     """Give `module` back its earlier forward, unless somebody has replaced the region's since."""
-    region, place = module.__dict__.pop(_REGION), forward_place(module)
+    region = take_off(module)
     if region.gathered is not None:
         gather_apart(module, region.gathered)
-    if module.__dict__.get(place) is region:
-        if place == "forward" and region.replaced is None:
-            del module.forward
-        else:
-            own = region.kind.module_class.forward.__get__(module)
-            setattr(module, place, region.replaced or own)
 
 
 def region_of(module: nn.Module) -> Region | None:
-    return module.__dict__.get(_REGION)
+    return region_on(module)

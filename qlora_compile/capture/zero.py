@@ -38,5 +38,6 @@ def _with_gradient(block: nn.Module, args: Any, kwargs: Any) -> Any:
     the gradients of the weights have been added up.
     """
     if "ds_id" in block.__dict__ and torch.is_grad_enabled():
-        return with_gradient(block, args, kwargs)
+        args, kwargs, _ = with_gradient(block, args, kwargs)
+        return args, kwargs
     return None

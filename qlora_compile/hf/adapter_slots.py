@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora_compile.hf.own_graphs import in_own_graph
 from qlora_compile.hf.replaced_forward import called_forward
 
 
@@ -32,9 +33,9 @@ class Slot(NamedTuple):
 
 
 class SlottedLayer:
-    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots when compiled.
+    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots in a block's graph.
 
-    Uncompiled, the layer runs PEFT's own forward. slots: the active adapters; empty if there are
+    Elsewhere the layer runs PEFT's own forward. slots: the active adapters; empty if there are
     none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
     LoRA is active, a factor is not a plain Linear, or no block has called the layer yet.
     """
@@ -43,8 +44,9 @@ class SlottedLayer:
     _slots_state: list[Any] | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slots = self.slots
-        if slots is None or args or kwargs or not torch.compiler.is_compiling():
+        by_slots = torch.compiler.is_compiling() and in_own_graph() and not (args or kwargs)
+        slots = self.slots if by_slots else None
+        if slots is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         result = self.base_layer(x)
         dtype = result.dtype
@@ -93,10 +95,13 @@ class SlottedLayer:
         return {k: v for k, v in state.items() if k not in ("slots", "_slots_state")}
 
 
-def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple[Any, ...]:
+def _state(
+    a: Any, b: Any, dropout: Any, scaling: float | Tensor, variant: bool
+) -> tuple[Any, ...]:
     """Return whether a slot can represent the adapter, followed by the parts of that slot.
 
-    Tensors are represented by their `id`, which is unique while the slot holds them.
+    Tensors are represented by their `id`, which is unique while the slot holds them. A scaling that
+    is a tensor, as PEFT's hotswap makes it, may be written to.
     """
     plain = type(a) is type(b) is nn.Linear and not variant
     plain = plain and isinstance(dropout, (nn.Identity, nn.Dropout))
@@ -106,7 +111,13 @@ def _state(a: Any, b: Any, dropout: Any, scaling: float, variant: bool) -> tuple
             plain = False
     weight = _parameter(a, "weight")
     tensors = id(weight), id(_parameter(b, "weight")), id(_parameter(b, "bias"))
-    return plain, *tensors, weight.device, weight.dtype, scaling, _probability(dropout)
+    number = (id(scaling), version(scaling)) if isinstance(scaling, Tensor) else scaling
+    return plain, *tensors, weight.device, weight.dtype, number, _probability(dropout)
+
+
+def version(tensor: Tensor) -> int | None:
+    """Return a number that every write to `tensor` changes; None if torch counts no writes."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
@@ -125,8 +136,8 @@ def _probability(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _slot(a: nn.Linear, b: nn.Linear, dropout: nn.Module, scaling: float) -> Slot:
+def _slot(a: nn.Linear, b: nn.Linear, dropout: nn.Module, scaling: float | Tensor) -> Slot:
     with torch.inference_mode(False):
         dtype = torch.promote_types(torch.float32, a.weight.dtype)
-        number = torch.full((), scaling, dtype=dtype, device=a.weight.device)
+        number = torch.full((), float(scaling), dtype=dtype, device=a.weight.device)
     return Slot(a.weight, b.weight, b.bias, number, _probability(dropout))

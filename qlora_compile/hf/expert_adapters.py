@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from qlora_compile.hf.adapter_slots import SlottedLayer
 from qlora_compile.hf.experts import Factors, displace, is_served, is_transposed, place
 from qlora_compile.hf.merged_base import MergesInPlace
+from qlora_compile.hf.own_graphs import in_own_graph
 from qlora_compile.modules.experts import PackedExperts
 
 
@@ -28,7 +29,7 @@ class ParamWrapper(MergesInPlace, SlottedLayer, PeftParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         served = is_served(self.get_base_layer()) and self.parameter_name in _WEIGHTS
-        if served and self.slots and torch.compiler.is_compiling():
+        if served and torch.compiler.is_compiling() and in_own_graph() and self.slots:
             factors = self._factors([(s.a, s.b, s.scaling) for s in self.slots])
             return self._with_factors(factors, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]

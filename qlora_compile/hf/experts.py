@@ -146,11 +146,7 @@ def check_finite(sites: Mapping[str, ExpertSite]) -> Iterator[tuple[str, int]]:
 
 
 def pack(
-    sites: Mapping[str, ExpertSite],
-    format: str,
-    *,
-    keep_trained: bool,
-    **options: Any,
+    sites: Mapping[str, ExpertSite], format: str, *, keep_trained: bool, **options: Any
 ) -> None:
     """Pack the weights of all experts that our op can compute, one at a time.
 
@@ -310,6 +306,9 @@ def _linear(
     if bias is not None and bias.requires_grad:
         raise_frozen(f"{type(module).__name__}.{name}_bias")
     if isinstance(weight, PackedExperts):
+        if not torch.compiler.is_compiling():
+            # A copy that nn.DataParallel makes has children of its own, but shares the attribute.
+            weight = getattr(module, name + PACKED_EXPERTS)
         planes, layout = weight.tensors, weight.layout
     else:
         if weight.requires_grad:

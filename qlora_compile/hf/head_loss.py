@@ -154,8 +154,10 @@ class LogitsFreeLoss:
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-            head.register_forward_pre_hook(self._before_head),
-            head.register_forward_hook(self._after_head),
+            # Functions, because PEFT copies a head that it trains in full, hooks and all: with
+            # methods of this object, it would copy the model too.
+            head.register_forward_pre_hook(_before_head),
+            head.register_forward_hook(_after_head),
         ]
 
     def remove(self) -> None:
@@ -175,21 +177,23 @@ class LogitsFreeLoss:
         _CALL.set(None)
         return _without_logits(output)
 
-    def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        call = _CALL.get()
-        if call is None or len(args) != 1 or head_operands(module) is None:
-            return None
-        call.hidden = args[0]
-        # The head runs without any rows: that costs nothing and shows the logits' dtype.
-        return (args[0][:0].detach(),)
 
-    def _after_head(self, module: nn.Module, args: Any, output: Tensor) -> Any:
-        call = _CALL.get()
-        if call is None or call.hidden is None:
-            return None
-        hidden, call.hidden = call.hidden, None
-        shape = torch.Size((*hidden.shape[:-1], output.shape[-1]))
-        return LazyLogits(hidden, module, call.model, shape, output.dtype, output.device)
+def _before_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    call = _CALL.get()
+    if call is None or len(args) != 1 or head_operands(module) is None:
+        return None
+    call.hidden = args[0]
+    # The head runs without any rows: that costs nothing and shows the logits' dtype.
+    return (args[0][:0].detach(),)
+
+
+def _after_head(module: nn.Module, args: Any, output: Tensor) -> Any:
+    call = _CALL.get()
+    if call is None or call.hidden is None:
+        return None
+    hidden, call.hidden = call.hidden, None
+    shape = torch.Size((*hidden.shape[:-1], output.shape[-1]))
+    return LazyLogits(hidden, module, call.model, shape, output.dtype, output.device)
 
 
 def _without_logits(output: Any) -> Any:

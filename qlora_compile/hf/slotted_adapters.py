@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qlora_compile.hf.adapter_slots import SlottedLayer
+from qlora_compile.hf.adapter_slots import SlottedLayer, version
 from qlora_compile.hf.adapters import wrapper_at
 from qlora_compile.hf.conv1d import LinearSite
 
@@ -93,10 +93,13 @@ class _Read:
         dropouts = [each for each in parts if isinstance(each, nn.Dropout)]
         weights = [a.weight for a, *_ in active]
         states = [layer.__dict__ for layer in layers]
+        scalings = [each for layer in layers for each in layer.scaling.values()]
+        written = [each for each in scalings if isinstance(each, Tensor)]
         self._checks: list[tuple[Callable[[Any], Any], list[Any], list[Any]]] = [
             (_settings, states, [tuple(map(_copied, _settings(each))) for each in states]),
             (type, parts, [*map(type, parts)]),
             (attrgetter("p", "training"), dropouts, [(each.p, each.training) for each in dropouts]),
+            (version, written, [version(each) for each in written]),
             (attrgetter("device", "dtype"), weights, [(w.device, w.dtype) for w in weights]),
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch._dynamo.utils import counters
 
 import qlora_compile
 from bench.agreement import distance
 from tests.hf import test_experts as experts
 from tests.test_equality import as_rewritten, build, lora, step
-from tests.toy_models import tokens
+from tests.toy_models import tokens, toy
 
 __all__ = ["as_rewritten"]
 
@@ -58,6 +60,21 @@ def test_any_scaling_runs_one_graph(base: str) -> None:
                 if isinstance(module, LoraLayer) and "default" in module.scaling:
                     module.set_scale("default", scaling)
         assert_equal_steps(stock, ours)
+    assert graphs() == 1
+
+
+@by_base
+def test_hotswapped_adapters_run_one_graph(base: str, tmp_path: Path) -> None:
+    """PEFT's hotswap writes weights and scalings in place."""
+    models = pair(base)
+    for model in models:
+        prepare_model_for_compiled_hotswap(model)
+    for number, alpha in enumerate((8, 2, 32)):
+        torch.manual_seed(number)
+        get_peft_model(toy(), lora(lora_alpha=alpha)).save_pretrained(tmp_path / str(number))
+        for model in models:
+            hotswap_adapter(model, str(tmp_path / str(number)), "default")
+        assert_equal_steps(*models)
     assert graphs() == 1
 
 

@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 import qlora_compile
 from qlora_compile.capture import region_kind
 from qlora_compile.capture.guards import kept_guards
+from qlora_compile.hf.own_graphs import in_own_graph
 from qlora_compile.modules.packed import PackedModule
 from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, lora, without_inductor
 from tests.toy_models import tokens, toy
@@ -84,6 +85,8 @@ def test_few_guards_are_kept_and_changes_are_noticed(monkeypatch: pytest.MonkeyP
     checked = [entry for entry, _ in seen if entry.guard_type != SKIPPED_BY_DYNAMO]
     repeated = [entry for entry in kept if entry.guard_type != SKIPPED_BY_DYNAMO]
     assert len(repeated) < 0.7 * len(checked)
+    assert in_own_graph in [each.value for each in checked]
+    assert in_own_graph not in [each.value for each in kept]
     layer = model.get_base_model().model.layers[0]
     packed = [module for module in layer.modules() if isinstance(module, PackedModule)]
     sides = [(*module.tensors[1:], module.packed_layout) for module in packed]

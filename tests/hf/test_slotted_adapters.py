@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -117,6 +118,33 @@ def test_slots_follow_what_changes(change: str) -> None:
     SlottedAdapters(block, SITES).refresh(by_slots=True)
     assert found == [_told(block[name].slots) for name in SITES]
     assert (found == before) == (change in ("nothing", "forgotten"))
+
+
+def _filled(scaling: Any) -> None:
+    scaling.fill_(3.5)
+
+
+def _halved(scaling: Any) -> None:
+    scaling.mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [_filled, _halved])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slots_follow_what_is_written_to_a_scaling(write: Any, dtype: torch.dtype) -> None:
+    """PEFT's hotswap makes tensors of scalings and writes to them."""
+    model = adapted().to(dtype)
+    prepare_model_for_compiled_hotswap(model)
+    block = model.base_model.model
+    adapters = SlottedAdapters(block, SITES)
+    for name in (*SITES, *SITES):
+        for _ in range(2):
+            adapters.refresh(by_slots=True)
+        write(block[name].scaling["default"])
+        adapters.refresh(by_slots=True)
+        for each in SITES:
+            (slot,) = block[each].slots
+            assert slot.scaling.item() == block[each].scaling["default"].item()
+            assert slot.scaling.dtype == dtype
 
 
 def test_a_refresh_that_is_not_by_slots_is_not_passed_over() -> None:

@@ -41,8 +41,20 @@ TRAINERS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], dict[str, Any]]]
         {"gradient_checkpointing": True},
         {},
     ),
-    "DPO": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
-    "KTO": ({"prompt": PROMPTS, "completion": GOOD, "label": [True, False] * 2}, {}, {}),
+    # Between the forward and the backward these two compute a reference without the adapters.
+    "DPO": (
+        {"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD},
+        {"gradient_checkpointing": True},
+        {},
+    ),
+    "KTO": (
+        {"prompt": PROMPTS, "completion": GOOD, "label": [True, False] * 2},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        {},
+    ),
     "Reward": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
     "ORPO": ({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}, {}, {}),
     "GRPO": (

@@ -266,6 +266,40 @@ def test_a_product_with_the_transposed_weight_is_a_linear(write: Any, bias: bool
     assert compare(chain, bias=bias, adjust=own).fused == 2
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("bias_first", [False, True])
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN.keys())
+@pytest.mark.parametrize("inside", [None, True, False])
+def test_a_product_under_autocast_is_stocks(
+    write: Any, bias_first: bool, dtypes: Any, inside: bool | None
+) -> None:
+    """The product is in bfloat16 there, and its sum with a bias in float32 is in float32. inside:
+    whether the layer switches autocast on or off itself."""
+
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if inside is None:
+                return self.sum(input)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                return self.sum(input.float())
+
+        def sum(self, x: Tensor) -> Tensor:
+            y = write(x, self.weight)
+            return self.bias + y if bias_first else y + self.bias
+
+    weight, bias = dtypes
+    torch.manual_seed(0)
+    model = nn.Sequential(Own(8, 8), nn.Tanh(), Own(8, 8)).to(weight).requires_grad_(False)
+    for layer in (model[0], model[2]):
+        layer.bias.data = layer.bias.data.to(bias)
+    ours = qlora_compile.optimize(copy.deepcopy(model))
+    x = torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside is not True):
+        expected, actual = model(x), ours(x)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert qlora_compile.explain(ours).fused == 2
+
+
 def test_a_weight_used_past_its_layer_is_named() -> None:
     class Past(nn.Module):
         def __init__(self) -> None:
