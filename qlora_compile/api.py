@@ -213,12 +213,12 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -
         raise NotOptimizedError(model=type(model).__name__)
     inputs = example_inputs or example_call(adapters.base_model(model))
     if inputs is not None and any(region.graphs is None for region in regions):
-        real = [(region, region.graphs) for region in regions if region.graphs is not None]
+        real = [(r, r.graphs, r.uncompiled) for r in regions if r.graphs is not None]
         try:
             _probe(model, regions, inputs)
         finally:
-            for region, graphs in real:
-                region.graphs = graphs
+            for region, graphs, uncompiled in real:
+                region.graphs, region.uncompiled = graphs, uncompiled
     return build_report(inventory)
 
 
