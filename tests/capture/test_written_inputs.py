@@ -102,5 +102,5 @@ def test_the_caller_reads_what_was_written(write: Write, by_name: bool) -> None:
         expected, actual = results
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f'{name}: {text}')
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-4, msg=name)
     assert qlora_compile.explain(ours).fused == 3
