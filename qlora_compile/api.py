@@ -13,7 +13,7 @@ from torch import nn
 from qlora_compile import adopt, early_builds
 from qlora_compile.capture.first_step import FirstStep, ModelLink
 from qlora_compile.capture.region_kind import RegionKind
-from qlora_compile.capture.regions import Region, RegionSites, install, uninstall
+from qlora_compile.capture.regions import Region, RegionSites, install, reinstall, uninstall
 from qlora_compile.errors import (
     AlreadyOptimizedError,
     NoExampleInputsError,
@@ -145,7 +145,10 @@ def optimize(
 
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
-    and adapted but uncompiled.
+    and adapted but uncompiled. Errors about stored values come while weights are packed, layer by
+    layer, and leave the layers before packed: ScaleOverflowError and AbsmaxOverflowError, where
+    scales are too large for their dtype, WeightShapeError, and RepackError for another library's
+    tensors. A model that was optimised before stays compiled.
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")
@@ -181,7 +184,12 @@ def optimize(
         head_loss.check(model, whole=not blocks, example_inputs=example_inputs)
     for region in installed.values():
         uninstall(region.module)
-    inventory = adopt.adopt(inventory, lora, packed=packed, **options)
+    try:
+        inventory = adopt.adopt(inventory, lora, packed=packed, **options)
+    except BaseException:
+        for region in installed.values():
+            reinstall(region)
+        raise
     model = inventory.model
     hooks = None
     if logits_free_loss:
@@ -218,12 +226,12 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -
         raise NotOptimizedError(model=type(model).__name__)
     inputs = example_inputs or example_call(adapters.base_model(model))
     if inputs is not None and any(region.graphs is None for region in regions):
-        real = [(region, region.graphs) for region in regions if region.graphs is not None]
+        real = [(r, r.graphs, r.uncompiled) for r in regions if r.graphs is not None]
         try:
             _probe(model, regions, inputs)
         finally:
-            for region, graphs in real:
-                region.graphs = graphs
+            for region, graphs, uncompiled in real:
+                region.graphs, region.uncompiled = graphs, uncompiled
     return build_report(inventory)
 
 

@@ -196,7 +196,7 @@ def build_report(inventory: Inventory) -> Report:
         rank = adapters.active_rank(inventory.model, name)
         fused, chosen = None, {}
         if found is None:
-            reason = entry.kept or OUTSIDE
+            reason = entry.left_alone or OUTSIDE
         else:
             local, region = found
             fused = region.fused().get(local)
@@ -204,6 +204,11 @@ def build_report(inventory: Inventory) -> Report:
             reason = None if fused else region.unfused().get(local, "its block has not run yet")
             if region.graphs is None and entry.read_by_parent:
                 reason = READ_PAST_THE_LAYER
+        outside = found is None or found[1].planned.left is not None
+        changed = entry.adapted or (entry.is_quantized and entry.kept is None)
+        if fused is None and outside and changed:
+            how = "adapted" if entry.adapted else "quantised"
+            reason = entry.left_alone or f"it was {how} after `optimize`; optimize the model again"
         stays = entry.kept or entry.base or entry.read_by_parent
         if fused is None and name in inventory.trained and not stays:
             reason = TRAINED_IN_FULL

@@ -13,6 +13,7 @@ import qlora_compile
 from bench.agreement import distance, training_step
 from qlora_compile.capture.regions import region_of
 from qlora_compile.errors import AlreadyOptimizedError
+from qlora_compile.kernels.formats.errors import AbsmaxOverflowError, ScaleOverflowError
 from tests.test_equality import as_rewritten, lora
 from tests.toy_models import tokens, toy
 
@@ -64,3 +65,27 @@ def test_a_changed_model_is_optimised_again(case: str) -> None:
         optimized(again)
     assert sum(region_of(module) is not None for module in again.modules()) >= 2
     assert max(len(module._forward_pre_hooks) for module in again.modules()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "value", "error"),
+    [
+        ({"quantize": "int4", "scales": "float16"}, 1e6, ScaleOverflowError),
+        ({"quantize": "nf4"}, 3e38, AbsmaxOverflowError),
+    ],
+    ids=["int4", "nf4"],
+)
+def test_a_weight_that_cannot_be_packed_leaves_the_model_compiled(
+    options: dict[str, Any], value: float, error: type[Exception]
+) -> None:
+    model: Any = optimized(toy().requires_grad_(False))
+    last = model.model.layers[1].mlp.down_proj
+    small = last.weight.data.clone()
+    last.weight.data.fill_(value)
+    with pytest.raises(error, match=r"layers\.1\.mlp\.down_proj"):
+        optimized(model, **options)
+    last.weight.data = small
+    model(input_ids=tokens(), use_cache=False)
+    report = qlora_compile.explain(model)
+    assert report.fused == 14
+    assert {site.format for site in report.sites if site.fused} == {options["quantize"], "float32"}

@@ -15,6 +15,7 @@ from torch import nn
 import qlora_compile
 from bench.agreement import distance, training_step
 from qlora_compile.modules.linear import QuantizedLinear
+from tests.capture.test_regions import Tower
 from tests.test_equality import FLOAT32_TOLERANCE, as_rewritten, lora
 from tests.toy_models import toy
 
@@ -135,3 +136,39 @@ def test_quantising_frees_each_weight_before_the_next(monkeypatch: pytest.Monkey
     monkeypatch.setattr(QuantizedLinear, "from_linear", classmethod(watching))
     qlora_compile.optimize(model, quantize="nf4")
     assert len(packed) == 14
+
+
+@pytest.mark.usefixtures("as_rewritten")
+def test_a_linear_outside_the_blocks_that_is_adapted_later_says_so() -> None:
+    config = lora(target_modules=["up"])
+    model = qlora_compile.optimize(Tower(), config, quantize="int8", tune="off").train()
+    model.add_adapter("later", lora(target_modules=["up", "embed"]))
+    model.base_model.set_adapter(["default", "later"])
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        sites = {site.name: site for site in qlora_compile.explain(model).sites}
+        reason = sites["base_model.model.embed"].reason
+        assert sites["base_model.model.embed"].rank == 4
+        if reason is None:
+            break
+        assert reason == "it was adapted after `optimize`; optimize the model again"
+        model = qlora_compile.optimize(model, tune="off")
+    assert sites["base_model.model.embed"].fused
+
+
+@pytest.mark.usefixtures("as_rewritten")
+def test_explain_leaves_the_reasons_of_earlier_calls() -> None:
+    model = qlora_compile.optimize(toy(), lora(), quantize="nf4", tune="off").train()
+    first, _ = model.get_base_model().model.layers
+    x, rotary = torch.randn(1, 5, 64), model.get_base_model().model.rotary_emb
+    positions = rotary(x, torch.arange(5)[None])
+    handle = first.mlp.register_full_backward_hook(lambda *_: None)
+    first(x, position_embeddings=positions)
+    handle.remove()
+    for _ in range(2):
+        # To see the second block, which has not run, it calls the model.
+        sites = qlora_compile.explain(model).sites
+        reasons = {site.reason for site in sites if ".layers.0." in site.name}
+        assert len(reasons) == 1
+        assert "backward hook" in str(reasons)
+        assert all(site.fused for site in sites if ".layers.1." in site.name)

@@ -306,5 +306,10 @@ def uninstall(module: nn.Module) -> None:
         gather_apart(module, region.gathered)
 
 
+def reinstall(region: Region) -> None:
+    """Put a region like `region`, which has been uninstalled, in its place again."""
+    install(region.module, region.kind, region.planned).first_step = region.first_step
+
+
 def region_of(module: nn.Module) -> Region | None:
     return region_on(module)

@@ -33,7 +33,7 @@ class Slot(NamedTuple):
 
 
 class SlottedLayer:
-    """Mixin, listed before a PEFT LoRA layer among the bases, that runs by slots in a block's graph.
+    """Mixin, listed before a PEFT LoRA layer among the bases: runs by slots in a block's graph.
 
     Elsewhere the layer runs PEFT's own forward. slots: the active adapters; empty if there are
     none, or if they are merged; None if PEFT's own forward must be compiled, because a variant of
@@ -95,9 +95,7 @@ class SlottedLayer:
         return {k: v for k, v in state.items() if k not in ("slots", "_slots_state")}
 
 
-def _state(
-    a: Any, b: Any, dropout: Any, scaling: float | Tensor, variant: bool
-) -> tuple[Any, ...]:
+def _state(a: Any, b: Any, dropout: Any, scaling: float | Tensor, variant: bool) -> tuple[Any, ...]:
     """Return whether a slot can represent the adapter, followed by the parts of that slot.
 
     Tensors are represented by their `id`, which is unique while the slot holds them. A scaling that

@@ -146,11 +146,14 @@ class DoraLayer(SlottedLayer):
 
     def dora_scale(self: Any, adapter: str) -> Tensor:
         """Return m / ‖W + sBA‖, [N]; only m gets a gradient."""
-        magnitude, norms = self.lora_magnitude_vector[adapter].weight, self.base_squared_norms
+        base, magnitude = self.get_base_layer(), self.lora_magnitude_vector[adapter].weight
+        # A weight that is trained changes at every step.
+        trained = base.weight.requires_grad
+        norms = squared_row_norms(base) if trained else self.base_squared_norms
         a, b = (f[adapter].weight.detach().to(norms.dtype) for f in (self.lora_A, self.lora_B))
         scaling = self.scaling[adapter]
         with torch.autocast(a.device.type, enabled=False):
-            crossed = _product(self.get_base_layer(), a).t()
+            crossed = _product(base, a).t().detach()
             within = torch.mm(b, torch.mm(a, a.t()))
             squares = norms + ((2 * scaling * crossed + scaling**2 * within) * b).sum(dim=1)
             # In a row where W and sBA cancel, rounding may make the sum slightly negative.

@@ -113,7 +113,11 @@ def described(model: nn.Module) -> str | None:
         return f"computed from the logits, because without them {loss.mismatch}"
     forward = replaced_forward(base)
     if forward is None:
-        return "computed without logits" if asked else None
+        if not asked:
+            return None
+        if head_operands(base.get_output_embeddings()) is None:
+            return "computed from the logits, which the head's present adapter or forward needs"
+        return "computed without logits"
     # For example, TRL's trainers compute the loss from the head's input and weight themselves.
     # Their forward bears the name of the model's own.
     module = getattr(plain_function(forward), "__module__", None)

@@ -1,5 +1,5 @@
 """nn.DataParallel: the copies of an optimised model compute with their own weights, as stock PEFT
-does with these. Without GPUs, torch's own `replicate` runs here with another way to copy tensors."""
+does with these. There are no GPUs here: torch's `replicate` gets another way to copy tensors."""
 
 from __future__ import annotations
 

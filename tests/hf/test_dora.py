@@ -433,3 +433,28 @@ def test_a_stock_model_is_quantised_under_its_dora(transposed: bool, attach_firs
     assert qlora_compile.explain(model).fused == 1
     model.merge_adapter()
     torch.testing.assert_close(model(x), expected, rtol=0.0, atol=0.05)
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_base_weight_may_be_trained(dropout: float, compiled: bool) -> None:
+    """The norms are those of the present weight, and it gets no gradient through them."""
+    torch.manual_seed(0)
+    config = dora(dropout, target_modules=["first", "second"])
+    models = build("plain", torch.float32, config, Chain(True))
+    optimizers = []
+    for model in models:
+        model.get_base_model().first.base_layer.weight.requires_grad_(True)
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.05))
+    stance: Any = "default" if compiled else "force_eager"
+    with torch.compiler.set_stance(stance):
+        for _ in range(3):
+            x = torch.randn(3, 5, 64)
+            stock, ours = (trained(model, x) for model in models)
+            assert any("base_layer" in name for name in stock)
+            for group, error in distance(ours, stock).items():
+                # Of steps that each add to the rounding of the one before.
+                assert error < 5 * TOLERANCES[torch.float32], group
+            for optimizer in optimizers:
+                optimizer.step()

@@ -225,3 +225,25 @@ def test_copies_have_no_logits_either(copied: Any) -> None:
     actual = step(other, ids)
     assert torch.equal(actual["loss"], expected["loss"])
     assert other(input_ids=ids, labels=ids).logits is None
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dropout": 0.1}, "from the logits"),
+        ({"use_dora": True}, "from the logits"),
+        ({}, "without logits"),
+    ],
+    ids=str,
+)
+def test_the_report_says_whether_the_logits_are_made(options: dict[str, Any], why: str) -> None:
+    """After another adapter has been put on the head."""
+    free = pair(config=lora(target_modules=["q_proj", "lm_head"]))[1]
+    free.add_adapter("later", lora(target_modules=["lm_head"], **options))
+    free.set_adapter("later")
+    ids = tokens()
+    logits = free(input_ids=ids, labels=ids).logits
+    assert (logits is None) == (why == "without logits")
+    loss = qlora_compile.explain(free).loss
+    assert loss is not None
+    assert why in loss
