@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,10 +22,20 @@ def whole_shape(weight: Any) -> tuple[int, ...]:
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
+def whole_adapters(model: Any) -> AbstractContextManager[bool]:
+    """Do as `whole_weights` for what PEFT saves of a PeftModel, and leave the other weights spread.
+    The base may be too large for one process."""
+    if not is_spread(model):
+        return nullcontext(True)
+    state = model.state_dict(keep_vars=True)
+    parts = (get_peft_model_state_dict(model, state, name) for name in model.peft_config)
+    return whole_weights(model, {tensor for part in parts for tensor in part.values()})
+
+
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[bool]:
+def whole_weights(model: nn.Module, chosen: Container[Tensor] | None = None) -> Iterator[bool]:
     """Give process 0 the whole weights of `model`, on the CPU, and yield whether this process has
-    them.
+    them. chosen: the parameters to gather; None for all.
 
     If the weights are spread, all processes must enter the context: together they gather one weight
     after another. Process 0 keeps what is gathered; the others go on. Inside the context the model
@@ -34,7 +45,7 @@ def whole_weights(model: nn.Module) -> Iterator[bool]:
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and _is_part(parameter)
+        if parameter is not None and _is_part(parameter) and (chosen is None or parameter in chosen)
     ]
     first = not spread or dist.get_rank() == 0
     whole: dict[nn.Parameter, nn.Parameter] = {}
