@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,14 @@ import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from qlora_compile.saving_errors import SpreadModelError
+
+SAVED_ALONE = {
+    "problem": "one process alone cannot save it",
+    "remedy": "call qlora_compile.save(model, folder) in all processes, or pass a whole state_dict",
+}
+"""What SpreadModelError says of a process that would save alone."""
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -43,9 +51,8 @@ def whole_weights(model: nn.Module, chosen: Container[Tensor] | None = None) -> 
     """
     spread = [
         (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and _is_part(parameter) and (chosen is None or parameter in chosen)
+        for _, module, name, parameter in _parts(model)
+        if chosen is None or parameter in chosen
     ]
     first = not spread or dist.get_rank() == 0
     whole: dict[nn.Parameter, nn.Parameter] = {}
@@ -53,12 +60,50 @@ def whole_weights(model: nn.Module, chosen: Container[Tensor] | None = None) -> 
         value = _gathered(parameter)
         if first:
             whole[parameter] = nn.Parameter(value.cpu(), parameter.requires_grad)
-    try:
-        for module, name, parameter in spread if first else ():
-            module._parameters[name] = whole[parameter]
+    with _in_place_of(spread if first else [], whole):
         yield first
+
+
+@contextmanager
+def given_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put the weights of `state`, the whole state of `model`, in place of those that are spread.
+
+    Inside the context the model cannot be called.
+
+    Raises:
+        SpreadModelError: `state` itself has parts of weights.
+    """
+    spread, whole = [], {}
+    for key, module, name, parameter in _parts(model):
+        if _is_part(state[key]):
+            raise SpreadModelError(model=type(model).__name__, **SAVED_ALONE)
+        spread.append((module, name, parameter))
+        whole[parameter] = nn.Parameter(state[key], parameter.requires_grad)
+    with _in_place_of(spread, whole):
+        yield
+
+
+_Place = tuple[nn.Module, str, nn.Parameter]
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Yield the spread weights: key in the state, module, name there, and parameter."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _is_part(parameter):
+                yield f"{prefix}.{name}" if prefix else name, module, name, parameter
+
+
+@contextmanager
+def _in_place_of(
+    spread: list[_Place], whole: Mapping[nn.Parameter, nn.Parameter]
+) -> Iterator[None]:
+    try:
+        for module, name, parameter in spread:
+            module._parameters[name] = whole[parameter]
+        yield
     finally:
-        for module, name, parameter in spread if first else ():
+        for module, name, parameter in spread:
             module._parameters[name] = parameter
 
 
