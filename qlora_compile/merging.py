@@ -134,7 +134,11 @@ def merge(
     sequences: list[list[int]] = []
     if tokenizer is not None:
         if is_spread(model):
-            raise SpreadModelError(model=type(model).__name__)
+            raise SpreadModelError(
+                model=type(model).__name__,
+                problem="one alone, which merges, cannot call the model to measure",
+                remedy="pass no tokenizer, and save it by its save_pretrained",
+            )
         sequences = _sequences(model, tokenizer, texts)
     elif texts is not None:
         raise TokenizerMissingError(site="texts")

@@ -171,23 +171,25 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory.
+    """Keep other runs out of a directory, if its file system has locks.
 
     Raises:
         OutputDirectoryError: another run writes there now.
     """
     from filelock import FileLock, Timeout  # the command line imports this file before all else
 
-    lock = FileLock(directory / LOCK)
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout as error:
-        raise OutputDirectoryError(
-            value=str(directory),
-            problem="another run writes there now",
-            remedy="wait for its end, or choose another directory",
-        ) from error
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(FileLock(directory / LOCK).acquire(timeout=0))
+        except Timeout as error:
+            raise OutputDirectoryError(
+                value=str(directory),
+                problem="another run writes there now",
+                remedy="wait for its end, or choose another directory",
+            ) from error
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks, as some of clusters are; the run goes on
+        yield
 
 
 def _unwritable(path: Path, problem: str) -> OutputDirectoryError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qlora_compile.errors import QuantizationBitsError
@@ -196,17 +197,21 @@ class QuantizedLoRA:
     def push_to_hub(self, name: str, **options: Any) -> None:
         """Upload the adapters to the Hugging Face Hub, and the tokenizer if there is one.
 
-        name: "OWNER/NAME". options: for PEFT's `push_to_hub`, such as private=True.
+        name: "OWNER/NAME". options: for PEFT's `push_to_hub`, such as private=True. Of several
+        processes all call this, as `save`.
         """
-        self.model.push_to_hub(name, **options)
-        if self.tokenizer is not None:
-            self.tokenizer.push_to_hub(name, **options)
+        with self._whole_adapters() as writes:
+            if writes:
+                self.model.push_to_hub(name, **options)
+                if self.tokenizer is not None:
+                    self.tokenizer.push_to_hub(name, **options)
 
     def save(self, path: str | Path) -> None:
         """Write the adapters as ordinary PEFT files, and the tokenizer if there is one.
 
         The folder is replaced as a whole, so that an interruption leaves the old or the new one;
-        other files in it stay.
+        other files in it stay. Of several processes all call this: the first one writes, and the
+        others give it their parts of the weights that FSDP2 or ZeRO-3 has spread.
 
         Raises:
             OutputDirectoryError: the path cannot be written.
@@ -214,9 +219,18 @@ class QuantizedLoRA:
         """
         from qlora_compile.hf.saving.replacement import replaced
 
-        # Of several processes the first one writes; the others may be needed to gather weights.
-        is_first = os.environ.get("RANK", "0") == "0"
-        with replaced(Path(path), lambda _: True) if is_first else TemporaryDirectory() as fresh:
-            self.model.save_pretrained(str(fresh))
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(str(fresh))
+        with self._whole_adapters() as writes:
+            if not writes:
+                return
+            with replaced(Path(path), lambda _: True) as fresh:
+                self.model.save_pretrained(str(fresh))
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(str(fresh))
+
+    @contextmanager
+    def _whole_adapters(self) -> Iterator[bool]:
+        """Yield whether this process writes: the first one does, which has the whole adapters."""
+        from qlora_compile.hf.saving.whole_weights import whole_adapters
+
+        with whole_adapters(self.model):
+            yield os.environ.get("RANK", "0") == "0"

@@ -99,10 +99,7 @@ class UnmergePlaceError(QloraCompileError, OSError):
 
 
 class SpreadModelError(QloraCompileError, ValueError):
-    template = (
-        "tokenizer: the weights of {model} are spread over processes, and one alone, which merges, "
-        "cannot call the model to measure; pass no tokenizer, and save it by its save_pretrained"
-    )
+    template = "the weights of {model} are spread over processes, and {problem}; {remedy}"
 
 
 class UnknownAdapterError(QloraCompileError, ValueError):

@@ -16,6 +16,13 @@ class NotFiniteError(QloraCompileError, ArithmeticError):
     )
 
 
+class UnskippableStepError(QloraCompileError, ValueError):
+    template = (
+        "on_nan={value!r}: DeepSpeed's backward ends with the optimizer's step, after which no "
+        "batch can be left out; use on_nan='stop' (--on-nan stop)"
+    )
+
+
 class TrainingMemoryError(QloraCompileError, MemoryError):
     template = "step {step}: out of memory on {device}: {held}; {remedy}"
 

@@ -6,7 +6,6 @@ It needs no device, and exits with 1 if a gate is not met.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from bench.static.report import describe, markdown
 from bench.static.shipped import measure_all
 from qlora_compile.errors import InterpretedKernelError
 from qlora_compile.kernels.gpu.ahead_of_time import TARGETS
+from qlora_compile.tuning.load import usable_cpus
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -30,7 +30,7 @@ def main(
     kernel: Annotated[
         list[str] | None, typer.Option(help="a kernel such as dequantize; again for more")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, help="processes")] = len(usable_cpus()),
 ) -> None:
     """Write bench/results/static.md; if only a part is asked for, print its figures instead."""
     archs = arch or list(TARGETS)

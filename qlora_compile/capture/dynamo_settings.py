@@ -20,6 +20,10 @@ _SETTINGS = {
     # of a small Llama block take in a step, it saves 4, and only until the first `eval()`
     # (Python 3.12, torch 2.13).
     "use_recursive_dict_tags_for_guards": False,
+    # Else Dynamo cuts a graph where its gradients fill a bucket of DDP's, before our passes see it:
+    # between a Linear and its adapter, or siblings. Without cuts, DDP still reduces a block's
+    # gradients while the block before it computes its own.
+    "optimize_ddp": False,
     # Past the limit Dynamo silently stops compiling; one class may serve many kinds of layer.
     "recompile_limit": 64,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +45,10 @@ def build(
         int | None,
         typer.Option("--candidates", min=1, help="How many variants of each layer to build. [5]"),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = os.cpu_count() or 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, help="Processes. [one for each usable CPU]"),
+    ] = None,
 ) -> None:
     """Compile the kernels that a GPU will need, on any machine, so that its first step compiles
     none."""
@@ -56,6 +58,7 @@ def build(
             check_format(format)
         listed = None if shapes is None else parse_shapes(shapes)
         from qlora_compile import build as builder
+        from qlora_compile.tuning.load import usable_cpus
 
         builder.check_arch(arch)
         if listed is not None:
@@ -71,7 +74,7 @@ def build(
                 arch,
                 output,
                 limit=candidates or builder.HANDFUL,
-                jobs=jobs,
+                jobs=jobs or len(usable_cpus()),
                 on_kernel=on_kernel,
             )
     Console().print(closing_table(kernels, arch, output))

@@ -47,8 +47,10 @@ def start_processes(settings: RunSettings, *, resume: bool, overwrite: bool) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from qlora_compile.tuning.load import usable_cpus
+
     count = settings.processes
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(usable_cpus()) // count)))
     with tempfile.TemporaryDirectory(prefix="qlora_compile-") as folder:
         file = Path(folder) / "run.yaml"
         write_settings(settings, file)

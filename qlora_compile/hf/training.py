@@ -71,7 +71,7 @@ class FineTuning:
     steps; with one nothing is printed. patience: the number of evaluations without a better one
     after which training ends; None for any. on_nan: as `finite_steps` takes it.
 
-    Raises what `QuantizedLoRA.train` raises, before anything is trained.
+    Raises what `QuantizedLoRA.train` raises, and UnskippableStepError, before anything is trained.
     """
 
     def __init__(

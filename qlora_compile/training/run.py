@@ -139,10 +139,7 @@ class TrainingRun:
         observer: StepObserver | None,
         output: str | None = None,
     ) -> Any:
-        """Return the FineTuning of a model on rows, with the settings of this run.
-
-        output: a folder to use in place of the run's.
-        """
+        """Return the FineTuning of a model on rows, in this run's folder or in `output`."""
         from qlora_compile.hf.training import FineTuning
 
         settings = self.settings
@@ -197,6 +194,7 @@ class TrainingRun:
     ) -> tuple[dict[str, Any], Any]:
         from qlora_compile import api
         from qlora_compile.hf import training
+        from qlora_compile.hf.saving.whole_weights import is_spread, whole_adapters
         from qlora_compile.hf.trainer.held_out_loss import held_out_losses
 
         announce(f"loading {choice.model}")
@@ -229,12 +227,13 @@ class TrainingRun:
                 "total": len(report.sites),
             },
         }
-        if not self._is_first:
-            return metrics, report
-        if self.is_demo and rows.held_out is not None:
+        # One process alone cannot call a model whose weights are spread over several.
+        if self._is_first and self.is_demo and rows.held_out is not None and not is_spread(model):
             announce("answering a held-out question")
             metrics["answers"] = _answers(model, tokenizer, rows.held_out[0]["messages"])
-        self._write(choice, model, tokenizer, metrics, report)
+        with whole_adapters(model):
+            if self._is_first:
+                self._write(choice, model, tokenizer, metrics, report)
         return metrics, report
 
     def _prepare_output(self, trainer: Any) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from typer.testing import CliRunner
 
 import qlora_compile
+from qlora_compile import build as builder
 from qlora_compile.cli.app import app
 from qlora_compile.cli.model_problems import problems_of_model
 from qlora_compile.cli.training_problems import problems_of_shapes
@@ -122,3 +123,18 @@ def test_a_models_problems_are_those_of_its_fused_sites() -> None:
     here = problems_of_model(model, [48])
     assert {problem.x_dtype for problem in here} == {torch.float32}
     assert {replace(problem, device="cpu").device for problem in here} == {"cpu"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
+@pytest.mark.parametrize(("given", "jobs"), [((), 3), (("--jobs", "5"), 5)])
+def test_as_many_jobs_as_cpus_that_the_command_may_use(
+    given: tuple[str, ...], jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(builder, "build", lambda *_, **options: seen.append(options["jobs"]) or [])
+    arguments = ["build", "--arch", ARCH, "--shapes", SHAPES, "--output", str(tmp_path), *given]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert seen == [jobs]

@@ -133,6 +133,24 @@ def test_each_process_gets_the_settings(tmp_path: Path, monkeypatch: pytest.Monk
     assert [settings_from({}, tmp_path / f"got{rank}") for rank in (0, 1)] == [settings] * 2
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("usable", [1, 3, 8])
+def test_processes_share_the_cpus_that_the_job_may_use(
+    usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import os; open(os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "_TRAIN", ("-c", script))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(usable)))
+    settings = RunSettings("model", ("data",), output=str(tmp_path), processes=2)
+    with pytest.raises(typer.Exit):
+        processes.start_processes(settings, resume=False, overwrite=False)
+    assert Path("0").read_text() == Path("1").read_text() == str(max(1, usable // 2))
+
+
 def test_none_is_too_few(inputs: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, arguments(inputs, tmp_path / "run", processes=0))
     assert refused.exit_code == 2

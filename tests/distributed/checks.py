@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -25,9 +26,14 @@ from transformers import AutoModelForCausalLM
 import qlora_compile
 from qlora_compile.capture import backend
 from qlora_compile.errors import ShardedWeightError
+from qlora_compile.hf.training import StepObserver
 from qlora_compile.kernels.problem import Problem
 from qlora_compile.modules.packed import PackedModule
+from qlora_compile.quantized_lora import QuantizedLoRA
 from qlora_compile.saving_errors import SpreadModelError
+from qlora_compile.training.model_choice import ModelChoice
+from qlora_compile.training.run import TrainingRun
+from qlora_compile.training.settings import RunSettings
 from qlora_compile.tuning.caution import TRUSTING
 from qlora_compile.tuning.judgement import Trial
 from qlora_compile.tuning.trials import Trials
@@ -145,7 +151,10 @@ def records(folder: str, job: str) -> None:
 
 
 def sharded(case: Case, **policy: Any) -> Any:
-    model = model_of(case)
+    return spread_out(model_of(case), **policy)
+
+
+def spread_out(model: Any, **policy: Any) -> Any:
     for layer in _blocks(model):
         fully_shard(layer, **policy)
     return fully_shard(model, **policy)
@@ -265,6 +274,75 @@ def _write(model: Any, folder: Path) -> None:
 def _files(folder: Path) -> dict[str, bytes]:
     paths = folder.rglob("*.safetensors")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def adapters(folder: str, engine: str) -> None:
+    """PEFT's files of adapters that `engine` has spread are those of whole ones: of the trained
+    adapter, of one that does not train, of a trained copy of a module, and of embeddings."""
+    first = dist.get_rank() == 0
+    for part in ("copy", "embeddings"):
+        torch.compiler.reset()
+        path = Path(folder, part)
+        q = QuantizedLoRA.__new__(QuantizedLoRA)
+        q.tokenizer = None
+        targets, copied = ["q_proj", "down_proj"], ["norm"]
+        if part == "embeddings":
+            targets, copied = [*targets, "embed_tokens"], None
+        torch.manual_seed(0)
+        lora = LoraConfig(
+            r=4, target_modules=targets, modules_to_save=copied, init_lora_weights=False
+        )
+        q.model = get_peft_model(toy_llama(), lora)
+        q.model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        q.model = qlora_compile.optimize(q.model, quantize="nf4", tune="model").train()
+        if first:
+            q.model.save_pretrained(str(path / "whole"))
+        step = ENGINES[engine](q.model)
+        for saved in ("spread", "trained"):
+            q.save(path / saved)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(PeftModel, "push_to_hub", PeftModel.save_pretrained)
+                q.push_to_hub(str(path / f"{saved} and pushed"))
+            step(batch(0))
+        if first:
+            whole, spread, trained = (_files(path / n) for n in ("whole", "spread", "trained"))
+            assert len(whole) == 2
+            assert spread == whole
+            assert _files(path / "trained and pushed") == trained
+            assert trained.keys() == whole.keys()
+            assert trained != whole
+
+
+def command(folder: str) -> None:
+    """A run of the command line writes the adapter of a model that FSDP2 has spread."""
+    inputs = Path(folder)
+    if dist.get_rank() == 0:
+        toy_llama().save_pretrained(inputs / "model")
+        toy_tokenizer().save_pretrained(inputs / "model")
+        (inputs / "text.txt").write_text("\n\n".join(f"{n} brown foxes" for n in range(40)))
+    dist.barrier()
+    settings = RunSettings(
+        str(inputs / "model"),
+        (str(inputs / "text.txt"),),
+        output=str(inputs / "run"),
+        format="nf4",
+        steps=2,
+        tune="model",
+        options={"save_strategy": "no", "use_cpu": True},
+    )
+    optimized = ModelChoice.optimized
+    with pytest.MonkeyPatch.context() as patch:
+        # What accelerate's FSDP2 does, which does not choose itself on a CPU.
+        patch.setattr(ModelChoice, "optimized", lambda *args: spread_out(optimized(*args)))
+        patch.setattr(Accelerator, "prepare_model", lambda self, model, **_: model)
+        run = TrainingRun(settings)
+        run.execute(lambda _: None, StepObserver(lambda *_: None))
+    if dist.get_rank() == 0:
+        base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+        adapted = PeftModel.from_pretrained(base, str(inputs / "run"))
+        lora_b = [p for n, p in adapted.named_parameters() if "lora_B" in n]
+        assert all(p.dim() == 2 for p in lora_b)
+        assert all(p.any() for p in lora_b)
 
 
 def measured() -> None:

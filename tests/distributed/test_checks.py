@@ -37,6 +37,19 @@ def test_a_checkpoint_loads_into_another_number_of_ranks(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_spread_adapters_are_saved(engine: str, tmp_path: Path) -> None:
+    if reason := obstacle(engine):
+        pytest.skip(reason)
+    start(2, "checks", "adapters", str(tmp_path), engine)
+
+
+def test_a_run_writes_spread_adapters(tmp_path: Path) -> None:
+    if reason := obstacle("fsdp2"):
+        pytest.skip(reason)
+    start(2, "checks", "command", str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_spread_weights_are_merged_and_saved(engine: str, tmp_path: Path) -> None:
     if reason := obstacle(engine):
         pytest.skip(reason)

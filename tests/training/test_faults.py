@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import peft
 import pytest
 import torch
@@ -219,6 +221,31 @@ def test_a_second_run_on_one_folder_is_refused(inputs: Path, tmp_path: Path) -> 
     assert result.exit_code == 2
     assert "another run writes there now; wait for its end" in result.stderr
     assert not list(tmp_path.glob("run.yaml"))
+
+
+NO_LOCKS = [OSError(errno.ENOLCK, "no locks"), OSError(errno.EOPNOTSUPP, "no locks")]
+
+
+# Older versions of filelock raise the last one.
+@pytest.mark.parametrize("error", [*NO_LOCKS, NotImplementedError("no locks")], ids=repr)
+def test_a_file_system_without_locks_is_written(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    written = []
+    with held(tmp_path):
+        written.append(True)
+    assert written
+
+
+def test_a_lock_that_the_run_itself_waits_for_is_not_taken_for_another_run(tmp_path: Path) -> None:
+    with pytest.raises(filelock.Timeout), held(tmp_path):
+        raise filelock.Timeout("a compiler's lock")
+    with held(tmp_path):
+        pass
 
 
 # ---- from Python ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,18 @@ from qlora_compile.hf.saving.folders.registry import FOLDERS
 from qlora_compile.hf.saving.model_card import CARD, model_card
 from qlora_compile.hf.saving.replacement import replaced
 from qlora_compile.hf.saving.shards import USUAL_SIZE, Shards, size_in_bytes
-from qlora_compile.hf.saving.whole_weights import whole_weights
+from qlora_compile.hf.saving.whole_weights import (
+    SAVED_ALONE,
+    given_weights,
+    is_spread,
+    whole_weights,
+)
 from qlora_compile.saving_errors import (
     FolderFormatError,
     NothingPackedError,
     RivalWeightsError,
     SaveOptionError,
+    SpreadModelError,
 )
 
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
@@ -196,12 +203,14 @@ class SavePacked:
         for name in ("variant", "distributed_checkpoint"):
             if options.get(name):
                 raise SaveOptionError(option=name)
+        if not is_main_process:
+            return  # the others' state_dict may be empty, as accelerate's is
         if state_dict is not None and set(state_dict) != set(self.model.state_dict()):
             raise SaveOptionError(option="state_dict")
-        if is_main_process:
+        with self._alone(state_dict):
             save(self.model, save_directory, max_shard_size=max_shard_size)
-            if push_to_hub:
-                self._push(Path(save_directory), options)
+        if push_to_hub:
+            self._push(Path(save_directory), options)
 
     def push_to_hub(
         self, repo_id: str, *, max_shard_size: int | str | None = None, **options: Any
@@ -215,8 +224,21 @@ class SavePacked:
         if options.get("tags"):
             raise SaveOptionError(option="tags")
         with tempfile.TemporaryDirectory(prefix="qlora_compile-") as folder:
-            save(self.model, folder, max_shard_size=size)
+            with self._alone(None):
+                save(self.model, folder, max_shard_size=size)
             return self._push(Path(folder), {"repo_id": repo_id, **options}, keeps_card=True)
+
+    def _alone(self, state_dict: Any) -> AbstractContextManager[None]:
+        """Let this process save the model without the others, which may not call this.
+
+        Raises:
+            SpreadModelError: the weights are spread, and there is no whole state_dict.
+        """
+        if not is_spread(self.model):
+            return nullcontext()
+        if state_dict is None:
+            raise SpreadModelError(model=type(self.model).__name__, **SAVED_ALONE)
+        return given_weights(self.model, state_dict)
 
     @property
     def _has_adapters(self) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qlora_compile.errors import OptionError
-from qlora_compile.training_errors import NotFiniteError
+from qlora_compile.hf.saving.whole_weights import is_spread
+from qlora_compile.training_errors import NotFiniteError, UnskippableStepError
 
 STOP, SKIP = "stop", "skip"
 ON_NAN = (STOP, SKIP)
@@ -30,11 +31,17 @@ def finite_steps(trainer_class: type, on_nan: str) -> type:
     gradients of the optimizer step so far, those of its earlier batches too, counts the step in
     `skipped_steps`, and hands out the last finite loss. Where float16 is scaled, infinite gradients
     are ordinary, and torch's GradScaler skips them.
+
+    DeepSpeed's backward ends with the optimizer's step and leaves no gradients to look at. There
+    "stop" sees losses alone, after the step that used them, and the Trainer refuses "skip" by an
+    UnskippableStepError.
     """
 
     class FiniteSteps(trainer_class):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            if on_nan == SKIP and self.is_deepspeed_enabled:
+                raise UnskippableStepError(value=on_nan)
             self.skipped_steps: list[int] = []
             self._last_finite: Tensor | None = None
 
@@ -88,7 +95,8 @@ def _origin(model: nn.Module, inputs: Any, loss: Tensor) -> tuple[str, str]:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not _finite(value):
                 return f"the batch's {name}", "holds NaN or infinite values"
-        if not _finite(loss) and (block := _first_block(model, inputs)):
+        # One process may find another origin before this, and all must call a spread model.
+        if not _finite(loss) and not is_spread(model) and (block := _first_block(model, inputs)):
             return block, "gives NaN or infinite values"
     # A bad gradient spoils the gradients of all earlier sites.
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
