@@ -71,7 +71,7 @@ def test_hotswapped_adapters_run_one_graph(base: str, tmp_path: Path) -> None:
         prepare_model_for_compiled_hotswap(model)
     for number, alpha in enumerate((8, 2, 32)):
         torch.manual_seed(number)
-        get_peft_model(toy(), lora(lora_alpha=alpha)).save_pretrained(tmp_path / str(number))
+        get_peft_model(toy(), lora(lora_alpha=alpha)).save_pretrained(str(tmp_path / str(number)))
         for model in models:
             hotswap_adapter(model, str(tmp_path / str(number)), "default")
         assert_equal_steps(*models)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from bench.agreement import distance
 from tests.test_equality import FLOAT32_TOLERANCE, build, lora, without_inductor
@@ -120,7 +121,7 @@ def gradients(
     between(model)
     try:
         loss.backward()
-    except torch.utils.checkpoint.CheckpointError:
+    except CheckpointError:
         return None
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -96,7 +96,7 @@ def test_the_caller_reads_what_was_written(write: Write, by_name: bool) -> None:
         for model in (stock, ours):
             model.zero_grad()
             outputs = model(x)
-            sum(each.square().sum() for each in outputs).backward()
+            torch.stack([each.square().sum() for each in outputs]).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             results.append({**{str(i): each for i, each in enumerate(outputs)}, **grads})
         expected, actual = results

@@ -289,9 +289,10 @@ def test_a_product_under_autocast_is_stocks(
 
     weight, bias = dtypes
     torch.manual_seed(0)
-    model = nn.Sequential(Own(8, 8), nn.Tanh(), Own(8, 8)).to(weight).requires_grad_(False)
-    for layer in (model[0], model[2]):
+    layers = [Own(8, 8).to(weight).requires_grad_(False) for _ in range(2)]
+    for layer in layers:
         layer.bias.data = layer.bias.data.to(bias)
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
     ours = qlora_compile.optimize(copy.deepcopy(model))
     x = torch.randn(6, 8)
     with torch.autocast("cpu", torch.bfloat16, enabled=inside is not True):
