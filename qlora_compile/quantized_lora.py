@@ -200,7 +200,7 @@ class QuantizedLoRA:
         name: "OWNER/NAME". options: for PEFT's `push_to_hub`, such as private=True. Of several
         processes all call this, as `save`.
         """
-        with self._whole_adapters() as writes:
+        with _whole_adapters(self.model) as writes:
             if writes:
                 self.model.push_to_hub(name, **options)
                 if self.tokenizer is not None:
@@ -219,7 +219,7 @@ class QuantizedLoRA:
         """
         from qlora_compile.hf.saving.replacement import replaced
 
-        with self._whole_adapters() as writes:
+        with _whole_adapters(self.model) as writes:
             if not writes:
                 return
             with replaced(Path(path), lambda _: True) as fresh:
@@ -227,10 +227,11 @@ class QuantizedLoRA:
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(str(fresh))
 
-    @contextmanager
-    def _whole_adapters(self) -> Iterator[bool]:
-        """Yield whether this process writes: the first one does, which has the whole adapters."""
-        from qlora_compile.hf.saving.whole_weights import whole_adapters
 
-        with whole_adapters(self.model):
-            yield os.environ.get("RANK", "0") == "0"
+@contextmanager
+def _whole_adapters(model: Any) -> Iterator[bool]:
+    """Yield whether this process writes: the first one does, which has the whole adapters."""
+    from qlora_compile.hf.saving.whole_weights import whole_adapters
+
+    with whole_adapters(model):
+        yield os.environ.get("RANK", "0") == "0"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +21,26 @@ _DOWN_FROM = {name: LEVELS[index::-1] for index, name in enumerate(LEVELS)}
 
 VARIABLE = "QLORA_COMPILE_CPU"
 """The environment variable that names the highest level to use."""
+
+
+CPUINFO = Path("/proc/cpuinfo")
+"""What Linux says of each of its processors, one after another."""
+
+_KIND = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ", "isa")
+"""How the lines begin that tell one kind of processor from another."""
+
+
+@functools.cache
+def processor() -> str:
+    """Return a digest of the processor's name and instructions."""
+    said = [platform.machine()]
+    try:
+        with CPUINFO.open(encoding="utf-8", errors="replace") as lines:
+            first = itertools.takewhile(str.strip, lines)
+            said += [line for line in first if line.startswith(_KIND)]
+    except OSError:  # no Linux
+        said.append(platform.processor())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 
 
 @functools.cache

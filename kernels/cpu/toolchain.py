@@ -98,14 +98,16 @@ def _built(
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     return CppPythonBindingsCodeCache.load_pybinding(
-        list(arguments), for_this_torch(source), extra_flags=flags
+        list(arguments), for_this_machine(source), extra_flags=flags
     )
 
 
-def for_this_torch(source: str) -> str:
-    """Return a C++ source that Inductor's cache does not take for that of another torch, which it
-    would where one was installed in place of the other."""
-    return f"// torch {torch.__version__}, {torch.version.git_version}\n{source}"
+def for_this_machine(source: str) -> str:
+    """Return a C++ source that Inductor's cache does not take for that of another torch, which may
+    have been installed in place of this one, or of another processor, which may share the folder:
+    Inductor's key has the compiler's `-march=native` as it stands."""
+    made_for = f"torch {torch.__version__}, {torch.version.git_version}, {instructions.processor()}"
+    return f"// {made_for}\n{source}"
 
 
 @functools.cache

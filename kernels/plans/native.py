@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_compile.kernels.cpu.toolchain import for_this_torch, has_compiler
+from qlora_compile.kernels.cpu.toolchain import for_this_machine, has_compiler
 from qlora_compile.kernels.cpu.torn_files import remove_torn_files
 from qlora_compile.kernels.library import REGISTERED
 
@@ -161,4 +161,4 @@ def _load() -> None:
     assert triton.submodule_search_locations is not None
     include = Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
     source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
-    CppCodeCache.load(for_this_torch(source), "cpu", extra_flags=(f"-isystem{include}",))
+    CppCodeCache.load(for_this_machine(source), "cpu", extra_flags=(f"-isystem{include}",))

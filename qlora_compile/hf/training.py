@@ -31,7 +31,7 @@ from qlora_compile.hf.loading import is_causal
 from qlora_compile.hf.rows import longest_row
 from qlora_compile.hf.trainer import preparation
 from qlora_compile.hf.trainer.class_labels import labelled
-from qlora_compile.hf.trainer.failures import check_parallelism, failures_named
+from qlora_compile.hf.trainer.failures import check_parallelism, failures_named, on_one_gpu
 from qlora_compile.hf.trainer.finished import is_finished, load_finished
 from qlora_compile.hf.trainer.finite_steps import STOP, check_on_nan, finite_steps
 from qlora_compile.hf.trainer.objectives.base import Objective
@@ -119,13 +119,15 @@ class FineTuning:
             reward=reward,
             objective=chosen,
             trainer_class=finite_steps(trainer_class, on_nan),
-            arguments=lambda **own: config_class(
-                **{
-                    **defaults,
-                    **own,
-                    **options,
-                    "output_dir": options.get("output_dir") or self._temporary.name,  # pyright: ignore[reportOptionalMemberAccess]
-                }
+            arguments=lambda **own: on_one_gpu(
+                config_class(
+                    **{
+                        **defaults,
+                        **own,
+                        **options,
+                        "output_dir": options.get("output_dir") or self._temporary.name,  # pyright: ignore[reportOptionalMemberAccess]
+                    }
+                )
             ),
             callbacks=watchers,
         )

@@ -43,10 +43,13 @@ def stepped(rank: int, *, verify: bool, distributed: bool) -> Any:
 
 def graphs(model: Any) -> list[list[dict[str, int]]]:
     """Return for each block the graphs that it ran, each by its sites and their calls' ranks."""
-    blocks = [region_of(block).graphs for block in model.get_base_model().model.layers]
+    regions = [region_of(block) for block in model.get_base_model().model.layers]
     return [
-        [{site: fused.forward.rank for site, fused in graph.fused.items()} for graph, _ in block]
-        for block in blocks
+        [
+            {site: fused.forward.rank for site, fused in graph.fused.items()}
+            for graph, _ in (region and region.graphs) or ()
+        ]
+        for region in regions
     ]
 
 

@@ -1,7 +1,8 @@
-"""What is torn in Inductor's cache is made again, and nothing of another torch is taken."""
+"""What is torn in Inductor's cache is made again; what another torch or processor built stays."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._inductor import codecache, config
 
-from qlora_compile.kernels.cpu import toolchain
+from qlora_compile.kernels.cpu import instructions, toolchain
 from qlora_compile.kernels.cpu.torn_files import is_whole_module, remove_torn_files
 from qlora_compile.kernels.object_file import is_whole_object
 
@@ -102,3 +103,46 @@ def test_another_torch_builds_anew(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert result(build()) == 3
     assert len({*folder.glob("*/*.so")} - before) == 1
+
+
+ONE = """processor	: 0
+vendor_id	: GenuineIntel
+cpu family	: 6
+model name	: Intel(R) Xeon(R)
+cpu MHz		: 2000.0
+flags		: fpu avx2 avx512f
+
+"""
+MACHINES = {
+    "equal": (ONE, True),
+    "more of the same": (ONE + ONE.replace("processor	: 0", "processor	: 1"), True),
+    "another clock": (ONE.replace("2000.0", "2596.124"), True),
+    "fewer instructions": (ONE.replace(" avx512f", ""), False),
+    "another name": (ONE.replace("Xeon(R)", "Xeon(R) 6"), False),
+    "ARM": ("processor	: 0\nFeatures	: asimd sve\nCPU part	: 0xd4f\n\n", False),
+    "no Linux": (None, False),
+}
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("name", MACHINES)
+def test_another_processor_builds_anew(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on(cpuinfo: str | None) -> set[Path]:
+        path = tmp_path / "cpuinfo"
+        path.unlink(missing_ok=True)
+        if cpuinfo is not None:
+            path.write_text(cpuinfo)
+        monkeypatch.setattr(instructions, "CPUINFO", path)
+        instructions.processor.cache_clear()
+        assert result(build()) == 3
+        return {*folder.glob("*/*.so")}
+
+    shutil.rmtree(folder)
+    cpuinfo, same = MACHINES[name]
+    try:
+        before = on(ONE)
+        assert len(on(cpuinfo) - before) == (0 if same else 1)
+    finally:
+        instructions.processor.cache_clear()

@@ -24,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.training_args import ParallelMode
 from typer.testing import CliRunner
 
 from qlora_compile.cli.app import app
@@ -39,7 +40,7 @@ from qlora_compile.training_errors import (
 )
 from tests.cli.test_train import arguments, inputs, losses, stock
 from tests.examples import LONG, examples
-from tests.toy_language_model import toy_llama
+from tests.toy_language_model import toy_llama, toy_tokenizer
 from tests.waiting import wait_until
 
 __all__ = ["inputs", "stock"]
@@ -356,6 +357,17 @@ def test_watching_changes_no_loss() -> None:
     assert logged(tuned["stop"]) == logged(tuned["skip"])
     with pytest.raises(OptionError, match=r"'ignore'.*stop or skip"):
         tuning(on_nan="ignore")
+
+
+@pytest.mark.parametrize("rows", [ROWS, ["a text", "another one"]], ids=["plain", "TRL"])
+def test_one_of_several_gpus_trains(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    options = {"per_device_train_batch_size": 2, "use_cpu": False}
+    tuned = FineTuning(toy_llama(), rows, tokenizer=toy_tokenizer(), options=options)
+    args = tuned.trainer.args
+    assert args.n_gpu == 1
+    assert args.parallel_mode == ParallelMode.NOT_PARALLEL
+    assert tuned.trainer._train_batch_size == 2
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,16 @@ def check_parallelism(args: Any) -> None:
         raise ContextParallelError(value=f"parallelism_config with cp_size={size}")
 
 
+def on_one_gpu(args: Any) -> Any:
+    """Have a Trainer with these arguments train on one GPU at most in each process; return them.
+
+    With several it would wrap the model in `nn.DataParallel`, which copies it in every step. It
+    asks for their number when it is made, and computes its batches from that.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 @contextlib.contextmanager
 def failures_named(trainer: Any) -> Iterator[None]:
     """Say of a failure in `trainer.train()` what causes it, and what to do.

@@ -61,7 +61,7 @@ def test_a_whole_state_is_written_for_spread_weights(name: str, tmp_path: Path) 
     packed(name).save_pretrained(tmp_path / "whole")
     model = spread(name)
     before = dict(model.named_parameters())
-    state = get_model_state_dict(
+    state: Any = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     state = {key: tensor.clone() for key, tensor in state.items()}
