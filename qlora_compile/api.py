@@ -146,9 +146,9 @@ def optimize(
     Raises a QloraCompileError for every bad argument, before anything is changed. A StrictError, or
     a LogitsFreeLossError about an adapter that `lora` puts on the head, leaves the model quantised
     and adapted but uncompiled. Errors about stored values come while weights are packed, layer by
-    layer, and leave the layers before packed: ScaleOverflowError and AbsmaxOverflowError, where
-    scales are too large for their dtype, WeightShapeError, and RepackError for another library's
-    tensors. A model that was optimised before stays compiled.
+    layer, and leave the layers before packed: errors of scales that are too large for their dtype,
+    WeightShapeError, and RepackError for another library's tensors. A model that was optimised
+    before stays compiled.
     """
     if scope not in ("block", "model"):
         raise OptionError(option="scope", value=scope, known="'block', 'model'")

@@ -196,7 +196,9 @@ def build_report(inventory: Inventory) -> Report:
         rank = adapters.active_rank(inventory.model, name)
         fused, chosen = None, {}
         if found is None:
-            reason = entry.left_alone or OUTSIDE
+            # A head that is kept may be spread since, which is no reason of its own.
+            kept = None if entry.adapted else entry.kept
+            reason = kept or entry.left_alone or OUTSIDE
         else:
             local, region = found
             fused = region.fused().get(local)

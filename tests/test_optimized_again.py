@@ -73,7 +73,7 @@ def test_a_changed_model_is_optimised_again(case: str) -> None:
         ({"quantize": "int4", "scales": "float16"}, 1e6, ScaleOverflowError),
         ({"quantize": "nf4"}, 3e38, AbsmaxOverflowError),
     ],
-    ids=["int4", "nf4"],
+    ids=["scales", "scales of scales"],
 )
 def test_a_weight_that_cannot_be_packed_leaves_the_model_compiled(
     options: dict[str, Any], value: float, error: type[Exception]
