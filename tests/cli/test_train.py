@@ -281,7 +281,7 @@ def test_a_run_that_logs_no_loss_ends(option: str, inputs: Path, tmp_path: Path)
 
 @pytest.mark.usefixtures("stock")
 def test_the_saved_tokenizer_has_the_chat_template_of_the_run(inputs: Path, tmp_path: Path) -> None:
-    template = chat_tokenizer().chat_template
+    template = str(chat_tokenizer().chat_template)
     (tmp_path / "template.jinja").write_text(template)
     rows = ROWS["messages"]
     (tmp_path / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

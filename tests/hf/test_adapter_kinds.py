@@ -115,7 +115,8 @@ def test_what_reads_the_base_is_not_attached_over_codes(kind: str, format: str) 
     plain: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
     packed: Any = qlora_compile.optimize(copy.deepcopy(plain), quantize=format, tune="model")
     if kind in READ_THE_BASE:
-        for model, options in ((plain, {"quantize": format}), (packed, {})):
+        given: list[tuple[Any, dict[str, Any]]] = [(plain, {"quantize": format}), (packed, {})]
+        for model, options in given:
             kinds, before = [*map(type, model.modules())], model.state_dict()
             ways = (lambda: qlora_compile.optimize(model, config(), tune="model", **options),)  # noqa: B023
             ways += (lambda: get_peft_model(model, config()),) * (model is packed)  # noqa: B023
