@@ -187,6 +187,8 @@ def held(directory: Path) -> Iterator[None]:
                 problem="another run writes there now",
                 remedy="wait for its end, or choose another directory",
             ) from error
+        except PermissionError as error:  # the lock of another user's run
+            raise _unwritable(directory, f"{LOCK}: {error.strerror}") from error
         except (OSError, NotImplementedError):
             pass  # a file system without locks, as some of clusters are; the run goes on
         yield

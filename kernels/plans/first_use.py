@@ -41,11 +41,14 @@ def recorded(
         recorder = Recorder(apart)
         # The run takes scratch memory of its own; so will the plan.
         release()
+        results = None
         try:
             with recording_plan(recorder), fresh_workspaces(), recorder:
                 results = compute(*with_tensors(arguments, iter(apart)))
-        except torch.OutOfMemoryError:
-            # Shared scratch memory is less. A later use records.
+        except torch.OutOfMemoryError as error:
+            _ops.refuse(f"{told}: {str(error).splitlines()[0]}")
+        if results is None:
+            # Shared scratch memory is less. While the error is handled, it holds the failed run's.
             return compute(*arguments)
         try:
             if recorder.obstacle is not None:

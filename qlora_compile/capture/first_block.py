@@ -17,7 +17,8 @@ class StandIn(NamedTuple):
 
     def write_back(self, result: Any) -> Any:
         """Give `value` what the block has written to the clone, with its history for autograd, and
-        return the block's result, with `value` in place of the clone."""
+        return the block's result, with `value` in place of the clone. Whether the writes have such
+        a history in stock PEFT cannot be told."""
         if not self.clone._version:
             return result
         self.value.copy_(self.clone)

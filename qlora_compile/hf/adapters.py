@@ -27,6 +27,9 @@ from qlora_compile.hf.merged_base import MergesInPlace
 from qlora_compile.hf.replaced_forward import move_hook
 from qlora_compile.modules.linear import QuantizedLinear
 
+_GRADIENT = "_peft_loraga_grad"
+"""The attribute of a base weight that LoRA-GA (Wang et al. 2024) initialises adapters from."""
+
 
 class QuantizedLoraLinear(MergesInPlace, DoraLinear):
     """PEFT's LoRA layer over a QuantizedLinear. Merging unpacks the base weight and packs it again,
@@ -44,7 +47,9 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        check_reads_no_base(config)
+        # Without gradients of the base weight, PEFT loads what was initialised by LoRA-GA.
+        if config.init_lora_weights != "lora_ga" or hasattr(self._base().weight, _GRADIENT):
+            check_reads_no_base(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def unmerge(self) -> None:
@@ -176,15 +181,17 @@ def check_lora_config(
     if not 0.0 <= config.lora_dropout < 1.0:
         remedy = "use a probability in [0, 1)"
         raise AdapterConfigError(field="lora_dropout", value=config.lora_dropout, remedy=remedy)
-    if quantize or any(isinstance(base_of(each), RepackedBase) for each in modules.values()):
+    bases = [base_of(each) for each in modules.values()]
+    if quantize or any(isinstance(each, RepackedBase) for each in bases):
         check_reads_no_base(config)
     # PEFT checks the rest while it replaces modules; let it do so on a copy without data first.
     # The adapters' initialisation must find the user's random state.
     with torch.random.fork_rng():
         copied = copy.deepcopy(model, _without_data(modules.values()))
         probe = copy.copy(config)
-        if initialises_from_base(config):
-            probe.init_lora_weights = True  # the copy has no weights
+        # The copy has no weights, but for those that bitsandbytes has packed.
+        if initialises_from_base(config) and not any(isinstance(b, InPlaceBase) for b in bases):
+            probe.init_lora_weights = True
         try:
             attached = dict(base_model(attach(copied, probe)).named_modules())
         except ValueError as error:
@@ -194,6 +201,8 @@ def check_lora_config(
             targets: Any = config.target_modules
             rule = targets if isinstance(targets, str) else sorted(targets)
             raise AdapterTargetError(rule=rule, known=", ".join(sorted(leaves))) from error
+    if any(isinstance(each, QuantizedLoraLinear) for each in attached.values()):
+        check_reads_no_base(config)
     linears = linear_sites(attached)
     trained = {name for name, site in linears.items() if site.weight.requires_grad}
     return trained | trained_copies(attached, linears).keys()

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from qlora_compile.errors import AdapterConfigError
 
-_INITIALISATIONS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica", "orthogonal")
+_INITIALISATIONS = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
 _VARIANTS = ("kasa_config", "use_bdlora", "velora_config")
 
 
@@ -22,7 +22,9 @@ def initialises_from_base(config: LoraConfig) -> bool:
 def check_reads_no_base(config: LoraConfig) -> None:
     """Raise AdapterConfigError if attaching `config` reads or changes the base weight."""
     fields = [name for name in _VARIANTS if getattr(config, name, None)]
-    fields += ["init_lora_weights"] * initialises_from_base(config)
+    # The orthogonal one takes the dtype of the base weight.
+    reads = initialises_from_base(config) or config.init_lora_weights == "orthogonal"
+    fields += ["init_lora_weights"] * reads
     remedy = "attach the adapter to the full-precision model first, then optimise the PeftModel"
     for field in fields:
         value = getattr(config, field)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +30,7 @@ from qlora_compile.hf.checkpoints.reading import quantization_settings, read_mod
 from qlora_compile.hf.checkpoints.side_files import add_settings_beside, generation_config
 from qlora_compile.hf.checkpoints.sources import SOURCES, source_of
 from qlora_compile.kernels.cpu.instructions import product_dtype
+from qlora_compile.modules.linear import QuantizedLinear
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -187,8 +188,16 @@ def _first(value: Any) -> Any:
 
 
 def with_adapter(model: Any, folder: str | Path) -> Any:
-    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`."""
-    return PeftModel.from_pretrained(model, str(folder))
+    """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`.
+
+    A packed base was stored as an initialisation such as PiSSA's has left it, which PEFT would do
+    again.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    packed = any(isinstance(each, QuantizedLinear) for each in model.modules())
+    if packed and isinstance(config, LoraConfig) and config.init_lora_weights != "mica":
+        config.init_lora_weights = True
+    return PeftModel.from_pretrained(model, str(folder), config=config)
 
 
 def is_quantised(config: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 import qlora_compile
 from bench.agreement import distance
 from qlora_compile.errors import AdapterConfigError
+from qlora_compile.hf import loading
 from qlora_compile.kernels.registry import FORMATS
 from qlora_compile.modules.linear import QuantizedLinear
 from qlora_compile.report import Report
 from tests.examples import LONG
 from tests.kernels.linear_cases import double_quantizes
 from tests.test_equality import FLOAT32_TOLERANCE, step, without_inductor
+from tests.toy_language_model import toy_llama
 from tests.toy_models import tokens, toy, with_bitsandbytes
 
 __all__ = ["without_inductor"]
@@ -225,3 +228,33 @@ def test_alora_trains_as_stock() -> None:
             assert error < FLOAT32_TOLERANCE, group
     sites = qlora_compile.explain(models[1]).sites[:-1]
     assert all(str(site.reason).startswith(HOOKED) for site in sites)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+def test_a_model_that_is_packed_in_part_is_not_adapted_in_part(init: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+    model[2] = QuantizedLinear.from_linear(model[2], "nf4")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config: Any = LoraConfig(r=4, target_modules=["0", "2"])
+    config.init_lora_weights = init
+    with pytest.raises(AdapterConfigError, match="over packed weights"):
+        qlora_compile.optimize(model, config)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_packed_base_is_loaded_as_the_initialisation_left_it(tmp_path: Path) -> None:
+    """And not initialised from again."""
+    base = toy_llama()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+    model: Any = qlora_compile.optimize(get_peft_model(base, config), quantize="nf4", tune="model")
+    qlora_compile.save(model, tmp_path)
+    again = qlora_compile.load(tmp_path, dtype=torch.float32)
+    again = qlora_compile.optimize(loading.with_adapter(again, tmp_path / "adapter"), tune="model")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected, found = (
+            each.eval()(input_ids=ids, use_cache=False).logits for each in (model, again)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -108,7 +108,7 @@ def short_of_memory(device: FakeDevice) -> dict[str, Any]:
     with computed_by(body):
         for _ in range(5):
             shapes.append(list(call().shape))
-    return {"shapes": shapes, "kept": kept, "plans": plans()}
+    return {"shapes": shapes, "kept": kept, "plans": plans(), "report": native.report()}
 
 
 def results(device: FakeDevice) -> dict[str, Any]:
