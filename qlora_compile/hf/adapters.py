@@ -28,7 +28,7 @@ from qlora_compile.hf.replaced_forward import move_hook
 from qlora_compile.modules.linear import QuantizedLinear
 
 _GRADIENT = "_peft_loraga_grad"
-"""The attribute of a base weight that LoRA-GA (Wang et al. 2024) initialises adapters from."""
+"""The attribute of a base layer that LoRA-GA (Wang et al. 2024) initialises adapters from."""
 
 
 class QuantizedLoraLinear(MergesInPlace, DoraLinear):
@@ -47,8 +47,8 @@ class QuantizedLoraLinear(MergesInPlace, DoraLinear):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        # Without gradients of the base weight, PEFT loads what was initialised by LoRA-GA.
-        if config.init_lora_weights != "lora_ga" or hasattr(self._base().weight, _GRADIENT):
+        # Without a gradient of the base weight, PEFT loads what was initialised by LoRA-GA.
+        if config.init_lora_weights != "lora_ga" or hasattr(self._base(), _GRADIENT):
             check_reads_no_base(config)
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import Tensor, nn
 
@@ -258,3 +259,22 @@ def test_a_packed_base_is_loaded_as_the_initialisation_left_it(tmp_path: Path) -
             each.eval()(input_ids=ids, use_cache=False).logits for each in (model, again)
         )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lora_ga_has_initialised_is_loaded_over_codes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain: Any = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
+    adapter = get_peft_model(
+        copy.deepcopy(plain), LoraConfig(target_modules=["0"], init_lora_weights=False)
+    )
+    adapter.save_pretrained(str(tmp_path))
+    written = tmp_path / "adapter_config.json"
+    written.write_text(
+        json.dumps(json.loads(written.read_text()) | {"init_lora_weights": "lora_ga"})
+    )
+    packed = qlora_compile.optimize(plain, quantize="nf4", tune="model")
+    loaded: Any = PeftModel.from_pretrained(packed, str(tmp_path))
+    expected = dict(adapter.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(parameter, expected[name])
