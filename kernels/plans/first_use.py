@@ -48,7 +48,8 @@ def recorded(
         except torch.OutOfMemoryError as error:
             _ops.refuse(f"{told}: {str(error).splitlines()[0]}")
         if results is None:
-            # Shared scratch memory is less. While the error is handled, it holds the failed run's.
+            # With shared scratch memory, which is less. Not where the error is handled: until the
+            # handler ends, the error holds the failed run's memory.
             return compute(*arguments)
         try:
             if recorder.obstacle is not None:

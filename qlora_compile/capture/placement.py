@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_compile.hf.replaced_forward import forward_place
 
-_REGION = "_qlora_compile_region"
+REGION = "_qlora_compile_region"
 """The attribute of a module that holds its region, even after its forward has been replaced."""
 
 _REPLICATE = "_replicate_for_data_parallel"
@@ -26,14 +26,14 @@ _REPLICATED = "its block ran uncompiled, in a copy for each GPU (nn.DataParallel
 def place(region: Any) -> None:
     module = region.module
     setattr(module, forward_place(module), region)
-    setattr(module, _REGION, region)
+    setattr(module, REGION, region)
     setattr(module, _REPLICATE, partial(_replicated, region))
 
 
 def take_off(module: nn.Module) -> Any:
     """Give `module`, or a copy of its attributes, the earlier forward, unless somebody has replaced
     the region since; return the region."""
-    region, attribute = module.__dict__.pop(_REGION), forward_place(module)
+    region, attribute = module.__dict__.pop(REGION), forward_place(module)
     module.__dict__.pop(_REPLICATE, None)
     if module.__dict__.get(attribute) is region:
         if attribute == "forward" and region.replaced is None:
@@ -42,11 +42,6 @@ def take_off(module: nn.Module) -> Any:
             own = region.kind.module_class.forward.__get__(module)
             setattr(module, attribute, region.replaced or own)
     return region
-
-
-def region_on(module: nn.Module) -> Any:
-    """Return the region of `module`, None without one."""
-    return module.__dict__.get(_REGION)
 
 
 def _replicated(region: Any) -> nn.Module:

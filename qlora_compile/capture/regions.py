@@ -27,7 +27,7 @@ from qlora_compile.capture.first_step import FirstStep
 from qlora_compile.capture.hook_watch import HookWatch
 from qlora_compile.capture.hooked_run import REFUSALS, HookedRun, obstacle, untraced
 from qlora_compile.capture.hooks import FORWARD, Hook, hooks_inside
-from qlora_compile.capture.placement import place, region_on, take_off
+from qlora_compile.capture.placement import REGION, place, take_off
 from qlora_compile.capture.region_kind import RegionKind
 from qlora_compile.capture.zero import gather_apart, gather_whole
 from qlora_compile.errors import StrictError
@@ -312,4 +312,4 @@ def reinstall(region: Region) -> None:
 
 
 def region_of(module: nn.Module) -> Region | None:
-    return region_on(module)
+    return module.__dict__.get(REGION)

@@ -19,7 +19,7 @@ from qlora_compile.training.figures import held_out_figures
 from qlora_compile.training.model_choice import be_quiet
 from qlora_compile.training.settings import RunSettings
 
-_OF_THE_MODEL = ("model", "format", "block_size", "dtype", "tune", "seed")
+_OF_THE_MODEL = ("model", "format", "block_size", "dtype", "tune")
 
 
 def evaluate(

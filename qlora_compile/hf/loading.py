@@ -190,8 +190,8 @@ def _first(value: Any) -> Any:
 def with_adapter(model: Any, folder: str | Path) -> Any:
     """Return the PeftModel of a model with the adapter that PEFT has saved in `folder`.
 
-    A packed base was stored as an initialisation such as PiSSA's has left it, which PEFT would do
-    again.
+    A packed base was stored as an initialisation such as PiSSA's has left it, so PEFT must not
+    initialise from it again. MiCA's name is kept: PEFT computes by it.
     """
     config = PeftConfig.from_pretrained(str(folder))
     packed = any(isinstance(each, QuantizedLinear) for each in model.modules())

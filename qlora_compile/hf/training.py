@@ -109,6 +109,13 @@ class FineTuning:
         watchers += [observer] if observer else []
         if patience is not None:
             watchers.append(EarlyStoppingCallback(patience))
+
+        def arguments(**own: Any) -> Any:
+            given = {**defaults, **own, **options}
+            if self._temporary is not None:
+                given["output_dir"] = self._temporary.name
+            return on_one_gpu(config_class(**given))
+
         make = _plain_trainer if chosen is CLASSIFICATION else _trl_trainer
         self.trainer: Any = make(
             model,
@@ -119,16 +126,7 @@ class FineTuning:
             reward=reward,
             objective=chosen,
             trainer_class=finite_steps(trainer_class, on_nan),
-            arguments=lambda **own: on_one_gpu(
-                config_class(
-                    **{
-                        **defaults,
-                        **own,
-                        **options,
-                        "output_dir": options.get("output_dir") or self._temporary.name,  # pyright: ignore[reportOptionalMemberAccess]
-                    }
-                )
-            ),
+            arguments=arguments,
             callbacks=watchers,
         )
         check_parallelism(self.trainer.args)

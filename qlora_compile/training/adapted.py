@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qlora_compile.hf.trainer.objectives.registry import OBJECTIVES
 from qlora_compile.json_text import parsed_json
 from qlora_compile.outputs import checkpoints
 from qlora_compile.training.errors import AdapterFolderError, MergedFromError
 from qlora_compile.training.settings import FILE, RunSettings, settings_from
 
-_OTHER_HEADS = ("reward", "classification")
+_OTHER_HEADS = {each.name for each in OBJECTIVES if each.head != "causal"}
 """Objectives whose models do not predict tokens."""
 
 
@@ -32,7 +33,8 @@ def adapter_settings(folder: Path, model: str | None, format: str | None) -> Run
         problem, remedy = "it has no adapter_config.json", "pass the --output of a run"
         raise AdapterFolderError(value=str(folder), problem=problem, remedy=remedy)
     run = folder.resolve()
-    run = run.parent if run in (each for _, each in checkpoints(run.parent)) else run
+    if run in [each for _, each in checkpoints(run.parent)]:
+        run = run.parent
     if (run / FILE).is_file():
         found = settings_from({}, run / FILE)
         if found.objective in _OTHER_HEADS:
@@ -110,11 +112,8 @@ def packed_model(folder: Path, tokenizer: str | None) -> tuple[Any, Any, Path | 
     adapter = folder / ADAPTERS
     found = adapter if (adapter / "adapter_config.json").is_file() else None
     model = api.optimize(model if found is None else loading.with_adapter(model, found))
-    return (
-        model.to(loading.compute_device()).eval(),
-        loading.load_tokenizer(tokenizer or folder),
-        found,
-    )
+    model = model.to(loading.compute_device()).eval()
+    return model, loading.load_tokenizer(tokenizer or folder), found
 
 
 def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
@@ -128,7 +127,6 @@ def adapted_model(folder: Path, settings: RunSettings) -> tuple[Any, Any]:
     choice = settings.choice
     config = choice.check()
     model = choice.packed(loading.with_adapter(choice.loaded(config), folder), config)
+    model = model.to(loading.compute_device()).eval()
     own = loading.has_tokenizer(folder)
-    return model.to(loading.compute_device()).eval(), loading.load_tokenizer(
-        folder if own else choice.source
-    )
+    return model, loading.load_tokenizer(folder if own else choice.source)

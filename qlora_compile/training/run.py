@@ -63,8 +63,11 @@ class TrainingRun:
         if writes:
             require_matplotlib()
             check_writable(self.output)
-            check_earlier_run(self.settings, resume=self.resume, overwrite=self.overwrite)
+            self._check_earlier_run()
         check_format(self.settings.format)
+
+    def _check_earlier_run(self) -> None:
+        check_earlier_run(self.settings, resume=self.resume, overwrite=self.overwrite)
 
     @cached_property
     def objective(self) -> Any:
@@ -178,9 +181,7 @@ class TrainingRun:
         if not self._is_first:
             return self._execute(announce, observer, *checked)
         with held(writable_directory(self.output)):
-            check_earlier_run(
-                self.settings, resume=self.resume, overwrite=self.overwrite
-            )  # which may have ended since
+            self._check_earlier_run()  # which may have ended since
             return self._execute(announce, observer, *checked)
 
     def _execute(

@@ -21,12 +21,12 @@ import torch
 
 from qlora_compile.kernels import registry
 from qlora_compile.kernels.cpu import instructions
+from qlora_compile.kernels.cpu.instructions import CPUINFO
 from qlora_compile.tuning.cache_folder import cache_folder
 from qlora_compile.tuning.errors import FingerprintError
 from qlora_compile.tuning.parsed_sources import parsed_sources
 from qlora_compile.tuning.sources import UnestablishedError, sources_digest
 
-CPUINFO = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AMD_DRIVER = Path("/sys/module/amdgpu/version")
 

@@ -26,7 +26,7 @@ def class_names(rows: TrainingRows) -> list[str]:
     names = tables[0].column_names
     column = next((name for name in LABELS if name in names), None)
     if column is None:
-        raise MissingLabelsError(model="a classifier", columns=", ".join(names), expected=LABELS[1])
+        raise MissingLabelsError(model="a classifier", columns=", ".join(names), expected="label")
     feature = tables[0].features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)

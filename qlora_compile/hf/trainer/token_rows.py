@@ -15,8 +15,10 @@ from qlora_compile.hf.trainer.class_labels import class_names
 _LONGEST = 1 << 20  # positions, more than any row
 
 _NO_EVALUATION = {
-    **{"eval_strategy": "no", "eval_on_start": False},
-    **{"save_strategy": "no", "load_best_model_at_end": False},
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
 }
 """Options of a trainer that evaluates nothing, and so needs no rows to evaluate."""
 
@@ -30,10 +32,9 @@ def token_rows(run: Any, tokenizer: Any, rows: Any) -> Any:
     made = LlamaForCausalLM if head == "causal" else LlamaForSequenceClassification
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 1, "max_position_embeddings": _LONGEST}
-    sizes["id2label"] = {0: "score"}
-    if head == "classes":
-        sizes["id2label"] = dict(enumerate(class_names(rows)))
-        sizes["label2id"] = {name: number for number, name in sizes["id2label"].items()}
+    names = class_names(rows) if head == "classes" else ["score"]
+    sizes["id2label"] = dict(enumerate(names))
+    sizes["label2id"] = {name: number for number, name in enumerate(names)}
     model = made(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     preparing = copy.copy(run)
     # Rows of token ids are taken as they stand.
